@@ -1,1 +1,61 @@
-"""ResNet-56 on CIFAR-10: build it, train it, test it, explain it."""
+"""ResNet-56 on CIFAR-10: build it, train it, test it, explain it.
+
+The names below are the public API. They load on first use, so that importing the package, and
+with it `resnet56 --help`, costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resnet56.data import Dataset, Split, load_digits, load_folder
+    from resnet56.errors import Error
+    from resnet56.evaluation import evaluate, predict_logits
+    from resnet56.model import ResNet, build, describe
+    from resnet56.recipe import RECIPES, Recipe
+    from resnet56.training import train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Dataset": "data",
+    "Error": "errors",
+    "RECIPES": "recipe",
+    "Recipe": "recipe",
+    "ResNet": "model",
+    "Split": "data",
+    "build": "model",
+    "describe": "model",
+    "evaluate": "evaluation",
+    "load_digits": "data",
+    "load_folder": "data",
+    "predict_logits": "evaluation",
+    "train": "training",
+}
+
+__all__ = [
+    "RECIPES",
+    "Dataset",
+    "Error",
+    "Recipe",
+    "ResNet",
+    "Split",
+    "__version__",
+    "build",
+    "describe",
+    "evaluate",
+    "load_digits",
+    "load_folder",
+    "predict_logits",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,43 @@
+# make train                                  train on the digits, test, say where the run lies
+# make train RECIPE=report DATA=cifar10       the real thing (DATA=/a/folder for your own copy)
+# make test                                   the whole test suite
+# make lint                                   style and types
+
+PYTHON ?= python3
+RECIPE ?= quick
+DATA ?= digits
+ARGS ?=
+
+VENV := .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+
+.PHONY: train test lint clean
+
+train: $(VENV)/.ready
+	$(BIN)/resnet56 train $(RECIPE) --data "$(DATA)" $(ARGS)
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV)
+
+# The stamps are made last, so that an installation that broke off is begun again.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('resnet56 needs Python 3.11 or newer')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -c "open('$@', 'w').close()"
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -c "open('$@', 'w').close()"

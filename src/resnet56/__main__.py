@@ -1,0 +1,8 @@
+"""`python -m resnet56` is the command `resnet56`."""
+
+import sys
+
+from resnet56.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

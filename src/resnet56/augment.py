@@ -1,0 +1,92 @@
+"""Augmentation: pure functions on batches, with every random number drawn beforehand.
+
+`draw` makes one epoch's random numbers on the CPU, from a generator; `augment` applies them to
+a batch on any device. So a batch is the same on every device, in every process, after a resume.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Draws(NamedTuple):
+    """The random numbers of N images."""
+
+    rows: Tensor  # (N,) int64, the crop's top row in the padded image
+    cols: Tensor  # (N,) int64, its left column
+    flips: Tensor  # (N,) bool
+    holes: Tensor  # (N, 2) int64, the centre (row, column) of the square that Cutout erases
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same numbers on `device`."""
+        return Draws(*(column.to(device) for column in self))
+
+    def part(self, index: slice) -> "Draws":
+        """The numbers of the images at `index`."""
+        return Draws(*(column[index] for column in self))
+
+
+def draw(count: int, *, padding: int, flip: bool, generator: torch.Generator) -> Draws:
+    """Random numbers for `count` images: all (2 * padding + 1)**2 crops are equally likely."""
+    offsets = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
+    mirrored = torch.randint(0, 2, (count,), generator=generator).bool()
+    holes = torch.randint(0, 32, (count, 2), generator=generator)
+    return Draws(offsets[0], offsets[1], mirrored & flip, holes)
+
+
+def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
+    """Pad with black, cut each image at its own place, mirror those drawn.
+
+    Args:
+        images: (N, 3, H, W), any type.
+        draws: the N images' random numbers.
+        padding: black pixels on each side, as when `draws` was drawn.
+
+    Returns:
+        (N, 3, H, W) of the same type, in channels_last memory.
+    """
+    count, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (padding, padding, padding, padding))
+    down = torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
+    rows = draws.rows[:, None] + down
+    cols = draws.cols[:, None] + torch.where(draws.flips[:, None], across.flip(0), across)
+    each = torch.arange(count, device=images.device)[:, None, None]
+    # One gather does it all; an index on both sides of the channels puts these last.
+    return padded[each, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 -> float32, zero mean and unit deviation a channel.
+
+    `mean` and `std` are (3,) in units of [0, 1].
+    """
+    mean, std = 255 * mean[:, None, None], 255 * std[:, None, None]
+    return (images.float() - mean) / std
+
+
+def cutout(images: Tensor, holes: Tensor, side: int) -> Tensor:
+    """Set a square to zero, the mean (DeVries & Taylor 2017); it may hang over the edge.
+
+    Args:
+        images: (N, 3, H, W) normalised.
+        holes: (N, 2) centres.
+        side: of the square, in pixels.
+    """
+    _, _, height, width = images.shape
+    top, left = (holes - side // 2).unbind(1)
+    down = torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
+    in_rows = (down >= top[:, None]) & (down < top[:, None] + side)
+    in_cols = (across >= left[:, None]) & (across < left[:, None] + side)
+    hole = in_rows[:, None, :, None] & in_cols[:, None, None, :]
+    return images.masked_fill(hole, 0.0)
+
+
+def augment(
+    images: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, padding: int, hole: int
+) -> Tensor:
+    """(N, 3, 32, 32) uint8 -> float32: crop and mirror, normalise, erase a square of side `hole`."""
+    images = normalize(crop_and_flip(images, draws, padding), mean, std)
+    return cutout(images, draws.holes, hole) if hole else images

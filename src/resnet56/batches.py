@@ -1,0 +1,85 @@
+"""Which images make which batch: a pure function of (seed, epoch, rank, world size).
+
+Nothing has to be saved to resume, and several processes see the same global batches as one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resnet56.augment import augment, draw
+from resnet56.data import Split
+from resnet56.errors import UsageError
+
+
+def derived_seed(*parts: int) -> int:
+    """A 63-bit seed from several integers, as unrelated for (0, 1) and (1, 0) as can be."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Augmented training batches, cut from images that live on the training device.
+
+    Every step sees exactly `batch_size` images over all processes, so that shapes never change;
+    the few images that do not fill a last batch are others in each epoch. A set smaller than
+    one batch is one batch.
+    """
+
+    split: Split  # on the device
+    mean: Tensor  # (3,) on the device, in units of [0, 1]
+    std: Tensor
+    batch_size: int  # global
+    seed: int
+    padding: int = 4
+    flip: bool = True
+    cutout: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """The global batch must divide evenly, or gradients would not be the batch's mean."""
+        if self.global_batch % self.world_size:
+            raise UsageError(
+                f"a batch of {self.global_batch} does not divide among {self.world_size} "
+                "processes; choose a multiple"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Images a step over all processes."""
+        return min(self.batch_size, len(self.split))
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch."""
+        return len(self.split) // self.global_batch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the batches of `epoch` (from 0), from step `start` on.
+
+        Yields:
+            images (B, 3, 32, 32) float32, normalised, channels_last; labels (B,) int64.
+        """
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+        order = torch.randperm(len(self.split), generator=generator)
+        draws = draw(len(order), padding=self.padding, flip=self.flip, generator=generator)
+        device = self.split.images.device
+        order, draws = order.to(device), draws.to(device)
+        local = self.global_batch // self.world_size
+        for step in range(start, self.steps):
+            first = step * self.global_batch + self.rank * local
+            part = slice(first, first + local)
+            index = order[part]
+            images = augment(
+                self.split.images[index],
+                draws.part(part),
+                self.mean,
+                self.std,
+                padding=self.padding,
+                hole=self.cutout,
+            )
+            yield images, self.split.labels[index]

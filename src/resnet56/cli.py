@@ -1,0 +1,419 @@
+"""The command `resnet56`: one function a subcommand, each importing what it needs when it runs."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from resnet56 import __version__
+from resnet56 import recipe as recipes
+from resnet56.errors import Error, UsageError
+
+if TYPE_CHECKING:
+    from resnet56.data import Dataset
+
+Options = TypeVar("Options")
+
+PROBLEM = 2  # exit code of a call that is wrong
+INTERRUPTED = 130  # of Ctrl-C, as shells have it
+
+Data = Annotated[str, tyro.conf.arg(aliases=("--data-dir",), metavar="NAME|DIR")]
+Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a network, keep the run in a directory, and test it."""
+
+    data: Data = ""
+    """Images: digits (the default; no download), cifar10, cifar100, or a folder."""
+
+    out: Out = None
+    """Run directory; by default a new one, runs/RECIPE-DATA."""
+
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint."""
+
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, cuda:N, mps."""
+
+    tensorboard: bool = False
+    """Also write scalars for TensorBoard, in RUN/tensorboard."""
+
+    quiet: bool = False
+    """Print errors only."""
+
+    recipe: tyro.conf.OmitArgPrefixes[recipes.Recipe] = field(default_factory=recipes.Recipe)
+
+
+def train(arguments: list[str]) -> int:
+    """resnet56 train [RECIPE] [options]."""
+    from resnet56.parallel import place
+
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    named = f"{name} " if name else ""
+    base = recipes.find(name) if name else _recipe_of_resumed(arguments)
+    default = TrainOptions(recipe=base)
+    about = "\n".join(f"  {key:8} {text}" for key, text in recipes.ABOUT.items())
+    options = parse(
+        TrainOptions,
+        arguments,
+        f"resnet56 train {named or 'RECIPE '}".rstrip(),
+        default=default,
+        description=(
+            "Train a network, keep the run in a directory, and test it. RECIPE is one of these, "
+            f"or a .json or .toml file (a run's recipe.json); a flag changes a field of it.\n\n{about}"
+        ),
+    )
+    chosen = options.recipe
+    if name is None and not options.resume:
+        raise UsageError(
+            f"which recipe? resnet56 train RECIPE, with {', '.join(recipes.RECIPES)}, or a file"
+        )
+    if options.resume and options.out is None:
+        raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
+
+    # Checked before anything slow, or on the disk, happens.
+    from resnet56 import model, runtime
+
+    model.Architecture.parse(chosen.arch)
+    runtime.resolve_device(options.device)
+
+    from resnet56.progress import TrainingProgress, percent
+    from resnet56.rundir import RunDirectory, next_free
+    from resnet56.training import Interrupted
+    from resnet56.training import train as run_training
+
+    data = options.data or _data_of_resumed(options) or "digits"
+    stem = Path(name).stem if name else "run"
+    out = options.out or next_free(Path("runs") / f"{stem}-{Path(data).resolve().name}")
+    run = RunDirectory(out)
+    if options.resume:
+        run.load()  # says so now if there is nothing to resume
+    else:
+        run.refuse_taken()
+    quiet = options.quiet or not place().is_first
+    again = f"resnet56 train --resume --out {shlex.quote(str(out))}"
+    with TrainingProgress(quiet=quiet) as progress:
+        dataset = load_data(data)
+        progress.say(f"{chosen.arch} on {dataset.source}")
+        progress.say(f"run: {out}")
+        try:
+            result = run_training(
+                chosen,
+                dataset,
+                out,
+                device=options.device,
+                resume=options.resume,
+                tensorboard=options.tensorboard,
+                progress=progress,
+            )
+        except Interrupted as interrupted:
+            print(f"\nstopped; the checkpoint is written; go on with: {again}", file=sys.stderr)
+            return interrupted.exit_code
+        except KeyboardInterrupt:
+            print(f"\nstopped; go on with: {again}", file=sys.stderr)
+            return INTERRUPTED
+        if result:
+            test, seen = result["test"], result["train"]
+            low, high = test["accuracy_interval"]
+            progress.say(
+                f"test accuracy {percent(test['accuracy'])} "
+                f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), loss {test['loss']:.4f}, "
+                f"{test['n']:,} images"
+            )
+            progress.say(
+                f"training accuracy {percent(seen['accuracy'])}, loss {seen['loss']:.4f}, "
+                f"{seen['n']:,} images, no augmentation"
+            )
+            progress.say(f"the run lies in {out}")
+    return 0
+
+
+def _recipe_of_resumed(arguments: Sequence[str]) -> recipes.Recipe:
+    """With --resume and no RECIPE, the run's own recipe; else the defaults."""
+    if "--resume" in arguments:
+        for flag, value in zip(arguments, arguments[1:], strict=False):
+            file = Path(value) / "recipe.json"
+            if flag in ("--out", "--output-dir") and file.is_file():
+                return recipes.read(file)
+    return recipes.Recipe()
+
+
+def _data_of_resumed(options: TrainOptions) -> str | None:
+    """With --resume and no --data, what the run was trained on."""
+    from resnet56.rundir import RunDirectory
+
+    if not (options.resume and options.out):
+        return None
+    return RunDirectory(options.out).data_origin()
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a run's weights: on its own data or another, on this machine."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Directory of a run."""
+
+    data: Data = ""
+    """Images: digits, cifar10, cifar100 or a folder; by default what the run was trained on."""
+
+    split: Literal["test", "train"] = "test"
+    """Which images."""
+
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, cuda:N, mps."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass."""
+
+    json: bool = False
+    """Print everything as JSON."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """resnet56 evaluate RUN."""
+    options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
+    from resnet56 import runtime
+    from resnet56.evaluation import evaluate as measure
+    from resnet56.evaluation import restore
+    from resnet56.rundir import RunDirectory
+
+    device = runtime.resolve_device(options.device)
+    run = RunDirectory(options.run)
+    checkpoint = run.load()
+    net = checkpoint.network
+    dataset = load_data(options.data or run.data_origin() or "digits")
+    if dataset.classes != net.classes:
+        raise UsageError(
+            f"{dataset.source} has other classes ({', '.join(dataset.classes[:3])}, ...) than "
+            f"the run ({', '.join(net.classes[:3])}, ...); choose --data"
+        )
+    split = dataset.test if options.split == "test" else dataset.train
+    precision = runtime.resolve_precision(options.precision, device)
+    figures = measure(restore(checkpoint, device), split, net.classes, net.mean, net.std, precision)
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        _print_figures(figures, f"{net.arch}, {options.split} images of {dataset.source}")
+    return 0
+
+
+def _print_figures(figures: dict[str, Any], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from resnet56.progress import percent
+
+    console = Console(highlight=False)
+    low, high = figures["accuracy_interval"]
+    console.print(title, markup=False)
+    console.print(
+        f"accuracy {percent(figures['accuracy'])} (95 % interval {100 * low:.2f} to "
+        f"{100 * high:.2f}), loss {figures['loss']:.4f}, {figures['n']:,} images"
+    )
+    table = Table("class", "precision", "recall", "F1", "images", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in figures["per_class"].items():
+        shares = [f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1")]
+        table.add_row(name, *shares, f"{row['support']:,}")
+    console.print(table)
+    for pair in figures["most_confused"][:3]:
+        line = f"{pair['count']} {pair['true']} taken for {pair['predicted']}"
+        console.print(line, markup=False)
+
+
+@dataclass(frozen=True)
+class DescribeOptions:
+    """Print a network's stages, blocks, layers, parameters and multiply-accumulates."""
+
+    arch: str = "resnet56"
+    """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, ..."""
+
+    classes: int = 10
+    """Number of outputs."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def describe(arguments: list[str]) -> int:
+    """resnet56 describe [--arch NAME]."""
+    options = parse(DescribeOptions, arguments, "resnet56 describe")
+    from resnet56.model import describe as describe_network
+
+    network = describe_network(options.arch, options.classes)
+    if options.json:
+        print(json.dumps(asdict(network)))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(
+        f"{network.arch}: {network.depth} layers, {network.block} blocks of "
+        f"{network.layers_a_block} layers, shortcut option {network.shortcut}"
+    )
+    table = Table("part", "layers", "blocks", "output", "parameters", "MACs", box=None)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for part in network.parts:
+        output = "x".join(map(str, part.output))
+        blocks = str(part.blocks or "")
+        table.add_row(
+            part.name, part.layers, blocks, output, f"{part.parameters:,}", f"{part.macs:,}"
+        )
+    table.add_row("all", f"{network.depth}", "", "", f"{network.parameters:,}", f"{network.macs:,}")
+    console.print(table)
+    return 0
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """Download a data set once, to where training looks for it."""
+
+    name: tyro.conf.Positional[Literal["cifar10", "cifar100"]] = "cifar10"
+    """Data set."""
+
+    dir: Path | None = None
+    """Folder to keep it in; by default RESNET56_DATA, or the user's cache."""
+
+    mirror: tuple[str, ...] = ()
+    """Addresses to try before the university's; also RESNET56_MIRROR."""
+
+
+def data(arguments: list[str]) -> int:
+    """resnet56 data fetch [NAME]."""
+    usage = "resnet56 data fetch [cifar10|cifar100] [--dir DIR] [--mirror URL]"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {usage}\n\n  fetch    download a data set once, to where training looks for it")
+        return 0
+    if arguments[0] != "fetch":
+        raise UsageError(f"unknown: resnet56 data {arguments[0]}; usage: {usage}")
+    options = parse(FetchOptions, arguments[1:], "resnet56 data fetch")
+    print(_fetch(options.name, options.dir, options.mirror))
+    return 0
+
+
+def _fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> Path:
+    from resnet56.download import ARCHIVES, default_root, fetch
+    from resnet56.progress import DownloadProgress
+
+    archive = ARCHIVES[name]
+    with DownloadProgress(archive.filename) as progress:
+        return fetch(archive, root or default_root(), mirrors=mirrors, progress=progress)
+
+
+def load_data(name: str) -> "Dataset":
+    """The data set of that name, downloaded if it must be, or in that folder."""
+    from resnet56 import data as readers
+    from resnet56.download import ARCHIVES
+    from resnet56.parallel import place
+
+    if name == "digits":
+        return readers.load_digits()
+    if name in ARCHIVES:
+        if not place().is_first:  # one process downloads; torchrun starts the others beside it
+            return readers.load_folder(_await_folder(name))
+        return readers.load_folder(_fetch(name))
+    if not Path(name).exists() and not re.search(r"[/\\.]", name):
+        raise UsageError(
+            f"unknown data {name!r}; use digits, cifar10, cifar100, or a folder that exists"
+        )
+    return readers.load_folder(Path(name))
+
+
+def _await_folder(name: str) -> Path:
+    import time
+
+    from resnet56.download import ARCHIVES, default_root
+
+    folder = default_root() / ARCHIVES[name].folder
+    while not folder.exists():  # torchrun ends this process if the first one fails
+        time.sleep(0.5)
+    return folder
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (train, "train a network, keep the run in a directory, and test it"),
+    "evaluate": (evaluate, "measure a run's weights, on this machine"),
+    "describe": (describe, "print a network's layers, parameters and operations"),
+    "data": (data, "fetch CIFAR-10 or CIFAR-100"),
+}
+
+HELP = """\
+usage: resnet56 COMMAND [options]
+
+ResNet-56 on CIFAR-10: train it, test it, explain it.
+
+{commands}
+
+  resnet56 COMMAND --help    its options
+  resnet56 --version         the version
+
+Without any download: resnet56 train quick --data digits
+"""
+
+
+def parse(
+    kind: type[Options],
+    arguments: Sequence[str],
+    prog: str,
+    *,
+    default: Options | None = None,
+    description: str | None = None,
+) -> Options:
+    """Flags to `kind`, a dataclass; what is wrong with them becomes one UsageError line."""
+    complaint = io.StringIO()
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=arguments, prog=prog, description=description, **extra)
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise  # --help was printed
+    # Tyro's complaint is a box: a title, the complaint, then after a rule more of its help.
+    box = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue())
+    said = re.split(r"\n\W*───", box.partition("\n")[2])[0]
+    line = " ".join(re.sub(r"[│╭╮╰╯─]", " ", said).split()).rstrip(".")
+    raise UsageError(f"{line}; see {prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; every error a user can cause ends as one line and an exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0 if arguments else PROBLEM
+    if first in ("-V", "--version"):
+        print(f"resnet56 {__version__}")
+        return 0
+    try:
+        if first not in COMMANDS:
+            raise UsageError(f"unknown command {first!r}; the commands: {', '.join(COMMANDS)}")
+        return COMMANDS[first][0](arguments[1:])
+    except Error as error:
+        print(f"resnet56: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as stopped:  # tyro has printed the help
+        return int(stopped.code or 0)
+    except KeyboardInterrupt:
+        print("\nresnet56: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone (| head): not our business
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

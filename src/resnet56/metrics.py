@@ -1,0 +1,150 @@
+"""Logits and labels in, numbers out.
+
+Accuracy with an interval, per-class precision, recall and F1, the confusion matrix, top-k, and
+calibration. All shares are in [0, 1], losses in nats.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+Integers = npt.NDArray[np.integer[Any]]
+
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+BINS = 15  # of the reliability curve, as in Guo et al. 2017
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What N predictions over C classes are worth."""
+
+    accuracy: float
+    accuracy_interval: tuple[float, float]  # Wilson, 95 %
+    top2: float
+    top3: float
+    loss: float  # mean cross-entropy, nats
+    n: int
+    confusion_matrix: list[list[int]]  # [true class][predicted class]
+    per_class: dict[str, dict[str, float]]  # name -> precision, recall, f1, support
+    macro: dict[str, float]  # plain means over the classes
+    weighted: dict[str, float]  # means weighted by support
+    most_confused: list[dict[str, Any]]  # true, predicted, count, share of the true class
+    calibration: dict[str, Any]  # ece, brier, bins
+
+
+def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metrics:
+    """Measure predictions.
+
+    Args:
+        logits: (N, C) floats, N >= 1.
+        labels: (N,) integers in [0, C).
+        classes: the C names.
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    log_probabilities = log_softmax(logits)
+    probabilities = np.exp(log_probabilities)
+    predicted = logits.argmax(axis=1)
+    every = np.arange(len(classes))
+    matrix = confusion_matrix(labels, predicted, labels=every)
+    # A class that is never predicted has no precision; it counts as 0, as is usual.
+    columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)
+    precision, recall, f1, support = (np.asarray(column) for column in columns)
+    scores = {"precision": precision, "recall": recall, "f1": f1}
+    hits = int((predicted == labels).sum())
+    return Metrics(
+        accuracy=hits / len(labels),
+        accuracy_interval=wilson_interval(hits, len(labels)),
+        top2=top_k(logits, labels, 2),
+        top3=top_k(logits, labels, 3),
+        loss=float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        n=len(labels),
+        confusion_matrix=matrix.tolist(),
+        per_class={
+            name: {**{key: float(value[i]) for key, value in scores.items()},
+                   "support": int(support[i])}
+            for i, name in enumerate(classes)
+        },
+        macro={key: float(value.mean()) for key, value in scores.items()},
+        weighted={key: float(np.average(value, weights=support)) for key, value in scores.items()},
+        most_confused=most_confused(matrix, classes),
+        calibration=calibration(probabilities, labels),
+    )
+
+
+def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    """(N, C) logits -> (N, C) log-probabilities, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927), exact enough at 0 and 1 too."""
+    share = hits / n
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def top_k(logits: Floats, labels: Integers, k: int) -> float:
+    """The share of images whose class is among the k largest logits."""
+    k = min(k, logits.shape[1])
+    best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def most_confused(matrix: Integers, classes: tuple[str, ...], most: int = 10) -> list[dict[str, Any]]:
+    """The (true, predicted) pairs off the diagonal with the most images, most first."""
+    off = matrix.copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:most]
+    pairs = zip(*np.unravel_index(order, off.shape), strict=True)
+    return [
+        {
+            "true": classes[true],
+            "predicted": classes[predicted],
+            "count": int(off[true, predicted]),
+            "share": float(off[true, predicted] / matrix[true].sum()),
+        }
+        for true, predicted in pairs
+        if off[true, predicted] > 0
+    ]
+
+
+def calibration(probabilities: Floats, labels: Integers) -> dict[str, Any]:
+    """Does the confidence mean what it says? (Guo et al. 2017; Brier 1950.)
+
+    Returns:
+        `ece`: the mean distance of confidence and accuracy over 15 equal bins of confidence,
+        weighted by their images; `brier`: the mean squared distance of the probabilities from
+        the one-hot truth, summed over classes (0 to 2); `bins`: count, confidence and accuracy
+        of each bin, None where it is empty.
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    # Bins are (lower, upper], so that a confidence of exactly 1 is in the last.
+    index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    counts = np.bincount(index, minlength=BINS)
+    confidences = np.bincount(index, confidence, minlength=BINS)
+    hits = np.bincount(index, correct, minlength=BINS)
+    truth = np.zeros_like(probabilities)
+    truth[np.arange(len(labels)), labels] = 1
+    return {
+        "ece": float(np.abs(confidences - hits).sum() / len(labels)),
+        "brier": float(np.square(probabilities - truth).sum(axis=1).mean()),
+        "bins": [
+            {
+                "from": i / BINS,
+                "to": (i + 1) / BINS,
+                "count": int(counts[i]),
+                "confidence": float(confidences[i] / counts[i]) if counts[i] else None,
+                "accuracy": float(hits[i] / counts[i]) if counts[i] else None,
+            }
+            for i in range(BINS)
+        ],
+    }

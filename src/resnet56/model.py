@@ -1,0 +1,300 @@
+"""ResNet for 32x32 images (He et al. 2015, "Deep Residual Learning", section 4.2).
+
+A 3x3 convolution, then three stages of residual blocks on maps of 32x32, 16x16 and 8x8 with
+16, 32 and 64 filters, then global average pooling and one linear layer.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet56.errors import UsageError
+
+Block = Literal["basic", "bottleneck"]
+Shortcut = Literal["A", "B"]
+
+WIDTHS = (16, 32, 64)  # filters of stages 1 to 3
+LAYERS_A_BLOCK = {"basic": 2, "bottleneck": 3}
+EXPANSION = {"basic": 1, "bottleneck": 4}  # a block's output channels over its width
+
+
+def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+    """3x3 convolution that keeps the map's size, but for its stride."""
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+
+
+def conv1x1(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution."""
+    return nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+
+
+class PadShortcut(nn.Module):
+    """Option A: the identity, subsampled, with zero channels added; it has no parameters.
+
+    Half of the zero channels go before and half behind, as in the best-known PyTorch port, so
+    that its published weights give the same outputs here.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.before = (channels_out - channels_in) // 2
+        self.behind = channels_out - channels_in - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels_in, H, W) -> (N, channels_out, H/stride, W/stride)."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, self.before, self.behind))
+
+
+def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+    """Option B: a 1x1 convolution and batch norm, where the shape changes."""
+    return nn.Sequential(
+        conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out)
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the shortcut around them (the paper's figure 5, left)."""
+
+    def __init__(self, channels_in: int, width: int, stride: int, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(channels_in, width, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels_in, H, W) -> (N, width, H/stride, W/stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class BottleneckBlock(nn.Module):
+    """1x1 to `width`, 3x3, 1x1 to four times `width` (the paper's figure 5, right).
+
+    The stride sits on the 3x3 convolution, as every current implementation has it; the paper's
+    first 1x1 would skip three quarters of its input.
+    """
+
+    def __init__(self, channels_in: int, width: int, stride: int, shortcut: nn.Module) -> None:
+        super().__init__()
+        channels_out = width * EXPANSION["bottleneck"]
+        self.conv1 = conv1x1(channels_in, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv1x1(width, channels_out)
+        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels_in, H, W) -> (N, 4 * width, H/stride, W/stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.shortcut(x))
+
+
+BLOCKS: dict[str, Callable[[int, int, int, nn.Module], nn.Module]] = {
+    "basic": BasicBlock,
+    "bottleneck": BottleneckBlock,
+}
+
+
+class ResNet(nn.Module):
+    """The paper's CIFAR network.
+
+    Args:
+        depth: weighted layers, 6n + 2 with basic blocks and 9n + 2 with bottleneck blocks;
+            projection shortcuts are not counted.
+        block: "basic" (two layers) or "bottleneck" (three).
+        shortcut: "A" (zero-padded identity) or "B" (projection) where the shape changes.
+        classes: number of outputs.
+
+    Raises:
+        UsageError: the depth fits no n, or there are fewer than two classes.
+    """
+
+    def __init__(
+        self, depth: int = 56, block: Block = "basic", shortcut: Shortcut = "A", classes: int = 10
+    ) -> None:
+        super().__init__()
+        blocks = blocks_a_stage(depth, block)
+        if classes < 2:
+            raise UsageError(f"a network needs at least two classes, not {classes}")
+        self.conv1 = conv3x3(3, WIDTHS[0])
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        channels = WIDTHS[0]
+        self.stage1, channels = _stage(channels, WIDTHS[0], 1, blocks, block, shortcut)
+        self.stage2, channels = _stage(channels, WIDTHS[1], 2, blocks, block, shortcut)
+        self.stage3, channels = _stage(channels, WIDTHS[2], 2, blocks, block, shortcut)
+        self.fc = nn.Linear(channels, classes)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """He et al. 2015b for the convolutions; a small normal for the classifier."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 3, 32, 32) normalised images -> (N, C, 8, 8), the last stage's maps."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.stage3(self.stage2(self.stage1(x)))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 32, 32) normalised images -> (N, classes) logits."""
+        pooled = self.features(x).mean(dim=(2, 3))
+        return self.fc(pooled)  # type: ignore[no-any-return]
+
+
+def _stage(
+    channels: int, width: int, stride: int, blocks: int, block: Block, shortcut: Shortcut
+) -> tuple[nn.Sequential, int]:
+    """A stage of `blocks` blocks, the first of which has the stride; and its output channels."""
+    channels_out = width * EXPANSION[block]
+    stage = nn.Sequential()
+    for index in range(blocks):
+        first = index == 0
+        link: nn.Module = nn.Identity()
+        if first and (stride != 1 or channels != channels_out):
+            make = PadShortcut if shortcut == "A" else projection_shortcut
+            link = make(channels, channels_out, stride)
+        stage.append(BLOCKS[block](channels, width, stride if first else 1, link))
+        channels = channels_out
+    return stage, channels
+
+
+def blocks_a_stage(depth: int, block: Block) -> int:
+    """n of depth = 6n + 2 (basic) or 9n + 2 (bottleneck); UsageError for any other depth."""
+    step = 3 * LAYERS_A_BLOCK[block]
+    n, rest = divmod(depth - 2, step)
+    if rest == 0 and n >= 1:
+        return n
+    below, above = max(n, 1) * step + 2, max(n + 1, 1) * step + 2
+    nearest = f"are {below} and {above}" if below != above else f"is {below}"
+    raise UsageError(
+        f"depth {depth} is not {step}n + 2, as {block} blocks need; the nearest {nearest}"
+    )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a name such as `resnet56-bottleneck` stands for."""
+
+    depth: int
+    block: Block
+    shortcut: Shortcut
+
+    @classmethod
+    def parse(cls, name: str) -> "Architecture":
+        """`resnetD` (basic, option A), `resnetD-b` (basic, B) or `resnetD-bottleneck`.
+
+        Raises:
+            UsageError: a name of another form, or a depth that fits no formula.
+        """
+        match = re.fullmatch(r"resnet(\d{1,4})(-b|-bottleneck)?", name)
+        if match is None:
+            raise UsageError(
+                f"unknown architecture {name!r}; the names are resnet56 (basic blocks, "
+                "shortcut A), resnet56-b (shortcut B), resnet56-bottleneck, and other depths"
+            )
+        block: Block = "bottleneck" if match[2] == "-bottleneck" else "basic"
+        architecture = cls(int(match[1]), block, "A" if match[2] is None else "B")
+        blocks_a_stage(architecture.depth, block)
+        return architecture
+
+
+def build(name: str, *, classes: int = 10, seed: int = 0) -> ResNet:
+    """The named network with freshly initialised weights: a pure function of its arguments."""
+    architecture = Architecture.parse(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of a network's description."""
+
+    name: str
+    layers: str  # "2-19", counted from the image to the classifier
+    blocks: int
+    output: tuple[int, ...]  # (C, H, W), or (classes,)
+    parameters: int
+    macs: int  # multiply-accumulates of convolutions and the linear layer, for one image
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network in numbers: the paper's table, computed from the model itself."""
+
+    arch: str
+    depth: int
+    block: str
+    shortcut: str
+    layers_a_block: int
+    parts: tuple[Part, ...]
+    parameters: int
+    macs: int
+
+
+def describe(name: str, classes: int = 10) -> Description:
+    """Stages, blocks, layers, output sizes, parameters and multiply-accumulates of `name`."""
+    architecture = Architecture.parse(name)
+    with torch.device("meta"):  # shapes only: no memory, no arithmetic
+        model = ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)
+        image = torch.empty(1, 3, 32, 32)
+    macs = dict.fromkeys(model.modules(), 0)
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def record(module: nn.Module, _: object, output: Tensor) -> None:
+        shapes[module] = tuple(output.shape[1:])
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            macs[module] = module.weight.numel() * output[0, 0].numel()
+
+    for module in model.modules():
+        module.register_forward_hook(record)
+    model(image)
+
+    layers_a_block = LAYERS_A_BLOCK[architecture.block]
+    parts, counted = [], 0
+    groups: tuple[tuple[str, int, tuple[nn.Module, ...]], ...] = (
+        ("conv1", 1, (model.bn1, model.conv1)),
+        *((f"stage{i}", 0, (getattr(model, f"stage{i}"),)) for i in (1, 2, 3)),
+        ("fc", 1, (model.fc,)),
+    )
+    for part, layers, modules in groups:
+        blocks = len(modules[0]) if isinstance(modules[0], nn.Sequential) else 0
+        layers = layers or blocks * layers_a_block
+        first, counted = counted + 1, counted + layers
+        parts.append(
+            Part(
+                name=part,
+                layers=f"{first}-{counted}" if layers > 1 else f"{first}",
+                blocks=blocks,
+                output=shapes[modules[0]],
+                parameters=sum(p.numel() for m in modules for p in m.parameters()),
+                macs=sum(macs[m] for top in modules for m in top.modules()),
+            )
+        )
+    return Description(
+        arch=name,
+        depth=architecture.depth,
+        block=architecture.block,
+        shortcut=architecture.shortcut,
+        layers_a_block=layers_a_block,
+        parts=tuple(parts),
+        parameters=sum(part.parameters for part in parts),
+        macs=sum(part.macs for part in parts),
+    )

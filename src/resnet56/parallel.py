@@ -1,0 +1,95 @@
+"""Several processes as one: the group that torchrun sets up, and batch norm across it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class Place(NamedTuple):
+    """Which process this is, of how many."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes and prints."""
+        return self.rank == 0
+
+
+def place() -> Place:
+    """Read from what torchrun puts into the environment; alone without it."""
+    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[Place]:
+    """Join the others for the duration of the block: NCCL between GPUs, gloo otherwise."""
+    here = place()
+    if here.world_size == 1:
+        yield here
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield here
+    finally:
+        dist.destroy_process_group()
+
+
+def total(value: Tensor, here: Place) -> Tensor:
+    """The sum of `value` over all processes."""
+    if here.world_size > 1:
+        dist.all_reduce(value)
+    return value
+
+
+class SynchronizedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes.
+
+    PyTorch's own SyncBatchNorm is for GPUs only; this one runs wherever a process group does.
+    It expects batches of equal size, as `Batches` makes them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        wide = x.float()
+        processes = dist.get_world_size()
+        count = processes * x.numel() // x.shape[1]
+        mean = all_reduce(wide.mean(dim=(0, 2, 3))) / processes
+        centred = wide - mean[:, None, None]
+        var = all_reduce(centred.square().mean(dim=(0, 2, 3))) / processes
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / max(count - 1, 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """The model with its batch norms replaced, parameters and names unchanged."""
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                norm = SynchronizedBatchNorm2d(
+                    child.num_features, child.eps, child.momentum, device=child.weight.device
+                )
+                norm.load_state_dict(child.state_dict())
+                setattr(parent, name, norm)
+    return model

@@ -1,0 +1,126 @@
+"""What a person sees of long work: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+LINE_EVERY = 60.0  # seconds between signs of life within an epoch, off a terminal
+
+
+def percent(share: float) -> str:
+    """0.9303 -> '93.03 %'."""
+    return f"{100 * share:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """90 -> '1:30', 3700 -> '1:01:40'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TrainingProgress:
+    """Shows a training's steps and epochs; `quiet` shows nothing."""
+
+    def __init__(self, *, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.quiet = quiet
+        self.epochs = self.steps = 0
+        self.bar: Progress | None = None
+        self.started = self.last_line = time.monotonic()
+        self.first_step: int | None = None
+
+    def __enter__(self) -> "TrainingProgress":
+        """Nothing is shown before `begin`."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the bar off the screen."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar where there is one."""
+        if not self.quiet:
+            self.console.print(line, markup=False)
+
+    def begin(self, epochs: int, steps: int) -> None:
+        """A training of `epochs` epochs with `steps` steps each is about to go on."""
+        self.epochs, self.steps = epochs, steps
+        self.started = self.last_line = time.monotonic()
+        if self.console.is_terminal and not self.quiet:
+            self.bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.bar.start()
+            self.bar.add_task("", total=epochs * steps, epoch="", numbers="")
+
+    def step(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """`step` steps of all are taken; the other numbers are the epoch's so far."""
+        if self.quiet:
+            return
+        if self.first_step is None:
+            self.first_step = step - 1
+        now = time.monotonic()
+        left = (self.epochs * self.steps - step) * (now - self.started) / (step - self.first_step)
+        epoch = f"{(step - 1) // self.steps + 1}/{self.epochs}"
+        speed = f"{images_per_second:.0f} img/s"
+        numbers = f"loss {loss:.3f}  acc {percent(accuracy)}  {speed}  {duration(left)} left"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=step, epoch=epoch, numbers=numbers)
+        elif now - self.last_line >= LINE_EVERY:
+            self.last_line = now
+            self.say(f"  in epoch {epoch}  {numbers}")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """An epoch is over; `row` is its line of metrics.jsonl."""
+        self.last_line = time.monotonic()
+        line = (
+            f"epoch {row['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
+            f"  loss {row['train_loss']:.4f}  acc {percent(row['train_accuracy'])}"
+        )
+        if "holdout_accuracy" in row:
+            line += f"  held out {percent(row['holdout_accuracy'])}"
+        self.say(f"{line}  {row['images_per_second']:.0f} img/s  {duration(row['seconds'])}")
+
+
+class DownloadProgress:
+    """Shows a download; called with the bytes that are there and all bytes, if known."""
+
+    def __init__(self, name: str) -> None:
+        self.console = Console(stderr=True, soft_wrap=True)
+        self.name = name
+        self.bar = Progress(
+            TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            console=self.console, disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(name, total=None)
+        self.tenths = 0
+
+    def __enter__(self) -> "DownloadProgress":
+        """Show the bar."""
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bar as it is."""
+        self.bar.stop()
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """`done` of `total` bytes are there."""
+        self.bar.update(self.task, completed=done, total=total)
+        if self.bar.disable and total and 10 * done // total > self.tenths:
+            self.tenths = 10 * done // total
+            self.console.print(f"{self.name}: {done / 1e6:.0f} of {total / 1e6:.0f} MB")

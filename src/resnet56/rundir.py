@@ -1,0 +1,299 @@
+"""The run directory: what a training leaves on disk, and all that later commands read.
+
+    recipe.json        how it was trained
+    environment.json   on what, with which versions, by which command
+    metrics.jsonl      a line an epoch
+    checkpoint/        checkpoint.json, and the tensor files it names
+    evaluation.json    how good it is
+
+Files appear whole or not at all: each is written under another name, flushed to the disk and
+renamed. A checkpoint is several files, so its JSON is written last and names the tensor files
+with their SHA-256; the previous ones are removed only then. Whenever the power goes, the JSON on
+disk names files that are there.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from resnet56.errors import RunError
+
+FORMAT = 1  # of the checkpoint; a reader refuses a newer one
+
+
+@dataclass(frozen=True)
+class Network:
+    """What must be known to use the weights."""
+
+    arch: str
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]  # of the training images, in units of [0, 1]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands, and what its unfinished epoch has summed up so far."""
+
+    epoch: int = 0  # epochs finished
+    step: int = 0  # steps taken, over all epochs
+    epoch_step: int = 0  # steps of the unfinished epoch
+    loss_sum: float = 0.0  # of the unfinished epoch, in nats
+    correct: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network's weights and, for resuming, the state of its training."""
+
+    network: Network
+    model: Mapping[str, Tensor]  # the weights to use: the averaged ones where there are any
+    training: Mapping[str, Tensor] = field(default_factory=dict)  # momentum, raw weights
+    position: Position = field(default_factory=Position)
+    notes: Mapping[str, Any] = field(default_factory=dict)  # precision, data, loss scale, ...
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; what was there is untouched"
+        ) from error
+    except safetensors.SafetensorError as error:  # its word for a full disk, among others
+        raise RunError(f"cannot write {path}: {error}; what was there is untouched") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; RunError if it cannot be written."""
+    with _writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write readable JSON whole or not at all; lists of plain numbers stay on one line."""
+    write_text(path, _readable(content) + "\n")
+
+
+def _readable(content: Any, indent: str = "") -> str:
+    """JSON with a line a key, except that short or innermost lists are not broken up."""
+    deeper = indent + "  "
+    if isinstance(content, Mapping) and content:
+        lines = [f"{json.dumps(str(k))}: {_readable(v, deeper)}" for k, v in content.items()]
+        return "{\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}}}"
+    if isinstance(content, list | tuple) and any(isinstance(v, list | dict) for v in content):
+        lines = [_readable(value, deeper) for value in content]
+        return "[\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}]"
+    return json.dumps(content, allow_nan=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; RunError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+class RunDirectory:
+    """Reads and writes one run; `path` need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.json"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.evaluation_file = path / "evaluation.json"
+        self.checkpoint_file = path / "checkpoint" / "checkpoint.json"
+
+    def create(self) -> None:
+        """Make the directory; RunError if something is in the way."""
+        self.refuse_taken()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot make the run directory {self.path}: {error.strerror or error}"
+            ) from None
+
+    def refuse_taken(self) -> None:
+        """RunError if a new run cannot begin here: a file, a run, or anything else is in the way."""
+        if self.checkpoint_file.exists():
+            raise RunError(
+                f"{self.path} holds a run already; continue it with --resume, or choose "
+                "another --out"
+            )
+        try:
+            others = sorted(entry.name for entry in self.path.iterdir())
+        except FileNotFoundError:
+            return
+        except OSError as error:  # a file among them
+            raise RunError(
+                f"{self.path} cannot be a run directory: {error.strerror or error}; choose "
+                "another --out"
+            ) from None
+        # What a run leaves that was stopped before its first checkpoint may be written over.
+        ours = ("recipe.json", "environment.json", "metrics.jsonl", "checkpoint")
+        others = [name for name in others if name not in ours and not name.endswith(".tmp")]
+        if others:
+            raise RunError(
+                f"{self.path} is not empty ({others[0]} is in it) and is no run; choose "
+                "another --out"
+            )
+
+    def data_origin(self) -> str | None:
+        """What `--data` would load the run's own images again: digits, or a folder."""
+        if not self.environment_file.exists():
+            return None
+        data = read_json(self.environment_file).get("data")
+        origin = data.get("origin") if isinstance(data, dict) else None
+        return origin if isinstance(origin, str) else None
+
+    # metrics.jsonl
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one line; on the disk when this returns."""
+        try:
+            with self.metrics_file.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.metrics_file}: {error.strerror or error}; free some space "
+                "and continue with --resume"
+            ) from None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines, but a last one that a crash cut short; empty before the first epoch."""
+        if not self.metrics_file.exists():
+            return []
+        rows: list[dict[str, Any]] = []
+        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise RunError(f"{self.metrics_file}:{number} is damaged") from None
+        return rows
+
+    def rewind_metrics(self, epochs: int) -> None:
+        """Keep the lines of the first `epochs` epochs: the ones the checkpoint has behind it."""
+        if self.metrics_file.exists():
+            kept = [row for row in self.read_metrics() if row["epoch"] <= epochs]
+            text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+            write_text(self.metrics_file, text)
+
+    # checkpoint/
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint; the old one stays whole until the new one is.
+
+        Raises:
+            RunError: it could not be written (a full disk); the old one is intact.
+        """
+        directory = self.checkpoint_file.parent
+        files = {}
+        for part in ("model", "training"):
+            tensors = {name: t.detach().contiguous() for name, t in getattr(checkpoint, part).items()}
+            content = safetensors.torch.save(tensors)
+            name = f"{part}-{checkpoint.position.step:08d}.safetensors"
+            with _writing(directory / name) as temporary:
+                temporary.write_bytes(content)
+            files[part] = {"name": name, "sha256": hashlib.sha256(content).hexdigest()}
+        write_json(
+            self.checkpoint_file,
+            {
+                "format": FORMAT,
+                "network": asdict(checkpoint.network),
+                "position": asdict(checkpoint.position),
+                "notes": dict(checkpoint.notes),
+                "files": files,
+            },
+        )
+        named = {entry["name"] for entry in files.values()} | {self.checkpoint_file.name}
+        for path in directory.iterdir():
+            if path.name not in named:
+                with contextlib.suppress(OSError):  # on Windows another process may read it
+                    path.unlink()
+
+    def load(self, *, training: bool = False) -> Checkpoint:
+        """Read the checkpoint; with `training`, also what only resuming needs.
+
+        Raises:
+            RunError: there is none, it is damaged, or a newer version wrote it.
+        """
+        if not self.path.is_dir():
+            raise RunError(f"there is no run at {self.path}; give the directory of a training")
+        if not self.checkpoint_file.exists():
+            raise RunError(f"{self.path} has no checkpoint; train there first")
+        head = read_json(self.checkpoint_file)
+        if isinstance(head.get("format"), int) and head["format"] > FORMAT:
+            raise RunError(
+                f"{self.checkpoint_file} is of format {head['format']}, newer than this version "
+                f"reads ({FORMAT}); update resnet56"
+            )
+        try:
+            network = Network(**{**head["network"], **_tuples(head["network"])})
+            position = Position(**head["position"])
+            notes = dict(head["notes"])
+            parts = {
+                part: self._tensors(head["files"][part])
+                for part in (("model", "training") if training else ("model",))
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{self.checkpoint_file} is damaged: {error!r}") from None
+        return Checkpoint(network, position=position, notes=notes, **parts)
+
+    def _tensors(self, entry: Mapping[str, str]) -> dict[str, Tensor]:
+        path = self.checkpoint_file.parent / Path(entry["name"]).name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise RunError(f"{path} is damaged: its checksum is not the one in checkpoint.json")
+        try:
+            return safetensors.torch.load(content)
+        except safetensors.SafetensorError as error:
+            raise RunError(f"{path} is damaged: {error}") from None
+
+
+def _tuples(network: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple(network[name]) for name in ("classes", "mean", "std")}
+
+
+def next_free(base: Path) -> Path:
+    """`base`, or the first of base-2, base-3, ... that does not exist."""
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path

@@ -1,0 +1,152 @@
+"""The machine: device, precision, memory, and the facts that go into environment.json."""
+
+import contextlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from resnet56.errors import UsageError
+
+Resolved = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; otherwise what PyTorch calls it (cpu, cuda:1, mps).
+
+    Raises:
+        UsageError: no such device, on this machine or at all.
+    """
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]
+    if count == 0:
+        raise UsageError(f"device {name!r} is not there; this PyTorch sees no such hardware")
+    if (device.index or 0) >= count:
+        raise UsageError(f"device {name!r} is not there; this machine has {count} of them")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> Resolved:
+    """`auto` is the fastest that the device computes in hardware: bf16, fp16 or fp32.
+
+    bf16 that a processor emulates is several times slower than fp32, so it must have the
+    instructions; a GPU without bf16 (a T4) trains in fp16 with loss scaling.
+    """
+    if name != "auto":
+        return name  # type: ignore[return-value]  # the recipe has checked it
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    # PyTorch has these probes since 2.4, without a public name.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def autocast(device: torch.device, precision: Resolved) -> contextlib.AbstractContextManager[Any]:
+    """The context in which the forward pass runs; parameters stay fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory so far, in MB of 10**6 bytes: the GPU's, or else the process's resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; getrusage would count what ran before exec
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return float(memory.peak_wset / 1e6)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, or the platform's word for it."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device, precision: Resolved) -> dict[str, Any]:
+    """What the run's numbers depend on besides its recipe and data."""
+    facts: dict[str, Any] = {
+        "processor": processor_name(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+        "device": str(device),
+        "precision": precision,
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        facts["gpu"] = gpu.name
+        facts["gpu_memory_gb"] = round(gpu.total_memory / 1e9, 1)
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
+    facts["python"] = platform.python_version()
+    facts["versions"] = {
+        name: metadata.version(name)
+        for name in ("resnet56", "torch", "numpy", "safetensors", "scikit-learn", "pillow")
+    }
+    facts["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts["git"] = git_state()
+    return facts
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether files differ from it, where the package runs from a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):  # installed inside someone else's repository
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

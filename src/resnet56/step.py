@@ -1,0 +1,157 @@
+"""One training step, and what it is made of: optimizer, schedule, averaged weights."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet56.recipe import Recipe
+from resnet56.runtime import Resolved, autocast
+
+
+def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
+    """The learning rate of step `step` (from 0): a warm-up line, then the recipe's schedule."""
+    warmup = recipe.warmup_epochs * steps_an_epoch
+    if step < warmup:
+        return recipe.lr * (step + 1) / (warmup + 1)
+    if recipe.schedule == "step":
+        drops = sum(step >= epoch * steps_an_epoch for epoch in recipe.drop_epochs)
+        return float(recipe.lr * recipe.drop_factor**drops)
+    done = (step - warmup) / max(recipe.epochs * steps_an_epoch - warmup, 1)
+    if recipe.schedule == "cosine":
+        return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return recipe.lr * (1 - done)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD; with `decay_norm` off, vectors (batch norm, biases) are spared the weight decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    spared = recipe.weight_decay if recipe.decay_norm else 0.0
+    return torch.optim.SGD(
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": spared},
+        ],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )
+
+
+class Average:
+    """An exponential moving average of a model's weights and running statistics.
+
+    The decay grows as (1 + step) / (10 + step) up to the recipe's, so that the average of a
+    young run does not remember its random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards the model's tensors after step `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        mine, theirs = [], []
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                mine.append(self.tensors[name])
+                theirs.append(tensor)
+            else:
+                self.tensors[name].copy_(tensor)
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+
+class Trainer:
+    """A model in training: takes steps and keeps the sums of the epoch, all on the device.
+
+    Args:
+        model: the bare network; its state is what checkpoints hold.
+        wrapped: what runs forward: the same model, or it inside DistributedDataParallel.
+        recipe: how to train.
+        precision: resolved, of the forward and backward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, wrapped: nn.Module, recipe: Recipe, precision: Resolved
+    ) -> None:
+        self.model = model
+        self.wrapped = wrapped
+        self.recipe = recipe
+        self.precision = precision
+        self.device = next(model.parameters()).device
+        self.optimizer = make_optimizer(model, recipe)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
+        self.begin_sums()
+        self.bad_step = torch.tensor(-1, device=self.device)
+
+    def begin_sums(self, loss_sum: float = 0.0, correct: int = 0) -> None:
+        """Begin an epoch's sums, or take up those of an interrupted one."""
+        kind = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no doubles
+        self.sums = torch.tensor([loss_sum, correct], dtype=kind, device=self.device)
+
+    def step(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
+        """One step of SGD on (B, 3, 32, 32) normalised images and (B,) labels.
+
+        Adds the batch's loss and hits to `sums`; nothing waits for the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with autocast(self.device, self.precision):
+            logits = self.wrapped(images)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model, step)
+        with torch.no_grad():
+            hits = (logits.argmax(dim=1) == labels).sum()
+            self.sums += torch.stack((loss.detach() * len(labels), hits))
+            fine = torch.isfinite(loss) | (self.bad_step >= 0)
+            self.bad_step = torch.where(fine, self.bad_step, step)
+
+    def diverged_at(self) -> int | None:
+        """The first step whose loss was not finite; waits for the device."""
+        step = int(self.bad_step)
+        return step if step >= 0 else None
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number; waits for the device."""
+        return bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights that the run is about: the averaged ones where there are any."""
+        return self.average.tensors if self.average is not None else self.model.state_dict()
+
+    def state(self) -> dict[str, Tensor]:
+        """What resuming needs besides `weights`: momentum, and the raw weights under an average."""
+        state = {
+            f"momentum.{name}": self.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in self.model.named_parameters()
+            if self.optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
+        }
+        if self.average is not None:
+            state |= {f"raw.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return state
+
+    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """The inverse of `weights` and `state`."""
+        raw = {name[4:]: tensor for name, tensor in state.items() if name.startswith("raw.")}
+        self.model.load_state_dict(raw if self.average is not None else weights)
+        if self.average is not None:
+            for name, tensor in self.average.tensors.items():
+                tensor.copy_(weights[name])
+        for name, parameter in self.model.named_parameters():
+            momentum = state.get(f"momentum.{name}")
+            if momentum is not None:
+                # In the parameter's memory layout, or the next step would round differently.
+                buffer = torch.empty_like(parameter).copy_(momentum)
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer

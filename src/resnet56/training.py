@@ -1,0 +1,386 @@
+"""The story of a training: data -> model -> epochs -> checkpoint -> evaluation."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet56 import __version__
+from resnet56.batches import Batches
+from resnet56.data import Dataset, Split, channel_statistics, hold_out
+from resnet56.errors import RunError, TrainingError, UsageError
+from resnet56.evaluation import evaluate, restore
+from resnet56.model import build
+from resnet56.parallel import Place, process_group, synchronize_batch_norm, total
+from resnet56.progress import TrainingProgress
+from resnet56.recipe import Recipe, from_fields
+from resnet56.rundir import Checkpoint, Network, Position, RunDirectory, read_json, write_json
+from resnet56.runtime import (
+    Resolved,
+    environment,
+    peak_memory_mb,
+    resolve_device,
+    resolve_precision,
+)
+from resnet56.step import Trainer, learning_rate
+
+SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
+LOOK_EVERY = 10  # steps between looks at the loss, each of which waits for the device
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM came; the checkpoint is written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+
+
+class Scalars(Protocol):
+    """What is wanted of a TensorBoard writer."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Log one number."""
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    tensorboard: bool = False,
+    progress: TrainingProgress | None = None,
+) -> dict[str, Any]:
+    """Train by `recipe` on `dataset`, leave the run in `out`, and test it.
+
+    Args:
+        recipe: how to train; its batch is the global one when torchrun starts several processes.
+        dataset: what to train and test on.
+        out: the run directory; must be new, or with `resume` hold a run of the same recipe.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        resume: go on from the checkpoint in `out`.
+        tensorboard: also write scalars for TensorBoard, in `out/tensorboard`.
+        progress: where to show it; nothing is shown without.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the checkpoint is written.
+        TrainingError: the loss is not finite.
+        RunError: `out` cannot be used or written.
+        UsageError: the device is not there, or the held-out part is too large.
+    """
+    where = resolve_device(device)
+    precision = resolve_precision(recipe.precision, where)
+    progress = progress or TrainingProgress(quiet=True)
+    run = RunDirectory(out)
+    with process_group(where) as here, _stop_signals() as stop:
+        data = {"origin": dataset.origin, "source": dataset.source}
+        facts = environment(where, precision) | {"processes": here.world_size, "data": data}
+        fingerprint = dataset.fingerprint()
+        saved = _take_up(run, recipe, dataset.source, fingerprint) if resume else None
+        if here.is_first:
+            _prepare(run, recipe, facts, resumed=saved is not None)
+        training, held_out = _split(dataset, recipe.holdout)
+        mean, std = channel_statistics(training.images)
+        network = Network(recipe.arch, dataset.classes, mean, std)
+        loop = _Loop(run, recipe, network, where, precision, here, fingerprint, progress)
+        loop.set_up(training, flip=recipe.flip and dataset.mirror, saved=saved)
+        with _tensorboard(tensorboard and here.is_first, run, loop.position.step) as scalars:
+            loop.epochs(held_out, stop, scalars)
+    if stop.signum is not None:  # asked for in the last moment
+        raise Interrupted(stop.signum)
+    if not here.is_first:
+        return {}
+    return _test(run, dataset, training, held_out, where, progress)
+
+
+def _take_up(run: RunDirectory, recipe: Recipe, source: str, fingerprint: str) -> Checkpoint:
+    """The checkpoint to go on from; RunError if the run is of another recipe or other data."""
+    checkpoint = run.load(training=True)
+    theirs = from_fields(read_json(run.recipe_file), str(run.recipe_file)).to_json()
+    mine = recipe.to_json()
+    differing = [f"{name} {theirs[name]} -> {mine[name]}" for name in mine if mine[name] != theirs[name]]
+    if differing:
+        raise RunError(
+            f"{run.path} is a run of another recipe ({', '.join(differing)}); resume it with "
+            "its own, or choose another --out"
+        )
+    if checkpoint.notes.get("data") != fingerprint:
+        raise RunError(f"{run.path} was trained on other images than {source}; choose --data")
+    return checkpoint
+
+
+def _prepare(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, resumed: bool) -> None:
+    """Write what is known before the first step."""
+    if resumed:
+        before = read_json(run.environment_file) if run.environment_file.exists() else facts
+        facts = before | {"resumed": [*before.get("resumed", []), facts]}
+    else:
+        run.create()
+        run.rewind_metrics(0)
+        write_json(run.recipe_file, recipe.to_json())
+    write_json(run.environment_file, facts)
+
+
+def _split(dataset: Dataset, holdout: int) -> tuple[Split, Split | None]:
+    if holdout == 0:
+        return dataset.train, None
+    return hold_out(dataset.train, holdout)
+
+
+@dataclass
+class _Loop:
+    """The epochs of one training, and where it stands in them."""
+
+    run: RunDirectory
+    recipe: Recipe
+    network: Network
+    device: torch.device
+    precision: Resolved
+    here: Place
+    fingerprint: str
+    progress: TrainingProgress
+    position: Position = Position()
+
+    def set_up(self, training: Split, *, flip: bool, saved: Checkpoint | None) -> None:
+        """Put model and data on the device, as they were when `saved` was."""
+        recipe, device = self.recipe, self.device
+        model = build(recipe.arch, classes=len(self.network.classes), seed=recipe.seed)
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        wrapped: torch.nn.Module = model
+        if self.here.world_size > 1:
+            model = synchronize_batch_norm(model)  # type: ignore[assignment]
+            ids = [device] if device.type == "cuda" else None
+            wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        self.trainer = Trainer(model, wrapped, recipe, self.precision)
+        if saved is not None:
+            self.position = saved.position
+            self.trainer.restore(saved.model, saved.training)
+            if self.trainer.scaler.is_enabled() and saved.notes.get("loss_scale"):
+                self.trainer.scaler.load_state_dict(dict(saved.notes["loss_scale"]))
+            if self.here.is_first:
+                self.run.rewind_metrics(self.position.epoch)
+        self.batches = Batches(
+            Split(training.images.to(device), training.labels.to(device)),
+            torch.tensor(self.network.mean, device=device),
+            torch.tensor(self.network.std, device=device),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            padding=recipe.padding,
+            flip=flip,
+            cutout=recipe.cutout,
+            rank=self.here.rank,
+            world_size=self.here.world_size,
+        )
+
+    def epochs(self, held_out: Split | None, stop: "_Stop", scalars: Scalars | None) -> None:
+        """Train from the present position to the last epoch."""
+        self.progress.begin(self.recipe.epochs, self.batches.steps)
+        if self.position.step == 0:
+            self._save()  # from here on there is something to resume
+        while self.position.epoch < self.recipe.epochs:
+            lr = self._epoch(stop)
+            row = self._row(lr)
+            if held_out is not None:
+                row |= self._hold_out_figures(held_out)
+            if self.here.is_first:
+                # The line first: should the power go now, resuming takes it back.
+                self.run.append_metrics(row)
+                for name, value in row.items() if scalars is not None else ():
+                    if name not in ("epoch", "step"):
+                        scalars.add_scalar(name, value, row["step"])
+            self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
+            self._save()
+            self.progress.epoch(row)
+
+    def _epoch(self, stop: "_Stop") -> float:
+        """Finish the present epoch; return its last learning rate."""
+        trainer, batches, at = self.trainer, self.batches, self.position
+        # The saved sums are over all processes; the first one goes on with them.
+        trainer.begin_sums(*((at.loss_sum, at.correct) if self.here.is_first else ()))
+        trainer.model.train()
+        begun = saved = time.perf_counter()
+        lr = 0.0
+        for images, labels in batches.epoch(at.epoch, at.epoch_step):
+            step = self.position.step
+            lr = learning_rate(self.recipe, step, batches.steps)
+            trainer.step(images, labels, lr, step)
+            epoch_step = self.position.epoch_step + 1
+            now = time.perf_counter()
+            self.position = replace(
+                self.position,
+                step=step + 1,
+                epoch_step=epoch_step,
+                images=epoch_step * batches.global_batch,
+                seconds=at.seconds + now - begun,
+            )
+            last = epoch_step == batches.steps
+            if last or epoch_step % LOOK_EVERY == 0:
+                self._look()
+            # Several processes must stop at the same step: they ask each other as they look.
+            alone = self.here.world_size == 1
+            if (alone or epoch_step % LOOK_EVERY == 0) and self._stopped(stop) and not last:
+                self._look()
+                self._save()
+                raise Interrupted(stop.signum or signal.SIGTERM)
+            if now - saved > SAVE_EVERY and not last:
+                self._look()
+                self._save()
+                saved = time.perf_counter()
+        self.position = replace(self.position, seconds=at.seconds + time.perf_counter() - begun)
+        return lr
+
+    def _look(self) -> None:
+        """Read the epoch's sums off the device, show them, and stop if the loss is not finite."""
+        diverged = self.trainer.diverged_at()
+        if diverged is not None:
+            epoch = diverged // self.batches.steps + 1
+            lr = learning_rate(self.recipe, diverged, self.batches.steps)
+            raise TrainingError(
+                f"the loss is not finite in epoch {epoch}, step {diverged + 1}, at learning rate "
+                f"{lr:g}; the last good checkpoint stays in {self.run.path}; try a lower --lr "
+                "or a longer --warmup-epochs"
+            )
+        loss_sum, correct = total(self.trainer.sums.clone(), self.here).tolist()
+        self.position = replace(self.position, loss_sum=loss_sum, correct=int(correct))
+        at = self.position
+        if self.here.is_first:
+            speed = at.images / at.seconds
+            self.progress.step(at.step, loss_sum / at.images, correct / at.images, speed)
+
+    def _stopped(self, stop: "_Stop") -> bool:
+        if self.here.world_size == 1:
+            return stop.signum is not None
+        asked = torch.tensor(float(stop.signum is not None), device=self.device)
+        return bool(total(asked, self.here) > 0)
+
+    def _row(self, lr: float) -> dict[str, Any]:
+        at = self.position
+        return {
+            "epoch": at.epoch + 1,
+            "step": at.step,
+            "lr": lr,
+            "train_loss": at.loss_sum / at.images,
+            "train_accuracy": at.correct / at.images,
+            "images_per_second": at.images / at.seconds,
+            "seconds": at.seconds,
+            "peak_memory_mb": peak_memory_mb(self.device),
+        }
+
+    def _hold_out_figures(self, held_out: Split) -> dict[str, float]:
+        net = self.network
+        model = build(self.recipe.arch, classes=len(net.classes)).to(self.device)
+        model.load_state_dict(self.trainer.weights())
+        figures = evaluate(model, held_out, net.classes, net.mean, net.std, self.precision)
+        return {"holdout_loss": figures["loss"], "holdout_accuracy": figures["accuracy"]}
+
+    def _save(self) -> None:
+        """Write the checkpoint, unless the weights are no numbers."""
+        if not self.here.is_first:
+            return
+        if not self.trainer.is_finite():
+            raise TrainingError(
+                f"the weights are not finite after step {self.position.step}; the last good "
+                f"checkpoint stays in {self.run.path}; try a lower --lr"
+            )
+        notes = {
+            "resnet56": __version__,
+            "data": self.fingerprint,
+            "weights": "averaged" if self.trainer.average is not None else "last",
+            "precision": self.precision,
+            "loss_scale": self.trainer.scaler.state_dict() or None,
+        }
+        weights, state = self.trainer.weights(), self.trainer.state()
+        self.run.save(Checkpoint(self.network, weights, state, self.position, notes))
+
+
+def _test(
+    run: RunDirectory,
+    dataset: Dataset,
+    training: Split,
+    held_out: Split | None,
+    device: torch.device,
+    progress: TrainingProgress,
+) -> dict[str, Any]:
+    """Open the test set, once, with the weights that are on the disk."""
+    checkpoint = run.load()
+    net = checkpoint.network
+    model = restore(checkpoint, device)
+    splits = {"test": dataset.test, "train": training, "holdout": held_out}
+    figures: dict[str, Any] = {}
+    for name, split in splits.items():
+        if split is not None:
+            progress.say(f"measuring on {len(split):,} images ({name})")
+            figures[name] = evaluate(model, split, net.classes, net.mean, net.std)
+    result = figures | {
+        "weights": checkpoint.notes["weights"],
+        "epoch": checkpoint.position.epoch,
+        "step": checkpoint.position.step,
+        "device": str(device),
+        "precision": "fp32",
+        "data": dataset.source,
+    }
+    write_json(run.evaluation_file, result)
+    return result
+
+
+@dataclass
+class _Stop:
+    """The signal that asked to stop, once one has."""
+
+    signum: int | None = None
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a wish; a second one acts as it always does."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def wish(signum: int, frame: FrameType | None) -> None:
+        stop.signum = signum
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, wish)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _tensorboard(wanted: bool, run: RunDirectory, step: int) -> Iterator[Scalars | None]:
+    if not wanted:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError(
+            "TensorBoard is not installed; pip install 'resnet56[tensorboard]'"
+        ) from None
+    writer = SummaryWriter(  # type: ignore[no-untyped-call]
+        str(run.path / "tensorboard"), purge_step=step + 1 if step else None
+    )
+    try:
+        yield writer
+    finally:
+        writer.close()  # type: ignore[no-untyped-call]

@@ -1,0 +1,51 @@
+"""What several test files share: a tiny data set that a small network can learn."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet56.data import Dataset, Split, load_folder
+from resnet56.recipe import Recipe
+
+
+def striped(count: int, seed: int) -> Split:
+    """Images of three classes - horizontal, vertical and no stripes - under noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    wave = (torch.arange(32) % 8 < 4).float() * 120
+    patterns = torch.stack((wave[:, None].expand(32, 32), wave.expand(32, 32), torch.full((32, 32), 60.0)))
+    noise = torch.randint(0, 100, (count, 3, 32, 32), generator=generator)
+    return Split((patterns[labels][:, None] + noise).to(torch.uint8), labels)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Dataset:
+    """50 training and 24 test images; 50 is no multiple of a batch of 8."""
+    return Dataset(
+        name="tiny",
+        classes=("rows", "columns", "plain"),
+        train=striped(50, seed=1),
+        test=striped(24, seed=2),
+        mirror=True,
+        source="the tests' stripes",
+        origin="nowhere",
+    )
+
+
+@pytest.fixture(scope="session")
+def small() -> Recipe:
+    """A recipe for `tiny`: the smallest network, three epochs of six steps."""
+    return Recipe(
+        arch="resnet8", epochs=3, batch_size=8, lr=0.05, schedule="cosine", precision="fp32"
+    )
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Dataset:
+    """The real thing, where the environment says it lies."""
+    folder = os.environ.get("CIFAR10_DIR")
+    if not folder:
+        pytest.skip("CIFAR10_DIR is not set; it names a folder with cifar-10-batches-bin")
+    return load_folder(Path(folder))

@@ -1,0 +1,244 @@
+"""The command, as a shell sees it: output, one-line errors, exit codes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet56 import __version__, cli
+
+QUICKLY = ["--arch", "resnet8", "--batch-size", "8", "--epochs", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder: red and blue pictures, of several sizes."""
+    root = tmp_path_factory.mktemp("data") / "colours"
+    chance = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 4)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = chance.integers(0, 80, (20 + index, 40, 3), np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "colours"
+    assert cli.main(["train", "quick", "--data", str(folder), "--out", str(out), *QUICKLY]) == 0
+    return out
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Run the command where nothing is; it must fail with one line, which is returned."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_and_fail(*arguments: str, code: int) -> str:
+        assert cli.main(list(arguments)) == code
+        shown = capsys.readouterr()
+        assert shown.err.count("\n") == 1, shown.err
+        assert shown.err.startswith("resnet56: ")
+        assert not list(tmp_path.iterdir()), "something was left on the disk"
+        return shown.err
+
+    return run_and_fail
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from resnet56.cli import main; main(['--help']);"
+        "print([m for m in ('torch', 'numpy', 'sklearn', 'PIL') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.endswith("[]\n")
+    for name in cli.COMMANDS:
+        assert re.search(rf"^  {name} ", shown.stdout, re.MULTILINE)
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["train", "quick"], ["evaluate"], ["describe"], ["data"], ["data", "fetch"]],
+)
+def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*arguments, "--help"]) == 0
+    shown = capsys.readouterr()
+    assert f"usage: resnet56 {arguments[0]}" in shown.out
+    assert shown.err == ""
+
+
+def test_help_shows_the_recipe_it_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", "report", "--help"])
+    assert "(default: resnet56-bottleneck)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_version_and_the_module_are_the_command() -> None:
+    command = [sys.executable, "-m", "resnet56", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.stdout == f"resnet56 {__version__}\n"
+
+
+def test_describe_prints_the_papers_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["describe", "--arch", "resnet56-bottleneck"]) == 0
+    text = capsys.readouterr().out
+    assert "591,322" in text
+    assert re.search(r"stage3 +38-55 +6 +256x8x8", text)
+    assert cli.main(["describe", "--json"]) == 0
+    network = json.loads(capsys.readouterr().out)
+    assert network["parameters"] == 853_018
+    assert [part["layers"] for part in network["parts"]] == ["1", "2-19", "20-37", "38-55", "56"]
+
+
+def test_training_then_evaluating_agree(
+    run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = json.loads((run / "evaluation.json").read_text())
+    assert cli.main(["evaluate", str(run), "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out) == trained["test"]
+    assert cli.main(["evaluate", str(run), "--split", "train", "--json", "--data", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 20
+    assert cli.main(["evaluate", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert f"accuracy {100 * trained['test']['accuracy']:.2f} %" in text
+    assert re.search(r"^ *red ", text, re.MULTILINE)
+
+
+def test_a_runs_own_recipe_trains_it_again(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(run / "recipe.json")
+    assert cli.main(["train", recipe, "--data", str(folder), "--out", str(tmp_path / "again")]) == 0
+    mine, theirs = (
+        json.loads((path / "evaluation.json").read_text())["train"]["loss"]
+        for path in (run, tmp_path / "again")
+    )
+    assert mine == theirs
+
+
+def test_without_out_runs_are_numbered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert cli.main(["train", "quick", "--data", str(folder), "--quiet", *QUICKLY]) == 0
+    assert sorted(os.listdir("runs")) == ["quick-colours", "quick-colours-2"]
+
+
+def test_ctrl_c_ends_with_130_and_the_command_that_resumes(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a run"
+    command = [sys.executable, "-m", "resnet56", "train"]
+    flags = ["--data", str(folder), "--out", str(out), *QUICKLY, "--epochs", "100000"]
+    options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
+    training = subprocess.Popen([*command, "quick", *flags], stderr=subprocess.PIPE, text=True, **options)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    training.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
+    _, shown = training.communicate(timeout=120)
+    assert training.returncode == 130
+    assert f"go on with: resnet56 train --resume --out '{out}'" in shown
+    head = json.loads((out / "checkpoint" / "checkpoint.json").read_text())
+    assert head["position"]["step"] > 0
+
+
+def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--resume", "--out", str(run)]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nonsense"], "unknown command 'nonsense'.*train"),
+        (["train"], "which recipe.*report"),
+        (["train", "nonsense"], "unknown recipe 'nonsense'.*report, he2015, best, quick"),
+        (["train", "none.json"], r"cannot read the recipe none\.json"),
+        (["train", "quick", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        (["train", "quick", "--lr", "-1"], "lr must be above 0, not -1"),
+        (["train", "quick", "--epochs", "abc"], "--epochs.*'abc'.*--help"),
+        (["train", "quick", "--nonsense"], "--nonsense.*--help"),
+        (["train", "quick", "--arch", "vgg16"], "unknown architecture 'vgg16'"),
+        (["train", "quick", "--arch", "resnet57"], "nearest are 56 and 62"),
+        (["train", "quick", "--device", "abacus"], "unknown device 'abacus'"),
+        (["train", "quick", "--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["train", "quick", "--data", "cifar11"], "unknown data 'cifar11'.*cifar10"),
+        (["train", "--resume"], "--resume needs --out"),
+        (["describe", "--arch", "resnet1"], "nearest is 8"),
+        (["describe", "--classes", "1"], "at least two classes"),
+        (["data", "nonsense"], "unknown: resnet56 data nonsense.*fetch"),
+        (["evaluate"], "(?i)run.*--help"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_code_2(
+    refused: Refused, arguments: list[str], says: str
+) -> None:
+    assert re.search(says, refused(*arguments, code=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "quick", "--data", "./none"], "none"),
+        (["train", "quick", "--resume", "--out", "none"], "there is no run at none"),
+        (["evaluate", "none"], "there is no run at none"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_exit_code_1(
+    refused: Refused, arguments: list[str], says: str
+) -> None:
+    assert re.search(says, refused(*arguments, code=1))
+
+
+def test_a_file_in_the_way_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine"
+    file.write_text("precious")
+    assert cli.main(["train", "quick", "--data", "./none", "--out", str(file)]) == 1
+    assert "cannot be a run directory" in capsys.readouterr().err
+    assert file.read_text() == "precious"
+
+
+def test_other_classes_than_the_runs_are_refused(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        for name in ("green", "red"):
+            target = tmp_path / "other" / split / name
+            target.mkdir(parents=True)
+            for image in (folder / split / "red").iterdir():
+                (target / image.name).write_bytes(image.read_bytes())
+    assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "other")]) == 2
+    assert "other classes" in capsys.readouterr().err
+
+
+def test_offline_names_the_ways_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that refuses stands for a machine without a network."""
+    monkeypatch.setenv("RESNET56_DATA", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert cli.main(["train", "quick", "--data", "cifar10", "--out", str(tmp_path / "r")]) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    for way in ("--data digits", "--data DIR", "--mirror"):
+        assert way in shown

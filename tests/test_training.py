@@ -1,0 +1,368 @@
+"""Training: what a run leaves, and that being stopped changes nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resnet56 import training
+from resnet56.data import Dataset
+from resnet56.errors import RunError, TrainingError, UsageError
+from resnet56.evaluation import predict_logits, restore
+from resnet56.progress import TrainingProgress
+from resnet56.recipe import Recipe, read
+from resnet56.rundir import RunDirectory
+from resnet56.step import Trainer
+from resnet56.training import Interrupted, train
+
+STEPS = 6  # an epoch: 50 images in batches of 8
+
+
+@pytest.fixture(scope="session")
+def straight(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run, with averaged weights."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train(dataclasses.replace(small, ema_decay=0.9), tiny, out, device="cpu")
+    return out
+
+
+def run_until(out: Path, step: int, recipe: Recipe, tiny: Dataset, **options: Any) -> None:
+    """Train, and press Ctrl-C during step `step`."""
+    take = Trainer.step
+
+    def take_and_stop(self: Trainer, *arguments: Any) -> None:
+        take(self, *arguments)
+        if arguments[-1] + 1 == step:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", take_and_stop)
+        with pytest.raises(Interrupted) as caught:
+            train(recipe, tiny, out, device="cpu", **options)
+    assert caught.value.exit_code == 130
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    clock = ("seconds", "images_per_second", "peak_memory_mb")
+    return [{key: value for key, value in row.items() if key not in clock} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights and momentum bit for bit; logs and figures to the last digit, but for clocks."""
+    a, b = (RunDirectory(path).load(training=True) for path in (one, other))
+    for part in ("model", "training"):
+        mine, theirs = getattr(a, part), getattr(b, part)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    rows = [untimed(RunDirectory(path).read_metrics()) for path in (one, other)]
+    assert rows[0] == rows[1]
+    figures = [json.loads((path / "evaluation.json").read_text()) for path in (one, other)]
+    assert figures[0] == figures[1]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(straight: Path, tiny: Dataset) -> None:
+    files = {path.name for path in straight.iterdir()}
+    assert files == {
+        "recipe.json", "environment.json", "metrics.jsonl", "checkpoint", "evaluation.json",
+    }  # fmt: skip
+    rows = RunDirectory(straight).read_metrics()
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [6, 12, 18]
+    assert set(rows[0]) == {
+        "epoch", "step", "lr", "train_loss", "train_accuracy", "images_per_second", "seconds",
+        "peak_memory_mb",
+    }  # fmt: skip
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    evaluation = json.loads((straight / "evaluation.json").read_text())
+    assert evaluation["test"]["n"] == 24
+    assert evaluation["train"]["n"] == 50
+    assert evaluation["weights"] == "averaged"
+    facts = json.loads((straight / "environment.json").read_text())
+    assert facts["data"] == {"origin": tiny.origin, "source": tiny.source}
+
+
+def test_accuracies_are_those_of_the_weights_on_the_disk(straight: Path, tiny: Dataset) -> None:
+    """Counted here by hand from the logits, over plain images."""
+    evaluation = json.loads((straight / "evaluation.json").read_text())
+    checkpoint = RunDirectory(straight).load()
+    model = restore(checkpoint, torch.device("cpu"))
+    pixels = tiny.train.images.double() / 255
+    mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3), correction=0)
+    assert checkpoint.network.mean == pytest.approx(mean.tolist(), abs=1e-12)
+    assert checkpoint.network.std == pytest.approx(std.tolist(), abs=1e-12)
+    for name, split in (("test", tiny.test), ("train", tiny.train)):
+        inputs = ((split.images / 255 - mean[:, None, None]) / std[:, None, None]).float()
+        with torch.no_grad():
+            logits = model(inputs)
+        hits = (logits.argmax(1) == split.labels).sum().item()
+        assert evaluation[name]["accuracy"] == hits / len(split)
+        loss = torch.nn.functional.cross_entropy(logits, split.labels).item()
+        assert evaluation[name]["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    again = dataclasses.replace(small, ema_decay=0.9)
+    train(again, tiny, tmp_path / "again", device="cpu")
+    assert_same_run(straight, tmp_path / "again")
+    train(dataclasses.replace(again, seed=1), tiny, tmp_path / "other", device="cpu")
+    rows = [RunDirectory(path).read_metrics()[0]["train_loss"] for path in (straight, tmp_path / "other")]
+    assert rows[0] != rows[1]
+
+
+@pytest.mark.parametrize("steps", [[1], [STEPS - 1], [STEPS], [STEPS + 3, 2 * STEPS + 1]])
+def test_ctrl_c_and_resume_give_the_uninterrupted_run(
+    straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path, steps: list[int]
+) -> None:
+    recipe, out = dataclasses.replace(small, ema_decay=0.9), tmp_path / "run"
+    for index, step in enumerate(steps):
+        run_until(out, step, recipe, tiny, resume=index > 0)
+        assert not (out / "evaluation.json").exists()
+    train(recipe, tiny, out, device="cpu", resume=True)
+    assert_same_run(straight, out)
+    assert len(json.loads((out / "environment.json").read_text())["resumed"]) == len(steps)
+
+
+# Trains as the test does, saving after every step, and dies without a word at a given moment.
+VICTIM = """
+    import os, pickle, signal, sys
+    from pathlib import Path
+    from resnet56 import training
+    from resnet56.rundir import RunDirectory
+    recipe, dataset, out, step, moment = pickle.loads(sys.stdin.buffer.read())
+    training.SAVE_EVERY = 0.0
+
+    def die(*_):
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    if moment == "in a step":
+        take = training.Trainer.step
+        training.Trainer.step = lambda self, *a: die() if a[-1] + 1 == step else take(self, *a)
+    elif moment == "while saving":
+        replace = Path.replace
+        Path.replace = lambda self, to: (
+            die() if to.name == f"training-{step:08d}.safetensors" else replace(self, to)
+        )
+    elif moment == "between the log and the checkpoint":
+        append = RunDirectory.append_metrics
+        RunDirectory.append_metrics = lambda self, row: (
+            append(self, row), die() if row["step"] == step else None
+        )
+    training.train(recipe, dataset, out, device="cpu")
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "moment"),
+    [
+        (1, "in a step"),
+        (STEPS + 4, "while saving"),
+        (2 * STEPS, "between the log and the checkpoint"),
+    ],
+)
+def test_kill_and_resume_give_the_uninterrupted_run(
+    straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path, step: int, moment: str
+) -> None:
+    import pickle  # only between this test and its own child
+
+    recipe, out = dataclasses.replace(small, ema_decay=0.9), tmp_path / "run"
+    victim = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(VICTIM)],
+        input=pickle.dumps((recipe, tiny, out, step, moment)),
+        capture_output=True,
+    )
+    assert victim.returncode != 0
+    assert victim.stderr == b""
+    train(recipe, tiny, out, device="cpu", resume=True)
+    assert_same_run(straight, out)
+
+
+def test_a_checkpoint_is_written_within_a_long_epoch(
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    save = RunDirectory.save
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(
+        RunDirectory, "save", lambda self, c: (saved.append(c.position.step), save(self, c))
+    )
+    train(dataclasses.replace(small, epochs=1), tiny, tmp_path / "run", device="cpu")
+    assert saved == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_a_finished_run_only_tests_it_again(straight: Path, tiny: Dataset) -> None:
+    before = (straight / "metrics.jsonl").read_bytes()
+    recipe = read(straight / "recipe.json")
+    figures = train(recipe, tiny, straight, device="cpu", resume=True)
+    assert figures["epoch"] == 3
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_of_another_recipe_or_other_images_is_not_resumed(
+    straight: Path, tiny: Dataset, small: Recipe
+) -> None:
+    before = (straight / "checkpoint" / "checkpoint.json").read_bytes()
+    with pytest.raises(RunError, match=r"another recipe \(lr 0\.05 -> 0\.1, ema_decay 0\.9 -> 0\.0\)"):
+        train(dataclasses.replace(small, lr=0.1), tiny, straight, resume=True)
+    with pytest.raises(RunError, match="another recipe .*arch resnet8 -> resnet14"):
+        train(dataclasses.replace(small, arch="resnet14"), tiny, straight, resume=True)
+    mirrored = dataclasses.replace(tiny, train=tiny.test)
+    with pytest.raises(RunError, match="other images"):
+        train(read(straight / "recipe.json"), mirrored, straight, resume=True)
+    with pytest.raises(RunError, match="holds a run already"):
+        train(small, tiny, straight)
+    assert (straight / "checkpoint" / "checkpoint.json").read_bytes() == before
+
+
+def test_nothing_to_resume_is_said(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is no run at"):
+        train(small, tiny, tmp_path / "none", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of step 9 (the third of epoch 2) is made infinite."""
+    take = Trainer.step
+
+    def poisoned(self: Trainer, images: torch.Tensor, *rest: Any) -> None:
+        take(self, images * (float("inf") if rest[-1] + 1 == 9 else 1), *rest)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(TrainingError, match="not finite in epoch 2, step 9, at learning rate 0.0"):
+        train(small, tiny, tmp_path / "run", device="cpu")
+    run = RunDirectory(tmp_path / "run")
+    kept = run.load(training=True)
+    assert kept.position.epoch == 1
+    assert all(tensor.isfinite().all() for tensor in kept.model.values())
+    assert len(run.read_metrics()) == 1
+
+
+def test_held_out_images_are_measured_each_epoch_and_not_trained_on(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(small, epochs=2, holdout=11)
+    figures = train(recipe, tiny, tmp_path / "run", device="cpu")
+    assert (figures["holdout"]["n"], figures["train"]["n"]) == (11, 39)
+    rows = RunDirectory(tmp_path / "run").read_metrics()
+    assert rows[-1]["holdout_accuracy"] == figures["holdout"]["accuracy"]
+    assert rows[-1]["holdout_loss"] == pytest.approx(figures["holdout"]["loss"], abs=1e-6)
+    with pytest.raises(UsageError):
+        train(dataclasses.replace(small, holdout=50), tiny, tmp_path / "all", device="cpu")
+
+
+def test_digits_are_never_mirrored(
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    make = training.Batches
+
+    def spy(*arguments: Any, **options: Any) -> training.Batches:
+        seen.append(options["flip"])
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(training, "Batches", spy)
+    once = dataclasses.replace(small, epochs=1)
+    for index, mirror in enumerate((True, False)):
+        dataset = dataclasses.replace(tiny, mirror=mirror)
+        train(once, dataset, tmp_path / str(index), device="cpu")
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_resumes(
+    tiny: Dataset, small: Recipe, tmp_path: Path, precision: Any
+) -> None:
+    recipe = dataclasses.replace(small, epochs=2, precision=precision)
+    train(recipe, tiny, tmp_path / "straight", device="cpu")
+    run_until(tmp_path / "run", STEPS + 2, recipe, tiny)
+    train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_lines_tell_how_it_goes_where_there_is_no_terminal(
+    tiny: Dataset, small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TrainingProgress() as progress:
+        train(small, tiny, tmp_path / "run", device="cpu", progress=progress)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    row = RunDirectory(tmp_path / "run").read_metrics()[2]
+    assert f"loss {row['train_loss']:.4f}" in lines[2]
+    assert max(map(len, lines)) <= 80
+
+
+def test_tensorboard_without_its_package_is_one_line(
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"pip install 'resnet56\[tensorboard\]'"):
+        train(small, tiny, tmp_path / "run", device="cpu", tensorboard=True)
+
+
+RANK = """
+    import pickle, sys
+    from pathlib import Path
+    from resnet56.training import train
+    job = pickle.loads(Path(sys.argv[1]).read_bytes())
+    train(job["recipe"], job["dataset"], job["out"], device="cpu", resume=job["resume"])
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_two_processes_equal_one_and_resume(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
+    """torchrun with two ranks on gloo; the batch is the global one, batch norm is synchronised."""
+    import pickle  # only between this test and its own children
+
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(RANK))
+
+    def together(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
+        job = tmp_path / "job"
+        job.write_bytes(
+            pickle.dumps({"recipe": recipe, "dataset": tiny, "out": out, "resume": resume})
+        )
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [sys.executable, *command, str(script), str(job)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+
+    # A low learning rate: rounding differences grow with every step that amplifies them.
+    recipe = dataclasses.replace(small, epochs=2, lr=0.001)
+    train(recipe, tiny, tmp_path / "one", device="cpu")
+    together(recipe, tmp_path / "two")
+    one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))
+    rows = [untimed(run.read_metrics()) for run in (one, two)]
+    assert len(rows[1]) == 2
+    for mine, theirs in zip(*rows, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    mine, theirs = one.load().model, two.load().model
+    for name in mine:
+        torch.testing.assert_close(theirs[name], mine[name], rtol=1e-3, atol=1e-4)
+    together(recipe, tmp_path / "two", resume=True)
+    assert untimed(two.read_metrics()) == rows[1]
+
+
+def test_logits_do_not_depend_on_how_images_are_batched(straight: Path, tiny: Dataset) -> None:
+    checkpoint = RunDirectory(straight).load()
+    model = restore(checkpoint, torch.device("cpu"))
+    net = checkpoint.network
+    ways = [
+        predict_logits(model, tiny.test.images, net.mean, net.std, batch=batch)
+        for batch in (1, 7, 64)
+    ]
+    for way in ways[1:]:
+        torch.testing.assert_close(way, ways[0], rtol=1e-4, atol=1e-4)
