@@ -15,7 +15,9 @@ def striped(count: int, seed: int) -> Split:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     wave = (torch.arange(32) % 8 < 4).float() * 120
-    patterns = torch.stack((wave[:, None].expand(32, 32), wave.expand(32, 32), torch.full((32, 32), 60.0)))
+    patterns = torch.stack(
+        (wave[:, None].expand(32, 32), wave.expand(32, 32), torch.full((32, 32), 60.0))
+    )
     noise = torch.randint(0, 100, (count, 3, 32, 32), generator=generator)
     return Split((patterns[labels][:, None] + noise).to(torch.uint8), labels)
 

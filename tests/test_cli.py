@@ -45,7 +45,9 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+def refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Refused:
     """Run the command where nothing is; it must fail with one line, which is returned."""
     monkeypatch.chdir(tmp_path)
 
@@ -112,7 +114,9 @@ def test_training_then_evaluating_agree(
     trained = json.loads((run / "evaluation.json").read_text())
     assert cli.main(["evaluate", str(run), "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out) == trained["test"]
-    assert cli.main(["evaluate", str(run), "--split", "train", "--json", "--data", str(folder)]) == 0
+    assert (
+        cli.main(["evaluate", str(run), "--split", "train", "--json", "--data", str(folder)]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["n"] == 20
     assert cli.main(["evaluate", str(run)]) == 0
     text = capsys.readouterr().out
@@ -138,7 +142,10 @@ def test_without_out_runs_are_numbered(
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert cli.main(["train", "quick", "--data", str(folder), "--quiet", *QUICKLY]) == 0
-    assert sorted(os.listdir("runs")) == ["quick-colours", "quick-colours-2"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "quick-colours",
+        "quick-colours-2",
+    ]
 
 
 def test_ctrl_c_ends_with_130_and_the_command_that_resumes(folder: Path, tmp_path: Path) -> None:
@@ -146,7 +153,9 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes(folder: Path, tmp_pat
     command = [sys.executable, "-m", "resnet56", "train"]
     flags = ["--data", str(folder), "--out", str(out), *QUICKLY, "--epochs", "100000"]
     options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-    training = subprocess.Popen([*command, "quick", *flags], stderr=subprocess.PIPE, text=True, **options)
+    training = subprocess.Popen(
+        [*command, "quick", *flags], stderr=subprocess.PIPE, text=True, **options
+    )
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

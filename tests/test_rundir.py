@@ -202,7 +202,13 @@ def test_metrics_refuse_what_json_cannot_say(tmp_path: Path) -> None:
 
 
 def test_json_reads_back_and_a_matrix_has_a_line_a_row(tmp_path: Path) -> None:
-    content = {"a": {"b": [[1, 2], [3, 4]], "c": []}, "d": None, "e": "ü", "f": [{"g": 1.5}], "h": {}}
+    content = {
+        "a": {"b": [[1, 2], [3, 4]], "c": []},
+        "d": None,
+        "e": "ü",
+        "f": [{"g": 1.5}],
+        "h": {},
+    }
     write_json(tmp_path / "x.json", content)
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert json.loads(text) == content

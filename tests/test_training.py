@@ -115,7 +115,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     train(again, tiny, tmp_path / "again", device="cpu")
     assert_same_run(straight, tmp_path / "again")
     train(dataclasses.replace(again, seed=1), tiny, tmp_path / "other", device="cpu")
-    rows = [RunDirectory(path).read_metrics()[0]["train_loss"] for path in (straight, tmp_path / "other")]
+    rows = [
+        RunDirectory(path).read_metrics()[0]["train_loss"]
+        for path in (straight, tmp_path / "other")
+    ]
     assert rows[0] != rows[1]
 
 
@@ -211,7 +214,9 @@ def test_a_run_of_another_recipe_or_other_images_is_not_resumed(
     straight: Path, tiny: Dataset, small: Recipe
 ) -> None:
     before = (straight / "checkpoint" / "checkpoint.json").read_bytes()
-    with pytest.raises(RunError, match=r"another recipe \(lr 0\.05 -> 0\.1, ema_decay 0\.9 -> 0\.0\)"):
+    with pytest.raises(
+        RunError, match=r"another recipe \(lr 0\.05 -> 0\.1, ema_decay 0\.9 -> 0\.0\)"
+    ):
         train(dataclasses.replace(small, lr=0.1), tiny, straight, resume=True)
     with pytest.raises(RunError, match="another recipe .*arch resnet8 -> resnet14"):
         train(dataclasses.replace(small, arch="resnet14"), tiny, straight, resume=True)

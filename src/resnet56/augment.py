@@ -87,6 +87,6 @@ def cutout(images: Tensor, holes: Tensor, side: int) -> Tensor:
 def augment(
     images: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, padding: int, hole: int
 ) -> Tensor:
-    """(N, 3, 32, 32) uint8 -> float32: crop and mirror, normalise, erase a square of side `hole`."""
+    """(N, 3, 32, 32) uint8 -> float32: crop, mirror, normalise, erase a `hole` wide square."""
     images = normalize(crop_and_flip(images, draws, padding), mean, std)
     return cutout(images, draws.holes, hole) if hole else images

@@ -60,20 +60,12 @@ def train(arguments: list[str]) -> int:
     from resnet56.parallel import place
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    named = f"{name} " if name else ""
-    base = recipes.find(name) if name else _recipe_of_resumed(arguments)
-    default = TrainOptions(recipe=base)
-    about = "\n".join(f"  {key:8} {text}" for key, text in recipes.ABOUT.items())
-    options = parse(
-        TrainOptions,
-        arguments,
-        f"resnet56 train {named or 'RECIPE '}".rstrip(),
-        default=default,
-        description=(
-            "Train a network, keep the run in a directory, and test it. RECIPE is one of these, "
-            f"or a .json or .toml file (a run's recipe.json); a flag changes a field of it.\n\n{about}"
-        ),
-    )
+    base = recipes.find(name) if name else recipes.Recipe()
+    options = _parse_train(arguments, name, base)
+    if name is None and options.resume and options.out:
+        file = options.out / "recipe.json"
+        if file.is_file():  # a flag then changes the run's own recipe, which is refused later
+            options = _parse_train(arguments, name, recipes.read(file))
     chosen = options.recipe
     if name is None and not options.resume:
         raise UsageError(
@@ -139,14 +131,18 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def _recipe_of_resumed(arguments: Sequence[str]) -> recipes.Recipe:
-    """With --resume and no RECIPE, the run's own recipe; else the defaults."""
-    if "--resume" in arguments:
-        for flag, value in zip(arguments, arguments[1:], strict=False):
-            file = Path(value) / "recipe.json"
-            if flag in ("--out", "--output-dir") and file.is_file():
-                return recipes.read(file)
-    return recipes.Recipe()
+def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:
+    about = "\n".join(f"  {key:8} {text}" for key, text in recipes.ABOUT.items())
+    return parse(
+        TrainOptions,
+        arguments,
+        f"resnet56 train {name or 'RECIPE'}",
+        default=TrainOptions(recipe=base),
+        description=(
+            "Train a network, keep the run in a directory, and test it. RECIPE is one of these, or "
+            f"a .json or .toml file (a run's recipe.json); a flag changes a field of it.\n\n{about}"
+        ),
+    )
 
 
 def _data_of_resumed(options: TrainOptions) -> str | None:
@@ -297,7 +293,7 @@ def data(arguments: list[str]) -> int:
     """resnet56 data fetch [NAME]."""
     usage = "resnet56 data fetch [cifar10|cifar100] [--dir DIR] [--mirror URL]"
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: {usage}\n\n  fetch    download a data set once, to where training looks for it")
+        print(f"usage: {usage}\n\n  fetch  download a data set once, to where training finds it")
         return 0
     if arguments[0] != "fetch":
         raise UsageError(f"unknown: resnet56 data {arguments[0]}; usage: {usage}")
@@ -319,30 +315,16 @@ def load_data(name: str) -> "Dataset":
     """The data set of that name, downloaded if it must be, or in that folder."""
     from resnet56 import data as readers
     from resnet56.download import ARCHIVES
-    from resnet56.parallel import place
 
     if name == "digits":
         return readers.load_digits()
     if name in ARCHIVES:
-        if not place().is_first:  # one process downloads; torchrun starts the others beside it
-            return readers.load_folder(_await_folder(name))
         return readers.load_folder(_fetch(name))
     if not Path(name).exists() and not re.search(r"[/\\.]", name):
         raise UsageError(
             f"unknown data {name!r}; use digits, cifar10, cifar100, or a folder that exists"
         )
     return readers.load_folder(Path(name))
-
-
-def _await_folder(name: str) -> Path:
-    import time
-
-    from resnet56.download import ARCHIVES, default_root
-
-    folder = default_root() / ARCHIVES[name].folder
-    while not folder.exists():  # torchrun ends this process if the first one fails
-        time.sleep(0.5)
-    return folder
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
@@ -379,7 +361,10 @@ def parse(
     extra: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, prog=prog, description=description, **extra)
+            options: Options = tyro.cli(
+                kind, args=arguments, prog=prog, description=description, **extra
+            )
+            return options
     except SystemExit as stopped:
         if not stopped.code:
             raise  # --help was printed

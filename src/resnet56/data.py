@@ -54,8 +54,8 @@ class Split:
 class Dataset:
     """A training and a test split over the same classes; labels index `classes`.
 
-    `mirror` says whether a mirrored image still shows its class, `source` is a line for people:
-    what was read, from where and how it was split.
+    `mirror` says whether a mirrored image still shows its class; `source` is a line for people:
+    what was read, from where and how it was split; `origin` loads it again: a folder, or "digits".
     """
 
     name: str
@@ -64,6 +64,7 @@ class Dataset:
     test: Split
     mirror: bool
     source: str
+    origin: str
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the classes, shapes, images and labels: equal for equal data."""
@@ -101,6 +102,7 @@ def load_digits() -> Dataset:
         mirror=False,
         source=f"scikit-learn's digits: {len(kept):,} training and {len(held):,} test images, "
         "a fixed stratified 80/20 split",
+        origin="digits",
     )
 
 
@@ -243,7 +245,8 @@ def _load_images(path: Path) -> Dataset:
         train, test = hold_out(everything, max(len(classes), len(everything) // 5))
         how = "no test/ folder, so a fixed stratified 80/20 split of train/"
     source = f"images in {path}: {len(train):,} training and {len(test):,} test images, {how}"
-    return Dataset(name, classes, train, test, mirror=True, source=source)
+    origin = str(path.resolve())
+    return Dataset(name, classes, train, test, mirror=True, source=source, origin=origin)
 
 
 def _image_files(root: Path) -> dict[str, list[Path]]:
@@ -347,6 +350,7 @@ def _load_cifar(layout: _Layout, folder: Path) -> Dataset:
         mirror=True,
         source=f"{layout.folder} in {folder}: {len(train):,} training and {len(test):,} test "
         "images, the published split",
+        origin=str(folder.resolve()),
     )
 
 

@@ -110,8 +110,9 @@ def fetch(
 
     The folder appears whole or not at all, and the archive is removed once it is there. What a
     failure or Ctrl-C leaves in `root/<filename>.part` is continued by the next call. Of several
-    processes one downloads; the others wait for it, reporting its progress. (Where the file
-    system knows no locks they may spoil each other's download, but the checksum notices.)
+    processes one downloads, by a lock on the empty `root/<filename>.lock`; the others wait for
+    it, reporting its progress. (Where the file system knows no locks they may spoil each other's
+    download, but the checksums notice.)
 
     Args:
         archive: what to fetch, for example `ARCHIVES["cifar10"]`.

@@ -65,8 +65,10 @@ def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metri
         n=len(labels),
         confusion_matrix=matrix.tolist(),
         per_class={
-            name: {**{key: float(value[i]) for key, value in scores.items()},
-                   "support": int(support[i])}
+            name: {
+                **{key: float(value[i]) for key, value in scores.items()},
+                "support": int(support[i]),
+            }
             for i, name in enumerate(classes)
         },
         macro={key: float(value.mean()) for key, value in scores.items()},
@@ -98,7 +100,9 @@ def top_k(logits: Floats, labels: Integers, k: int) -> float:
     return float((best == labels[:, None]).any(axis=1).mean())
 
 
-def most_confused(matrix: Integers, classes: tuple[str, ...], most: int = 10) -> list[dict[str, Any]]:
+def most_confused(
+    matrix: Integers, classes: tuple[str, ...], most: int = 10
+) -> list[dict[str, Any]]:
     """The (true, predicted) pairs off the diagonal with the most images, most first."""
     off = matrix.copy()
     np.fill_diagonal(off, 0)

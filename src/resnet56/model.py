@@ -54,9 +54,7 @@ class PadShortcut(nn.Module):
 
 def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
     """Option B: a 1x1 convolution and batch norm, where the shape changes."""
-    return nn.Sequential(
-        conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out)
-    )
+    return nn.Sequential(conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))
 
 
 class BasicBlock(nn.Module):

@@ -77,7 +77,8 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / max(count - 1, 1), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        out: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        return out.to(x.dtype)
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:

@@ -103,8 +103,12 @@ class DownloadProgress:
         self.console = Console(stderr=True, soft_wrap=True)
         self.name = name
         self.bar = Progress(
-            TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            console=self.console, disable=not self.console.is_terminal,
+            TextColumn(name),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
         )
         self.task = self.bar.add_task(name, total=None)
         self.tenths = 0

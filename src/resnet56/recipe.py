@@ -93,7 +93,7 @@ class Recipe:
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         _require(
-            all(0 < epoch for epoch in self.drop_epochs)
+            all(epoch > 0 for epoch in self.drop_epochs)
             and list(self.drop_epochs) == sorted(set(self.drop_epochs)),
             "drop_epochs",
             self.drop_epochs,
@@ -167,7 +167,8 @@ def find(name: str) -> Recipe:
     if Path(name).suffix in (".json", ".toml"):
         return read(Path(name))
     raise UsageError(
-        f"unknown recipe {name!r}; the names are {', '.join(RECIPES)}, or give a .json or .toml file"
+        f"unknown recipe {name!r}; the names are {', '.join(RECIPES)}, or give a "
+        ".json or .toml file"
     )
 
 

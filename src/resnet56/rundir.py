@@ -143,7 +143,7 @@ class RunDirectory:
             ) from None
 
     def refuse_taken(self) -> None:
-        """RunError if a new run cannot begin here: a file, a run, or anything else is in the way."""
+        """RunError if a new run cannot begin here, whatever it is that is in the way."""
         if self.checkpoint_file.exists():
             raise RunError(
                 f"{self.path} holds a run already; continue it with --resume, or choose "
@@ -222,7 +222,9 @@ class RunDirectory:
         directory = self.checkpoint_file.parent
         files = {}
         for part in ("model", "training"):
-            tensors = {name: t.detach().contiguous() for name, t in getattr(checkpoint, part).items()}
+            tensors = {
+                name: t.detach().contiguous() for name, t in getattr(checkpoint, part).items()
+            }
             content = safetensors.torch.save(tensors)
             name = f"{part}-{checkpoint.position.step:08d}.safetensors"
             with _writing(directory / name) as temporary:

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
 LOOK_EVERY = 10  # steps between looks at the loss, each of which waits for the device
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - a wish, not an error
     """Ctrl-C or SIGTERM came; the checkpoint is written."""
 
     def __init__(self, signum: int) -> None:
@@ -111,7 +111,9 @@ def _take_up(run: RunDirectory, recipe: Recipe, source: str, fingerprint: str) -
     checkpoint = run.load(training=True)
     theirs = from_fields(read_json(run.recipe_file), str(run.recipe_file)).to_json()
     mine = recipe.to_json()
-    differing = [f"{name} {theirs[name]} -> {mine[name]}" for name in mine if mine[name] != theirs[name]]
+    differing = [
+        f"{name} {theirs[name]} -> {mine[name]}" for name in mine if mine[name] != theirs[name]
+    ]
     if differing:
         raise RunError(
             f"{run.path} is a run of another recipe ({', '.join(differing)}); resume it with "
@@ -152,7 +154,7 @@ class _Loop:
     here: Place
     fingerprint: str
     progress: TrainingProgress
-    position: Position = Position()
+    position: Position = field(default_factory=Position)
 
     def set_up(self, training: Split, *, flip: bool, saved: Checkpoint | None) -> None:
         """Put model and data on the device, as they were when `saved` was."""
@@ -198,9 +200,9 @@ class _Loop:
             if self.here.is_first:
                 # The line first: should the power go now, resuming takes it back.
                 self.run.append_metrics(row)
-                for name, value in row.items() if scalars is not None else ():
-                    if name not in ("epoch", "step"):
-                        scalars.add_scalar(name, value, row["step"])
+                if scalars is not None:
+                    for name in row.keys() - {"epoch", "step"}:
+                        scalars.add_scalar(name, row[name], row["step"])
             self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
             self._save()
             self.progress.epoch(row)
@@ -377,10 +379,8 @@ def _tensorboard(wanted: bool, run: RunDirectory, step: int) -> Iterator[Scalars
         raise UsageError(
             "TensorBoard is not installed; pip install 'resnet56[tensorboard]'"
         ) from None
-    writer = SummaryWriter(  # type: ignore[no-untyped-call]
-        str(run.path / "tensorboard"), purge_step=step + 1 if step else None
-    )
+    writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1 if step else None)
     try:
         yield writer
     finally:
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()

@@ -1,0 +1,302 @@
+"""The networks against the paper's numbers, the best-known port's shortcut and a plain forward."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet56.errors import UsageError
+from resnet56.model import Architecture, PadShortcut, ResNet, blocks_a_stage, build, describe
+
+SMALL = ["resnet14", "resnet14-b", "resnet20-bottleneck"]  # two blocks a stage
+LAYERS = {"": 2, "-b": 2, "-bottleneck": 3}  # convolutions a block
+
+
+def images(count: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def suffix(name: str) -> str:
+    return name.removeprefix("resnet").lstrip("0123456789")
+
+
+# The numbers of the paper
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("resnet56", 853_018), ("resnet56-b", 855_770), ("resnet56-bottleneck", 591_322)],
+)
+def test_resnet56_has_the_published_number_of_parameters(name: str, count: int) -> None:
+    assert sum(p.numel() for p in build(name).parameters()) == count
+    assert describe(name).parameters == count
+
+
+@pytest.mark.parametrize(
+    ("depth", "millions", "digits"),
+    [(20, 0.27, 2), (32, 0.46, 2), (44, 0.66, 2), (56, 0.85, 2), (110, 1.7, 1)],
+)
+def test_parameters_are_those_of_the_papers_table_6(
+    depth: int, millions: float, digits: int
+) -> None:
+    assert round(describe(f"resnet{depth}").parameters / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize("name", ["resnet56", "resnet56-b", "resnet56-bottleneck", "resnet8"])
+def test_multiply_accumulates_are_half_of_pytorchs_own_count_of_flops(name: str) -> None:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build(name)(torch.empty(1, 3, 32, 32))
+    counts = counter.get_flop_counts()
+    network = describe(name)
+    assert counter.get_total_flops() == 2 * network.macs
+    for part in network.parts:
+        assert sum(counts[f"ResNet.{part.name}"].values()) == 2 * part.macs
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "widths"),
+    [
+        ("resnet56", 9, (16, 32, 64)),
+        ("resnet56-b", 9, (16, 32, 64)),
+        ("resnet56-bottleneck", 6, (64, 128, 256)),
+    ],
+)
+def test_layers_are_counted_to_56_over_stages_of_falling_size(
+    name: str, blocks: int, widths: tuple[int, ...]
+) -> None:
+    one, two, three = widths
+    parts = describe(name).parts
+    assert [(part.name, part.layers, part.blocks, part.output) for part in parts] == [
+        ("conv1", "1", 0, (16, 32, 32)),
+        ("stage1", "2-19", blocks, (one, 32, 32)),
+        ("stage2", "20-37", blocks, (two, 16, 16)),
+        ("stage3", "38-55", blocks, (three, 8, 8)),
+        ("fc", "56", 0, (10,)),
+    ]
+    # Weighted layers, by the kinds of modules; projections do not count.
+    weighted = [
+        key
+        for key, module in build(name).named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and "shortcut" not in key
+    ]
+    assert len(weighted) == 56
+
+
+def test_a_description_counts_the_classifier_of_its_classes() -> None:
+    assert describe("resnet20", classes=100).parts[-1].parameters == 64 * 100 + 100
+    assert describe("resnet20", classes=100).parts[-1].output == (100,)
+
+
+# Names and depths
+
+
+@pytest.mark.parametrize(
+    ("depth", "block", "nearest"),
+    [
+        (57, "basic", (56, 62)),
+        (55, "basic", (50, 56)),
+        (110, "bottleneck", (110,)),
+        (56, "basic", (56,)),
+        (50, "bottleneck", (47, 56)),
+        (57, "bottleneck", (56, 65)),
+        (-4, "basic", (8,)),
+        (2, "basic", (8,)),
+        (7, "basic", (8,)),
+        (2, "bottleneck", (11,)),
+        (10, "bottleneck", (11,)),
+    ],
+)
+def test_a_depth_that_fits_no_formula_is_refused_with_the_nearest_that_do(
+    depth: int, block: Any, nearest: tuple[int, ...]
+) -> None:
+    step = {"basic": 6, "bottleneck": 9}[block]
+    if nearest == (depth,):
+        assert step * blocks_a_stage(depth, block) + 2 == depth
+        return
+    with pytest.raises(UsageError) as caught:
+        ResNet(depth, block)
+    message = str(caught.value)
+    assert message.startswith(f"depth {depth} is not {step}n + 2")
+    assert message.endswith(" and ".join(map(str, nearest)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "resnet", "ResNet56", "resnet-56", "resnet56-c", "resnet56-B", "vgg16", "resnet56\n"],
+)
+def test_an_unknown_name_is_refused_and_the_known_ones_told(name: str) -> None:
+    with pytest.raises(UsageError, match="resnet56-bottleneck") as caught:
+        build(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet56", (56, "basic", "A")),
+        ("resnet110-b", (110, "basic", "B")),
+        ("resnet29-bottleneck", (29, "bottleneck", "B")),
+    ],
+)
+def test_a_name_says_depth_block_and_shortcut(name: str, expected: tuple[Any, ...]) -> None:
+    architecture = Architecture.parse(name)
+    assert (architecture.depth, architecture.block, architecture.shortcut) == expected
+
+
+@pytest.mark.parametrize("classes", [-1, 0, 1])
+def test_fewer_than_two_classes_are_refused(classes: int) -> None:
+    with pytest.raises(UsageError, match="two classes"):
+        build("resnet8", classes=classes)
+
+
+@pytest.mark.parametrize("classes", [2, 100])
+def test_there_is_a_logit_for_every_image_and_class(classes: int) -> None:
+    assert build("resnet8", classes=classes)(images(3)).shape == (3, classes)
+
+
+# What it computes
+
+
+@pytest.mark.parametrize(("channels_in", "planes"), [(16, 32), (32, 64)])
+def test_shortcut_a_is_the_best_known_ports(channels_in: int, planes: int) -> None:
+    x = torch.randn(2, channels_in, 16, 16, generator=torch.Generator().manual_seed(1))
+    port = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, planes // 4, planes // 4), "constant", 0)
+    assert torch.equal(PadShortcut(channels_in, planes, 2)(x), port)
+
+
+def plain_forward(weights: dict[str, Tensor], x: Tensor, name: str, blocks: int) -> Tensor:
+    """The paper's section 4.2 without modules, in evaluation mode."""
+
+    def conv_norm(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
+        kernel = weights[f"{conv}.weight"]
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        keys = ("running_mean", "running_var", "weight", "bias")
+        mean, var, weight, bias = (weights[f"{norm}.{key}"][:, None, None] for key in keys)
+        return (x - mean) / torch.sqrt(var + 1e-5) * weight + bias
+
+    layers = LAYERS[suffix(name)]
+    x = conv_norm(x, "conv1", "bn1").relu()
+    for stage in (1, 2, 3):
+        for block in range(blocks):
+            at = f"stage{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            out = x
+            for layer in range(1, layers + 1):
+                here = stride if layer == layers - 1 else 1  # the first 3x3 convolution
+                out = conv_norm(out, f"{at}.conv{layer}", f"{at}.bn{layer}", here)
+                out = out.relu() if layer < layers else out
+            if f"{at}.shortcut.0.weight" in weights:
+                x = conv_norm(x, f"{at}.shortcut.0", f"{at}.shortcut.1", stride)
+            elif stride == 2:
+                quarter = out.shape[1] // 4
+                x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
+            x = (out + x).relu()
+    return x.mean(dim=(2, 3)) @ weights["fc.weight"].T + weights["fc.bias"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_network_computes_what_the_paper_writes(name: str) -> None:
+    model = build(name, seed=3).double().eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 1:  # batch norm as it never starts: all of it must matter
+                tensor.copy_(torch.rand(len(tensor), generator=generator) + 0.5)
+        x = images().double()
+        expected = plain_forward(model.state_dict(), x, name, blocks=2)
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_block_whose_last_norm_is_zero_is_its_shortcut_and_a_relu(name: str) -> None:
+    model = build(name)
+    last = f"bn{LAYERS[suffix(name)]}"
+    checked = 0
+    for stage in (model.stage1, model.stage2, model.stage3):
+        channels = 16
+        for block in stage:
+            nn.init.zeros_(getattr(block, last).weight)
+            nn.init.zeros_(getattr(block, last).bias)
+            channels = block.conv1.in_channels
+            x = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(2))
+            if block.conv1.stride == (2, 2) and "-" not in name:
+                half = channels // 2
+                expected = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half)).relu()
+            elif isinstance(block.shortcut, nn.Sequential):
+                continue  # a projection is no identity
+            else:
+                expected = x.relu()
+            assert torch.equal(block(x), expected)
+            checked += 1
+    assert checked == {"resnet14": 6, "resnet14-b": 4, "resnet20-bottleneck": 3}[name]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_names_of_the_weights_are_those_of_every_checkpoint_so_far(name: str) -> None:
+    layers = LAYERS[suffix(name)]
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    expected = ["conv1.weight", *(f"bn1.{key}" for key in norm)]
+    for stage in (1, 2, 3):
+        for block in (0, 1):
+            at = f"stage{stage}.{block}"
+            for layer in range(1, layers + 1):
+                expected += [f"{at}.conv{layer}.weight"]
+                expected += [f"{at}.bn{layer}.{key}" for key in norm]
+            grows = stage > 1 or name.endswith("-bottleneck")
+            if "-" in name and block == 0 and grows:
+                expected += [f"{at}.shortcut.0.weight"]
+                expected += [f"{at}.shortcut.1.{key}" for key in norm]
+    expected += ["fc.weight", "fc.bias"]
+    assert list(build(name).state_dict()) == expected
+
+
+# Weights
+
+
+def test_weights_are_a_function_of_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = build("resnet8", seed=5).state_dict()
+    torch.manual_seed(2)
+    again, other = build("resnet8", seed=5).state_dict(), build("resnet8", seed=6).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    kernels = [key for key in first if first[key].ndim > 1]
+    assert not any(torch.equal(first[key], other[key]) for key in kernels)
+
+
+def test_building_leaves_pytorchs_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    build("resnet8", seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet20-b", "resnet20-bottleneck"])
+def test_convolutions_start_with_he_et_als_deviation(name: str) -> None:
+    for key, module in build(name).named_modules():
+        if isinstance(module, nn.Conv2d):
+            expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
+            error = 5 / math.sqrt(2 * module.weight.numel())  # 5 sigma of a sample's deviation
+            assert float(module.weight.detach().std()) == pytest.approx(expected, rel=error), key
+
+
+def test_norms_start_as_identities_and_the_classifier_nearly_undecided() -> None:
+    model = build("resnet20")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all())
+            assert bool((module.bias == 0).all())
+    assert not model.fc.bias.detach().any()
+    assert float(model.fc.weight.detach().std()) == pytest.approx(0.01, rel=0.2)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_gradient_reaches_every_parameter(name: str) -> None:
+    model = build(name)
+    F.cross_entropy(model(images(4)), torch.arange(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+        assert bool(parameter.grad.isfinite().all()), key
