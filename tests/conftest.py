@@ -1,6 +1,11 @@
 """What several test files share: a tiny data set that a small network can learn."""
 
 import os
+
+# One thread: the networks here are tiny, threads that wait for each other on a busy machine are
+# slow, and the rounding must be that of the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from pathlib import Path
 
 import pytest

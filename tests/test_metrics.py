@@ -219,6 +219,11 @@ def test_full_confidence_is_in_the_last_bin() -> None:
     assert bins[7]["count"] == 1  # 7/15 < 0.51 <= 8/15
 
 
+def test_a_confidence_between_two_bins_is_in_the_lower() -> None:
+    bins = certain([0.6], [True])["bins"]  # 0.6 is 9/15
+    assert [row["count"] for row in bins] == [0] * 8 + [1] + [0] * 6
+
+
 @pytest.mark.parametrize("classes", [2, 3, 10])
 def test_the_brier_score_of_knowing_nothing_is_one_minus_a_share(classes: int) -> None:
     uniform = np.full((4, classes), 1 / classes)

@@ -81,7 +81,7 @@ def cutout(images: Tensor, holes: Tensor, side: int) -> Tensor:
     in_rows = (down >= top[:, None]) & (down < top[:, None] + side)
     in_cols = (across >= left[:, None]) & (across < left[:, None] + side)
     hole = in_rows[:, None, :, None] & in_cols[:, None, None, :]
-    return images.masked_fill(hole, 0.0)
+    return torch.where(hole, 0.0, images)  # masked_fill would leave channels_last
 
 
 def augment(

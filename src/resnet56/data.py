@@ -41,7 +41,7 @@ _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer",
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images (N, 3, 32, 32) uint8 and their class indices (N,) int64, both on the CPU."""
+    """Images (N, 3, 32, 32) uint8 and their class indices (N,) int64, on one device."""
 
     images: torch.Tensor
     labels: torch.Tensor

@@ -217,7 +217,7 @@ def build(name: str, *, classes: int = 10, seed: int = 0) -> ResNet:
     """The named network with freshly initialised weights: a pure function of its arguments."""
     architecture = Architecture.parse(name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)
 
 

@@ -188,9 +188,13 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
             raise UsageError(f"{name} must be a list of numbers, not {value!r}")
         return tuple(_checked(name, float, item) for item in value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise UsageError(f"{name} must be finite, not {value}")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise UsageError(f"{name} must be finite, not {number}")
+        return number
     if type(value) is not kind:
         raise UsageError(f"{name} must be of type {kind.__name__}, not {value!r}")
     return value

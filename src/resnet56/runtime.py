@@ -43,7 +43,7 @@ def resolve_device(name: str) -> torch.device:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]
     if count == 0:
         raise UsageError(f"device {name!r} is not there; this PyTorch sees no such hardware")
-    if (device.index or 0) >= count:
+    if not 0 <= (device.index or 0) < count:  # PyTorch wraps 128 around to -128
         raise UsageError(f"device {name!r} is not there; this machine has {count} of them")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     spared = recipe.weight_decay if recipe.decay_norm else 0.0
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [
             {"params": matrices, "weight_decay": recipe.weight_decay},
             {"params": vectors, "weight_decay": spared},
@@ -40,6 +40,12 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         nesterov=recipe.nesterov,
         fused=True,
     )
+    if recipe.momentum:
+        # The fused kernel would leave its own buffers unwritten, should the first step of an
+        # fp16 training overflow; from zero it makes the same first step.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Average:
