@@ -224,14 +224,14 @@ BEST = Recipe(
     ema_decay=0.999,
 )
 
-# The digits in about a minute on two cores.
+# The digits in about a minute on two cores: many small steps, since an epoch is 1,437 images.
 QUICK = Recipe(
     epochs=6,
-    lr=0.05,
+    batch_size=16,
     nesterov=True,
     weight_decay=5e-4,
     schedule="one-cycle",
-    warmup_epochs=1.5,
+    warmup_epochs=1,
     padding=2,
 )
 

@@ -1,0 +1,1 @@
+"""The README's commands do what it says, offline."""
