@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet56.data import Dataset, Split, load_folder
+from resnet56.data import Dataset, Split
+from resnet56.readers import load_folder
 from resnet56.recipe import Recipe
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,20 +109,44 @@ def test_describe_prints_the_papers_table(capsys: pytest.CaptureFixture[str]) ->
     assert [part["layers"] for part in network["parts"]] == ["1", "2-19", "20-37", "38-55", "56"]
 
 
-def test_training_then_evaluating_agree(
-    run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_then_evaluating_agree(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = json.loads((run / "evaluation.json").read_text())
-    assert cli.main(["evaluate", str(run), "--json", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out) == trained["test"]
-    assert (
-        cli.main(["evaluate", str(run), "--split", "train", "--json", "--data", str(folder)]) == 0
-    )
-    assert json.loads(capsys.readouterr().out)["n"] == 20
-    assert cli.main(["evaluate", str(run)]) == 0
+    assert cli.main(["evaluate", str(run), "--json", "--device", "cpu", "--robustness", "4"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["test"] == trained["test"]
+    assert evaluated["robustness"]["images"] == 4
+    assert json.loads((run / "evaluation.json").read_text()) == evaluated
+    assert cli.main(["evaluate", str(run), "--robustness", "0", "--split", "train"]) == 0
     text = capsys.readouterr().out
-    assert f"accuracy {100 * trained['test']['accuracy']:.2f} %" in text
-    assert re.search(r"^ *red ", text, re.MULTILINE)
+    assert f"accuracy {100 * trained['train']['accuracy']:.2f} %" in text
+    assert re.search(r"^ *red .* 10 *$", text, re.MULTILINE)
+
+
+def test_other_images_are_measured_and_nothing_is_written(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "evaluation.json").read_bytes()
+    shutil.copytree(folder, tmp_path / "fewer")
+    (tmp_path / "fewer" / "test" / "red" / "0.png").unlink()
+    assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "fewer"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 7
+    np.save(tmp_path / "x_data.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "x_labels.npy", np.array([0, 1, 0]))
+    assert cli.main(["evaluate", str(run), "--data", str(tmp_path)]) == 0
+    assert re.search(r"^ *x .* 3 *$", capsys.readouterr().out, re.MULTILINE)
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_parity_is_kept_once_and_gives_a_verdict(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert cli.main(["evaluate", str(run), "--parity", "fp32,bf16", "--device", "cpu"]) == 0
+    kept = json.loads((run / "parity.json").read_text())["comparisons"]
+    assert [(entry["a"], entry["b"]) for entry in kept] == [("cpu fp32", "cpu bf16")]
+    assert kept[0]["verdict"] in capsys.readouterr().out
+    assert cli.main(["evaluate", str(run), "--parity", "cpu"]) == 2
+    assert "two sides" in capsys.readouterr().err
 
 
 def test_a_runs_own_recipe_trains_it_again(

@@ -72,6 +72,7 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: Path, tiny: Dataset)
     files = {path.name for path in straight.iterdir()}
     assert files == {
         "recipe.json", "environment.json", "metrics.jsonl", "checkpoint", "evaluation.json",
+        "predictions.npz", "samples.npz",
     }  # fmt: skip
     rows = RunDirectory(straight).read_metrics()
     assert [row["epoch"] for row in rows] == [1, 2, 3]

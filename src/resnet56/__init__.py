@@ -8,10 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resnet56.data import Dataset, Split, load_digits, load_folder
+    from resnet56.data import Dataset, Split
     from resnet56.errors import Error
     from resnet56.evaluation import evaluate, predict_logits
     from resnet56.model import ResNet, build, describe
+    from resnet56.readers import load_digits, load_folder
     from resnet56.recipe import RECIPES, Recipe
     from resnet56.training import train
 
@@ -27,8 +28,8 @@ _HOME = {
     "build": "model",
     "describe": "model",
     "evaluate": "evaluation",
-    "load_digits": "data",
-    "load_folder": "data",
+    "load_digits": "readers",
+    "load_folder": "readers",
     "predict_logits": "evaluation",
     "train": "training",
 }

@@ -19,7 +19,10 @@ from resnet56 import recipe as recipes
 from resnet56.errors import Error, UsageError
 
 if TYPE_CHECKING:
-    from resnet56.data import Dataset
+    import torch
+
+    from resnet56.data import Dataset, Split
+    from resnet56.rundir import RunDirectory
 
 Options = TypeVar("Options")
 
@@ -71,6 +74,8 @@ def train(arguments: list[str]) -> int:
         raise UsageError(
             f"which recipe? resnet56 train RECIPE, with {', '.join(recipes.RECIPES)}, or a file"
         )
+    if options.out is None and place().world_size > 1:
+        raise UsageError("several processes need --out RUN, so that they agree on the directory")
     if options.resume and options.out is None:
         raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
 
@@ -156,22 +161,28 @@ def _data_of_resumed(options: TrainOptions) -> str | None:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a run's weights: on its own data or another, on this machine."""
+    """Measure a run's weights on this machine; on its own data, write it down in the run."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Directory of a run."""
 
     data: Data = ""
-    """Images: digits, cifar10, cifar100 or a folder; by default what the run was trained on."""
+    """Other images than the run's own: a name, a folder, or CIFAR-10-C's or 10.1's .npy files."""
 
     split: Literal["test", "train"] = "test"
-    """Which images."""
+    """Which images to show; both are measured."""
 
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:N, mps."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass."""
+
+    robustness: int = 500
+    """Test images to corrupt in ten ways and five severities; 0 for none."""
+
+    parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
+    """Only compare two devices (cpu,cuda) or precisions (fp32,bf16) on the test images."""
 
     json: bool = False
     """Print everything as JSON."""
@@ -180,54 +191,125 @@ class EvaluateOptions:
 def evaluate(arguments: list[str]) -> int:
     """resnet56 evaluate RUN."""
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
-    from resnet56 import runtime
-    from resnet56.evaluation import evaluate as measure
-    from resnet56.evaluation import restore
-    from resnet56.rundir import RunDirectory
+    from resnet56 import runtime, tables
+    from resnet56.readers import is_benchmark, load_benchmark
+    from resnet56.evaluation import evaluate_run, subject_of
+    from resnet56.rundir import RunDirectory, read_json
 
+    if options.robustness < 0:
+        raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
     device = runtime.resolve_device(options.device)
+    precision = runtime.resolve_precision(options.precision, device)
     run = RunDirectory(options.run)
-    checkpoint = run.load()
-    net = checkpoint.network
+    subject = subject_of(run, device, precision)
+    net = subject.network
+    if options.data and is_benchmark(Path(options.data)):
+        figures = {}
+        for name, images in load_benchmark(Path(options.data), len(net.classes)):
+            _say(f"measuring on {len(images):,} images ({name})")
+            figures[name] = subject.figures(images)
+        print(json.dumps(figures)) if options.json else tables.show_accuracies(figures)
+        return 0
+
     dataset = load_data(options.data or run.data_origin() or "digits")
     if dataset.classes != net.classes:
         raise UsageError(
             f"{dataset.source} has other classes ({', '.join(dataset.classes[:3])}, ...) than "
             f"the run ({', '.join(net.classes[:3])}, ...); choose --data"
         )
-    split = dataset.test if options.split == "test" else dataset.train
-    precision = runtime.resolve_precision(options.precision, device)
-    figures = measure(restore(checkpoint, device), split, net.classes, net.mean, net.std, precision)
+    if options.parity is not None:
+        return _compare(run, options.parity, device, dataset.test, as_json=options.json)
+    title = f"{net.arch}, {options.split} images of {dataset.source}"
+    if dataset.fingerprint() != run.load().notes.get("data"):
+        split = dataset.test if options.split == "test" else dataset.train
+        _say("these are not the images of the run: nothing is written")
+        other = subject.figures(split)
+        print(json.dumps(other)) if options.json else tables.show_figures(other, title)
+        return 0
+    recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
+    result = evaluate_run(
+        run,
+        dataset,
+        holdout=recipe.holdout,
+        flip=recipe.flip and dataset.mirror,
+        padding=recipe.padding,
+        device=device,
+        precision=precision,
+        robustness=min(options.robustness, len(dataset.test)),
+        speed=True,
+        say=_say,
+    )
     if options.json:
-        print(json.dumps(figures))
+        print(json.dumps(result))
     else:
-        _print_figures(figures, f"{net.arch}, {options.split} images of {dataset.source}")
+        tables.show_figures(result[options.split], title)
+        tables.show_extras(result)
     return 0
 
 
-def _print_figures(figures: dict[str, Any], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _compare(
+    run: "RunDirectory", sides: str, device: "torch.device", split: "Split", *, as_json: bool
+) -> int:
+    """`--parity A,B`: measure on both sides, keep it in parity.json, and give the verdict."""
+    from resnet56 import runtime
+    from resnet56.evaluation import compare, subject_of
+    from resnet56.rundir import read_json, write_json
 
-    from resnet56.progress import percent
-
-    console = Console(highlight=False)
-    low, high = figures["accuracy_interval"]
-    console.print(title, markup=False)
-    console.print(
-        f"accuracy {percent(figures['accuracy'])} (95 % interval {100 * low:.2f} to "
-        f"{100 * high:.2f}), loss {figures['loss']:.4f}, {figures['n']:,} images"
+    names, subjects = [], []
+    for side in sides.split(","):
+        by_precision = side in runtime.DTYPES
+        where = device if by_precision else runtime.resolve_device(side)
+        precision = runtime.resolve_precision(side if by_precision else "fp32", where)
+        names.append(f"{where} {precision}")
+        subjects.append(subject_of(run, where, precision))
+    if len(names) != 2:
+        raise UsageError(f"--parity wants two sides, as in cpu,cuda or fp32,bf16, not {sides!r}")
+    _say(f"measuring on {len(split):,} images, twice")
+    found = compare(subjects[0], subjects[1], (names[0], names[1]), split)
+    earlier = read_json(run.parity_file)["comparisons"] if run.parity_file.exists() else []
+    kept = [entry for entry in earlier if [entry["a"], entry["b"]] != names]
+    write_json(run.parity_file, {"comparisons": [*kept, found]})
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    for side in ("a", "b"):
+        print(f"{found[side]}: accuracy {100 * found[f'accuracy_{side}']:.2f} %")
+    print(
+        f"logits differ by {found['median_difference']:.2g} in the median, "
+        f"{found['largest_difference']:.2g} at most"
     )
-    table = Table("class", "precision", "recall", "F1", "images", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, row in figures["per_class"].items():
-        shares = [f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1")]
-        table.add_row(name, *shares, f"{row['support']:,}")
-    console.print(table)
-    for pair in figures["most_confused"][:3]:
-        line = f"{pair['count']} {pair['true']} taken for {pair['predicted']}"
-        console.print(line, markup=False)
+    print(found["verdict"])
+    return 0
+
+
+def _say(line: str) -> None:
+    """A sign of life on stderr: stdout is for results."""
+    print(line, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write a page about one run, or one that compares several."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Directories of runs."""
+
+    out: Path | None = None
+    """File to write; by default report.html in the run, or comparison.html here."""
+
+    format: Literal["html", "md"] = "html"
+    """One self-contained page, or Markdown with pictures beside it."""
+
+
+def report(arguments: list[str]) -> int:
+    """resnet56 report RUN [RUN ...]."""
+    options = parse(ReportOptions, arguments, "resnet56 report")
+    if not options.runs:
+        raise UsageError("which run? resnet56 report RUN [RUN ...]; see resnet56 report --help")
+    from resnet56.report import write_report
+
+    print(write_report(options.runs, options.out, format=options.format))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -249,29 +331,13 @@ def describe(arguments: list[str]) -> int:
     options = parse(DescribeOptions, arguments, "resnet56 describe")
     from resnet56.model import describe as describe_network
 
-    network = describe_network(options.arch, options.classes)
+    network = asdict(describe_network(options.arch, options.classes))
     if options.json:
-        print(json.dumps(asdict(network)))
+        print(json.dumps(network))
         return 0
-    from rich.console import Console
-    from rich.table import Table
+    from resnet56.tables import show_network
 
-    console = Console(highlight=False)
-    console.print(
-        f"{network.arch}: {network.depth} layers, {network.block} blocks of "
-        f"{network.layers_a_block} layers, shortcut option {network.shortcut}"
-    )
-    table = Table("part", "layers", "blocks", "output", "parameters", "MACs", box=None)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for part in network.parts:
-        output = "x".join(map(str, part.output))
-        blocks = str(part.blocks or "")
-        table.add_row(
-            part.name, part.layers, blocks, output, f"{part.parameters:,}", f"{part.macs:,}"
-        )
-    table.add_row("all", f"{network.depth}", "", "", f"{network.parameters:,}", f"{network.macs:,}")
-    console.print(table)
+    show_network(network)
     return 0
 
 
@@ -313,7 +379,7 @@ def _fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> 
 
 def load_data(name: str) -> "Dataset":
     """The data set of that name, downloaded if it must be, or in that folder."""
-    from resnet56 import data as readers
+    from resnet56 import readers
     from resnet56.download import ARCHIVES
 
     if name == "digits":
@@ -330,6 +396,7 @@ def load_data(name: str) -> "Dataset":
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "train a network, keep the run in a directory, and test it"),
     "evaluate": (evaluate, "measure a run's weights, on this machine"),
+    "report": (report, "write a page about a run, or one that compares several"),
     "describe": (describe, "print a network's layers, parameters and operations"),
     "data": (data, "fetch CIFAR-10 or CIFAR-100"),
 }

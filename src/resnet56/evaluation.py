@@ -1,19 +1,28 @@
-"""A model over images: logits, then metrics. The model is run as it would be used."""
+"""A run's weights over images: predictions, and all that is measured of them."""
 
-from dataclasses import asdict
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet56.augment import normalize
-from resnet56.data import Split
-from resnet56.metrics import measure
+from resnet56.augment import crop_and_flip, draw, normalize
+from resnet56.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
+from resnet56.data import Dataset, Split, hold_out
+from resnet56.metrics import log_softmax, measure
 from resnet56.model import ResNet, build
-from resnet56.rundir import Checkpoint
-from resnet56.runtime import Resolved, autocast
+from resnet56.rundir import Checkpoint, Network, RunDirectory, write_arrays, write_json
+from resnet56.runtime import Resolved, autocast, peak_memory_mb
 
 BATCH = 256
+MISTAKES = 24  # kept for the report's gallery
+ORIGINALS, VARIANTS = 8, 4  # training images kept, and augmented versions of each
+
+Say = Callable[[str], None]
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
@@ -67,4 +76,216 @@ def evaluate(
     training = model.training
     logits = predict_logits(model.eval(), split.images, mean, std, precision)
     model.train(training)
+    return _figures(logits, split, classes)
+
+
+def _figures(logits: Tensor, split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
     return asdict(measure(logits.numpy(), split.labels.cpu().numpy(), classes))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a network with its constants, and how it is run."""
+
+    model: nn.Module
+    network: Network
+    precision: Resolved
+
+    def logits(self, images: Tensor, batch: int = BATCH) -> Tensor:
+        """(N, 3, 32, 32) uint8 -> (N, C) float32 on the CPU."""
+        net = self.network
+        return predict_logits(self.model, images, net.mean, net.std, self.precision, batch)
+
+    def figures(self, split: Split) -> dict[str, Any]:
+        """Metrics on `split`, as an entry of evaluation.json."""
+        return _figures(self.logits(split.images), split, self.network.classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.model.parameters()).device
+
+
+def subject_of(run: RunDirectory, device: torch.device, precision: Resolved = "fp32") -> Subject:
+    """The run's network, ready to be measured; RunError if there is no whole checkpoint."""
+    checkpoint = run.load()
+    return Subject(restore(checkpoint, device), checkpoint.network, precision)
+
+
+def evaluate_run(
+    run: RunDirectory,
+    dataset: Dataset,
+    *,
+    holdout: int = 0,
+    flip: bool = True,
+    padding: int = 4,
+    device: torch.device,
+    precision: Resolved = "fp32",
+    robustness: int = 0,
+    speed: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Measure the run's weights on the data it was trained on, and write it all down.
+
+    Training and test images are measured the same way, without augmentation. Writes
+    evaluation.json, predictions.npz (the test images' logits, labels and indices) and
+    samples.npz (a few images for the report).
+
+    Args:
+        run: with a checkpoint.
+        dataset: the run's own.
+        holdout: as in its recipe; those images are measured apart.
+        flip, padding: of its augmentation, to show it.
+        device, precision: of the forward pass.
+        robustness: test images to corrupt in every way; 0 for none.
+        speed: whether to measure it.
+        say: is told what is being done.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    checkpoint = run.load()
+    subject = Subject(restore(checkpoint, device), checkpoint.network, precision)
+    classes = checkpoint.network.classes
+    training, held_out = (dataset.train, None) if not holdout else hold_out(dataset.train, holdout)
+    splits = {"test": dataset.test, "train": training, "holdout": held_out}
+    result: dict[str, Any] = {}
+    logits: dict[str, Tensor] = {}
+    for name, split in splits.items():
+        if split is not None:
+            say(f"measuring on {len(split):,} images ({name})")
+            logits[name] = subject.logits(split.images)
+            result[name] = _figures(logits[name], split, classes)
+    result |= {
+        "weights": checkpoint.notes.get("weights", "last"),
+        "epoch": checkpoint.position.epoch,
+        "step": checkpoint.position.step,
+        "device": str(device),
+        "precision": precision,
+        "data": dataset.source,
+    }
+    if speed:
+        say("measuring the speed")
+        result["speed"] = inference_speed(subject, dataset.test.images)
+    if robustness:
+        say(f"measuring on {robustness:,} corrupted images, {len(CORRUPTIONS)} x 5 times")
+        result["robustness"] = measure_robustness(subject, dataset.test, robustness)
+    labels = dataset.test.labels.cpu()
+    write_arrays(
+        run.predictions_file,
+        logits=logits["test"].numpy(),
+        labels=labels.numpy(),
+        indices=np.arange(len(labels)),
+    )
+    samples = _shown(training, padding, flip) | _mistakes(logits["test"], dataset.test)
+    write_arrays(run.samples_file, **samples)
+    write_json(run.evaluation_file, result)
+    return result
+
+
+def _shown(training: Split, padding: int, flip: bool) -> dict[str, Any]:
+    """A few training images, and what the augmentation makes of them."""
+    index = spread(len(training), ORIGINALS)
+    originals = training.images[index].cpu()
+    generator = torch.Generator().manual_seed(0)
+    draws = draw(len(index) * VARIANTS, padding=padding, flip=flip, generator=generator)
+    augmented = crop_and_flip(originals.repeat_interleave(VARIANTS, dim=0), draws, padding)
+    return {
+        "originals": originals.numpy(),
+        "original_labels": training.labels[index].cpu().numpy(),
+        "augmented": augmented.contiguous().view(-1, VARIANTS, 3, 32, 32).numpy(),
+    }
+
+
+def _mistakes(logits: Tensor, split: Split) -> dict[str, Any]:
+    """The wrong predictions that the network was surest of, surest first."""
+    probabilities = np.exp(log_softmax(logits.numpy()))
+    labels, predicted = split.labels.cpu().numpy(), logits.numpy().argmax(axis=1)
+    confidence = probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    index = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    return {
+        "mistakes": split.images[torch.from_numpy(index)].cpu().numpy(),
+        "mistake_index": index,
+        "mistake_true": labels[index],
+        "mistake_predicted": predicted[index],
+        "mistake_confidence": confidence[index],
+    }
+
+
+def measure_robustness(subject: Subject, split: Split, count: int) -> dict[str, Any]:
+    """Accuracy on `count` evenly spaced images under each corruption and severity."""
+    index = spread(len(split), count)
+    images, labels = split.images[index].cpu(), split.labels[index].cpu()
+
+    def accuracy(changed: Tensor) -> float:
+        return float((subject.logits(changed).argmax(dim=1) == labels).double().mean())
+
+    corruptions = {
+        name: [accuracy(corrupt(images, name, severity)) for severity in SEVERITIES]
+        for name in CORRUPTIONS
+    }
+    every = [value for values in corruptions.values() for value in values]
+    return {
+        "images": len(index),
+        "severities": list(SEVERITIES),
+        "clean_accuracy": accuracy(images),
+        "mean_accuracy": statistics.fmean(every),
+        "corruptions": corruptions,
+    }
+
+
+def inference_speed(subject: Subject, images: Tensor) -> dict[str, Any]:
+    """Time from bytes to logits, one image and 256 at a time: the median of several."""
+    result: dict[str, Any] = {}
+    for batch, repeats in ((1, 30), (BATCH, 5)):
+        batch_images = images[spread(len(images), batch)]
+        subject.logits(batch_images, batch)  # warm up
+        times = []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            subject.logits(batch_images, batch)  # ends on the CPU, so the device is done
+            times.append(time.perf_counter() - begun)
+        seconds = statistics.median(times) / len(batch_images)
+        result[f"batch_{batch}"] = {
+            "milliseconds_an_image": 1000 * seconds,
+            "images_per_second": 1 / seconds,
+        }
+    return result | {"peak_memory_mb": peak_memory_mb(subject.device)}
+
+
+def compare(one: Subject, other: Subject, names: tuple[str, str], split: Split) -> dict[str, Any]:
+    """Does it matter where, or in which precision, the network is run?
+
+    Returns:
+        Both accuracies, the images whose class changes, the median and largest difference of
+        logits, and a sentence with the verdict: an entry of parity.json.
+    """
+    labels = split.labels.cpu()
+    a, b = one.logits(split.images), other.logits(split.images)
+    distance = (a - b).abs()
+    hits = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]
+    changed = int((a.argmax(dim=1) != b.argmax(dim=1)).sum())
+    points = 100 * (hits[1] - hits[0]) / len(labels)
+    if changed == 0:
+        verdict = (
+            f"{names[0]} and {names[1]} give every one of the {len(labels):,} images the same "
+            "class: where it runs explains none of an accuracy gap."
+        )
+    else:
+        verdict = (
+            f"{changed:,} of {len(labels):,} images ({100 * changed / len(labels):.2f} %) change "
+            f"their class from {names[0]} to {names[1]}, and the accuracy by {points:+.2f} points: "
+            "that much of a gap it can explain, and no more."
+        )
+    return {
+        "a": names[0],
+        "b": names[1],
+        "images": len(labels),
+        "accuracy_a": hits[0] / len(labels),
+        "accuracy_b": hits[1] / len(labels),
+        "changed": changed,
+        "median_difference": float(distance.median()),
+        "largest_difference": float(distance.max()),
+        "verdict": verdict,
+    }

@@ -5,6 +5,9 @@
     metrics.jsonl      a line an epoch
     checkpoint/        checkpoint.json, and the tensor files it names
     evaluation.json    how good it is
+    predictions.npz    the test images' logits, labels and indices
+    samples.npz        a few images, for the report
+    parity.json        whether device or precision matter, where that was asked
 
 Files appear whole or not at all: each is written under another name, flushed to the disk and
 renamed. A checkpoint is several files, so its JSON is written last and names the tensor files
@@ -14,6 +17,7 @@ disk names files that are there.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.torch
 from torch import Tensor
@@ -96,6 +102,14 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, _readable(content) + "\n")
 
 
+def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
+    """Write a compressed .npz file whole or not at all."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    with _writing(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+
+
 def _readable(content: Any, indent: str = "") -> str:
     """JSON with a line a key, except that short or innermost lists are not broken up."""
     deeper = indent + "  "
@@ -130,6 +144,9 @@ class RunDirectory:
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
         self.evaluation_file = path / "evaluation.json"
+        self.predictions_file = path / "predictions.npz"
+        self.samples_file = path / "samples.npz"
+        self.parity_file = path / "parity.json"
         self.checkpoint_file = path / "checkpoint" / "checkpoint.json"
 
     def create(self) -> None:

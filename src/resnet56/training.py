@@ -17,7 +17,7 @@ from resnet56 import __version__
 from resnet56.batches import Batches
 from resnet56.data import Dataset, Split, channel_statistics, hold_out
 from resnet56.errors import RunError, TrainingError, UsageError
-from resnet56.evaluation import evaluate, restore
+from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.model import build
 from resnet56.parallel import Place, process_group, synchronize_batch_norm, total
 from resnet56.progress import TrainingProgress
@@ -103,7 +103,15 @@ def train(
         raise Interrupted(stop.signum)
     if not here.is_first:
         return {}
-    return _test(run, dataset, training, held_out, where, progress)
+    return evaluate_run(
+        run,
+        dataset,
+        holdout=recipe.holdout,
+        flip=recipe.flip and dataset.mirror,
+        padding=recipe.padding,
+        device=where,
+        say=progress.say,
+    )
 
 
 def _take_up(run: RunDirectory, recipe: Recipe, source: str, fingerprint: str) -> Checkpoint:
@@ -306,36 +314,6 @@ class _Loop:
         }
         weights, state = self.trainer.weights(), self.trainer.state()
         self.run.save(Checkpoint(self.network, weights, state, self.position, notes))
-
-
-def _test(
-    run: RunDirectory,
-    dataset: Dataset,
-    training: Split,
-    held_out: Split | None,
-    device: torch.device,
-    progress: TrainingProgress,
-) -> dict[str, Any]:
-    """Open the test set, once, with the weights that are on the disk."""
-    checkpoint = run.load()
-    net = checkpoint.network
-    model = restore(checkpoint, device)
-    splits = {"test": dataset.test, "train": training, "holdout": held_out}
-    figures: dict[str, Any] = {}
-    for name, split in splits.items():
-        if split is not None:
-            progress.say(f"measuring on {len(split):,} images ({name})")
-            figures[name] = evaluate(model, split, net.classes, net.mean, net.std)
-    result = figures | {
-        "weights": checkpoint.notes["weights"],
-        "epoch": checkpoint.position.epoch,
-        "step": checkpoint.position.step,
-        "device": str(device),
-        "precision": "fp32",
-        "data": dataset.source,
-    }
-    write_json(run.evaluation_file, result)
-    return result
 
 
 @dataclass

@@ -1,0 +1,96 @@
+"""Figures and networks as a terminal shows them."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from resnet56.progress import percent
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    """A table without lines; all columns but the first `left` are set right."""
+    table = Table(*columns, box=None)
+    for column in table.columns[left:]:
+        column.justify = "right"
+    return table
+
+
+def show_figures(figures: dict[str, Any], title: str) -> None:
+    """Print one split's entry of evaluation.json."""
+    console = Console(highlight=False)
+    low, high = figures["accuracy_interval"]
+    ece, brier = figures["calibration"]["ece"], figures["calibration"]["brier"]
+    lines = (
+        title,
+        f"accuracy {percent(figures['accuracy'])} (95 % interval {100 * low:.2f} to "
+        f"{100 * high:.2f}), top-2 {percent(figures['top2'])}, top-3 {percent(figures['top3'])}",
+        f"loss {figures['loss']:.4f}, calibration error {ece:.4f}, Brier score {brier:.4f}, "
+        f"{figures['n']:,} images",
+    )
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    table = _table("class", "precision", "recall", "F1", "images")
+    for name, row in figures["per_class"].items():
+        shares = [f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1")]
+        table.add_row(name.replace("[", r"\["), *shares, f"{row['support']:,}")
+    console.print(table)
+    for pair in figures["most_confused"][:3]:
+        line = f"{pair['count']} {pair['true']} taken for {pair['predicted']}"
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def show_extras(result: dict[str, Any]) -> None:
+    """Print the robustness and speed of evaluation.json, where they were measured."""
+    console = Console(highlight=False)
+    if robustness := result.get("robustness"):
+        severities = robustness["severities"]
+        table = _table(
+            f"accuracy on {robustness['images']:,} images, severity", *map(str, severities)
+        )
+        for name, accuracies in robustness["corruptions"].items():
+            table.add_row(name, *(f"{100 * value:.1f}" for value in accuracies))
+        console.print(table)
+    if speed := result.get("speed"):
+        for batch in ("1", "256"):
+            row = speed[f"batch_{batch}"]
+            console.print(
+                f"batch {batch}: {row['milliseconds_an_image']:.2f} ms an image, "
+                f"{row['images_per_second']:,.0f} images/s"
+            )
+
+
+def show_accuracies(figures: dict[str, dict[str, Any]]) -> None:
+    """Print a line for each of several test sets."""
+    table = _table("images", "accuracy", "interval", "loss", "n")
+    for name, row in figures.items():
+        low, high = row["accuracy_interval"]
+        interval = f"{100 * low:.2f} to {100 * high:.2f}"
+        table.add_row(
+            name, percent(row["accuracy"]), interval, f"{row['loss']:.4f}", f"{row['n']:,}"
+        )
+    Console(highlight=False).print(table)
+
+
+def show_network(network: dict[str, Any]) -> None:
+    """Print what `describe` computed of a network."""
+    console = Console(highlight=False)
+    console.print(
+        f"{network['arch']}: {network['depth']} layers, {network['block']} blocks of "
+        f"{network['layers_a_block']} layers, shortcut option {network['shortcut']}"
+    )
+    table = _table("part", "layers", "blocks", "output", "parameters", "MACs", left=2)
+    for part in network["parts"]:
+        output = "x".join(map(str, part["output"]))
+        table.add_row(
+            part["name"],
+            part["layers"],
+            str(part["blocks"] or ""),
+            output,
+            f"{part['parameters']:,}",
+            f"{part['macs']:,}",
+        )
+    table.add_row(
+        "all", str(network["depth"]), "", "", f"{network['parameters']:,}", f"{network['macs']:,}"
+    )
+    console.print(table)

@@ -1,0 +1,118 @@
+"""What is measured of a run, and what of it is written down."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from resnet56.corruptions import CORRUPTIONS, corrupt, spread
+from resnet56.data import Dataset
+from resnet56.evaluation import (
+    compare,
+    evaluate_run,
+    inference_speed,
+    measure_robustness,
+    subject_of,
+)
+from resnet56.recipe import Recipe
+from resnet56.rundir import RunDirectory
+from resnet56.training import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that still makes mistakes."""
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    train(dataclasses.replace(small, epochs=1, lr=0.005), tiny, out, device="cpu")
+    return RunDirectory(out)
+
+
+def test_evaluating_again_gives_the_same_figures(run: RunDirectory, tiny: Dataset) -> None:
+    trained = json.loads(run.evaluation_file.read_text())
+    again = evaluate_run(run, tiny, device=CPU)
+    assert json.loads(json.dumps(again)) == trained
+    assert json.loads(run.evaluation_file.read_text()) == trained
+
+
+def test_predictions_are_the_ones_the_figures_count(run: RunDirectory, tiny: Dataset) -> None:
+    figures = json.loads(run.evaluation_file.read_text())["test"]
+    kept = np.load(run.predictions_file, allow_pickle=False)
+    assert kept["indices"].tolist() == list(range(24))
+    assert kept["labels"].tolist() == tiny.test.labels.tolist()
+    predicted = kept["logits"].argmax(axis=1)
+    assert (predicted == kept["labels"]).mean() == figures["accuracy"]
+    matrix = np.zeros((3, 3), int)
+    np.add.at(matrix, (kept["labels"], predicted), 1)
+    assert matrix.tolist() == figures["confusion_matrix"]
+
+
+def test_samples_show_the_surest_mistakes_and_real_crops(run: RunDirectory, tiny: Dataset) -> None:
+    kept = np.load(run.samples_file, allow_pickle=False)
+    logits = np.load(run.predictions_file)["logits"].astype(np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = tiny.test.labels.numpy()
+    wrong = [i for i in range(24) if logits[i].argmax() != labels[i]]
+    assert wrong, "the run should still make mistakes"
+    surest = sorted(wrong, key=lambda i: -shares[i].max())
+    assert kept["mistake_index"].tolist() == surest
+    assert kept["mistake_confidence"].tolist() == pytest.approx(shares[surest].max(axis=1).tolist())
+    assert (kept["mistakes"] == tiny.test.images[surest].numpy()).all()
+
+    assert kept["augmented"].shape == (8, 4, 3, 32, 32)
+    for original, variants in zip(kept["originals"], kept["augmented"], strict=True):
+        padded = np.pad(original, ((0, 0), (4, 4), (4, 4)))
+        crops = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+        for variant in variants:
+            assert any((variant == c).all() or (variant == c[..., ::-1]).all() for c in crops)
+
+
+def test_robustness_is_the_accuracy_on_corrupted_images(run: RunDirectory, tiny: Dataset) -> None:
+    subject = subject_of(run, CPU)
+    found = measure_robustness(subject, tiny.test, 10)
+    assert found["images"] == 10
+    assert set(found["corruptions"]) == set(CORRUPTIONS)
+    index = spread(24, 10)
+    noisy = corrupt(tiny.test.images[index], "shot noise", 3)
+    hits = (subject.logits(noisy).argmax(1) == tiny.test.labels[index]).sum().item()
+    assert found["corruptions"]["shot noise"][2] == pytest.approx(hits / 10)
+    every = [value for values in found["corruptions"].values() for value in values]
+    assert found["mean_accuracy"] == pytest.approx(sum(every) / 50)
+
+
+def test_speed_says_the_same_in_both_units(run: RunDirectory, tiny: Dataset) -> None:
+    speed = inference_speed(subject_of(run, CPU), tiny.test.images)
+    for batch in ("batch_1", "batch_256"):
+        row = speed[batch]
+        assert row["milliseconds_an_image"] * row["images_per_second"] == pytest.approx(1000)
+    assert speed["peak_memory_mb"] > 50
+
+
+def test_a_network_compared_with_itself_changes_nothing(run: RunDirectory, tiny: Dataset) -> None:
+    subject = subject_of(run, CPU)
+    found = compare(subject, subject, ("cpu fp32", "cpu fp32"), tiny.test)
+    assert (found["changed"], found["largest_difference"]) == (0, 0.0)
+    assert "explains none" in found["verdict"]
+
+
+def test_a_changed_network_is_counted_image_by_image(run: RunDirectory, tiny: Dataset) -> None:
+    one, other = subject_of(run, CPU), subject_of(run, CPU)
+    with torch.no_grad():
+        other.model.fc.bias[0] += 100.0  # every image becomes the first class
+    found = compare(one, other, ("a", "b"), tiny.test)
+    before = one.logits(tiny.test.images).argmax(1)
+    assert found["changed"] == (before != 0).sum().item() > 0
+    assert found["accuracy_b"] == pytest.approx(8 / 24)
+    assert found["largest_difference"] == pytest.approx(100, rel=1e-3)
+    assert found["median_difference"] == pytest.approx(0, abs=1e-5)
+    points = 100 * (found["accuracy_b"] - found["accuracy_a"])
+    assert f"{points:+.2f} points" in found["verdict"]
+
+
+def test_bf16_logits_are_near_those_of_fp32(run: RunDirectory, tiny: Dataset) -> None:
+    a, b = (subject_of(run, CPU, precision) for precision in ("fp32", "bf16"))
+    found = compare(a, b, ("cpu fp32", "cpu bf16"), tiny.test)
+    assert 0 < found["largest_difference"] < 0.5
