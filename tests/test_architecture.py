@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {
         "augment", "corruptions", "data", "metrics", "model", "rundir", "runtime",
     },
-    "report": {"errors", "metrics", "model", "recipe", "rundir"},
+    "report": {"errors", "model", "progress", "recipe", "rundir"},
     # second floor
     "training": {
         "__init__", "batches", "data", "errors", "evaluation", "model", "parallel", "progress",

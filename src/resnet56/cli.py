@@ -132,7 +132,10 @@ def train(arguments: list[str]) -> int:
                 f"training accuracy {percent(seen['accuracy'])}, loss {seen['loss']:.4f}, "
                 f"{seen['n']:,} images, no augmentation"
             )
-            progress.say(f"the run lies in {out}")
+            progress.say("writing the report")
+            from resnet56.report import write_report
+
+            progress.say(f"the run lies in {out}, its report is {write_report([out])}")
     return 0
 
 
@@ -192,8 +195,8 @@ def evaluate(arguments: list[str]) -> int:
     """resnet56 evaluate RUN."""
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
     from resnet56 import runtime, tables
-    from resnet56.readers import is_benchmark, load_benchmark
     from resnet56.evaluation import evaluate_run, subject_of
+    from resnet56.readers import is_benchmark, load_benchmark
     from resnet56.rundir import RunDirectory, read_json
 
     if options.robustness < 0:

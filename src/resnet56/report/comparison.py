@@ -1,0 +1,211 @@
+"""Several runs on one page: a table, curves, what differs, and what of it is significant."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from resnet56.report import plots, story, words
+from resnet56.report.page import plain
+from resnet56.report.plots import Chart, Line
+from resnet56.report.read import RunFacts
+
+MOST_PAIRS = 5  # runs up to which every pair is compared; beyond, each with the best
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run in the comparison."""
+
+    rank: int
+    label: str
+    facts: RunFacts
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Test accuracy of `better` minus that of `other`, with its 95 % interval; shares."""
+
+    better: Entry
+    other: Entry
+    value: float
+    interval: Interval
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval[0] > 0 or self.interval[1] < 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tested runs that differ in nothing but their seed."""
+
+    entries: tuple[Entry, ...]
+    mean: float  # of the test accuracies
+    deviation: float  # their sample standard deviation
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in rising order."""
+        return sorted(entry.facts.recipe.seed for entry in self.entries)
+
+
+def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
+    """Everything the page of several runs says and shows."""
+    entries = ranked(runs)
+    pairs = differences(entries)
+    return {
+        "title": title(entries),
+        "entries": entries,
+        "fields": differing_fields(entries),
+        "groups": seed_groups(entries),
+        "differences": pairs,
+        "significance": significance(pairs),
+        "state": states(entries),
+        "charts": charts(entries),
+    }
+
+
+def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
+    """The best test accuracy first; untested runs last, in the order given."""
+    order = sorted(runs, key=lambda run: -run.test["accuracy"] if run.test else math.inf)
+    names = [run.name for run in runs]
+    return [
+        Entry(i, run.name if names.count(run.name) == 1 else str(run.path), run)
+        for i, run in enumerate(order, start=1)
+    ]
+
+
+def title(entries: Sequence[Entry]) -> str:
+    """How many runs, and the best result among them."""
+    best = entries[0].facts.test
+    runs = words.plural(len(entries), "run")
+    if best is None:
+        return f"{runs} compared, none of them tested"
+    return f"{runs} compared: the best reaches {words.percent(best['accuracy'])}"
+
+
+def states(entries: Sequence[Entry]) -> list[str]:
+    """What stands in the way of a fair comparison."""
+    said = []
+    for entry in entries:
+        facts = entry.facts
+        for sentence in story.unfinished(
+            facts.position.epoch, facts.recipe.epochs, tested=facts.test is not None
+        ):
+            said.append(f"{entry.label}: {sentence}")
+    if len({facts_key(entry) for entry in entries}) > 1:
+        said.append(
+            "These runs are not all of the same images, so their accuracies do not compare "
+            "directly."
+        )
+    return said
+
+
+def facts_key(entry: Entry) -> tuple[Any, ...]:
+    """What two runs must share for their test accuracies to compare: images and classes."""
+    facts = entry.facts
+    return facts.source, facts.classes
+
+
+def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
+    """The recipe's fields in which the runs differ: name -> a value for each entry."""
+    recipes = [entry.facts.recipe.to_json() for entry in entries]
+    return {
+        name: [plain(recipe[name]) for recipe in recipes]
+        for name in recipes[0]
+        if any(recipe[name] != recipes[0][name] for recipe in recipes)
+    }
+
+
+def seed_groups(entries: Sequence[Entry]) -> list[Group]:
+    """Two or more tested, finished runs that share all but the seed."""
+    alike: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        facts = entry.facts
+        if facts.test and facts.finished:
+            recipe = facts.recipe.to_json()
+            seedless = tuple((name, str(recipe[name])) for name in recipe if name != "seed")
+            alike.setdefault((seedless, facts_key(entry)), []).append(entry)
+    groups = []
+    for members in alike.values():
+        if len({entry.facts.recipe.seed for entry in members}) == len(members) > 1:
+            shares = [entry.facts.test["accuracy"] for entry in members if entry.facts.test]
+            mean, deviation = statistics.fmean(shares), statistics.stdev(shares)
+            groups.append(Group(tuple(members), mean, deviation))
+    return groups
+
+
+def differences(entries: Sequence[Entry]) -> list[Difference]:
+    """Differences of test accuracies, of all pairs or with many runs of each to the best."""
+    tested = [entry for entry in entries if entry.facts.test]
+    pairs = list(combinations(tested, 2))
+    if len(tested) > MOST_PAIRS:
+        pairs = [(tested[0], other) for other in tested[1:]]
+    found = []
+    for better, other in pairs:
+        a, b = better.facts.test, other.facts.test
+        if a and b and facts_key(better) == facts_key(other):
+            interval = newcombe(
+                (a["accuracy"], *a["accuracy_interval"]), (b["accuracy"], *b["accuracy_interval"])
+            )
+            found.append(Difference(better, other, a["accuracy"] - b["accuracy"], interval))
+    return found
+
+
+def newcombe(a: tuple[float, float, float], b: tuple[float, float, float]) -> Interval:
+    """95 % interval of the difference of two independent shares (Newcombe 1998, method 10).
+
+    Args:
+        a, b: share, and the lower and upper end of its Wilson interval.
+    """
+    difference = a[0] - b[0]
+    below = math.hypot(a[0] - a[1], b[2] - b[0])
+    above = math.hypot(a[2] - a[0], b[0] - b[1])
+    return max(-1.0, difference - below), min(1.0, difference + above)
+
+
+def significance(pairs: Sequence[Difference]) -> str:
+    """One line on what the test images cannot tell apart."""
+    if not pairs:
+        return "There are no two tested runs on the same images to compare."
+    unclear = [pair for pair in pairs if not pair.significant]
+    if not unclear:
+        return "Every difference shown is significant: no interval includes zero."
+    if len(unclear) == len(pairs):
+        return "No difference shown is significant: every interval includes zero."
+    named = [f"{pair.better.label} and {pair.other.label}" for pair in unclear]
+    if len(named) > 3:
+        return (
+            f"Not significant, since their intervals include zero: {len(named)} of the "
+            f"{len(pairs)} differences."
+        )
+    return f"Not significant, since the interval includes zero: {'; '.join(named)}."
+
+
+def charts(entries: Sequence[Entry]) -> list[Chart]:
+    """Curves of all runs over each other; the numbers in the legend are the table's ranks."""
+    wanted = (
+        ("train_loss", "Training loss", "cross-entropy, nats", False),
+        ("train_accuracy", "Training accuracy", "accuracy, %", True),
+        ("holdout_accuracy", "Held-out accuracy", "accuracy, %", True),
+        ("lr", "Learning rate", "learning rate", False),
+    )
+    drawn = []
+    for key, name, label, percent in wanted:
+        lines = []
+        for entry in entries:
+            rows = [row for row in entry.facts.rows if key in row]
+            if rows:
+                epochs, values = [row["epoch"] for row in rows], [row[key] for row in rows]
+                lines.append(Line(f"{entry.rank}  {entry.label}", epochs, values))
+        if lines:
+            alt = f"{name} against epochs of {words.plural(len(lines), 'run')}."
+            identifier = key.replace("_", "-")
+            drawn.append(plots.curves(identifier, name, alt, lines, label, percent=percent))
+    return drawn

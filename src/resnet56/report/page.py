@@ -1,0 +1,314 @@
+"""One run's page: what the templates are given."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from resnet56.report import pictures, plots, recipe_words, story, words
+from resnet56.report.plots import Chart, Line
+from resnet56.report.read import RunFacts
+
+MOST_SAMPLES, MOST_VERSIONS, MOST_MISTAKES = 10, 8, 48  # pictures shown, for the file's size
+# Of the conclusion, in its order; without a test most of them have nothing to say.
+PARTS = (
+    *("state", "result", "gap", "trend", "classes", "confusions", "confidence"),
+    *("robustness", "hardware"),
+)
+MOST_CELLS = 150  # classes up to which the confusion matrix is a table
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A small image and what to say about it."""
+
+    name: str
+    png: bytes
+    label: str
+
+    @property
+    def uri(self) -> str:
+        """The image as a URL."""
+        return plots.data_uri(self.png)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image and the wrong class it was given."""
+
+    picture: Picture
+    index: int
+    true: str
+    predicted: str
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the confusion matrix: its count and the step of its colour."""
+
+    count: int
+    shade: str  # "z" for none; "d1" to "d5" on the diagonal, "e1" to "e5" off it
+    label: str  # empty for a count of zero
+
+
+def content(facts: RunFacts) -> dict[str, Any]:
+    """Everything the page of one run says and shows."""
+    return {
+        "facts": facts,
+        "title": title(facts),
+        "arch": network_name(facts),
+        "story": stories(facts),
+        "training_charts": training_charts(facts),
+        "reliability": reliability(facts),
+        "robustness": robustness(facts),
+        "confusion": confusion_table(facts) if len(facts.classes) <= MOST_CELLS else None,
+        "confusion_picture": confusion_picture(facts),
+        "originals": originals(facts),
+        "sheet": sample_sheet(facts),
+        "mistakes": mistakes(facts),
+        "recipe": recipe_table(facts),
+        "system": system_table(facts.environment),
+        "machine": facts.environment.get("gpu") or facts.environment.get("processor"),
+        "command": facts.environment.get("command"),
+    }
+
+
+def network_name(facts: RunFacts) -> str:
+    """'resnet56-bottleneck' -> 'ResNet-56', its block said elsewhere."""
+    return f"ResNet-{facts.description.depth}"
+
+
+def title(facts: RunFacts) -> str:
+    """The result, or that there is none yet."""
+    arch = network_name(facts)
+    if facts.test:
+        share, n = words.percent(facts.test["accuracy"]), words.count(facts.test["n"])
+        return f"{arch} recognises {share} of {n} test images"
+    if facts.rows:
+        return f"{arch} after {words.plural(facts.position.epoch, 'epoch')}, not yet tested"
+    return f"{arch}, before its first epoch has ended"
+
+
+def stories(facts: RunFacts) -> dict[str, list[str]]:
+    """The page's sentences, by section."""
+    test, train, recipe = facts.test, facts.train, facts.recipe
+    told: dict[str, list[str]] = {part: [] for part in PARTS}
+    told |= {
+        "state": story.unfinished(facts.position.epoch, recipe.epochs, tested=test is not None),
+        "trend": story.trend(facts.rows, recipe),
+        "schedule": [recipe_words.schedule(recipe)],
+        "optimizer": [recipe_words.optimizer(recipe)],
+        "augmentation": [recipe_words.augmentation(recipe, mirrors=facts.mirrors)],
+        "hardware": story.hardware(facts.parity),
+    }
+    if test:
+        interval = (test["accuracy_interval"][0], test["accuracy_interval"][1])
+        augmented = recipe_words.is_augmented(recipe, mirrors=facts.mirrors)
+        robust = facts.evaluation.get("robustness") if facts.evaluation else None
+        told |= {
+            "result": [
+                story.result(test),
+                *story.against_chance(interval, len(facts.classes)),
+            ],
+            "gap": story.gap(train["accuracy"], test["accuracy"], interval, augmented=augmented)
+            if train
+            else [],
+            "classes": story.best_and_worst(test["per_class"]),
+            "confusions": story.confusions(test["most_confused"]),
+            "confidence": story.confidence(test["calibration"], test["accuracy"], interval),
+            "robustness": story.robustness(robust),
+        }
+    told["takeaways"] = [sentence for part in PARTS for sentence in told[part]]
+    return told
+
+
+def training_charts(facts: RunFacts) -> list[Chart]:
+    """Loss, accuracy, learning rate and speed against epochs; none before the first epoch."""
+    rows = facts.rows
+    if not rows:
+        return []
+    last = rows[-1]
+    ends = f"after epoch {last['epoch']}"
+    held = [row for row in rows if "holdout_accuracy" in row]
+    losses, accuracies = (
+        [_line("training", rows, "train_loss")],
+        [_line("training", rows, "train_accuracy")],
+    )
+    loss_alt = f"Training loss {words.loss(rows[0]['train_loss'])} in epoch {rows[0]['epoch']}, "
+    loss_alt += f"{words.loss(last['train_loss'])} in epoch {last['epoch']}."
+    accuracy_alt = f"Training accuracy {words.percent(last['train_accuracy'])} {ends}."
+    if held:
+        losses.append(_line("held out", held, "holdout_loss"))
+        accuracies.append(_line("held out", held, "holdout_accuracy"))
+        accuracy_alt += f" Held out: {words.percent(held[-1]['holdout_accuracy'])}."
+    if facts.test and facts.evaluation:
+        epoch = [float(facts.evaluation.get("epoch", last["epoch"]))]
+        losses.append(Line("test", epoch, [facts.test["loss"]]))
+        accuracies.append(Line("test", epoch, [facts.test["accuracy"]]))
+        accuracy_alt += f" Test: {words.percent(facts.test['accuracy'])}."
+    rates = [_line("learning rate", rows, "lr")]
+    speeds = [_line("speed", rows, "images_per_second")]
+    return [
+        plots.curves("loss", "Loss", loss_alt, losses, "cross-entropy, nats"),
+        plots.curves("accuracy", "Accuracy", accuracy_alt, accuracies, "accuracy, %", percent=True),
+        plots.curves(
+            "learning-rate",
+            "Learning rate at the end of each epoch",
+            f"Learning rate {last['lr']:.3g} {ends}.",
+            rates,
+            "learning rate",
+        ),
+        plots.curves(
+            "speed",
+            "Speed",
+            f"{last['images_per_second']:.0f} images a second in epoch {last['epoch']}.",
+            speeds,
+            "training images a second",
+        ),
+    ]
+
+
+def _line(label: str, rows: list[dict[str, Any]], key: str) -> Line:
+    return Line(label, [row["epoch"] for row in rows], [row[key] for row in rows])
+
+
+def reliability(facts: RunFacts) -> Chart | None:
+    """Confidence against accuracy on the test images."""
+    if not facts.test:
+        return None
+    calibration = facts.test["calibration"]
+    alt = (
+        f"Accuracy against confidence in 15 bins; expected calibration error "
+        f"{calibration['ece']:.4f}, Brier score {calibration['brier']:.4f}."
+    )
+    return plots.reliability("reliability", calibration["bins"], alt)
+
+
+def robustness(facts: RunFacts) -> Chart | None:
+    """Accuracy under each corruption, where it was measured."""
+    figures = (facts.evaluation or {}).get("robustness") or {}
+    corruptions = {k: v for k, v in figures.get("corruptions", {}).items() if v}
+    if not corruptions:
+        return None
+    alt = f"Mean accuracy over all corruptions {words.percent(figures['mean_accuracy'])}."
+    return plots.robustness("robustness", corruptions, alt)
+
+
+def shade(share: float, *, diagonal: bool) -> str:
+    """The colour step of a cell, by its share of the true class."""
+    steps = (0.5, 0.75, 0.9, 0.95) if diagonal else (0.005, 0.01, 0.02, 0.05)
+    return ("d" if diagonal else "e") + str(1 + sum(share >= step for step in steps))
+
+
+def confusion_table(facts: RunFacts) -> list[list[Cell]] | None:
+    """The confusion matrix as cells, [true][predicted]."""
+    if not facts.test:
+        return None
+    table = []
+    for i, row in enumerate(facts.test["confusion_matrix"]):
+        total = max(sum(row), 1)
+        cells = []
+        for j, number in enumerate(row):
+            label = (
+                f"true {facts.classes[i]}, predicted {facts.classes[j]}: {words.count(number)} "
+                f"({words.percent(number / total)})"
+            )
+            step = shade(number / total, diagonal=i == j) if number else "z"
+            cells.append(Cell(number, step, label if number else ""))
+        table.append(cells)
+    return table
+
+
+def confusion_picture(facts: RunFacts) -> Chart | None:
+    """The confusion matrix as a chart, for Markdown and for very many classes."""
+    if not facts.test:
+        return None
+    return plots.confusion("confusion", facts.test["confusion_matrix"], facts.classes)
+
+
+def originals(facts: RunFacts) -> list[tuple[Picture, list[Picture]]]:
+    """Training images, each with its augmented versions."""
+    if facts.samples is None:
+        return []
+    shown = []
+    kept = facts.samples
+    for i, image in enumerate(kept.originals[:MOST_SAMPLES]):
+        label = facts.classes[int(kept.original_labels[i])]
+        versions = [
+            Picture(f"sample-{i + 1}-{j + 1}", pictures.png(version), f"{label}, augmented")
+            for j, version in enumerate(kept.augmented[i, :MOST_VERSIONS])
+        ]
+        shown.append((Picture(f"sample-{i + 1}", pictures.png(image), label), versions))
+    return shown
+
+
+def sample_sheet(facts: RunFacts) -> Picture | None:
+    """All sample images in one picture: a row each, the augmented versions to the right."""
+    if facts.samples is None or not len(facts.samples.originals):
+        return None
+    versions = facts.samples.augmented[:MOST_SAMPLES, :MOST_VERSIONS]
+    firsts = facts.samples.originals[:MOST_SAMPLES, None]
+    rows = np.concatenate((firsts, versions), axis=1)
+    return Picture("samples", pictures.sheet(rows), "Training images")
+
+
+def mistakes(facts: RunFacts) -> list[Mistake]:
+    """The wrong predictions the network was surest of."""
+    if facts.samples is None:
+        return []
+    kept, names = facts.samples, facts.classes
+    shown = []
+    for i, image in enumerate(kept.mistakes[:MOST_MISTAKES]):
+        index = int(kept.mistake_index[i])
+        true, predicted = names[int(kept.mistake_true[i])], names[int(kept.mistake_predicted[i])]
+        label = f"Test image {index}, {true} taken for {predicted}"
+        picture = Picture(f"mistake-{i + 1:02}", pictures.png(image), label)
+        shown.append(Mistake(picture, index, true, predicted, float(kept.mistake_confidence[i])))
+    return shown
+
+
+def recipe_table(facts: RunFacts) -> dict[str, str]:
+    """The recipe's fields as text."""
+    return {name: plain(value) for name, value in facts.recipe.to_json().items()}
+
+
+def plain(value: Any) -> str:
+    """A recipe's or environment's value as a reader wants it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value)
+    return str(value)
+
+
+def system_table(environment: Mapping[str, Any]) -> dict[str, str]:
+    """What the run ran on, as text; absent facts are left out."""
+    gigabytes: Callable[[Any], str] = "{} GB".format
+    shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+        ("gpu", "GPU", str),
+        ("gpu_memory_gb", "GPU memory", gigabytes),
+        ("cuda", "CUDA", str),
+        ("processor", "processor", str),
+        ("cores", "cores", str),
+        ("threads", "threads", str),
+        ("memory_gb", "memory", gigabytes),
+        ("system", "system", str),
+        ("device", "device", str),
+        ("precision", "arithmetic", str),
+        ("processes", "processes", str),
+        ("python", "Python", str),
+    )
+    table = {label: form(environment[key]) for key, label, form in shown if environment.get(key)}
+    for name, version in (environment.get("versions") or {}).items():
+        table[str(name)] = str(version)
+    git = environment.get("git")
+    if git:
+        changed = ", with changes" if git.get("changed") else ""
+        table["commit"] = f"{git.get('commit')}{changed}"
+    if environment.get("resumed"):
+        table["resumed"] = words.plural(len(environment["resumed"]), "time")
+    return table

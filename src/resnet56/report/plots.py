@@ -1,0 +1,279 @@
+"""Charts with matplotlib: as SVG whose colours are the page's CSS variables, or as PNG.
+
+Matplotlib is imported only when a chart is drawn. Text is never parsed as mathematics, since
+names of classes and runs may hold any character.
+"""
+
+import base64
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 4.0, 2.7  # inches; at 72 points each, a chart is legible 300 pixels wide
+PNG_DPI = 200
+FEW = 3  # curves whose legend fits among them
+
+
+@dataclass(frozen=True)
+class Ink:
+    """The colours a chart is drawn with."""
+
+    text: str
+    grid: str
+    series: tuple[str, ...]
+    faint: str
+
+
+# Stand-ins that no other part of a chart uses; `svg` puts CSS variables in their place.
+CSS = Ink("#010101", "#020202", tuple(f"#0300{i:02x}" for i in range(8)), "#040404")
+VARIABLES = {
+    CSS.text: "var(--ink-2)",
+    CSS.grid: "var(--line)",
+    CSS.faint: "var(--faint)",
+    **{colour: f"var(--s{i})" for i, colour in enumerate(CSS.series)},
+}
+# The light theme's colours (page.css), for pictures that stand alone on white.
+PAPER = Ink(
+    "#4a505a",
+    "#dcdee2",
+    ("#0b5fa5", "#c2570c", "#00795c", "#8a3f8f", "#806000", "#5f6b7a", "#b3261e", "#1b7f9e"),
+    "#c9d9e8",
+)
+DASHES = ("-", "--", ":", "-.")
+
+Draw = Callable[["Figure", Ink], None]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart before it is drawn: what it is called, says and shows."""
+
+    name: str  # an identifier, unique on its page, and the PNG's file name
+    title: str
+    alt: str  # what it shows, for those who do not see it
+    draw: Draw
+    size: tuple[float, float] = (WIDTH, HEIGHT)
+
+    def svg(self) -> str:
+        """Inline SVG for an HTML page: no declaration, no namespaces, ids of its own."""
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        with _style(CSS):
+            self._figure(CSS).savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.S)
+        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # texts repeated as comments
+        text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", text, count=1)
+        text = re.sub(r'\bid="', f'id="{self.name}-', text)
+        text = text.replace("url(#", f"url(#{self.name}-")
+        text = text.replace('xlink:href="#', f'href="#{self.name}-')
+        for stand_in, variable in VARIABLES.items():
+            text = text.replace(stand_in, variable)
+        return text
+
+    def png(self) -> bytes:
+        """A picture on white."""
+        buffer = io.BytesIO()
+        with _style(PAPER):
+            self._figure(PAPER).savefig(
+                buffer, format="png", dpi=PNG_DPI, metadata={"Software": None}
+            )
+        return buffer.getvalue()
+
+    def _figure(self, ink: Ink) -> "Figure":
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=self.size, layout="constrained")
+        self.draw(figure, ink)
+        return figure
+
+
+@contextmanager
+def _style(ink: Ink) -> Iterator[None]:
+    """The charts' look, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box, in a PNG
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": "resnet56",
+                "text.parse_math": False,
+                "font.family": "sans-serif",
+                "font.size": 8.5,
+                "text.color": ink.text,
+                "axes.labelcolor": ink.text,
+                "axes.edgecolor": ink.grid,
+                "axes.labelsize": 8.5,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "axes.axisbelow": True,
+                "grid.color": ink.grid,
+                "grid.linewidth": 0.6,
+                "xtick.color": ink.grid,
+                "ytick.color": ink.grid,
+                "xtick.labelcolor": ink.text,
+                "ytick.labelcolor": ink.text,
+                "legend.frameon": False,
+                "legend.fontsize": 8.5,
+                "legend.labelcolor": ink.text,
+                "lines.linewidth": 1.6,
+            }
+        )
+        yield
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; a single point is drawn as a dot."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def dash(index: int, lines: int) -> str:
+    """Few curves differ in their dashes too; of many, those that share a colour do."""
+    return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
+
+
+def curves(
+    name: str, title: str, alt: str, lines: Sequence[Line], label: str, *, percent: bool = False
+) -> Chart:
+    """Curves against epochs. Shares are drawn in percent if `percent`."""
+
+    def draw(figure: "Figure", ink: Ink) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.subplots()
+        handles: list[Any] = []
+        for i, line in enumerate(lines):
+            handles += axes.plot(
+                line.x,
+                [100 * y for y in line.y] if percent else line.y,
+                color=ink.series[i % len(ink.series)],
+                linestyle=dash(i, len(lines)) if len(line.x) > 1 else "",
+                marker="o" if len(line.x) == 1 else "",
+                markersize=4,
+            )
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+        # Down to zero, where that does not squeeze the curve: lengths can then be compared.
+        if not percent and all(y >= 0 for line in lines for y in line.y):
+            axes.set_ylim(bottom=0)
+        axes.margins(x=0.02)
+        epochs = {x for line in lines for x in line.x}
+        if len(epochs) == 1:
+            axes.set_xlim(min(epochs) - 1, min(epochs) + 1)
+        labels = [line.label for line in lines]
+        if 1 < len(lines) <= FEW:
+            axes.legend(handles, labels)
+        elif len(lines) > FEW:
+            figure.legend(handles, labels, loc="outside lower left", ncols=2)
+
+    rows = (len(lines) + 1) // 2 if len(lines) > FEW else 0
+    return Chart(name, title, alt, draw, (WIDTH, HEIGHT + 0.18 * rows))
+
+
+def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart:
+    """Accuracy against confidence, and below it how many images each bin has."""
+    filled = [one for one in bins if one["count"]]
+
+    def draw(figure: "Figure", ink: Ink) -> None:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot((0, 100), (0, 100), color=ink.text, linewidth=0.9, linestyle="--")
+        upper.plot(
+            [100 * one["confidence"] for one in filled],
+            [100 * one["accuracy"] for one in filled],
+            color=ink.series[0],
+            marker="o",
+            markersize=4,
+        )
+        upper.set_ylabel("accuracy, %")
+        upper.set_ylim(0, 103)
+        lower.bar(
+            [100 * one["from"] for one in filled],
+            [one["count"] for one in filled],
+            width=[100 * (one["to"] - one["from"]) * 0.92 for one in filled],
+            align="edge",
+            color=ink.series[0],
+        )
+        lower.set_ylabel("images")
+        lower.set_xlabel("confidence, %")
+        lower.set_xlim(0, 102)
+        figure.align_ylabels()
+
+    return Chart(name, "Reliability", alt, draw, (WIDTH, 3.6))
+
+
+def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) -> Chart:
+    """Mean accuracy of each corruption as a bar, and each severity as a dot."""
+    order = sorted(corruptions, key=lambda key: sum(corruptions[key]) / len(corruptions[key]))
+
+    def draw(figure: "Figure", ink: Ink) -> None:
+        axes = figure.subplots()
+        places = range(len(order))
+        means = [100 * sum(corruptions[key]) / len(corruptions[key]) for key in order]
+        axes.barh(places, means, height=0.62, color=ink.faint)
+        for place, key in zip(places, order, strict=True):
+            values = [100 * value for value in corruptions[key]]
+            axes.plot(
+                values, [place] * len(values), "o", color=ink.series[0], markersize=3, zorder=3
+            )
+        axes.set_yticks(list(places), [key.replace("_", " ") for key in order])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("accuracy, %")
+
+    return Chart(name, "Accuracy on corrupted images", alt, draw, (WIDTH, 0.9 + 0.2 * len(order)))
+
+
+def confusion(name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Chart:
+    """The confusion matrix as a picture; with many classes their numbers stand for the names."""
+    counts = np.asarray(matrix, dtype=float)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    few = len(classes) <= 20
+
+    def draw(figure: "Figure", ink: Ink) -> None:
+        axes: Axes = figure.subplots()
+        # The square root, so that a few per cent of mistakes do not look like none.
+        axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
+        axes.grid(visible=False)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        if few:
+            axes.set_xticks(range(len(classes)), classes, rotation=90)
+            axes.set_yticks(range(len(classes)), classes)
+            for row, column in np.ndindex(*counts.shape):
+                axes.text(
+                    column,
+                    row,
+                    f"{int(counts[row, column])}",
+                    ha="center",
+                    va="center",
+                    fontsize=6.5,
+                    color="white" if shares[row, column] > 0.4 else ink.text,
+                )
+
+    return Chart(name, "Confusion matrix", "Counts by true and predicted class.", draw, (5.0, 5.0))
+
+
+def data_uri(png: bytes) -> str:
+    """A picture as a URL that holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,0 +1,76 @@
+"""A recipe in words: what a table of its fields does not say at a glance."""
+
+from resnet56.recipe import Recipe
+from resnet56.report.words import listed, plural
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def schedule(recipe: Recipe) -> str:
+    """How the learning rate goes, in a sentence."""
+    start = (
+        f"The learning rate rises to {recipe.lr:g} in a line over the first "
+        f"{_epochs(recipe.warmup_epochs)}, then "
+        if recipe.warmup_epochs
+        else f"The learning rate starts at {recipe.lr:g} and "
+    )
+    if recipe.schedule == "cosine":
+        return f"{start}falls to zero along half a cosine by epoch {recipe.epochs}."
+    if recipe.schedule == "one-cycle":
+        return f"{start}falls to zero in a line by epoch {recipe.epochs}."
+    drops = [f"{epoch:g}" for epoch in recipe.drop_epochs if epoch < recipe.epochs]
+    if not drops:
+        return f"{start}stays there."
+    word = "epoch" if len(drops) == 1 else "epochs"
+    return f"{start}is multiplied by {recipe.drop_factor:g} after {word} {listed(drops)}."
+
+
+def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
+    """What happens to a training image before the network sees it, in a sentence."""
+    steps = []
+    if recipe.padding:
+        steps.append(
+            f"padded with {plural(recipe.padding, 'black pixel')} on each side and cropped to "
+            f"32 {TIMES} 32 at a random place"
+        )
+    if mirrors:
+        steps.append("mirrored left to right half of the time")
+    if recipe.cutout:
+        steps.append(
+            f"covered by a {recipe.cutout} {TIMES} {recipe.cutout} square of the mean colour at a "
+            "random place (Cutout)"
+        )
+    if not steps:
+        return "Training images are not augmented."
+    return f"In training, every image is {listed(steps)}, anew in each epoch."
+
+
+def is_augmented(recipe: Recipe, *, mirrors: bool) -> bool:
+    """Whether training images are changed at random at all."""
+    return bool(recipe.padding or mirrors or recipe.cutout)
+
+
+def optimizer(recipe: Recipe) -> str:
+    """Optimizer, momentum, decay and what else acts on the weights, in sentences."""
+    momentum = f"momentum {recipe.momentum:g}" if recipe.momentum else "no momentum"
+    if recipe.nesterov:
+        momentum = f"Nesterov {momentum}"
+    sentences = [
+        f"Stochastic gradient descent with {momentum} in batches of "
+        f"{plural(recipe.batch_size, 'image')}, for {plural(recipe.epochs, 'epoch')}."
+    ]
+    if recipe.weight_decay:
+        spared = "" if recipe.decay_norm else ", batch norm and biases excepted"
+        sentences.append(f"Weights decay with {recipe.weight_decay:g}{spared}.")
+    if recipe.label_smoothing:
+        sentences.append(f"Targets are smoothed by {recipe.label_smoothing:g}.")
+    if recipe.ema_decay:
+        sentences.append(
+            f"The weights that count are a moving average over the steps (decay "
+            f"{recipe.ema_decay:g})."
+        )
+    return " ".join(sentences)
+
+
+def _epochs(number: float) -> str:
+    return "epoch" if number == 1 else f"{number:g} epochs"

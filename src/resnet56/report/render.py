@@ -1,0 +1,91 @@
+"""Templates to files: HTML in one piece, Markdown with its pictures beside it."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from resnet56.report import words
+from resnet56.report.plots import Chart
+from resnet56.rundir import _writing, write_text
+
+HERE = Path(__file__).parent
+MARKDOWN_MEANS = re.compile(r"([\\`*_\[\]|$~])")  # wherever it stands; the rest only in places
+
+UNBREAKABLE = re.compile(r"(\d[\d.,]* %|\d+(?: \N{MULTIPLICATION SIGN} \d+)+)")
+
+
+def escape_markdown(text: str) -> str:
+    """Plain text as Markdown that shows it: no markup, no HTML, no mathematics, one line."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = MARKDOWN_MEANS.sub(r"\\\1", text)
+    return re.sub(r"^([#+=-])", r"\\\1", text)
+
+
+def unbroken(text: str) -> Markup:
+    """Plain text as HTML in which no line ends inside "93.03 %" or the size of an image."""
+    parts = re.split(UNBREAKABLE, text)
+    marked = (
+        Markup('<span class="nb">{}</span>').format(part) if i % 2 else escape(part)
+        for i, part in enumerate(parts)
+    )
+    return Markup("").join(marked)
+
+
+def write_html(out: Path, template: str, content: dict[str, Any]) -> None:
+    """Write the page; RunError if it cannot be written."""
+    environment = _environment(autoescape=True)
+    environment.filters["unbroken"] = unbroken
+    environment.filters["svg"] = lambda chart: Markup(chart.svg())
+    css = Markup((HERE / "page.css").read_text(encoding="utf-8"))
+    text = environment.get_template(f"{template}.html.j2").render(content, css=css)
+    write_text(out, re.sub(r"\n\s*\n+", "\n", text))
+
+
+def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
+    """Write the pictures, then the text that shows them; RunError if it cannot be written."""
+    folder = out.with_name(f"{out.stem}-files")
+    files: dict[str, bytes] = {}
+
+    def picture(name: str, png: bytes) -> Markup:
+        files[f"{name}.png"] = png
+        return Markup(f"{folder.name}/{name}.png".replace(" ", "%20"))
+
+    environment = _environment(autoescape=False)
+    environment.finalize = _finalize
+    environment.filters["chart"] = lambda chart: _chart(chart, picture)
+    environment.filters["picture"] = lambda one: picture(one.name, one.png)
+    text = environment.get_template(f"{template}.md.j2").render(content)
+    for name, png in files.items():
+        with _writing(folder / name) as temporary:
+            temporary.write_bytes(png)
+    write_text(out, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+
+
+def _chart(chart: Chart, picture: Callable[[str, bytes], Markup]) -> Markup:
+    alt = escape_markdown(f"{chart.title}. {chart.alt}")
+    return Markup(f"![{alt}]({picture(chart.name, chart.png())})")
+
+
+def _finalize(value: Any) -> Any:
+    """Escape every text a template shows, but for what is Markdown already."""
+    if isinstance(value, Markup):
+        return str(value)
+    return escape_markdown(value) if isinstance(value, str) else value
+
+
+def _environment(*, autoescape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    for name in words.__all__:
+        environment.filters[name] = getattr(words, name)
+    return environment

@@ -1,0 +1,46 @@
+"""Numbers as a reader wants them. Shares come in [0, 1], times in seconds."""
+
+from collections.abc import Sequence
+
+from resnet56.progress import duration, percent
+
+__all__ = ["big", "count", "duration", "listed", "loss", "percent", "plural", "points", "quoted"]
+
+
+def count(number: int) -> str:
+    """10000 -> '10,000'."""
+    return f"{number:,}"
+
+
+def big(number: float) -> str:
+    """853018 -> '853 thousand'; 125485696 -> '125.5 million'."""
+    if number >= 1e6:
+        return f"{number / 1e6:.1f} million"
+    return f"{number / 1e3:.0f} thousand" if number >= 1e4 else f"{number:,.0f}"
+
+
+def loss(nats: float) -> str:
+    """0.26581 -> '0.2658'."""
+    return f"{nats:.4f}"
+
+
+def points(share: float, *, sign: bool = False) -> str:
+    """A difference of two shares: 0.0657 -> '6.57 points'; with `sign`, '+6.57 points'."""
+    value = round(100 * share, 2) + 0.0  # -0.0 + 0.0 is 0.0
+    number = f"{value:+.2f}" if sign and value else f"{value:.2f}"
+    return number.replace("-", "\N{MINUS SIGN}") + " points"
+
+
+def plural(number: int, one: str, many: str | None = None) -> str:
+    """(1, 'epoch') -> '1 epoch'; (2, 'epoch') -> '2 epochs'."""
+    return f"{count(number)} {one if number == 1 else many or one + 's'}"
+
+
+def listed(items: Sequence[str]) -> str:
+    """['a', 'b', 'c'] -> 'a, b and c'."""
+    return " and ".join(part for part in (", ".join(items[:-1]), *items[-1:]) if part)
+
+
+def quoted(name: str) -> str:
+    """A class name inside a sentence."""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
