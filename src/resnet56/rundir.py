@@ -176,7 +176,13 @@ class RunDirectory:
                 "another --out"
             ) from None
         # What a run leaves that was stopped before its first checkpoint may be written over.
-        ours = ("recipe.json", "environment.json", "metrics.jsonl", "checkpoint")
+        ours = (
+            "recipe.json",
+            "environment.json",
+            "metrics.jsonl",
+            "checkpoint",
+            "tensorboard",
+        )
         others = [name for name in others if name not in ours and not name.endswith(".tmp")]
         if others:
             raise RunError(

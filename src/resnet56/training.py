@@ -313,7 +313,10 @@ class _Loop:
             "loss_scale": self.trainer.scaler.state_dict() or None,
         }
         weights, state = self.trainer.weights(), self.trainer.state()
-        self.run.save(Checkpoint(self.network, weights, state, self.position, notes))
+        try:
+            self.run.save(Checkpoint(self.network, weights, state, self.position, notes))
+        except RunError as error:
+            raise RunError(f"{error}; free some space, then go on with --resume") from error
 
 
 @dataclass

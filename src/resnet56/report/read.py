@@ -25,7 +25,7 @@ COMPARISON = (
     *("a", "b", "images", "accuracy_a", "accuracy_b", "changed"),
     *("median_difference", "largest_difference", "verdict"),
 )
-ROBUSTNESS = ("images", "severities", "mean_accuracy", "corruptions")
+ROBUSTNESS = ("images", "severities", "clean_accuracy", "mean_accuracy", "corruptions")
 SPEED = ("milliseconds_an_image", "images_per_second")
 
 
