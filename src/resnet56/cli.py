@@ -29,7 +29,7 @@ Options = TypeVar("Options")
 PROBLEM = 2  # exit code of a call that is wrong
 INTERRUPTED = 130  # of Ctrl-C, as shells have it
 
-Data = Annotated[str, tyro.conf.arg(aliases=("--data-dir",), metavar="NAME|DIR")]
+Data = Annotated[str | None, tyro.conf.arg(aliases=("--data-dir",), metavar="NAME|DIR")]
 Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="RUN")]
 
 
@@ -37,7 +37,7 @@ Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="R
 class TrainOptions:
     """Train a network, keep the run in a directory, and test it."""
 
-    data: Data = ""
+    data: Data = None
     """Images: digits (the default; no download), cifar10, cifar100, or a folder."""
 
     out: Out = None
@@ -140,15 +140,16 @@ def train(arguments: list[str]) -> int:
 
 
 def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:
-    about = "\n".join(f"  {key:8} {text}" for key, text in recipes.ABOUT.items())
+    named = "\n".join(f"  {key:7} {text}" for key, text in recipes.ABOUT.items())
     return parse(
         TrainOptions,
         arguments,
         f"resnet56 train {name or 'RECIPE'}",
         default=TrainOptions(recipe=base),
         description=(
-            "Train a network, keep the run in a directory, and test it. RECIPE is one of these, or "
-            f"a .json or .toml file (a run's recipe.json); a flag changes a field of it.\n\n{about}"
+            "Train a network, keep the run in a directory, and test it.\n\nRECIPE is a .json or "
+            f".toml file (a run's recipe.json is one), or one of\n{named}\n\n"
+            "Each of its fields is a flag below."
         ),
     )
 
@@ -169,7 +170,7 @@ class EvaluateOptions:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Directory of a run."""
 
-    data: Data = ""
+    data: Data = None
     """Other images than the run's own: a name, a folder, or CIFAR-10-C's or 10.1's .npy files."""
 
     split: Literal["test", "train"] = "test"

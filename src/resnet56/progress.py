@@ -26,7 +26,7 @@ class TrainingProgress:
     """Shows a training's steps and epochs; `quiet` shows nothing."""
 
     def __init__(self, *, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.console = console or Console(highlight=False)
         self.quiet = quiet
         self.epochs = self.steps = 0
         self.bar: Progress | None = None
@@ -50,7 +50,8 @@ class TrainingProgress:
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
         if not self.quiet:
-            self.console.print(line, markup=False)
+            # A terminal breaks lines between words; a log keeps them whole.
+            self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
 
     def begin(self, epochs: int, steps: int) -> None:
         """A training of `epochs` epochs with `steps` steps each is about to go on."""

@@ -238,8 +238,8 @@ QUICK = Recipe(
 RECIPES = {"report": REPORT, "he2015": HE2015, "best": BEST, "quick": QUICK}
 
 ABOUT = {
-    "report": "the original report: bottleneck blocks, batch 32, 0.02 halved every 10 epochs",
+    "report": "the original report: bottlenecks, batch 32, 0.02 halved every 10",
     "he2015": "the paper's: batch 128, 0.1 divided by 10 twice, 164 epochs",
-    "best": "a strong baseline: cosine, Nesterov, Cutout, averaged weights, 200 epochs",
+    "best": "strong: cosine, Nesterov, Cutout, averaged weights, 200 epochs",
     "quick": "the handwritten digits in about a minute",
 }

@@ -97,6 +97,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; RunError if it cannot be written."""
+    with _writing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON whole or not at all; lists of plain numbers stay on one line."""
     write_text(path, _readable(content) + "\n")
@@ -106,8 +112,7 @@ def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
     """Write a compressed .npz file whole or not at all."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
-    with _writing(path) as temporary:
-        temporary.write_bytes(content.getvalue())
+    write_bytes(path, content.getvalue())
 
 
 def _readable(content: Any, indent: str = "") -> str:
@@ -250,8 +255,7 @@ class RunDirectory:
             }
             content = safetensors.torch.save(tensors)
             name = f"{part}-{checkpoint.position.step:08d}.safetensors"
-            with _writing(directory / name) as temporary:
-                temporary.write_bytes(content)
+            write_bytes(directory / name, content)
             files[part] = {"name": name, "sha256": hashlib.sha256(content).hexdigest()}
         write_json(
             self.checkpoint_file,

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from resnet56.report import words
 from resnet56.report.plots import Chart
-from resnet56.rundir import _writing, write_text
+from resnet56.rundir import write_bytes, write_text
 
 HERE = Path(__file__).parent
 MARKDOWN_MEANS = re.compile(r"([\\`*_\[\]|$~])")  # wherever it stands; the rest only in places
@@ -61,8 +61,7 @@ def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
     environment.filters["picture"] = lambda one: picture(one.name, one.png)
     text = environment.get_template(f"{template}.md.j2").render(content)
     for name, png in files.items():
-        with _writing(folder / name) as temporary:
-            temporary.write_bytes(png)
+        write_bytes(folder / name, png)
     write_text(out, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 
 
