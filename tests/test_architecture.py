@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"errors", "model", "progress", "recipe", "rundir"},
     # second floor
     "training": {
-        "__init__", "batches", "data", "errors", "evaluation", "model", "parallel", "progress",
+        "batches", "data", "errors", "evaluation", "model", "parallel", "progress",
         "recipe", "rundir", "runtime", "step",
     },
     # roof

@@ -264,6 +264,7 @@ def test_held_out_images_are_measured_each_epoch_and_not_trained_on(
     assert rows[-1]["holdout_loss"] == pytest.approx(figures["holdout"]["loss"], abs=1e-6)
     with pytest.raises(UsageError):
         train(dataclasses.replace(small, holdout=50), tiny, tmp_path / "all", device="cpu")
+    assert not (tmp_path / "all").exists()
 
 
 def test_digits_are_never_mirrored(
@@ -313,6 +314,7 @@ def test_tensorboard_without_its_package_is_one_line(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match=r"pip install 'resnet56\[tensorboard\]'"):
         train(small, tiny, tmp_path / "run", device="cpu", tensorboard=True)
+    assert not (tmp_path / "run").exists()
 
 
 RANK = """

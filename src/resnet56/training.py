@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -13,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet56 import __version__
 from resnet56.batches import Batches
 from resnet56.data import Dataset, Split, channel_statistics, hold_out
 from resnet56.errors import RunError, TrainingError, UsageError
@@ -90,14 +90,14 @@ def train(
         facts = environment(where, precision) | {"processes": here.world_size, "data": data}
         fingerprint = dataset.fingerprint()
         saved = _take_up(run, recipe, dataset.source, fingerprint) if resume else None
-        if here.is_first:
-            _prepare(run, recipe, facts, resumed=saved is not None)
         training, held_out = _split(dataset, recipe.holdout)
         mean, std = channel_statistics(training.images)
         network = Network(recipe.arch, dataset.classes, mean, std)
         loop = _Loop(run, recipe, network, where, precision, here, fingerprint, progress)
         loop.set_up(training, flip=recipe.flip and dataset.mirror, saved=saved)
         with _tensorboard(tensorboard and here.is_first, run, loop.position.step) as scalars:
+            if here.is_first:  # not before all that can be refused has been
+                _prepare(run, recipe, facts, resumed=saved is not None)
             loop.epochs(held_out, stop, scalars)
     if stop.signum is not None:  # asked for in the last moment
         raise Interrupted(stop.signum)
@@ -306,7 +306,7 @@ class _Loop:
                 f"checkpoint stays in {self.run.path}; try a lower --lr"
             )
         notes = {
-            "resnet56": __version__,
+            "resnet56": metadata.version("resnet56"),
             "data": self.fingerprint,
             "weights": "averaged" if self.trainer.average is not None else "last",
             "precision": self.precision,
