@@ -3,12 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 
 class Place(NamedTuple):
@@ -51,6 +50,22 @@ def total(value: Tensor, here: Place) -> Tensor:
     return value
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; each one's gradient is the sum of all their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes.
 
@@ -69,9 +84,9 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         wide = x.float()
         processes = dist.get_world_size()
         count = processes * x.numel() // x.shape[1]
-        mean = all_reduce(wide.mean(dim=(0, 2, 3))) / processes
+        mean = _Sum.apply(wide.mean(dim=(0, 2, 3))) / processes
         centred = wide - mean[:, None, None]
-        var = all_reduce(centred.square().mean(dim=(0, 2, 3))) / processes
+        var = _Sum.apply(centred.square().mean(dim=(0, 2, 3))) / processes
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
