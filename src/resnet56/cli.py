@@ -210,8 +210,8 @@ def evaluate(arguments: list[str]) -> int:
     if options.data and is_benchmark(Path(options.data)):
         figures = {}
         for name, images in load_benchmark(Path(options.data), len(net.classes)):
-            _say(f"measuring on {len(images):,} images ({name})")
-            figures[name] = subject.figures(images)
+            with _show(f"{len(images):,} images ({name})", len(images)) as tick:
+                figures[name] = subject.figures(images, tick)
         print(json.dumps(figures)) if options.json else tables.show_accuracies(figures)
         return 0
 
@@ -227,7 +227,8 @@ def evaluate(arguments: list[str]) -> int:
     if dataset.fingerprint() != run.load().notes.get("data"):
         split = dataset.test if options.split == "test" else dataset.train
         _say("these are not the images of the run: nothing is written")
-        other = subject.figures(split)
+        with _show(f"{len(split):,} images", len(split)) as tick:
+            other = subject.figures(split, tick)
         print(json.dumps(other)) if options.json else tables.show_figures(other, title)
         return 0
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
@@ -241,7 +242,7 @@ def evaluate(arguments: list[str]) -> int:
         precision=precision,
         robustness=min(options.robustness, len(dataset.test)),
         speed=True,
-        say=_say,
+        show=_show,
     )
     if options.json:
         print(json.dumps(result))
@@ -268,8 +269,7 @@ def _compare(
         subjects.append(subject_of(run, where, precision))
     if len(names) != 2:
         raise UsageError(f"--parity wants two sides, as in cpu,cuda or fp32,bf16, not {sides!r}")
-    _say(f"measuring on {len(split):,} images, twice")
-    found = compare(subjects[0], subjects[1], (names[0], names[1]), split)
+    found = compare(subjects[0], subjects[1], (names[0], names[1]), split, _show)
     earlier = read_json(run.parity_file)["comparisons"] if run.parity_file.exists() else []
     kept = [entry for entry in earlier if [entry["a"], entry["b"]] != names]
     write_json(run.parity_file, {"comparisons": [*kept, found]})
@@ -287,8 +287,17 @@ def _compare(
 
 
 def _say(line: str) -> None:
-    """A sign of life on stderr: stdout is for results."""
+    """A remark on stderr: stdout is for results."""
     print(line, file=sys.stderr)
+
+
+def _show(what: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """A sign of life on stderr."""
+    from rich.console import Console
+
+    from resnet56.progress import measuring
+
+    return measuring(what, total, Console(stderr=True, highlight=False))
 
 
 @dataclass(frozen=True)

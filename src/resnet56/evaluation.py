@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +23,13 @@ BATCH = 256
 MISTAKES = 24  # kept for the report's gallery
 ORIGINALS, VARIANTS = 8, 4  # training images kept, and augmented versions of each
 
-Say = Callable[[str], None]
+Tick = Callable[[int], None]  # called with the images done since the last call
+Show = Callable[[str, int], AbstractContextManager[Tick]]  # what is measured, on how many images
+
+
+def show_nothing(what: str, total: int) -> AbstractContextManager[Tick]:
+    """The quiet `Show`."""
+    return nullcontext(lambda count: None)
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
@@ -41,6 +48,7 @@ def predict_logits(
     std: tuple[float, float, float],
     precision: Resolved = "fp32",
     batch: int = BATCH,
+    tick: Tick = lambda count: None,
 ) -> Tensor:
     """Logits of unaugmented images.
 
@@ -50,6 +58,7 @@ def predict_logits(
         mean, std: of the training images, in units of [0, 1].
         precision: of the forward pass.
         batch: images at a time.
+        tick: is called after each batch with its size.
 
     Returns:
         (N, C) float32 on the CPU.
@@ -61,6 +70,7 @@ def predict_logits(
         inputs = normalize(chunk.to(device), *scale).contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
             parts.append(model(inputs).float())
+        tick(len(chunk))
     return torch.cat(parts).cpu()
 
 
@@ -91,14 +101,14 @@ class Subject:
     network: Network
     precision: Resolved
 
-    def logits(self, images: Tensor, batch: int = BATCH) -> Tensor:
+    def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = lambda count: None) -> Tensor:
         """(N, 3, 32, 32) uint8 -> (N, C) float32 on the CPU."""
         net = self.network
-        return predict_logits(self.model, images, net.mean, net.std, self.precision, batch)
+        return predict_logits(self.model, images, net.mean, net.std, self.precision, batch, tick)
 
-    def figures(self, split: Split) -> dict[str, Any]:
+    def figures(self, split: Split, tick: Tick = lambda count: None) -> dict[str, Any]:
         """Metrics on `split`, as an entry of evaluation.json."""
-        return _figures(self.logits(split.images), split, self.network.classes)
+        return _figures(self.logits(split.images, tick=tick), split, self.network.classes)
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +133,7 @@ def evaluate_run(
     precision: Resolved = "fp32",
     robustness: int = 0,
     speed: bool = False,
-    say: Say = lambda line: None,
+    show: Show = show_nothing,
 ) -> dict[str, Any]:
     """Measure the run's weights on the data it was trained on, and write it all down.
 
@@ -139,7 +149,7 @@ def evaluate_run(
         device, precision: of the forward pass.
         robustness: test images to corrupt in every way; 0 for none.
         speed: whether to measure it.
-        say: is told what is being done.
+        show: shows what is being measured.
 
     Returns:
         The content of evaluation.json.
@@ -153,8 +163,8 @@ def evaluate_run(
     logits: dict[str, Tensor] = {}
     for name, split in splits.items():
         if split is not None:
-            say(f"measuring on {len(split):,} images ({name})")
-            logits[name] = subject.logits(split.images)
+            with show(f"{len(split):,} images ({name})", len(split)) as tick:
+                logits[name] = subject.logits(split.images, tick=tick)
             result[name] = _figures(logits[name], split, classes)
     result |= {
         "weights": checkpoint.notes.get("weights", "last"),
@@ -165,11 +175,9 @@ def evaluate_run(
         "data": dataset.source,
     }
     if speed:
-        say("measuring the speed")
         result["speed"] = inference_speed(subject, dataset.test.images)
     if robustness:
-        say(f"measuring on {robustness:,} corrupted images, {len(CORRUPTIONS)} x 5 times")
-        result["robustness"] = measure_robustness(subject, dataset.test, robustness)
+        result["robustness"] = measure_robustness(subject, dataset.test, robustness, show)
     labels = dataset.test.labels.cpu()
     write_arrays(
         run.predictions_file,
@@ -213,18 +221,24 @@ def _mistakes(logits: Tensor, split: Split) -> dict[str, Any]:
     }
 
 
-def measure_robustness(subject: Subject, split: Split, count: int) -> dict[str, Any]:
+def measure_robustness(
+    subject: Subject, split: Split, count: int, show: Show = show_nothing
+) -> dict[str, Any]:
     """Accuracy on `count` evenly spaced images under each corruption and severity."""
     index = spread(len(split), count)
     images, labels = split.images[index].cpu(), split.labels[index].cpu()
 
-    def accuracy(changed: Tensor) -> float:
-        return float((subject.logits(changed).argmax(dim=1) == labels).double().mean())
+    def accuracy(changed: Tensor, tick: Tick = lambda count: None) -> float:
+        logits = subject.logits(changed, tick=tick)
+        return float((logits.argmax(dim=1) == labels).double().mean())
 
-    corruptions = {
-        name: [accuracy(corrupt(images, name, severity)) for severity in SEVERITIES]
-        for name in CORRUPTIONS
-    }
+    rounds = len(CORRUPTIONS) * len(SEVERITIES)
+    what = f"{len(index):,} images, corrupted in {rounds} ways"
+    with show(what, rounds * len(index)) as tick:
+        corruptions = {
+            name: [accuracy(corrupt(images, name, severity), tick) for severity in SEVERITIES]
+            for name in CORRUPTIONS
+        }
     every = [value for values in corruptions.values() for value in values]
     return {
         "images": len(index),
@@ -254,7 +268,13 @@ def inference_speed(subject: Subject, images: Tensor) -> dict[str, Any]:
     return result | {"peak_memory_mb": peak_memory_mb(subject.device)}
 
 
-def compare(one: Subject, other: Subject, names: tuple[str, str], split: Split) -> dict[str, Any]:
+def compare(
+    one: Subject,
+    other: Subject,
+    names: tuple[str, str],
+    split: Split,
+    show: Show = show_nothing,
+) -> dict[str, Any]:
     """Does it matter where, or in which precision, the network is run?
 
     Returns:
@@ -262,7 +282,8 @@ def compare(one: Subject, other: Subject, names: tuple[str, str], split: Split) 
         logits, and a sentence with the verdict: an entry of parity.json.
     """
     labels = split.labels.cpu()
-    a, b = one.logits(split.images), other.logits(split.images)
+    with show(f"{len(labels):,} images, twice", 2 * len(labels)) as tick:
+        a, b = (side.logits(split.images, tick=tick) for side in (one, other))
     distance = (a - b).abs()
     hits = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]
     changed = int((a.argmax(dim=1) != b.argmax(dim=1)).sum())

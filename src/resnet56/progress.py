@@ -1,11 +1,22 @@
 """What a person sees of long work: a live bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+Tick = Callable[[int], None]
 
 LINE_EVERY = 60.0  # seconds between signs of life within an epoch, off a terminal
 
@@ -53,6 +64,12 @@ class TrainingProgress:
             # A terminal breaks lines between words; a log keeps them whole.
             self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
 
+    def measuring(self, what: str, total: int) -> AbstractContextManager[Tick]:
+        """The training is over and something of `total` images is measured."""
+        if self.bar is not None:
+            self.bar.stop()
+        return measuring(what, total, self.console, quiet=self.quiet)
+
     def begin(self, epochs: int, steps: int) -> None:
         """A training of `epochs` epochs with `steps` steps each is about to go on."""
         self.epochs, self.steps = epochs, steps
@@ -95,6 +112,34 @@ class TrainingProgress:
         if "holdout_accuracy" in row:
             line += f"  held out {percent(row['holdout_accuracy'])}"
         self.say(f"{line}  {row['images_per_second']:.0f} img/s  {duration(row['seconds'])}")
+
+
+@contextmanager
+def measuring(what: str, total: int, console: Console, *, quiet: bool = False) -> Iterator[Tick]:
+    """Say what is being measured and, on a terminal, how many of `total` images are done.
+
+    Yields:
+        A function to call with the images done since the last call.
+    """
+    if quiet:
+        yield lambda count: None
+        return
+    line = f"measuring on {what}"
+    if not console.is_terminal:
+        console.print(line, markup=False, soft_wrap=True)
+        yield lambda count: None
+        return
+    bar = Progress(
+        TextColumn(line, markup=False),
+        BarColumn(bar_width=None),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task("", total=total)
+    with bar:
+        yield lambda count: bar.advance(task, count)
+    console.print(line, markup=False)
 
 
 class DownloadProgress:

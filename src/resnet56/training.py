@@ -110,7 +110,7 @@ def train(
         flip=recipe.flip and dataset.mirror,
         padding=recipe.padding,
         device=where,
-        say=progress.say,
+        show=progress.measuring,
     )
 
 
