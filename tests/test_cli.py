@@ -138,13 +138,19 @@ def test_other_images_are_measured_and_nothing_is_written(
 
 
 def test_parity_is_kept_once_and_gives_a_verdict(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
         assert cli.main(["evaluate", str(run), "--parity", "fp32,bf16", "--device", "cpu"]) == 0
     kept = json.loads((run / "parity.json").read_text())["comparisons"]
     assert [(entry["a"], entry["b"]) for entry in kept] == [("cpu fp32", "cpu bf16")]
     assert kept[0]["verdict"] in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "fewer")
+    (tmp_path / "fewer" / "test" / "red" / "0.png").unlink()
+    other = ["evaluate", str(run), "--parity", "fp32,bf16", "--data", str(tmp_path / "fewer")]
+    assert cli.main(other) == 0
+    assert json.loads((run / "parity.json").read_text())["comparisons"] == kept
+    capsys.readouterr()
     assert cli.main(["evaluate", str(run), "--parity", "cpu"]) == 2
     assert "two sides" in capsys.readouterr().err
 
@@ -238,6 +244,31 @@ def test_what_is_not_there_is_one_line_and_exit_code_1(
     refused: Refused, arguments: list[str], says: str
 ) -> None:
     assert re.search(says, refused(*arguments, code=1))
+
+
+def test_a_path_the_system_refuses_is_one_line(refused: Refused) -> None:
+    assert "name too long" in refused("train", "quick", "--out", "x" * 300, code=1).lower()
+
+
+def test_out_of_memory_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(_: list[str]) -> int:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nmore")
+
+    monkeypatch.setitem(cli.COMMANDS, "describe", (greedy, ""))
+    assert "smaller --batch-size" in refused("describe", code=1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes close otherwise on Windows")
+@pytest.mark.parametrize("command", ["--help", "describe"])
+def test_a_reader_that_has_gone_is_no_traceback(command: str) -> None:
+    """As in `resnet56 describe | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "resnet56", command], stdout=gone, stderr=subprocess.PIPE
+        )
+    assert done.stderr == b""
 
 
 def test_a_file_in_the_way_is_refused_before_anything_is_read(

@@ -196,6 +196,25 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
         run.read_metrics()
 
 
+@pytest.mark.parametrize("line", ["5", "[]", "{}", '{"epoch": "1"}'])
+def test_a_line_that_is_no_row_is_damage(tmp_path: Path, line: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.metrics_file.write_text(f'{line}\n{{"epoch": 3}}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:1 is damaged"):
+        run.rewind_metrics(2)
+
+
+def test_a_comparison_takes_the_place_of_an_earlier_one_of_its_pair(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for pair, changed in (("ab", 1), ("ac", 2), ("ab", 3)):
+        run.keep_comparison({"a": pair[0], "b": pair[1], "changed": changed})
+    kept = read_json(run.parity_file)["comparisons"]
+    assert [(one["b"], one["changed"]) for one in kept] == [("c", 2), ("b", 3)]
+    run.parity_file.write_text('{"comparisons": [5]}')
+    with pytest.raises(RunError, match="damaged"):
+        run.keep_comparison({"a": "a", "b": "b"})
+
+
 def test_metrics_refuse_what_json_cannot_say(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         RunDirectory(tmp_path).append_metrics({"epoch": 1, "train_loss": float("nan")})

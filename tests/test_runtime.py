@@ -126,9 +126,14 @@ def test_auto_on_apples_gpu_is_fp32() -> None:
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("device", ["cpu", "cuda:0", "mps"])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_a_precision_that_is_named_is_taken(name: str, device: str) -> None:
     assert precision(name, torch.device(device)) == name
+
+
+def test_fp16_is_refused_where_its_loss_scaling_is_missing() -> None:
+    with pytest.raises(UsageError, match="fp16 needs loss scaling"):
+        precision("fp16", torch.device("mps"))
 
 
 @pytest.mark.parametrize(
@@ -231,3 +236,27 @@ def test_git_says_nothing_before_the_first_commit(checkout: Path) -> None:
 def test_a_machine_without_git_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert git_state() is None
+
+
+@pytest.mark.parametrize("name", ["cuda:0", "mps"])
+def test_several_processes_do_not_share_one_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="several processes cannot share"):
+        resolve_device(name)
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="'cuda:1' is not there; this machine has 1"):
+        resolve_device("auto")
+
+
+def test_on_cuda_fp32_means_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("auto") == torch.device("cuda", 0)
+    assert torch.backends.cudnn.allow_tf32 is False

@@ -123,6 +123,14 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     assert rows[0] != rows[1]
 
 
+def test_ctrl_c_is_heard_where_an_epoch_is_one_step(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(small, batch_size=50)
+    run_until(tmp_path / "run", 2, recipe, tiny)
+    assert RunDirectory(tmp_path / "run").load().position.epoch == 2
+
+
 @pytest.mark.parametrize("steps", [[1], [STEPS - 1], [STEPS], [STEPS + 3, 2 * STEPS + 1]])
 def test_ctrl_c_and_resume_give_the_uninterrupted_run(
     straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path, steps: list[int]

@@ -99,7 +99,8 @@ def train(arguments: list[str]) -> int:
     else:
         run.refuse_taken()
     quiet = options.quiet or not place().is_first
-    again = f"resnet56 train --resume --out {shlex.quote(str(out))}"
+    words = ["resnet56", "train", "--resume", "--out", str(out)]
+    again = shlex.join(words if options.device == "auto" else [*words, "--device", options.device])
     with TrainingProgress(quiet=quiet) as progress:
         dataset = load_data(data)
         progress.say(f"{chosen.arch} on {dataset.source}")
@@ -115,10 +116,11 @@ def train(arguments: list[str]) -> int:
                 progress=progress,
             )
         except Interrupted as interrupted:
-            print(f"\nstopped; the checkpoint is written; go on with: {again}", file=sys.stderr)
+            if place().is_first:
+                _say(f"\nstopped; the checkpoint is written; go on with: {again}")
             return interrupted.exit_code
         except KeyboardInterrupt:
-            print(f"\nstopped; go on with: {again}", file=sys.stderr)
+            _say(f"\nstopped; go on with: {again}")
             return INTERRUPTED
         if result:
             test, seen = result["test"], result["train"]
@@ -196,7 +198,7 @@ def evaluate(arguments: list[str]) -> int:
     """resnet56 evaluate RUN."""
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
     from resnet56 import runtime, tables
-    from resnet56.evaluation import evaluate_run, subject_of
+    from resnet56.evaluation import Subject, evaluate_run, restore
     from resnet56.readers import is_benchmark, load_benchmark
     from resnet56.rundir import RunDirectory, read_json
 
@@ -205,9 +207,12 @@ def evaluate(arguments: list[str]) -> int:
     device = runtime.resolve_device(options.device)
     precision = runtime.resolve_precision(options.precision, device)
     run = RunDirectory(options.run)
-    subject = subject_of(run, device, precision)
-    net = subject.network
+    checkpoint = run.load()
+    net = checkpoint.network
+    subject = Subject(restore(checkpoint, device), net, precision)
     if options.data and is_benchmark(Path(options.data)):
+        if options.parity is not None:
+            raise UsageError("--parity compares on one set of images; leave --data out")
         figures = {}
         for name, images in load_benchmark(Path(options.data), len(net.classes)):
             with _show(f"{len(images):,} images ({name})", len(images)) as tick:
@@ -221,12 +226,18 @@ def evaluate(arguments: list[str]) -> int:
             f"{dataset.source} has other classes ({', '.join(dataset.classes[:3])}, ...) than "
             f"the run ({', '.join(net.classes[:3])}, ...); choose --data"
         )
-    if options.parity is not None:
-        return _compare(run, options.parity, device, dataset.test, as_json=options.json)
-    title = f"{net.arch}, {options.split} images of {dataset.source}"
-    if dataset.fingerprint() != run.load().notes.get("data"):
-        split = dataset.test if options.split == "test" else dataset.train
+    own = dataset.fingerprint() == checkpoint.notes.get("data")
+    if not own:
         _say("these are not the images of the run: nothing is written")
+    if options.parity is not None:
+        found = _compare(run, options.parity, device, dataset.test)
+        if own:
+            run.keep_comparison(found)
+        print(json.dumps(found)) if options.json else tables.show_comparison(found)
+        return 0
+    title = f"{net.arch}, {options.split} images of {dataset.source}"
+    if not own:
+        split = dataset.test if options.split == "test" else dataset.train
         with _show(f"{len(split):,} images", len(split)) as tick:
             other = subject.figures(split, tick)
         print(json.dumps(other)) if options.json else tables.show_figures(other, title)
@@ -253,12 +264,11 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _compare(
-    run: "RunDirectory", sides: str, device: "torch.device", split: "Split", *, as_json: bool
-) -> int:
-    """`--parity A,B`: measure on both sides, keep it in parity.json, and give the verdict."""
+    run: "RunDirectory", sides: str, device: "torch.device", split: "Split"
+) -> dict[str, Any]:
+    """`--parity A,B`: measure on both sides."""
     from resnet56 import runtime
     from resnet56.evaluation import compare, subject_of
-    from resnet56.rundir import read_json, write_json
 
     names, subjects = [], []
     for side in sides.split(","):
@@ -269,21 +279,7 @@ def _compare(
         subjects.append(subject_of(run, where, precision))
     if len(names) != 2:
         raise UsageError(f"--parity wants two sides, as in cpu,cuda or fp32,bf16, not {sides!r}")
-    found = compare(subjects[0], subjects[1], (names[0], names[1]), split, _show)
-    earlier = read_json(run.parity_file)["comparisons"] if run.parity_file.exists() else []
-    kept = [entry for entry in earlier if [entry["a"], entry["b"]] != names]
-    write_json(run.parity_file, {"comparisons": [*kept, found]})
-    if as_json:
-        print(json.dumps(found))
-        return 0
-    for side in ("a", "b"):
-        print(f"{found[side]}: accuracy {100 * found[f'accuracy_{side}']:.2f} %")
-    print(
-        f"logits differ by {found['median_difference']:.2g} in the median, "
-        f"{found['largest_difference']:.2g} at most"
-    )
-    print(found["verdict"])
-    return 0
+    return compare(subjects[0], subjects[1], (names[0], names[1]), split, _show)
 
 
 def _say(line: str) -> None:
@@ -458,6 +454,29 @@ def parse(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every error a user can cause ends as one line and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except Error as error:
+        return _fail(str(error), error.exit_code)
+    except SystemExit as stopped:  # tyro has printed the help
+        return int(stopped.code or 0)
+    except KeyboardInterrupt:
+        return _fail("stopped", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone (| head): not our business
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a path that the system refuses: no permission, too long
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return _fail("out of memory; choose a smaller --batch-size", 1)
+        raise
+
+
+def _run(arguments: list[str]) -> int:
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
@@ -467,18 +486,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if first in ("-V", "--version"):
         print(f"resnet56 {__version__}")
         return 0
-    try:
-        if first not in COMMANDS:
-            raise UsageError(f"unknown command {first!r}; the commands: {', '.join(COMMANDS)}")
-        return COMMANDS[first][0](arguments[1:])
-    except Error as error:
-        print(f"resnet56: {error}", file=sys.stderr)
-        return error.exit_code
-    except SystemExit as stopped:  # tyro has printed the help
-        return int(stopped.code or 0)
-    except KeyboardInterrupt:
-        print("\nresnet56: stopped", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone (| head): not our business
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    if first not in COMMANDS:
+        raise UsageError(f"unknown command {first!r}; the commands: {', '.join(COMMANDS)}")
+    return COMMANDS[first][0](arguments[1:])
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"resnet56: {line}", file=sys.stderr)
+    return code

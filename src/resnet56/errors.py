@@ -26,4 +26,4 @@ class RunError(Error):
 
 
 class TrainingError(Error):
-    """A training that cannot go on: a loss that is not finite, a full disk."""
+    """A training that cannot go on: a loss that is not finite."""

@@ -50,6 +50,13 @@ def total(value: Tensor, here: Place) -> Tensor:
     return value
 
 
+def highest(value: Tensor, here: Place) -> Tensor:
+    """The largest `value` of all processes."""
+    if here.world_size > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 class _Sum(torch.autograd.Function):
     """The sum over all processes; each one's gradient is the sum of all their gradients."""
 

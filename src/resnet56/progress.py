@@ -39,10 +39,9 @@ class TrainingProgress:
     def __init__(self, *, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(highlight=False)
         self.quiet = quiet
-        self.epochs = self.steps = 0
+        self.epochs = self.steps = self.done = 0
         self.bar: Progress | None = None
         self.started = self.last_line = time.monotonic()
-        self.first_step: int | None = None
 
     def __enter__(self) -> "TrainingProgress":
         """Nothing is shown before `begin`."""
@@ -70,9 +69,9 @@ class TrainingProgress:
             self.bar.stop()
         return measuring(what, total, self.console, quiet=self.quiet)
 
-    def begin(self, epochs: int, steps: int) -> None:
-        """A training of `epochs` epochs with `steps` steps each is about to go on."""
-        self.epochs, self.steps = epochs, steps
+    def begin(self, epochs: int, steps: int, done: int) -> None:
+        """A training of `epochs` epochs with `steps` steps each goes on after `done` steps."""
+        self.epochs, self.steps, self.done = epochs, steps, done
         self.started = self.last_line = time.monotonic()
         if self.console.is_terminal and not self.quiet:
             self.bar = Progress(
@@ -89,10 +88,8 @@ class TrainingProgress:
         """`step` steps of all are taken; the other numbers are the epoch's so far."""
         if self.quiet:
             return
-        if self.first_step is None:
-            self.first_step = step - 1
         now = time.monotonic()
-        left = (self.epochs * self.steps - step) * (now - self.started) / (step - self.first_step)
+        left = (self.epochs * self.steps - step) * (now - self.started) / (step - self.done)
         epoch = f"{(step - 1) // self.steps + 1}/{self.epochs}"
         speed = f"{images_per_second:.0f} img/s"
         numbers = f"loss {loss:.3f}  acc {percent(accuracy)}  {speed}  {duration(left)} left"

@@ -16,6 +16,7 @@ disk names files that are there.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -80,9 +81,16 @@ def _writing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        if os.name == "posix":  # the new name reaches the disk before any old file goes
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     except OSError as error:
+        more = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}; what was there is untouched"
+            f"cannot write {path}: {error.strerror or error}; what was there is untouched{more}"
         ) from error
     except safetensors.SafetensorError as error:  # its word for a full disk, among others
         raise RunError(f"cannot write {path}: {error}; what was there is untouched") from error
@@ -214,8 +222,7 @@ class RunDirectory:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(
-                f"cannot write {self.metrics_file}: {error.strerror or error}; free some space "
-                "and continue with --resume"
+                f"cannot write {self.metrics_file}: {error.strerror or error}; go on with --resume"
             ) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -223,13 +230,20 @@ class RunDirectory:
         if not self.metrics_file.exists():
             return []
         rows: list[dict[str, Any]] = []
-        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise RunError(f"cannot read {self.metrics_file}: {error.strerror or error}") from None
+        lines = text.splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
-                if number < len(lines):
-                    raise RunError(f"{self.metrics_file}:{number} is damaged") from None
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+                rows.append(row)
+            elif number < len(lines):
+                raise RunError(f"{self.metrics_file}:{number} is damaged")
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
@@ -238,6 +252,19 @@ class RunDirectory:
             kept = [row for row in self.read_metrics() if row["epoch"] <= epochs]
             text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
             write_text(self.metrics_file, text)
+
+    # parity.json
+
+    def keep_comparison(self, found: Mapping[str, Any]) -> None:
+        """Add a comparison of two devices or precisions, in place of an earlier one of the same."""
+        kept: Any = []
+        if self.parity_file.exists():
+            kept = read_json(self.parity_file).get("comparisons")
+            if not isinstance(kept, list) or not all(isinstance(entry, dict) for entry in kept):
+                raise RunError(f"{self.parity_file} is damaged: remove it")
+        pair = [found["a"], found["b"]]
+        kept = [entry for entry in kept if [entry.get("a"), entry.get("b")] != pair]
+        write_json(self.parity_file, {"comparisons": [*kept, found]})
 
     # checkpoint/
 

@@ -26,27 +26,34 @@ DTYPES: dict[str, torch.dtype] = {
 def resolve_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one; otherwise what PyTorch calls it (cpu, cuda:1, mps).
 
+    Of several processes that torchrun starts each gets its own GPU. On CUDA, fp32 is made to mean
+    fp32: convolutions would otherwise round their inputs to TF32's ten bits.
+
     Raises:
-        UsageError: no such device, on this machine or at all.
+        UsageError: no such device, on this machine or at all, or not for several processes.
     """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     mps = torch.backends.mps.is_available()
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("mps" if mps else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and not several else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps")
+    if several and (device.type == "mps" or (device.type == "cuda" and device.index is not None)):
+        raise UsageError(f"several processes cannot share {name!r}; use --device cuda or cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]
     if count == 0:
         raise UsageError(f"device {name!r} is not there; this PyTorch sees no such hardware")
     if not 0 <= (device.index or 0) < count:  # PyTorch wraps 128 around to -128
-        raise UsageError(f"device {name!r} is not there; this machine has {count} of them")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        wanted = str(device) if several else name
+        raise UsageError(f"device {wanted!r} is not there; this machine has {count} of them")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -56,6 +63,8 @@ def resolve_precision(name: str, device: torch.device) -> Resolved:
     bf16 that a processor emulates is several times slower than fp32, so it must have the
     instructions; a GPU without bf16 (a T4) trains in fp16 with loss scaling.
     """
+    if name == "fp16" and device.type == "mps":
+        raise UsageError("fp16 needs loss scaling, which PyTorch has not on mps; use fp32")
     if name != "auto":
         return name  # type: ignore[return-value]  # the recipe has checked it
     if device.type == "cuda":

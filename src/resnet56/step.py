@@ -94,7 +94,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
         self.begin_sums()
-        self.bad_step = torch.tensor(-1, device=self.device)
+        self.bad_step = torch.tensor(-1, device=self.device)  # the first without a finite loss
 
     def begin_sums(self, loss_sum: float = 0.0, correct: int = 0) -> None:
         """Begin an epoch's sums, or take up those of an interrupted one."""
@@ -123,11 +123,6 @@ class Trainer:
             self.sums += torch.stack((loss.detach() * len(labels), hits))
             fine = torch.isfinite(loss) | (self.bad_step >= 0)
             self.bad_step = torch.where(fine, self.bad_step, step)
-
-    def diverged_at(self) -> int | None:
-        """The first step whose loss was not finite; waits for the device."""
-        step = int(self.bad_step)
-        return step if step >= 0 else None
 
     def is_finite(self) -> bool:
         """Whether every weight is a finite number; waits for the device."""

@@ -72,6 +72,17 @@ def show_accuracies(figures: dict[str, dict[str, Any]]) -> None:
     Console(highlight=False).print(table)
 
 
+def show_comparison(found: dict[str, Any]) -> None:
+    """Print an entry of parity.json."""
+    for side in ("a", "b"):
+        print(f"{found[side]}: accuracy {percent(found[f'accuracy_{side}'])}")
+    print(
+        f"logits differ by {found['median_difference']:.2g} in the median, "
+        f"{found['largest_difference']:.2g} at most"
+    )
+    print(found["verdict"])
+
+
 def show_network(network: dict[str, Any]) -> None:
     """Print what `describe` computed of a network."""
     console = Console(highlight=False)

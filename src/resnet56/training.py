@@ -19,7 +19,7 @@ from resnet56.data import Dataset, Split, channel_statistics, hold_out
 from resnet56.errors import RunError, TrainingError, UsageError
 from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.model import build
-from resnet56.parallel import Place, process_group, synchronize_batch_norm, total
+from resnet56.parallel import Place, highest, process_group, synchronize_batch_norm, total
 from resnet56.progress import TrainingProgress
 from resnet56.recipe import Recipe, from_fields
 from resnet56.rundir import Checkpoint, Network, Position, RunDirectory, read_json, write_json
@@ -136,7 +136,8 @@ def _prepare(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, resume
     """Write what is known before the first step."""
     if resumed:
         before = read_json(run.environment_file) if run.environment_file.exists() else facts
-        facts = before | {"resumed": [*before.get("resumed", []), facts]}
+        earlier = before.get("resumed", [])
+        facts = before | {"resumed": [*(earlier if isinstance(earlier, list) else []), facts]}
     else:
         run.create()
         run.rewind_metrics(0)
@@ -197,7 +198,7 @@ class _Loop:
 
     def epochs(self, held_out: Split | None, stop: "_Stop", scalars: Scalars | None) -> None:
         """Train from the present position to the last epoch."""
-        self.progress.begin(self.recipe.epochs, self.batches.steps)
+        self.progress.begin(self.recipe.epochs, self.batches.steps, self.position.step)
         if self.position.step == 0:
             self._save()  # from here on there is something to resume
         while self.position.epoch < self.recipe.epochs:
@@ -214,6 +215,8 @@ class _Loop:
             self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
             self._save()
             self.progress.epoch(row)
+            if self.position.epoch < self.recipe.epochs and self._stopped(stop):
+                raise Interrupted(stop.signum or signal.SIGTERM)
 
     def _epoch(self, stop: "_Stop") -> float:
         """Finish the present epoch; return its last learning rate."""
@@ -254,8 +257,9 @@ class _Loop:
 
     def _look(self) -> None:
         """Read the epoch's sums off the device, show them, and stop if the loss is not finite."""
-        diverged = self.trainer.diverged_at()
-        if diverged is not None:
+        # Where one process sees it all do, so that they stop together.
+        diverged = int(highest(self.trainer.bad_step.clone(), self.here))
+        if diverged >= 0:
             epoch = diverged // self.batches.steps + 1
             lr = learning_rate(self.recipe, diverged, self.batches.steps)
             raise TrainingError(
@@ -316,7 +320,7 @@ class _Loop:
         try:
             self.run.save(Checkpoint(self.network, weights, state, self.position, notes))
         except RunError as error:
-            raise RunError(f"{error}; free some space, then go on with --resume") from error
+            raise RunError(f"{error}; go on with --resume") from error
 
 
 @dataclass

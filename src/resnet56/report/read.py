@@ -1,6 +1,5 @@
 """A run directory's files, read once and checked, as one record."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,9 @@ def _check_evaluation(evaluation: dict[str, Any], file: Path, classes: tuple[str
             _require(metrics, METRICS, f"{file}, {part},")
             _require(metrics["per_class"], classes, f"{file}, {part}, per_class,")
             matrix = metrics["confusion_matrix"]
-            if [len(row) for row in matrix] != [len(classes)] * len(classes):
+            rows = matrix if isinstance(matrix, list) else []
+            sizes = [len(row) if isinstance(row, list) else 0 for row in rows]
+            if sizes != [len(classes)] * len(classes):
                 raise RunError(
                     f"{file}, {part}, is damaged: its confusion matrix is not of "
                     f"{len(classes)} classes"
@@ -182,7 +183,7 @@ def _samples(path: Path, classes: int) -> Samples | None:
             samples = Samples(**{name: file[name] for name in Samples.__dataclass_fields__})
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from None
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damage can make the readers of zip and npy raise anything
         raise RunError(f"{path} is damaged: {error}") from None
     shown, made = len(samples.originals), len(samples.mistakes)
     labels = (samples.original_labels, samples.mistake_true, samples.mistake_predicted)
