@@ -62,7 +62,9 @@ def test_samples_show_the_surest_mistakes_and_real_crops(run: RunDirectory, tiny
     assert kept["mistake_confidence"].tolist() == pytest.approx(shares[surest].max(axis=1).tolist())
     assert (kept["mistakes"] == tiny.test.images[surest].numpy()).all()
 
-    assert kept["augmented"].shape == (8, 4, 3, 32, 32)
+    assert kept["original_labels"].tolist() == [0, 1, 2]
+    assert (kept["originals"] == tiny.train.images[:3].numpy()).all()
+    assert kept["augmented"].shape == (3, 5, 3, 32, 32)
     for original, variants in zip(kept["originals"], kept["augmented"], strict=True):
         padded = np.pad(original, ((0, 0), (4, 4), (4, 4)))
         crops = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]

@@ -21,7 +21,7 @@ from resnet56.runtime import Resolved, autocast, peak_memory_mb
 
 BATCH = 256
 MISTAKES = 24  # kept for the report's gallery
-ORIGINALS, VARIANTS = 8, 4  # training images kept, and augmented versions of each
+ORIGINALS, VARIANTS = 10, 5  # training images kept, a class each, and augmented versions of each
 
 Tick = Callable[[int], None]  # called with the images done since the last call
 Show = Callable[[str, int], AbstractContextManager[Tick]]  # what is measured, on how many images
@@ -193,14 +193,15 @@ def evaluate_run(
 
 def _shown(training: Split, padding: int, flip: bool) -> dict[str, Any]:
     """A few training images, and what the augmentation makes of them."""
-    index = spread(len(training), ORIGINALS)
+    labels = training.labels.cpu().numpy()
+    index = torch.from_numpy(np.unique(labels, return_index=True)[1][:ORIGINALS])
     originals = training.images[index].cpu()
     generator = torch.Generator().manual_seed(0)
     draws = draw(len(index) * VARIANTS, padding=padding, flip=flip, generator=generator)
     augmented = crop_and_flip(originals.repeat_interleave(VARIANTS, dim=0), draws, padding)
     return {
         "originals": originals.numpy(),
-        "original_labels": training.labels[index].cpu().numpy(),
+        "original_labels": labels[index],
         "augmented": augmented.contiguous().view(-1, VARIANTS, 3, 32, 32).numpy(),
     }
 

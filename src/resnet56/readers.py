@@ -186,7 +186,7 @@ def _load_images(path: Path) -> Dataset:
         everything = _read_images(train_files, classes)
         train, test = hold_out(everything, max(len(classes), len(everything) // 5))
         how = "no test/ folder, so a fixed stratified 80/20 split of train/"
-    source = f"images in {path}: {len(train):,} training and {len(test):,} test images, {how}"
+    source = f"images in {name}: {len(train):,} training and {len(test):,} test images, {how}"
     origin = str(path.resolve())
     return Dataset(name, classes, train, test, mirror=True, source=source, origin=origin)
 
@@ -290,7 +290,7 @@ def _load_cifar(layout: _Layout, folder: Path) -> Dataset:
         train=train,
         test=test,
         mirror=True,
-        source=f"{layout.folder} in {folder}: {len(train):,} training and {len(test):,} test "
+        source=f"{layout.folder}: {len(train):,} training and {len(test):,} test "
         "images, the published split",
         origin=str(folder.resolve()),
     )
