@@ -239,11 +239,12 @@ class RunDirectory:
             try:
                 row = json.loads(line)
             except ValueError:
+                if number == len(lines):
+                    break
                 row = None
-            if isinstance(row, dict) and isinstance(row.get("epoch"), int):
-                rows.append(row)
-            elif number < len(lines):
+            if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
                 raise RunError(f"{self.metrics_file}:{number} is damaged")
+            rows.append(row)
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
