@@ -88,6 +88,13 @@ def hold_out(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
     )
 
 
+def training_split(dataset: Dataset, holdout: int) -> tuple[Split, Split | None]:
+    """What a run trains on, and the `holdout` images it keeps apart: none of them for 0."""
+    if holdout == 0:
+        return dataset.train, None
+    return hold_out(dataset.train, holdout)
+
+
 def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
     """Exact mean and standard deviation per channel of (N, 3, H, W) uint8, in units of [0, 1].
 

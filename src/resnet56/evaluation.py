@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resnet56.augment import crop_and_flip, draw, normalize
 from resnet56.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
-from resnet56.data import Dataset, Split, hold_out
+from resnet56.data import Dataset, Split, training_split
 from resnet56.metrics import log_softmax, measure
 from resnet56.model import ResNet, build
 from resnet56.rundir import Checkpoint, Network, RunDirectory, write_arrays, write_json
@@ -157,7 +157,7 @@ def evaluate_run(
     checkpoint = run.load()
     subject = Subject(restore(checkpoint, device), checkpoint.network, precision)
     classes = checkpoint.network.classes
-    training, held_out = (dataset.train, None) if not holdout else hold_out(dataset.train, holdout)
+    training, held_out = training_split(dataset, holdout)
     splits = {"test": dataset.test, "train": training, "holdout": held_out}
     result: dict[str, Any] = {}
     logits: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet56.batches import Batches
-from resnet56.data import Dataset, Split, channel_statistics, hold_out
+from resnet56.data import Dataset, Split, channel_statistics, training_split
 from resnet56.errors import RunError, TrainingError, UsageError
 from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.model import build
@@ -90,7 +90,7 @@ def train(
         facts = environment(where, precision) | {"processes": here.world_size, "data": data}
         fingerprint = dataset.fingerprint()
         saved = _take_up(run, recipe, dataset.source, fingerprint) if resume else None
-        training, held_out = _split(dataset, recipe.holdout)
+        training, held_out = training_split(dataset, recipe.holdout)
         mean, std = channel_statistics(training.images)
         network = Network(recipe.arch, dataset.classes, mean, std)
         loop = _Loop(run, recipe, network, where, precision, here, fingerprint, progress)
@@ -143,12 +143,6 @@ def _prepare(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, resume
         run.rewind_metrics(0)
         write_json(run.recipe_file, recipe.to_json())
     write_json(run.environment_file, facts)
-
-
-def _split(dataset: Dataset, holdout: int) -> tuple[Split, Split | None]:
-    if holdout == 0:
-        return dataset.train, None
-    return hold_out(dataset.train, holdout)
 
 
 @dataclass
