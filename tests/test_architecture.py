@@ -26,10 +26,12 @@ ARROWS: dict[str, set[str]] = {
     # first floor
     "batches": {"augment", "data", "errors"},
     "readers": {"data", "errors", "pickles"},
-    "step": {"recipe", "runtime"},
+    "fused": {"model"},
+    "step": {"errors", "fused", "model", "recipe", "runtime"},
     "tables": {"progress"},
+    "inference": {"model", "runtime"},
     "evaluation": {
-        "augment", "corruptions", "data", "metrics", "model", "rundir", "runtime",
+        "augment", "corruptions", "data", "inference", "metrics", "model", "rundir", "runtime",
     },
     "report": {"errors", "model", "progress", "recipe", "rundir"},
     # second floor

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resnet56.augment import crop_and_flip, draw, normalize
 from resnet56.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
 from resnet56.data import Dataset, Split, training_split
+from resnet56.inference import InferenceForm
 from resnet56.metrics import log_softmax, measure
 from resnet56.model import ResNet, build
 from resnet56.rundir import Checkpoint, Network, RunDirectory, write_arrays, write_json
@@ -53,7 +54,7 @@ def predict_logits(
     """Logits of unaugmented images.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; a `ResNet` is run in its inference form.
         images: (N, 3, 32, 32) uint8, on any device.
         mean, std: of the training images, in units of [0, 1].
         precision: of the forward pass.
@@ -63,6 +64,8 @@ def predict_logits(
     Returns:
         (N, C) float32 on the CPU.
     """
+    if isinstance(model, ResNet):
+        model, precision = InferenceForm(model, precision), "fp32"
     device = next(model.parameters()).device
     scale = (torch.tensor(mean, device=device), torch.tensor(std, device=device))
     parts = []
@@ -253,6 +256,8 @@ def measure_robustness(
 def inference_speed(subject: Subject, images: Tensor) -> dict[str, Any]:
     """Time from bytes to logits, one image and 256 at a time: the median of several."""
     result: dict[str, Any] = {}
+    if isinstance(subject.model, ResNet):  # else every call would begin with folding
+        subject = replace(subject, model=InferenceForm(subject.model, subject.precision))
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[spread(len(images), batch)]
         subject.logits(batch_images, batch)  # warm up

@@ -7,7 +7,7 @@ A 3x3 convolution, then three stages of residual blocks on maps of 32x32, 16x16 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,25 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 def conv1x1(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
     """1x1 convolution."""
     return nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+
+
+class NormReLU(Protocol):
+    """How a network computes relu(norm(x) + residual)."""
+
+    def __call__(self, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), and a residual like it -> (N, C, H, W)."""
+        ...
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + residual) by PyTorch's own operations.
+
+    Only the norm needs its input again for the gradient, so the rest is done in place.
+    """
+    out: Tensor = norm(x)
+    if residual is not None:
+        out += residual
+    return F.relu(out, inplace=True)
 
 
 class PadShortcut(nn.Module):
@@ -67,12 +86,12 @@ class BasicBlock(nn.Module):
         self.conv2 = conv3x3(width, width)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = shortcut
+        self.norm_relu: NormReLU = norm_relu
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels_in, H, W) -> (N, width, H/stride, W/stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        out = self.norm_relu(self.bn1, self.conv1(x))
+        return self.norm_relu(self.bn2, self.conv2(out), self.shortcut(x))
 
 
 class BottleneckBlock(nn.Module):
@@ -92,13 +111,13 @@ class BottleneckBlock(nn.Module):
         self.conv3 = conv1x1(width, channels_out)
         self.bn3 = nn.BatchNorm2d(channels_out)
         self.shortcut = shortcut
+        self.norm_relu: NormReLU = norm_relu
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels_in, H, W) -> (N, 4 * width, H/stride, W/stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x))
+        out = self.norm_relu(self.bn1, self.conv1(x))
+        out = self.norm_relu(self.bn2, self.conv2(out))
+        return self.norm_relu(self.bn3, self.conv3(out), self.shortcut(x))
 
 
 BLOCKS: dict[str, Callable[[int, int, int, nn.Module], nn.Module]] = {
@@ -135,6 +154,7 @@ class ResNet(nn.Module):
         self.stage2, channels = _stage(channels, WIDTHS[1], 2, blocks, block, shortcut)
         self.stage3, channels = _stage(channels, WIDTHS[2], 2, blocks, block, shortcut)
         self.fc = nn.Linear(channels, classes)
+        self.norm_relu: NormReLU = norm_relu
         self._initialize()
 
     def _initialize(self) -> None:
@@ -145,14 +165,20 @@ class ResNet(nn.Module):
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
+    def use(self, norm_relu: NormReLU) -> None:
+        """Compute every batch norm with its ReLU by another implementation."""
+        for module in self.modules():
+            if isinstance(module, ResNet | BasicBlock | BottleneckBlock):
+                module.norm_relu = norm_relu
+
     def features(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) normalised images -> (N, C, 8, 8), the last stage's maps."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.norm_relu(self.bn1, self.conv1(x))
         return self.stage3(self.stage2(self.stage1(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) normalised images -> (N, classes) logits."""
-        pooled = self.features(x).mean(dim=(2, 3))
+        pooled = self.features(x).mean(dim=(2, 3), dtype=self.fc.weight.dtype)
         return self.fc(pooled)  # type: ignore[no-any-return]
 
 

@@ -17,6 +17,7 @@ from resnet56.errors import UsageError
 
 Schedule = Literal["step", "cosine", "one-cycle"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Execution = Literal["auto", "eager", "fused", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Recipe:
 
     precision: Precision = "auto"
     """Arithmetic: auto is the fastest that the device has in hardware."""
+
+    execution: Execution = "auto"
+    """How a step runs, to the same numbers within rounding: by PyTorch's operations; with batch
+    norm and ReLU in one kernel (CPU); or by torch.compile, after a minute of compiling."""
 
     holdout: int = 0
     """Training images kept out of training, to choose by; stratified, always the same ones."""

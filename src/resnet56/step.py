@@ -2,13 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet56.errors import UsageError
+from resnet56.fused import UnavailableError, fused_norm_relu
+from resnet56.model import ResNet
 from resnet56.recipe import Recipe
-from resnet56.runtime import Resolved, autocast
+from resnet56.runtime import DTYPES, Resolved, autocast
+
+Execution = Literal["eager", "fused", "compiled"]
 
 
 def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
@@ -23,6 +30,45 @@ def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
     if recipe.schedule == "cosine":
         return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
     return recipe.lr * (1 - done)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a step calls, and how that runs."""
+
+    module: nn.Module
+    execution: Execution
+    reason: str = ""  # why it is not the faster one
+
+
+def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
+    """Decide how the steps of `model` run; the numbers are the same within rounding.
+
+    Args:
+        model: on its device.
+        wanted: a recipe's `execution`. `auto` never compiles by `torch.compile`, whose minute
+            only a long training earns back.
+        precision: of the forward pass.
+
+    Raises:
+        UsageError: what is wanted is not to be had here.
+    """
+    if wanted == "compiled":
+        compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        return Forward(compiled, "compiled")
+    if wanted == "eager":
+        return Forward(model, "eager")
+    try:
+        if next(model.parameters()).device.type != "cpu":
+            raise UnavailableError("the fused kernel is for the CPU")
+        if precision == "fp16":
+            raise UnavailableError("the fused kernel has no fp16")
+        model.use(fused_norm_relu(DTYPES[precision]))
+    except UnavailableError as error:
+        if wanted == "fused":
+            raise UsageError(f"no fused step here: {error}; use --execution eager") from None
+        return Forward(model, "eager", str(error))
+    return Forward(model, "fused")
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:

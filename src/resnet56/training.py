@@ -30,7 +30,7 @@ from resnet56.runtime import (
     resolve_device,
     resolve_precision,
 )
-from resnet56.step import Trainer, learning_rate
+from resnet56.step import Forward, Trainer, learning_rate, make_forward
 
 SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
 LOOK_EVERY = 10  # steps between looks at the loss, each of which waits for the device
@@ -95,6 +95,9 @@ def train(
         network = Network(recipe.arch, dataset.classes, mean, std)
         loop = _Loop(run, recipe, network, where, precision, here, fingerprint, progress)
         loop.set_up(training, flip=recipe.flip and dataset.mirror, saved=saved)
+        facts |= {"execution": loop.forward.execution}
+        if loop.forward.reason:
+            facts |= {"execution_reason": loop.forward.reason}
         with _tensorboard(tensorboard and here.is_first, run, loop.position.step) as scalars:
             if here.is_first:  # not before all that can be refused has been
                 _prepare(run, recipe, facts, resumed=saved is not None)
@@ -164,12 +167,16 @@ class _Loop:
         recipe, device = self.recipe, self.device
         model = build(recipe.arch, classes=len(self.network.classes), seed=recipe.seed)
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        wrapped: torch.nn.Module = model
         if self.here.world_size > 1:
+            if recipe.execution not in ("auto", "eager"):
+                raise UsageError(f"several processes run eager, not {recipe.execution}")
             model = synchronize_batch_norm(model)  # type: ignore[assignment]
             ids = [device] if device.type == "cuda" else None
             wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
-        self.trainer = Trainer(model, wrapped, recipe, self.precision)
+            self.forward = Forward(wrapped, "eager", "several processes share their batch norm")
+        else:
+            self.forward = make_forward(model, recipe.execution, self.precision)
+        self.trainer = Trainer(model, self.forward.module, recipe, self.precision)
         if saved is not None:
             self.position = saved.position
             self.trainer.restore(saved.model, saved.training)
@@ -308,6 +315,7 @@ class _Loop:
             "data": self.fingerprint,
             "weights": "averaged" if self.trainer.average is not None else "last",
             "precision": self.precision,
+            "execution": self.forward.execution,
             "loss_scale": self.trainer.scaler.state_dict() or None,
         }
         weights, state = self.trainer.weights(), self.trainer.state()

@@ -1,0 +1,55 @@
+"""A network in the form in which it predicts fastest."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from resnet56.model import ResNet, norm_relu
+from resnet56.runtime import DTYPES, Resolved
+
+
+class InferenceForm(nn.Module):
+    """A copy of `model` with each batch norm folded into the convolution before it.
+
+    In evaluation batch norm is a fixed scale and shift, which the convolution can apply itself
+    (Jacob et al. 2018, section 3.2): the same function, up to rounding. The convolutions run in
+    `precision`, without the casts that autocast makes on each call; the last layer stays fp32.
+
+    Args:
+        model: stays as it is.
+        precision: of the convolutions.
+    """
+
+    def __init__(self, model: ResNet, precision: Resolved = "fp32") -> None:
+        super().__init__()
+        net = copy.deepcopy(model).eval()
+        net.use(norm_relu)
+        for module in list(net.modules()):
+            _fold(module)
+        self.dtype = DTYPES[precision]
+        self.net = net.to(self.dtype)
+        self.net.fc.float()
+        self.requires_grad_(False)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 3, 32, 32) normalised images -> (N, C, 8, 8), the last stage's maps."""
+        return self.net.features(x.to(self.dtype, memory_format=torch.channels_last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 32, 32) normalised images -> (N, classes) float32 logits."""
+        return self.net(x.to(self.dtype, memory_format=torch.channels_last))  # type: ignore[no-any-return]
+
+
+def _fold(parent: nn.Module) -> None:
+    """Fold the batch norms directly below `parent`: `bnN` into `convN`, or one into its elder."""
+    children = dict(parent.named_children())
+    elder = ""
+    for name, child in children.items():
+        if isinstance(child, nn.BatchNorm2d):
+            conv = getattr(parent, elder)
+            assert isinstance(conv, nn.Conv2d)
+            setattr(parent, elder, fuse_conv_bn_eval(conv, child))
+            setattr(parent, name, nn.Identity())
+        elder = name

@@ -1,0 +1,51 @@
+"""The inference form against the network it was made from."""
+
+import pytest
+import torch
+from torch import nn
+
+from resnet56.inference import InferenceForm
+from resnet56.model import ResNet, build
+
+
+def lived_in(arch: str) -> ResNet:
+    """A network whose batch norms are far from the identity, as after a training."""
+    model = build(arch)
+    generator = torch.Generator().manual_seed(0)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        for tensor, low, high in (
+            (norm.weight, 0.5, 1.5), (norm.bias, -0.5, 0.5),
+            (norm.running_mean, -0.5, 0.5), (norm.running_var, 0.5, 2.0),
+        ):  # fmt: skip
+            tensor.data.uniform_(low, high, generator=generator)
+    return model.eval()
+
+
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("arch", ["resnet14", "resnet14-b", "resnet20-bottleneck"])
+def test_folding_changes_nothing_but_rounding(arch: str) -> None:
+    model = lived_in(arch)
+    form = InferenceForm(model)
+    with torch.inference_mode():
+        assert torch.allclose(form(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(form.features(IMAGES), model.features(IMAGES), rtol=1e-3, atol=1e-4)
+    assert not [m for m in form.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_the_network_itself_stays_as_it_was() -> None:
+    model = lived_in("resnet8").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    InferenceForm(model, "bf16")(IMAGES)
+    assert model.training
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_bf16_is_near_and_its_logits_are_float32() -> None:
+    model = lived_in("resnet14")
+    with torch.inference_mode():
+        logits, exact = InferenceForm(model, "bf16")(IMAGES), model(IMAGES)
+    assert logits.dtype == torch.float32
+    assert (logits - exact).norm() / exact.norm() < 0.03
+    assert not torch.equal(logits, logits.bfloat16().float())  # the last layer is not rounded
