@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from resnet56.augment import Draws, augment, crop_and_flip, cutout, draw, normalize
+from resnet56.augment import Draws, augment, crop_and_flip, cutout, draw, normalize, shrink
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -147,3 +148,20 @@ def test_a_part_of_a_batch_is_augmented_as_within_the_whole() -> None:
     whole = augment(images, draws, *scale, padding=4, hole=8)
     alone = augment(images[part], draws.part(part), *scale, padding=4, hole=8)
     assert torch.equal(whole[part], alone)
+
+
+@pytest.mark.parametrize("side", [16, 24, 28])
+def test_shrinking_is_what_pillow_does(side: int) -> None:
+    images = pictures(2).float().contiguous(memory_format=torch.channels_last)
+    small = shrink(images, side)
+    assert small.is_contiguous(memory_format=torch.channels_last)
+    for image, found in zip(images, small, strict=True):
+        for plane, channel in zip(image, found, strict=True):
+            picture = Image.fromarray(plane.numpy())
+            expected = np.array(picture.resize((side, side), Image.Resampling.BILINEAR))
+            np.testing.assert_allclose(channel.numpy(), expected, atol=1e-3)
+
+
+def test_an_image_of_the_right_size_is_not_touched() -> None:
+    images = pictures(2).float()
+    assert shrink(images, 32) is images

@@ -162,3 +162,12 @@ def test_derived_seeds_are_63_bit_and_differ_by_value_and_place() -> None:
     assert len(seeds) == 1600
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62
+
+
+def test_the_first_epochs_may_be_of_smaller_images() -> None:
+    batches = augmented(24, 8, sizes=(16, 24))
+    assert [next(batches.epoch(epoch))[0].shape[-1] for epoch in range(3)] == [16, 24, 32]
+    full = list(augmented(24, 8).epoch(0))
+    for (small, numbers), (images, same_numbers) in zip(batches.epoch(0), full, strict=True):
+        assert torch.equal(numbers, same_numbers)  # the same images, cut at the same places
+        assert torch.allclose(small.mean(), images.mean(), atol=0.01)

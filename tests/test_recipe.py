@@ -184,6 +184,11 @@ BAD: list[tuple[str, Any]] = [
     ("drop_epochs", 10),
     ("drop_epochs", "10"),
     ("drop_epochs", {"10": 20}),
+    ("sizes", (16, 10)),
+    ("sizes", (36,)),
+    ("sizes", (4,)),
+    ("sizes", (16.0,)),
+    ("sizes", 16),
     ("drop_factor", 0),
     ("drop_factor", 1.5),
     ("warmup_epochs", -1),
@@ -221,7 +226,7 @@ def test_nesterov_without_momentum_is_refused() -> None:
 def test_values_at_the_edge_of_their_range_are_taken() -> None:
     edges: dict[str, Any] = {
         "epochs": 1, "batch_size": 1, "momentum": 0.0, "weight_decay": 0.0, "drop_epochs": (),
-        "drop_factor": 1.0, "padding": 31, "cutout": 32, "seed": 2**32 - 1,
+        "drop_factor": 1.0, "padding": 31, "cutout": 32, "sizes": (8, 32), "seed": 2**32 - 1,
     }  # fmt: skip
     recipe = Recipe(**edges)
     assert {name: getattr(recipe, name) for name in edges} == edges

@@ -541,6 +541,8 @@ def test_recipes_in_words() -> None:
     bare = Recipe(padding=0, flip=True)
     assert recipe_words.augmentation(bare, mirrors=False) == "Training images are not augmented."
     assert "mirrored" in recipe_words.augmentation(bare, mirrors=True)
+    grown = recipe_words.augmentation(Recipe(sizes=(16, 16, 24)), mirrors=True)
+    assert "shrunk: to 16 \N{MULTIPLICATION SIGN} 16 for 2 epochs and to 24" in grown
     assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))
 

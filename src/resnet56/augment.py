@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Draws(NamedTuple):
@@ -47,7 +48,7 @@ def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
         (N, 3, H, W) of the same type, in channels_last memory.
     """
     count, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (padding, padding, padding, padding))
+    padded = F.pad(images, (padding, padding, padding, padding))
     down = torch.arange(height, device=images.device)
     across = torch.arange(width, device=images.device)
     rows = draws.rows[:, None] + down
@@ -82,6 +83,18 @@ def cutout(images: Tensor, holes: Tensor, side: int) -> Tensor:
     in_cols = (across >= left[:, None]) & (across < left[:, None] + side)
     hole = in_rows[:, None, :, None] & in_cols[:, None, None, :]
     return torch.where(hole, 0.0, images)  # masked_fill would leave channels_last
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """(N, 3, H, W) float32 -> (N, 3, side, side), by a triangle filter as wide as the step.
+
+    A network for 32x32 learns the coarse first, and on small images it does so for a fraction of
+    the work (progressive resizing; Touvron et al. 2019 on train and test resolution).
+    """
+    if images.shape[-1] == side:
+        return images
+    small = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return small.contiguous(memory_format=torch.channels_last)
 
 
 def augment(

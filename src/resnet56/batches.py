@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet56.augment import augment, draw
+from resnet56.augment import augment, draw, shrink
 from resnet56.data import Split
 from resnet56.errors import UsageError
 
@@ -37,6 +37,7 @@ class Batches:
     padding: int = 4
     flip: bool = True
     cutout: int = 0
+    sizes: tuple[int, ...] = ()  # sides of the first epochs' images, in pixels
     rank: int = 0
     world_size: int = 1
 
@@ -62,7 +63,8 @@ class Batches:
         """This process's part of the batches of `epoch` (from 0), from step `start` on.
 
         Yields:
-            images (B, 3, 32, 32) float32, normalised, channels_last; labels (B,) int64.
+            images (B, 3, S, S) float32, normalised, channels_last, S = 32 unless `sizes` says
+            less; labels (B,) int64.
         """
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.split), generator=generator)
@@ -82,4 +84,6 @@ class Batches:
                 padding=self.padding,
                 hole=self.cutout,
             )
+            if epoch < len(self.sizes):
+                images = shrink(images, self.sizes[epoch])
             yield images, self.split.labels[index]

@@ -69,6 +69,9 @@ class Recipe:
     flip: bool = True
     """Mirror half of the images; left out where the data has a direction (digits)."""
 
+    sizes: tuple[int, ...] = ()
+    """Side in pixels of the first epochs' images, one number an epoch; 32 from then on."""
+
     cutout: int = 0
     """Side in pixels of a square set to the mean at a random place; 0 for none."""
 
@@ -110,6 +113,12 @@ class Recipe:
             0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)"
         )
         _require(0 <= self.padding <= 31, "padding", self.padding, "from 0 to 31")
+        _require(
+            all(8 <= size <= 32 and size % 4 == 0 for size in self.sizes),
+            "sizes",
+            self.sizes,
+            "multiples of 4 from 8 to 32",
+        )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.holdout >= 0, "holdout", self.holdout, "at least 0")
@@ -120,7 +129,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON knows them; `from_fields` is the inverse."""
         fields = dataclasses.asdict(self)
-        fields["drop_epochs"] = list(self.drop_epochs)
+        fields |= {name: list(v) for name, v in fields.items() if isinstance(v, tuple)}
         return fields
 
 
@@ -191,7 +200,7 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise UsageError(f"{name} must be a list of numbers, not {value!r}")
-        return tuple(_checked(name, float, item) for item in value)
+        return tuple(_checked(name, get_args(kind)[0], item) for item in value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             number = float(value)

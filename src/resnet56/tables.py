@@ -105,3 +105,48 @@ def show_network(network: dict[str, Any]) -> None:
         "all", str(network["depth"]), "", "", f"{network['parameters']:,}", f"{network['macs']:,}"
     )
     console.print(table)
+
+
+def show_bench(found: dict[str, Any]) -> None:
+    """Print what `bench` measured."""
+    console = Console(highlight=False)
+    machine, limits = found["machine"], found["limits"]
+    console.print(
+        f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores, "
+        f"PyTorch {machine['versions']['torch']}; {machine['precision']} product "
+        f"{limits['gflops']:,.0f} GFLOP/s, copy {limits['gigabytes_per_second']:.0f} GB/s",
+        markup=False,
+        soft_wrap=True,
+    )
+    for contest in found["training"]:
+        floor = contest["floor"]
+        least = max(floor.values())
+        bound = "arithmetic" if least == floor["arithmetic_ms"] else "memory"
+        table = _table("step", "ms", "images/s", "ratio", "least", "most", "floor", "peak MB")
+        for row in contest["rows"]:
+            ours = not row["name"].startswith("stock")
+            share = f"{row['milliseconds'] / least:.1f}x" if ours else ""
+            table.add_row(*_speeds(row), share, f"{row['peak_memory_mb']:,.0f}")
+        console.print(
+            f"\ntraining {contest['arch']}, batch {contest['batch']}; "
+            f"floor {least:.1f} ms, set by {bound}"
+        )
+        console.print(table)
+    for contest in found["inference"]:
+        table = _table("forward pass", "ms", "images/s", "ratio", "least", "most")
+        for row in contest["rows"]:
+            table.add_row(*_speeds(row))
+        console.print(f"\ninference {contest['arch']}, batch {contest['batch']}")
+        console.print(table)
+    table = _table("the rest", "seconds")
+    for name, seconds in found["rest"].items():
+        table.add_row(name, f"{seconds:.2f}")
+    console.print()
+    console.print(table)
+
+
+def _speeds(row: dict[str, Any]) -> list[str]:
+    """Name, time, speed and the ratio with its range, as cells."""
+    ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_least", "ratio_most")]
+    cells = ["1", "", ""] if row["baseline"] else ratios
+    return [row["name"], f"{row['milliseconds']:.1f}", f"{row['images_per_second']:,.0f}", *cells]

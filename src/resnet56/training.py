@@ -193,6 +193,7 @@ class _Loop:
             padding=recipe.padding,
             flip=flip,
             cutout=recipe.cutout,
+            sizes=recipe.sizes,
             rank=self.here.rank,
             world_size=self.here.world_size,
         )

@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "measure a run's weights, on this machine",
     "report": "write a page about a run, or one that compares several",
     "describe": "print a network's layers, parameters and operations",
+    "bench": "measure training and inference against the usual loop",
     "data": "fetch CIFAR-10 or CIFAR-100",
 }
 

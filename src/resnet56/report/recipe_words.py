@@ -1,5 +1,7 @@
 """A recipe in words: what a table of its fields does not say at a glance."""
 
+from itertools import groupby
+
 from resnet56.recipe import Recipe
 from resnet56.report.words import listed, plural
 
@@ -40,9 +42,15 @@ def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
             f"covered by a {recipe.cutout} {TIMES} {recipe.cutout} square of the mean colour at a "
             "random place (Cutout)"
         )
-    if not steps:
-        return "Training images are not augmented."
-    return f"In training, every image is {listed(steps)}, anew in each epoch."
+    if steps:
+        sentence = f"In training, every image is {listed(steps)}, anew in each epoch."
+    else:
+        sentence = "Training images are not augmented."
+    runs = [(size, len(list(epochs))) for size, epochs in groupby(recipe.sizes) if size != 32]
+    if not runs:
+        return sentence
+    shrunk = [f"to {size} {TIMES} {size} for {plural(epochs, 'epoch')}" for size, epochs in runs]
+    return f"{sentence} In the beginning it is shrunk: {listed(shrunk)}."
 
 
 def is_augmented(recipe: Recipe, *, mirrors: bool) -> bool:

@@ -1,0 +1,363 @@
+"""Ours against the loop people write: whole training steps on real images, in turns.
+
+The contestants of a comparison live side by side in one process and take turns of about a
+second, A B C A B C, so that whatever else the machine does falls on all of them. A ratio is the
+median over the rounds of the ratio within a round.
+"""
+
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet56.batches import Batches
+from resnet56.data import Dataset, Split, Triple, channel_statistics
+from resnet56.evaluation import predict_logits
+from resnet56.inference import InferenceForm
+from resnet56.model import ResNet, build, describe
+from resnet56.recipe import Recipe
+from resnet56.rundir import Checkpoint, Network, Position, RunDirectory
+from resnet56.runtime import (
+    DTYPES,
+    Resolved,
+    environment,
+    peak_memory_mb,
+    resolve_device,
+    resolve_precision,
+)
+from resnet56.step import Trainer, learning_rate, make_forward
+from resnet56.stock import Pictures, StockLoop
+
+LOOK_EVERY = 10  # steps between looks at the sums, as in training
+STARTS = 3  # of each command whose start-up is timed
+Say = Callable[[str], None]
+
+
+@dataclass
+class Contestant:
+    """Something that repeats: a step, or a forward pass."""
+
+    name: str
+    once: Callable[[], object]
+    synchronize: Callable[[], None]
+    seconds: list[float] = field(default_factory=list)  # for one repetition, a round each
+
+    def turn(self, repeats: int) -> float:
+        """Seconds that one of `repeats` repetitions takes."""
+        self.synchronize()
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            self.once()
+        self.synchronize()
+        return (time.perf_counter() - begun) / repeats
+
+
+def take_turns(contestants: Sequence[Contestant], rounds: int, seconds: float) -> None:
+    """Let each one warm up, then `rounds` times run for about `seconds`, one after another."""
+    repeats = {}
+    for contestant in contestants:
+        contestant.turn(3)  # allocators, thread pools, compilers
+        repeats[contestant.name] = max(2, round(seconds / contestant.turn(2)))
+    for _ in range(rounds):
+        for contestant in contestants:
+            contestant.seconds.append(contestant.turn(repeats[contestant.name]))
+
+
+def compared(contestants: Sequence[Contestant], images: int, *, stock: str) -> list[dict[str, Any]]:
+    """A row for each: medians, and its ratio to the fastest whose name begins with `stock`."""
+    plain = [c for c in contestants if c.name.startswith(stock)]
+    base = min(plain, key=lambda c: statistics.median(c.seconds))
+    rows = []
+    for contestant in contestants:
+        ratios = [b / s for b, s in zip(base.seconds, contestant.seconds, strict=True)]
+        median = statistics.median(contestant.seconds)
+        rows.append(
+            {
+                "name": contestant.name,
+                "milliseconds": 1000 * median,
+                "images_per_second": images / median,
+                "ratio": statistics.median(ratios),
+                "ratio_least": min(ratios),
+                "ratio_most": max(ratios),
+                "baseline": contestant is base,
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where the contest runs, and on what."""
+
+    split: Split  # training images
+    mean: Triple
+    std: Triple
+    device: torch.device
+    precision: Resolved
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def pictures(self) -> Pictures:
+        """The same images, as the stock loop has them."""
+        return Pictures(self.split, self.mean, self.std)
+
+    def our_step(self, arch: str, batch: int, execution: str) -> Callable[[], None]:
+        """One step as `resnet56 train` makes it, with its data and its looks at the sums."""
+        recipe = Recipe(arch=arch, batch_size=batch, execution=execution)  # type: ignore[arg-type]
+        model = build(arch)
+        model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        forward = make_forward(model.train(), execution, self.precision)
+        trainer = Trainer(model, forward.module, recipe, self.precision)
+        batches = Batches(
+            Split(self.split.images.to(self.device), self.split.labels.to(self.device)),
+            torch.tensor(self.mean, device=self.device),
+            torch.tensor(self.std, device=self.device),
+            batch_size=batch,
+            seed=0,
+        )
+        steps: Iterator[tuple[int, tuple[Tensor, Tensor]]] = enumerate(
+            itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
+        )
+
+        def once() -> None:
+            step, (images, labels) = next(steps)
+            trainer.step(images, labels, learning_rate(recipe, step, batches.steps), step)
+            if step % LOOK_EVERY == 0:
+                trainer.sums.tolist()
+
+        return once
+
+
+def executions(device: torch.device, precision: Resolved, compiled: bool) -> list[str]:
+    """The ways to run a step that this machine has; the one that `auto` takes is the last."""
+    chosen = make_forward(build("resnet8").to(device), "auto", precision).execution
+    return [*(["compiled"] if compiled else []), *(["eager"] if chosen != "eager" else []), chosen]
+
+
+def bench_training(
+    course: Course, arch: str, batch: int, ways: Sequence[str], rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Stock loops with 0 and 2 workers against every way in `ways` to run our step."""
+    stocks = {
+        f"stock, {workers} workers": StockLoop(
+            arch, course.pictures(), batch, course.device, workers
+        )
+        for workers in (0, 2)
+    }
+    contestants = [Contestant(n, loop.step, course.synchronize) for n, loop in stocks.items()]
+    for way in ways:
+        once = course.our_step(arch, batch, way)
+        contestants.append(Contestant(f"ours, {way}", once, course.synchronize))
+    try:
+        take_turns(contestants, rounds, seconds)
+    finally:
+        for loop in stocks.values():
+            loop.close()
+    return compared(contestants, batch, stock="stock")
+
+
+def bench_inference(
+    course: Course, arch: str, batch: int, rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    """The plain network in evaluation mode against the inference form."""
+    stock = build(arch).to(course.device).eval()
+    images = course.split.images[:batch].float().to(course.device) / 255
+    runners: dict[str, nn.Module] = {"stock": stock, "ours, fp32": InferenceForm(stock)}
+    if course.precision != "fp32":
+        runners[f"ours, {course.precision}"] = InferenceForm(stock, course.precision)
+    runners = {name: runner.to(course.device) for name, runner in runners.items()}
+
+    def once(runner: nn.Module) -> None:
+        with torch.inference_mode():
+            runner(images).argmax(dim=1).tolist()
+
+    contestants = [
+        Contestant(name, lambda runner=runner: once(runner), course.synchronize)  # type: ignore[misc]
+        for name, runner in runners.items()
+    ]
+    take_turns(contestants, rounds, seconds)
+    return compared(contestants, batch, stock="stock")
+
+
+def peak_of(course: Course, arch: str, batch: int, way: str) -> float:
+    """Peak memory in MB of a few steps in a process of their own, data included."""
+    if way.startswith("stock"):
+        once = StockLoop(arch, course.pictures(), batch, course.device, 0).step
+    else:
+        once = course.our_step(arch, batch, way)
+    for _ in range(3):
+        once()
+    return peak_memory_mb(course.device)
+
+
+def peaks(course: Course, arch: str, batch: int, ways: Sequence[str]) -> dict[str, float]:
+    """Peak memory of each of `ways`, and of the stock loop."""
+    found = {}
+    for way in ("stock", *ways):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found[way] = pool.submit(peak_of, course, arch, batch, way).result()
+    return found
+
+
+def machine_limits(device: torch.device, precision: Resolved) -> dict[str, float]:
+    """Operations and bytes a second that a matrix product and a copy reach: the best of ten."""
+    wide = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(wide, wide, device=device).to(DTYPES[precision]) for _ in range(2))
+    source = torch.empty(2**26, device=device)
+    target = torch.empty_like(source)
+
+    def best(once: Callable[[], object]) -> float:
+        def wait() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        contestant = Contestant("", once, wait)
+        return min(contestant.turn(1) for _ in range(11))
+
+    return {
+        "gflops": 2 * wide**3 / best(lambda: a @ b) / 1e9,
+        "gigabytes_per_second": 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9,
+    }
+
+
+def floor(arch: str, batch: int, precision: Resolved, limits: dict[str, float]) -> dict[str, float]:
+    """The least time that the machine's limits allow a step, in ms.
+
+    Arithmetic: a forward pass, and twice as much backward. Memory: every convolution's and every
+    norm's output is written and read forward, read again backward, and its gradient is written
+    and read: five passes over what a step must keep, were everything else fused and no cache to
+    hold any of it.
+    """
+    operations = 3 * 2 * describe(arch).macs * batch
+    bytes_moved = 5 * batch * _kept_elements(arch) * DTYPES[precision].itemsize
+    return {
+        "arithmetic_ms": operations / limits["gflops"] / 1e6,
+        "memory_ms": bytes_moved / limits["gigabytes_per_second"] / 1e6,
+    }
+
+
+def _kept_elements(arch: str) -> int:
+    """Numbers that one image leaves behind in the convolutions and norms of a forward pass."""
+    kept = 0
+
+    def count(module: nn.Module, _: object, output: Tensor) -> None:
+        nonlocal kept
+        kept += output.numel()
+
+    with torch.device("meta"):
+        model: ResNet = build(arch)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+                module.register_forward_hook(count)
+        model(torch.empty(1, 3, 32, 32))
+    return kept
+
+
+def bench_rest(course: Course, dataset: Dataset, load_seconds: float) -> dict[str, float]:
+    """What is not training, in seconds: start-up, data, a checkpoint, an evaluation."""
+
+    def started(*arguments: str) -> float:
+        times = []
+        for _ in range(STARTS):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+            times.append(time.perf_counter() - begun)
+        return statistics.median(times)
+
+    model = build("resnet56").to(course.device)
+    trainer = Trainer(model, model, Recipe(), "fp32")
+    network = Network("resnet56", dataset.classes, course.mean, course.std)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDirectory(Path(folder))
+        begun = time.perf_counter()
+        run.save(Checkpoint(network, trainer.weights(), trainer.state(), Position(), {}))
+        saved = time.perf_counter() - begun
+    begun = time.perf_counter()
+    predict_logits(model.eval(), dataset.test.images, course.mean, course.std, course.precision)
+    return {
+        "resnet56 --help": started("-m", "resnet56", "--help"),
+        "import resnet56": started("-c", "import resnet56"),
+        "import torch": started("-c", "import torch"),
+        f"load {len(dataset.train) + len(dataset.test):,} images": load_seconds,
+        "write a checkpoint": saved,
+        f"evaluate {len(dataset.test):,} images in {course.precision}": (
+            time.perf_counter() - begun
+        ),
+    }
+
+
+def bench(
+    load: Callable[[], Dataset],
+    *,
+    archs: Sequence[str],
+    batches: Sequence[int],
+    device: str = "auto",
+    precision: str = "auto",
+    compiled: bool = False,
+    rounds: int = 7,
+    seconds: float = 1.5,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Measure everything.
+
+    Args:
+        load: reads the data set; it is timed too.
+        archs: architectures.
+        batches: batch sizes in training.
+        device: "auto", "cpu", "cuda", ...
+        precision: of our side: "auto", "fp32", "bf16" or "fp16".
+        compiled: also measure torch.compile, which needs a minute for each comparison.
+        rounds: turns that each contestant takes.
+        seconds: how long a turn is.
+        say: is told what is being measured.
+
+    Returns:
+        machine, limits, training, inference and rest, ready for JSON.
+    """
+    where = resolve_device(device)
+    resolved = resolve_precision(precision, where)
+    begun = time.perf_counter()
+    dataset = load()
+    load_seconds = time.perf_counter() - begun
+    course = Course(dataset.train, *channel_statistics(dataset.train.images), where, resolved)
+    say("the machine's limits")
+    limits = machine_limits(where, resolved)
+    ways = executions(where, resolved, compiled)
+    training, inference = [], []
+    for arch, batch in itertools.product(archs, batches):
+        say(f"training {arch}, batch {batch}")
+        rows = bench_training(course, arch, batch, ways, rounds, seconds)
+        memory = peaks(course, arch, batch, ways)
+        least = floor(arch, batch, resolved, limits)
+        for row in rows:
+            who, _, way = row["name"].partition(", ")
+            row["peak_memory_mb"] = memory["stock" if who == "stock" else way]
+        training.append({"arch": arch, "batch": batch, "floor": least, "rows": rows})
+    for arch, batch in itertools.product(archs, (1, 256)):
+        say(f"inference {arch}, batch {batch}")
+        rows = bench_inference(course, arch, batch, rounds, seconds / 3)
+        inference.append({"arch": arch, "batch": batch, "rows": rows})
+    say("the rest of the time")
+    return {
+        "machine": environment(where, resolved),
+        "data": dataset.source,
+        "rounds": rounds,
+        "limits": limits,
+        "training": training,
+        "inference": inference,
+        "rest": bench_rest(course, dataset, load_seconds),
+    }

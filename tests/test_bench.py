@@ -1,0 +1,123 @@
+"""The benchmark: fair turns, true ratios, and a stock loop that is what it says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from resnet56 import bench
+from resnet56.bench import Contestant, Course, compared, floor, take_turns
+from resnet56.cli import main
+from resnet56.data import Dataset, channel_statistics
+from resnet56.stock import Pictures, StockLoop
+
+CPU = torch.device("cpu")
+
+
+def test_contestants_take_turns_until_each_has_had_all_rounds() -> None:
+    calls: list[str] = []
+    pair = [Contestant(n, lambda n=n: calls.append(n), lambda: None) for n in ("a", "b")]
+    take_turns(pair, rounds=3, seconds=1e-9)
+    assert [len(contestant.seconds) for contestant in pair] == [3, 3]
+    measured = calls[-3 * 2 * 2 :]  # at least two repetitions a turn
+    assert measured == ["a", "a", "b", "b"] * 3
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios_to_the_faster_stock() -> None:
+    slow, fast, ours = (Contestant(n, int, int) for n in ("stock, 2", "stock, 0", "ours"))
+    slow.seconds, fast.seconds, ours.seconds = [9, 9, 9], [4, 8, 6], [1, 4, 3]
+    rows = {row["name"]: row for row in compared([slow, fast, ours], images=12, stock="stock")}
+    assert rows["stock, 0"]["baseline"]
+    assert not rows["stock, 2"]["baseline"]
+    mine = rows["ours"]
+    assert (mine["ratio"], mine["ratio_least"], mine["ratio_most"]) == (2, 2, 4)
+    assert mine["images_per_second"] == 4
+
+
+def test_the_floor_of_arithmetic_is_three_forward_passes() -> None:
+    """127 million multiply-accumulates an image, as the paper's network has them."""
+    limits = {"gflops": 1.0, "gigabytes_per_second": 1.0}
+    least = floor("resnet56", 1, "fp32", limits)
+    assert least["arithmetic_ms"] == pytest.approx(3 * 2 * 127, rel=0.02)
+
+
+def test_the_floor_of_memory_counts_every_map_five_times() -> None:
+    """resnet8: conv1 and stage 1 have 3 maps of 16x32x32, stages 2 and 3 two, half each."""
+    limits = {"gflops": 1.0, "gigabytes_per_second": 1.0}
+    maps = 3 * 16 * 32 * 32 + 2 * 32 * 16 * 16 + 2 * 64 * 8 * 8
+    bytes_moved = 5 * 2 * maps * 4  # of each convolution and each norm, in fp32
+    least = floor("resnet8", 1, "fp32", limits)
+    assert least["memory_ms"] == pytest.approx(bytes_moved / 1e6)
+    assert floor("resnet8", 1, "bf16", limits)["memory_ms"] == least["memory_ms"] / 2
+
+
+def test_a_stock_picture_is_a_crop_of_the_padded_image_mirrored_or_not(tiny: Dataset) -> None:
+    pictures = Pictures(tiny.train, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+    padded = np.pad(tiny.train.images[7].numpy(), ((0, 0), (4, 4), (4, 4)))
+    crops = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+    allowed = {crop.tobytes() for crop in crops} | {crop[:, :, ::-1].tobytes() for crop in crops}
+    seen = set()
+    for _ in range(40):
+        tensor, label = pictures[7]
+        assert label == tiny.train.labels[7]
+        seen.add(tensor.round().to(torch.uint8).numpy().tobytes())
+    assert seen <= allowed
+    assert len(seen) > 10
+
+
+def test_the_stock_loop_learns(tiny: Dataset) -> None:
+    torch.manual_seed(0)
+    pictures = Pictures(tiny.train, *channel_statistics(tiny.train.images))
+    loop = StockLoop("resnet8", pictures, 16, CPU, 0)
+    losses = []
+    for _ in range(24):
+        loop.loss_sum = 0.0
+        loop.step()
+        losses.append(loop.loss_sum / 16)
+    loop.close()
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+
+
+def test_our_contestant_is_the_step_that_training_makes(tiny: Dataset) -> None:
+    course = Course(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
+    once = course.our_step("resnet8", 16, "eager")
+    for _ in range(8):  # beyond an epoch of three steps
+        once()
+
+
+def test_the_command_prints_tables_and_writes_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "peaks", lambda *_: dict.fromkeys(("stock", "eager", "fused"), 1.0))
+    monkeypatch.setattr(bench, "STARTS", 1)
+    file = tmp_path / "bench.json"
+    arguments = ["--arch", "resnet8", "--batch", "4", "--rounds", "1", "--seconds", "0.01"]
+    assert main(["bench", *arguments, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "training resnet8, batch 4" in printed
+    assert "inference resnet8, batch 256" in printed
+    found = json.loads(file.read_text())
+    (contest,) = found["training"]
+    names = [row["name"] for row in contest["rows"]]
+    assert names[:2] == ["stock, 0 workers", "stock, 2 workers"]
+    assert "ours, eager" in names
+    assert sum(row["baseline"] for row in contest["rows"]) == 1
+    assert found["limits"]["gflops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--batch", "32,x"], "--batch wants whole numbers above 0"),
+        (["--batch", "0"], "--batch wants whole numbers above 0"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--arch", "resnet57"], "depth 57 is not 6n + 2"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_line(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("resnet56: " + line)
