@@ -208,7 +208,7 @@ def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]
     [
         (["nonsense"], "unknown command 'nonsense'.*train"),
         (["train"], "which recipe.*report"),
-        (["train", "nonsense"], "unknown recipe 'nonsense'.*report, he2015, best, quick"),
+        (["train", "nonsense"], "unknown recipe 'nonsense'.*report, he2015, fast, best, quick"),
         (["train", "none.json"], r"cannot read the recipe none\.json"),
         (["train", "quick", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["train", "quick", "--lr", "-1"], "lr must be above 0, not -1"),

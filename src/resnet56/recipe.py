@@ -238,6 +238,20 @@ BEST = Recipe(
     ema_decay=0.999,
 )
 
+# The shortest way to 90 % on two processor cores that was found: small images first, which cost a
+# quarter and a half of the work, and a learning rate that rises and falls in lines. Chosen on
+# 5,000 held-out training images (docs/results.md).
+FAST = Recipe(
+    epochs=14,
+    batch_size=64,
+    lr=0.1,
+    nesterov=True,
+    weight_decay=5e-4,
+    schedule="one-cycle",
+    warmup_epochs=2,
+    sizes=(16, 16, 16, 16, 24, 24, 24, 24, 24),
+)
+
 # The digits in about a minute on two cores: many small steps, since an epoch is 1,437 images.
 QUICK = Recipe(
     epochs=6,
@@ -249,11 +263,12 @@ QUICK = Recipe(
     padding=2,
 )
 
-RECIPES = {"report": REPORT, "he2015": HE2015, "best": BEST, "quick": QUICK}
+RECIPES = {"report": REPORT, "he2015": HE2015, "fast": FAST, "best": BEST, "quick": QUICK}
 
 ABOUT = {
     "report": "the original report: bottlenecks, batch 32, 0.02 halved every 10",
     "he2015": "the paper's: batch 128, 0.1 divided by 10 twice, 164 epochs",
+    "fast": "to 90 % in minutes: small images first, one cycle",
     "best": "strong: cosine, Nesterov, Cutout, averaged weights, 200 epochs",
     "quick": "the handwritten digits in about a minute",
 }
