@@ -66,7 +66,7 @@ def refused(
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     script = (
         "import sys; from resnet56.cli import main; main(['--help']);"
-        "print([m for m in ('torch', 'numpy', 'sklearn', 'PIL') if m in sys.modules])"
+        "print([m for m in ('torch', 'numpy', 'sklearn', 'PIL', 'tyro') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
@@ -254,7 +254,7 @@ def test_out_of_memory_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyP
     def greedy(_: list[str]) -> int:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nmore")
 
-    monkeypatch.setitem(cli.COMMANDS, "describe", (greedy, ""))
+    monkeypatch.setattr("resnet56.cli.describe.run", greedy)
     assert "smaller --batch-size" in refused("describe", code=1)
 
 

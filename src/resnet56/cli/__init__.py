@@ -1,0 +1,86 @@
+"""The command `resnet56`: one module a subcommand, each imported when it runs."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from keyword import iskeyword
+
+from resnet56 import __version__
+from resnet56.errors import Error, UsageError
+
+PROBLEM = 2  # exit code of a call that is wrong
+INTERRUPTED = 130  # of Ctrl-C, as shells have it
+
+COMMANDS = {
+    "train": "train a network, keep the run in a directory, and test it",
+    "evaluate": "measure a run's weights, on this machine",
+    "report": "write a page about a run, or one that compares several",
+    "describe": "print a network's layers, parameters and operations",
+    "data": "fetch CIFAR-10 or CIFAR-100",
+}
+
+HELP = """\
+usage: resnet56 COMMAND [options]
+
+ResNet-56 on CIFAR-10: train it, test it, explain it.
+
+{commands}
+
+  resnet56 COMMAND --help    its options
+  resnet56 --version         the version
+
+Without any download: resnet56 train quick --data digits
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; every error a user can cause ends as one line and an exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except Error as error:
+        return _fail(str(error), error.exit_code)
+    except SystemExit as stopped:  # tyro has printed the help
+        return int(stopped.code or 0)
+    except KeyboardInterrupt:
+        return _fail("stopped", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone (| head): not our business
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a path that the system refuses: no permission, too long
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return _fail("out of memory; choose a smaller --batch-size", 1)
+        raise
+
+
+def _run(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {name:{width}}  {about}" for name, about in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0 if arguments else PROBLEM
+    if first in ("-V", "--version"):
+        print(f"resnet56 {__version__}")
+        return 0
+    if first not in COMMANDS:
+        raise UsageError(f"unknown command {first!r}; the commands: {', '.join(COMMANDS)}")
+    return _command(first)(arguments[1:])
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    """The `run` of the command's own module, which is imported only now."""
+    module = f"{name}_" if iskeyword(name) else name
+    run: Callable[[list[str]], int] = import_module(f"{__name__}.{module}").run
+    return run
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"resnet56: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,35 @@
+"""`resnet56 describe`."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from resnet56.cli.common import parse
+
+
+@dataclass(frozen=True)
+class DescribeOptions:
+    """Print a network's stages, blocks, layers, parameters and multiply-accumulates."""
+
+    arch: str = "resnet56"
+    """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, ..."""
+
+    classes: int = 10
+    """Number of outputs."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """resnet56 describe [--arch NAME]."""
+    options = parse(DescribeOptions, arguments, "resnet56 describe")
+    from resnet56.model import describe as describe_network
+
+    network = asdict(describe_network(options.arch, options.classes))
+    if options.json:
+        print(json.dumps(network))
+        return 0
+    from resnet56.tables import show_network
+
+    show_network(network)
+    return 0

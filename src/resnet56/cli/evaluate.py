@@ -1,0 +1,135 @@
+"""`resnet56 evaluate`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from resnet56 import recipe as recipes
+from resnet56.cli.common import Data, load_data, parse, say, show
+from resnet56.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from resnet56.data import Split
+    from resnet56.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a run's weights on this machine; on its own data, write it down in the run."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Directory of a run."""
+
+    data: Data = None
+    """Other images than the run's own: a name, a folder, or CIFAR-10-C's or 10.1's .npy files."""
+
+    split: Literal["test", "train"] = "test"
+    """Which images to show; both are measured."""
+
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, cuda:N, mps."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass."""
+
+    robustness: int = 500
+    """Test images to corrupt in ten ways and five severities; 0 for none."""
+
+    parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
+    """Only compare two devices (cpu,cuda) or precisions (fp32,bf16) on the test images."""
+
+    json: bool = False
+    """Print everything as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """resnet56 evaluate RUN."""
+    options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
+    from resnet56 import runtime, tables
+    from resnet56.evaluation import Subject, evaluate_run, restore
+    from resnet56.readers import is_benchmark, load_benchmark
+    from resnet56.rundir import RunDirectory, read_json
+
+    if options.robustness < 0:
+        raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
+    device = runtime.resolve_device(options.device)
+    precision = runtime.resolve_precision(options.precision, device)
+    run = RunDirectory(options.run)
+    checkpoint = run.load()
+    net = checkpoint.network
+    subject = Subject(restore(checkpoint, device), net, precision)
+    if options.data and is_benchmark(Path(options.data)):
+        if options.parity is not None:
+            raise UsageError("--parity compares on one set of images; leave --data out")
+        figures = {}
+        for name, images in load_benchmark(Path(options.data), len(net.classes)):
+            with show(f"{len(images):,} images ({name})", len(images)) as tick:
+                figures[name] = subject.figures(images, tick)
+        print(json.dumps(figures)) if options.json else tables.show_accuracies(figures)
+        return 0
+
+    dataset = load_data(options.data or run.data_origin() or "digits")
+    if dataset.classes != net.classes:
+        raise UsageError(
+            f"{dataset.source} has other classes ({', '.join(dataset.classes[:3])}, ...) than "
+            f"the run ({', '.join(net.classes[:3])}, ...); choose --data"
+        )
+    own = dataset.fingerprint() == checkpoint.notes.get("data")
+    if not own:
+        say("these are not the images of the run: nothing is written")
+    if options.parity is not None:
+        found = _compare(run, options.parity, device, dataset.test)
+        if own:
+            run.keep_comparison(found)
+        print(json.dumps(found)) if options.json else tables.show_comparison(found)
+        return 0
+    title = f"{net.arch}, {options.split} images of {dataset.source}"
+    if not own:
+        split = dataset.test if options.split == "test" else dataset.train
+        with show(f"{len(split):,} images", len(split)) as tick:
+            other = subject.figures(split, tick)
+        print(json.dumps(other)) if options.json else tables.show_figures(other, title)
+        return 0
+    recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
+    result = evaluate_run(
+        run,
+        dataset,
+        holdout=recipe.holdout,
+        flip=recipe.flip and dataset.mirror,
+        padding=recipe.padding,
+        device=device,
+        precision=precision,
+        robustness=min(options.robustness, len(dataset.test)),
+        speed=True,
+        show=show,
+    )
+    if options.json:
+        print(json.dumps(result))
+    else:
+        tables.show_figures(result[options.split], title)
+        tables.show_extras(result)
+    return 0
+
+
+def _compare(
+    run: "RunDirectory", sides: str, device: "torch.device", split: "Split"
+) -> dict[str, Any]:
+    """`--parity A,B`: measure on both sides."""
+    from resnet56 import runtime
+    from resnet56.evaluation import compare, subject_of
+
+    names, subjects = [], []
+    for side in sides.split(","):
+        by_precision = side in runtime.DTYPES
+        where = device if by_precision else runtime.resolve_device(side)
+        precision = runtime.resolve_precision(side if by_precision else "fp32", where)
+        names.append(f"{where} {precision}")
+        subjects.append(subject_of(run, where, precision))
+    if len(names) != 2:
+        raise UsageError(f"--parity wants two sides, as in cpu,cuda or fp32,bf16, not {sides!r}")
+    return compare(subjects[0], subjects[1], (names[0], names[1]), split, show)

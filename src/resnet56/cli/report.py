@@ -1,0 +1,35 @@
+"""`resnet56 report`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from resnet56.cli.common import parse
+from resnet56.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write a page about one run, or one that compares several."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Directories of runs."""
+
+    out: Path | None = None
+    """File to write; by default report.html in the run, or comparison.html here."""
+
+    format: Literal["html", "md"] = "html"
+    """One self-contained page, or Markdown with pictures beside it."""
+
+
+def run(arguments: list[str]) -> int:
+    """resnet56 report RUN [RUN ...]."""
+    options = parse(ReportOptions, arguments, "resnet56 report")
+    if not options.runs:
+        raise UsageError("which run? resnet56 report RUN [RUN ...]; see resnet56 report --help")
+    from resnet56.report import write_report
+
+    print(write_report(options.runs, options.out, format=options.format))
+    return 0

@@ -1,0 +1,145 @@
+"""`resnet56 train`."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from resnet56 import recipe as recipes
+from resnet56.cli import INTERRUPTED
+from resnet56.cli.common import Data, Out, load_data, parse, say
+from resnet56.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a network, keep the run in a directory, and test it."""
+
+    data: Data = None
+    """Images: digits (the default; no download), cifar10, cifar100, or a folder."""
+
+    out: Out = None
+    """Run directory; by default a new one, runs/RECIPE-DATA."""
+
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint."""
+
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, cuda:N, mps."""
+
+    tensorboard: bool = False
+    """Also write scalars for TensorBoard, in RUN/tensorboard."""
+
+    quiet: bool = False
+    """Print errors only."""
+
+    recipe: tyro.conf.OmitArgPrefixes[recipes.Recipe] = field(default_factory=recipes.Recipe)
+
+
+def run(arguments: list[str]) -> int:
+    """resnet56 train [RECIPE] [options]."""
+    from resnet56.parallel import place
+
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    base = recipes.find(name) if name else recipes.Recipe()
+    options = _parse_train(arguments, name, base)
+    if name is None and options.resume and options.out:
+        file = options.out / "recipe.json"
+        if file.is_file():  # a flag then changes the run's own recipe, which is refused later
+            options = _parse_train(arguments, name, recipes.read(file))
+    chosen = options.recipe
+    if name is None and not options.resume:
+        raise UsageError(
+            f"which recipe? resnet56 train RECIPE, with {', '.join(recipes.RECIPES)}, or a file"
+        )
+    if options.out is None and place().world_size > 1:
+        raise UsageError("several processes need --out RUN, so that they agree on the directory")
+    if options.resume and options.out is None:
+        raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
+
+    # Checked before anything slow, or on the disk, happens.
+    from resnet56 import model, runtime
+
+    model.Architecture.parse(chosen.arch)
+    runtime.resolve_device(options.device)
+
+    from resnet56.progress import TrainingProgress, percent
+    from resnet56.rundir import RunDirectory, next_free
+    from resnet56.training import Interrupted
+    from resnet56.training import train as run_training
+
+    data = options.data or _data_of_resumed(options) or "digits"
+    stem = Path(name).stem if name else "run"
+    out = options.out or next_free(Path("runs") / f"{stem}-{Path(data).resolve().name}")
+    run = RunDirectory(out)
+    if options.resume:
+        run.load()  # says so now if there is nothing to resume
+    else:
+        run.refuse_taken()
+    quiet = options.quiet or not place().is_first
+    words = ["resnet56", "train", "--resume", "--out", str(out)]
+    again = shlex.join(words if options.device == "auto" else [*words, "--device", options.device])
+    with TrainingProgress(quiet=quiet) as progress:
+        dataset = load_data(data)
+        progress.say(f"{chosen.arch} on {dataset.source}")
+        progress.say(f"run: {out}")
+        try:
+            result = run_training(
+                chosen,
+                dataset,
+                out,
+                device=options.device,
+                resume=options.resume,
+                tensorboard=options.tensorboard,
+                progress=progress,
+            )
+        except Interrupted as interrupted:
+            if place().is_first:
+                say(f"\nstopped; the checkpoint is written; go on with: {again}")
+            return interrupted.exit_code
+        except KeyboardInterrupt:
+            say(f"\nstopped; go on with: {again}")
+            return INTERRUPTED
+        if result:
+            test, seen = result["test"], result["train"]
+            low, high = test["accuracy_interval"]
+            progress.say(
+                f"test accuracy {percent(test['accuracy'])} "
+                f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), loss {test['loss']:.4f}, "
+                f"{test['n']:,} images"
+            )
+            progress.say(
+                f"training accuracy {percent(seen['accuracy'])}, loss {seen['loss']:.4f}, "
+                f"{seen['n']:,} images, no augmentation"
+            )
+            progress.say("writing the report")
+            from resnet56.report import write_report
+
+            progress.say(f"the run lies in {out}, its report is {write_report([out])}")
+    return 0
+
+
+def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:
+    named = "\n".join(f"  {key:7} {text}" for key, text in recipes.ABOUT.items())
+    return parse(
+        TrainOptions,
+        arguments,
+        f"resnet56 train {name or 'RECIPE'}",
+        default=TrainOptions(recipe=base),
+        description=(
+            "Train a network, keep the run in a directory, and test it.\n\nRECIPE is a .json or "
+            f".toml file (a run's recipe.json is one), or one of\n{named}\n\n"
+            "Each of its fields is a flag below."
+        ),
+    )
+
+
+def _data_of_resumed(options: TrainOptions) -> str | None:
+    """With --resume and no --data, what the run was trained on."""
+    from resnet56.rundir import RunDirectory
+
+    if not (options.resume and options.out):
+        return None
+    return RunDirectory(options.out).data_origin()
