@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "progress": set(),
     "data": {"errors"},
     "download": {"errors"},
+    "images": {"errors"},
     "pickles": {"errors"},
     "model": {"errors"},
     "recipe": {"errors"},
@@ -25,7 +26,8 @@ ARROWS: dict[str, set[str]] = {
     "runtime": {"errors"},
     # first floor
     "batches": {"augment", "data", "errors"},
-    "readers": {"data", "errors", "pickles"},
+    "readers": {"data", "errors", "images", "pickles"},
+    "shipped": {"errors", "rundir"},
     "step": {"recipe", "runtime"},
     "tables": {"progress"},
     "evaluation": {
@@ -33,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "report": {"errors", "model", "progress", "recipe", "rundir"},
     # second floor
+    "predict": {"augment", "errors", "evaluation", "images", "rundir", "runtime", "shipped"},
     "training": {
         "batches", "data", "errors", "evaluation", "model", "parallel", "progress",
         "recipe", "rundir", "runtime", "step",
@@ -99,8 +102,9 @@ def test_only_the_door_knows_recipes() -> None:
 
 def test_the_public_names_are_pinned_and_there() -> None:
     assert resnet56.__all__ == [
-        "RECIPES", "Dataset", "Error", "Recipe", "ResNet", "Split", "__version__", "build",
-        "describe", "evaluate", "load_digits", "load_folder", "predict_logits", "train",
+        "RECIPES", "Dataset", "Error", "Prediction", "Predictor", "Recipe", "ResNet", "Split",
+        "__version__", "build", "describe", "evaluate", "load", "load_digits", "load_folder",
+        "predict_logits", "train",
     ]  # fmt: skip
     for name in resnet56.__all__:
         assert getattr(resnet56, name) is not None
