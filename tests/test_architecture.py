@@ -42,8 +42,9 @@ ARROWS: dict[str, set[str]] = {
     },
     # roof
     "cli": {
-        "__init__", "download", "errors", "evaluation", "model", "parallel", "progress",
-        "readers", "recipe", "report", "rundir", "runtime", "tables", "training",
+        "__init__", "download", "errors", "evaluation", "images", "model", "parallel", "predict",
+        "progress", "readers", "recipe", "report", "rundir", "runtime", "shipped", "tables",
+        "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

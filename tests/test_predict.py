@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import CLASSES, lively
 from PIL import Image
 
 import resnet56
@@ -15,25 +16,8 @@ from resnet56 import shipped
 from resnet56.errors import ImageError, RunError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.images import prepare
-from resnet56.model import build
 from resnet56.predict import Predictor
-from resnet56.rundir import Checkpoint, Network, RunDirectory
-
-CLASSES = ("red", "green", "blue")
-
-
-def lively(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpoint:
-    """A network whose logits depend on the image and whose statistics are no defaults."""
-    model = build(arch, classes=len(classes), seed=3)
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-    torch.nn.init.normal_(model.fc.weight, generator=generator)
-    torch.nn.init.normal_(model.fc.bias, generator=generator)
-    network = Network(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    return Checkpoint(network, model.state_dict())
+from resnet56.rundir import RunDirectory
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,11 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 # The map's colours, from no evidence (clear) to the most (opaque): red, green, blue, alpha.
 # fmt: off
-_HEAT = np.array([(20, 0, 80, 0), (120, 30, 140, 90), (220, 70, 70, 140), (255, 160, 30, 165),
-                  (255, 245, 90, 180)], dtype=np.float64)
+_ANCHORS = np.array([(20, 0, 80, 0), (120, 30, 140, 90), (220, 70, 70, 140), (255, 160, 30, 165),
+                     (255, 245, 90, 180)])
 # fmt: on
+_HEAT = np.stack([np.interp(np.linspace(0, 4, 256), range(5), c) for c in _ANCHORS.T], axis=-1)
+_HEAT = np.rint(_HEAT).astype(np.uint8)  # (256, 4)
 
 
 class _Quiet:
@@ -173,11 +175,9 @@ def overlay(image: Image.Image, evidence: Floats) -> Image.Image:
     square = Image.fromarray(share.astype(np.float32)).resize(
         (side, side), Image.Resampling.BICUBIC
     )
-    strength = np.asarray(square).clip(0, 1)
-    steps = np.linspace(0, 1, len(_HEAT))
-    colours = np.stack([np.interp(strength, steps, channel) for channel in _HEAT.T], axis=-1)
+    strength = np.rint(np.asarray(square).clip(0, 1) * 255).astype(np.uint8)
     result = Image.blend(picture, Image.new("RGB", picture.size), 0.6)
     seen = picture.crop((left, top, left + side, top + side)).convert("RGBA")
-    heat = Image.fromarray(np.rint(colours).astype(np.uint8))
+    heat = Image.fromarray(_HEAT[strength])
     result.paste(Image.alpha_composite(seen, heat).convert("RGB"), (left, top))
     return result

@@ -15,6 +15,7 @@ INTERRUPTED = 130  # of Ctrl-C, as shells have it
 COMMANDS = {
     "train": "train a network, keep the run in a directory, and test it",
     "evaluate": "measure a run's weights, on this machine",
+    "predict": "say what is in pictures, and where in them it is seen",
     "report": "write a page about a run, or one that compares several",
     "describe": "print a network's layers, parameters and operations",
     "data": "fetch CIFAR-10 or CIFAR-100",
