@@ -40,10 +40,13 @@ ARROWS: dict[str, set[str]] = {
         "batches", "data", "errors", "evaluation", "model", "parallel", "progress",
         "recipe", "rundir", "runtime", "step",
     },
+    "export": {
+        "augment", "errors", "evaluation", "model", "predict", "rundir", "shipped",
+    },
     # roof
     "cli": {
-        "__init__", "download", "errors", "evaluation", "images", "model", "parallel", "predict",
-        "progress", "readers", "recipe", "report", "rundir", "runtime", "shipped", "tables",
+        "__init__", "download", "errors", "evaluation", "export", "images", "model", "parallel",
+        "predict", "progress", "readers", "recipe", "report", "rundir", "runtime", "shipped", "tables",
         "training",
     },
     "__main__": {"cli"},

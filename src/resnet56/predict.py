@@ -80,7 +80,7 @@ class TorchBackend:
 class OnnxBackend:
     """ONNX Runtime, on the CPU, for a file that `resnet56 export` wrote."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, content: bytes, name: str) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -89,18 +89,17 @@ class OnnxBackend:
         options.log_severity_level = 3  # errors; it remarks on graphs that need no remark
         try:
             self.session = onnxruntime.InferenceSession(
-                path.read_bytes(), options, providers=["CPUExecutionProvider"]
-            )
-            self.network = network_from(self.session.get_modelmeta().custom_metadata_map)
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
-        except (KeyError, TypeError, ValueError):
-            raise RunError(f"{path} was not written by resnet56 export: it names no classes") from (
-                None
+                content, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's own, which have no common base
             reason = " ".join(str(error).split())[:200]
-            raise RunError(f"{path} is no whole ONNX file: {reason}") from None
+            raise RunError(f"{name} is no whole ONNX file: {reason}") from None
+        try:
+            self.network = network_from(self.session.get_modelmeta().custom_metadata_map)
+        except (KeyError, TypeError, ValueError):
+            raise RunError(
+                f"{name} does not say what its classes are; write it with resnet56 export"
+            ) from None
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
@@ -244,7 +243,11 @@ def load(what: str | Path = "resnet56", device: str = "auto") -> Predictor:
     if path.suffix.lower() == ".onnx":
         if device not in ("auto", "cpu"):
             raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}")
-        onnx = OnnxBackend(path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+        onnx = OnnxBackend(content, str(path))
         return Predictor(path.stem, onnx.network, onnx)
     checkpoint, _ = read_checkpoint(what)
 

@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "train a network, keep the run in a directory, and test it",
     "evaluate": "measure a run's weights, on this machine",
     "predict": "say what is in pictures, and where in them it is seen",
+    "serve": "answer over HTTP, with a page to try it on",
+    "export": "write a network for other programs: ONNX, or a hub's folder",
     "report": "write a page about a run, or one that compares several",
     "describe": "print a network's layers, parameters and operations",
     "data": "fetch CIFAR-10 or CIFAR-100",

@@ -41,7 +41,7 @@ class EvaluateOptions:
     """Test images to corrupt in ten ways and five severities; 0 for none."""
 
     parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
-    """Only compare two devices (cpu,cuda) or precisions (fp32,bf16) on the test images."""
+    """Only compare devices (cpu,cuda), precisions (fp32,bf16) or torch,onnx on the test images."""
 
     json: bool = False
     """Print everything as JSON."""
@@ -124,15 +124,24 @@ def _compare(
 ) -> dict[str, Any]:
     """`--parity A,B`: measure on both sides."""
     from resnet56 import runtime
-    from resnet56.evaluation import Subject, compare, restore
+    from resnet56.evaluation import Measured, Subject, compare, restore
 
-    names, subjects = [], []
+    names: list[str] = []
+    subjects: list[Measured] = []
     for side in sides.split(","):
-        by_precision = side in runtime.DTYPES
-        where = device if by_precision else runtime.resolve_device(side)
-        precision = runtime.resolve_precision(side if by_precision else "fp32", where)
+        if side == "onnx":
+            from resnet56.export import Exported
+
+            names.append("ONNX Runtime")
+            subjects.append(Exported(checkpoint))
+            continue
+        here = side == "torch" or side in runtime.DTYPES
+        where = device if here else runtime.resolve_device(side)
+        precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", where)
         names.append(f"{where} {precision}")
         subjects.append(Subject(restore(checkpoint, where), checkpoint.network, precision))
     if len(names) != 2:
-        raise UsageError(f"--parity wants two sides, as in cpu,cuda or fp32,bf16, not {sides!r}")
+        raise UsageError(
+            f"--parity wants two sides, as in cpu,cuda, fp32,bf16 or torch,onnx, not {sides!r}"
+        )
     return compare(subjects[0], subjects[1], (names[0], names[1]), split, show)
