@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from resnet56.model import ResNet, build
+from resnet56.model import build
 from resnet56.rundir import Checkpoint, Network
 
 CLASSES = ("blue", "green", "red")
@@ -12,12 +12,12 @@ CLASSES = ("blue", "green", "red")
 def lively(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpoint:
     """Weights whose logits depend on the image, with statistics that are no defaults."""
     model = build(arch, classes=len(classes), seed=3)
-    liven(model)
+    liven(model, model.fc)
     network = Network(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     return Checkpoint(network, model.state_dict())
 
 
-def liven(model: ResNet) -> None:
+def liven(model: nn.Module, last: nn.Linear) -> None:
     """Draw the batch norms' parameters and statistics and the classifier, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -29,5 +29,5 @@ def liven(model: ResNet) -> None:
                 (module.running_var, 0.5, 1.5),
             ):
                 nn.init.uniform_(tensor, low, high, generator=generator)
-    nn.init.normal_(model.fc.weight, std=1.0, generator=generator)
-    nn.init.normal_(model.fc.bias, std=0.2, generator=generator)
+    nn.init.normal_(last.weight, std=1.0, generator=generator)
+    nn.init.normal_(last.bias, std=0.2, generator=generator)

@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "report": {"errors", "model", "progress", "recipe", "rundir"},
     # second floor
+    "foreign": {"errors", "model", "readers", "rundir"},
     "predict": {"augment", "errors", "evaluation", "images", "rundir", "runtime", "shipped"},
     "training": {
         "batches", "data", "errors", "evaluation", "model", "parallel", "progress",
@@ -45,9 +46,9 @@ ARROWS: dict[str, set[str]] = {
     },
     # roof
     "cli": {
-        "__init__", "download", "errors", "evaluation", "export", "images", "model", "parallel",
-        "predict", "progress", "readers", "recipe", "report", "rundir", "runtime", "shipped", "tables",
-        "training",
+        "__init__", "download", "errors", "evaluation", "export", "foreign", "images", "model",
+        "parallel", "predict", "progress", "readers", "recipe", "report", "rundir", "runtime",
+        "shipped", "tables", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

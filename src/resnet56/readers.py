@@ -26,7 +26,7 @@ _PIXELS = 3 * 32 * 32
 _BLOCK = 1_000  # images handled at a time where that bounds memory
 _AGAIN = "unpack the archive again"
 # fmt: off
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer",
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer",
             "dog", "frog", "horse", "ship", "truck")
 # fmt: on
 
@@ -238,7 +238,7 @@ _LAYOUTS = (
 
 def _load_cifar(layout: _Layout, folder: Path) -> Dataset:
     needed = [*layout.train, layout.test]
-    if layout.classes != len(_CIFAR10):  # only CIFAR-10's names are known without their file
+    if layout.classes != len(CIFAR10):  # only CIFAR-10's names are known without their file
         needed.append(layout.meta)
     for file in needed:
         if not (folder / file).is_file():
@@ -260,7 +260,7 @@ def _load_cifar(layout: _Layout, folder: Path) -> Dataset:
 
 def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
     if not file.is_file():
-        return _CIFAR10
+        return CIFAR10
     if layout.label_bytes:
         names: object = file.read_bytes().split()
     else:
