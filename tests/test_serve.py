@@ -5,24 +5,33 @@ import base64
 import contextlib
 import http.client
 import io
+import re
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import warnings
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 from serve_fixtures import CLASSES, Colours, server
 
+from resnet56.cli import main
 from resnet56.errors import UsageError
+from resnet56.model import build
+from resnet56.predict import load
+from resnet56.rundir import Checkpoint, Network, RunDirectory
 from resnet56.serve.app import build_app
 from resnet56.serve.batching import Batcher
 from resnet56.serve.limits import Limits
@@ -241,27 +250,26 @@ def test_a_bug_is_one_line_to_the_client(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_requests_that_come_together_share_a_run() -> None:
-    network = Colours(seconds=0.02)
+    network, seen = Colours(seconds=0.02), []
 
     async def many() -> list[float]:
-        async with Batcher(network, most=64) as batcher:
+        async with Batcher(network, most=16, seen=seen.append) as batcher:
             images = np.zeros((40, 1, 3, 32, 32), np.uint8)
             images[:, 0, 0, 0, 0] = np.arange(40)
             answers = await asyncio.gather(*map(batcher.run, images))
         return [float(logits[0, 0]) for logits, _ in answers]
 
     scores = asyncio.run(many())
-    assert sum(network.sizes) == 40
-    assert len(network.sizes) <= 3
+    assert seen == [16, 16, 8]
     assert scores == sorted(scores)  # everyone got the own answer
     assert len(set(scores)) == 40
 
 
 def test_a_batch_has_its_limit_and_who_has_left_is_left_out() -> None:
-    network = Colours(seconds=0.05)
+    network, seen = Colours(seconds=0.05), []
 
     async def some() -> None:
-        async with Batcher(network, most=4) as batcher:
+        async with Batcher(network, most=4, seen=seen.append) as batcher:
             images = np.zeros((1, 3, 32, 32), np.uint8)
             tasks = [asyncio.create_task(batcher.run(images)) for _ in range(12)]
             await asyncio.sleep(0.02)
@@ -270,7 +278,23 @@ def test_a_batch_has_its_limit_and_who_has_left_is_left_out() -> None:
             await asyncio.gather(*tasks[:4], *tasks[8:])
 
     asyncio.run(some())
-    assert network.sizes == [4, 4]
+    assert seen == [4, 4]
+
+
+def test_the_network_meets_few_sizes() -> None:
+    network = Colours()
+
+    async def run(count: int) -> None:
+        async with Batcher(network, most=8) as batcher:
+            images = np.full((count, 3, 32, 32), 16, np.uint8)
+            logits, maps = await batcher.run(images)
+            assert logits.shape == (count, 3)
+            assert maps.shape == (count, 3, 8, 8)
+            assert (logits == 1).all()  # and none of what fills it up
+
+    for count in range(1, 20):
+        asyncio.run(run(count))
+    assert set(network.sizes) == {1, 2, 4, 8}
 
 
 def test_beyond_its_strength_the_server_says_when_to_come_again() -> None:
@@ -395,6 +419,43 @@ def test_a_signal_lets_what_has_begun_be_answered(number: signal.Signals) -> Non
     assert answers[0].status_code == 200
     assert process.returncode == 128 + number
     assert said == "stopped\n"
+
+
+def test_the_command_serves_a_run_and_agrees_with_python(tmp_path: Path) -> None:
+    network = Network("resnet8", CLASSES, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    RunDirectory(tmp_path / "run").save(
+        Checkpoint(network, build("resnet8", classes=3).state_dict())
+    )
+    cat = tmp_path / "cat.png"
+    Image.fromarray(skimage.data.chelsea()).save(cat)
+    command = [sys.executable, "-m", "resnet56", "serve", "--run", "run", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        found = re.match(r"run: (http://127\.0\.0\.1:\d+) ", line := process.stderr.readline())
+        assert found, line
+        with cat.open("rb") as file:
+            answer = httpx.post(found[1] + "/v1/predict?maps=true", files={"image": file}).json()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read() == "stopped\n"
+    [expected] = load(tmp_path / "run", "cpu").predict(cat, maps=True)
+    classes = answer["predictions"][0]["classes"]
+    assert [one["name"] for one in classes] == list(expected.probabilities)
+    shares = [one["probability"] for one in classes]
+    assert shares == pytest.approx(list(expected.probabilities.values()), abs=1e-5)
+    assert np.allclose(classes[0]["map"], expected.map, atol=1e-5)
+
+
+def test_without_the_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("resnet56.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err == (
+        "resnet56: fastapi is not installed; pip install 'resnet56[serve]'\n"
+    )
 
 
 def test_where_it_cannot_listen_it_says_why() -> None:

@@ -1,36 +1,28 @@
 """The API: what is at which address."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-import numpy as np
-import numpy.typing as npt
-from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from resnet56 import __version__
-from resnet56.errors import Error
-from resnet56.images import Bytes, Floats, prepare, read_image
-from resnet56.predict import softmax
-from resnet56.serve.batching import Batcher, Predictor
+from resnet56.serve.batching import Predictor
 from resnet56.serve.docs import chapters
 from resnet56.serve.front import Front
-from resnet56.serve.limits import Gate, Limits, busy
+from resnet56.serve.limits import Limits
 from resnet56.serve.meter import Meter
-from resnet56.serve.schema import Answer, ClassScore, Health, Pictures, Prediction, Problem
-from resnet56.serve.uploads import FIELD, JSON, MULTIPART, Upload, complaint, receive
+from resnet56.serve.schema import Answer, Health, Pictures, Problem
+from resnet56.serve.service import Service
+from resnet56.serve.uploads import FIELD, JSON, MULTIPART, complaint
 
 HERE = Path(__file__).parent
-DECODERS = 2  # pictures unpacked at the same time: each may take 500 MB for a moment
-DIGITS = 6  # of the numbers in an answer: float32 has no more
 
 BODY = {
     "required": True,
@@ -81,14 +73,12 @@ def build_app(
     """
     limits = limits or Limits()
     meter = Meter()
-    batcher = Batcher(predictor, seen=meter.batches.observe)
-    decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+    service = Service(predictor, limits, meter)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with batcher:
+        async with service:
             yield
-        decoders.shutdown(cancel_futures=True)
 
     app = FastAPI(
         title="resnet56",
@@ -99,7 +89,7 @@ def build_app(
         docs_url=None,  # FastAPI's own come from a CDN
         redoc_url=None,
     )
-    _add_api(app, predictor, limits, meter, batcher, decoders)
+    _add_api(app, service, meter)
     _add_pages(app, predictor, limits)
     app.add_exception_handler(RequestValidationError, _refuse_options)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
@@ -119,20 +109,8 @@ def _about(predictor: Predictor, limits: Limits) -> str:
     )
 
 
-def _add_api(
-    app: FastAPI,
-    predictor: Predictor,
-    limits: Limits,
-    meter: Meter,
-    batcher: Batcher,
-    decoders: ThreadPoolExecutor,
-) -> None:
-    gate = Gate(limits)
-
-    async def decode(uploads: Sequence[Upload]) -> Bytes:
-        loop = asyncio.get_running_loop()
-        one = [await loop.run_in_executor(decoders, _image, up, limits.pixels) for up in uploads]
-        return np.stack(one)
+def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
+    predictor = service.predictor
 
     @app.post(
         "/v1/predict",
@@ -150,31 +128,13 @@ def _add_api(
 
         If one picture of several cannot be read, none is answered, and the answer names it.
         """
-        with gate.enter() as take:
-            async with receive(request, limits, take) as uploads:
-                try:
-                    async with asyncio.timeout(limits.answer_seconds):
-                        logits, evidence = await batcher.run(await decode(uploads))
-                except TimeoutError:
-                    raise busy() from None
-        meter.images.inc(len(logits))
-        return Answer(
-            network=predictor.name,
-            predictions=[
-                _prediction(predictor.classes, shares, places if maps else None, top)
-                for shares, places in zip(softmax(logits), evidence, strict=True)
-            ],
-        )
+        return await service.answer(request, top, maps)
 
     @app.get("/healthz", summary="Is it up?")
     async def healthz() -> Health:
         """Answers as soon as pictures can be classified."""
-        return Health(
-            status="ok",
-            network=predictor.name,
-            classes=list(predictor.classes),
-            version=__version__,
-        )
+        classes = list(predictor.classes)
+        return Health(status="ok", network=predictor.name, classes=classes, version=__version__)
 
     @app.get(
         "/metrics",
@@ -185,33 +145,6 @@ def _add_api(
     async def metrics() -> Response:
         """Requests by path and status, pictures, sizes of batches, time, memory."""
         return Response(meter.page(), media_type=meter.content_type)
-
-
-def _image(upload: Upload, pixels: int) -> Bytes:
-    """(3, 32, 32) out of a file; 422 if it is none that can be read."""
-    try:
-        return prepare(read_image(upload.read(), name=upload.name, max_pixels=pixels))
-    except Error as error:
-        raise HTTPException(422, str(error)) from None
-    except MemoryError:
-        raise busy() from None
-
-
-def _prediction(
-    classes: tuple[str, ...], probabilities: npt.NDArray[np.float64], maps: Floats | None, top: int
-) -> Prediction:
-    """The likeliest classes of one picture."""
-    order = np.argsort(-probabilities, kind="stable")[:top]
-    return Prediction(
-        classes=[
-            ClassScore(
-                name=classes[index],
-                probability=round(float(probabilities[index]), DIGITS),
-                map=None if maps is None else maps[index].astype(float).round(DIGITS).tolist(),
-            )
-            for index in order
-        ]
-    )
 
 
 def _add_pages(app: FastAPI, predictor: Predictor, limits: Limits) -> None:

@@ -37,14 +37,14 @@ class Batcher:
 
     Args:
         predictor: only ever called from one thread.
-        most: images after which a batch waits for no more; a request is never split, so that a
-            batch may exceed it by one request.
+        most: images in a run, a power of two. On a CPU 8 to 16 took the least time an image, and
+            64 twice as long: their activations no longer fit its caches.
         wait: seconds to wait for company; the event loop stays free meanwhile.
-        seen: called with the size of every batch.
+        seen: called with the number of images in every run.
     """
 
     def __init__(
-        self, predictor: Predictor, *, most: int = 64, wait: float = 0.002, seen: Any = None
+        self, predictor: Predictor, *, most: int = 16, wait: float = 0.002, seen: Any = None
     ) -> None:
         self.predictor = predictor
         self.most = most
@@ -81,9 +81,8 @@ class Batcher:
             if not jobs:
                 continue
             images = np.concatenate([job.images for job in jobs])
-            self.seen(len(images))
             try:
-                logits, maps = await loop.run_in_executor(self.thread, self.predictor.run, images)
+                logits, maps = await loop.run_in_executor(self.thread, self._run, images)
             except Exception as error:
                 for job in jobs:
                     if not job.result.done():
@@ -105,3 +104,18 @@ class Batcher:
                     jobs.append(await self.queue.get())
                     size += len(jobs[-1].images)
         return jobs
+
+    def _run(self, images: Bytes) -> tuple[Floats, Floats]:
+        """All of them, in runs of one of a few sizes: each is filled up to a power of two.
+
+        PyTorch keeps a plan for every size it has met: with any size up to 95, half a gigabyte.
+        """
+        runs = []
+        for start in range(0, len(images), self.most):
+            piece = images[start : start + self.most]
+            filled = np.zeros((1 << (len(piece) - 1).bit_length(), *piece.shape[1:]), np.uint8)
+            filled[: len(piece)] = piece
+            logits, maps = self.predictor.run(filled)
+            self.seen(len(piece))
+            runs.append((logits[: len(piece)], maps[: len(piece)]))
+        return np.concatenate([one for one, _ in runs]), np.concatenate([one for _, one in runs])

@@ -99,7 +99,11 @@ def serve(
             timeout_graceful_shutdown=round(limits.body_seconds + limits.answer_seconds) + 5,
         )
     )
-    for name in ("uvicorn.error", "asyncio"):  # what clients get wrong is no news here
+    for name in (
+        "uvicorn.error",
+        "asyncio",
+        "python_multipart",
+    ):  # what clients get wrong is no news here
         logging.getLogger(name).setLevel(logging.ERROR)
     shown = f"[{address}]" if ":" in address else address
     say(f"{predictor.name}: http://{shown}:{port} (the API: /docs; Ctrl-C stops)")
