@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from resnet56.augment import normalize
 from resnet56.errors import Error, MissingExtraError, RunError
 from resnet56.evaluation import BATCH, Tick, restore
-from resnet56.model import ResNet
+from resnet56.model import BasicBlock, PadShortcut, ResNet, conv1x1
 from resnet56.predict import OnnxBackend, TorchBackend
 from resnet56.rundir import Checkpoint, Network, write_bytes
 from resnet56.shipped import metadata_of
@@ -58,8 +58,7 @@ def to_onnx(checkpoint: Checkpoint) -> bytes:
         import onnxscript  # noqa: F401  # what PyTorch writes it with
     except ImportError:
         raise MissingExtraError("what writes ONNX", "onnx") from None
-    model = restore(checkpoint, CPU)
-    pixels = _FromPixels(model, checkpoint.network)
+    pixels = _FromPixels(_convolved(restore(checkpoint, CPU)), checkpoint.network)
     example = (torch.zeros(2, 3, 32, 32, dtype=torch.uint8),)
     with _quiet():
         program = torch.onnx.export(
@@ -78,6 +77,22 @@ def to_onnx(checkpoint: Checkpoint) -> bytes:
     content: bytes = proto.SerializeToString()
     check(content, checkpoint)
     return content
+
+
+def _convolved(model: ResNet) -> ResNet:
+    """The network with its padded shortcuts as 1x1 convolutions of zeros and ones: exactly equal.
+
+    Programs keep channels in blocks between convolutions; a slice and a pad break those up, and
+    with them the fusing of each later block's sum. ONNX Runtime takes 9 % longer over them.
+    """
+    for block in model.modules():
+        if isinstance(block, BasicBlock) and isinstance(pad := block.shortcut, PadShortcut):
+            channels = block.conv1.in_channels
+            conv = conv1x1(channels, pad.before + channels + pad.behind, pad.stride)
+            nn.init.zeros_(conv.weight)
+            nn.init.eye_(conv.weight[pad.before : pad.before + channels, :, 0, 0])
+            block.shortcut = conv
+    return model
 
 
 @contextlib.contextmanager
