@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "progress": set(),
     "data": {"errors"},
     "download": {"errors"},
+    "images": {"errors"},
     "pickles": {"errors"},
     "model": {"errors"},
     "recipe": {"errors"},
@@ -25,7 +26,8 @@ ARROWS: dict[str, set[str]] = {
     "runtime": {"errors"},
     # first floor
     "batches": {"augment", "data", "errors"},
-    "readers": {"data", "errors", "pickles"},
+    "readers": {"data", "errors", "images", "pickles"},
+    "shipped": {"errors", "rundir"},
     "fused": {"model"},
     "step": {"errors", "fused", "model", "recipe", "runtime"},
     "tables": {"progress"},
@@ -35,19 +37,25 @@ ARROWS: dict[str, set[str]] = {
     },
     "report": {"errors", "model", "progress", "recipe", "rundir"},
     # second floor
+    "foreign": {"errors", "model", "readers", "rundir"},
+    "predict": {
+        "augment", "errors", "evaluation", "images", "inference", "rundir", "runtime", "shipped",
+    },
     "training": {
         "batches", "data", "errors", "evaluation", "model", "parallel", "progress",
         "recipe", "rundir", "runtime", "step",
     },
+    "export": {"augment", "errors", "evaluation", "model", "predict", "rundir", "shipped"},
     "stock": {"data", "model"},
     "bench": {
-        "batches", "data", "evaluation", "inference", "model", "recipe", "rundir", "runtime",
-        "step", "stock",
+        "batches", "data", "errors", "evaluation", "export", "inference", "model", "predict",
+        "recipe", "rundir", "runtime", "step", "stock",
     },
     # roof
     "cli": {
-        "__init__", "bench", "download", "errors", "evaluation", "model", "parallel", "progress",
-        "readers", "recipe", "report", "rundir", "runtime", "tables", "training",
+        "__init__", "bench", "download", "errors", "evaluation", "export", "foreign", "images",
+        "model", "parallel", "predict", "progress", "readers", "recipe", "report", "rundir",
+        "runtime", "shipped", "tables", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -106,8 +114,9 @@ def test_only_the_door_knows_recipes() -> None:
 
 def test_the_public_names_are_pinned_and_there() -> None:
     assert resnet56.__all__ == [
-        "RECIPES", "Dataset", "Error", "Recipe", "ResNet", "Split", "__version__", "build",
-        "describe", "evaluate", "load_digits", "load_folder", "predict_logits", "train",
+        "RECIPES", "Dataset", "Error", "Prediction", "Predictor", "Recipe", "ResNet", "Split",
+        "__version__", "build", "describe", "evaluate", "load", "load_digits", "load_folder",
+        "predict_logits", "train",
     ]  # fmt: skip
     for name in resnet56.__all__:
         assert getattr(resnet56, name) is not None

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet56 import readers
 from resnet56.data import Dataset, channel_statistics, hold_out
 from resnet56.errors import DataError
-from resnet56.readers import is_benchmark, load_benchmark, load_digits, load_folder, to_32x32
+from resnet56.images import to_32x32
+from resnet56.readers import is_benchmark, load_benchmark, load_digits, load_folder
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 BIN = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
@@ -511,7 +511,7 @@ def test_whatever_a_decoder_raises_becomes_one_line(
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(readers, "to_32x32", fail)
+    monkeypatch.setattr("resnet56.images.upright", fail)
     assert ("two lines" if str(error) == "two\nlines" else "ValueError") in error_of(pets)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from resnet56.errors import Error
     from resnet56.evaluation import evaluate, predict_logits
     from resnet56.model import ResNet, build, describe
+    from resnet56.predict import Prediction, Predictor, load
     from resnet56.readers import load_digits, load_folder
     from resnet56.recipe import RECIPES, Recipe
     from resnet56.training import train
@@ -21,6 +22,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Dataset": "data",
     "Error": "errors",
+    "Prediction": "predict",
+    "Predictor": "predict",
     "RECIPES": "recipe",
     "Recipe": "recipe",
     "ResNet": "model",
@@ -28,6 +31,7 @@ _HOME = {
     "build": "model",
     "describe": "model",
     "evaluate": "evaluation",
+    "load": "predict",
     "load_digits": "readers",
     "load_folder": "readers",
     "predict_logits": "evaluation",
@@ -38,6 +42,8 @@ __all__ = [
     "RECIPES",
     "Dataset",
     "Error",
+    "Prediction",
+    "Predictor",
     "Recipe",
     "ResNet",
     "Split",
@@ -45,6 +51,7 @@ __all__ = [
     "build",
     "describe",
     "evaluate",
+    "load",
     "load_digits",
     "load_folder",
     "predict_logits",

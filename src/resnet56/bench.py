@@ -5,6 +5,7 @@ second, A B C A B C, so that whatever else the machine does falls on all of them
 median over the rounds of the ratio within a round.
 """
 
+import contextlib
 import itertools
 import statistics
 import subprocess
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 
 from resnet56.batches import Batches
 from resnet56.data import Dataset, Split, Triple, channel_statistics
+from resnet56.errors import MissingExtraError
 from resnet56.evaluation import predict_logits
+from resnet56.export import to_onnx
 from resnet56.inference import InferenceForm
 from resnet56.model import ResNet, build, describe
+from resnet56.predict import OnnxBackend
 from resnet56.recipe import Recipe
 from resnet56.rundir import Checkpoint, Network, Position, RunDirectory
 from resnet56.runtime import (
@@ -173,13 +177,13 @@ def bench_training(
 def bench_inference(
     course: Course, arch: str, batch: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """The plain network in evaluation mode against the inference form."""
+    """The plain network in evaluation mode against the inference form, and ONNX Runtime."""
     stock = build(arch).to(course.device).eval()
-    images = course.split.images[:batch].float().to(course.device) / 255
+    pixels = course.split.images[:batch]
+    images = pixels.float().to(course.device) / 255
     runners: dict[str, nn.Module] = {"stock": stock, "ours, fp32": InferenceForm(stock)}
     if course.precision != "fp32":
         runners[f"ours, {course.precision}"] = InferenceForm(stock, course.precision)
-    runners = {name: runner.to(course.device) for name, runner in runners.items()}
 
     def once(runner: nn.Module) -> None:
         with torch.inference_mode():
@@ -189,6 +193,16 @@ def bench_inference(
         Contestant(name, lambda runner=runner: once(runner), course.synchronize)  # type: ignore[misc]
         for name, runner in runners.items()
     ]
+    if course.device.type == "cpu":
+        with contextlib.suppress(MissingExtraError):  # optional: one row less without it
+            network = Network(arch, tuple("0123456789"), course.mean, course.std)
+            exported = OnnxBackend(to_onnx(Checkpoint(network, stock.state_dict())), arch)
+            array = pixels.numpy()
+            contestants.append(
+                Contestant(
+                    "ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), course.synchronize
+                )
+            )
     take_turns(contestants, rounds, seconds)
     return compared(contestants, batch, stock="stock")
 

@@ -17,12 +17,23 @@ class DataError(Error):
     """Images or labels that cannot be read as what they claim to be."""
 
 
+class ImageError(DataError):
+    """A picture that cannot be read: broken, truncated, too large, or none at all."""
+
+
 class DownloadError(Error):
     """An archive that could not be fetched whole and unpacked safely."""
 
 
 class RunError(Error):
-    """A run directory that is missing, damaged, in the way, or another run's."""
+    """A run or a network's file that is missing, damaged, in the way, or another's."""
+
+
+class MissingExtraError(Error):
+    """Something that only an extra of the package installs."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} is not installed; pip install 'resnet56[{extra}]'")
 
 
 class TrainingError(Error):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -274,9 +274,17 @@ def inference_speed(subject: Subject, images: Tensor) -> dict[str, Any]:
     return result | {"peak_memory_mb": peak_memory_mb(subject.device)}
 
 
+class Measured(Protocol):
+    """Whatever gives logits: a `Subject`, or the network in another program."""
+
+    def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = ...) -> Tensor:
+        """(N, 3, 32, 32) uint8 -> (N, C) float32 on the CPU."""
+        ...
+
+
 def compare(
-    one: Subject,
-    other: Subject,
+    one: Measured,
+    other: Measured,
     names: tuple[str, str],
     split: Split,
     show: Show = show_nothing,

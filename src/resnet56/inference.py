@@ -41,6 +41,10 @@ class InferenceForm(nn.Module):
         """(N, 3, 32, 32) normalised images -> (N, classes) float32 logits."""
         return self.net(x.to(self.dtype, memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, 32, 32) normalised images -> logits and maps, as `ResNet.explain` gives them."""
+        return self.net.explain(x.to(self.dtype, memory_format=torch.channels_last))
+
 
 def _fold(parent: nn.Module) -> None:
     """Fold the batch norms directly below `parent`: `bnN` into `convN`, or one into its elder."""

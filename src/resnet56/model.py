@@ -181,6 +181,22 @@ class ResNet(nn.Module):
         pooled = self.features(x).mean(dim=(2, 3), dtype=self.fc.weight.dtype)
         return self.fc(pooled)  # type: ignore[no-any-return]
 
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and the class activation maps that they come from (Zhou et al. 2016).
+
+        Pooling and the linear layer change places freely, so the classifier applied to every
+        place of the last maps is exact: a map's mean, plus the class's bias, is its logit.
+
+        Args:
+            x: (N, 3, 32, 32) normalised images.
+
+        Returns:
+            (N, classes) logits and (N, classes, 8, 8) maps.
+        """
+        features = self.features(x).to(self.fc.weight.dtype)
+        maps = F.conv2d(features, self.fc.weight[:, :, None, None])
+        return self.fc(features.mean(dim=(2, 3))), maps
+
 
 def _stage(
     channels: int, width: int, stride: int, blocks: int, block: Block, shortcut: Shortcut

@@ -1,5 +1,6 @@
 """What a person sees of long work: a live bar on a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -137,6 +138,22 @@ def measuring(what: str, total: int, console: Console, *, quiet: bool = False) -
     with bar:
         yield lambda count: bar.advance(task, count)
     console.print(line, markup=False)
+
+
+@contextmanager
+def looking(total: int) -> Iterator[Tick]:
+    """A bar on stderr over `total` pictures, below what is printed meanwhile."""
+    bar = Progress(
+        TextColumn("looking at {task.completed:,} of {task.total:,} pictures"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # a file or a pipe gets its lines from us, not rich
+    )
+    task = bar.add_task("", total=total)
+    with bar:
+        yield lambda count: bar.advance(task, count)
 
 
 class DownloadProgress:

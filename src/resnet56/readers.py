@@ -5,7 +5,6 @@ damaged until they have shown otherwise: whatever is wrong with them is a one-li
 The CIFAR formats are described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from resnet56.data import Dataset, Split, hold_out
-from resnet56.errors import DataError
+from resnet56.errors import DataError, ImageError
+from resnet56.images import files_in, prepare, read_image
 from resnet56.pickles import PickledArray, read_pickle, text
 
 Bytes = npt.NDArray[np.uint8]
 
 _PIXELS = 3 * 32 * 32
 _BLOCK = 1_000  # images handled at a time where that bounds memory
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-# Pillow goes by content, not by name; without this list a ".png" could start Ghostscript.
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _AGAIN = "unpack the archive again"
 # fmt: off
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer",
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer",
             "dog", "frog", "horse", "ship", "truck")
 # fmt: on
 
@@ -137,26 +134,6 @@ def _read_array(file: Path) -> npt.NDArray[Any]:
     return array
 
 
-def to_32x32(image: Image.Image) -> Bytes:
-    """Any Pillow image as (32, 32, 3) uint8 RGB; one that is 32x32 RGB comes back bit for bit.
-
-    Takes the first frame of an animation, turns it upright by its EXIF orientation, lays
-    transparent images on white (what lies under transparent pixels is noise nobody saw), crops to
-    the central square and resizes with antialiasing. Integers wider than a byte are taken as
-    16-bit greys, 0..65535; floats as greys 0..255. Raises what Pillow raises.
-    """
-    image.seek(0)
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would cut these off at 255
-        grey = np.asarray(image).astype(np.int32).clip(0, 65535)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    fitted = ImageOps.fit(image.convert("RGB"), (32, 32), method=Image.Resampling.BICUBIC)
-    return np.array(fitted, dtype=np.uint8)
-
-
 def _load_images(path: Path) -> Dataset:
     """An image folder, see `load_folder`; hidden and other files are passed over."""
     train_files = _image_files(path / "train")
@@ -197,38 +174,23 @@ def _image_files(root: Path) -> dict[str, list[Path]]:
     for folder in sorted(root.iterdir(), key=lambda entry: entry.name):
         if folder.name.startswith(".") or not folder.is_dir():
             continue
-        found[folder.name] = sorted(
-            (
-                file
-                for file in folder.rglob("*")
-                if file.suffix.lower() in _SUFFIXES
-                and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-                and file.is_file()
-            ),
-            key=Path.as_posix,
-        )
+        found[folder.name] = files_in(folder)
         if not found[folder.name]:
             raise DataError(f"{folder} holds no images: add some, or remove the folder")
     return found
 
 
 def _read_images(files: dict[str, list[Path]], classes: tuple[str, ...]) -> Split:
-    """Read the files of each class, through `to_32x32`. Raises DataError naming a broken one."""
+    """Read the files of each class, through `prepare`. Raises DataError naming a broken one."""
     labelled = [(file, classes.index(name)) for name in files for file in files[name]]
     split = _empty_split(len(labelled))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for index, (file, label) in enumerate(labelled):
-            try:
-                with Image.open(file, formats=_FORMATS) as image:
-                    pixels = torch.from_numpy(to_32x32(image))
-            except Exception as error:  # decoders raise whatever they trip over
-                raise DataError(
-                    f"cannot read the image {file}: {_line(error)}; repair or remove it"
-                ) from error
-            split.images[index] = pixels.permute(2, 0, 1)
-            split.labels[index] = label
+    for index, (file, label) in enumerate(labelled):
+        try:
+            pixels = prepare(read_image(file))
+        except ImageError as error:
+            raise DataError(f"{error}; repair or remove it") from error
+        split.images[index] = torch.from_numpy(pixels)
+        split.labels[index] = label
     return split
 
 
@@ -276,7 +238,7 @@ _LAYOUTS = (
 
 def _load_cifar(layout: _Layout, folder: Path) -> Dataset:
     needed = [*layout.train, layout.test]
-    if layout.classes != len(_CIFAR10):  # only CIFAR-10's names are known without their file
+    if layout.classes != len(CIFAR10):  # only CIFAR-10's names are known without their file
         needed.append(layout.meta)
     for file in needed:
         if not (folder / file).is_file():
@@ -298,7 +260,7 @@ def _load_cifar(layout: _Layout, folder: Path) -> Dataset:
 
 def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
     if not file.is_file():
-        return _CIFAR10
+        return CIFAR10
     if layout.label_bytes:
         names: object = file.read_bytes().split()
     else:

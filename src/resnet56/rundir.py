@@ -24,15 +24,16 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from resnet56.errors import RunError
+
+if TYPE_CHECKING:  # what reads no tensors starts without PyTorch
+    from torch import Tensor
 
 FORMAT = 1  # of the checkpoint; a reader refuses a newer one
 
@@ -65,8 +66,8 @@ class Checkpoint:
     """A network's weights and, for resuming, the state of its training."""
 
     network: Network
-    model: Mapping[str, Tensor]  # the weights to use: the averaged ones where there are any
-    training: Mapping[str, Tensor] = field(default_factory=dict)  # momentum, raw weights
+    model: Mapping[str, "Tensor"]  # the weights to use: the averaged ones where there are any
+    training: Mapping[str, "Tensor"] = field(default_factory=dict)  # momentum, raw weights
     position: Position = field(default_factory=Position)
     notes: Mapping[str, Any] = field(default_factory=dict)  # precision, data, loss scale, ...
 
@@ -275,6 +276,8 @@ class RunDirectory:
         Raises:
             RunError: it could not be written (a full disk); the old one is intact.
         """
+        import safetensors.torch
+
         directory = self.checkpoint_file.parent
         files = {}
         for part in ("model", "training"):
@@ -329,7 +332,9 @@ class RunDirectory:
             raise RunError(f"{self.checkpoint_file} is damaged: {error!r}") from None
         return Checkpoint(network, position=position, notes=notes, **parts)
 
-    def _tensors(self, entry: Mapping[str, str]) -> dict[str, Tensor]:
+    def _tensors(self, entry: Mapping[str, str]) -> dict[str, "Tensor"]:
+        import safetensors.torch
+
         path = self.checkpoint_file.parent / Path(entry["name"]).name
         try:
             content = path.read_bytes()

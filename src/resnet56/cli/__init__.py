@@ -15,6 +15,10 @@ INTERRUPTED = 130  # of Ctrl-C, as shells have it
 COMMANDS = {
     "train": "train a network, keep the run in a directory, and test it",
     "evaluate": "measure a run's weights, on this machine",
+    "predict": "say what is in pictures, and where in them it is seen",
+    "serve": "answer over HTTP, with a page to try it on",
+    "import": "make a run of a checkpoint that another program wrote",
+    "export": "write a network for other programs: ONNX, or a hub's folder",
     "report": "write a page about a run, or one that compares several",
     "describe": "print a network's layers, parameters and operations",
     "bench": "measure training and inference against the usual loop",

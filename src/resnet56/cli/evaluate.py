@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     import torch
 
     from resnet56.data import Split
-    from resnet56.rundir import RunDirectory
+    from resnet56.rundir import Checkpoint
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Measure a run's weights on this machine; on its own data, write it down in the run."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Directory of a run."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME")]
+    """Directory of a run, or the name of a network that comes with the package."""
 
     data: Data = None
     """Other images than the run's own: a name, a folder, or CIFAR-10-C's or 10.1's .npy files."""
@@ -41,7 +41,7 @@ class EvaluateOptions:
     """Test images to corrupt in ten ways and five severities; 0 for none."""
 
     parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
-    """Only compare two devices (cpu,cuda) or precisions (fp32,bf16) on the test images."""
+    """Only compare devices (cpu,cuda), precisions (fp32,bf16) or torch,onnx on the test images."""
 
     json: bool = False
     """Print everything as JSON."""
@@ -54,13 +54,14 @@ def run(arguments: list[str]) -> int:
     from resnet56.evaluation import Subject, evaluate_run, restore
     from resnet56.readers import is_benchmark, load_benchmark
     from resnet56.rundir import RunDirectory, read_json
+    from resnet56.shipped import read_checkpoint
 
     if options.robustness < 0:
         raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
     device = runtime.resolve_device(options.device)
     precision = runtime.resolve_precision(options.precision, device)
-    run = RunDirectory(options.run)
-    checkpoint = run.load()
+    run = RunDirectory(Path(options.run))
+    checkpoint, shipped = read_checkpoint(options.run)
     net = checkpoint.network
     subject = Subject(restore(checkpoint, device), net, precision)
     if options.data and is_benchmark(Path(options.data)):
@@ -73,17 +74,19 @@ def run(arguments: list[str]) -> int:
         print(json.dumps(figures)) if options.json else tables.show_accuracies(figures)
         return 0
 
+    if shipped and not options.data:
+        raise UsageError(f"{options.run} comes with the package; on which images? choose --data")
     dataset = load_data(options.data or run.data_origin() or "digits")
     if dataset.classes != net.classes:
         raise UsageError(
             f"{dataset.source} has other classes ({', '.join(dataset.classes[:3])}, ...) than "
             f"the run ({', '.join(net.classes[:3])}, ...); choose --data"
         )
-    own = dataset.fingerprint() == checkpoint.notes.get("data")
-    if not own:
+    own = not shipped and dataset.fingerprint() == checkpoint.notes.get("data")
+    if not own and not shipped:
         say("these are not the images of the run: nothing is written")
     if options.parity is not None:
-        found = _compare(run, options.parity, device, dataset.test)
+        found = _compare(checkpoint, options.parity, device, dataset.test)
         if own:
             run.keep_comparison(found)
         print(json.dumps(found)) if options.json else tables.show_comparison(found)
@@ -117,19 +120,28 @@ def run(arguments: list[str]) -> int:
 
 
 def _compare(
-    run: "RunDirectory", sides: str, device: "torch.device", split: "Split"
+    checkpoint: "Checkpoint", sides: str, device: "torch.device", split: "Split"
 ) -> dict[str, Any]:
     """`--parity A,B`: measure on both sides."""
     from resnet56 import runtime
-    from resnet56.evaluation import compare, subject_of
+    from resnet56.evaluation import Measured, Subject, compare, restore
 
-    names, subjects = [], []
+    names: list[str] = []
+    subjects: list[Measured] = []
     for side in sides.split(","):
-        by_precision = side in runtime.DTYPES
-        where = device if by_precision else runtime.resolve_device(side)
-        precision = runtime.resolve_precision(side if by_precision else "fp32", where)
+        if side == "onnx":
+            from resnet56.export import Exported
+
+            names.append("ONNX Runtime")
+            subjects.append(Exported(checkpoint))
+            continue
+        here = side == "torch" or side in runtime.DTYPES
+        where = device if here else runtime.resolve_device(side)
+        precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", where)
         names.append(f"{where} {precision}")
-        subjects.append(subject_of(run, where, precision))
+        subjects.append(Subject(restore(checkpoint, where), checkpoint.network, precision))
     if len(names) != 2:
-        raise UsageError(f"--parity wants two sides, as in cpu,cuda or fp32,bf16, not {sides!r}")
+        raise UsageError(
+            f"--parity wants two sides, as in cpu,cuda, fp32,bf16 or torch,onnx, not {sides!r}"
+        )
     return compare(subjects[0], subjects[1], (names[0], names[1]), split, show)

@@ -1,0 +1,40 @@
+"""`resnet56 serve`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from resnet56.cli.common import parse, say
+from resnet56.errors import MissingExtraError
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Answer over HTTP what is in pictures, for programs and, at /, for people."""
+
+    run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE.onnx")] = "resnet56"
+    """Network: a run's directory, one that comes with the package, or an exported file."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, without password or encryption."""
+
+    port: int = 8056
+    """Port to listen on; 0 for any free one."""
+
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, cuda:N, mps."""
+
+
+def run(arguments: list[str]) -> int:
+    """resnet56 serve [--run RUN]; ends with Ctrl-C or SIGTERM, once what has begun is answered."""
+    options = parse(ServeOptions, arguments, "resnet56 serve")
+    try:
+        from resnet56.serve.server import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "resnet56":
+            raise
+        raise MissingExtraError(error.name or "a package", "serve") from None
+    from resnet56.predict import load
+
+    return serve(load(options.run, options.device), options.host, options.port, say)

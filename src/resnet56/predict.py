@@ -1,0 +1,325 @@
+"""The one way from pictures to answers: a run, a shipped network or an ONNX file.
+
+An ONNX file runs through ONNX Runtime; PyTorch is not imported for it.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError
+from resnet56.images import Bytes, Floats, prepare, read_image, reading
+from resnet56.rundir import Network
+from resnet56.shipped import network_from, read_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from resnet56.model import ResNet
+
+BATCH = 64  # pictures at a time: bounds memory, and keeps answers coming
+
+# A path, the bytes of an image file, an open one, a Pillow image, an array (H, W), (H, W, 3 or 4)
+# or a tensor (1, 3 or 4, H, W); arrays and tensors are bytes, or floats from 0 to 1.
+Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any] | torch.Tensor"
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a network sees in a picture."""
+
+    label: str
+    """The most probable class."""
+    probability: float
+    """Its probability, the softmax of the logits."""
+    probabilities: Mapping[str, float]
+    """Of the classes, the most probable first."""
+    map: Floats | None = None
+    """(8, 8): what each place of the central square says for `label`; where it was asked for."""
+
+
+class Backend(Protocol):
+    """Runs a network on prepared images."""
+
+    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+        """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
+        ...
+
+
+class TorchBackend:
+    """PyTorch, on any device."""
+
+    def __init__(self, model: "ResNet", network: Network, device: "torch.device") -> None:
+        import torch
+
+        from resnet56.inference import InferenceForm
+
+        self.model = model
+        self.form = InferenceForm(model)
+        self.device = device
+        self.mean = torch.tensor(network.mean, device=device)
+        self.std = torch.tensor(network.std, device=device)
+
+    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+        """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
+        import torch
+
+        from resnet56.augment import normalize
+
+        with torch.inference_mode():
+            x = normalize(torch.from_numpy(images).to(self.device), self.mean, self.std)
+            logits, maps = self.form.explain(x)
+            return logits.cpu().numpy(), maps.cpu().numpy()
+
+
+class OnnxBackend:
+    """ONNX Runtime, on the CPU, for a file that `resnet56 export` wrote."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise MissingExtraError("ONNX Runtime", "onnx") from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; it remarks on graphs that need no remark
+        try:
+            self.session = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's own, which have no common base
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"{name} is no whole ONNX file: {reason}") from None
+        try:
+            self.network = network_from(self.session.get_modelmeta().custom_metadata_map)
+        except (KeyError, TypeError, ValueError):
+            raise RunError(
+                f"{name} does not say what its classes are; write it with resnet56 export"
+            ) from None
+
+    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+        """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
+        logits, maps = self.session.run(["logits", "maps"], {"images": images})
+        return logits, maps
+
+
+class Predictor:
+    """A network ready to be used: pictures in, classes and evidence out.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, name: str, network: Network, backend: Backend) -> None:
+        self.name = name
+        self.network = network
+        self.backend = backend
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the logits."""
+        return self.network.classes
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Of the training images' channels, in units of [0, 1]."""
+        return self.network.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Their standard deviations."""
+        return self.network.std
+
+    @property
+    def model(self) -> "ResNet":
+        """The PyTorch module, in evaluation mode; UsageError where an ONNX file runs."""
+        if not isinstance(self.backend, TorchBackend):
+            raise UsageError(f"{self.name} runs in ONNX Runtime: it has no PyTorch module")
+        return self.backend.model
+
+    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+        """Prepared images to logits and class activation maps (Zhou et al. 2016).
+
+        Args:
+            images: (N, 3, 32, 32) uint8, as `images.prepare` makes them.
+
+        Returns:
+            (N, C) logits and (N, C, 8, 8) maps, float32; a map's mean and the class's bias make
+            its logit.
+        """
+        if images.dtype != np.uint8 or images.shape[1:] != (3, 32, 32):
+            raise UsageError(
+                f"expected bytes of the shape (N, 3, 32, 32), not {images.dtype} {images.shape}"
+            )
+        return self.backend.run(np.ascontiguousarray(images))
+
+    def predict(
+        self, images: "Picture | Iterable[Picture]", *, top: int | None = None, maps: bool = False
+    ) -> list[Prediction]:
+        """What is in each picture.
+
+        Args:
+            images: pictures, or one: paths, bytes of image files, Pillow images, arrays or
+                tensors, of any size; a batch of arrays or tensors is taken as its images.
+            top: classes to name; all by default.
+            maps: whether to give class activation maps.
+
+        Returns:
+            A prediction for each picture, in their order.
+
+        Raises:
+            ImageError: a picture cannot be read.
+        """
+        predictions = []
+        for prediction in self.stream(images, top=top, maps=maps):
+            if isinstance(prediction, ImageError):
+                raise prediction
+            predictions.append(prediction)
+        return predictions
+
+    def stream(
+        self, images: "Picture | Iterable[Picture]", *, top: int | None = None, maps: bool = False
+    ) -> Iterator[Prediction | ImageError]:
+        """Like `predict`, one after the other; a picture that cannot be read yields its error.
+
+        Holds one batch at a time, so there may be any number of pictures.
+        """
+        if top is not None and top < 1:
+            raise UsageError(f"top must be at least 1, not {top}")
+        pictures = iter(_each(images))
+        # Decoding large photographs takes longer than the network; Pillow lets threads do it.
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            while batch := list(islice(pictures, BATCH)):
+                yield from self._answer(list(pool.map(_prepared, batch)), top, maps)
+
+    def _answer(
+        self, prepared: list[Bytes | ImageError], top: int | None, maps: bool
+    ) -> Iterator[Prediction | ImageError]:
+        """Answers for one batch, errors in their places."""
+        whole = [image for image in prepared if not isinstance(image, ImageError)]
+        answers = iter(self.explain(np.stack(whole), top=top, maps=maps) if whole else [])
+        for image in prepared:
+            yield image if isinstance(image, ImageError) else next(answers)
+
+    def explain(
+        self, images: Bytes, *, top: int | None = None, maps: bool = False
+    ) -> list[Prediction]:
+        """`run`, in words: a prediction for each of the prepared images."""
+        logits, evidence = self.run(images)
+        shares = softmax(logits)
+        predictions = []
+        for row, places in zip(shares, evidence, strict=True):
+            order = np.argsort(-row, kind="stable")[:top]
+            named = {self.classes[index]: float(row[index]) for index in order}
+            best = order[0]
+            predictions.append(
+                Prediction(
+                    label=self.classes[best],
+                    probability=float(row[best]),
+                    probabilities=named,
+                    map=places[best] if maps else None,
+                )
+            )
+        return predictions
+
+
+def load(what: str | Path = "resnet56", device: str = "auto") -> Predictor:
+    """A network ready to be used.
+
+    Args:
+        what: a run's directory, a shipped network's name, or a file that `resnet56 export` wrote
+            (NAME.onnx; PyTorch is then not imported).
+        device: "auto", "cpu", "cuda", "cuda:1", "mps"; an ONNX file runs on the CPU.
+
+    Raises:
+        RunError: it is not there, or damaged.
+        UsageError: no such device.
+        MissingExtraError: an ONNX file without ONNX Runtime.
+    """
+    path = Path(what)
+    if path.suffix.lower() == ".onnx":
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+        onnx = OnnxBackend(content, str(path))
+        return Predictor(path.stem, onnx.network, onnx)
+    checkpoint, _ = read_checkpoint(what)
+
+    from resnet56.evaluation import restore
+    from resnet56.runtime import resolve_device
+
+    where = resolve_device(device)
+    network = checkpoint.network
+    backend = TorchBackend(restore(checkpoint, where), network, where)
+    return Predictor(path.resolve().name, network, backend)
+
+
+def softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    """(N, C) logits -> probabilities."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    result: npt.NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return result
+
+
+def _each(images: Any) -> Iterable[Picture]:
+    """One picture as a list of itself; a batch of arrays or tensors as its images."""
+    alone = isinstance(images, str | Path | bytes | Image.Image) or hasattr(images, "read")
+    if alone or getattr(images, "ndim", 4) < 4:
+        return [images]
+    every: Iterable[Picture] = images
+    return every
+
+
+def _prepared(picture: Picture) -> Bytes | ImageError:
+    try:
+        return prepare(to_image(picture))
+    except ImageError as error:
+        return error
+
+
+def to_image(picture: Picture) -> Image.Image:
+    """Whatever holds a picture, as a Pillow image. Raises ImageError."""
+    if isinstance(picture, Image.Image):
+        with reading("the image"):
+            picture.load()
+        return picture
+    if isinstance(picture, str | Path):
+        return read_image(Path(picture))
+    if isinstance(picture, bytes) or hasattr(picture, "read"):
+        return read_image(picture)  # type: ignore[arg-type]
+    if isinstance(picture, np.ndarray):
+        return _image_from(picture)
+    if hasattr(picture, "detach"):  # a tensor, told without importing PyTorch
+        tensor = picture.detach().cpu()
+        pixels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        return _image_from(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels)
+    raise ImageError(f"cannot read a picture from {type(picture).__name__}")
+
+
+def _image_from(pixels: npt.NDArray[Any]) -> Image.Image:
+    """(H, W) or (H, W, 1, 3 or 4), bytes or floats from 0 to 1."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if 0 in pixels.shape or not (
+        pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    ):
+        raise ImageError(
+            f"an array of the shape {pixels.shape} is no picture: expected (H, W) or (H, W, 3), "
+            "and for tensors (3, H, W)"
+        )
+    if pixels.dtype.kind == "f":
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # nor NaN
+            raise ImageError("a picture of floats has values from 0 to 1; these lie outside")
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise ImageError(f"a picture is of bytes or of floats from 0 to 1, not {pixels.dtype}")
+    return Image.fromarray(np.ascontiguousarray(pixels))

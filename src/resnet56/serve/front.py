@@ -1,0 +1,64 @@
+"""What every answer goes through: its headers, the count of it, and the last resort."""
+
+import logging
+import time
+from collections.abc import Collection
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from resnet56.serve.meter import Meter
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+log = logging.getLogger(__name__)
+
+
+class Front:
+    """ASGI middleware around everything else.
+
+    Args:
+        app: what it stands in front of.
+        meter: counts the answers.
+        paths: those counted by name; all others are one, lest a client invent names without end.
+    """
+
+    def __init__(self, app: ASGIApp, meter: Meter, paths: Collection[str]) -> None:
+        self.app = app
+        self.meter = meter
+        self.paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = 0
+        started = time.perf_counter()
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception:  # a bug: its traceback is for the log, not for the client
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            if not status:
+                problem = JSONResponse({"detail": "the server failed; its log says why"}, 500)
+                await problem(scope, receive, send_with_headers)
+        finally:
+            path = scope["path"] if scope["path"] in self.paths else "other"
+            self.meter.requests.labels(path, str(status)).inc()
+            self.meter.seconds.labels(path).observe(time.perf_counter() - started)

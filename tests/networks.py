@@ -1,0 +1,33 @@
+"""Untrained networks that behave like trained ones, for tests of what uses them."""
+
+import torch
+from torch import nn
+
+from resnet56.model import build
+from resnet56.rundir import Checkpoint, Network
+
+CLASSES = ("blue", "green", "red")
+
+
+def lively(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpoint:
+    """Weights whose logits depend on the image, with statistics that are no defaults."""
+    model = build(arch, classes=len(classes), seed=3)
+    liven(model, model.fc)
+    network = Network(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    return Checkpoint(network, model.state_dict())
+
+
+def liven(model: nn.Module, last: nn.Linear) -> None:
+    """Draw the batch norms' parameters and statistics and the classifier, from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.3, 0.7),  # below 1, or 27 blocks would add up to huge logits
+                (module.bias, -0.1, 0.1),
+                (module.running_mean, -0.1, 0.1),
+                (module.running_var, 0.5, 1.5),
+            ):
+                nn.init.uniform_(tensor, low, high, generator=generator)
+    nn.init.normal_(last.weight, std=1.0, generator=generator)
+    nn.init.normal_(last.bias, std=0.2, generator=generator)
