@@ -44,11 +44,12 @@ ARROWS: dict[str, set[str]] = {
     "export": {
         "augment", "errors", "evaluation", "model", "predict", "rundir", "shipped",
     },
+    "serve": {"__init__", "errors", "images", "predict"},
     # roof
     "cli": {
         "__init__", "download", "errors", "evaluation", "export", "foreign", "images", "model",
         "parallel", "predict", "progress", "readers", "recipe", "report", "rundir", "runtime",
-        "shipped", "tables", "training",
+        "serve", "shipped", "tables", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip
