@@ -51,11 +51,12 @@ ARROWS: dict[str, set[str]] = {
         "batches", "data", "errors", "evaluation", "export", "inference", "model", "predict",
         "recipe", "rundir", "runtime", "step", "stock",
     },
+    "serve": {"__init__", "errors", "images", "predict"},
     # roof
     "cli": {
         "__init__", "bench", "download", "errors", "evaluation", "export", "foreign", "images",
         "model", "parallel", "predict", "progress", "readers", "recipe", "report", "rundir",
-        "runtime", "shipped", "tables", "training",
+        "runtime", "serve", "shipped", "tables", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -11,6 +11,7 @@ from functools import partial
 
 from fastapi import HTTPException, Request
 from pydantic import ValidationError
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -107,6 +108,8 @@ async def _from_multipart(
         if error.message.startswith("Too many fields"):
             raise HTTPException(422, f"send files in the field {FIELD!r} and no others") from None
         raise HTTPException(400, f"the body cannot be read: {error.message}") from None
+    except FormParserError as error:  # older Starlettes let it through
+        raise HTTPException(400, f"the body cannot be read: {error}") from None
     files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if any(key != FIELD for key in form):
         await form.close()
