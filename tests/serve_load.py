@@ -154,10 +154,10 @@ async def main(address: str, clients: int, seconds: float) -> int:
         for share in (0, 1 / 6, 1 / 3, 2 / 3, 1):
             await asyncio.sleep(max(0, end - seconds * (1 - share) - time.perf_counter()))
             _, body = await client.ask(metrics)
+            client.close()  # it would be idle for too long
             found = re.search(rb"\nprocess_resident_memory_bytes (\S+)", body)
             memory = f"{float(found[1]) / 1e6:.0f} MB" if found else "unknown"
             print(f"after {share * seconds:3.0f} s: memory {memory}", flush=True)
-        client.close()
 
     await asyncio.gather(watch(), *map(work, range(clients)))
     count = sum(tally.statuses.values())

@@ -17,7 +17,7 @@ from resnet56.errors import ImageError, RunError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.images import prepare
 from resnet56.predict import Predictor
-from resnet56.rundir import RunDirectory
+from resnet56.rundir import RunDirectory, write_json
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +191,7 @@ def test_a_shipped_network_answers_like_its_run(
 ) -> None:
     monkeypatch.chdir(shelf)
     assert shipped.names() == ["small"]
+    assert shipped.card("small")["network"]["classes"] == list(CLASSES)
     small = resnet56.load("small", device="cpu")
     assert (small.name, small.network) == ("small", predictor.network)
     assert {p.dtype for p in small.model.parameters()} == {torch.float32}
@@ -199,6 +200,20 @@ def test_a_shipped_network_answers_like_its_run(
     assert np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()
     size = (shelf / "small.safetensors").stat().st_size
     assert size < 0.6 * 4 * sum(p.numel() for p in small.model.parameters()) + 10_000
+
+
+def test_the_card_says_how_the_network_was_trained_and_how_good_it_is(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = RunDirectory(tmp_path / "run")
+    measured.save(run.load())
+    write_json(measured.recipe_file, {"lr": 0.1})
+    write_json(measured.evaluation_file, {"test": {"accuracy": 0.5}})
+    shipped.save(measured, "it", tmp_path / "weights")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
+    card = shipped.card("it")
+    assert card["recipe"] == {"lr": 0.1}
+    assert card["evaluation"]["test"]["accuracy"] == 0.5
 
 
 def test_a_missing_name_lists_what_is_there(shelf: Path) -> None:

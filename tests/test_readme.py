@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import resnet56
 
@@ -33,8 +34,10 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
     """In order, with all cores; the issue is 97 % of the test digits, in one short training."""
     commands = offline_commands()
     assert [words[1] for words in commands] == [
-        "describe", "train", "evaluate", "evaluate", "report",
+        "describe", "train", "evaluate", "evaluate", "report", "predict", "export", "predict",
     ]  # fmt: skip
+    Image.effect_noise((400, 300), 60).save(tmp_path / "photo.jpg")
+    said = []
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     for words in commands:
         done = subprocess.run(
@@ -45,6 +48,9 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
             text=True,
         )
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
+        said.append(done.stdout)
+    assert said[-1] == said[-3]  # ONNX Runtime's answer is PyTorch's
+    assert (tmp_path / "maps" / "photo.cam.png").exists()
     run = tmp_path / "runs" / "digits"
     assert json.loads((run / "evaluation.json").read_text())["test"]["accuracy"] >= 0.97
     tree = README[README.index("runs/digits/\n") :]
@@ -59,6 +65,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     short = dataclasses.replace(resnet56.RECIPES["quick"], arch="resnet8", epochs=1)
     monkeypatch.setitem(resnet56.RECIPES, "quick", short)
+    Image.effect_noise((400, 300), 60).save(tmp_path / "photo.jpg")
     [example] = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "runs" / "from-python" / "evaluation.json").exists()

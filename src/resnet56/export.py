@@ -83,7 +83,7 @@ def _convolved(model: ResNet) -> ResNet:
     """The network with its padded shortcuts as 1x1 convolutions of zeros and ones: exactly equal.
 
     Programs keep channels in blocks between convolutions; a slice and a pad break those up, and
-    with them the fusing of each later block's sum. ONNX Runtime takes 9 % longer over them.
+    with them the fusing of each later block's sum. ONNX Runtime takes 7 to 9 % longer over them.
     """
     for block in model.modules():
         if isinstance(block, BasicBlock) and isinstance(pad := block.shortcut, PadShortcut):

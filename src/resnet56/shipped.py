@@ -1,6 +1,7 @@
-"""Networks that come with the package: `weights/NAME.safetensors`, with a card beside each.
+"""Networks that come with the package: `weights/NAME.safetensors`, and NAME.json, its card.
 
-Half precision, so that each is under 2 MB; the header holds what must be known to use them.
+Half precision, so that each is under 2 MB; the header holds what must be known to use them, the
+card how they were trained and how good they are.
 Wherever a run is expected, such a name will do.
 """
 
@@ -8,12 +9,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 
 from resnet56.errors import RunError
-from resnet56.rundir import Checkpoint, Network, RunDirectory, write_bytes
+from resnet56.rundir import (
+    Checkpoint,
+    Network,
+    RunDirectory,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +77,10 @@ def load(name: str) -> Checkpoint:
 
 
 def save(run: RunDirectory, name: str, folder: Path) -> Path:
-    """Write the run's weights, in half precision, into `folder` as the network `name`.
+    """Write the run's weights, in half precision, and a card into `folder` as `name`.
+
+    The card holds the run's recipe and evaluation, as far as it has them. What is measured there
+    is the run in single precision: evaluate the shipped network, too, before it ships.
 
     Raises:
         RunError: the run cannot be read, its weights do not fit half precision, or it is too
@@ -86,8 +97,21 @@ def save(run: RunDirectory, name: str, folder: Path) -> Path:
             f"{LARGEST / 1e6:.0f} MB"
         )
     path = folder / f"{name}.safetensors"
-    write_bytes(path, content)
+    write_json(path.with_suffix(".json"), _card(run, checkpoint))
+    write_bytes(path, content)  # last: a name is there once its weights are
     return path
+
+
+def card(name: str) -> dict[str, Any]:
+    """How the shipped network was trained and how good it is. Raises RunError."""
+    return read_json(FOLDER / f"{name}.json")
+
+
+def _card(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
+    files = {"recipe": run.recipe_file, "evaluation": run.evaluation_file}
+    there = {part: read_json(file) for part, file in files.items() if file.exists()}
+    network = asdict(checkpoint.network)
+    return {"network": network, "weights": checkpoint.notes.get("weights", "last"), **there}
 
 
 def metadata_of(network: Network) -> dict[str, str]:
