@@ -1,7 +1,9 @@
 """The benchmark: fair turns, true ratios, and a stock loop that is what it says."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,12 @@ from resnet56 import bench
 from resnet56.bench import Contestant, Course, compared, floor, take_turns
 from resnet56.cli import main
 from resnet56.data import Dataset, channel_statistics
+from resnet56.errors import UsageError
+from resnet56.recipe import Recipe
+from resnet56.rundir import RunDirectory
+from resnet56.step import Trainer
 from resnet56.stock import Pictures, StockLoop
+from resnet56.training import train
 
 CPU = torch.device("cpu")
 
@@ -80,11 +87,43 @@ def test_the_stock_loop_learns(tiny: Dataset) -> None:
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
 
-def test_our_contestant_is_the_step_that_training_makes(tiny: Dataset) -> None:
+def ten_classes(tiny: Dataset) -> Dataset:
+    """The contestants' networks have ten outputs."""
+    return dataclasses.replace(tiny, classes=tuple("0123456789"))
+
+
+def test_our_contestant_is_the_step_that_training_makes(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Trainer] = []
+
+    def recorded(*arguments: Any) -> Trainer:
+        made.append(Trainer(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(bench, "Trainer", recorded)
     course = Course(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
     once = course.our_step("resnet8", 16, "eager")
-    for _ in range(8):  # beyond an epoch of three steps
+    for _ in range(3):  # an epoch
         once()
+    recipe = Recipe(
+        arch="resnet8", batch_size=16, epochs=1, execution="eager", precision="fp32"
+    )
+    train(recipe, ten_classes(tiny), tmp_path / "run", device="cpu")
+    trained = RunDirectory(tmp_path / "run").load().model
+    mine = made[0].model.state_dict()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in trained.items())
+
+
+@pytest.mark.parametrize("way", ["stock", "eager"])
+def test_peak_memory_is_that_of_steps(way: str, tiny: Dataset) -> None:
+    course = Course(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
+    assert bench.peak_of(course, "resnet8", 8, way) > 50  # MB: no process with PyTorch is smaller
+
+
+def test_a_batch_larger_than_the_set_is_refused(tiny: Dataset) -> None:
+    with pytest.raises(UsageError, match="a batch of 64 is more than the 50 training images"):
+        bench.bench(lambda: tiny, archs=["resnet8"], batches=[8, 64], device="cpu")
 
 
 def test_the_command_prints_tables_and_writes_json(
@@ -112,6 +151,8 @@ def test_the_command_prints_tables_and_writes_json(
     [
         (["--batch", "32,x"], "--batch wants whole numbers above 0"),
         (["--batch", "0"], "--batch wants whole numbers above 0"),
+        (["--seconds", "nan"], "--rounds must"),
+        (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: there is no such"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--arch", "resnet57"], "depth 57 is not 6n + 2"),
     ],

@@ -10,6 +10,7 @@ from resnet56.errors import UsageError
 from resnet56.fused import UnavailableError, fused_norm_relu
 from resnet56.model import NormReLU, build, norm_relu
 from resnet56.recipe import Recipe
+from resnet56.runtime import Resolved
 from resnet56.step import Trainer, make_forward
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}  # relative; bf16 has eight bits
@@ -93,13 +94,14 @@ def test_the_same_threads_give_the_same_bits_and_others_the_same_numbers(
     before = torch.get_num_threads()
     runs = []
     try:
-        for threads in (2, 2, 3):
+        for threads in (2, 2, 3, 8):  # four blocks of rows: some threads get none
             torch.set_num_threads(threads)
             runs.append(everything(fused, norm_of(64), x, residual, grad))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-    assert_close(runs[2], {n: t.double() for n, t in runs[0].items()}, TOLERANCE[dtype])
+    for other in runs[2:]:
+        assert_close(other, {n: t.double() for n, t in runs[0].items()}, TOLERANCE[dtype])
 
 
 def test_a_nan_is_not_hidden(fused: NormReLU, dtype: torch.dtype) -> None:
@@ -128,22 +130,53 @@ def test_what_it_cannot_do_is_left_to_pytorch(fused: NormReLU, dtype: torch.dtyp
     x = torch.randn(4, 16, 5, 5, dtype=torch.float64)
     norm = norm_of(16).double()
     assert torch.equal(fused(norm, x), norm_relu(norm_of(16).double(), x))
+    x = tensors(dtype, 16)[0]
+    bare = nn.BatchNorm2d(16, affine=False)
+    assert torch.equal(fused(bare, x), norm_relu(nn.BatchNorm2d(16, affine=False), x))
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "resnet8-b", "resnet11-bottleneck"])
-def test_a_hundred_fused_steps_lose_what_eager_ones_lose(arch: str) -> None:
-    """fp32; the losses drift apart by rounding alone, so the first ones must agree best."""
-    losses = {execution: run(arch, execution, steps=100) for execution in ("eager", "fused")}
+@pytest.mark.parametrize(
+    ("arch", "precision"),
+    [
+        ("resnet8", "fp32"), ("resnet8-b", "fp32"), ("resnet11-bottleneck", "fp32"),
+        ("resnet8", "bf16"), ("resnet11-bottleneck", "bf16"),
+    ],
+)  # fmt: skip
+def test_a_hundred_fused_steps_lose_what_eager_ones_lose(arch: str, precision: Resolved) -> None:
+    """The losses drift apart by rounding alone, so the first ones must agree best."""
+    losses = {way: run(arch, way, 100, precision) for way in ("eager", "fused")}
     gap = (losses["eager"] - losses["fused"]).abs() / losses["eager"]
-    assert gap[:10].max() < 1e-5
-    assert gap.max() < 2e-2
+    print(arch, precision, gap[:10].max(), gap.max())
+    soon, late = (1e-5, 2e-2) if precision == "fp32" else (2e-2, 0.2)
+    assert gap[:10].max() < soon
+    assert gap.max() < late
     assert losses["fused"][-10:].mean() < 0.5 * losses["fused"][:10].mean()  # it did learn
 
 
-def run(arch: str, execution: str, steps: int) -> Tensor:
+def test_compiled_steps_lose_what_eager_ones_lose() -> None:
+    try:
+        compiled = run("resnet8", "compiled", 5)
+    except UsageError as reason:
+        pytest.skip(str(reason))
+    eager = run("resnet8", "eager", 5)
+    assert ((compiled - eager).abs() / eager).max() < 1e-4
+
+
+def test_where_nothing_compiles_compiled_is_refused_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UsageError, match="does not work here: no C\\+\\+ compiler; use"):
+        make_forward(build("resnet8"), "compiled", "fp32")
+
+
+def run(arch: str, execution: str, steps: int, precision: Resolved = "fp32") -> Tensor:
     model = build(arch).to(memory_format=torch.channels_last)
-    forward = make_forward(model, execution, "fp32")
-    trainer = Trainer(model.train(), forward.module, Recipe(arch=arch, lr=0.01), "fp32")
+    forward = make_forward(model, execution, precision)
+    trainer = Trainer(model.train(), forward.module, Recipe(arch=arch, lr=0.01), precision)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 3, 16, 16, generator=generator)
     labels = torch.randint(0, 10, (64,), generator=generator)

@@ -217,6 +217,12 @@ def test_a_bad_value_is_one_line_that_names_its_field(field: str, value: Any) ->
     assert refusal(from_fields, {field: value}, "my.json") == f"my.json: {message}"
 
 
+def test_sizes_leave_the_last_epoch_whole_images() -> None:
+    message = refusal(lambda: dataclasses.replace(RECIPES["fast"], epochs=5))
+    assert "sizes must be fewer than the 5 epochs" in message
+    assert Recipe(epochs=2, sizes=(8, 32)).sizes == (8, 32)
+
+
 def test_nesterov_without_momentum_is_refused() -> None:
     message = refusal(lambda: Recipe(nesterov=True, momentum=0))
     assert "nesterov" in message
@@ -226,7 +232,7 @@ def test_nesterov_without_momentum_is_refused() -> None:
 def test_values_at_the_edge_of_their_range_are_taken() -> None:
     edges: dict[str, Any] = {
         "epochs": 1, "batch_size": 1, "momentum": 0.0, "weight_decay": 0.0, "drop_epochs": (),
-        "drop_factor": 1.0, "padding": 31, "cutout": 32, "sizes": (8, 32), "seed": 2**32 - 1,
+        "drop_factor": 1.0, "padding": 31, "cutout": 32, "sizes": (32,), "seed": 2**32 - 1,
     }  # fmt: skip
     recipe = Recipe(**edges)
     assert {name: getattr(recipe, name) for name in edges} == edges

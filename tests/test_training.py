@@ -237,6 +237,26 @@ def test_a_run_of_another_recipe_or_other_images_is_not_resumed(
     assert (straight / "checkpoint" / "checkpoint.json").read_bytes() == before
 
 
+def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
+    tiny: Dataset,
+    small: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_until(tmp_path / "run", 7, small, tiny)
+    before = json.loads((tmp_path / "run" / "environment.json").read_text())
+    if before["execution"] != "fused":
+        pytest.skip(before["execution_reason"])
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with TrainingProgress() as progress:
+        train(small, tiny, tmp_path / "run", device="cpu", resume=True, progress=progress)
+    assert "so far it ran fp32 fused, it goes on fp32 eager" in capsys.readouterr().err
+    [resumed] = json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"]
+    assert resumed["execution"] == "eager"
+    assert "no C compiler" in resumed["execution_reason"]
+
+
 def test_nothing_to_resume_is_said(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="there is no run at"):
         train(small, tiny, tmp_path / "none", resume=True)

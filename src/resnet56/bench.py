@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from resnet56.batches import Batches
 from resnet56.data import Dataset, Split, Triple, channel_statistics
-from resnet56.errors import MissingExtraError
+from resnet56.errors import MissingExtraError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.export import to_onnx
 from resnet56.inference import InferenceForm
@@ -42,10 +42,19 @@ from resnet56.runtime import (
 )
 from resnet56.step import Trainer, learning_rate, make_forward
 from resnet56.stock import Pictures, StockLoop
+from resnet56.stock import norm_relu as stock_norm_relu
 
 LOOK_EVERY = 10  # steps between looks at the sums, as in training
 STARTS = 3  # of each command whose start-up is timed
 Say = Callable[[str], None]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 @dataclass
@@ -112,8 +121,7 @@ class Course:
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def pictures(self) -> Pictures:
         """The same images, as the stock loop has them."""
@@ -179,7 +187,8 @@ def bench_inference(
 ) -> list[dict[str, Any]]:
     """The plain network in evaluation mode against the inference form, and ONNX Runtime."""
     stock = build(arch).to(course.device).eval()
-    pixels = course.split.images[:batch]
+    stock.use(stock_norm_relu)
+    pixels = course.split.images[torch.arange(batch) % len(course.split)]
     images = pixels.float().to(course.device) / 255
     runners: dict[str, nn.Module] = {"stock": stock, "ours, fp32": InferenceForm(stock)}
     if course.precision != "fp32":
@@ -208,7 +217,7 @@ def bench_inference(
 
 
 def peak_of(course: Course, arch: str, batch: int, way: str) -> float:
-    """Peak memory in MB of a few steps in a process of their own, data included."""
+    """Peak memory in MB of a few steps in a process of their own, without the data set."""
     if way.startswith("stock"):
         once = StockLoop(arch, course.pictures(), batch, course.device, 0).step
     else:
@@ -219,7 +228,10 @@ def peak_of(course: Course, arch: str, batch: int, way: str) -> float:
 
 
 def peaks(course: Course, arch: str, batch: int, ways: Sequence[str]) -> dict[str, float]:
-    """Peak memory of each of `ways`, and of the stock loop."""
+    """Peak memory of each of `ways`, and of the stock loop without workers."""
+    few = slice(0, 4 * batch)  # cloned: a slice would take the whole storage along
+    split = Split(course.split.images[few].clone(), course.split.labels[few].clone())
+    course = replace(course, split=split)
     found = {}
     for way in ("stock", *ways):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -231,16 +243,13 @@ def machine_limits(device: torch.device, precision: Resolved) -> dict[str, float
     """Operations and bytes a second that a matrix product and a copy reach: the best of ten."""
     wide = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(wide, wide, device=device).to(DTYPES[precision]) for _ in range(2))
-    source = torch.empty(2**26, device=device)
+    source = torch.ones(2**26, device=device)  # written, or all its pages would be one of zeros
     target = torch.empty_like(source)
 
     def best(once: Callable[[], object]) -> float:
-        def wait() -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        contestant = Contestant("", once, wait)
-        return min(contestant.turn(1) for _ in range(11))
+        contestant = Contestant("", once, lambda: synchronize(device))
+        contestant.turn(1)
+        return min(contestant.turn(1) for _ in range(10))
 
     return {
         "gflops": 2 * wide**3 / best(lambda: a @ b) / 1e9,
@@ -347,6 +356,11 @@ def bench(
     begun = time.perf_counter()
     dataset = load()
     load_seconds = time.perf_counter() - begun
+    if max(batches) > len(dataset.train):
+        raise UsageError(
+            f"a batch of {max(batches)} is more than the {len(dataset.train)} training images; "
+            "choose a smaller --batch or other --data"
+        )
     course = Course(dataset.train, *channel_statistics(dataset.train.images), where, resolved)
     say("the machine's limits")
     limits = machine_limits(where, resolved)
@@ -358,8 +372,8 @@ def bench(
         memory = peaks(course, arch, batch, ways)
         least = floor(arch, batch, resolved, limits)
         for row in rows:
-            who, _, way = row["name"].partition(", ")
-            row["peak_memory_mb"] = memory["stock" if who == "stock" else way]
+            way = row["name"].removeprefix("ours, ").replace("stock, 0 workers", "stock")
+            row["peak_memory_mb"] = memory.get(way)
         training.append({"arch": arch, "batch": batch, "floor": least, "rows": rows})
     for arch, batch in itertools.product(archs, (1, 256)):
         say(f"inference {arch}, batch {batch}")

@@ -257,7 +257,8 @@ def inference_speed(subject: Subject, images: Tensor) -> dict[str, Any]:
     """Time from bytes to logits, one image and 256 at a time: the median of several."""
     result: dict[str, Any] = {}
     if isinstance(subject.model, ResNet):  # else every call would begin with folding
-        subject = replace(subject, model=InferenceForm(subject.model, subject.precision))
+        form = InferenceForm(subject.model, subject.precision)
+        subject = replace(subject, model=form, precision="fp32")  # it needs no autocast
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[spread(len(images), batch)]
         subject.logits(batch_images, batch)  # warm up

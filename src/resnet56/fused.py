@@ -9,6 +9,7 @@ on with PyTorch's own operations.
 import ctypes
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from resnet56.model import NormReLU, norm_relu
 
 WIDE = 16  # channels must be a multiple, as in fused.c
+MOST = 1024  # channels; the kernel's sums lie on the stack
 REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
 # Exact IEEE arithmetic, but for errno and fused multiply-adds.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
@@ -45,16 +47,9 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
     _share_threads(library)
 
     def fused(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not (
-            type(norm) is nn.BatchNorm2d
-            and norm.training
-            and x.dtype == dtype
-            and x.device.type == "cpu"
-            and x.shape[1] % WIDE == 0
-            and x.numel() > x.shape[1]
-        ):
+        if not (_is_plain(norm) and _fits(x, dtype)):
             return norm_relu(norm, x, residual)
-        assert norm.num_batches_tracked is not None
+        assert isinstance(norm.num_batches_tracked, Tensor)
         norm.num_batches_tracked.add_(1)
         out: Tensor = _NormReLU.apply(
             library, x, residual, norm.weight, norm.bias,
@@ -64,6 +59,30 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
 
     _check(fused, dtype)
     return fused
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """A batch norm in training as the network has them: fp32, affine, with running statistics."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.weight.dtype == torch.float32
+        and norm.running_mean is not None
+        and norm.momentum is not None
+    )
+
+
+def _fits(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel was made for such maps."""
+    channels = x.shape[1]
+    return (
+        x.dtype == dtype
+        and x.device.type == "cpu"
+        and channels % WIDE == 0
+        and channels <= MOST
+        and x.numel() > channels
+    )
 
 
 class _NormReLU(torch.autograd.Function):
@@ -85,7 +104,7 @@ class _NormReLU(torch.autograd.Function):
             residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
         out = torch.empty_like(x)
         channels = x.shape[1]
-        saved = torch.empty(4, channels)
+        saved = torch.empty(4, channels, dtype=torch.float32, device=x.device)
         library.forward(
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
@@ -112,7 +131,7 @@ class _NormReLU(torch.autograd.Function):
         x_grad = torch.empty_like(x)
         residual_grad = None if out is None else torch.empty_like(x)
         channels = x.shape[1]
-        grads = torch.empty(2, channels)
+        grads = torch.empty(2, channels, dtype=torch.float32, device=x.device)
         ctx.library.backward(
             out_grad.data_ptr(),
             x.data_ptr(),
@@ -130,25 +149,26 @@ class _NormReLU(torch.autograd.Function):
 
 def _compile(dtype: torch.dtype) -> ctypes.CDLL:
     """Compile and load; nothing stays on the disk, so nothing can be stale or tampered with."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
     if sys.platform != "linux":
         raise UnavailableError("it is made for Linux")
-    with (
-        as_file(files("resnet56") / "fused.c") as source,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        made = Path(folder) / "fused.so"
-        command = [*compiler, *FLAGS, *REAL[dtype], str(source), "-o", str(made), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+        with (
+            as_file(files("resnet56") / "fused.c") as source,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            made = Path(folder) / "fused.so"
+            command = [*compiler, *FLAGS, *REAL[dtype], str(source), "-o", str(made), "-lm"]
+            if not shutil.which(compiler[0]):
+                raise UnavailableError(f"there is no C compiler {compiler[0]!r}")
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
             library = ctypes.CDLL(str(made))
-        except FileNotFoundError:
-            raise UnavailableError(f"there is no C compiler {compiler[0]!r}") from None
-        except subprocess.CalledProcessError as error:
-            lines = (error.stderr or "").strip().splitlines() or [f"exit {error.returncode}"]
-            raise UnavailableError(f"{compiler[0]} could not compile it: {lines[0]}") from None
-        except (OSError, subprocess.SubprocessError) as error:
-            raise UnavailableError(f"it could not be compiled and loaded: {error}") from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        wrong = [line for line in lines if "error" in line] or lines or [f"exit {error.returncode}"]
+        raise UnavailableError(f"{compiler[0]} could not compile it: {wrong[0]}") from None
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise UnavailableError(f"it could not be compiled and loaded: {error}") from None
     pointer, size, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
     library.forward.argtypes = [*[pointer] * 3, size, size, *[pointer] * 4, real, real, pointer]
     library.backward.argtypes = [*[pointer] * 5, size, size, *[pointer] * 3]
@@ -176,10 +196,14 @@ def _check(fused: NormReLU, dtype: torch.dtype) -> None:
     results = []
     for function in (fused, norm_relu):
         norm = nn.BatchNorm2d(32)
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 1.5, 32))
+            norm.bias.copy_(torch.linspace(-1, 1, 32))
         leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
         out = function(norm, function(norm, leaves[0]), leaves[1])
         out.backward(grad)
-        results.append([out, leaves[0].grad, norm.weight.grad, norm.running_var])
+        grads = [tensor.grad for tensor in (*leaves, norm.weight, norm.bias)]
+        results.append([out, *grads, norm.running_mean, norm.running_var])
     for mine, theirs in zip(*results, strict=True):
         assert mine is not None
         assert theirs is not None

@@ -138,7 +138,10 @@ class Predictor:
 
     @property
     def model(self) -> "ResNet":
-        """The PyTorch module, in evaluation mode; UsageError where an ONNX file runs."""
+        """The PyTorch module, in evaluation mode; UsageError where an ONNX file runs.
+
+        Predictions come from a copy in inference form: what is changed here does not reach them.
+        """
         if not isinstance(self.backend, TorchBackend):
             raise UsageError(f"{self.name} runs in ONNX Runtime: it has no PyTorch module")
         return self.backend.model

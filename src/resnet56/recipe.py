@@ -82,8 +82,9 @@ class Recipe:
     """Arithmetic: auto is the fastest that the device has in hardware."""
 
     execution: Execution = "auto"
-    """How a step runs, to the same numbers within rounding: by PyTorch's operations; with batch
-    norm and ReLU in one kernel (CPU); or by torch.compile, after a minute of compiling."""
+    """How a step runs, to the same numbers within rounding. eager: PyTorch's operations; fused:
+    batch norm and ReLU in one kernel (CPU); compiled: torch.compile, after a minute; auto: fused
+    where it can be built, else eager."""
 
     holdout: int = 0
     """Training images kept out of training, to choose by; stratified, always the same ones."""
@@ -118,6 +119,12 @@ class Recipe:
             "sizes",
             self.sizes,
             "multiples of 4 from 8 to 32",
+        )
+        _require(
+            all(size == 32 for size in self.sizes[self.epochs - 1 :]),
+            "sizes",
+            self.sizes,
+            f"fewer than the {self.epochs} epochs, so that the last ones see 32x32",
         )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")

@@ -54,6 +54,7 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
         UsageError: what is wanted is not to be had here.
     """
     if wanted == "compiled":
+        _probe_compiler(model)
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return Forward(compiled, "compiled")
     if wanted == "eager":
@@ -69,6 +70,17 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
             raise UsageError(f"no fused step here: {error}; use --execution eager") from None
         return Forward(model, "eager", str(error))
     return Forward(model, "fused")
+
+
+def _probe_compiler(model: nn.Module) -> None:
+    """UsageError where torch.compile does not work; else the first step would find out."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=next(model.parameters()).device))
+    except Exception as error:  # Dynamo's and Inductor's have no common base
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"torch.compile does not work here: {first}; use --execution eager"
+        ) from None
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
@@ -148,7 +160,7 @@ class Trainer:
         self.sums = torch.tensor([loss_sum, correct], dtype=kind, device=self.device)
 
     def step(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
-        """One step of SGD on (B, 3, 32, 32) normalised images and (B,) labels.
+        """One step of SGD on (B, 3, S, S) normalised images and (B,) labels.
 
         Adds the batch's loss and hits to `sums`; nothing waits for the device.
         """

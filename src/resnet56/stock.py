@@ -49,7 +49,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual), each operation with its own output."""
+    """relu(norm(x) + residual), as those repositories write it: only the addition in place."""
     out: Tensor = norm(x)
     if residual is not None:
         out += residual
@@ -97,10 +97,12 @@ class StockLoop:
         """One step, and the numbers that such loops print."""
         images, labels = next(self.batches)
         images, labels = images.to(self.device), labels.to(self.device)
-        logits = self.model(images)
-        loss = self.criterion(logits, labels)
-        self.optimizer.zero_grad()
-        loss.backward()
+        # TF32, PyTorch's default on CUDA, is ours to switch off but not its.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            logits = self.model(images)
+            loss = self.criterion(logits, labels)
+            self.optimizer.zero_grad()
+            loss.backward()
         self.optimizer.step()
         self.loss_sum += loss.item() * len(labels)
         self.correct += (logits.argmax(dim=1) == labels).sum().item()

@@ -126,7 +126,8 @@ def show_bench(found: dict[str, Any]) -> None:
         for row in contest["rows"]:
             ours = not row["name"].startswith("stock")
             share = f"{row['milliseconds'] / least:.1f}x" if ours else ""
-            table.add_row(*_speeds(row), share, f"{row['peak_memory_mb']:,.0f}")
+            peak = row["peak_memory_mb"]
+            table.add_row(*_speeds(row), share, f"{peak:,.0f}" if peak else "")
         console.print(
             f"\ntraining {contest['arch']}, batch {contest['batch']}; "
             f"floor {least:.1f} ms, set by {bound}"

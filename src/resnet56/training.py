@@ -183,6 +183,7 @@ class _Loop:
             if self.trainer.scaler.is_enabled() and saved.notes.get("loss_scale"):
                 self.trainer.scaler.load_state_dict(dict(saved.notes["loss_scale"]))
             if self.here.is_first:
+                self._say_what_changed(saved)
                 self.run.rewind_metrics(self.position.epoch)
         self.batches = Batches(
             Split(training.images.to(device), training.labels.to(device)),
@@ -197,6 +198,16 @@ class _Loop:
             rank=self.here.rank,
             world_size=self.here.world_size,
         )
+
+    def _say_what_changed(self, saved: Checkpoint) -> None:
+        """Another machine may compute in another way; the run then goes on, not to the same bits."""
+        was = [saved.notes.get("precision"), saved.notes.get("execution")]
+        now = [self.precision, self.forward.execution]
+        if None not in was and was != now:
+            self.progress.say(
+                f"so far it ran {' '.join(map(str, was))}, it goes on {' '.join(now)}: the same "
+                "within rounding, not to the bit"
+            )
 
     def epochs(self, held_out: Split | None, stop: "_Stop", scalars: Scalars | None) -> None:
         """Train from the present position to the last epoch."""

@@ -1,5 +1,6 @@
 """`resnet56 bench`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -50,8 +51,10 @@ class BenchOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 bench [options]."""
     options = parse(BenchOptions, arguments, "resnet56 bench")
-    if options.rounds < 1 or options.seconds <= 0:
+    if options.rounds < 1 or not 0 < options.seconds < math.inf:
         raise UsageError("--rounds must be at least 1 and --seconds above 0")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UsageError(f"--json {options.json}: there is no such folder to write in")
     from resnet56 import model
     from resnet56.bench import bench
     from resnet56.rundir import write_json

@@ -1,0 +1,37 @@
+"""The networks for torch.hub: torch.hub.load("OWNER/resnet56", "resnet56").
+
+Each takes (N, 3, 32, 32) images, normalised with its own `mean` and `std` (in units of [0, 1]),
+and returns (N, 10) logits in the order of its `classes`.
+"""
+
+import sys
+from pathlib import Path
+
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent / "src"))
+
+dependencies = ["torch", "numpy", "safetensors"]
+
+
+def resnet56(pretrained: bool = True) -> nn.Module:
+    """ResNet-56 with basic blocks and shortcut A, 853,018 parameters."""
+    return _network("resnet56", pretrained)
+
+
+def resnet56_bottleneck(pretrained: bool = True) -> nn.Module:
+    """ResNet-56 with bottleneck blocks, 591,322 parameters."""
+    return _network("resnet56-bottleneck", pretrained)
+
+
+def _network(name: str, pretrained: bool) -> nn.Module:
+    from resnet56 import shipped
+    from resnet56.model import build
+
+    model = build(name)
+    if pretrained:
+        checkpoint = shipped.load(name)
+        model.load_state_dict(checkpoint.model)
+        network = checkpoint.network
+        model.mean, model.std, model.classes = network.mean, network.std, network.classes
+    return model.eval()
