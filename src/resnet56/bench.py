@@ -188,7 +188,7 @@ def bench_inference(
     """The plain network in evaluation mode against the inference form, and ONNX Runtime."""
     pixels = course.split.images[torch.arange(batch) % len(course.split)]
     images = pixels.float().to(course.device) / 255
-    stock = _seasoned(build(arch).to(course.device), images)
+    stock = build(arch).to(course.device).eval()
     stock.use(stock_norm_relu)
     runners: dict[str, nn.Module] = {"stock": stock, "ours, fp32": InferenceForm(stock)}
     if course.precision != "fp32":
@@ -205,7 +205,8 @@ def bench_inference(
     if course.device.type == "cpu":
         with contextlib.suppress(MissingExtraError):  # optional: one row less without it
             network = Network(arch, tuple("0123456789"), course.mean, course.std)
-            exported = OnnxBackend(to_onnx(Checkpoint(network, stock.state_dict())), arch)
+            checkpoint = Checkpoint(network, stock.state_dict())
+            exported = OnnxBackend(to_onnx(checkpoint, checked=False), arch)
             array = pixels.numpy()
             contestants.append(
                 Contestant(
@@ -214,16 +215,6 @@ def bench_inference(
             )
     take_turns(contestants, rounds, seconds)
     return compared(contestants, batch, stock="stock")
-
-
-def _seasoned(model: ResNet, images: Tensor) -> ResNet:
-    """The network with norms that know the size of its maps, as after a training."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(images.repeat(2, 1, 1, 1))
-    return model.eval()
 
 
 def peak_of(course: Course, arch: str, batch: int, way: str) -> float:
