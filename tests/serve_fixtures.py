@@ -37,8 +37,11 @@ class Colours:
 
 
 @contextmanager
-def server(**options: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that serves `Colours`; the options are limits, and `seconds` a run takes.
+def server(**options: float | str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process that serves `Colours`, or a `run`.
+
+    The other options are limits, `seconds` that a run of `Colours` takes, and `idle`, which stands
+    for `IDLE`.
 
     Yields:
         The process, and its address.
@@ -61,11 +64,15 @@ def server(**options: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def main(arguments: list[str]) -> int:
-    from resnet56.serve.server import serve
+    from resnet56.predict import load
+    from resnet56.serve import server as serving
 
-    given = {name: float(value) for name, _, value in (text.partition("=") for text in arguments)}
-    seconds = given.pop("seconds", 0.0)
-    return serve(Colours(seconds), "127.0.0.1", 0, print, Limits(**given))  # type: ignore[arg-type]
+    given = dict(text.split("=", 1) for text in arguments)
+    run = given.pop("run", None)
+    network = load(run, "cpu") if run else Colours(float(given.pop("seconds", 0)))
+    serving.IDLE = float(given.pop("idle", serving.IDLE))
+    limits = Limits(**{name: float(value) for name, value in given.items()})  # type: ignore[arg-type]
+    return serving.serve(network, "127.0.0.1", 0, print, limits)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from networks import CLASSES, lively
 from PIL import Image
 
 import resnet56
-from resnet56 import cli, export, predict
+from resnet56 import cli, export, predict, shipped
 from resnet56.data import Dataset
 from resnet56.errors import Error, RunError
 from resnet56.model import build
@@ -97,6 +97,30 @@ def test_a_file_is_used_without_pytorch(exported: Path, tmp_path: Path) -> None:
     assert (tmp_path / "maps" / "it.cam.png").exists()
 
 
+def test_a_file_is_served_without_pytorch(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    Image.effect_noise((70, 50), 60).save(tmp_path / "it.png")
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from starlette.testclient import TestClient\n"
+        "from resnet56.predict import load\n"
+        "from resnet56.serve.app import build_app\n"
+        "with TestClient(build_app(load(sys.argv[1]))) as client:\n"
+        "    files = {'image': Path(sys.argv[2]).read_bytes()}\n"
+        "    answer = client.post('/v1/predict', files=files).json()\n"
+        "print(answer['predictions'][0]['classes'][0]['name'])\n"
+        "sys.exit('PyTorch was imported' if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(exported), str(tmp_path / "it.png")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == resnet56.load(exported).predict(tmp_path / "it.png")[0].label
+
+
 def test_a_real_photograph_gets_one_answer_through_every_door(
     run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +145,7 @@ def test_a_real_photograph_gets_one_answer_through_every_door(
 @pytest.mark.parametrize("name", ["resnet56", "resnet56-bottleneck"])
 def test_the_shipped_networks_see_a_cat_in_chelsea(name: str) -> None:
     data = pytest.importorskip("skimage.data")
-    if name not in resnet56.shipped.names():
+    if name not in shipped.names():
         pytest.skip(f"{name} does not ship yet")
     assert resnet56.load(name).predict(data.chelsea())[0].label == "cat"
 
@@ -178,6 +202,29 @@ def test_files_that_are_no_export_are_refused(exported: Path, tmp_path: Path) ->
         _ = resnet56.load(exported).model
 
 
+def test_files_that_say_one_thing_and_do_another_are_refused(
+    exported: Path, tmp_path: Path
+) -> None:
+    def changed(name: str, **metadata: str) -> Path:
+        proto = onnx.load(exported)
+        for entry in proto.metadata_props:
+            entry.value = metadata.get(entry.key, entry.value)
+        if not metadata:
+            proto.graph.output[0].name = "scores"
+            for node in proto.graph.node:
+                node.output[:] = ["scores" if one == "logits" else one for one in node.output]
+                node.input[:] = ["scores" if one == "logits" else one for one in node.input]
+        onnx.save(proto, tmp_path / name)
+        return tmp_path / name
+
+    with pytest.raises(RunError, match="does not turn pictures into logits and maps of its 10"):
+        resnet56.load(changed("outputs.onnx"))
+    with pytest.raises(RunError, match="logits and maps of its 2 classes"):
+        resnet56.load(changed("classes.onnx", classes='["a", "b"]'))
+    with pytest.raises(RunError, match="does not say what its classes are"):
+        resnet56.load(changed("deep.onnx", classes="[" * 200_000))
+
+
 def test_evaluate_compares_pytorch_and_onnx(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +258,8 @@ def test_a_hubs_folder_holds_the_network_and_its_card(run: Path, tmp_path: Path)
     assert config["architecture"] == "resnet8"
     model = build(config["architecture"], classes=config["num_classes"])
     model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    with safetensors.safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"  # which hubs' libraries insist on
     images = torch.rand(2, 3, 32, 32)
     expected = resnet56.load(run, device="cpu").model
     with torch.no_grad():
@@ -222,3 +271,19 @@ def test_a_hubs_folder_holds_the_network_and_its_card(run: Path, tmp_path: Path)
     assert json.loads(values["model-index"])[0]["results"][0]["metrics"][0]["value"] == 0.8517
     assert "85.17 % (95 % interval 84.46 to 85.85)" in card
     assert cli.main(["export", str(run), "--format", "hub", "--out", str(folder)]) == 1
+
+
+def test_a_shipped_networks_card_has_its_measurement(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    copy = RunDirectory(tmp_path / "copy")
+    copy.save(RunDirectory(run).load())
+    shipped.save(copy, "bare", shipped.FOLDER)
+    metrics = {"accuracy": 0.9312, "accuracy_interval": [0.9261, 0.936], "n": 10_000}
+    copy.evaluation_file.write_text(json.dumps({"test": metrics, "data": "some images"}))
+    shipped.save(copy, "measured", shipped.FOLDER)
+    for name, says in (("measured", "93.12 %"), ("bare", "comes without a measurement")):
+        assert cli.main(["export", name, "--format", "hub"]) == 0
+        assert says in (tmp_path / f"{name}-hub" / "README.md").read_text()

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,34 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(Error, match="fc.bias has values that are not finite"):
         foreign.read(tmp_path / "nan.pth")
+
+
+def test_a_dictionary_that_holds_itself_is_no_state_dict(tmp_path: Path) -> None:
+    ring: dict[str, Any] = {"epoch\n1": 3}
+    ring["state_dict"] = ring
+    torch.save(ring, tmp_path / "ring.pth")
+    with pytest.raises(RunError, match="in it is: epoch 1, state_dict$"):
+        foreign.read(tmp_path / "ring.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensor: tensor.to("meta"), "not plain numbers: fc.weight"),
+        (lambda tensor: tensor.to_sparse(), "not plain numbers: fc.weight"),
+        (lambda tensor: tensor.to(torch.complex64), "not plain numbers: fc.weight"),
+        (lambda tensor: tensor.to(torch.int8), "fc.weight holds torch.int8, not floats"),
+    ],
+    ids=["meta", "sparse", "complex", "integers"],
+)
+def test_tensors_that_are_no_weights_are_one_line(
+    change: Callable[[Tensor], Tensor], says: str, tmp_path: Path
+) -> None:
+    state = lively_foreign("chenyaofo").state_dict()
+    state["fc.weight"] = change(state["fc.weight"])
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(RunError, match=says):
+        foreign.read(tmp_path / "odd.pth")
 
 
 def test_an_imported_run_is_evaluated_like_any_other(

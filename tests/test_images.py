@@ -96,6 +96,14 @@ def test_what_is_no_whole_picture_is_one_line(content: bytes, says: str, tmp_pat
     assert str(file) in str(caught.value)
 
 
+def test_a_jpeg_of_scans_without_end_is_refused() -> None:
+    content = encoded(Image.effect_noise((64, 64), 50), "JPEG", progressive=True)
+    assert read_image(content).size == (64, 64)
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ImageError, match="it is a JPEG of more than 100 scans"):
+        read_image(content[:-2] + 100 * scan + content[-2:], name="it")
+
+
 def test_a_smaller_bound_can_be_set_and_a_missing_file_is_named(tmp_path: Path) -> None:
     content = encoded(Image.new("RGB", (20, 20)))
     assert read_image(content, max_pixels=400).size == (20, 20)

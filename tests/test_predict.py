@@ -137,6 +137,18 @@ def test_streaming_reads_a_batch_at_a_time_and_goes_on_after_a_broken_one(
     assert predictor.predict([]) == []
 
 
+def test_a_picture_that_takes_too_much_memory_does_not_stop_the_others(
+    predictor: Predictor, picture: Image.Image
+) -> None:
+    class Greedy(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise MemoryError
+
+    greedy, fine = predictor.stream([Greedy(), picture])
+    assert "not enough memory" in str(greedy)
+    assert not isinstance(fine, ImageError)
+
+
 @pytest.mark.parametrize(
     ("odd", "says"),
     [
@@ -147,8 +159,10 @@ def test_streaming_reads_a_batch_at_a_time_and_goes_on_after_a_broken_one(
         (np.zeros((4, 4), np.int64), "not int64"),
         (torch.zeros(5, 4, 4), "is no picture"),
         ([object()], "cannot read a picture from object"),
+        (Image.new("RGB", (0, 4)), "has no pixels"),
+        (torch.zeros(3, 4, 4, device="meta"), "cannot read the image"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_arrays_that_are_no_pictures_are_refused(
     predictor: Predictor, odd: object, says: str

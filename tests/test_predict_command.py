@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,23 @@ def test_a_shipped_name_stands_where_a_run_does(
     both = ["evaluate", "resnet56", "--data", "data", "--parity", "fp32,bf16", "--device", "cpu"]
     assert cli.main(both) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "weights"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_a_name_that_would_deceive_a_terminal_is_shown_in_escapes(
+    run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (b"a\nb.png", b"no utf-8 \xff.png", b"\x1b[2J.png")
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes((album / "a.png").read_bytes())
+    (tmp_path / "\x1b[2J broken.png").write_bytes(b"no picture")
+    for form in ([], ["--json"], ["--csv"]):
+        assert cli.main(["predict", "--run", str(run), str(tmp_path), *form]) == 1
+        shown = capsys.readouterr()
+        assert len(shown.err.splitlines()) == 2
+        assert "\x1b" not in shown.err
+        if "--csv" in form:  # which quotes them
+            assert len(list(csv.DictReader(io.StringIO(shown.out)))) == 3
+        else:
+            assert len(shown.out.splitlines()) == 3
+            assert "\x1b" not in shown.out

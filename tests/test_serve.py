@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -27,6 +28,7 @@ import skimage.data
 from PIL import Image
 from serve_fixtures import CLASSES, Colours, server
 
+from resnet56 import shipped
 from resnet56.cli import main
 from resnet56.errors import UsageError
 from resnet56.model import build
@@ -35,6 +37,7 @@ from resnet56.rundir import Checkpoint, Network, RunDirectory
 from resnet56.serve.app import build_app
 from resnet56.serve.batching import Batcher
 from resnet56.serve.limits import Limits
+from resnet56.serve.schema import Pictures
 from resnet56.serve.server import listen
 
 with warnings.catch_warnings():  # their business, not ours: what they will call by another name
@@ -47,6 +50,7 @@ with warnings.catch_warnings():  # their business, not ours: what they will call
     from starlette.testclient import TestClient
 
 SMALL = Limits(images=3, pixels=10_000, body_bytes=100_000)
+FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nx\r\n--x--\r\n'
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (40, 60), kind: str = "PNG") -> bytes:
@@ -84,7 +88,7 @@ def refused(response: httpx.Response, status: int) -> str:
     detail = response.json()["detail"]
     assert isinstance(detail, str)
     assert detail.isprintable()
-    assert detail
+    assert 0 < len(detail) < 400
     return detail
 
 
@@ -149,7 +153,10 @@ def test_a_page_of_another_name_cannot_reach_a_loopback_server() -> None:
     app = build_app(Colours(), hosts=("localhost", "127.0.0.1"))
     with TestClient(app, base_url="http://localhost:8056") as client:
         assert client.get("/healthz").status_code == 200
-        assert client.get("/healthz", headers={"host": "evil.example"}).status_code == 400
+        for host in ("127.0.0.1", "LOCALHOST:80"):
+            assert client.get("/healthz", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "localhost.evil.example", "localhost:80:80", "[localhost", ""):
+            refused(client.get("/healthz", headers={"host": host}), 400)  # type: ignore[arg-type]
 
 
 # What it refuses
@@ -172,6 +179,19 @@ def test_too_many_pictures(client: TestClient) -> None:
     assert "more than 3" in refused(client.post("/v1/predict", json={"images": four}), 413)
 
 
+def test_a_list_without_end_is_refused_before_it_becomes_objects(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(_: object) -> object:
+        raise AssertionError("it was parsed")
+
+    monkeypatch.setattr(Pictures, "model_validate_json", parse)
+    headers = {"content-type": "application/json"}
+    for content in (b'{"images": ["", "", "", "", ""]}', b"[1, 1, 1, 1, 1]"):
+        response = client.post("/v1/predict", content=content, headers=headers)
+        assert "more than 3" in refused(response, 413)  # type: ignore[arg-type]
+
+
 def test_no_pictures(client: TestClient) -> None:
     assert "images" in refused(client.post("/v1/predict", json={"images": []}), 422)
     body = b"--x--\r\n"
@@ -192,16 +212,20 @@ def test_a_body_that_is_too_large_with_and_without_a_length(client: TestClient) 
     [
         ({}, b"", 415),
         ({"content-type": "image/png"}, picture(), 415),
+        ({"content-type": "image/" + "png" * 200}, b"x", 415),
         ({"content-type": "text/plain; charset=x"}, b"x", 415),
         ({"content-type": "application/json", "content-encoding": "gzip"}, b"{}", 415),
         ({"content-type": "multipart/form-data"}, b"x", 400),
         ({"content-type": "multipart/form-data; boundary=x"}, b"y", 400),
+        ({"content-type": "multipart/form-data; boundary=x; charset=undefined"}, FILE, 400),
         ({"content-type": "multipart/form-data; boundary=x"}, b"--x\r\n\r\n\r\n--x--", 400),
         ({"content-type": "application/json"}, b"[" * 90_000, 422),
         ({"content-type": "application/json"}, b'{"images": ["\xff"]}', 422),
         ({"content-type": "application/json"}, b'{"images": ["no base64!"]}', 422),
         ({"content-type": "application/json"}, '{"images": ["ö"]}'.encode(), 422),
         ({"content-type": "application/json"}, b'{"images": ["eA=="], "more": 1}', 422),
+        ({"content-type": "application/json"}, b'{"images": ["eA=="], "\\u001b[2J": 1}', 422),
+        ({"content-type": "application/json"}, b'{"' + b"more" * 200 + b'": 1}', 422),
         ({"content-type": "application/json"}, b'{"images": [{"a": 1}]}', 422),
         ({"content-type": "application/json"}, b"null", 422),
     ],
@@ -229,10 +253,21 @@ def test_options_out_of_range(client: TestClient, options: str) -> None:
     assert refused(post(client, picture(), options=options), 422).startswith(f"{name}: ")
 
 
-def test_a_name_that_would_deceive_a_terminal_is_not_repeated(client: TestClient) -> None:
-    for name in ("\x1b[2Ja.png", "\u202egnp.exe"):
+def test_a_name_that_would_deceive_a_terminal_or_fill_it_is_not_repeated(
+    client: TestClient,
+) -> None:
+    for name in ("\x1b[2Ja.png", "\u202egnp.exe", "a" * 500):
         response = client.post("/v1/predict", files=[("image", (name, b"x"))])
         assert "picture 1" in refused(response, 422)  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_no_bug(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("write", "rollover"):
+        monkeypatch.setattr(tempfile.SpooledTemporaryFile, name, full)
+    assert refused(post(client, picture()), 429)
 
 
 def test_a_bug_is_one_line_to_the_client(caplog: pytest.LogCaptureFixture) -> None:
@@ -295,6 +330,31 @@ def test_the_network_meets_few_sizes() -> None:
     for count in range(1, 20):
         asyncio.run(run(count))
     assert set(network.sizes) == {1, 2, 4, 8}
+
+
+def test_what_cannot_be_run_together_stops_nobody_else() -> None:
+    async def some() -> None:
+        async with Batcher(Colours()) as batcher:
+            sizes = [np.zeros((1, 3, side, side), np.uint8) for side in (32, 16)]
+            failed = await asyncio.gather(*map(batcher.run, sizes), return_exceptions=True)
+            assert all(isinstance(error, ValueError) for error in failed)
+            await asyncio.wait_for(batcher.run(sizes[0]), 10)
+
+    asyncio.run(some())
+
+
+def test_whoever_waits_when_it_stops_is_told_so() -> None:
+    """One whose images are run, and two that are queued."""
+
+    async def leave() -> list[Any]:
+        async with Batcher(Colours(seconds=0.2), most=1) as batcher:
+            images = np.zeros((1, 3, 32, 32), np.uint8)
+            tasks = [asyncio.create_task(batcher.run(images)) for _ in range(3)]
+            await asyncio.sleep(0.05)
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+
+    answers = asyncio.run(leave())
+    assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 3
 
 
 def test_beyond_its_strength_the_server_says_when_to_come_again() -> None:
@@ -402,6 +462,22 @@ def test_a_body_that_drips_or_breaks_off_hurts_nobody() -> None:
     assert "Traceback" not in said
 
 
+def test_one_who_asks_and_never_reads_is_hung_up_on() -> None:
+    many = b"GET /page.css HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100
+    with server(idle=0.3) as (_, address), connect(address) as link:
+        link.settimeout(0.1)
+
+        def ask(seconds: float) -> None:
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                with contextlib.suppress(TimeoutError):
+                    link.send(many)
+
+        with pytest.raises(ConnectionError):
+            ask(60)
+        assert httpx.get(address + "/healthz").status_code == 200
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_what_has_begun_be_answered(number: signal.Signals) -> None:
     with server(seconds=1.0) as (process, address):
@@ -446,6 +522,16 @@ def test_the_command_serves_a_run_and_agrees_with_python(tmp_path: Path) -> None
     assert np.allclose(classes[0]["map"], expected.map, atol=1e-5)
 
 
+@pytest.mark.skipif("resnet56" not in shipped.names(), reason="resnet56 does not ship yet")
+def test_the_shipped_network_sees_a_cat() -> None:
+    cat = io.BytesIO()
+    Image.fromarray(skimage.data.chelsea()).save(cat, "JPEG")
+    with TestClient(build_app(load("resnet56", "cpu"))) as client:
+        answer = post(client, cat.getvalue()).json()
+    assert answer["network"] == "resnet56"
+    assert answer["predictions"][0]["classes"][0]["name"] == "cat"
+
+
 def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -467,3 +553,5 @@ def test_where_it_cannot_listen_it_says_why() -> None:
         listen("127.0.0.1", 99_999)
     with pytest.raises(UsageError, match="--host no.such.name.invalid"):
         listen("no.such.name.invalid", 0)
+    with pytest.raises(UsageError, match=r"--host a\.\.b: "):
+        listen("a..b", 0)

@@ -4,12 +4,15 @@ import base64
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from serve_fixtures import server
+
+from resnet56 import shipped
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page = sync_api.Page
@@ -37,6 +40,12 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: "sync_api.Browser", address: str) -> Iterator["Page"]:
+    with opened(browser, address) as page:
+        yield page
+
+
+@contextmanager
+def opened(browser: "sync_api.Browser", address: str) -> Iterator["Page"]:
     """The page, which must ask nobody else for anything and raise no error."""
     page = browser.new_page(reduced_motion="reduce")
     asked: list[str] = []
@@ -176,3 +185,25 @@ def test_nothing_sticks_out_at_any_width(page: "Page", picture: Path, width: int
             page.set_input_files("#file", picture)
             expect(page.get_by_role("status")).to_contain_text("green")
         assert page.locator("html").evaluate("one => one.scrollWidth") <= width
+
+
+def test_what_scrolls_can_be_reached_and_has_a_name(page: "Page") -> None:
+    for address, count in ((page.url, 1), (page.url + "docs", 6)):
+        page.goto(address)
+        found = page.locator("body *").evaluate_all(
+            """all => all.filter((one) => getComputedStyle(one).overflowX === "auto")
+                .map((one) => [one.tabIndex, one.getAttribute("role"), one.ariaLabel])"""
+        )
+        assert len({name for _, _, name in found if name}) == len(found) >= count
+        assert {tuple(place) for *place, _ in found} == {(0, "region")}
+
+
+@pytest.mark.skipif("resnet56" not in shipped.names(), reason="resnet56 does not ship yet")
+def test_the_shipped_network_sees_a_cat(browser: "sync_api.Browser", tmp_path: Path) -> None:
+    data = pytest.importorskip("skimage.data")
+    cat = tmp_path / "chelsea.jpg"
+    Image.fromarray(data.chelsea()).save(cat)
+    with server(run="resnet56") as (_, address), opened(browser, address) as page:
+        page.set_input_files("#file", cat)
+        expect(page.get_by_role("status")).to_contain_text("Most likely cat")
+        expect(page.get_by_role("radio")).to_have_count(10)

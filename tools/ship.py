@@ -14,13 +14,19 @@ from resnet56.evaluation import Subject, restore
 from resnet56.readers import load_folder
 from resnet56.rundir import RunDirectory, read_json, write_json
 
+USAGE = "usage: python tools/ship.py RUN NAME DIR"
+
 
 def main(run: Path, name: str, folder: Path) -> None:
     """Write both files and say how good the network is."""
-    shipped.save(RunDirectory(run), name, shipped.FOLDER)
+    # First what can go wrong, lest a card stay behind with the figures of the run's own weights.
+    dataset = load_folder(folder)
+    directory = RunDirectory(run)
+    if dataset.classes != directory.load().network.classes:
+        sys.exit(f"{folder} has other classes than {run}")
+    shipped.save(directory, name, shipped.FOLDER)
     checkpoint = shipped.load(name)
     subject = Subject(restore(checkpoint, torch.device("cpu")), checkpoint.network, "fp32")
-    dataset = load_folder(folder)
     card = shipped.FOLDER / f"{name}.json"
     figures = {"test": subject.figures(dataset.test), "train": subject.figures(dataset.train)}
     evaluation = {"of": "the half-precision weights", "data": dataset.source, **figures}
@@ -29,4 +35,6 @@ def main(run: Path, name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(USAGE)
     main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -38,3 +38,17 @@ class MissingExtraError(Error):
 
 class TrainingError(Error):
     """A training that cannot go on: a loss that is not finite."""
+
+
+def one_line(value: object) -> str:
+    """`value` for an error message: one line, not endless; an exception without words by type."""
+    return shown(" ".join(str(value).split())[:200]) or type(value).__name__
+
+
+def shown(text: str) -> str:
+    """`text` as it is where it can be printed, else in escapes: a file's name may hold anything.
+
+    A line feed in it would forge a line, an escape sequence could wipe the terminal, and what is
+    no UTF-8 cannot be written at all.
+    """
+    return text if text.isprintable() else ascii(text)

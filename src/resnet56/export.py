@@ -160,7 +160,7 @@ def write_hub_folder(
     Args:
         checkpoint: the network.
         folder: to make; it must not be there, or be empty.
-        evaluation: the content of evaluation.json, where the run has one.
+        evaluation: the content of evaluation.json, where the network has one.
 
     Raises:
         RunError: the folder is in the way, or cannot be written.
@@ -168,7 +168,9 @@ def write_hub_folder(
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise RunError(f"{folder} is in the way; choose another --out")
     model = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
-    weights = safetensors.torch.save(model, metadata=metadata_of(checkpoint.network))
+    # The hub's libraries read no file whose "format" is not the framework that its tensors are of.
+    metadata = metadata_of(checkpoint.network) | {"format": "pt"}
+    weights = safetensors.torch.save(model, metadata=metadata)
     card = hub_card(checkpoint.network, folder.name, evaluation)
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -207,7 +209,7 @@ def hub_card(network: Network, name: str, evaluation: Mapping[str, Any] | None) 
         "tags": ["resnet", network.arch, "pytorch", "32x32"],
         "metrics": ["accuracy"],
     }
-    measured = "It comes without a measurement; `resnet56 evaluate` makes one."
+    measured = "It comes without a measurement."
     if evaluation and test:
         low, high = (100 * bound for bound in test["accuracy_interval"])
         measured = (

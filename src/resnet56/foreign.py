@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from resnet56.errors import Error, RunError, UsageError
+from resnet56.errors import Error, RunError, UsageError, one_line
 from resnet56.model import Architecture, ResNet
 from resnet56.readers import CIFAR10
 from resnet56.rundir import Checkpoint, Network
@@ -96,12 +96,7 @@ def read(
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
     """The tensors in a file, by their keys without wrappings and prefixes."""
-    content = _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
-    wrapped = True
-    while wrapped and isinstance(content, Mapping):
-        inner = next((content[key] for key in WRAPPINGS if _is_dict(content.get(key))), None)
-        wrapped = inner is not None
-        content = inner if wrapped else content
+    content = _unwrapped(_safetensors(file) if file.suffix == ".safetensors" else _torch_file(file))
     if not isinstance(content, Mapping):
         raise RunError(f"{file} holds {_kind(content)}, not a state dict")
     tensors = {
@@ -111,9 +106,31 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
     }
     tensors = {key: value for key, value in tensors.items() if key not in _IGNORED}
     if not tensors:
-        keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
+        keys = ", ".join(one_line(key) for key in list(content)[:5]) or "nothing"
         raise RunError(f"{file} holds no state dict; in it is: {keys}")
+    odd = [key for key, tensor in tensors.items() if not _is_plain(tensor)]
+    if odd:
+        raise RunError(f"{file} holds tensors that are not plain numbers: {_some(odd)}")
     return tensors
+
+
+def _unwrapped(content: Any) -> Any:
+    """What is in the usual wrappings: a few of them, as a damaged one may hold itself."""
+    for _ in WRAPPINGS:
+        if not isinstance(content, Mapping):
+            break
+        inner = next((content[key] for key in WRAPPINGS if _is_dict(content.get(key))), None)
+        if inner is None:
+            break
+        content = inner
+    return content
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its real numbers lie in memory one by one; of others not even the size is certain."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    return not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
 
 
 def _safetensors(file: Path) -> Any:
@@ -141,7 +158,7 @@ def _torch_file(file: Path) -> Any:
             f"{file} {what}, which could run code: it was not read; save the state dict alone"
         ) from None
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise RunError(f"{file} is no whole checkpoint: {_line(error)}") from None
+        raise RunError(f"{file} is no whole checkpoint: {one_line(error)}") from None
 
 
 def _is_dict(value: object) -> bool:
@@ -150,10 +167,6 @@ def _is_dict(value: object) -> bool:
 
 def _kind(value: object) -> str:
     return "a tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _stripped(key: str) -> str:
@@ -215,7 +228,7 @@ def _size(tensor: Tensor) -> str:
 
 
 def _some(words: Sequence[str]) -> str:
-    return ", ".join([*words[:3], *(["..."] if len(words) > 3 else [])])
+    return ", ".join([*map(one_line, words[:3]), *(["..."] if len(words) > 3 else [])])
 
 
 def _shown(found: Mapping[str, Tensor]) -> str:
@@ -251,6 +264,8 @@ def _tensors_like(
         if _is_counter(key):
             model[key] = torch.zeros((), dtype=torch.int64)
             continue
+        if not state[key].is_floating_point():
+            raise RunError(f"{file} is of no use: {key} holds {state[key].dtype}, not floats")
         model[key] = state[key].to(like.dtype).clone()
         if not bool(model[key].isfinite().all()):
             raise Error(f"{file} is of no use: {key} has values that are not finite")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-from resnet56.errors import ImageError
+from resnet56.errors import ImageError, one_line, shown
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -26,6 +26,9 @@ SIZE = 32  # pixels, the network's input on each side
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # Pillow goes by content, not by name; without this list a ".png" could start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+# Each scan of a progressive JPEG goes over the whole picture, and a few bytes make one: a small
+# file could keep a thread busy for long. Encoders write about ten; libtiff, too, stops at 100.
+_SCANS = 100
 
 # The map's colours, from no evidence (clear) to the most (opaque): red, green, blue, alpha.
 # fmt: off
@@ -81,8 +84,10 @@ def read_image(
         ImageError: it is no such picture, broken, truncated or too large.
     """
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or 0
-    name = name or (str(source) if isinstance(source, Path) else "the image")
+    name = name or (shown(str(source)) if isinstance(source, Path) else "the image")
     with reading(name), _quiet:
+        if isinstance(source, bytes) and _has_many_scans(source):
+            raise ImageError(f"{name} is a JPEG of more than {_SCANS} scans: save it anew")
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(stream, formats=_FORMATS) as image:
             if limit and image.width * image.height > limit:
@@ -93,6 +98,11 @@ def read_image(
             return upright(image)
 
 
+def _has_many_scans(content: bytes) -> bool:
+    """Whether it is a JPEG of very many scans; within one, the marker of the next cannot occur."""
+    return content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _SCANS
+
+
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
     """Whatever the block raises becomes an ImageError about `name`."""
@@ -101,7 +111,7 @@ def reading(name: str) -> Iterator[None]:
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise whatever they trip over
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         elif "cannot identify image file" in reason:  # Pillow adds an object's address

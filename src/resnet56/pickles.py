@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resnet56.errors import DataError
+from resnet56.errors import DataError, one_line
 
 
 class _Dtype:
@@ -116,7 +116,7 @@ def read_pickle(file: Path) -> dict[str, object]:
         ) from error
     except Exception as error:  # garbage can make an unpickler raise anything
         raise DataError(
-            f"{file} is not a whole pickle ({_reason(error)}): unpack the archive again"
+            f"{file} is not a whole pickle ({one_line(error)}): unpack the archive again"
         ) from error
     if not isinstance(unpickled, dict):
         raise DataError(f"{file} holds no dictionary: unpack the archive again")
@@ -126,7 +126,3 @@ def read_pickle(file: Path) -> dict[str, object]:
 def text(value: str | bytes) -> str:
     """A string, which Python 2 pickled as bytes."""
     return value if isinstance(value, str) else value.decode("utf-8", "replace")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError
+from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
 from resnet56.images import Bytes, Floats, prepare, read_image, reading
 from resnet56.rundir import Network
 from resnet56.shipped import network_from, read_checkpoint
@@ -95,14 +95,28 @@ class OnnxBackend:
                 content, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's own, which have no common base
-            reason = " ".join(str(error).split())[:200]
-            raise RunError(f"{name} is no whole ONNX file: {reason}") from None
+            raise RunError(f"{name} is no whole ONNX file: {one_line(error)}") from None
         try:
             self.network = network_from(self.session.get_modelmeta().custom_metadata_map)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):  # the last: nested too deep
             raise RunError(
                 f"{name} does not say what its classes are; write it with resnet56 export"
             ) from None
+        if not self._answers():
+            raise RunError(
+                f"{name} does not turn pictures into logits and maps of its "
+                f"{len(self.network.classes)} classes; write it with resnet56 export"
+            )
+
+    def _answers(self) -> bool:
+        """Whether one picture gives as many logits and maps as there are classes."""
+        classes = len(self.network.classes)
+        try:
+            logits, maps = self.run(np.zeros((1, 3, 32, 32), np.uint8))
+            shapes = logits.shape, maps.shape
+        except Exception:  # as above
+            return False
+        return shapes == ((1, classes), (1, classes, 8, 8))
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
@@ -215,16 +229,15 @@ class Predictor:
     ) -> list[Prediction]:
         """`run`, in words: a prediction for each of the prepared images."""
         logits, evidence = self.run(images)
-        shares = softmax(logits)
         predictions = []
-        for row, places in zip(shares, evidence, strict=True):
-            order = np.argsort(-row, kind="stable")[:top]
-            named = {self.classes[index]: float(row[index]) for index in order}
+        for shares, places in zip(softmax(logits), evidence, strict=True):
+            order = likeliest(shares, top)
+            named = {self.classes[index]: float(shares[index]) for index in order}
             best = order[0]
             predictions.append(
                 Prediction(
                     label=self.classes[best],
-                    probability=float(row[best]),
+                    probability=float(shares[best]),
                     probabilities=named,
                     map=places[best] if maps else None,
                 )
@@ -273,6 +286,14 @@ def softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return result
 
 
+def likeliest(
+    probabilities: npt.NDArray[np.float64], top: int | None = None
+) -> npt.NDArray[np.intp]:
+    """(C,) -> the indices of the `top` likeliest classes, likeliest first; equal ones in order."""
+    order: npt.NDArray[np.intp] = np.argsort(-probabilities, kind="stable")[:top]
+    return order
+
+
 def _each(images: Any) -> Iterable[Picture]:
     """One picture as a list of itself; a batch of arrays or tensors as its images."""
     alone = isinstance(images, str | Path | bytes | Image.Image) or hasattr(images, "read")
@@ -283,17 +304,22 @@ def _each(images: Any) -> Iterable[Picture]:
 
 
 def _prepared(picture: Picture) -> Bytes | ImageError:
+    """A picture as the network takes it, or what is wrong with it, whatever that is."""
+    name = shown(str(picture)) if isinstance(picture, str | Path) else "the image"
     try:
-        return prepare(to_image(picture))
+        with reading(name):
+            return prepare(to_image(picture))
     except ImageError as error:
         return error
+    except MemoryError:
+        return ImageError(f"cannot read {name}: there is not enough memory for it")
 
 
 def to_image(picture: Picture) -> Image.Image:
-    """Whatever holds a picture, as a Pillow image. Raises ImageError."""
+    """Whatever holds a picture, as a Pillow image. Raises ImageError, or what Pillow raises."""
     if isinstance(picture, Image.Image):
-        with reading("the image"):
-            picture.load()
+        if 0 in picture.size:
+            raise ImageError("the image has no pixels")
         return picture
     if isinstance(picture, str | Path):
         return read_image(Path(picture))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from resnet56.data import Dataset, Split, hold_out
-from resnet56.errors import DataError, ImageError
+from resnet56.errors import DataError, ImageError, one_line
 from resnet56.images import files_in, prepare, read_image
 from resnet56.pickles import PickledArray, read_pickle, text
 
@@ -81,7 +81,7 @@ def load_folder(path: Path) -> Dataset:
         if (path / "train").is_dir():
             return _load_images(path)
     except OSError as error:
-        reason = error.strerror or _line(error)
+        reason = error.strerror or one_line(error)
         raise DataError(f"cannot read {error.filename or path}: {reason}") from error
     known = ", ".join(layout.folder for layout in _LAYOUTS)
     raise DataError(f"{path} has no known layout: expected {known} or images in train/<class>/")
@@ -130,7 +130,7 @@ def _read_array(file: Path) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {file}: {_line(error)}") from error
+        raise DataError(f"cannot read {file}: {one_line(error)}") from error
     return array
 
 
@@ -334,8 +334,3 @@ def _check_labels(file: Path, labels: npt.NDArray[np.int64], layout: _Layout) ->
 def _empty_split(count: int) -> Split:
     images = torch.empty((count, 3, 32, 32), dtype=torch.uint8)
     return Split(images, torch.empty(count, dtype=torch.int64))
-
-
-def _line(value: object) -> str:
-    """`value` for an error message: one line, not endless; an exception without words by type."""
-    return " ".join(str(value).split())[:200] or type(value).__name__

@@ -1,5 +1,6 @@
 """The command `resnet56`: one module a subcommand, each imported when it runs."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ Without any download: resnet56 train quick --data digits
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every error a user can cause ends as one line and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may be of no encoding
     try:
         code = _run(arguments)
         sys.stdout.flush()

@@ -26,9 +26,9 @@ class ExportOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 export RUN."""
     options = parse(ExportOptions, arguments, "resnet56 export")
-    from resnet56.shipped import read_checkpoint
+    from resnet56 import shipped
 
-    checkpoint, shipped = read_checkpoint(options.run)
+    checkpoint, ships = shipped.read_checkpoint(options.run)
     name = Path(options.run).resolve().name
 
     from resnet56.export import CHECKED, TOLERANCE, write_hub_folder, write_onnx
@@ -41,7 +41,10 @@ def run(arguments: list[str]) -> int:
     else:
         out = options.out or Path(f"{name}-hub")
         file = RunDirectory(Path(options.run)).evaluation_file
-        measured = None if shipped or not file.exists() else read_json(file)
+        if ships:
+            measured = shipped.card(options.run).get("evaluation")
+        else:
+            measured = read_json(file) if file.exists() else None
         write_hub_folder(checkpoint, out, measured)
     print(out)
     return 0

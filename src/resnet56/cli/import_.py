@@ -52,7 +52,8 @@ def run(arguments: list[str]) -> int:
     directory.save(imported.checkpoint)
     for remark in imported.remarks:
         say(remark)
-    say(f"{imported.checkpoint.network.arch}; to measure it: resnet56 evaluate {options.out}")
+    arch = imported.checkpoint.network.arch
+    say(f"{arch}; to measure it: resnet56 evaluate {options.out} --data DIR")
     print(options.out)
     return 0
 

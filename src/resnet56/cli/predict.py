@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from resnet56.cli.common import parse, say
-from resnet56.errors import Error, ImageError, UsageError
+from resnet56.errors import Error, ImageError, UsageError, shown
 
 if TYPE_CHECKING:
     from resnet56.images import Floats
@@ -107,7 +107,7 @@ def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
         elif path.is_dir():
             files = files_in(path)
             if not files:
-                _complain(ImageError(f"{path} holds no pictures"))
+                _complain(ImageError(f"{shown(str(path))} holds no pictures"))
                 failed += 1
             for file in files:
                 inside = file.relative_to(path).with_suffix("").as_posix()
@@ -147,7 +147,7 @@ def _writer(form: str, top: int) -> Callable[[str, "Prediction"], None]:
 
     def tell(name: str, answer: "Prediction") -> None:
         shares = (f"{label} {100 * share:.1f} %" for label, share in answer.probabilities.items())
-        print(f"{name}: {', '.join(shares)}")
+        print(f"{shown(name)}: {', '.join(shares)}")
 
     return tell
 

@@ -9,13 +9,12 @@ import jinja2
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from resnet56 import __version__
 from resnet56.serve.batching import Predictor
 from resnet56.serve.docs import chapters
-from resnet56.serve.front import Front
+from resnet56.serve.front import Front, Hosts
 from resnet56.serve.limits import Limits
 from resnet56.serve.meter import Meter
 from resnet56.serve.schema import Answer, Health, Pictures, Problem
@@ -50,7 +49,7 @@ BODY = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": meaning}
     for status, meaning in {
-        400: "The body is no multipart/form-data, although it says so",
+        400: "The body is no multipart/form-data, although it says so, or the Host is another",
         408: "The body took too long to arrive",
         413: "The body is too large, or has too many pictures",
         415: "The body is of another type",
@@ -68,8 +67,8 @@ def build_app(
     Args:
         predictor: called from one thread only.
         limits: what a client may ask for.
-        hosts: names in the Host header that are answered; on a loopback address they keep other
-            sites from reaching the server through a name of theirs (DNS rebinding).
+        hosts: names in the Host header that are answered, "*" for all; on a loopback address they
+            keep other sites from reaching the server through a name of theirs (DNS rebinding).
     """
     limits = limits or Limits()
     meter = Meter()
@@ -93,7 +92,7 @@ def build_app(
     _add_pages(app, predictor, limits)
     app.add_exception_handler(RequestValidationError, _refuse_options)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
+    app.add_middleware(Hosts, names=hosts)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     app.add_middleware(Front, meter=meter, paths=paths)
     return app

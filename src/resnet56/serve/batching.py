@@ -51,6 +51,7 @@ class Batcher:
         self.wait = wait
         self.seen = seen or (lambda size: None)
         self.queue: asyncio.Queue[_Job] = asyncio.Queue()
+        self.waiting: set[asyncio.Future[tuple[Floats, Floats]]] = set()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="network")
 
     async def __aenter__(self) -> "Batcher":
@@ -63,15 +64,19 @@ class Batcher:
         self.worker.cancel()
         with suppress(asyncio.CancelledError):
             await self.worker
-        while not self.queue.empty():
-            self.queue.get_nowait().result.cancel()
+        for result in self.waiting:  # queued, gathered or running
+            result.cancel()
         self.thread.shutdown()
 
     async def run(self, images: Bytes) -> tuple[Floats, Floats]:
         """What `Predictor.run` says of them, sooner or later."""
         job = _Job(images, asyncio.get_running_loop().create_future())
-        await self.queue.put(job)
-        return await job.result
+        self.waiting.add(job.result)
+        try:
+            await self.queue.put(job)
+            return await job.result
+        finally:
+            self.waiting.remove(job.result)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -80,8 +85,8 @@ class Batcher:
             jobs = [job for job in await self._gather() if not job.result.done()]
             if not jobs:
                 continue
-            images = np.concatenate([job.images for job in jobs])
             try:
+                images = np.concatenate([job.images for job in jobs])
                 logits, maps = await loop.run_in_executor(self.thread, self._run, images)
             except Exception as error:
                 for job in jobs:

@@ -68,7 +68,7 @@ def _resolve(schema: Mapping[str, Any], components: Mapping[str, Any]) -> Mappin
         return components[schema["$ref"].rpartition("/")[2]]  # type: ignore[no-any-return]
     if "anyOf" in schema:
         real = next(one for one in schema["anyOf"] if one.get("type") != "null")
-        return {**schema, **real, "optional": True}
+        return {**schema, **real}
     return schema
 
 

@@ -12,13 +12,15 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from resnet56.errors import UsageError
+from resnet56.errors import UsageError, shown
 from resnet56.serve.app import build_app
 from resnet56.serve.batching import Predictor
 from resnet56.serve.limits import Limits
 
 IDLE = 10.0  # seconds that a connection may be open without a whole request
-CONNECTIONS = 800  # open at once; systems commonly allow a process 1,024 files
+# Open at once: systems commonly allow a process 1,024 files, and the bodies that `Limits` lets it
+# hold lie in up to 256 of them.
+CONNECTIONS = 600
 
 
 class Stopped(BaseException):
@@ -29,16 +31,18 @@ class Stopped(BaseException):
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that hangs up on those who open a connection and ask nothing.
+    """HTTP/1.1 that hangs up on those who open a connection and ask nothing, or read no answer.
 
     Uvicorn times the silence after an answer only: a client that sends its request's head a
-    letter at a time, or a body without end that was refused long ago, would stay for ever.
+    letter at a time, or a body without end that was refused long ago, would stay for ever; so
+    would one that sends request after request and never takes the answers.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Somebody is there."""
         super().connection_made(transport)
         self.asked: Any = None
+        self.unread = 0
         self.watch = self.loop.call_later(IDLE, self._look)
         if len(self.connections) > CONNECTIONS:
             transport.abort()
@@ -49,11 +53,13 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
-        """Hang up if there was no new request since the last look, and none is being answered."""
+        """Hang up if, since the last look, nothing was asked and nothing is answered or read."""
+        unread = self.transport.get_write_buffer_size()
         waiting = self.cycle is None or self.cycle.response_complete
-        if waiting and self.asked is self.cycle:
+        stuck = unread > 0 and unread == self.unread
+        if self.asked is self.cycle and (waiting or stuck):
             self.transport.abort()
-        self.asked = self.cycle
+        self.asked, self.unread = self.cycle, unread
         self.watch = self.loop.call_later(IDLE, self._look)
 
 
@@ -83,7 +89,7 @@ def serve(
     listener = listen(host, port)
     address, port = listener.getsockname()[:2]
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    hosts = ("localhost", "127.0.0.1", "::1", "[::1]", host.lower(), address)
+    hosts = ("localhost", "127.0.0.1", "::1", host.lower(), address)
     app = build_app(predictor, limits=limits, hosts=hosts if loopback else ("*",))
     server = uvicorn.Server(
         uvicorn.Config(
@@ -121,6 +127,8 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
+    except UnicodeError:  # a part of it is empty or too long for a name
+        raise UsageError(f"--host {shown(host)}: that is no host's name") from None
     except socket.gaierror as error:
         raise UsageError(f"--host {host}: {error.strerror}") from None
     except OSError as error:

@@ -10,7 +10,7 @@ from fastapi import HTTPException, Request
 
 from resnet56.errors import Error
 from resnet56.images import Bytes, Floats, prepare, read_image
-from resnet56.predict import softmax
+from resnet56.predict import likeliest, softmax
 from resnet56.serve.batching import Batcher, Predictor
 from resnet56.serve.limits import Gate, Limits, busy
 from resnet56.serve.meter import Meter
@@ -40,7 +40,7 @@ class Service:
     async def __aexit__(self, *_: object) -> None:
         """Stop working."""
         await self.batcher.__aexit__()
-        self.decoders.shutdown(cancel_futures=True)
+        self.decoders.shutdown(wait=False, cancel_futures=True)  # a picture may take long
 
     async def answer(self, request: Request, top: int, maps: bool) -> Answer:
         """The `top` likeliest classes of each picture in a request, with their maps if asked for.
@@ -79,7 +79,7 @@ def _image(upload: Upload, pixels: int) -> Bytes:
         return prepare(read_image(upload.read(), name=upload.name, max_pixels=pixels))
     except Error as error:
         raise HTTPException(422, str(error)) from None
-    except MemoryError:
+    except (MemoryError, OSError):  # of what was put on the disk
         raise busy() from None
 
 
@@ -87,7 +87,6 @@ def _prediction(
     classes: tuple[str, ...], probabilities: npt.NDArray[np.float64], maps: Floats | None, top: int
 ) -> Prediction:
     """The likeliest classes of one picture."""
-    order = np.argsort(-probabilities, kind="stable")[:top]
     return Prediction(
         classes=[
             ClassScore(
@@ -95,6 +94,6 @@ def _prediction(
                 probability=round(float(probabilities[index]), DIGITS),
                 map=None if maps is None else maps[index].astype(float).round(DIGITS).tolist(),
             )
-            for index in order
+            for index in likeliest(probabilities, top)
         ]
     )

@@ -15,11 +15,13 @@ from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from resnet56.serve.limits import Limits
+from resnet56.errors import one_line
+from resnet56.serve.limits import Limits, busy
 from resnet56.serve.schema import Pictures
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
 FIELD = "image"
+ECHO = 100  # characters of its own that a client is told at most
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ async def receive(
     """The pictures of a request; what they occupy on the disk is freed at the end of the block.
 
     Raises:
-        HTTPException: 400, 408, 413, 415, 422, or what `take` raises.
+        HTTPException: 400, 408, 413, 415, 422, 429, or what `take` raises.
     """
     kind = _media_type(request)
     body = _body(request, limits, take)
@@ -45,7 +47,7 @@ async def receive(
         async with asyncio.timeout(limits.body_seconds):
             if kind == JSON:
                 files: list[UploadFile] = []
-                uploads = await _from_json(body)
+                uploads = await _from_json(body, limits)
             else:
                 files = await _from_multipart(request, body, limits)
                 uploads = [_upload(file, place) for place, file in enumerate(files, start=1)]
@@ -70,7 +72,7 @@ def _media_type(request: Request) -> str:
     header["content-type"] = request.headers.get("content-type", "")
     kind = header.get_content_type()  # lower case, without parameters
     if kind not in (MULTIPART, JSON):
-        raise HTTPException(415, f"send {MULTIPART} or {JSON}, not {kind}")
+        raise HTTPException(415, f"send {MULTIPART} or {JSON}, not {_echo(kind, 'that')}")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise HTTPException(415, "send the body as it is, without a Content-Encoding")
     return kind
@@ -108,8 +110,11 @@ async def _from_multipart(
         if error.message.startswith("Too many fields"):
             raise HTTPException(422, f"send files in the field {FIELD!r} and no others") from None
         raise HTTPException(400, f"the body cannot be read: {error.message}") from None
-    except FormParserError as error:  # older Starlettes let it through
-        raise HTTPException(400, f"the body cannot be read: {error}") from None
+    except OSError:  # no room on the disk, or too many files are open
+        raise busy() from None
+    # Older Starlettes let the first through, and all of them what charset=undefined raises.
+    except (FormParserError, UnicodeError) as error:
+        raise HTTPException(400, f"the body cannot be read: {one_line(error)}") from None
     files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if any(key != FIELD for key in form):
         await form.close()
@@ -117,17 +122,27 @@ async def _from_multipart(
     return files
 
 
-async def _from_json(body: AsyncGenerator[bytes, None]) -> list[Upload]:
+async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[Upload]:
     """The pictures of a JSON body; parsed in a thread, because it may be long."""
     content = b"".join([piece async for piece in body])
-    try:
-        pictures = await asyncio.to_thread(Pictures.model_validate_json, content)
-    except ValidationError as error:
-        raise HTTPException(422, complaint(error.errors())) from None
+    pictures = await asyncio.to_thread(_parse, content, limits)
     return [
         Upload(f"images[{place}]", partial(_decode, text, f"images[{place}]"))
         for place, text in enumerate(pictures.images)
     ]
+
+
+def _parse(content: bytes, limits: Limits) -> Pictures:
+    """A JSON body; refused as it is if it holds too many values, lest they become objects first.
+
+    What is in base64 has no comma, so a list has as many as it has pictures, less one.
+    """
+    if content.count(b",") > limits.images:
+        raise _too_many(limits)
+    try:
+        return Pictures.model_validate_json(content)
+    except ValidationError as error:
+        raise HTTPException(422, complaint(error.errors())) from None
 
 
 def _decode(text: str, name: str) -> bytes:
@@ -138,8 +153,7 @@ def _decode(text: str, name: str) -> bytes:
 
 
 def _upload(file: UploadFile, place: int) -> Upload:
-    name = file.filename or f"picture {place}"
-    return Upload(name if name.isprintable() else f"picture {place}", file.file.read)
+    return Upload(_echo(file.filename or "", f"picture {place}"), file.file.read)
 
 
 def _too_many(limits: Limits) -> HTTPException:
@@ -151,4 +165,9 @@ def complaint(errors: Sequence[object]) -> str:
     error = errors[0]
     assert isinstance(error, dict)
     place = ".".join(str(part) for part in error["loc"] if part not in ("query", "body"))
-    return f"{place or 'the body'}: {error['msg']}"
+    return f"{_echo(place, 'the body')}: {error['msg']}"
+
+
+def _echo(text: str, instead: str) -> str:
+    """What the client has written, where it is fit for one clean line; `instead` otherwise."""
+    return text if text and text.isprintable() and len(text) <= ECHO else instead
