@@ -106,9 +106,7 @@ def test_our_contestant_is_the_step_that_training_makes(
     once = course.our_step("resnet8", 16, "eager")
     for _ in range(3):  # an epoch
         once()
-    recipe = Recipe(
-        arch="resnet8", batch_size=16, epochs=1, execution="eager", precision="fp32"
-    )
+    recipe = Recipe(arch="resnet8", batch_size=16, epochs=1, execution="eager", precision="fp32")
     train(recipe, ten_classes(tiny), tmp_path / "run", device="cpu")
     trained = RunDirectory(tmp_path / "run").load().model
     mine = made[0].model.state_dict()

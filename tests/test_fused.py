@@ -146,13 +146,13 @@ def test_a_hundred_fused_steps_lose_what_eager_ones_lose(arch: str, precision: R
     """The losses drift apart by rounding alone, so the first ones must agree best."""
     losses = {way: run(arch, way, 100, precision) for way in ("eager", "fused")}
     gap = (losses["eager"] - losses["fused"]).abs() / losses["eager"]
-    print(arch, precision, gap[:10].max(), gap.max())
-    soon, late = (1e-5, 2e-2) if precision == "fp32" else (2e-2, 0.2)
+    soon, late = (1e-5, 2e-2) if precision == "fp32" else (2e-3, 0.1)
     assert gap[:10].max() < soon
     assert gap.max() < late
     assert losses["fused"][-10:].mean() < 0.5 * losses["fused"][:10].mean()  # it did learn
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's about itself
 def test_compiled_steps_lose_what_eager_ones_lose() -> None:
     try:
         compiled = run("resnet8", "compiled", 5)

@@ -29,7 +29,8 @@ class InferenceForm(nn.Module):
         for module in list(net.modules()):
             _fold(module)
         self.dtype = DTYPES[precision]
-        self.net = net.to(self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net: ResNet = net.to(self.dtype)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net.fc.float()
         self.requires_grad_(False)
 

@@ -200,7 +200,7 @@ class _Loop:
         )
 
     def _say_what_changed(self, saved: Checkpoint) -> None:
-        """Another machine may compute in another way; the run then goes on, not to the same bits."""
+        """Another machine may compute in another way: the run goes on, not to the same bits."""
         was = [saved.notes.get("precision"), saved.notes.get("execution")]
         now = [self.precision, self.forward.execution]
         if None not in was and was != now:
