@@ -251,7 +251,7 @@ def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
     monkeypatch.setenv("CC", "no-such-compiler")
     with TrainingProgress() as progress:
         train(small, tiny, tmp_path / "run", device="cpu", resume=True, progress=progress)
-    assert "so far it ran fp32 fused, it goes on fp32 eager" in capsys.readouterr().err
+    assert "so far it ran fp32 fused, it goes on fp32 eager" in capsys.readouterr().out
     [resumed] = json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"]
     assert resumed["execution"] == "eager"
     assert "no C compiler" in resumed["execution_reason"]
