@@ -102,6 +102,7 @@ def train(
             if here.is_first:  # not before all that can be refused has been
                 _prepare(run, recipe, facts, resumed=saved is not None)
             loop.epochs(held_out, stop, scalars)
+        del loop  # DistributedDataParallel goes before the group that it talks through
     if stop.signum is not None:  # asked for in the last moment
         raise Interrupted(stop.signum)
     if not here.is_first:
