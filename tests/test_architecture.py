@@ -47,9 +47,11 @@ ARROWS: dict[str, set[str]] = {
     },
     "export": {"augment", "errors", "evaluation", "model", "predict", "rundir", "shipped"},
     "stock": {"data", "model"},
+    "contest": set(),
+    "roofline": {"contest", "model", "runtime"},
     "bench": {
-        "batches", "data", "errors", "evaluation", "export", "inference", "model", "predict",
-        "recipe", "rundir", "runtime", "step", "stock",
+        "batches", "contest", "data", "errors", "evaluation", "export", "inference", "model",
+        "predict", "recipe", "roofline", "rundir", "runtime", "step", "stock",
     },
     "serve": {"__init__", "errors", "images", "predict"},
     # roof

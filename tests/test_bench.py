@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from resnet56 import bench
-from resnet56.bench import Contestant, Course, compared, floor, take_turns
+from resnet56.bench import Course
 from resnet56.cli import main
+from resnet56.contest import Contestant, compared, take_turns
 from resnet56.data import Dataset, channel_statistics
 from resnet56.errors import UsageError
 from resnet56.recipe import Recipe
+from resnet56.roofline import floor
 from resnet56.rundir import RunDirectory
 from resnet56.step import Trainer
 from resnet56.stock import Pictures, StockLoop
@@ -25,7 +27,7 @@ CPU = torch.device("cpu")
 
 def test_contestants_take_turns_until_each_has_had_all_rounds() -> None:
     calls: list[str] = []
-    pair = [Contestant(n, lambda n=n: calls.append(n), lambda: None) for n in ("a", "b")]
+    pair = [Contestant(n, lambda n=n: calls.append(n), CPU) for n in ("a", "b")]
     take_turns(pair, rounds=3, seconds=1e-9)
     assert [len(contestant.seconds) for contestant in pair] == [3, 3]
     measured = calls[-3 * 2 * 2 :]  # at least two repetitions a turn
@@ -33,7 +35,7 @@ def test_contestants_take_turns_until_each_has_had_all_rounds() -> None:
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios_to_the_faster_stock() -> None:
-    slow, fast, ours = (Contestant(n, int, int) for n in ("stock, 2", "stock, 0", "ours"))
+    slow, fast, ours = (Contestant(n, int, CPU) for n in ("stock, 2", "stock, 0", "ours"))
     slow.seconds, fast.seconds, ours.seconds = [9, 9, 9], [4, 8, 6], [1, 4, 3]
     rows = {row["name"]: row for row in compared([slow, fast, ours], images=12, stock="stock")}
     assert rows["stock, 0"]["baseline"]

@@ -73,7 +73,7 @@ def test_samples_show_the_surest_mistakes_and_real_crops(run: RunDirectory, tiny
 
 
 def test_robustness_is_the_accuracy_on_corrupted_images(run: RunDirectory, tiny: Dataset) -> None:
-    subject = subject_of(run, CPU)
+    subject = subject_of(run.load(), CPU)
     found = measure_robustness(subject, tiny.test, 10)
     assert found["images"] == 10
     assert set(found["corruptions"]) == set(CORRUPTIONS)
@@ -86,7 +86,7 @@ def test_robustness_is_the_accuracy_on_corrupted_images(run: RunDirectory, tiny:
 
 
 def test_speed_says_the_same_in_both_units(run: RunDirectory, tiny: Dataset) -> None:
-    speed = inference_speed(subject_of(run, CPU), tiny.test.images)
+    speed = inference_speed(subject_of(run.load(), CPU), tiny.test.images)
     for batch in ("batch_1", "batch_256"):
         row = speed[batch]
         assert row["milliseconds_an_image"] * row["images_per_second"] == pytest.approx(1000)
@@ -94,14 +94,14 @@ def test_speed_says_the_same_in_both_units(run: RunDirectory, tiny: Dataset) -> 
 
 
 def test_a_network_compared_with_itself_changes_nothing(run: RunDirectory, tiny: Dataset) -> None:
-    subject = subject_of(run, CPU)
+    subject = subject_of(run.load(), CPU)
     found = compare(subject, subject, ("cpu fp32", "cpu fp32"), tiny.test)
     assert (found["changed"], found["largest_difference"]) == (0, 0.0)
     assert "explains none" in found["verdict"]
 
 
 def test_a_changed_network_is_counted_image_by_image(run: RunDirectory, tiny: Dataset) -> None:
-    one, other = subject_of(run, CPU), subject_of(run, CPU)
+    one, other = subject_of(run.load(), CPU), subject_of(run.load(), CPU)
     with torch.no_grad():
         other.model.fc.bias[1] += 100.0  # every image becomes the second class
     found = compare(one, other, ("a", "b"), tiny.test)
@@ -115,6 +115,6 @@ def test_a_changed_network_is_counted_image_by_image(run: RunDirectory, tiny: Da
 
 
 def test_bf16_logits_are_near_those_of_fp32(run: RunDirectory, tiny: Dataset) -> None:
-    a, b = (subject_of(run, CPU, precision) for precision in ("fp32", "bf16"))
+    a, b = (subject_of(run.load(), CPU, precision) for precision in ("fp32", "bf16"))
     found = compare(a, b, ("cpu fp32", "cpu bf16"), tiny.test)
     assert 0 < found["largest_difference"] < 0.5

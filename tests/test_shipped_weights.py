@@ -7,7 +7,7 @@ import torch
 
 from resnet56 import shipped
 from resnet56.data import Dataset
-from resnet56.evaluation import Subject, restore
+from resnet56.evaluation import Subject, subject_of
 
 CPU = torch.device("cpu")
 NAMES = shipped.names()
@@ -15,7 +15,7 @@ NAMES = shipped.names()
 
 def subject(name: str) -> Subject:
     checkpoint = shipped.load(name)
-    return Subject(restore(checkpoint, CPU), checkpoint.network, "fp32")
+    return subject_of(checkpoint, CPU)
 
 
 def seeded(count: int) -> torch.Tensor:

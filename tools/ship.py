@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from resnet56 import shipped
-from resnet56.evaluation import Subject, restore
+from resnet56.evaluation import subject_of
 from resnet56.readers import load_folder
 from resnet56.rundir import RunDirectory, read_json, write_json
 
@@ -26,7 +26,7 @@ def main(run: Path, name: str, folder: Path) -> None:
         sys.exit(f"{folder} has other classes than {run}")
     shipped.save(directory, name, shipped.FOLDER)
     checkpoint = shipped.load(name)
-    subject = Subject(restore(checkpoint, torch.device("cpu")), checkpoint.network, "fp32")
+    subject = subject_of(checkpoint, torch.device("cpu"))
     card = shipped.FOLDER / f"{name}.json"
     figures = {"test": subject.figures(dataset.test), "train": subject.figures(dataset.train)}
     evaluation = {"of": "the half-precision weights", "data": dataset.source, **figures}

@@ -1,9 +1,4 @@
-"""Ours against the loop people write: whole training steps on real images, in turns.
-
-The contestants of a comparison live side by side in one process and take turns of about a
-second, A B C A B C, so that whatever else the machine does falls on all of them. A ratio is the
-median over the rounds of the ratio within a round.
-"""
+"""Ours against the loop people write: whole training steps on real images, in turns."""
 
 import contextlib
 import itertools
@@ -14,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,17 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from resnet56.batches import Batches
+from resnet56.contest import Contestant, compared, take_turns
 from resnet56.data import Dataset, Split, Triple, channel_statistics
 from resnet56.errors import MissingExtraError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.export import to_onnx
 from resnet56.inference import InferenceForm
-from resnet56.model import ResNet, build, describe
+from resnet56.model import build
 from resnet56.predict import OnnxBackend
 from resnet56.recipe import Recipe
+from resnet56.roofline import floor, machine_limits
 from resnet56.rundir import Checkpoint, Network, Position, RunDirectory
 from resnet56.runtime import (
-    DTYPES,
     Resolved,
     environment,
     peak_memory_mb,
@@ -49,66 +45,6 @@ STARTS = 3  # of each command whose start-up is timed
 Say = Callable[[str], None]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-@dataclass
-class Contestant:
-    """Something that repeats: a step, or a forward pass."""
-
-    name: str
-    once: Callable[[], object]
-    synchronize: Callable[[], None]
-    seconds: list[float] = field(default_factory=list)  # for one repetition, a round each
-
-    def turn(self, repeats: int) -> float:
-        """Seconds that one of `repeats` repetitions takes."""
-        self.synchronize()
-        begun = time.perf_counter()
-        for _ in range(repeats):
-            self.once()
-        self.synchronize()
-        return (time.perf_counter() - begun) / repeats
-
-
-def take_turns(contestants: Sequence[Contestant], rounds: int, seconds: float) -> None:
-    """Let each one warm up, then `rounds` times run for about `seconds`, one after another."""
-    repeats = {}
-    for contestant in contestants:
-        contestant.turn(3)  # allocators, thread pools, compilers
-        repeats[contestant.name] = max(2, round(seconds / contestant.turn(2)))
-    for _ in range(rounds):
-        for contestant in contestants:
-            contestant.seconds.append(contestant.turn(repeats[contestant.name]))
-
-
-def compared(contestants: Sequence[Contestant], images: int, *, stock: str) -> list[dict[str, Any]]:
-    """A row for each: medians, and its ratio to the fastest whose name begins with `stock`."""
-    plain = [c for c in contestants if c.name.startswith(stock)]
-    base = min(plain, key=lambda c: statistics.median(c.seconds))
-    rows = []
-    for contestant in contestants:
-        ratios = [b / s for b, s in zip(base.seconds, contestant.seconds, strict=True)]
-        median = statistics.median(contestant.seconds)
-        rows.append(
-            {
-                "name": contestant.name,
-                "milliseconds": 1000 * median,
-                "images_per_second": images / median,
-                "ratio": statistics.median(ratios),
-                "ratio_least": min(ratios),
-                "ratio_most": max(ratios),
-                "baseline": contestant is base,
-            }
-        )
-    return rows
-
-
 @dataclass(frozen=True)
 class Course:
     """Where the contest runs, and on what."""
@@ -118,10 +54,6 @@ class Course:
     std: Triple
     device: torch.device
     precision: Resolved
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        synchronize(self.device)
 
     def pictures(self) -> Pictures:
         """The same images, as the stock loop has them."""
@@ -170,10 +102,10 @@ def bench_training(
         )
         for workers in (0, 2)
     }
-    contestants = [Contestant(n, loop.step, course.synchronize) for n, loop in stocks.items()]
+    contestants = [Contestant(n, loop.step, course.device) for n, loop in stocks.items()]
     for way in ways:
         once = course.our_step(arch, batch, way)
-        contestants.append(Contestant(f"ours, {way}", once, course.synchronize))
+        contestants.append(Contestant(f"ours, {way}", once, course.device))
     try:
         take_turns(contestants, rounds, seconds)
     finally:
@@ -199,7 +131,7 @@ def bench_inference(
             runner(images).argmax(dim=1).tolist()
 
     contestants = [
-        Contestant(name, lambda runner=runner: once(runner), course.synchronize)  # type: ignore[misc]
+        Contestant(name, lambda runner=runner: once(runner), course.device)  # type: ignore[misc]
         for name, runner in runners.items()
     ]
     if course.device.type == "cpu":
@@ -210,7 +142,7 @@ def bench_inference(
             array = pixels.numpy()
             contestants.append(
                 Contestant(
-                    "ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), course.synchronize
+                    "ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), course.device
                 )
             )
     take_turns(contestants, rounds, seconds)
@@ -238,57 +170,6 @@ def peaks(course: Course, arch: str, batch: int, ways: Sequence[str]) -> dict[st
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             found[way] = pool.submit(peak_of, course, arch, batch, way).result()
     return found
-
-
-def machine_limits(device: torch.device, precision: Resolved) -> dict[str, float]:
-    """Operations and bytes a second that a matrix product and a copy reach: the best of ten."""
-    wide = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(wide, wide, device=device).to(DTYPES[precision]) for _ in range(2))
-    source = torch.ones(2**26, device=device)  # written, or all its pages would be one of zeros
-    target = torch.empty_like(source)
-
-    def best(once: Callable[[], object]) -> float:
-        contestant = Contestant("", once, lambda: synchronize(device))
-        contestant.turn(1)
-        return min(contestant.turn(1) for _ in range(10))
-
-    return {
-        "gflops": 2 * wide**3 / best(lambda: a @ b) / 1e9,
-        "gigabytes_per_second": 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9,
-    }
-
-
-def floor(arch: str, batch: int, precision: Resolved, limits: dict[str, float]) -> dict[str, float]:
-    """The least time that the machine's limits allow a step, in ms.
-
-    Arithmetic: a forward pass, and twice as much backward. Memory: every convolution's and every
-    norm's output is written and read forward, read again backward, and its gradient is written
-    and read: five passes over what a step must keep, were everything else fused and no cache to
-    hold any of it.
-    """
-    operations = 3 * 2 * describe(arch).macs * batch
-    bytes_moved = 5 * batch * _kept_elements(arch) * DTYPES[precision].itemsize
-    return {
-        "arithmetic_ms": operations / limits["gflops"] / 1e6,
-        "memory_ms": bytes_moved / limits["gigabytes_per_second"] / 1e6,
-    }
-
-
-def _kept_elements(arch: str) -> int:
-    """Numbers that one image leaves behind in the convolutions and norms of a forward pass."""
-    kept = 0
-
-    def count(module: nn.Module, _: object, output: Tensor) -> None:
-        nonlocal kept
-        kept += output.numel()
-
-    with torch.device("meta"):
-        model: ResNet = build(arch)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-                module.register_forward_hook(count)
-        model(torch.empty(1, 3, 32, 32))
-    return kept
 
 
 def bench_rest(course: Course, dataset: Dataset, load_seconds: float) -> dict[str, float]:

@@ -119,9 +119,10 @@ class Subject:
         return next(self.model.parameters()).device
 
 
-def subject_of(run: RunDirectory, device: torch.device, precision: Resolved = "fp32") -> Subject:
-    """The run's network, ready to be measured; RunError if there is no whole checkpoint."""
-    checkpoint = run.load()
+def subject_of(
+    checkpoint: Checkpoint, device: torch.device, precision: Resolved = "fp32"
+) -> Subject:
+    """The checkpoint's network on `device`, ready to be measured."""
     return Subject(restore(checkpoint, device), checkpoint.network, precision)
 
 
@@ -158,7 +159,7 @@ def evaluate_run(
         The content of evaluation.json.
     """
     checkpoint = run.load()
-    subject = Subject(restore(checkpoint, device), checkpoint.network, precision)
+    subject = subject_of(checkpoint, device, precision)
     classes = checkpoint.network.classes
     training, held_out = training_split(dataset, holdout)
     splits = {"test": dataset.test, "train": training, "holdout": held_out}

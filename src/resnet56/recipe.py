@@ -22,7 +22,7 @@ Execution = Literal["auto", "eager", "fused", "compiled"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Raises UsageError, one line, for a value out of range."""
+    """How to train; a value out of range is refused (UsageError)."""
 
     arch: str = "resnet56"
     """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, ..."""

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -14,8 +14,10 @@ from resnet56.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from resnet56.data import Split
-    from resnet56.rundir import Checkpoint
+    from resnet56.data import Dataset, Split
+    from resnet56.evaluation import Subject
+    from resnet56.rundir import Checkpoint, RunDirectory
+    from resnet56.runtime import Resolved
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class EvaluateOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 evaluate RUN."""
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
-    from resnet56 import runtime, tables
-    from resnet56.evaluation import Subject, evaluate_run, restore
-    from resnet56.readers import is_benchmark, load_benchmark
-    from resnet56.rundir import RunDirectory, read_json
+    from resnet56 import runtime
+    from resnet56.evaluation import subject_of
+    from resnet56.readers import is_benchmark
+    from resnet56.rundir import RunDirectory
     from resnet56.shipped import read_checkpoint
+    from resnet56.tables import show_figures
 
     if options.robustness < 0:
         raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
@@ -62,21 +65,16 @@ def run(arguments: list[str]) -> int:
     precision = runtime.resolve_precision(options.precision, device)
     run = RunDirectory(Path(options.run))
     checkpoint, shipped = read_checkpoint(options.run)
-    net = checkpoint.network
-    subject = Subject(restore(checkpoint, device), net, precision)
     if options.data and is_benchmark(Path(options.data)):
         if options.parity is not None:
             raise UsageError("--parity compares on one set of images; leave --data out")
-        figures = {}
-        for name, images in load_benchmark(Path(options.data), len(net.classes)):
-            with show(f"{len(images):,} images ({name})", len(images)) as tick:
-                figures[name] = subject.figures(images, tick)
-        print(json.dumps(figures)) if options.json else tables.show_accuracies(figures)
+        _measure_benchmark(subject_of(checkpoint, device, precision), options)
         return 0
 
     if shipped and not options.data:
         raise UsageError(f"{options.run} comes with the package; on which images? choose --data")
     dataset = load_data(options.data or run.data_origin() or "digits")
+    net = checkpoint.network
     if dataset.classes != net.classes:
         raise UsageError(
             f"{dataset.source} has other classes ({', '.join(dataset.classes[:3])}, ...) than "
@@ -85,19 +83,44 @@ def run(arguments: list[str]) -> int:
     own = not shipped and dataset.fingerprint() == checkpoint.notes.get("data")
     if not own and not shipped:
         say("these are not the images of the run: nothing is written")
-    if options.parity is not None:
-        found = _compare(checkpoint, options.parity, device, dataset.test)
-        if own:
-            run.keep_comparison(found)
-        print(json.dumps(found)) if options.json else tables.show_comparison(found)
-        return 0
     title = f"{net.arch}, {options.split} images of {dataset.source}"
-    if not own:
+    if options.parity is not None:
+        _compare(checkpoint, dataset.test, options, device, keep_in=run if own else None)
+    elif own:
+        _measure_run(run, dataset, options, device, precision, title)
+    else:
         split = dataset.test if options.split == "test" else dataset.train
         with show(f"{len(split):,} images", len(split)) as tick:
-            other = subject.figures(split, tick)
-        print(json.dumps(other)) if options.json else tables.show_figures(other, title)
-        return 0
+            figures = subject_of(checkpoint, device, precision).figures(split, tick)
+        print(json.dumps(figures)) if options.json else show_figures(figures, title)
+    return 0
+
+
+def _measure_benchmark(subject: "Subject", options: EvaluateOptions) -> None:
+    """CIFAR-10-C's or 10.1's arrays, one after the other."""
+    from resnet56.readers import load_benchmark
+    from resnet56.tables import show_accuracies
+
+    figures = {}
+    for name, images in load_benchmark(Path(options.data or ""), len(subject.network.classes)):
+        with show(f"{len(images):,} images ({name})", len(images)) as tick:
+            figures[name] = subject.figures(images, tick)
+    print(json.dumps(figures)) if options.json else show_accuracies(figures)
+
+
+def _measure_run(
+    run: "RunDirectory",
+    dataset: "Dataset",
+    options: EvaluateOptions,
+    device: "torch.device",
+    precision: "Resolved",
+    title: str,
+) -> None:
+    """A run on its own images: everything, and it is written down."""
+    from resnet56 import tables
+    from resnet56.evaluation import evaluate_run
+    from resnet56.rundir import read_json
+
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
     result = evaluate_run(
         run,
@@ -116,16 +139,21 @@ def run(arguments: list[str]) -> int:
     else:
         tables.show_figures(result[options.split], title)
         tables.show_extras(result)
-    return 0
 
 
 def _compare(
-    checkpoint: "Checkpoint", sides: str, device: "torch.device", split: "Split"
-) -> dict[str, Any]:
+    checkpoint: "Checkpoint",
+    split: "Split",
+    options: EvaluateOptions,
+    device: "torch.device",
+    keep_in: "RunDirectory | None",
+) -> None:
     """`--parity A,B`: measure on both sides."""
     from resnet56 import runtime
-    from resnet56.evaluation import Measured, Subject, compare, restore
+    from resnet56.evaluation import Measured, compare, subject_of
+    from resnet56.tables import show_comparison
 
+    sides = options.parity or ""
     names: list[str] = []
     subjects: list[Measured] = []
     for side in sides.split(","):
@@ -139,9 +167,12 @@ def _compare(
         where = device if here else runtime.resolve_device(side)
         precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", where)
         names.append(f"{where} {precision}")
-        subjects.append(Subject(restore(checkpoint, where), checkpoint.network, precision))
+        subjects.append(subject_of(checkpoint, where, precision))
     if len(names) != 2:
         raise UsageError(
             f"--parity wants two sides, as in cpu,cuda, fp32,bf16 or torch,onnx, not {sides!r}"
         )
-    return compare(subjects[0], subjects[1], (names[0], names[1]), split, show)
+    found = compare(subjects[0], subjects[1], (names[0], names[1]), split, show)
+    if keep_in is not None:
+        keep_in.keep_comparison(found)
+    print(json.dumps(found)) if options.json else show_comparison(found)
