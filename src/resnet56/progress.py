@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -40,7 +40,8 @@ class TrainingProgress:
     def __init__(self, *, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(highlight=False)
         self.quiet = quiet
-        self.epochs = self.steps = self.done = 0
+        self.costs: Sequence[float] = ()
+        self.steps = self.done = 0
         self.bar: Progress | None = None
         self.started = self.last_line = time.monotonic()
 
@@ -70,9 +71,15 @@ class TrainingProgress:
             self.bar.stop()
         return measuring(what, total, self.console, quiet=self.quiet)
 
-    def begin(self, epochs: int, steps: int, done: int) -> None:
-        """A training of `epochs` epochs with `steps` steps each goes on after `done` steps."""
-        self.epochs, self.steps, self.done = epochs, steps, done
+    def begin(self, costs: Sequence[float], steps: int, done: int) -> None:
+        """A training goes on after `done` steps.
+
+        Args:
+            costs: for each of its epochs, how long a step takes, in any unit.
+            steps: in an epoch.
+            done: the steps taken before.
+        """
+        self.costs, self.steps, self.done = costs, steps, done
         self.started = self.last_line = time.monotonic()
         if self.console.is_terminal and not self.quiet:
             self.bar = Progress(
@@ -83,19 +90,26 @@ class TrainingProgress:
                 transient=True,
             )
             self.bar.start()
-            self.bar.add_task("", total=epochs * steps, epoch="", numbers="")
+            self.bar.add_task("", total=self._work(len(costs) * steps), epoch="", numbers="")
+
+    def _work(self, step: int) -> float:
+        """The cost of all steps before `step`."""
+        epoch, rest = divmod(step, self.steps)
+        return self.steps * sum(self.costs[:epoch]) + (rest * self.costs[epoch] if rest else 0)
 
     def step(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """`step` steps of all are taken; the other numbers are the epoch's so far."""
         if self.quiet:
             return
         now = time.monotonic()
-        left = (self.epochs * self.steps - step) * (now - self.started) / (step - self.done)
-        epoch = f"{(step - 1) // self.steps + 1}/{self.epochs}"
+        work = self._work(step)
+        here, ahead = work - self._work(self.done), self._work(len(self.costs) * self.steps) - work
+        left = ahead * (now - self.started) / here
+        epoch = f"{(step - 1) // self.steps + 1}/{len(self.costs)}"
         speed = f"{images_per_second:.0f} img/s"
         numbers = f"loss {loss:.3f}  acc {percent(accuracy)}  {speed}  {duration(left)} left"
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step, epoch=epoch, numbers=numbers)
+            self.bar.update(self.bar.task_ids[0], completed=work, epoch=epoch, numbers=numbers)
         elif now - self.last_line >= LINE_EVERY:
             self.last_line = now
             self.say(f"  in epoch {epoch}  {numbers}")
@@ -103,8 +117,9 @@ class TrainingProgress:
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch is over; `row` is its line of metrics.jsonl."""
         self.last_line = time.monotonic()
+        epochs = len(self.costs)
         line = (
-            f"epoch {row['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
+            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
             f"  loss {row['train_loss']:.4f}  acc {percent(row['train_accuracy'])}"
         )
         if "holdout_accuracy" in row:

@@ -149,6 +149,13 @@ def _prepare(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, resume
     write_json(run.environment_file, facts)
 
 
+def _costs(recipe: Recipe) -> list[float]:
+    """How long a step takes in each epoch, as a share of one on 32x32 images."""
+    rest = [32] * (recipe.epochs - len(recipe.sizes))
+    # A fifth does not depend on the size: 16x16 took 0.38 and 24x24 0.62 of the time of 32x32.
+    return [0.2 + 0.8 * (side / 32) ** 2 for side in (*recipe.sizes, *rest)][: recipe.epochs]
+
+
 @dataclass
 class _Loop:
     """The epochs of one training, and where it stands in them."""
@@ -212,7 +219,7 @@ class _Loop:
 
     def epochs(self, held_out: Split | None, stop: "_Stop", scalars: Scalars | None) -> None:
         """Train from the present position to the last epoch."""
-        self.progress.begin(self.recipe.epochs, self.batches.steps, self.position.step)
+        self.progress.begin(_costs(self.recipe), self.batches.steps, self.position.step)
         if self.position.step == 0:
             self._save()  # from here on there is something to resume
         while self.position.epoch < self.recipe.epochs:
