@@ -1,6 +1,7 @@
 """Any picture in, 32x32 bytes out; whatever is wrong with one is one line."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -96,12 +97,40 @@ def test_what_is_no_whole_picture_is_one_line(content: bytes, says: str, tmp_pat
     assert str(file) in str(caught.value)
 
 
-def test_a_jpeg_of_scans_without_end_is_refused() -> None:
-    content = encoded(Image.effect_noise((64, 64), 50), "JPEG", progressive=True)
+def progressive() -> bytes:
+    return encoded(Image.effect_noise((64, 64), 50), "JPEG", progressive=True)
+
+
+def test_a_jpeg_of_scans_without_end_is_refused(tmp_path: Path) -> None:
+    content = progressive()
     assert read_image(content).size == (64, 64)
     scan = content[content.rindex(b"\xff\xda") : -2]
+    many = content[:-2] + 100 * scan + content[-2:]
+    (tmp_path / "it").write_bytes(many)
+    for source in (many, tmp_path / "it", io.BytesIO(many)):
+        with pytest.raises(ImageError, match="it is a JPEG of more than 100 scans"):
+            read_image(source, name="it")
+    junk = content[:-2] + 100 * (b"junk\xff\x00\xff\x01\xff\xff" + scan) + content[-2:]
     with pytest.raises(ImageError, match="it is a JPEG of more than 100 scans"):
-        read_image(content[:-2] + 100 * scan + content[-2:], name="it")
+        read_image(junk, name="it")  # decoders pass over what is between two scans
+
+
+def test_what_is_no_scan_of_a_jpeg_does_not_count() -> None:
+    """Phones put a short film behind the picture, cameras a thumbnail before it."""
+    content, film = progressive(), 200 * b"\xff\xda\x00\x08 film"
+    notes = b"\xff\xe4" + (len(film) + 2).to_bytes(2, "big") + film
+    plain = read_image(content).tobytes()
+    assert read_image(content + film).tobytes() == plain
+    assert read_image(content[:2] + notes + content[2:]).tobytes() == plain
+
+
+def test_a_stream_that_cannot_go_back_is_read() -> None:
+    content = progressive()
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        assert read_image(stream).tobytes() == read_image(content).tobytes()
 
 
 def test_a_smaller_bound_can_be_set_and_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ without PyTorch.
 
 import contextlib
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # Each scan of a progressive JPEG goes over the whole picture, and a few bytes make one: a small
 # file could keep a thread busy for long. Encoders write about ten; libtiff, too, stops at 100.
 _SCANS = 100
+# A JPEG's markers: what follows 0xFF, but for stuffing, restarts and padding (T.81, table B.1).
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
+_TEM, _EOI, _SOS = b"\x01", b"\xd9", b"\xda"
 
 # The map's colours, from no evidence (clear) to the most (opaque): red, green, blue, alpha.
 # fmt: off
@@ -85,10 +89,9 @@ def read_image(
     """
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or 0
     name = name or (shown(str(source)) if isinstance(source, Path) else "the image")
-    with reading(name), _quiet:
-        if isinstance(source, bytes) and _has_many_scans(source):
+    with reading(name), _quiet, _opened(source) as stream:
+        if _has_many_scans(stream):
             raise ImageError(f"{name} is a JPEG of more than {_SCANS} scans: save it anew")
-        stream = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(stream, formats=_FORMATS) as image:
             if limit and image.width * image.height > limit:
                 raise ImageError(
@@ -98,9 +101,34 @@ def read_image(
             return upright(image)
 
 
-def _has_many_scans(content: bytes) -> bool:
-    """Whether it is a JPEG of very many scans; within one, the marker of the next cannot occur."""
-    return content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _SCANS
+@contextlib.contextmanager
+def _opened(source: Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
+    """A stream that can go back; one that was open already stays open."""
+    if isinstance(source, Path):
+        with source.open("rb") as stream:
+            yield stream
+    elif isinstance(source, bytes):
+        yield io.BytesIO(source)
+    else:
+        yield source if source.seekable() else io.BytesIO(source.read())
+
+
+def _has_many_scans(stream: BinaryIO) -> bool:
+    """Whether it is a JPEG of very many scans.
+
+    Goes from marker to marker as decoders do, up to the end of the image: what lies behind it, as
+    phones put a film there, or in a segment, as a thumbnail, is not counted.
+    """
+    stream.seek(0)  # where Pillow begins
+    is_jpeg = stream.read(2) == b"\xff\xd8"
+    content = stream.read() if is_jpeg else b""
+    scans = at = 0
+    while (marker := _MARKER.search(content, at)) and marker[1] != _EOI and scans <= _SCANS:
+        at = marker.end()
+        if marker[1] != _TEM:  # all others begin a segment, which says how long it is
+            at += max(2, int.from_bytes(content[at : at + 2], "big"))
+        scans += marker[1] == _SOS
+    return scans > _SCANS
 
 
 @contextlib.contextmanager
