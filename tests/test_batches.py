@@ -106,6 +106,28 @@ def test_the_same_image_is_augmented_otherwise_in_each_epoch() -> None:
     assert torch.stack(changed).float().mean() > 0.9
 
 
+def mirrored(batches: Batches, epoch: int) -> dict[int, bool]:
+    """Of each image in `epoch`, whether it was mirrored; images grow brighter to the right."""
+    return {
+        int(number): bool(image[0, 0, 0] > image[0, 0, -1])
+        for images, numbers in batches.epoch(epoch)
+        for image, number in zip(images, numbers, strict=True)
+    }
+
+
+def test_flips_in_turn_show_every_image_both_ways_in_two_epochs() -> None:
+    ramp = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32).contiguous()
+    split = Split(ramp, torch.arange(200))
+    options: dict[str, Any] = {"batch_size": 8, "padding": 0, "alternate_flip": True}
+    seen = [mirrored(Batches(split, BLACK, UNIT, seed=3, **options), epoch) for epoch in range(4)]
+    assert 70 < sum(seen[0].values()) < 130
+    for one, next_one in pairwise(seen):
+        assert all(one[image] != next_one[image] for image in range(200))
+    assert mirrored(Batches(split, BLACK, UNIT, seed=4, **options), 0) != seen[0]
+    never = Batches(split, BLACK, UNIT, seed=3, flip=False, **options)
+    assert not any(mirrored(never, 1).values())
+
+
 @pytest.mark.parametrize("start", [0, 1, 3, 5])
 def test_starting_at_a_step_is_skipping_the_steps_before(start: int) -> None:
     batches = augmented(44, 8)

@@ -197,6 +197,7 @@ BAD: list[tuple[str, Any]] = [
     ("padding", -1),
     ("padding", 32),
     ("flip", "left"),
+    ("alternate_flip", 1),
     ("cutout", -1),
     ("cutout", 33),
     ("ema_decay", 1),
@@ -221,6 +222,10 @@ def test_sizes_leave_the_last_epoch_whole_images() -> None:
     message = refusal(lambda: dataclasses.replace(RECIPES["fast"], epochs=5))
     assert "sizes must be fewer than the 5 epochs" in message
     assert Recipe(epochs=2, sizes=(8, 32)).sizes == (8, 32)
+
+
+def test_alternating_flips_without_flips_are_refused() -> None:
+    assert refusal(lambda: Recipe(alternate_flip=True, flip=False)) == "alternate_flip needs flip"
 
 
 def test_nesterov_without_momentum_is_refused() -> None:

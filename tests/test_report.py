@@ -540,7 +540,9 @@ def test_recipes_in_words() -> None:
     assert "over the first epoch, then falls to zero in a line" in schedule(RECIPES["quick"])
     bare = Recipe(padding=0, flip=True)
     assert recipe_words.augmentation(bare, mirrors=False) == "Training images are not augmented."
-    assert "mirrored" in recipe_words.augmentation(bare, mirrors=True)
+    assert "right half of the time" in recipe_words.augmentation(bare, mirrors=True)
+    turns = recipe_words.augmentation(Recipe(alternate_flip=True), mirrors=True)
+    assert "mirrored left to right in every other epoch" in turns
     grown = recipe_words.augmentation(Recipe(sizes=(16, 16, 24)), mirrors=True)
     assert "shrunk: to 16 \N{MULTIPLICATION SIGN} 16 for 2 epochs and to 24" in grown
     assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)

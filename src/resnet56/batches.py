@@ -36,6 +36,7 @@ class Batches:
     seed: int
     padding: int = 4
     flip: bool = True
+    alternate_flip: bool = False  # mirrored in every other epoch, instead of by chance
     cutout: int = 0
     sizes: tuple[int, ...] = ()  # sides of the first epochs' images, in pixels
     rank: int = 0
@@ -59,6 +60,11 @@ class Batches:
         """Steps an epoch."""
         return len(self.split) // self.global_batch
 
+    def _first_flips(self) -> Tensor:
+        """Which images are mirrored in the first epoch, where flips alternate: (N,) bool."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed))
+        return torch.randint(0, 2, (len(self.split),), generator=generator).bool()
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the batches of `epoch` (from 0), from step `start` on.
 
@@ -69,6 +75,8 @@ class Batches:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.split), generator=generator)
         draws = draw(len(order), padding=self.padding, flip=self.flip, generator=generator)
+        if self.flip and self.alternate_flip:
+            draws = draws._replace(flips=self._first_flips()[order] ^ bool(epoch % 2))
         device = self.split.images.device
         order, draws = order.to(device), draws.to(device)
         local = self.global_batch // self.world_size

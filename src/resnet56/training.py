@@ -201,6 +201,7 @@ class _Loop:
             seed=recipe.seed,
             padding=recipe.padding,
             flip=flip,
+            alternate_flip=recipe.alternate_flip,
             cutout=recipe.cutout,
             sizes=recipe.sizes,
             rank=self.here.rank,

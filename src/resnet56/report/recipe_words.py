@@ -36,7 +36,8 @@ def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
             f"32 {TIMES} 32 at a random place"
         )
     if mirrors:
-        steps.append("mirrored left to right half of the time")
+        when = "in every other epoch" if recipe.alternate_flip else "half of the time"
+        steps.append(f"mirrored left to right {when}")
     if recipe.cutout:
         steps.append(
             f"covered by a {recipe.cutout} {TIMES} {recipe.cutout} square of the mean colour at a "
