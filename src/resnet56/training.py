@@ -180,7 +180,10 @@ class _Loop:
                 raise UsageError(f"several processes run eager, not {recipe.execution}")
             model = synchronize_batch_norm(model)  # type: ignore[assignment]
             ids = [device] if device.type == "cuda" else None
-            wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            wrapped = DistributedDataParallel(model, device_ids=ids)
+            # Batch norm's statistics are equal already. (The argument goes by another name in each
+            # release of PyTorch.)
+            wrapped.broadcast_buffers = False
             self.forward = Forward(wrapped, "eager", "several processes share their batch norm")
         else:
             self.forward = make_forward(model, recipe.execution, self.precision)
