@@ -1,0 +1,55 @@
+"""docs/results.md says what the files in results/ say."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resnet56 import shipped
+
+ROOT = Path(__file__).parents[1]
+DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+RUNS = sorted((ROOT / "results").iterdir())
+
+
+def test_the_table_is_the_one_that_the_files_give() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "results.py")]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.count("\n") >= 3
+    assert done.stdout.strip() in DOC
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_accuracies_are_those_of_the_confusion_matrices(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    for split, total in (("test", 10_000), ("train", 50_000)):
+        matrix = evaluation[split]["confusion_matrix"]
+        assert sum(map(sum, matrix)) == total
+        hits = sum(matrix[i][i] for i in range(10))
+        assert evaluation[split]["accuracy"] == pytest.approx(hits / total)
+    rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    assert len(rows) == recipe["epochs"]
+    assert re.search(rf"\b{run.name}\b", DOC), "docs/results.md does not name it"
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_no_machine_s_paths_are_kept(run: Path) -> None:
+    for file in run.iterdir():
+        assert not re.search(r'"/|[ "](/tmp|/home|/root|[A-Z]:\\)', file.read_text("utf-8")), file
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_what_ships_is_one_of_them(name: str) -> None:
+    """Half precision may move a few images, not more."""
+    card = shipped.card(name)
+    for run in RUNS:
+        if json.loads((run / "recipe.json").read_text("utf-8")) == card["recipe"]:
+            kept = json.loads((run / "evaluation.json").read_text("utf-8"))
+            mine = card["evaluation"]["test"]["accuracy"]
+            assert abs(kept["test"]["accuracy"] - mine) < 0.001
+            return
+    pytest.fail(f"{name}'s recipe is none of those in results/")

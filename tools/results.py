@@ -1,0 +1,111 @@
+"""The evidence behind docs/results.md: keep a run's small files, print the table of all of them.
+
+python tools/results.py keep RUN NAME    copies them to results/NAME, without this machine's paths
+python tools/results.py                  prints the table, as docs/results.md has it
+"""
+
+import dataclasses
+import shlex
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from resnet56.progress import duration
+from resnet56.recipe import RECIPES, Recipe, from_fields
+from resnet56.rundir import RunDirectory, read_json, write_text
+
+RESULTS = Path(__file__).parents[1] / "results"
+USAGE = "usage: python tools/results.py [keep RUN NAME]"
+HEAD = ("network", "command", "seeds", "test accuracy, %", "training accuracy, %", "time", "on")
+
+
+def keep(run: RunDirectory, name: str) -> None:
+    """Copy what is small and says how the run was made and how good it is; not the weights."""
+    origin = run.data_origin() or "digits"
+    # The command may name the folder itself or the one around it; the longer name goes first.
+    for file in (run.recipe_file, run.environment_file, run.metrics_file, run.evaluation_file):
+        text = file.read_text(encoding="utf-8")
+        for path in (origin, str(Path(origin).parent)) if "/" in origin else ():
+            text = text.replace(path, "DIR")
+        write_text(RESULTS / name / file.name, text)
+
+
+def command(recipe: Recipe) -> str:
+    """What trains by `recipe` today: the named recipe nearest to it, and what differs."""
+    mine = recipe.to_json()
+    differing = {
+        name: {key: value for key, value in mine.items() if value != base.to_json()[key]}
+        for name, base in RECIPES.items()
+    }
+    name = min(differing, key=lambda name: len(differing[name]))
+    words = ["resnet56", "train", name, "--data", "DIR"]
+    for key, value in differing[name].items():
+        if key == "seed":
+            continue
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *(f"{each:g}" if type(each) is float else str(each)
+                                     for each in values)]  # fmt: skip
+    return shlex.join(words)
+
+
+def percent(values: list[float]) -> str:
+    """One value, or their mean and sample standard deviation."""
+    if len(values) == 1:
+        return f"{100 * values[0]:.2f}"
+    return f"{100 * statistics.fmean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """What it ran on: the GPU, or threads and processor."""
+    what = facts.get("gpu") or f"{facts['threads']} of {facts['cores']} cores, {facts['processor']}"
+    return f"{what}, {facts['precision']}"
+
+
+def rows() -> list[tuple[str, ...]]:
+    """A row for all seeds of a recipe, the best first within an architecture."""
+    groups: dict[Recipe, list[tuple[int, RunDirectory]]] = defaultdict(list)
+    for folder in sorted(RESULTS.iterdir()):
+        run = RunDirectory(folder)
+        recipe = from_fields(read_json(run.recipe_file), str(run.recipe_file))
+        groups[dataclasses.replace(recipe, seed=0)].append((recipe.seed, run))
+    found = []
+    for recipe, seeds in groups.items():
+        runs = [run for _, run in sorted(seeds, key=lambda pair: pair[0])]
+        figures = [read_json(run.evaluation_file) for run in runs]
+        test = [each["test"]["accuracy"] for each in figures]
+        low, high = figures[0]["test"]["accuracy_interval"]
+        interval = f" ({100 * low:.2f} to {100 * high:.2f})" if len(runs) == 1 else ""
+        times = [sum(row["seconds"] for row in run.read_metrics()) for run in runs]
+        row = (
+            f"`{recipe.arch}`",
+            f"`{command(recipe)}`",
+            ", ".join(str(seed) for seed, _ in sorted(seeds, key=lambda pair: pair[0])),
+            percent(test) + interval,
+            percent([each["train"]["accuracy"] for each in figures]),
+            duration(statistics.fmean(times)),
+            machine(read_json(runs[0].environment_file)),
+        )
+        found.append((recipe.arch, -statistics.fmean(test), row))
+    return [row for _, _, row in sorted(found)]
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = [HEAD, ("---",) * len(HEAD), *rows()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case []:
+            print(table())
+        case ["keep", run, name]:
+            keep(RunDirectory(Path(run)), name)
+        case _:
+            sys.exit(USAGE)
