@@ -253,9 +253,8 @@ BEST = Recipe(
 
 # The shortest way to 90 % on two processor cores that was found: small images first, which cost a
 # third and two thirds of the time, and a learning rate that rises and falls in lines: chosen on
-# 5,000 held-out training images (docs/results.md). Flips in turn are what Jordan 2024 found to help
-# wherever flips do, and short trainings most. Smoothed labels may help too, but not the
-# probabilities, which a user of the network reads.
+# 5,000 held-out training images (docs/results.md). Flips in turn helped Jordan 2024 wherever flips
+# did. Smoothed labels are left out: they would cost the probabilities their meaning.
 FAST = Recipe(
     epochs=13,
     batch_size=64,
