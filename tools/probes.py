@@ -37,7 +37,7 @@ def stepper(
 
 
 def shares(once: Callable[[], object]) -> Counter[str]:
-    """Of a step's time, the part that each kind of operation takes; what is left is Python's."""
+    """The time that each kind of operation takes; Python's between them is not counted."""
     once()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(PROFILED):
@@ -84,7 +84,7 @@ def main(arch: str, batch: int, rounds: int) -> None:
             f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f} |"
         )
     kinds = shares(runners[-1].once)
-    print(f"\n| where {runners[-1].name}'s step spends its time | share |\n|---|---|")
+    print(f"\n| what the operations of a step with {runners[-1].name} take | share |\n|---|---|")
     for kind, time in kinds.most_common():
         print(f"| {kind} | {time / kinds.total():.0%} |")
 

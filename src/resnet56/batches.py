@@ -16,7 +16,10 @@ from resnet56.errors import UsageError
 
 
 def derived_seed(*parts: int) -> int:
-    """A 63-bit seed from several integers, as unrelated for (0, 1) and (1, 0) as can be."""
+    """A 63-bit seed from several integers, as unrelated for (0, 1) and (1, 0) as can be.
+
+    Zeros at the end do not count: (0,) is (0, 0).
+    """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -61,7 +64,11 @@ class Batches:
         return len(self.split) // self.global_batch
 
     def _first_flips(self) -> Tensor:
-        """Which images are mirrored in the first epoch, where flips alternate: (N,) bool."""
+        """Which images are mirrored in the first epoch, where flips alternate: (N,) bool.
+
+        Drawn from the same stream as epoch 0's order, of which a fixed half of the images is
+        independent enough.
+        """
         generator = torch.Generator().manual_seed(derived_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()
 

@@ -252,9 +252,10 @@ BEST = Recipe(
 )
 
 # The shortest way to 90 % on two processor cores that was found, by one seed: small images first,
-# which cost a third and two thirds of the time, and a learning rate that rises and falls in lines,
-# chosen on 5,000 held-out training images (docs/results.md). Flips in turn helped Jordan 2024
-# wherever flips did. Smoothed labels are left out: they would cost the probabilities their meaning.
+# which cost two fifths and two thirds of the time, and a learning rate that rises and falls in
+# lines; from trials with 5,000 training images held out (docs/results.md). Flips in turn helped
+# Jordan 2024 wherever flips did. Smoothed labels are left out: they would cost the probabilities
+# their meaning.
 FAST = Recipe(
     epochs=13,
     batch_size=64,
@@ -283,7 +284,7 @@ RECIPES = {"report": REPORT, "he2015": HE2015, "fast": FAST, "best": BEST, "quic
 ABOUT = {
     "report": "the original report: bottlenecks, batch 32, 0.02 halved every 10",
     "he2015": "the paper's: batch 128, 0.1 divided by 10 twice, 164 epochs",
-    "fast": "90 % in 22 minutes on two cores: small images first, one cycle",
+    "fast": "about 90 % in 22 to 24 minutes on two cores: small images first",
     "best": "strong: cosine, Nesterov, Cutout, averaged weights, 200 epochs",
     "quick": "the handwritten digits in about a minute",
 }

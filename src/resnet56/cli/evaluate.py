@@ -31,7 +31,7 @@ class EvaluateOptions:
     """Other images than the run's own: a name, a folder, or CIFAR-10-C's or 10.1's .npy files."""
 
     split: Literal["test", "train"] = "test"
-    """Which images to show; both are measured."""
+    """Which images to show; of a run on its own data both are measured."""
 
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:N, mps."""
@@ -40,7 +40,7 @@ class EvaluateOptions:
     """Arithmetic of the forward pass."""
 
     robustness: int = 500
-    """Test images to corrupt in ten ways and five severities; 0 for none."""
+    """Test images to corrupt in ten ways and five severities, of a run on its own data; 0: none."""
 
     parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
     """Only compare devices (cpu,cuda), precisions (fp32,bf16) or torch,onnx on the test images."""
