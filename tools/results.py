@@ -25,8 +25,10 @@ def keep(run: RunDirectory, name: str) -> None:
     """Copy what is small and says how the run was made and how good it is; not the weights."""
     origin = run.data_origin() or "digits"
     # The command may name the folder itself or the one around it; the longer name goes first.
-    files = (run.recipe_file, run.environment_file, run.metrics_file, run.evaluation_file)
-    for file in (*files, *([run.parity_file] if run.parity_file.exists() else [])):
+    files = [run.recipe_file, run.environment_file, run.metrics_file, run.evaluation_file]
+    if run.parity_file.exists():
+        files.append(run.parity_file)
+    for file in files:
         text = file.read_text(encoding="utf-8")
         for path in (origin, str(Path(origin).parent)) if "/" in origin else ():
             text = text.replace(path, "DIR")

@@ -251,11 +251,11 @@ BEST = Recipe(
     ema_decay=0.999,
 )
 
-# The shortest way to 90 % on two processor cores that was found, by one seed: small images first,
-# which cost two fifths and two thirds of the time, and a learning rate that rises and falls in
-# lines; from trials with 5,000 training images held out (docs/results.md). Flips in turn helped
-# Jordan 2024 wherever flips did. Smoothed labels are left out: they would cost the probabilities
-# their meaning.
+# The shortest way to about 90 % on two processor cores that was found: small images first, which
+# cost two fifths and two thirds of the time, and a learning rate that rises and falls in lines;
+# from trials with 5,000 training images held out (docs/results.md). Flips in turn helped Jordan
+# 2024 wherever flips did. Smoothed labels are left out: they would cost the probabilities their
+# meaning.
 FAST = Recipe(
     epochs=13,
     batch_size=64,
