@@ -12,6 +12,7 @@ ARROWS: dict[str, set[str]] = {
     # ground floor: leaves
     "errors": set(),
     "augment": set(),
+    "compiler": set(),
     "metrics": set(),
     "parallel": set(),
     "corruptions": set(),
@@ -28,8 +29,9 @@ ARROWS: dict[str, set[str]] = {
     "batches": {"augment", "data", "errors"},
     "readers": {"data", "errors", "images", "pickles"},
     "shipped": {"errors", "rundir"},
-    "fused": {"model"},
-    "step": {"errors", "fused", "model", "recipe", "runtime"},
+    "fused": {"compiler", "model"},
+    "native": {"compiler", "model"},
+    "step": {"compiler", "errors", "fused", "model", "native", "recipe", "runtime"},
     "tables": {"progress"},
     "inference": {"model", "runtime"},
     "evaluation": {

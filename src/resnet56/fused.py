@@ -7,31 +7,18 @@ on with PyTorch's own operations.
 """
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from importlib.resources import as_file, files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from resnet56.compiler import UnavailableError, compile_here
 from resnet56.model import NormReLU, norm_relu
 
 WIDE = 16  # channels must be a multiple, as in fused.c
 MOST = 1024  # channels; the kernel's sums lie on the stack
 REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
-# Exact IEEE arithmetic, but for errno and fused multiply-adds.
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
-
-
-class UnavailableError(Exception):
-    """There is no kernel on this machine; the message says why."""
 
 
 def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
@@ -43,8 +30,7 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
     Raises:
         UnavailableError: no compiler, or a kernel that does not agree with PyTorch.
     """
-    library = _compile(dtype)
-    _share_threads(library)
+    library = _load(dtype)
 
     def fused(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not (_is_plain(norm) and _fits(x, dtype)):
@@ -147,45 +133,13 @@ class _NormReLU(torch.autograd.Function):
         return None, x_grad, residual_grad, grads[0], grads[1], None, None, None, None
 
 
-def _compile(dtype: torch.dtype) -> ctypes.CDLL:
-    """Compile and load; nothing stays on the disk, so nothing can be stale or tampered with."""
-    if sys.platform != "linux":
-        raise UnavailableError("it is made for Linux")
-    try:
-        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-        with (
-            as_file(files("resnet56") / "fused.c") as source,
-            tempfile.TemporaryDirectory() as folder,
-        ):
-            made = Path(folder) / "fused.so"
-            command = [*compiler, *FLAGS, *REAL[dtype], str(source), "-o", str(made), "-lm"]
-            if not shutil.which(compiler[0]):
-                raise UnavailableError(f"there is no C compiler {compiler[0]!r}")
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            library = ctypes.CDLL(str(made))
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.decode(errors="replace").strip().splitlines()
-        wrong = [line for line in lines if "error" in line] or lines or [f"exit {error.returncode}"]
-        raise UnavailableError(f"{compiler[0]} could not compile it: {wrong[0]}") from None
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise UnavailableError(f"it could not be compiled and loaded: {error}") from None
+def _load(dtype: torch.dtype) -> ctypes.CDLL:
+    library = compile_here("fused.c", REAL[dtype])
     pointer, size, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
     library.forward.argtypes = [*[pointer] * 3, size, size, *[pointer] * 4, real, real, pointer]
     library.backward.argtypes = [*[pointer] * 5, size, size, *[pointer] * 3]
     library.forward.restype = library.backward.restype = None
     return library
-
-
-def _share_threads(library: ctypes.CDLL) -> None:
-    """See that the kernel runs on PyTorch's own threads: two sets would fight for the cores."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(before + 1)
-        shared = library.threads() == before + 1
-    finally:
-        torch.set_num_threads(before)
-    if not shared:
-        raise UnavailableError("its OpenMP is not the one that PyTorch uses")
 
 
 def _check(fused: NormReLU, dtype: torch.dtype) -> None:

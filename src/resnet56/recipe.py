@@ -17,7 +17,7 @@ from resnet56.errors import UsageError
 
 Schedule = Literal["step", "cosine", "one-cycle"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Execution = Literal["auto", "eager", "fused", "compiled"]
+Execution = Literal["auto", "eager", "fused", "native", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class Recipe:
 
     execution: Execution = "auto"
     """How a step runs, to the same numbers within rounding. eager: PyTorch's operations; fused:
-    batch norm and ReLU in one kernel (CPU); compiled: torch.compile, after a minute; auto: fused
-    where it can be built, else eager."""
+    batch norm and ReLU in one kernel (CPU); native: everything in C, in bf16 (CPUs with AMX);
+    compiled: torch.compile, after a minute; auto: native, fused or eager, the first that can be
+    had."""
 
     holdout: int = 0
     """Training images kept out of training, to choose by; stratified, always the same ones."""
@@ -237,7 +238,8 @@ HE2015 = Recipe(
     epochs=164, batch_size=128, lr=0.1, schedule="step", drop_epochs=(82, 123), drop_factor=0.1
 )
 
-# A first version from the literature: long cosine, Nesterov, Cutout, averaged weights.
+# A first version from the literature: long cosine, Nesterov, Cutout, flips in turn, averaged
+# weights.
 BEST = Recipe(
     epochs=200,
     batch_size=128,
@@ -247,6 +249,7 @@ BEST = Recipe(
     decay_norm=False,
     schedule="cosine",
     warmup_epochs=5,
+    alternate_flip=True,
     cutout=16,
     ema_decay=0.999,
 )

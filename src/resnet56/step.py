@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet56.compiler import UnavailableError
 from resnet56.errors import UsageError
-from resnet56.fused import UnavailableError, fused_norm_relu
+from resnet56.fused import fused_norm_relu
 from resnet56.model import ResNet
+from resnet56.native import native_network
 from resnet56.recipe import Recipe
 from resnet56.runtime import DTYPES, Resolved, autocast
 
-Execution = Literal["eager", "fused", "compiled"]
+Execution = Literal["eager", "fused", "native", "compiled"]
 
 
 def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
@@ -57,19 +59,33 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
         _probe_compiler(model)
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return Forward(compiled, "compiled")
-    if wanted == "eager":
-        return Forward(model, "eager")
-    try:
-        if next(model.parameters()).device.type != "cpu":
-            raise UnavailableError("the fused kernel is for the CPU")
-        if precision == "fp16":
-            raise UnavailableError("the fused kernel has no fp16")
-        model.use(fused_norm_relu(DTYPES[precision]))
-    except UnavailableError as error:
-        if wanted == "fused":
-            raise UsageError(f"no fused step here: {error}; use --execution eager") from None
-        return Forward(model, "eager", str(error))
-    return Forward(model, "fused")
+    reasons = []
+    for execution, make in (("native", _native), ("fused", _fused)):
+        if wanted in (execution, "auto"):
+            try:
+                return Forward(make(model, precision), execution)
+            except UnavailableError as error:
+                reasons.append(f"no {execution} step here: {error}")
+    if wanted in ("native", "fused"):
+        raise UsageError(f"{reasons[0]}; use --execution auto")
+    return Forward(model, "eager", "; ".join(reasons))
+
+
+def _native(model: ResNet, precision: Resolved) -> nn.Module:
+    if next(model.parameters()).device.type != "cpu":
+        raise UnavailableError("it is for the CPU")
+    if precision != "bf16":
+        raise UnavailableError(f"it computes in bf16, not {precision}")
+    return native_network(model)
+
+
+def _fused(model: ResNet, precision: Resolved) -> nn.Module:
+    if next(model.parameters()).device.type != "cpu":
+        raise UnavailableError("it is for the CPU")
+    if precision == "fp16":
+        raise UnavailableError("it has no fp16")
+    model.use(fused_norm_relu(DTYPES[precision]))
+    return model
 
 
 def _probe_compiler(model: nn.Module) -> None:
