@@ -46,7 +46,9 @@ def shares(once: Callable[[], object]) -> Counter[str]:
     kinds: Counter[str] = Counter()
     for event in events:
         name = event.key.lower()
-        if "convolution" in name or "conv2d" in name or "mkldnn" in name:
+        if name in ("_features", "_featuresbackward"):
+            kind = "the native step"
+        elif "convolution" in name or "conv2d" in name or "mkldnn" in name:
             kind = "convolutions"
         elif "normrelu" in name:
             kind = "the fused kernel"
@@ -73,6 +75,7 @@ def main(arch: str, batch: int, rounds: int) -> None:
         "channels_last": (last, "fp32", "eager"),
         fast: (last, fast, "eager"),
         "the fused kernel": (last, fast, "fused"),
+        "everything in C instead": (last, fast, "native"),
     }
     runners = [Contestant(name, stepper(arch, batch, *how), CPU) for name, how in changes.items()]
     take_turns(runners, rounds, 1.0)

@@ -1,4 +1,4 @@
-"""Kernels in C, compiled where they run; the callers go on without where that does not work."""
+"""The kernels in `kernels/`, compiled where they run; where that fails, callers do without."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ class UnavailableError(Exception):
 
 
 def compile_here(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Compile and load one of the package's C files, which must have `int threads(void)`.
+    """Compile and load one of the C files in `kernels/`, which must have `int threads(void)`.
 
     Nothing stays on the disk, so nothing can be stale or tampered with.
 
@@ -33,14 +33,14 @@ def compile_here(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
         raise UnavailableError("it is made for Linux")
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-        with (
-            as_file(files("resnet56") / source) as path,
-            tempfile.TemporaryDirectory() as folder,
-        ):
+        if not shutil.which(compiler[0]):
+            raise UnavailableError(f"there is no C compiler {compiler[0]!r}")
+        with tempfile.TemporaryDirectory() as folder:
+            for file in (files("resnet56") / "kernels").iterdir():
+                (Path(folder) / file.name).write_bytes(file.read_bytes())
             made = Path(folder) / "kernel.so"
+            path = Path(folder) / source
             command = [*compiler, *FLAGS, *flags, str(path), "-o", str(made), "-lm"]
-            if not shutil.which(compiler[0]):
-                raise UnavailableError(f"there is no C compiler {compiler[0]!r}")
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             library = ctypes.CDLL(str(made))
     except subprocess.CalledProcessError as error:

@@ -1,4 +1,4 @@
-"""relu(batch_norm(x) + residual) in one kernel on the CPU: fused.c, compiled where it runs.
+"""relu(batch_norm(x) + residual) in one kernel on the CPU: kernels/fused.c.
 
 PyTorch's operations read and write the same memory three times over; a step of ResNet-56 spends
 a third of its time on that. The C compiler that most Linux machines have makes the kernel in

@@ -1,9 +1,9 @@
-"""The network's training step in C, on a processor's matrix unit: native.c, compiled where it runs.
+"""The network's training step in C, on a processor's matrix unit: kernels/native.c.
 
 PyTorch makes a step of ResNet-56 from hundreds of operations that each read and write whole maps;
 here each convolution is one call, forward or backward, with everything around it. Like the
-smaller kernel of `fused`, it is compared with PyTorch before it is used, and training goes on
-without it wherever it does not fit.
+smaller kernel of `fused`, it is compiled where it runs and compared with PyTorch before it is
+used, and training goes on without it where it does not fit.
 """
 
 import ctypes
@@ -57,12 +57,12 @@ def native_network(model: ResNet) -> "NativeNetwork":
     """`model` with its training step in C.
 
     Raises:
-        UnavailableError: no compiler, no AMX, a model that does not fit, or a kernel that does
-            not agree with PyTorch.
+        UnavailableError: no compiler, a processor without bf16 vectors, a model that does not
+            fit, or a kernel that does not agree with PyTorch.
     """
-    library = compile_here("native.c", ["-mamx-tile", "-mamx-bf16", "-mavx512bf16"])
-    if not library.ready():
-        raise UnavailableError("the processor has no AMX, or the system does not lend it")
+    library = compile_here("native.c")
+    if library.unit() == 0:
+        raise UnavailableError("the system keeps the processor's matrix unit back")
     library.scratch.restype = _long
     network = NativeNetwork(model, library)
     _check(library)
@@ -83,11 +83,12 @@ class NativeNetwork(nn.Module):
         super().__init__()
         self.model = model
         self._library = library
+        self.unit = {1: "vectors", 2: "AMX"}[library.unit()]
         self._plans: dict[tuple[int, ...], _Plan] = {}
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         if not all(n.affine and n.track_running_stats and n.momentum is not None for n in norms):
             raise UnavailableError("a batch norm has no weights, statistics or momentum")
-        self._counts = [n.num_batches_tracked for n in norms]
+        self._counts = [n.num_batches_tracked for n in norms if n.num_batches_tracked is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) normalised images -> (N, classes) logits."""
@@ -155,7 +156,7 @@ class _Plan:
         self.images = images
         self.threads = threads
         self.turn = 0
-        self.parameters: list[nn.Parameter] = []
+        self.parameters: list[Tensor] = []
         self._kept: list[Any] = []  # what the structures point into
         self._weights: list[tuple[_Conv, nn.Conv2d]] = []
         self._norms: list[tuple[_Norm, nn.BatchNorm2d]] = []

@@ -1,7 +1,7 @@
 """One training step, and what it is made of: optimizer, schedule, averaged weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from resnet56.compiler import UnavailableError
 from resnet56.errors import UsageError
 from resnet56.fused import fused_norm_relu
 from resnet56.model import ResNet
-from resnet56.native import native_network
+from resnet56.native import NativeNetwork, native_network
 from resnet56.recipe import Recipe
 from resnet56.runtime import DTYPES, Resolved, autocast
 
@@ -49,7 +49,7 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
     Args:
         model: on its device.
         wanted: a recipe's `execution`. `auto` never compiles by `torch.compile`, whose minute
-            only a long training earns back.
+            only a long training earns back, nor takes native without a matrix unit.
         precision: of the forward pass.
 
     Raises:
@@ -59,24 +59,35 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
         _probe_compiler(model)
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return Forward(compiled, "compiled")
-    reasons = []
-    for execution, make in (("native", _native), ("fused", _fused)):
+    makers: dict[Execution, Callable[[ResNet, Resolved], nn.Module]] = {
+        "native": _native if wanted == "native" else _native_with_unit,
+        "fused": _fused,
+    }
+    reasons: list[str] = []
+    for execution, make in makers.items():
         if wanted in (execution, "auto"):
             try:
-                return Forward(make(model, precision), execution)
+                return Forward(make(model, precision), execution, "; ".join(reasons))
             except UnavailableError as error:
                 reasons.append(f"no {execution} step here: {error}")
-    if wanted in ("native", "fused"):
+    if wanted in makers:
         raise UsageError(f"{reasons[0]}; use --execution auto")
     return Forward(model, "eager", "; ".join(reasons))
 
 
-def _native(model: ResNet, precision: Resolved) -> nn.Module:
+def _native(model: ResNet, precision: Resolved) -> NativeNetwork:
     if next(model.parameters()).device.type != "cpu":
         raise UnavailableError("it is for the CPU")
     if precision != "bf16":
         raise UnavailableError(f"it computes in bf16, not {precision}")
     return native_network(model)
+
+
+def _native_with_unit(model: ResNet, precision: Resolved) -> NativeNetwork:
+    network = _native(model, precision)
+    if network.unit != "AMX":
+        raise UnavailableError("the processor has no matrix unit (AMX)")
+    return network
 
 
 def _fused(model: ResNet, precision: Resolved) -> nn.Module:

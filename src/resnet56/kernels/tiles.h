@@ -1,0 +1,217 @@
+/* Products of tiles, 16 rows by 32 bfloat16 values each: by the processor's matrix unit where it
+ * has one (AMX: Intel Architecture Software Developer's Manual, volume 1, chapter 18), or else by
+ * vectors, to the same results.
+ *
+ * A second factor's tile has 16 rows of 16 pairs: pair j of row i is values 2i and 2i + 1 of its
+ * column j.
+ */
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "vectors.h"
+
+enum { TILE = 512 }; /* values */
+
+#ifdef __AMX_BF16__
+
+/* What makes the products: 2 the matrix unit, 1 vectors, 0 a unit that the system keeps back. */
+int unit(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 2 : 0;
+}
+
+struct config { /* Intel's layout */
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((aligned(64)));
+
+static void begin_tiles(struct config *before) {
+    struct config mine = {.palette = 1};
+    for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
+    _tile_storeconfig(before); /* PyTorch's own kernels use the unit too */
+    _tile_loadconfig(&mine);
+}
+
+static void end_tiles(const struct config *before) {
+    if (before->palette) _tile_loadconfig(before);
+    else _tile_release();
+}
+
+/* 64 positions by 16 outputs: c[64][16] = sum over chunks of a[offsets[k]..] b[k]. */
+static void product_64x16(const half *a, long stride, const int32_t *offsets, long chunks,
+                          const half *b, float *c) {
+    const char *rows = (const char *)a;
+    long step = 16 * stride;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (long k = 0; k < chunks; k++) {
+        const char *at = rows + 2 * offsets[k];
+        _tile_loadd(4, b + k * TILE, 64);
+        _tile_loadd(5, at, stride);
+        _tile_dpbf16ps(0, 5, 4);
+        _tile_loadd(6, at + step, stride);
+        _tile_dpbf16ps(1, 6, 4);
+        _tile_loadd(7, at + 2 * step, stride);
+        _tile_dpbf16ps(2, 7, 4);
+        _tile_loadd(5, at + 3 * step, stride);
+        _tile_dpbf16ps(3, 5, 4);
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + 256, 64);
+    _tile_stored(2, c + 512, 64);
+    _tile_stored(3, c + 768, 64);
+}
+
+/* 32 positions by 32 outputs: c[32][32]; the second 16 outputs' tiles follow the first's. */
+static void product_32x32(const half *a, long stride, const int32_t *offsets, long chunks,
+                          const half *b, float *c) {
+    const char *rows = (const char *)a;
+    long step = 16 * stride;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (long k = 0; k < chunks; k++) {
+        const char *at = rows + 2 * offsets[k];
+        _tile_loadd(4, at, stride);
+        _tile_loadd(5, b + k * TILE, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, b + (chunks + k) * TILE, 64);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, at + step, stride);
+        _tile_dpbf16ps(2, 7, 5);
+        _tile_dpbf16ps(3, 7, 6);
+    }
+    _tile_stored(0, c, 128);
+    _tile_stored(1, c + 16, 128);
+    _tile_stored(2, c + 512, 128);
+    _tile_stored(3, c + 528, 128);
+}
+
+/* Up to five tiles of the weights' gradient, c[i] += planes (16 outputs by positions) times
+ * pairs[i] (positions by 16 inputs), over `chunks` of 32 positions. */
+static void outer_1x5(const half *planes, long plane_bytes, const half *const *pairs,
+                      long pair_bytes, long tiles, long chunks, float *const *c, long c_bytes) {
+    const char *b0 = (const char *)pairs[0], *b1 = (const char *)pairs[1];
+    const char *b2 = (const char *)pairs[2], *b3 = (const char *)pairs[3];
+    const char *b4 = (const char *)pairs[4];
+    long step = 16 * pair_bytes;
+    _tile_loadd(0, c[0], c_bytes);
+    if (tiles > 1) _tile_loadd(1, c[1], c_bytes);
+    if (tiles > 2) _tile_loadd(2, c[2], c_bytes);
+    if (tiles > 3) _tile_loadd(3, c[3], c_bytes);
+    if (tiles > 4) _tile_loadd(4, c[4], c_bytes);
+    for (long k = 0; k < chunks; k++) {
+        _tile_loadd(5, planes + 32 * k, plane_bytes);
+        _tile_loadd(6, b0 + k * step, pair_bytes);
+        _tile_dpbf16ps(0, 5, 6);
+        if (tiles > 1) { _tile_loadd(7, b1 + k * step, pair_bytes); _tile_dpbf16ps(1, 5, 7); }
+        if (tiles > 2) { _tile_loadd(6, b2 + k * step, pair_bytes); _tile_dpbf16ps(2, 5, 6); }
+        if (tiles > 3) { _tile_loadd(7, b3 + k * step, pair_bytes); _tile_dpbf16ps(3, 5, 7); }
+        if (tiles > 4) { _tile_loadd(6, b4 + k * step, pair_bytes); _tile_dpbf16ps(4, 5, 6); }
+    }
+    _tile_stored(0, c[0], c_bytes);
+    if (tiles > 1) _tile_stored(1, c[1], c_bytes);
+    if (tiles > 2) _tile_stored(2, c[2], c_bytes);
+    if (tiles > 3) _tile_stored(3, c[3], c_bytes);
+    if (tiles > 4) _tile_stored(4, c[4], c_bytes);
+}
+
+/* The same for 32 outputs by two times 16 inputs; the second outputs lie `plane_bytes` and
+ * `c_bytes` times 16 further. */
+static void outer_2x2(const half *planes, long plane_bytes, const half *const *pairs,
+                      long pair_bytes, long chunks, float *const *c, long c_bytes) {
+    const char *a = (const char *)planes, *a2 = a + 16 * plane_bytes;
+    const char *b = (const char *)pairs[0], *b2 = (const char *)pairs[1];
+    char *c0 = (char *)c[0], *c1 = (char *)c[1];
+    long step = 16 * pair_bytes;
+    _tile_loadd(0, c0, c_bytes);
+    _tile_loadd(1, c1, c_bytes);
+    _tile_loadd(2, c0 + 16 * c_bytes, c_bytes);
+    _tile_loadd(3, c1 + 16 * c_bytes, c_bytes);
+    for (long k = 0; k < chunks; k++) {
+        _tile_loadd(4, a + 64 * k, plane_bytes);
+        _tile_loadd(5, b + k * step, pair_bytes);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, b2 + k * step, pair_bytes);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, a2 + 64 * k, plane_bytes);
+        _tile_dpbf16ps(2, 7, 5);
+        _tile_dpbf16ps(3, 7, 6);
+    }
+    _tile_stored(0, c0, c_bytes);
+    _tile_stored(1, c1, c_bytes);
+    _tile_stored(2, c0 + 16 * c_bytes, c_bytes);
+    _tile_stored(3, c1 + 16 * c_bytes, c_bytes);
+}
+
+#else
+
+int unit(void) { return 1; }
+
+struct config {
+    char nothing;
+};
+static void begin_tiles(struct config *before) { (void)before; }
+static void end_tiles(const struct config *before) { (void)before; }
+
+/* c[16][16] += a (16 rows of 32 halves) times b (16 rows of 16 pairs); steps are in bytes. */
+static inline void multiply(const void *a, long a_step, const void *b, long b_step, __m512 *c) {
+    for (int k = 0; k < 16; k++) {
+        __m512bh row = (__m512bh)_mm512_loadu_si512((const char *)b + k * b_step);
+#pragma GCC unroll 16
+        for (int m = 0; m < 16; m++) {
+            int32_t two;
+            memcpy(&two, (const char *)a + m * a_step + 4 * k, 4);
+            c[m] = _mm512_dpbf16_ps(c[m], (__m512bh)_mm512_set1_epi32(two), row);
+        }
+    }
+}
+
+static inline void load_tile(__m512 *c, const float *from, long bytes) {
+    for (int m = 0; m < 16; m++) c[m] = floats((const float *)((const char *)from + m * bytes));
+}
+
+static inline void store_tile(const __m512 *c, float *to, long bytes) {
+    for (int m = 0; m < 16; m++) _mm512_storeu_ps((char *)to + m * bytes, c[m]);
+}
+
+/* One tile of products: 16 positions by 16 outputs. */
+static inline void product_16x16(const half *a, long stride, const int32_t *offsets, long chunks,
+                                 const half *b, float *to, long bytes) {
+    __m512 c[16];
+    for (int m = 0; m < 16; m++) c[m] = _mm512_setzero_ps();
+    for (long k = 0; k < chunks; k++) multiply(a + offsets[k], stride, b + k * TILE, 64, c);
+    store_tile(c, to, bytes);
+}
+
+static void product_64x16(const half *a, long stride, const int32_t *offsets, long chunks,
+                          const half *b, float *c) {
+    for (long i = 0; i < 4; i++)
+        product_16x16(a + 8 * i * stride, stride, offsets, chunks, b, c + 256 * i, 64);
+}
+
+static void product_32x32(const half *a, long stride, const int32_t *offsets, long chunks,
+                          const half *b, float *c) {
+    for (long i = 0; i < 2; i++)
+        for (long j = 0; j < 2; j++)
+            product_16x16(a + 8 * i * stride, stride, offsets, chunks, b + j * chunks * TILE,
+                          c + 512 * i + 16 * j, 128);
+}
+
+static void outer_1x5(const half *planes, long plane_bytes, const half *const *pairs,
+                      long pair_bytes, long tiles, long chunks, float *const *c, long c_bytes) {
+    for (long i = 0; i < tiles; i++) {
+        __m512 sums[16];
+        load_tile(sums, c[i], c_bytes);
+        for (long k = 0; k < chunks; k++)
+            multiply(planes + 32 * k, plane_bytes, pairs[i] + 8 * k * pair_bytes, pair_bytes, sums);
+        store_tile(sums, c[i], c_bytes);
+    }
+}
+
+static void outer_2x2(const half *planes, long plane_bytes, const half *const *pairs,
+                      long pair_bytes, long chunks, float *const *c, long c_bytes) {
+    float *below[2] = {c[0] + 4 * c_bytes, c[1] + 4 * c_bytes};
+    outer_1x5(planes, plane_bytes, pairs, pair_bytes, 2, chunks, c, c_bytes);
+    outer_1x5(planes + 8 * plane_bytes, plane_bytes, pairs, pair_bytes, 2, chunks, below, c_bytes);
+}
+
+#endif
