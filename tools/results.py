@@ -71,14 +71,15 @@ def machine(facts: dict[str, Any]) -> str:
 
 
 def rows() -> list[tuple[str, ...]]:
-    """A row for all seeds of a recipe, the best first within an architecture."""
-    groups: dict[Recipe, list[tuple[int, RunDirectory]]] = defaultdict(list)
+    """A row for all seeds of a recipe on a machine, the best first within an architecture."""
+    groups: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
     for folder in sorted(RESULTS.iterdir()):
         run = RunDirectory(folder)
         recipe = from_fields(read_json(run.recipe_file), str(run.recipe_file))
-        groups[dataclasses.replace(recipe, seed=0)].append((recipe.seed, run))
+        where = machine(read_json(run.environment_file))
+        groups[dataclasses.replace(recipe, seed=0), where].append((recipe.seed, run))
     found = []
-    for recipe, seeds in groups.items():
+    for (recipe, where), seeds in groups.items():
         runs = [run for _, run in sorted(seeds, key=lambda pair: pair[0])]
         figures = [read_json(run.evaluation_file) for run in runs]
         test = [each["test"]["accuracy"] for each in figures]
@@ -92,7 +93,7 @@ def rows() -> list[tuple[str, ...]]:
             percent(test) + interval,
             percent([each["train"]["accuracy"] for each in figures]),
             duration(statistics.fmean(times)),
-            machine(read_json(runs[0].environment_file)),
+            where,
         )
         found.append((recipe.arch, -statistics.fmean(test), row))
     return [row for _, _, row in sorted(found)]

@@ -7,6 +7,8 @@ used, and training goes on without it where it does not fit.
 """
 
 import ctypes
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet, bui
 
 PIXELS, NORM, BLOCK, PLAIN = range(4)  # as in native.c
 NONE, SAME, PADDED, PROJECTED = range(4)
-TILE = 512  # bfloat16 values
+MOST_CHANNELS = 256  # as in native.c
 MOST_TOGETHER = 32768  # values of a thread's images at a time: they stay in its caches
 
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -120,8 +122,7 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: "_Plan", images: Tensor, *parameters: Tensor) -> Tensor:
         ctx.plan = plan
-        ctx.images = images.contiguous(memory_format=torch.channels_last)
-        pooled = plan.forward(ctx.images)
+        pooled = plan.forward(images.contiguous(memory_format=torch.channels_last))
         ctx.turn = plan.turn
         return pooled
 
@@ -134,15 +135,24 @@ class _Features(torch.autograd.Function):
 
 
 @dataclass
+class _Layer:
+    """A convolution, the batch norm behind it, and its result."""
+
+    weights: nn.Conv2d
+    statistics: nn.BatchNorm2d
+    conv: _Conv
+    norm: _Norm
+    z: Tensor  # (N, H, W, C)
+
+
+@dataclass
 class _Join:
     """What makes a block's output, and so the next one's input: relu(norm(z) + shortcut)."""
 
-    z: Tensor
-    norm: _Norm
+    last: _Layer
     shortcut: int = NONE
-    short_map: Tensor | None = None
-    short_norm: _Norm | None = None
-    short_channels: int = 0
+    source: Tensor | None = None  # SAME, PADDED: the block's input
+    projection: _Layer | None = None
 
 
 class _Plan:
@@ -156,184 +166,179 @@ class _Plan:
         self.images = images
         self.threads = threads
         self.turn = 0
-        self.parameters: list[Tensor] = []
-        self._kept: list[Any] = []  # what the structures point into
-        self._weights: list[tuple[_Conv, nn.Conv2d]] = []
-        self._norms: list[tuple[_Norm, nn.BatchNorm2d]] = []
-        self._forward: list[_Conv] = []
-        backward: list[list[_Conv]] = []  # block by block, in the order of their gradients
+        self.layers: list[_Layer] = []  # in the order of the forward pass
+        self._kept: list[Any] = []  # what the structures point at
 
-        first = self._conv(model.conv1, model.bn1, height, width)
-        first.input = PIXELS
-        self._forward.append(first)
-        join = _Join(self._map_of(first), first.result_norm_)
+        first = self._layer(model.conv1, model.bn1, height, width)
+        first.conv.input = PIXELS
+        join = _Join(first)
+        blocks: list[list[_Conv]] = []  # each in the order of its gradients
         for stage in (model.stage1, model.stage2, model.stage3):
             for block in stage:
-                made, join, height, width = self._block(block, join, height, width)
-                backward.append(made)
-        self.last = _Conv(images=images, height=height, width=width, in_=join.z.shape[-1])
-        self._join(self.last, join)
-        self._arrange_gradients(first, backward)
-        self._backward = [conv for made in reversed(backward) for conv in made] + [first]
-        self._scratch = max(library.scratch(ctypes.byref(c)) for c in self._forward)
+                convs, join, height, width = self._block(block, join, height, width)
+                blocks.append(convs)
+        self.last = _Conv(images=images, height=height, width=width, in_=join.last.conv.out)
+        self._begin_with(join, self.last)
+        self._arrange_gradients(first.conv, blocks)
+        self._backward = [*(conv for convs in reversed(blocks) for conv in convs), first.conv]
+        self._scratch = max(library.scratch(ctypes.byref(conv)) for conv in self._backward)
         self._arena = torch.zeros(threads * self._scratch, dtype=torch.uint8)
-        self._counted = [c for c, _ in self._weights]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Of each layer the weights, and the scales and shifts of its batch norm."""
+        return [
+            parameter
+            for layer in self.layers
+            for parameter in (layer.weights.weight, layer.statistics.weight, layer.statistics.bias)
+        ]
 
     # ---- building ----
 
     def _block(
         self, block: nn.Module, join: _Join, height: int, width: int
     ) -> tuple[list[_Conv], _Join, int, int]:
-        """The convolutions of a block, the join behind it, and its output's size."""
+        """A block's convolutions in the order of their gradients, what follows, and its size."""
         assert isinstance(block, BasicBlock | BottleneckBlock)
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if isinstance(block, BottleneckBlock):
             pairs.append((block.conv3, block.bn3))
-        into = (height, width)
-        convs: list[_Conv] = []
-        for number, (module, norm) in enumerate(pairs):
-            conv = self._conv(module, norm, height, width)
-            if number == 0:
-                self._join(conv, join)
+        into = height
+        layers: list[_Layer] = []
+        for module, norm in pairs:
+            layer = self._layer(module, norm, height, width)
+            if layers:
+                layer.conv.input, layer.conv.z = NORM, layers[-1].z.data_ptr()
+                layer.conv.norm = ctypes.addressof(layers[-1].norm)
             else:
-                before = convs[-1]
-                conv.input, conv.z, conv.norm = NORM, before.result, before.result_norm
-                conv.norm_ = before.result_norm_
-            height, width = height // conv.stride, width // conv.stride
-            convs.append(conv)
-            self._forward.append(conv)
-        head = convs[0]
-        after = _Join(self._map_of(convs[-1]), convs[-1].result_norm_)
-        order = list(reversed(convs))
+                x = self._begin_with(join, layer.conv)
+            height, width = height // layer.conv.stride, width // layer.conv.stride
+            layers.append(layer)
+        head = layers[0].conv
+        order = [layer.conv for layer in reversed(layers)]
         link = block.shortcut
         if isinstance(link, nn.Identity):
-            after.shortcut, after.short_map = SAME, head.x_
             head.skip = SAME
-        elif isinstance(link, PadShortcut):
-            after.shortcut, after.short_map = PADDED, head.x_
-            after.short_channels = head.in_
-            head.skip, head.skip_take, head.skip_channels = PADDED, link.stride, convs[-1].out
-        elif isinstance(link, nn.Sequential):
-            take = into[0] // height
-            projection = self._conv(link[0], link[1], height, width, take=take)
-            projection.input = PLAIN
-            projection.x = head.x
-            self._forward.append(projection)
-            after.shortcut, after.short_map = PROJECTED, self._map_of(projection)
-            after.short_norm = projection.result_norm_
-            head.skip, head.skip_take = SAME if take == 1 else PROJECTED, take
-            order.insert(len(order) - 1, projection)
-        else:
-            raise UnavailableError(f"it knows no shortcut {type(link).__name__}")
-        return order, after, height, width
+            return order, _Join(layers[-1], SAME, x), height, width
+        if isinstance(link, PadShortcut):
+            head.skip, head.skip_take = PADDED, link.stride
+            head.skip_channels = layers[-1].conv.out
+            return order, _Join(layers[-1], PADDED, x), height, width
+        assert isinstance(link, nn.Sequential)
+        take = into // height
+        projection = self._layer(link[0], link[1], height, width, take=take)
+        projection.conv.input, projection.conv.x = PLAIN, x.data_ptr()
+        head.skip, head.skip_take = SAME if take == 1 else PROJECTED, take
+        order.insert(len(order) - 1, projection.conv)  # before the gradient that it adds to
+        return order, _Join(layers[-1], PROJECTED, None, projection), height, width
 
-    def _conv(
+    def _layer(
         self, module: nn.Module, norm: nn.Module, height: int, width: int, take: int = 1
-    ) -> _Conv:
-        """A convolution of (height, width) maps, with its own result and tiles of weights.
+    ) -> _Layer:
+        """A convolution of (height, width) maps, with its own memory.
 
-        A stride of 1x1 convolutions can as well be a choice of its input's pixels: `take`.
+        The stride of a 1x1 convolution can as well be a choice of its input's pixels: `take`.
         """
         assert isinstance(module, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
         out, real = module.weight.shape[:2]
-        kernel, stride = module.kernel_size[0], module.stride[0] // take
-        conv = _Conv(
-            images=self.images, height=height, width=width, real_in=real, in_=-(-real // 16) * 16,
-            out=out, kernel=kernel, stride=stride, take=take,
-        )  # fmt: skip
-        if out % 16 or (conv.in_ > 16 and conv.in_ % 32) or (out > 16 and out % 32):
+        inner, kernel = -(-real // 16) * 16, module.kernel_size[0]
+        stride = module.stride[0] // take
+        if any(n != 16 and (n % 32 or n > MOST_CHANNELS) for n in (inner, out)):
             raise UnavailableError(f"it knows no convolution of {real} to {out} channels")
-        pad = kernel // 2
-        span = (height + pad) * (width + pad)
-        most = max(1, -(-self.images // self.threads))
-        conv.group = max(1, min(8, most, MOST_TOGETHER // (span * max(conv.in_, out))))
-        for name in ("packed", "packed_back"):
-            tiles = kernel * ((kernel + 1) // 2) * max(conv.in_, 32) // 16 * max(out, 32) // 16
-            setattr(conv, name, self._keep(torch.empty(2 * tiles * TILE, dtype=torch.bfloat16)))
-        result = torch.empty(
-            self.images, height // stride, width // stride, out, dtype=torch.bfloat16
+        positions = (height + kernel // 2) * (width + kernel // 2)
+        group = min(
+            8, -(-self.images // self.threads), MOST_TOGETHER // (positions * max(inner, out))
         )
-        conv.result, conv.result_map = self._keep(result), result
+        z = torch.empty(self.images, height // stride, width // stride, out, dtype=torch.bfloat16)
+        values = kernel * (kernel + 1) * max(inner, 32) * max(out, 32)  # at most, of the tiles
         structure = _Norm(momentum=norm.momentum, eps=norm.eps)
         for name in ("mean", "invstd", "scale", "shift", "by_g", "by_z", "constant"):
             setattr(structure, name, self._keep(torch.empty(out)))
-        conv.result_norm, conv.result_norm_ = ctypes.addressof(structure), structure
-        self._weights.append((conv, module))
-        self._norms.append((structure, norm))
-        self.parameters += [module.weight, norm.weight, norm.bias]
-        self._kept += [conv, structure]
-        return conv
+        conv = _Conv(
+            images=self.images, height=height, width=width, real_in=real, in_=inner, out=out,
+            kernel=kernel, stride=stride, take=take, group=max(1, group), result=self._keep(z),
+            packed=self._keep(torch.empty(values, dtype=torch.bfloat16)),
+            packed_back=self._keep(torch.empty(values, dtype=torch.bfloat16)),
+            result_norm=ctypes.addressof(structure),
+        )  # fmt: skip
+        self.layers.append(_Layer(module, norm, conv, structure, z))
+        return self.layers[-1]
 
-    def _join(self, conv: _Conv, join: _Join) -> None:
-        """Let `conv` begin with a block's output, which gets its own map."""
-        conv.input, conv.z, conv.norm = BLOCK, join.z.data_ptr(), ctypes.addressof(join.norm)
-        conv.shortcut, conv.shortcut_channels = join.shortcut, join.short_channels
-        conv.short_map = join.short_map.data_ptr() if join.short_map is not None else None
-        conv.short_norm = ctypes.addressof(join.short_norm) if join.short_norm else None
-        x = torch.empty_like(join.z)
-        conv.x, conv.x_ = self._keep(x), x
+    def _begin_with(self, join: _Join, conv: _Conv) -> Tensor:
+        """Let `conv` begin with a block's output, and return that map."""
+        x = torch.empty_like(join.last.z)
+        conv.input, conv.x, conv.z = BLOCK, self._keep(x), join.last.z.data_ptr()
+        conv.norm = ctypes.addressof(join.last.norm)
+        conv.shortcut = join.shortcut
+        if join.source is not None:
+            conv.short_map, conv.shortcut_channels = join.source.data_ptr(), join.source.shape[-1]
+        if join.projection is not None:
+            conv.short_map = join.projection.z.data_ptr()
+            conv.short_norm = ctypes.addressof(join.projection.norm)
+        return x
 
     def _arrange_gradients(self, first: _Conv, blocks: list[list[_Conv]]) -> None:
         """Five maps in turns: no block has more gradients at a time."""
-        largest = max(c.result_map.numel() for c, _ in self._weights)
+        largest = max(layer.z.numel() for layer in self.layers)
         ring = [self._keep(torch.empty(largest, dtype=torch.bfloat16)) for _ in range(5)]
-        turn = iter(ring * (len(self._weights) + 1))
-        self.last.g_in = gradient = next(turn)
+        turns = itertools.cycle(ring)
+        self.last.g_in = behind = next(turns)
         for convs in reversed(blocks):
-            at, other = gradient, gradient
+            at, skipped = behind, behind
             for conv in convs:
-                conv.g_in = next(turn)
+                conv.g_in = next(turns)
                 if conv.input == PLAIN:
-                    conv.g, other = gradient, conv.g_in
+                    conv.g, skipped = behind, conv.g_in
                 else:
                     conv.g, at = at, conv.g_in
-            convs[-1].skip_g = other
-            gradient = at
-        first.g = gradient
+            convs[-1].skip_g = skipped
+            behind = at
+        first.g = behind
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-    @staticmethod
-    def _map_of(conv: _Conv) -> Tensor:
-        result: Tensor = conv.result_map
-        return result
 
     # ---- running ----
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) float32 in channels_last -> (N, C) float32, the last maps' means."""
         self.turn += 1
-        for conv, module in self._weights:
-            weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
-            conv.weight_, conv.weight = weight, weight.data_ptr()
-        for structure, norm in self._norms:
+        self._images = images  # until the gradient has been taken
+        self._weights = [
+            layer.weights.weight.detach().contiguous(memory_format=torch.channels_last)
+            for layer in self.layers
+        ]
+        for layer, weight in zip(self.layers, self._weights, strict=True):
+            layer.conv.weight = weight.data_ptr()
             for name in ("weight", "bias", "running_mean", "running_var"):
-                setattr(structure, name, getattr(norm, name).data_ptr())
-        self._forward[0].pixels = images.data_ptr()
-        arena, size = self._arena.data_ptr(), self._scratch
-        for conv in self._forward:
-            self.library.forward(ctypes.byref(conv), _pointer(arena), _long(size))
+                setattr(layer.norm, name, getattr(layer.statistics, name).data_ptr())
+        self.layers[0].conv.pixels = images.data_ptr()
+        for layer in self.layers:
+            self._call(self.library.forward, layer.conv)
         pooled = torch.empty(self.images, self.last.in_)
         self.library.pool_forward(ctypes.byref(self.last), _pointer(pooled.data_ptr()))
         return pooled
 
     def backward(self, pooled_grad: Tensor) -> list[Tensor]:
         """The gradients of `parameters`."""
-        grads = [torch.empty_like(p, memory_format=torch.preserve_format) for p in self.parameters]
-        for index, (conv, _) in enumerate(self._weights):
-            if not grads[3 * index].is_contiguous(memory_format=torch.channels_last):
-                grads[3 * index] = grads[3 * index].contiguous(memory_format=torch.channels_last)
-            conv.weight_grad = grads[3 * index].data_ptr()
-            conv.result_norm_.weight_grad = grads[3 * index + 1].data_ptr()
-            conv.result_norm_.bias_grad = grads[3 * index + 2].data_ptr()
-        self.library.pool_backward(ctypes.byref(self.last), _pointer(pooled_grad.data_ptr()))
-        arena, size = self._arena.data_ptr(), self._scratch
+        grads = []
+        for layer, weight in zip(self.layers, self._weights, strict=True):
+            grads += [torch.empty_like(weight), *torch.empty(2, layer.conv.out)]
+            layer.conv.weight_grad, layer.norm.weight_grad, layer.norm.bias_grad = (
+                grad.data_ptr() for grad in grads[-3:]
+            )
+        self.library.pool_backward(
+            ctypes.byref(self.last), _pointer(pooled_grad.data_ptr()), _long(self.threads)
+        )
         for conv in self._backward:
-            self.library.backward(ctypes.byref(conv), _pointer(arena), _long(size))
+            self._call(self.library.backward, conv)
         return grads
+
+    def _call(self, function: Callable[..., None], conv: _Conv) -> None:
+        arena, size = _pointer(self._arena.data_ptr()), _long(self._scratch)
+        function(ctypes.byref(conv), arena, size, _long(self.threads))
 
 
 def _check(library: ctypes.CDLL) -> None:

@@ -74,10 +74,10 @@ static void my_share(long groups, long *first, long *end) {
 
 /* z = conv(input), and the statistics of the batch norm behind it. `arena` holds `arena_bytes`
  * for each thread. */
-void forward(const Conv *c, char *arena, long arena_bytes) {
-    Memory all[omp_get_max_threads()];
+void forward(const Conv *c, char *arena, long arena_bytes, long threads) {
+    Memory all[threads];
     Layout l = layout_of(c);
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         Memory *m = all + omp_get_thread_num();
         layout_memory(c, arena + omp_get_thread_num() * arena_bytes, m);
@@ -231,10 +231,10 @@ static void weigh(const Conv *c, const Layout *l, Memory *m, long count) {
 
 /* The weights' gradient, and the gradient at the input with what the batch norms before it need;
  * no such gradient for PIXELS. */
-void backward(const Conv *c, char *arena, long arena_bytes) {
-    Memory all[omp_get_max_threads()];
+void backward(const Conv *c, char *arena, long arena_bytes, long threads) {
+    Memory all[threads];
     Layout l = layout_of(c);
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         Memory *m = all + omp_get_thread_num();
         layout_memory(c, arena + omp_get_thread_num() * arena_bytes, m);
@@ -300,10 +300,10 @@ void pool_forward(const Conv *c, float *pooled) {
     }
 }
 
-void pool_backward(const Conv *c, const float *pooled_grad) {
-    Memory all[omp_get_max_threads()];
-    double sums[omp_get_max_threads() * 4 * MOST];
-#pragma omp parallel
+void pool_backward(const Conv *c, const float *pooled_grad, long threads) {
+    Memory all[threads];
+    double sums[threads * 4 * MOST];
+#pragma omp parallel num_threads(threads)
     {
         Memory *m = all + omp_get_thread_num();
         m->sums = sums + omp_get_thread_num() * 4 * MOST;
