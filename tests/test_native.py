@@ -1,11 +1,12 @@
 """The network's step in C against the same arithmetic in double precision.
 
-The reference rounds to bf16 where the kernel stores bf16, forward and backward, and nowhere
-else. What is left between the two are sums in single precision, and the roundings and ReLUs that
-they tip over; how much that is, the reference itself says when it computes in single precision.
+The reference rounds to bf16 where the kernel does, forward and backward, and nowhere else. What is
+left between the two are sums in single precision, and the roundings and ReLUs that they tip over;
+how much that is, the reference itself says when it computes in single precision.
 """
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ from resnet56.step import Trainer, make_forward
 VECTORS = "cc -mno-amx-tile -mno-amx-bf16"  # the same kernel, without the matrix unit
 
 
+MISSING = "no C compiler|no bfloat16|no matrix unit|keeps|made for Linux|OpenMP|unrecognized"
+
+
 @pytest.fixture(params=["as it is", "vectors"])
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The processor as it is, then its vectors alone."""
@@ -33,9 +37,9 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def native(model: ResNet) -> NativeNetwork:
     try:
-        return native_network(model)
+        return native_network(model, vectors=True)
     except UnavailableError as reason:
-        if "does not agree" in str(reason):
+        if not re.search(MISSING, str(reason)):
             raise  # that is a failure, not a machine without
         pytest.skip(f"no native step on this machine: {reason}")
 
@@ -96,17 +100,37 @@ def grad_rounded(x: Tensor) -> Tensor:
     return RoundBackward.apply(x)
 
 
+class RoundedBatchNorm(torch.autograd.Function):
+    """Ioffe & Szegedy 2015. z is rounded once its statistics are known, the gradient once the
+    sums over it are."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        mean = z.mean(dim=(0, 2, 3), keepdim=True)
+        invstd = 1 / (z.var(dim=(0, 2, 3), keepdim=True, correction=0) + eps).sqrt()
+        xhat = (rounded(z) - mean) * invstd
+        ctx.save_for_backward(xhat, invstd, weight)
+        return xhat * weight[:, None, None] + bias[:, None, None]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        xhat, invstd, weight = ctx.saved_tensors
+        bias_grad = g.sum(dim=(0, 2, 3), keepdim=True)
+        weight_grad = (g * xhat).sum(dim=(0, 2, 3), keepdim=True)
+        count = g.numel() / g.shape[1]
+        centred = g.bfloat16().to(g.dtype) - (bias_grad + xhat * weight_grad) / count
+        z_grad = centred * invstd * weight[:, None, None]
+        return z_grad, weight_grad.flatten(), bias_grad.flatten(), None
+
+
 def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, y: Tensor) -> Tensor:
-    """Before the shortcut and ReLU; its gradient is rounded, and that of the convolution too."""
+    """Before the shortcut and ReLU."""
     z = F.conv2d(y, rounded(conv.weight), stride=conv.stride, padding=conv.padding)
     z = grad_rounded(z)
-    mean = z.mean(dim=(0, 2, 3), keepdim=True)
-    var = z.var(dim=(0, 2, 3), keepdim=True, correction=0)
     with torch.no_grad():
-        norm.running_mean.lerp_(mean.flatten(), norm.momentum)
+        norm.running_mean.lerp_(z.mean(dim=(0, 2, 3)), norm.momentum)
         norm.running_var.lerp_(z.var(dim=(0, 2, 3)), norm.momentum)
-    scale = norm.weight[:, None, None] / (var + norm.eps).sqrt()
-    return grad_rounded((rounded(z) - mean) * scale + norm.bias[:, None, None])
+    return RoundedBatchNorm.apply(z, norm.weight, norm.bias, norm.eps)
 
 
 def block(module: nn.Module, x: Tensor) -> Tensor:
@@ -124,7 +148,7 @@ def block(module: nn.Module, x: Tensor) -> Tensor:
         out = out + conv_norm(link[0], link[1], grad_rounded(x))
     else:
         assert isinstance(link, nn.Identity | PadShortcut)
-        out = grad_rounded(out + link(x))
+        out = out + grad_rounded(link(x))
     return rounded(F.relu(out))
 
 
@@ -173,6 +197,7 @@ def distances(mine: list[Tensor], exact: list[Tensor]) -> Tensor:
         ("resnet11-bottleneck", (5, 32, 32)),
         ("resnet20-bottleneck", (33, 8, 8)),
         ("resnet8", (1, 32, 32)),  # a thread without any image
+        ("resnet8", (2, 4, 4)),  # maps of a single pixel
     ],
 )
 def test_it_computes_what_double_precision_computes(
@@ -184,8 +209,9 @@ def test_it_computes_what_double_precision_computes(
     exact = results(double.model, double, *data)
     noise = distances(results(single.model, single, *data), exact)
     mine = distances(results(model, native(model), *data), exact)
+    # A single tipped ReLU moves small networks' gradients by half a hundredth.
     rest = [5e-4 if "running" in name else 1e-2 for name in names(model)]
-    assert (mine < 2 * noise + torch.tensor(rest)).all()
+    assert (mine < 2 * noise.max() + torch.tensor(rest)).all()
     assert noise.max() < 0.3  # or the test would say nothing
 
 
@@ -253,10 +279,94 @@ def test_evaluation_and_other_arithmetic_are_left_to_pytorch() -> None:
         network(x)
         network(x)
     assert model.stage1[0].bn1.num_batches_tracked == 3
+    for wrong in (x.double(), x[0], x[:, :1], x[:1, :, :4, :4], x[:, :, :30]):
+        theirs = copy.deepcopy(model)  # whose answer or complaint it is
+        with torch.autocast("cpu", torch.bfloat16):
+            try:
+                expected = theirs(wrong)
+            except (RuntimeError, ValueError) as error:
+                with pytest.raises(type(error)):
+                    network(wrong)
+            else:
+                assert torch.equal(network(wrong), expected)
+        model.load_state_dict(theirs.state_dict())
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(leaf).float().sum().backward()
+    assert leaf.grad is not None
+    model.stage2[0].bn1.eval()  # frozen: its statistics stay
+    before = model.stage2[0].bn1.running_mean.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x)
+    assert torch.equal(model.stage2[0].bn1.running_mean, before)
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(network(x), model(x))
-    assert model.stage1[0].bn1.num_batches_tracked == 3
+
+
+def test_gradients_add_up_and_frozen_weights_get_none() -> None:
+    model = some("resnet8-b")
+    network = native(model)
+    x, weights = batch(4)
+    run(network, x, weights)
+    once = [p.grad.clone() for p in model.parameters()]
+    run(network, x, weights)
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
+    model.zero_grad()
+    model.conv1.requires_grad_(False)
+    model.stage1.requires_grad_(False)
+    run(network, x, weights)
+    for (name, parameter), g in zip(model.named_parameters(), once, strict=True):
+        if name.startswith(("conv1", "stage1")):
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, g)
+
+
+def test_weights_that_are_replaced_are_followed() -> None:
+    x, weights = batch(4)
+    fresh = some("resnet8", seed=2)
+    state = copy.deepcopy(fresh.state_dict())
+    expected = run(native(fresh), x, weights)
+    model = some("resnet8")
+    network = native(model)
+    run(network, x, weights)
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(run(network, x, weights), expected)
+    assert model.bn1.num_batches_tracked == 1
+
+
+def test_weights_that_change_between_forward_and_backward_are_noticed() -> None:
+    model = some("resnet8")
+    x, _ = batch(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = native(model)(x)
+    with torch.no_grad():
+        model.stage1[0].conv1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+def test_what_it_does_not_know_is_refused_at_once() -> None:
+    native(build("resnet8"))  # or skip
+    with pytest.raises(UnavailableError, match="no such shortcut"):
+        native_network(ResNet(11, "bottleneck", "A"), vectors=True)  # padded with stride 1
+    for change in ({"bias": True}, {"padding": 0}, {"groups": 16}):
+        model = build("resnet8")
+        model.stage1[0].conv1 = nn.Conv2d(16, 16, 3, **({"padding": 1, "bias": False} | change))
+        with pytest.raises(UnavailableError, match="no such layer"):
+            native_network(model, vectors=True)
+
+
+def test_the_default_type_does_not_matter() -> None:
+    x, weights = batch(3)
+    expected = run(native(some("resnet8")), x, weights)
+    model = some("resnet8")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(run(native(model), x, weights), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_going_back_through_a_batch_whose_maps_are_gone_is_an_error() -> None:
@@ -296,13 +406,15 @@ def test_steps_learn_what_eager_ones_learn(unit: str, arch: str) -> None:
 
 def test_auto_takes_it_with_a_matrix_unit_only(unit: str) -> None:
     model = build("resnet8").to(memory_format=torch.channels_last)
-    network = native(model)
+    native(model)  # or skip
     forward = make_forward(model, "auto", "bf16")
-    if network.unit == "AMX":
-        assert forward.execution == "native"
-    else:
+    if unit == "vectors":
         assert forward.execution == "fused"
         assert "no matrix unit" in forward.reason
+    elif forward.execution == "fused":
+        pytest.skip(forward.reason)
+    else:
+        assert (forward.execution, forward.reason) == ("native", "")
 
 
 def test_without_bf16_it_is_refused_in_a_line() -> None:
@@ -311,13 +423,14 @@ def test_without_bf16_it_is_refused_in_a_line() -> None:
 
 
 def test_a_processor_without_bf16_vectors_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    native(build("resnet8"))  # or skip
     monkeypatch.setenv("CC", "cc -mno-amx-tile -mno-amx-bf16 -mno-avx512bf16")
     with pytest.raises(UnavailableError, match="no bfloat16 vectors"):
-        native_network(build("resnet8"))
+        native_network(build("resnet8"), vectors=True)
 
 
 def test_a_kernel_that_would_be_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     native(build("resnet8"))  # or skip
     monkeypatch.setenv("CC", "cc -Dsqrt=fabs")
     with pytest.raises(UnavailableError, match="does not agree with PyTorch"):
-        native_network(build("resnet8"))
+        native_network(build("resnet8"), vectors=True)

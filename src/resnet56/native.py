@@ -55,17 +55,23 @@ class _Conv(ctypes.Structure):
     ]  # fmt: skip
 
 
-def native_network(model: ResNet) -> "NativeNetwork":
+def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
     """`model` with its training step in C.
 
+    Args:
+        model: in fp32 on the CPU.
+        vectors: be content with AVX-512 BF16 where there is no matrix unit.
+
     Raises:
-        UnavailableError: no compiler, a processor without bf16 vectors, a model that does not
-            fit, or a kernel that does not agree with PyTorch.
+        UnavailableError: no compiler, a processor without the unit or such vectors, a model that
+            does not fit, or a kernel that does not agree with PyTorch.
     """
     library = compile_here("native.c")
-    if library.unit() == 0:
+    unit = library.unit()
+    if unit == 0:
         raise UnavailableError("the system keeps the processor's matrix unit back")
-    library.scratch.restype = _long
+    if unit == 1 and not vectors:
+        raise UnavailableError("no matrix unit (AMX) that processor and compiler know")
     network = NativeNetwork(model, library)
     _check(library)
     return network
@@ -74,8 +80,7 @@ def native_network(model: ResNet) -> "NativeNetwork":
 class NativeNetwork(nn.Module):
     """`model` with its training step in C; what does not fit goes through `model` itself.
 
-    Args:
-        model: in fp32, its convolutions' weights in channels_last.
+    It cannot be copied or pickled; `model` can.
 
     Raises:
         UnavailableError: the model does not fit.
@@ -84,36 +89,52 @@ class NativeNetwork(nn.Module):
     def __init__(self, model: ResNet, library: ctypes.CDLL) -> None:
         super().__init__()
         self.model = model
+        self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._library = library
-        self.unit = {1: "vectors", 2: "AMX"}[library.unit()]
+        library.scratch.restype = _long
         self._plans: dict[tuple[int, ...], _Plan] = {}
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        if not all(n.affine and n.track_running_stats and n.momentum is not None for n in norms):
-            raise UnavailableError("a batch norm has no weights, statistics or momentum")
-        self._counts = [n.num_batches_tracked for n in norms if n.num_batches_tracked is not None]
+        _Plan(library, model, 1, 8, 8, 1)  # refuses what it does not know
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) normalised images -> (N, classes) logits."""
-        fits = (
-            self.model.training
-            and torch.is_grad_enabled()
-            and x.device.type == "cpu"
-            and x.dtype == torch.float32
-            and x.shape[0] > 0
-            and x.shape[2] % 4 == 0
-            and x.shape[3] % 4 == 0
-            and torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        )
-        if not fits:
+        if not self._fits(x):
             return self.model(x)  # type: ignore[no-any-return]
         key = (x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads())
         if key not in self._plans:
             self._plans[key] = _Plan(self._library, self.model, *key)
         plan = self._plans[key]
-        torch._foreach_add_(self._counts, 1)
+        counts = [n.num_batches_tracked for n in self._norms]
+        torch._foreach_add_([count for count in counts if count is not None], 1)
         pooled: Tensor = _Features.apply(plan, x, *plan.parameters)
         return self.model.fc(pooled)  # type: ignore[no-any-return]
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether this is a training step on the CPU as a plan makes it."""
+        return (
+            torch.is_grad_enabled()
+            and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            and x.ndim == 4
+            and x.shape[1] == self.model.conv1.in_channels
+            and x.shape[2] % 4 == x.shape[3] % 4 == 0
+            and x.shape[0] * x.shape[2] * x.shape[3] > 16  # or a batch norm has a single value
+            and not x.requires_grad
+            and all(n.training and n.momentum is not None for n in self._norms)
+            and all(
+                t.dtype == torch.float32 and t.device.type == "cpu"
+                for t in (x, *self.model.parameters(), *_statistics(self._norms))
+            )
+        )
+
+
+def _statistics(norms: list[nn.BatchNorm2d]) -> list[Tensor]:
+    """Their running means and variances; an empty tensor of no use where one has none."""
+    none = torch.empty(0, dtype=torch.float64)
+    return [
+        none if statistic is None else statistic
+        for norm in norms
+        for statistic in (norm.running_mean, norm.running_var)
+    ]
 
 
 class _Features(torch.autograd.Function):
@@ -122,6 +143,7 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: "_Plan", images: Tensor, *parameters: Tensor) -> Tensor:
         ctx.plan = plan
+        ctx.save_for_backward(*parameters)  # that they may not change in between
         pooled = plan.forward(images.contiguous(memory_format=torch.channels_last))
         ctx.turn = plan.turn
         return pooled
@@ -131,6 +153,7 @@ class _Features(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.turn != ctx.plan.turn:
             raise RuntimeError("another batch went forward since: its maps have taken the place")
+        _ = ctx.saved_tensors
         return None, None, *ctx.plan.backward(grad.float().contiguous())
 
 
@@ -199,7 +222,8 @@ class _Plan:
         self, block: nn.Module, join: _Join, height: int, width: int
     ) -> tuple[list[_Conv], _Join, int, int]:
         """A block's convolutions in the order of their gradients, what follows, and its size."""
-        assert isinstance(block, BasicBlock | BottleneckBlock)
+        if not isinstance(block, BasicBlock | BottleneckBlock):
+            raise UnavailableError(f"it knows no block {type(block).__name__}")
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if isinstance(block, BottleneckBlock):
             pairs.append((block.conv3, block.bn3))
@@ -220,11 +244,12 @@ class _Plan:
         if isinstance(link, nn.Identity):
             head.skip = SAME
             return order, _Join(layers[-1], SAME, x), height, width
-        if isinstance(link, PadShortcut):
+        if isinstance(link, PadShortcut) and link.stride == 2:
             head.skip, head.skip_take = PADDED, link.stride
             head.skip_channels = layers[-1].conv.out
             return order, _Join(layers[-1], PADDED, x), height, width
-        assert isinstance(link, nn.Sequential)
+        if not isinstance(link, nn.Sequential):
+            raise UnavailableError(f"it knows no such shortcut: {link}")
         take = into // height
         projection = self._layer(link[0], link[1], height, width, take=take)
         projection.conv.input, projection.conv.x = PLAIN, x.data_ptr()
@@ -239,22 +264,27 @@ class _Plan:
 
         The stride of a 1x1 convolution can as well be a choice of its input's pixels: `take`.
         """
-        assert isinstance(module, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
+        if type(module) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or not norm.affine:
+            raise UnavailableError(f"it knows no such layer: {module}, {norm}")
         out, real = module.weight.shape[:2]
         inner, kernel = -(-real // 16) * 16, module.kernel_size[0]
         stride = module.stride[0] // take
-        if any(n != 16 and (n % 32 or n > MOST_CHANNELS) for n in (inner, out)):
-            raise UnavailableError(f"it knows no convolution of {real} to {out} channels")
+        like = nn.Conv2d(
+            real, out, kernel, stride=stride * take, padding=kernel // 2, bias=False, device="meta"
+        )
+        if str(module) != str(like) or any(
+            n != 16 and (n % 32 or n > MOST_CHANNELS) for n in (inner, out)
+        ):
+            raise UnavailableError(f"it knows no such layer: {module}")
         positions = (height + kernel // 2) * (width + kernel // 2)
         group = min(
             8, -(-self.images // self.threads), MOST_TOGETHER // (positions * max(inner, out))
         )
         z = torch.empty(self.images, height // stride, width // stride, out, dtype=torch.bfloat16)
         values = kernel * (kernel + 1) * max(inner, 32) * max(out, 32)  # at most, of the tiles
-        structure = _Norm(momentum=norm.momentum, eps=norm.eps)
+        structure = _Norm()
         for name in ("mean", "invstd", "scale", "shift", "by_g", "by_z", "constant"):
-            setattr(structure, name, self._keep(torch.empty(out)))
+            setattr(structure, name, self._keep(torch.empty(out, dtype=torch.float32)))
         conv = _Conv(
             images=self.images, height=height, width=width, real_in=real, in_=inner, out=out,
             kernel=kernel, stride=stride, take=take, group=max(1, group), result=self._keep(z),
@@ -305,7 +335,7 @@ class _Plan:
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) float32 in channels_last -> (N, C) float32, the last maps' means."""
         self.turn += 1
-        self._images = images  # until the gradient has been taken
+        self._images = images  # the first layer's gradient reads them again
         self._weights = [
             layer.weights.weight.detach().contiguous(memory_format=torch.channels_last)
             for layer in self.layers
@@ -314,33 +344,38 @@ class _Plan:
             layer.conv.weight = weight.data_ptr()
             for name in ("weight", "bias", "running_mean", "running_var"):
                 setattr(layer.norm, name, getattr(layer.statistics, name).data_ptr())
+            layer.norm.momentum, layer.norm.eps = layer.statistics.momentum, layer.statistics.eps
         self.layers[0].conv.pixels = images.data_ptr()
         for layer in self.layers:
             self._call(self.library.forward, layer.conv)
-        pooled = torch.empty(self.images, self.last.in_)
-        self.library.pool_forward(ctypes.byref(self.last), _pointer(pooled.data_ptr()))
+        pooled = torch.empty(self.images, self.last.in_, dtype=torch.float32)
+        to, threads = _pointer(pooled.data_ptr()), _long(self.threads)
+        self.library.pool_forward(ctypes.byref(self.last), to, threads)
         return pooled
 
     def backward(self, pooled_grad: Tensor) -> list[Tensor]:
         """The gradients of `parameters`."""
         grads = []
         for layer, weight in zip(self.layers, self._weights, strict=True):
-            grads += [torch.empty_like(weight), *torch.empty(2, layer.conv.out)]
+            grads += [
+                torch.empty_like(weight),
+                *torch.empty(2, layer.conv.out, dtype=torch.float32),
+            ]
             layer.conv.weight_grad, layer.norm.weight_grad, layer.norm.bias_grad = (
                 grad.data_ptr() for grad in grads[-3:]
             )
-        self.library.pool_backward(
-            ctypes.byref(self.last), _pointer(pooled_grad.data_ptr()), _long(self.threads)
-        )
+        self._call(self.library.pool_backward, self.last, _pointer(pooled_grad.data_ptr()))
         for conv in self._backward:
             self._call(self.library.backward, conv)
         return grads
 
-    def _call(self, function: Callable[..., None], conv: _Conv) -> None:
+    def _call(self, function: Callable[..., None], conv: _Conv, *more: object) -> None:
         arena, size = _pointer(self._arena.data_ptr()), _long(self._scratch)
-        function(ctypes.byref(conv), arena, size, _long(self.threads))
+        function(ctypes.byref(conv), *more, arena, size, _long(self.threads))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _check(library: ctypes.CDLL) -> None:
     """Compare small networks with PyTorch before anything is trained."""
     generator = torch.Generator().manual_seed(0)
@@ -353,9 +388,11 @@ def _check(library: ctypes.CDLL) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=native):
                 logits = network(images).float()
             logits.square().sum().backward()
-            results.append([logits, *(p.grad for p in model.parameters())])
-        for number, (theirs, mine) in enumerate(zip(*results, strict=True)):
-            distance = (mine - theirs).norm() / theirs.norm()
+            statistics = [b for b in model.buffers() if b.is_floating_point()]
             # bf16 turns some ReLUs on or off, and gradients are far from smooth in that.
-            if not distance < (0.5 if number else 0.02):  # a NaN is no agreement
-                raise UnavailableError("it does not agree with PyTorch on this machine")
+            gradients = [p.grad for p in model.parameters()]
+            results.append([(0.02, [logits, *statistics]), (0.5, gradients)])
+        for (most, theirs), (_, mine) in zip(*results, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                if not (a - b).norm() < most * b.norm():  # a NaN is no agreement
+                    raise UnavailableError("it does not agree with PyTorch on this machine")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from resnet56.compiler import UnavailableError
 from resnet56.errors import UsageError
 from resnet56.fused import fused_norm_relu
 from resnet56.model import ResNet
-from resnet56.native import NativeNetwork, native_network
+from resnet56.native import native_network
 from resnet56.recipe import Recipe
 from resnet56.runtime import DTYPES, Resolved, autocast
 
@@ -60,7 +61,7 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return Forward(compiled, "compiled")
     makers: dict[Execution, Callable[[ResNet, Resolved], nn.Module]] = {
-        "native": _native if wanted == "native" else _native_with_unit,
+        "native": partial(_native, vectors=wanted == "native"),
         "fused": _fused,
     }
     reasons: list[str] = []
@@ -75,19 +76,12 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
     return Forward(model, "eager", "; ".join(reasons))
 
 
-def _native(model: ResNet, precision: Resolved) -> NativeNetwork:
+def _native(model: ResNet, precision: Resolved, *, vectors: bool) -> nn.Module:
     if next(model.parameters()).device.type != "cpu":
         raise UnavailableError("it is for the CPU")
     if precision != "bf16":
         raise UnavailableError(f"it computes in bf16, not {precision}")
-    return native_network(model)
-
-
-def _native_with_unit(model: ResNet, precision: Resolved) -> NativeNetwork:
-    network = _native(model, precision)
-    if network.unit != "AMX":
-        raise UnavailableError("the processor has no matrix unit (AMX)")
-    return network
+    return native_network(model, vectors=vectors)
 
 
 def _fused(model: ResNet, precision: Resolved) -> nn.Module:

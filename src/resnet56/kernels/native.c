@@ -255,14 +255,14 @@ void backward(const Conv *c, char *arena, long arena_bytes, long threads) {
             weigh(c, &l, m, count);
             if (c->input == PIXELS) continue;
             float sums[3 * MOST] = {0};
-            if (count != placed) make_places(m->place_in, c, &l, 1, placed = count);
+            if (count != placed) make_places(m->place, c, &l, 1, placed = count);
             for (long k = 0; k < c->in; k += wide)
                 for (long p = 0; p < count * l.span - l.pad * l.pitch; p += rows) {
                     const half *a = m->gradient + (l.lead + p) * c->out;
                     const half *b = c->packed_back + k / WIDE * l.chunks_out * TILE;
                     if (wide == WIDE) product_64x16(a, 2 * c->out, offsets, l.chunks_out, b, tile);
                     else product_32x32(a, 2 * c->out, offsets, l.chunks_out, b, tile);
-                    keep_gradients(c, tile, rows, wide, m->place_in + p,
+                    keep_gradients(c, tile, rows, wide, m->place + p,
                                    first * c->height * c->width, k, sums);
                 }
             gather(m->sums, sums, c->in, 3);
@@ -287,8 +287,8 @@ void backward(const Conv *c, char *arena, long arena_bytes, long threads) {
 /* ---- the end of the network: the last block's output and its mean over the map ---- */
 
 /* `c` is a BLOCK without a convolution; pooled: (images, in). */
-void pool_forward(const Conv *c, float *pooled) {
-#pragma omp parallel for
+void pool_forward(const Conv *c, float *pooled, long threads) {
+#pragma omp parallel for num_threads(threads)
     for (long i = 0; i < c->images; i++) {
         long size = c->height * c->width;
         for (long y = 0; y < c->height; y++) join_row(c, i, y, 0);
@@ -300,24 +300,28 @@ void pool_forward(const Conv *c, float *pooled) {
     }
 }
 
-void pool_backward(const Conv *c, const float *pooled_grad, long threads) {
+void pool_backward(const Conv *c, const float *pooled_grad, char *arena, long arena_bytes,
+                   long threads) {
+    enum { PIECE = 64 };
     Memory all[threads];
-    double sums[threads * 4 * MOST];
+    long size = c->height * c->width;
+    int32_t place[PIECE];
+    for (long p = 0; p < PIECE; p++) place[p] = p;
 #pragma omp parallel num_threads(threads)
     {
         Memory *m = all + omp_get_thread_num();
-        m->sums = sums + omp_get_thread_num() * 4 * MOST;
-        memset(m->sums, 0, 4 * MOST * sizeof *m->sums);
-        long image, end, size = c->height * c->width;
-        int32_t place[size];
-        for (long p = 0; p < size; p++) place[p] = p;
-        float spread[size * WIDE];
+        m->sums = (double *)(arena + omp_get_thread_num() * arena_bytes);
+        memset(m->sums, 0, 3 * MOST * sizeof *m->sums);
+        long image, end;
+        float spread[PIECE * WIDE];
         for (my_share(c->images, &image, &end); image < end; image++) {
             float group[3 * MOST] = {0};
             for (long k = 0; k < c->in; k += WIDE) {
                 __m512 g = floats(pooled_grad + image * c->in + k) * _mm512_set1_ps(1.0f / size);
-                for (long p = 0; p < size; p++) _mm512_storeu_ps(spread + p * WIDE, g);
-                keep_gradients(c, spread, size, WIDE, place, image * size, k, group);
+                for (long p = 0; p < PIECE; p++) _mm512_storeu_ps(spread + p * WIDE, g);
+                for (long p = 0; p < size; p += PIECE)
+                    keep_gradients(c, spread, smaller(PIECE, size - p), WIDE, place,
+                                   image * size + p, k, group);
             }
             gather(m->sums, group, c->in, 3);
         }

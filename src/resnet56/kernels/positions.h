@@ -40,8 +40,10 @@ typedef struct {
     Norm *result_norm;
     const half *g; /* gradient at the result's norm */
     half *g_in;    /* gradient at the input's norm; PLAIN: at the input */
-    long skip;     /* what the block's other way adds to it: NONE, SAME, PADDED, or PROJECTED by */
-    const half *skip_g; /* a projection that takes every `skip_take`-th pixel */
+    /* What the block's other way adds to g_in: NONE, SAME, PADDED, or PROJECTED by a convolution
+     * that takes every `skip_take`-th pixel. */
+    long skip;
+    const half *skip_g;
     long skip_take, skip_channels;
 } Conv;
 
@@ -49,10 +51,9 @@ typedef struct {
     half *input, *gradient; /* positions by channels, with zeros around */
     half *pairs;            /* the input, two positions side by side: from even, from odd ones */
     half *planes;           /* the gradient, channels by positions */
-    int32_t *place;         /* position -> pixel of the result, or -1 */
-    int32_t *place_in;      /* position -> pixel of the input, or -1 */
+    int32_t *place;         /* position -> pixel of the map that is written, or -1 */
     float *weight_grad;     /* (out, taps, in) */
-    double *sums;           /* four rows of MOST */
+    double *sums;           /* three rows of MOST */
 } Memory;
 
 /* How a convolution's positions lie: `pitch` a row, `span` an image, `lead` zeros in front. */
@@ -91,10 +92,9 @@ static long layout_memory(const Conv *c, char *base, Memory *m) {
     long n = positions(&l), at = 0;
     char *start = (char *)(((uintptr_t)base + 63) / 64 * 64);
 #define TAKE(name, size) m->name = (void *)(start + at); at += bytes(size) + 64
-    TAKE(sums, 4 * MOST * 8);
+    TAKE(sums, 3 * MOST * 8);
     TAKE(weight_grad, c->out * l.taps * c->in * 4);
     TAKE(place, n * 4);
-    TAKE(place_in, n * 4);
     TAKE(input, n * c->in * 2);
     TAKE(gradient, n * c->out * 2);
     TAKE(pairs, 2 * n * c->in * 2);
@@ -194,7 +194,7 @@ static void zero_around(half *map, const Conv *c, const Layout *l, long channels
     }
 }
 
-/* 16 channels of a pixel of half the size and fewer channels, zeros around them. */
+/* 16 channels of a pixel of the larger map, which has fewer channels; zeros around them. */
 static __m512 padded(const half *pixel, long first, long channels) {
     float v[WIDE];
     for (long k = first; k < first + WIDE; k++) {

@@ -1,6 +1,6 @@
 /* Products of tiles, 16 rows by 32 bfloat16 values each: by the processor's matrix unit where it
  * has one (AMX: Intel Architecture Software Developer's Manual, volume 1, chapter 18), or else by
- * vectors, to the same results.
+ * vectors, to the same results but for the order of sums.
  *
  * A second factor's tile has 16 rows of 16 pairs: pair j of row i is values 2i and 2i + 1 of its
  * column j.
@@ -26,9 +26,13 @@ struct config { /* Intel's layout */
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
+/* GCC's loads of tiles do not say that they read memory: what was stored must be there. */
+#define STORED __asm__ volatile("" ::: "memory")
+
 static void begin_tiles(struct config *before) {
     struct config mine = {.palette = 1};
     for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
+    STORED;
     _tile_storeconfig(before); /* PyTorch's own kernels use the unit too */
     _tile_loadconfig(&mine);
 }
@@ -43,6 +47,7 @@ static void product_64x16(const half *a, long stride, const int32_t *offsets, lo
                           const half *b, float *c) {
     const char *rows = (const char *)a;
     long step = 16 * stride;
+    STORED;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long k = 0; k < chunks; k++) {
         const char *at = rows + 2 * offsets[k];
@@ -67,6 +72,7 @@ static void product_32x32(const half *a, long stride, const int32_t *offsets, lo
                           const half *b, float *c) {
     const char *rows = (const char *)a;
     long step = 16 * stride;
+    STORED;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long k = 0; k < chunks; k++) {
         const char *at = rows + 2 * offsets[k];
@@ -93,6 +99,7 @@ static void outer_1x5(const half *planes, long plane_bytes, const half *const *p
     const char *b2 = (const char *)pairs[2], *b3 = (const char *)pairs[3];
     const char *b4 = (const char *)pairs[4];
     long step = 16 * pair_bytes;
+    STORED;
     _tile_loadd(0, c[0], c_bytes);
     if (tiles > 1) _tile_loadd(1, c[1], c_bytes);
     if (tiles > 2) _tile_loadd(2, c[2], c_bytes);
@@ -122,6 +129,7 @@ static void outer_2x2(const half *planes, long plane_bytes, const half *const *p
     const char *b = (const char *)pairs[0], *b2 = (const char *)pairs[1];
     char *c0 = (char *)c[0], *c1 = (char *)c[1];
     long step = 16 * pair_bytes;
+    STORED;
     _tile_loadd(0, c0, c_bytes);
     _tile_loadd(1, c1, c_bytes);
     _tile_loadd(2, c0 + 16 * c_bytes, c_bytes);

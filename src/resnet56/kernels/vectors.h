@@ -1,11 +1,11 @@
 /* Vectors of 16 numbers: bfloat16 in memory, float in registers. */
+#ifndef __AVX512BF16__
+#error the processor has no bfloat16 vectors (AVX-512 BF16), or the compiler does not know them
+#endif
+
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
-
-#ifndef __AVX512BF16__
-#error the processor has no bfloat16 vectors (AVX-512 BF16)
-#endif
 
 typedef uint16_t half; /* a bfloat16 */
 
