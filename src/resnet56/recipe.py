@@ -238,8 +238,8 @@ HE2015 = Recipe(
     epochs=164, batch_size=128, lr=0.1, schedule="step", drop_epochs=(82, 123), drop_factor=0.1
 )
 
-# A first version from the literature: long cosine, Nesterov, Cutout, flips in turn, averaged
-# weights.
+# From the literature: long cosine, Nesterov, Cutout, flips in turn, averaged weights. 120 of the
+# 200 epochs reached 94.83 % (docs/results.md).
 BEST = Recipe(
     epochs=200,
     batch_size=128,
