@@ -76,7 +76,8 @@ def test_the_map_names_every_module_and_no_other() -> None:
     named = set(re.findall(r"^  (\w+)(?:\.py|/) ", house[: house.index("```")], re.MULTILINE))
     package = ROOT / "src" / "resnet56"
     there = {path.stem for path in package.glob("*.py")}
-    there |= {path.parent.name for path in package.glob("*/__init__.py")}
+    for kind in ("*/__init__.py", "*/*.c"):
+        there |= {path.parent.name for path in package.glob(kind)}
     small = {"__init__", "__main__"}
     assert named == there - small
 
