@@ -144,6 +144,17 @@ def test_ctrl_c_and_resume_give_the_uninterrupted_run(
     assert len(json.loads((out / "environment.json").read_text())["resumed"]) == len(steps)
 
 
+def test_native_steps_resume_to_the_same_bits(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(small, precision="bf16", execution="native", sizes=(16,))
+    try:
+        train(recipe, tiny, tmp_path / "straight", device="cpu")
+    except UsageError as reason:
+        pytest.skip(str(reason))
+    run_until(tmp_path / "run", 8, recipe, tiny)
+    train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
 # Trains as the test does, saving after every step, and dies without a word at a given moment.
 VICTIM = """
     import os, pickle, signal, sys
