@@ -119,22 +119,15 @@ class NativeNetwork(nn.Module):
             and x.shape[2] % 4 == x.shape[3] % 4 == 0
             and x.shape[0] * x.shape[2] * x.shape[3] > 16  # or a batch norm has a single value
             and not x.requires_grad
-            and all(n.training and n.momentum is not None for n in self._norms)
             and all(
-                t.dtype == torch.float32 and t.device.type == "cpu"
-                for t in (x, *self.model.parameters(), *_statistics(self._norms))
+                n.training and n.momentum is not None and n.running_mean is not None
+                for n in self._norms
+            )
+            and all(
+                t.device.type == "cpu" and t.dtype in (torch.float32, torch.int64)
+                for t in (x, *self.model.parameters(), *self.model.buffers())
             )
         )
-
-
-def _statistics(norms: list[nn.BatchNorm2d]) -> list[Tensor]:
-    """Their running means and variances; an empty tensor of no use where one has none."""
-    none = torch.empty(0, dtype=torch.float64)
-    return [
-        none if statistic is None else statistic
-        for norm in norms
-        for statistic in (norm.running_mean, norm.running_var)
-    ]
 
 
 class _Features(torch.autograd.Function):

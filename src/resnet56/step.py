@@ -68,6 +68,8 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
     for execution, make in makers.items():
         if wanted in (execution, "auto"):
             try:
+                if next(model.parameters()).device.type != "cpu":
+                    raise UnavailableError("it is for the CPU")
                 return Forward(make(model, precision), execution, "; ".join(reasons))
             except UnavailableError as error:
                 reasons.append(f"no {execution} step here: {error}")
@@ -77,16 +79,12 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
 
 
 def _native(model: ResNet, precision: Resolved, *, vectors: bool) -> nn.Module:
-    if next(model.parameters()).device.type != "cpu":
-        raise UnavailableError("it is for the CPU")
     if precision != "bf16":
         raise UnavailableError(f"it computes in bf16, not {precision}")
     return native_network(model, vectors=vectors)
 
 
 def _fused(model: ResNet, precision: Resolved) -> nn.Module:
-    if next(model.parameters()).device.type != "cpu":
-        raise UnavailableError("it is for the CPU")
     if precision == "fp16":
         raise UnavailableError("it has no fp16")
     model.use(fused_norm_relu(DTYPES[precision]))

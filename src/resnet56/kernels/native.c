@@ -13,7 +13,6 @@
  * 16 positions by 32 inputs and 32 inputs by 16 outputs: the size of a tile of the unit.
  */
 #include <math.h>
-#include <stdlib.h>
 
 #include "positions.h"
 
@@ -72,6 +71,23 @@ static void my_share(long groups, long *first, long *end) {
     *end = groups * (thread + 1) / threads;
 }
 
+/* This thread's memory, its sums at zero, and its tiles configured; `before` as they were. */
+static Memory *begin(const Conv *c, char *arena, long arena_bytes, Memory *all,
+                     struct config *before) {
+    Memory *m = all + omp_get_thread_num();
+    layout_memory(c, arena + omp_get_thread_num() * arena_bytes, m);
+    memset(m->sums, 0, 3 * MOST * sizeof *m->sums);
+    begin_tiles(before);
+    return m;
+}
+
+/* 16 outputs of 64 positions, or 32 of 32. */
+static inline void product(long wide, const half *a, long stride, const int32_t *offsets,
+                           long chunks, const half *b, float *tile) {
+    if (wide == WIDE) product_64x16(a, stride, offsets, chunks, b, tile);
+    else product_32x32(a, stride, offsets, chunks, b, tile);
+}
+
 /* z = conv(input), and the statistics of the batch norm behind it. `arena` holds `arena_bytes`
  * for each thread. */
 void forward(const Conv *c, char *arena, long arena_bytes, long threads) {
@@ -79,12 +95,9 @@ void forward(const Conv *c, char *arena, long arena_bytes, long threads) {
     Layout l = layout_of(c);
 #pragma omp parallel num_threads(threads)
     {
-        Memory *m = all + omp_get_thread_num();
-        layout_memory(c, arena + omp_get_thread_num() * arena_bytes, m);
         struct config before;
-        begin_tiles(&before);
+        Memory *m = begin(c, arena, arena_bytes, all, &before);
         pack(c, 0, c->packed);
-        memset(m->sums, 0, 2 * MOST * sizeof *m->sums);
         int32_t offsets[l.chunks_in];
         offsets_of(offsets, c->in, c->kernel, &l);
         long group, end, groups = (c->images + c->group - 1) / c->group, placed = 0;
@@ -100,8 +113,7 @@ void forward(const Conv *c, char *arena, long arena_bytes, long threads) {
                 for (long p = 0; p < count * l.span - l.pad * l.pitch; p += rows) {
                     const half *a = m->input + (l.lead + p) * c->in;
                     const half *b = c->packed + k / WIDE * l.chunks_in * TILE;
-                    if (wide == WIDE) product_64x16(a, 2 * c->in, offsets, l.chunks_in, b, tile);
-                    else product_32x32(a, 2 * c->in, offsets, l.chunks_in, b, tile);
+                    product(wide, a, 2 * c->in, offsets, l.chunks_in, b, tile);
                     keep_results(c, tile, rows, wide, m->place + p, first * size, k, sums);
                 }
             gather(m->sums, sums, c->out, 2);
@@ -236,12 +248,9 @@ void backward(const Conv *c, char *arena, long arena_bytes, long threads) {
     Layout l = layout_of(c);
 #pragma omp parallel num_threads(threads)
     {
-        Memory *m = all + omp_get_thread_num();
-        layout_memory(c, arena + omp_get_thread_num() * arena_bytes, m);
         struct config before;
-        begin_tiles(&before);
+        Memory *m = begin(c, arena, arena_bytes, all, &before);
         if (c->input != PIXELS) pack(c, 1, c->packed_back);
-        memset(m->sums, 0, 3 * MOST * sizeof *m->sums);
         memset(m->weight_grad, 0, c->out * l.taps * c->in * 4);
         int32_t offsets[l.chunks_out];
         offsets_of(offsets, c->out, c->kernel, &l);
@@ -260,8 +269,7 @@ void backward(const Conv *c, char *arena, long arena_bytes, long threads) {
                 for (long p = 0; p < count * l.span - l.pad * l.pitch; p += rows) {
                     const half *a = m->gradient + (l.lead + p) * c->out;
                     const half *b = c->packed_back + k / WIDE * l.chunks_out * TILE;
-                    if (wide == WIDE) product_64x16(a, 2 * c->out, offsets, l.chunks_out, b, tile);
-                    else product_32x32(a, 2 * c->out, offsets, l.chunks_out, b, tile);
+                    product(wide, a, 2 * c->out, offsets, l.chunks_out, b, tile);
                     keep_gradients(c, tile, rows, wide, m->place + p,
                                    first * c->height * c->width, k, sums);
                 }
