@@ -52,6 +52,7 @@ class NativeNetwork(nn.Module):
     def __init__(self, model: ResNet, library: ctypes.CDLL) -> None:
         super().__init__()
         self.model = model
+        self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
         self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._library = library
         self._plans: dict[tuple[int, ...], Plan] = {}
@@ -72,6 +73,9 @@ class NativeNetwork(nn.Module):
 
     def _fits(self, x: Tensor) -> bool:
         """Whether this is a training step on the CPU as a plan makes it."""
+        tensors: list[Tensor | None] = [x, *(c.weight for c in self._convolutions)]
+        for n in self._norms:
+            tensors += n.weight, n.bias, n.running_mean, n.running_var
         return (
             torch.is_grad_enabled()
             and torch.is_autocast_enabled("cpu")
@@ -81,14 +85,8 @@ class NativeNetwork(nn.Module):
             and x.shape[2] % 4 == x.shape[3] % 4 == 0
             and x.shape[0] * x.shape[2] * x.shape[3] > 16  # or a batch norm has a single value
             and not x.requires_grad
-            and all(
-                n.training and n.momentum is not None and n.running_mean is not None
-                for n in self._norms
-            )
-            and all(
-                t.device.type == "cpu" and t.dtype in (torch.float32, torch.int64)
-                for t in (x, *self.model.parameters(), *self.model.buffers())
-            )
+            and all(n.training and n.momentum is not None for n in self._norms)
+            and all(t is not None and t.is_cpu and t.dtype == torch.float32 for t in tensors)
         )
 
 
