@@ -32,9 +32,9 @@ NAME --data DIR` measures one again. `tools/ship.py` wrote all files here.
 rest are byte-exact. One training each, whose recipe was fixed before it was run; the test images
 were opened once, after it (docs/results.md).
 
-**Limits.** Each knows ten classes and answers with one of them whatever it is shown. It was trained
-on centred objects in 32x32 pixels; larger pictures are cropped to their central square and shrunk
-to that.
+**Limits.** Each knows ten classes and answers with one of them whatever it is shown. They were
+trained on centred objects in 32x32 pixels; larger pictures are cropped to their central square and
+shrunk to that.
 """
 
 
