@@ -100,8 +100,10 @@ class Plan:
         self._arrange_gradients(first.conv, blocks)
         self._backward = [*(conv for convs in reversed(blocks) for conv in convs), first.conv]
         library.scratch.restype = _long
-        self._scratch = max(library.scratch(ctypes.byref(conv)) for conv in self._backward)
-        self._arena = torch.zeros(threads * self._scratch, dtype=torch.uint8)
+        scratch = max(library.scratch(ctypes.byref(conv)) for conv in self._backward)
+        arena = self._keep(torch.zeros(threads * scratch, dtype=torch.uint8))
+        self._threads = _long(threads)
+        self._where = _pointer(arena), _long(scratch), self._threads  # the same in every call
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -245,8 +247,8 @@ class Plan:
         for layer in self.layers:
             self._call(self.library.forward, layer.conv)
         pooled = torch.empty(self.images, self.last.in_, dtype=torch.float32)
-        to, threads = _pointer(pooled.data_ptr()), _long(self.threads)
-        self.library.pool_forward(ctypes.byref(self.last), to, threads)
+        to = _pointer(pooled.data_ptr())
+        self.library.pool_forward(ctypes.byref(self.last), to, self._threads)
         return pooled
 
     def backward(self, pooled_grad: Tensor) -> list[Tensor]:
@@ -266,5 +268,4 @@ class Plan:
         return grads
 
     def _call(self, function: Callable[..., None], conv: _Conv, *more: object) -> None:
-        arena, size = _pointer(self._arena.data_ptr()), _long(self._scratch)
-        function(ctypes.byref(conv), *more, arena, size, _long(self.threads))
+        function(ctypes.byref(conv), *more, *self._where)
