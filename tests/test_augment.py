@@ -8,6 +8,7 @@ from scipy import stats
 from torch import Tensor
 
 from resnet56.augment import Draws, augment, crop_and_flip, cutout, draw, normalize, shrink
+from resnet56.trivial import trivial_augment
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -39,7 +40,8 @@ def every_crop(padding: int) -> Draws:
     """All offsets, plain and mirrored."""
     places = range(2 * padding + 1)
     grid = torch.tensor([(r, c, f) for r in places for c in places for f in (0, 1)])
-    return Draws(grid[:, 0], grid[:, 1], grid[:, 2].bool(), torch.zeros(len(grid), 2).long())
+    draws = draw(len(grid), padding=padding, flip=True, generator=generator())
+    return draws._replace(rows=grid[:, 0], cols=grid[:, 1], flips=grid[:, 2].bool())
 
 
 @pytest.mark.parametrize("padding", [0, 2, 4])
@@ -135,7 +137,7 @@ def test_augmenting_is_to_crop_mirror_normalise_and_erase(hole: int) -> None:
     scale = (torch.tensor(MEAN), torch.tensor(STD))
     result = augment(images, draws, *scale, padding=4, hole=hole).numpy()
     mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
-    for index, (row, col, flip, (down, across)) in enumerate(zip(*draws, strict=True)):
+    for index, (row, col, flip, (down, across)) in enumerate(zip(*draws[:4], strict=True)):
         crop = cropped(images[index].numpy(), 4, int(row), int(col), bool(flip))
         expected = erased((crop / 255 - mean) / std, int(down), int(across), hole)
         np.testing.assert_allclose(result[index], expected, rtol=1e-5, atol=1e-6)
@@ -148,6 +150,16 @@ def test_a_part_of_a_batch_is_augmented_as_within_the_whole() -> None:
     whole = augment(images, draws, *scale, padding=4, hole=8)
     alone = augment(images[part], draws.part(part), *scale, padding=4, hole=8)
     assert torch.equal(whole[part], alone)
+
+
+def test_trivial_augment_comes_before_the_crop() -> None:
+    images = pictures(30)
+    draws = draw(30, padding=4, flip=True, generator=generator(7))
+    scale = (torch.tensor(MEAN), torch.tensor(STD))
+    result = augment(images, draws, *scale, padding=4, hole=8, trivial=True)
+    changed = trivial_augment(images, draws.kinds, draws.levels)
+    assert not torch.equal(changed, images)
+    assert torch.equal(result, augment(changed, draws, *scale, padding=4, hole=8))
 
 
 @pytest.mark.parametrize("side", [16, 24, 28])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +72,24 @@ def test_samples_show_the_surest_mistakes_and_real_crops(run: RunDirectory, tiny
         crops = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
         for variant in variants:
             assert any((variant == c).all() or (variant == c[..., ::-1]).all() for c in crops)
+
+
+def test_samples_show_cutout_and_trivial_augment_too(
+    run: RunDirectory, tiny: Dataset, tmp_path: Path
+) -> None:
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
+    evaluate_run(copy, tiny, flip=False, padding=0, cutout=12, device=CPU)
+    kept = np.load(copy.samples_file)
+    mean = np.round(255 * np.array(run.load().network.mean))[:, None]
+    for original, variants in zip(kept["originals"], kept["augmented"], strict=True):
+        for variant in variants:
+            covered = (variant != original).any(axis=0)
+            assert 36 <= covered.sum() <= 144  # a quarter of the square lies inside at least
+            assert (variant[:, covered] == mean).all()
+    evaluate_run(copy, tiny, flip=False, padding=0, trivial_augment=True, device=CPU)
+    kept = np.load(copy.samples_file)
+    changed = (kept["augmented"] != kept["originals"][:, None]).any(axis=(2, 3, 4))
+    assert changed.mean() > 0.5
 
 
 def test_robustness_is_the_accuracy_on_corrupted_images(run: RunDirectory, tiny: Dataset) -> None:

@@ -545,6 +545,9 @@ def test_recipes_in_words() -> None:
     assert "mirrored left to right in every other epoch" in turns
     grown = recipe_words.augmentation(Recipe(sizes=(16, 16, 24)), mirrors=True)
     assert "shrunk: to 16 \N{MULTIPLICATION SIGN} 16 for 2 epochs and to 24" in grown
+    trivial = Recipe(padding=0, trivial_augment=True)
+    assert "place or colour" in recipe_words.augmentation(trivial, mirrors=False)
+    assert recipe_words.is_augmented(trivial, mirrors=False)
     assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnet56.trivial import CHANGES, LEVELS, trivial_augment
+
 
 class Draws(NamedTuple):
     """The random numbers of N images."""
@@ -18,10 +20,12 @@ class Draws(NamedTuple):
     cols: Tensor  # (N,) int64, its left column
     flips: Tensor  # (N,) bool
     holes: Tensor  # (N, 2) int64, the centre (row, column) of the square that Cutout erases
+    kinds: Tensor  # (N,) int64, which change TrivialAugment makes
+    levels: Tensor  # (N,) int64, how strong it is, with its sign
 
     def to(self, device: torch.device) -> "Draws":
-        """The same numbers on `device`."""
-        return Draws(*(column.to(device) for column in self))
+        """The same numbers on `device`, but for `kinds`, which are looked at from the CPU."""
+        return Draws(*(column.to(device) for column in self))._replace(kinds=self.kinds)
 
     def part(self, index: slice) -> "Draws":
         """The numbers of the images at `index`."""
@@ -33,7 +37,10 @@ def draw(count: int, *, padding: int, flip: bool, generator: torch.Generator) ->
     offsets = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
     mirrored = torch.randint(0, 2, (count,), generator=generator).bool()
     holes = torch.randint(0, 32, (count, 2), generator=generator)
-    return Draws(offsets[0], offsets[1], mirrored & flip, holes)
+    kinds = torch.randint(0, len(CHANGES), (count,), generator=generator)
+    strengths = torch.randint(0, LEVELS + 1, (count,), generator=generator)
+    signs = 2 * torch.randint(0, 2, (count,), generator=generator) - 1
+    return Draws(offsets[0], offsets[1], mirrored & flip, holes, kinds, signs * strengths)
 
 
 def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
@@ -98,8 +105,21 @@ def shrink(images: Tensor, side: int) -> Tensor:
 
 
 def augment(
-    images: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, padding: int, hole: int
+    images: Tensor,
+    draws: Draws,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    padding: int,
+    hole: int,
+    trivial: bool = False,
 ) -> Tensor:
-    """(N, 3, 32, 32) uint8 -> float32: crop, mirror, normalise, erase a `hole` wide square."""
+    """(N, 3, 32, 32) uint8 -> float32, normalised.
+
+    First a change of TrivialAugment's, where `trivial`, then crop and mirror, then a square of
+    `hole` pixels a side is erased.
+    """
+    if trivial:
+        images = trivial_augment(images, draws.kinds, draws.levels)
     images = normalize(crop_and_flip(images, draws, padding), mean, std)
     return cutout(images, draws.holes, hole) if hole else images

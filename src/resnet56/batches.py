@@ -41,6 +41,7 @@ class Batches:
     flip: bool = True
     alternate_flip: bool = False  # mirrored in every other epoch, instead of by chance
     cutout: int = 0
+    trivial_augment: bool = False
     sizes: tuple[int, ...] = ()  # sides of the first epochs' images, in pixels
     rank: int = 0
     world_size: int = 1
@@ -98,6 +99,7 @@ class Batches:
                 self.std,
                 padding=self.padding,
                 hole=self.cutout,
+                trivial=self.trivial_augment,
             )
             if epoch < len(self.sizes):
                 images = shrink(images, self.sizes[epoch])

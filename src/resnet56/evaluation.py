@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet56.augment import crop_and_flip, draw, normalize
+from resnet56.augment import augment, draw, normalize
 from resnet56.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
 from resnet56.data import Dataset, Split, training_split
 from resnet56.inference import InferenceForm
@@ -133,6 +133,8 @@ def evaluate_run(
     holdout: int = 0,
     flip: bool = True,
     padding: int = 4,
+    cutout: int = 0,
+    trivial_augment: bool = False,
     device: torch.device,
     precision: Resolved = "fp32",
     robustness: int = 0,
@@ -149,7 +151,7 @@ def evaluate_run(
         run: with a checkpoint.
         dataset: the run's own.
         holdout: as in its recipe; those images are measured apart.
-        flip, padding: of its augmentation, to show it.
+        flip, padding, cutout, trivial_augment: of its augmentation, to show it.
         device, precision: of the forward pass.
         robustness: test images to corrupt in every way; 0 for none.
         speed: whether to measure it.
@@ -189,24 +191,34 @@ def evaluate_run(
         labels=labels.numpy(),
         indices=np.arange(len(labels)),
     )
-    samples = _shown(training, padding, flip) | _mistakes(logits["test"], dataset.test)
+    mean, std = (torch.tensor(each) for each in (subject.network.mean, subject.network.std))
+
+    def augmented(images: Tensor) -> Tensor:
+        """As the network sees them in training, but as bytes: what Cutout covers is the mean."""
+        generator = torch.Generator().manual_seed(0)
+        draws = draw(len(images), padding=padding, flip=flip, generator=generator)
+        seen = augment(
+            images, draws, mean, std, padding=padding, hole=cutout, trivial=trivial_augment
+        )
+        in_units = seen * std[:, None, None] + mean[:, None, None]
+        return (255 * in_units).round().clamp(0, 255).byte()
+
+    samples = _shown(training, augmented) | _mistakes(logits["test"], dataset.test)
     write_arrays(run.samples_file, **samples)
     write_json(run.evaluation_file, result)
     return result
 
 
-def _shown(training: Split, padding: int, flip: bool) -> dict[str, Any]:
+def _shown(training: Split, augmented: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """A few training images, and what the augmentation makes of them."""
     labels = training.labels.cpu().numpy()
     index = torch.from_numpy(np.unique(labels, return_index=True)[1][:ORIGINALS])
     originals = training.images[index].cpu()
-    generator = torch.Generator().manual_seed(0)
-    draws = draw(len(index) * VARIANTS, padding=padding, flip=flip, generator=generator)
-    augmented = crop_and_flip(originals.repeat_interleave(VARIANTS, dim=0), draws, padding)
+    variants = augmented(originals.repeat_interleave(VARIANTS, dim=0))
     return {
         "originals": originals.numpy(),
         "original_labels": labels[index],
-        "augmented": augmented.contiguous().view(-1, VARIANTS, 3, 32, 32).numpy(),
+        "augmented": variants.contiguous().view(-1, VARIANTS, 3, 32, 32).numpy(),
     }
 
 

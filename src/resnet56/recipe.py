@@ -79,6 +79,10 @@ class Recipe:
     cutout: int = 0
     """Side in pixels of a square set to the mean at a random place; 0 for none."""
 
+    trivial_augment: bool = False
+    """Before the crop, change each image's place or colour in one of 14 ways of random strength
+    (Müller & Hutter 2021, arXiv:2103.10158)."""
+
     ema_decay: float = 0.0
     """Decay a step of the averaged weights, which are then the run's weights; 0 for none."""
 

@@ -113,6 +113,8 @@ def train(
         holdout=recipe.holdout,
         flip=recipe.flip and dataset.mirror,
         padding=recipe.padding,
+        cutout=recipe.cutout,
+        trivial_augment=recipe.trivial_augment,
         device=where,
         show=progress.measuring,
     )
@@ -207,6 +209,7 @@ class _Loop:
             flip=flip,
             alternate_flip=recipe.alternate_flip,
             cutout=recipe.cutout,
+            trivial_augment=recipe.trivial_augment,
             sizes=recipe.sizes,
             rank=self.here.rank,
             world_size=self.here.world_size,

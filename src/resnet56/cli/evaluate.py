@@ -128,6 +128,8 @@ def _measure_run(
         holdout=recipe.holdout,
         flip=recipe.flip and dataset.mirror,
         padding=recipe.padding,
+        cutout=recipe.cutout,
+        trivial_augment=recipe.trivial_augment,
         device=device,
         precision=precision,
         robustness=min(options.robustness, len(dataset.test)),

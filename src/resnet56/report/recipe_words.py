@@ -30,6 +30,8 @@ def schedule(recipe: Recipe) -> str:
 def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
     """What happens to a training image before the network sees it, in a sentence."""
     steps = []
+    if recipe.trivial_augment:
+        steps.append("changed in place or colour, in one of fourteen ways (TrivialAugment)")
     if recipe.padding:
         steps.append(
             f"padded with {plural(recipe.padding, 'black pixel')} on each side and cropped to "
@@ -56,7 +58,7 @@ def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
 
 def is_augmented(recipe: Recipe, *, mirrors: bool) -> bool:
     """Whether training images are changed at random at all."""
-    return bool(recipe.padding or mirrors or recipe.cutout)
+    return bool(recipe.padding or mirrors or recipe.cutout or recipe.trivial_augment)
 
 
 def optimizer(recipe: Recipe) -> str:
