@@ -1,7 +1,7 @@
-"""The evidence behind docs/results.md: keep a run's small files, print the table of all of them.
+"""The evidence behind docs/results.md: keep a run's small files, print tables of all of them.
 
 python tools/results.py keep RUN NAME    copies them to results/NAME, without this machine's paths
-python tools/results.py                  prints the table, as docs/results.md has it
+python tools/results.py                  prints the tables, as docs/results.md has them
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from resnet56.rundir import RunDirectory, read_json, write_text
 RESULTS = Path(__file__).parents[1] / "results"
 USAGE = "usage: python tools/results.py [keep RUN NAME]"
 HEAD = ("network", "command", "seeds", "test accuracy, %", "training accuracy, %", "time", "on")
+TRIAL_HEAD = ("command", "seed", "held out, %", "training, %", "corrupted test images, %")
 
 
 def keep(run: RunDirectory, name: str) -> None:
@@ -70,12 +71,18 @@ def machine(facts: dict[str, Any]) -> str:
     return f"{what}, {facts['precision']}"
 
 
+def kept() -> list[tuple[Recipe, RunDirectory]]:
+    """All runs in results/, with their recipes."""
+    runs = [RunDirectory(folder) for folder in sorted(RESULTS.iterdir())]
+    return [(from_fields(read_json(run.recipe_file), str(run.recipe_file)), run) for run in runs]
+
+
 def rows() -> list[tuple[str, ...]]:
     """A row for all seeds of a recipe on a machine, the best first within an architecture."""
     groups: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
-    for folder in sorted(RESULTS.iterdir()):
-        run = RunDirectory(folder)
-        recipe = from_fields(read_json(run.recipe_file), str(run.recipe_file))
+    for recipe, run in kept():
+        if recipe.holdout:
+            continue
         where = machine(read_json(run.environment_file))
         groups[dataclasses.replace(recipe, seed=0), where].append((recipe.seed, run))
     found = []
@@ -99,16 +106,35 @@ def rows() -> list[tuple[str, ...]]:
     return [row for _, _, row in sorted(found)]
 
 
-def table() -> str:
-    """The table in Markdown."""
-    lines = [HEAD, ("---",) * len(HEAD), *rows()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def trials() -> list[tuple[str, ...]]:
+    """A row for each run with images held out, the best on those first."""
+    found = []
+    for recipe, run in kept():
+        if not recipe.holdout:
+            continue
+        figures = read_json(run.evaluation_file)
+        accuracy = figures["holdout"]["accuracy"]
+        low, high = figures["holdout"]["accuracy_interval"]
+        row = (
+            f"`{command(recipe)}`",
+            str(recipe.seed),
+            f"{100 * accuracy:.2f} ({100 * low:.2f} to {100 * high:.2f})",
+            percent([figures["train"]["accuracy"]]),
+            percent([figures["robustness"]["mean_accuracy"]]),
+        )
+        found.append((-accuracy, row))
+    return [row for _, row in sorted(found)]
+
+
+def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
-            print(table())
+            print(f"{table(HEAD, rows())}\n\n{table(TRIAL_HEAD, trials())}")
         case ["keep", run, name]:
             keep(RunDirectory(Path(run)), name)
         case _:
