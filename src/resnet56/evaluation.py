@@ -191,30 +191,27 @@ def evaluate_run(
         labels=labels.numpy(),
         indices=np.arange(len(labels)),
     )
-    mean, std = (torch.tensor(each) for each in (subject.network.mean, subject.network.std))
-
-    def augmented(images: Tensor) -> Tensor:
-        """As the network sees them in training, but as bytes: what Cutout covers is the mean."""
-        generator = torch.Generator().manual_seed(0)
-        draws = draw(len(images), padding=padding, flip=flip, generator=generator)
-        seen = augment(
-            images, draws, mean, std, padding=padding, hole=cutout, trivial=trivial_augment
-        )
-        in_units = seen * std[:, None, None] + mean[:, None, None]
-        return (255 * in_units).round().clamp(0, 255).byte()
-
-    samples = _shown(training, augmented) | _mistakes(logits["test"], dataset.test)
-    write_arrays(run.samples_file, **samples)
+    shown = _shown(training, subject.network, padding, flip, cutout, trivial_augment)
+    write_arrays(run.samples_file, **shown | _mistakes(logits["test"], dataset.test))
     write_json(run.evaluation_file, result)
     return result
 
 
-def _shown(training: Split, augmented: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _shown(
+    training: Split, network: Network, padding: int, flip: bool, hole: int, trivial: bool
+) -> dict[str, Any]:
     """A few training images, and what the augmentation makes of them."""
     labels = training.labels.cpu().numpy()
     index = torch.from_numpy(np.unique(labels, return_index=True)[1][:ORIGINALS])
     originals = training.images[index].cpu()
-    variants = augmented(originals.repeat_interleave(VARIANTS, dim=0))
+    images = originals.repeat_interleave(VARIANTS, dim=0)
+    generator = torch.Generator().manual_seed(0)
+    draws = draw(len(images), padding=padding, flip=flip, generator=generator)
+    mean, std = torch.tensor(network.mean), torch.tensor(network.std)
+    seen = augment(images, draws, mean, std, padding=padding, hole=hole, trivial=trivial)
+    # Bytes again, for people: what Cutout covers is the mean.
+    in_units = seen * std[:, None, None] + mean[:, None, None]
+    variants = (255 * in_units).round().clamp(0, 255).byte()
     return {
         "originals": originals.numpy(),
         "original_labels": labels[index],
