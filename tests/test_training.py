@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import skip_without_kernel
 
 from resnet56 import training
 from resnet56.data import Dataset
@@ -149,7 +150,7 @@ def test_native_steps_resume_to_the_same_bits(tiny: Dataset, small: Recipe, tmp_
     try:
         train(recipe, tiny, tmp_path / "straight", device="cpu")
     except UsageError as reason:
-        pytest.skip(str(reason))
+        skip_without_kernel(reason)
     run_until(tmp_path / "run", 8, recipe, tiny)
     train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "run")
@@ -356,12 +357,38 @@ def test_tensorboard_without_its_package_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+# One of the processes: both ask each other every second step. Only the first one's clock says that
+# it is time to save, and only the second is asked to stop, in the middle of an epoch.
 RANK = """
-    import pickle, sys
+    import os, pickle, signal, sys
     from pathlib import Path
-    from resnet56.training import train
+    from resnet56 import training
+    from resnet56.step import Trainer
     job = pickle.loads(Path(sys.argv[1]).read_bytes())
-    train(job["recipe"], job["dataset"], job["out"], device="cpu", resume=job["resume"])
+    first = os.environ["RANK"] == "0"
+    training.LOOK_EVERY = 2
+    training.SAVE_EVERY = 0.0 if first else 1e9
+    take, save = Trainer.step, training._Loop._save
+
+    def take_and_stop(self, *arguments):
+        take(self, *arguments)
+        if not first and arguments[-1] + 1 == job["stop"]:
+            signal.raise_signal(signal.SIGTERM)
+
+    def save_and_count(self):
+        save(self)
+        saved.append(self.position.step)
+
+    saved = []
+    Trainer.step, training._Loop._save = take_and_stop, save_and_count
+    try:
+        where, how = job["out"], {"device": "cpu", "resume": job["resume"]}
+        training.train(job["recipe"], job["dataset"], where, **how)
+    except training.Interrupted as stopped:
+        assert (job["stop"], stopped.exit_code) == (saved[-1] - 1, 143), (saved, stopped.exit_code)
+    else:
+        assert job["stop"] is None
+    assert saved == job["saves"], saved
 """
 
 
@@ -373,24 +400,27 @@ def test_two_processes_equal_one_and_resume(tiny: Dataset, small: Recipe, tmp_pa
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(RANK))
 
-    def together(recipe: Recipe, out: Path, *, resume: bool = False) -> None:
+    def together(
+        out: Path, saves: list[int], stop: int | None = None, *, resume: bool = False
+    ) -> None:
+        """Train in two processes, which must both save after the steps `saves`."""
         job = tmp_path / "job"
-        job.write_bytes(
-            pickle.dumps({"recipe": recipe, "dataset": tiny, "out": out, "resume": resume})
-        )
+        told = {"recipe": recipe, "dataset": tiny, "out": out, "resume": resume}
+        job.write_bytes(pickle.dumps(told | {"saves": saves, "stop": stop}))
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         done = subprocess.run(
             [sys.executable, *command, str(script), str(job)],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=300,  # processes that do not do the same at the same step wait for ever
         )
         assert done.returncode == 0, done.stderr
 
     # A low learning rate: rounding differences grow with every step that amplifies them.
     recipe = dataclasses.replace(small, epochs=2, lr=0.001)
     train(recipe, tiny, tmp_path / "one", device="cpu")
-    together(recipe, tmp_path / "two")
+    together(tmp_path / "two", [0, 2, 4, 6, 8, 10, 12])
     one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))
     rows = [untimed(run.read_metrics()) for run in (one, two)]
     assert len(rows[1]) == 2
@@ -399,8 +429,9 @@ def test_two_processes_equal_one_and_resume(tiny: Dataset, small: Recipe, tmp_pa
     mine, theirs = one.load().model, two.load().model
     for name in mine:
         torch.testing.assert_close(theirs[name], mine[name], rtol=1e-3, atol=1e-4)
-    together(recipe, tmp_path / "two", resume=True)
-    assert untimed(two.read_metrics()) == rows[1]
+    together(tmp_path / "stopped", [0, 2, 4, 6, 8, 10], stop=9)
+    together(tmp_path / "stopped", [12], resume=True)
+    assert_same_run(tmp_path / "two", tmp_path / "stopped")
 
 
 def test_logits_do_not_depend_on_how_images_are_batched(straight: Path, tiny: Dataset) -> None:

@@ -244,7 +244,7 @@ class _Loop:
             self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
             self._save()
             self.progress.epoch(row)
-            if self.position.epoch < self.recipe.epochs and self._stopped(stop):
+            if self.position.epoch < self.recipe.epochs and self._any(stop.signum is not None):
                 raise Interrupted(stop.signum or signal.SIGTERM)
 
     def _epoch(self, stop: "_Stop") -> float:
@@ -271,16 +271,17 @@ class _Loop:
             last = epoch_step == batches.steps
             if last or epoch_step % LOOK_EVERY == 0:
                 self._look()
-            # Several processes must stop at the same step: they ask each other as they look.
-            alone = self.here.world_size == 1
-            if (alone or epoch_step % LOOK_EVERY == 0) and self._stopped(stop) and not last:
-                self._look()
-                self._save()
-                raise Interrupted(stop.signum or signal.SIGTERM)
-            if now - saved > SAVE_EVERY and not last:
+            # Several processes must stop or save at the same step, and have a clock each: they
+            # ask each other as they look.
+            if last or (self.here.world_size > 1 and epoch_step % LOOK_EVERY != 0):
+                continue
+            stopping = self._any(stop.signum is not None)
+            if stopping or self._any(now - saved > SAVE_EVERY):
                 self._look()
                 self._save()
                 saved = time.perf_counter()
+            if stopping:
+                raise Interrupted(stop.signum or signal.SIGTERM)
         self.position = replace(self.position, seconds=at.seconds + time.perf_counter() - begun)
         return lr
 
@@ -303,11 +304,11 @@ class _Loop:
             speed = at.images / at.seconds
             self.progress.step(at.step, loss_sum / at.images, correct / at.images, speed)
 
-    def _stopped(self, stop: "_Stop") -> bool:
+    def _any(self, mine: bool) -> bool:
+        """Whether it is so in any of the processes."""
         if self.here.world_size == 1:
-            return stop.signum is not None
-        asked = torch.tensor(float(stop.signum is not None), device=self.device)
-        return bool(total(asked, self.here) > 0)
+            return mine
+        return bool(highest(torch.tensor(float(mine), device=self.device), self.here) > 0)
 
     def _row(self, lr: float) -> dict[str, Any]:
         at = self.position
