@@ -122,6 +122,25 @@ def test_training_then_evaluating_agree(run: Path, capsys: pytest.CaptureFixture
     assert re.search(r"^ *red .* 10 *$", text, re.MULTILINE)
 
 
+def test_what_was_held_out_is_what_settings_are_chosen_by(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept"
+    command = ["train", "quick", "--data", str(folder), "--out", str(kept), "--holdout", "5"]
+    assert cli.main([*command, *QUICKLY]) == 0
+    text = capsys.readouterr().out
+    held = json.loads((kept / "evaluation.json").read_text())["holdout"]
+    line = f"held-out accuracy {100 * held['accuracy']:.2f} %, loss {held['loss']:.4f}, 5 images"
+    assert -1 < text.find(line) < text.find("test accuracy")
+    assert cli.main(["evaluate", str(kept), "--robustness", "0", "--split", "holdout"]) == 0
+    assert f"accuracy {100 * held['accuracy']:.2f} %" in capsys.readouterr().out
+    before = (run / "evaluation.json").read_bytes()
+    assert cli.main(["evaluate", str(run), "--split", "holdout"]) == 2
+    assert "held no images out" in capsys.readouterr().err
+    assert (run / "evaluation.json").read_bytes() == before
+    assert cli.main(["evaluate", "resnet56", "--data", "digits", "--split", "holdout"]) == 2
+
+
 def test_other_images_are_measured_and_nothing_is_written(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,12 +269,23 @@ def test_a_path_the_system_refuses_is_one_line(refused: Refused) -> None:
     assert "name too long" in refused("train", "quick", "--out", "x" * 300, code=1).lower()
 
 
-def test_out_of_memory_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nmore"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_one_line(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def greedy(_: list[str]) -> int:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nmore")
+        raise error
 
-    monkeypatch.setattr("resnet56.cli.describe.run", greedy)
-    assert "smaller --batch-size" in refused("describe", code=1)
+    for command in ("describe", "train"):
+        monkeypatch.setattr(f"resnet56.cli.{command}.run", greedy)
+    assert refused("describe", code=1).strip() == "resnet56: out of memory"
+    assert "out of memory; choose a smaller --batch-size" in refused("train", code=1)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes close otherwise on Windows")

@@ -394,6 +394,21 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     assert "All recipes are the same." in page.text
 
 
+def test_runs_that_held_images_out_are_chosen_by_those(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / name, replace(BEST, holdout=500, lr=lr), accuracy=share, seed=seed)
+        for name, lr, share, seed in (("low", 0.01, 0.8, 1), ("high", 0.1, 0.9, 2))
+    ]
+    held = {run.name: read_json(run / "evaluation.json")["holdout"]["accuracy"] for run in runs}
+    order = sorted(held, key=lambda name: -held[name])
+    listed = ", ".join(f"{100 * held[name]:.2f} % ({name})" for name in order)
+    page = Page(write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
+    assert f"take their held-out images: {listed}." in page.text
+    runs.append(make_run(tmp_path / "all", BEST))
+    page = Page(write_report(runs, tmp_path / "d.html").read_text(encoding="utf-8"))
+    assert "held-out images" not in page.text
+
+
 def test_newcombe_agrees_with_the_published_example() -> None:
     """Newcombe 1998, table II, method 10: 56/70 - 48/80."""
     from resnet56.metrics import wilson_interval

@@ -13,6 +13,10 @@ from resnet56.errors import Error, UsageError
 PROBLEM = 2  # exit code of a call that is wrong
 INTERRUPTED = 130  # of Ctrl-C, as shells have it
 
+NO_MEMORY = ("out of memory", "can't allocate memory")  # what PyTorch's RuntimeErrors say then
+# What makes a command need less.
+SMALLER = {"train": "choose a smaller --batch-size", "bench": "choose a smaller --batch"}
+
 COMMANDS = {
     "train": "train a network, keep the run in a directory, and test it",
     "evaluate": "measure a run's weights, on this machine",
@@ -61,10 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path that the system refuses: no permission, too long
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 1)
-    except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            return _fail("out of memory; choose a smaller --batch-size", 1)
-        raise
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        if not isinstance(error, MemoryError) and not any(words in said for words in NO_MEMORY):
+            raise
+        hints = [SMALLER[name] for name in arguments[:1] if name in SMALLER]
+        return _fail("; ".join(("out of memory", *hints)), 1)
 
 
 def _run(arguments: list[str]) -> int:

@@ -30,8 +30,8 @@ class EvaluateOptions:
     data: Data = None
     """Other images than the run's own: a name, a folder, or CIFAR-10-C's or 10.1's .npy files."""
 
-    split: Literal["test", "train"] = "test"
-    """Which images to show; of a run on its own data both are measured."""
+    split: Literal["test", "train", "holdout"] = "test"
+    """Which images to show; of a run on its own data all are measured."""
 
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:N, mps."""
@@ -88,6 +88,8 @@ def run(arguments: list[str]) -> int:
         _compare(checkpoint, dataset.test, options, device, keep_in=run if own else None)
     elif own:
         _measure_run(run, dataset, options, device, precision, title)
+    elif options.split == "holdout":
+        raise UsageError("held-out images are part of a run's own data; leave --data out")
     else:
         split = dataset.test if options.split == "test" else dataset.train
         with show(f"{len(split):,} images", len(split)) as tick:
@@ -122,6 +124,8 @@ def _measure_run(
     from resnet56.rundir import read_json
 
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
+    if options.split == "holdout" and recipe.holdout == 0:
+        raise UsageError(f"{run.path} held no images out (resnet56 train --holdout N)")
     result = evaluate_run(
         run,
         dataset,

@@ -103,6 +103,11 @@ def run(arguments: list[str]) -> int:
             say(f"\nstopped; go on with: {again}")
             return INTERRUPTED
         if result:
+            if held := result.get("holdout"):
+                progress.say(
+                    f"held-out accuracy {percent(held['accuracy'])}, loss {held['loss']:.4f}, "
+                    f"{held['n']:,} images: choose between settings by these"
+                )
             test, seen = result["test"], result["train"]
             low, high = test["accuracy_interval"]
             progress.say(

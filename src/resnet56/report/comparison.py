@@ -104,6 +104,18 @@ def states(entries: Sequence[Entry]) -> list[str]:
             "These runs are not all of the same images, so their accuracies do not compare "
             "directly."
         )
+    held = [
+        (entry.facts.evaluation["holdout"]["accuracy"], entry.label)
+        for entry in entries
+        if entry.facts.evaluation and "holdout" in entry.facts.evaluation
+    ]
+    if len(held) == len(entries):
+        best_first = sorted(held, reverse=True)
+        listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
+        said.append(
+            f"To choose between these runs, take their held-out images: {listed}. A choice by the "
+            "test images would make the chosen one's test accuracy too good."
+        )
     return said
 
 
