@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,19 @@ def test_classes_are_named_or_read_from_a_file(tmp_path: Path) -> None:
         foreign.read(file, **ones)
     with pytest.raises(UsageError, match="2 names, the network 3 outputs"):
         foreign.read(file, classes=("a", "b"), **ones)
+
+
+@pytest.mark.parametrize("wrong", [{"std": "nan"}, {"std": "0"}, {"mean": "inf"}])
+def test_constants_that_would_make_no_numbers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, str]
+) -> None:
+    file = tmp_path / "any.pth"
+    torch.save(lively_foreign("chenyaofo").state_dict(), file)
+    given = {"mean": "0.5", "std": "0.2"} | wrong
+    flags = [word for name, value in given.items() for word in (f"--{name}", ".5", value, ".5")]
+    assert cli.main(["import", str(file), "--out", str(tmp_path / "run"), *flags]) == 2
+    assert re.fullmatch(r"resnet56: --mean must be numbers .*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_does_not_fit_is_named_and_what_would_fit_is_told(

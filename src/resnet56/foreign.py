@@ -6,6 +6,7 @@ torchvision (`layer1.0.downsample.0`, `fc`).
 """
 
 import argparse
+import math
 import pickle
 import re
 import warnings
@@ -86,8 +87,8 @@ def read(
             raise UsageError(f"a network of {outputs} classes needs --mean and --std")
         mean, std = mean or constants[0], std or constants[1]
         remarks.append(f"mean {mean} and std {std}: {whose}, as --mean and --std do not say")
-    if min(std) <= 0:
-        raise UsageError(f"--std must be above 0, not {std}")
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise UsageError(f"--mean must be numbers and --std above 0, not {mean} and {std}")
     network = Network(arch, _class_names(classes, outputs), mean, std)
     model = _tensors_like(_expected(arch, outputs), renamed, file)
     notes = {"weights": "imported", "file": file.name}
