@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from resnet56.metrics import wilson_interval
 from resnet56.progress import duration
 from resnet56.recipe import RECIPES, Recipe, from_fields
 from resnet56.rundir import RunDirectory, read_json, write_text
@@ -25,12 +26,12 @@ TRIAL_HEAD = ("command", "seed", "held out, %", "training, %", "corrupted test i
 def keep(run: RunDirectory, name: str) -> None:
     """Copy what is small and says how the run was made and how good it is; not the weights."""
     origin = run.data_origin() or "digits"
-    # The command may name the folder itself or the one around it; the longer name goes first.
     files = [run.recipe_file, run.environment_file, run.metrics_file, run.evaluation_file]
     if run.parity_file.exists():
         files.append(run.parity_file)
     for file in files:
         text = file.read_text(encoding="utf-8")
+        # The command may name the folder itself or the one around it; the longer name goes first.
         for path in (origin, str(Path(origin).parent)) if "/" in origin else ():
             text = text.replace(path, "DIR")
         write_text(RESULTS / name / file.name, text)
@@ -90,14 +91,15 @@ def rows() -> list[tuple[str, ...]]:
         runs = [run for _, run in sorted(seeds, key=lambda pair: pair[0])]
         figures = [read_json(run.evaluation_file) for run in runs]
         test = [each["test"]["accuracy"] for each in figures]
-        low, high = figures[0]["test"]["accuracy_interval"]
-        interval = f" ({100 * low:.2f} to {100 * high:.2f})" if len(runs) == 1 else ""
+        # All seeds are tested on the same images, so these say no more together than once.
+        images = figures[0]["test"]["n"]
+        low, high = wilson_interval(images * statistics.fmean(test), images)
         times = [sum(row["seconds"] for row in run.read_metrics()) for run in runs]
         row = (
             f"`{recipe.arch}`",
             f"`{command(recipe)}`",
             ", ".join(str(seed) for seed, _ in sorted(seeds, key=lambda pair: pair[0])),
-            percent(test) + interval,
+            f"{percent(test)} ({100 * low:.2f} to {100 * high:.2f})",
             percent([each["train"]["accuracy"] for each in figures]),
             duration(statistics.fmean(times)),
             where,

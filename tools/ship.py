@@ -29,8 +29,8 @@ normalisation, recipe and everything measured. `resnet56.load("resnet56")` gives
 NAME --data DIR` measures one again. `tools/ship.py` wrote all files here.
 
 **Data**: CIFAR-10's 50,000 training images; 92 of the set's 60,000 were re-encoded as JPEG, the
-rest are byte-exact. One training each, whose recipe was fixed before it was run; the test images
-were opened once, after it (docs/results.md).
+rest are byte-exact. One training each, whose recipe was fixed before it was run; nothing was chosen
+by the test images, which were opened after it (docs/results.md) and for the figures below.
 
 **Limits.** Each knows ten classes and answers with one of them whatever it is shown. They were
 trained on centred objects in 32x32 pixels; larger pictures are cropped to their central square and

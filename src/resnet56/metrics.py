@@ -85,8 +85,11 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return result
 
 
-def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927), exact enough at 0 and 1 too."""
+def wilson_interval(hits: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927), exact enough at 0 and 1 too.
+
+    `hits` may be a mean over several networks on the same n images.
+    """
     share = hits / n
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)

@@ -81,7 +81,7 @@ class Recipe:
 
     trivial_augment: bool = False
     """Before the crop, change each image's place or colour in one of 14 ways of random strength
-    (Müller & Hutter 2021, arXiv:2103.10158): harder to upset, in short trainings less accurate."""
+    (Müller & Hutter 2021, arXiv:2103.10158): makes a network harder to upset."""
 
     ema_decay: float = 0.0
     """Decay a step of the averaged weights, which are then the run's weights; 0 for none."""
