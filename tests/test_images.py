@@ -59,14 +59,21 @@ def test_a_photo_taken_sideways_is_turned_once() -> None:
     assert seen[:, :, :-4].max() == 0
 
 
+@pytest.mark.parametrize("exif", [b"\0\x08\0\x02junk", b"II", b""], ids=repr)
+def test_a_whole_picture_with_damaged_exif_is_read(exif: bytes) -> None:
+    whole = encoded(Image.new("RGB", (40, 40), (9, 8, 7)))
+    header = 8 + 12 + 13  # the signature, and IHDR
+    content = whole[:header] + png_chunk(b"eXIf", exif) + whole[header:]
+    assert pixel(read_image(content)) == [9, 8, 7]
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def huge_png(side: int) -> bytes:
     """A header that promises `side` x `side` pixels, and hardly any data."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
+    chunk = png_chunk
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 1000)
     return (

@@ -156,8 +156,7 @@ def upright(image: Image.Image) -> Image.Image:
     Pillow raises.
     """
     image.seek(0)
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = _turned(image)
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would cut these off at 255
         grey = np.asarray(image).astype(np.int32).clip(0, 65535)
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
@@ -165,6 +164,18 @@ def upright(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; as it is where that cannot be read, as viewers show it."""
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF makes Pillow raise whatever it trips over
+        pass
+    return image
 
 
 def to_32x32(image: Image.Image) -> Bytes:
