@@ -111,6 +111,22 @@ def test_another_class_shows_its_own_map_by_keyboard(page: "Page", picture: Path
     expect(page.locator("#map")).to_be_hidden()
 
 
+def test_a_picture_that_the_browser_cannot_show_is_answered_and_said_so(
+    page: "Page", picture: Path, tmp_path: Path
+) -> None:
+    tiff = tmp_path / "halves.tiff"
+    Image.open(picture).save(tiff)
+    page.set_input_files("#file", tiff)
+    expect(page.get_by_role("status")).to_have_text(re.compile("^Most likely green, "))
+    expect(page.get_by_text("This browser cannot show such a picture")).to_be_visible()
+    expect(page.locator("#map")).to_be_hidden()  # it would lie over that sentence
+    page.get_by_role("radio", name="blue").check(force=True)
+    expect(page.locator("#map")).to_be_hidden()
+    expect(page.locator("#caption")).to_be_empty()
+    page.set_input_files("#file", picture)
+    expect(page.locator("#map")).to_be_visible()
+
+
 def test_a_text_file_is_told_apart_and_the_next_picture_is_answered(
     page: "Page", picture: Path, tmp_path: Path
 ) -> None:

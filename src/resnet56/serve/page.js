@@ -56,6 +56,7 @@ function show(file) {
   picture.onerror = () => {
     picture.hidden = true;
     $("blind").hidden = classes.length === 0;
+    if (classes.length) paint();
   };
   $("invitation").hidden = true;
   $("square").classList.add("full");
@@ -112,7 +113,7 @@ function paint() {
   const most = Math.max(...classes.flatMap((one) => one.map.flat()));
   const evidence = chosen.map.flat().map((value) => Math.max(0, value) / (most || 1));
   const none = evidence.every((value) => value < 0.02);
-  const on = $("shown").checked;
+  const on = $("shown").checked && !$("picture").hidden;
   $("caption").textContent = !on
     ? ""
     : none
@@ -124,7 +125,8 @@ function paint() {
 }
 
 function draw(canvas, evidence) {
-  const small = new OffscreenCanvas(MAP_SIZE, MAP_SIZE);
+  const small = document.createElement("canvas");
+  small.width = small.height = MAP_SIZE;
   const pixels = new ImageData(MAP_SIZE, MAP_SIZE);
   evidence.forEach((value, index) => {
     pixels.data.set([...VEIL, 255 * DENSEST * (1 - value ** 0.8)], 4 * index);
