@@ -75,6 +75,7 @@ def make_run(
     tested: bool = True,
     extras: bool = False,
     seed: int = 0,
+    fingerprint: str | None = None,
 ) -> Path:
     """Write a run directory; with `extras`, everything that is optional too."""
     run = RunDirectory(path)
@@ -91,7 +92,7 @@ def make_run(
             network,
             model={"w": torch.zeros(1)},
             position=Position(epoch=done, step=390 * done),
-            notes={"weights": weights},
+            notes={"weights": weights, "data": fingerprint},
         )
     )
     if tested:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -291,14 +292,14 @@ def test_importing_the_report_does_not_import_matplotlib() -> None:
 def test_markdown_has_the_files_it_shows_and_its_names_are_text(tmp_path: Path) -> None:
     recipe = replace(BEST, epochs=2, holdout=10)
     run = make_run(tmp_path / "a run", recipe, EVIL, images=200, extras=True)
-    out = write_report([run], tmp_path / "out of it.md", format="md")
+    out = write_report([run], tmp_path / "out of #1, 9%.md", format="md")
     text = out.read_text(encoding="utf-8")
     links = re.findall(r"!\[[^\n]*?\]\(([^)\s]+)\)", text)
     assert len(links) == text.count("![") > 24
     for link in links:
-        file = out.parent / link.replace("%20", " ")
+        file = out.parent / unquote(link)
         assert file.read_bytes().startswith(b"\x89PNG")
-    assert len(set(links)) == len(list((tmp_path / "out of it-files").iterdir()))
+    assert len(set(links)) == len(list((tmp_path / "out of #1, 9%-files").iterdir()))
     assert "<script" not in text
     assert r"\$x\_1\$ \| \`b\`" in text
     table = [line for line in text.splitlines() if line.startswith("| &lt;script&gt;")]
@@ -374,7 +375,9 @@ def test_a_comparison_ranks_groups_and_tells_apart(
 def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
     out = write_report(several, tmp_path / "c.md", format="md")
     text = out.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((c-files/[^)]+)\)", text):
+    links = re.findall(r"\]\((c-files/[^)]+)\)", text)
+    assert len(links) > 2
+    for link in links:
         assert (tmp_path / link).exists()
     assert "± " in text
     assert re.search(r"^\| begun \|", text, flags=re.M)
@@ -387,6 +390,11 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     assert "not all of the same images" in page.text
     assert "no two tested runs on the same images" in page.text
     assert {row[1] for row in page.tables["runs"][1:]} == {str(a), str(b)}
+    same = [make_run(tmp_path / name, images=100, fingerprint=name[0]) for name in ("ab", "ac")]
+    other = make_run(tmp_path / "b", images=100, fingerprint="b")
+    page = Page(write_report([*same, other], tmp_path / "e.html").read_text(encoding="utf-8"))
+    assert "not all of the same images" in page.text  # though they are called the same
+    assert len(page.tables["pairs"][1:]) == 1
     c = make_run(tmp_path / "c", done=0, tested=False)
     d = make_run(tmp_path / "d", done=0, tested=False)
     page = Page(write_report([c, d], tmp_path / "d.html").read_text(encoding="utf-8"))

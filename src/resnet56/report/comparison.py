@@ -122,7 +122,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
 def facts_key(entry: Entry) -> tuple[Any, ...]:
     """What two runs must share for their test accuracies to compare: images and classes."""
     facts = entry.facts
-    return facts.source, facts.classes
+    return facts.images or facts.source, facts.classes
 
 
 def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:

@@ -53,6 +53,7 @@ class RunFacts:
     network: Network
     position: Position
     weights: str  # "last" or "averaged"
+    images: str | None  # the data's fingerprint, where the checkpoint knows it
     description: Description
     evaluation: dict[str, Any] | None
     parity: dict[str, Any] | None
@@ -131,6 +132,7 @@ def read_run(path: Path) -> RunFacts:
         network=checkpoint.network,
         position=checkpoint.position,
         weights=str(checkpoint.notes.get("weights", "last")),
+        images=checkpoint.notes.get("data"),
         description=describe(checkpoint.network.arch, len(checkpoint.network.classes)),
         evaluation=evaluation,
         parity=parity,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup, escape
@@ -53,7 +54,7 @@ def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
 
     def picture(name: str, png: bytes) -> Markup:
         files[f"{name}.png"] = png
-        return Markup(f"{folder.name}/{name}.png".replace(" ", "%20"))
+        return Markup(quote(f"{folder.name}/{name}.png"))
 
     environment = _environment(autoescape=False)
     environment.finalize = _finalize
