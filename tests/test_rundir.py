@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -239,6 +240,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"new": object()})
     assert read_json(tmp_path / "x.json") == {"old": 1}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes are otherwise on Windows")
+def test_what_a_link_points_to_is_replaced_and_a_pipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, file, pipe = tmp_path / "link.json", tmp_path / "there" / "x.json", tmp_path / "pipe"
+    link.symlink_to(file)
+    write_json(link, {})
+    assert (link.is_symlink(), read_json(file)) == (True, {})
+    os.mkfifo(pipe)
+    with pytest.raises(RunError, match=r"cannot write .*pipe: it is a device or a pipe"):
+        write_json(pipe, {})
+    assert pipe.is_fifo()
+    assert [path.name for path in file.parent.iterdir()] == ["x.json"]
 
 
 def test_where_nothing_can_be_written_the_path_is_named(

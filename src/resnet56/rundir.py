@@ -75,6 +75,10 @@ class Checkpoint:
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends well."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a rename would do away with it
+        raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
+    if path.is_symlink():
+        path = path.resolve()  # what it points to is replaced, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from resnet56.images import Floats
     from resnet56.predict import Prediction
 
+MAP = ".cam.png"  # how the name of a picture under its map ends
 LONG = 64  # pictures from which on a bar is worth its while
 
 
@@ -105,13 +106,16 @@ def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
         if argument == "-":
             sources.append(Source("-", sys.stdin.buffer.read(), "stdin"))
         elif path.is_dir():
-            files = files_in(path)
+            # Not what --cam wrote beside the pictures the last time.
+            files = [file for file in files_in(path) if not file.name.endswith(MAP)]
             if not files:
                 _complain(ImageError(f"{shown(str(path))} holds no pictures"))
                 failed += 1
             for file in files:
                 inside = file.relative_to(path).with_suffix("").as_posix()
                 sources.append(Source(str(file), file, inside))
+        elif path.is_fifo():  # as <(curl ...), which can be read once only
+            sources.append(Source(argument, path.read_bytes(), path.stem))
         else:
             sources.append(Source(argument, path, path.stem))
     return sources, failed
@@ -164,7 +168,7 @@ def _write_map(source: Source, evidence: "Floats", folder: Path, taken: set[str]
     taken.add(name)
     content = io.BytesIO()
     overlay(read_image(source.picture), evidence).save(content, "PNG")
-    write_bytes(folder / f"{name}.cam.png", content.getvalue())
+    write_bytes(folder / f"{name}{MAP}", content.getvalue())
 
 
 @contextlib.contextmanager
