@@ -1,5 +1,6 @@
 """Several processes as one: the group that torchrun sets up, and batch norm across it."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ def process_group(device: torch.device) -> Iterator[Place]:
     try:
         yield here
     finally:
+        gc.collect()  # DistributedDataParallel lies in circles, and must go before its group
         dist.destroy_process_group()
 
 
