@@ -73,11 +73,13 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 def huge_png(side: int) -> bytes:
     """A header that promises `side` x `side` pixels, and hardly any data."""
-    chunk = png_chunk
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 1000)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", data)
+        + png_chunk(b"IEND", b"")
     )
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -40,6 +41,9 @@ def process_group(device: torch.device) -> Iterator[Place]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield here
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what talks through the group
+        raise
     finally:
         gc.collect()  # DistributedDataParallel lies in circles, and must go before its group
         dist.destroy_process_group()

@@ -4,7 +4,6 @@ import contextlib
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -104,9 +103,6 @@ def train(
                 if here.is_first:  # not before all that can be refused has been
                     _prepare(run, recipe, facts, resumed=saved is not None)
                 loop.epochs(held_out, stop, scalars)
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold parts of the loop, too
-            raise
         finally:
             del loop  # DistributedDataParallel goes before the group that it talks through
     if stop.signum is not None:  # asked for in the last moment

@@ -104,11 +104,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
             "These runs are not all of the same images, so their accuracies do not compare "
             "directly."
         )
-    held = [
-        (entry.facts.evaluation["holdout"]["accuracy"], entry.label)
-        for entry in entries
-        if entry.facts.evaluation and "holdout" in entry.facts.evaluation
-    ]
+    held = [(held["accuracy"], entry.label) for entry in entries if (held := entry.facts.holdout)]
     if len(held) == len(entries):
         best_first = sorted(held, reverse=True)
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)

@@ -80,6 +80,11 @@ class RunFacts:
         return self.evaluation.get("train") if self.evaluation else None
 
     @property
+    def holdout(self) -> dict[str, Any] | None:
+        """The metrics on the held-out images, where there are any."""
+        return self.evaluation.get("holdout") if self.evaluation else None
+
+    @property
     def source(self) -> str | None:
         """The sentence that says which images these are."""
         data = self.environment.get("data")
