@@ -19,7 +19,7 @@ def test_the_tables_are_those_that_the_files_give() -> None:
     command = [sys.executable, str(ROOT / "tools" / "results.py")]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     tables = done.stdout.strip().split("\n\n")
-    assert len(tables) == 2
+    assert len(tables) == 4
     for table in tables:
         assert table.count("\n") >= 3
         assert table in DOC

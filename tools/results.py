@@ -20,6 +20,7 @@ from resnet56.rundir import RunDirectory, read_json, write_text
 RESULTS = Path(__file__).parents[1] / "results"
 USAGE = "usage: python tools/results.py [keep RUN NAME]"
 HEAD = ("network", "command", "seeds", "test accuracy, %", "training accuracy, %", "time", "on")
+CHANGED_HEAD = ("command", "seeds", "test, %", "training, %", "gap, points", "ECE", "time", "on")
 TRIAL_HEAD = ("command", "seed", "held out, %", "training, %", "corrupted test images, %")
 
 
@@ -37,18 +38,26 @@ def keep(run: RunDirectory, name: str) -> None:
         write_text(RESULTS / name / file.name, text)
 
 
-def command(recipe: Recipe) -> str:
-    """What trains by `recipe` today: the named recipe nearest to it, and what differs."""
+def nearest(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """The named recipe that differs least, and the fields in which `recipe` differs from it."""
     mine = recipe.to_json()
     differing = {
-        name: {key: value for key, value in mine.items() if value != base.to_json()[key]}
+        name: {
+            key: value
+            for key, value in mine.items()
+            if key != "seed" and value != base.to_json()[key]
+        }
         for name, base in RECIPES.items()
     }
     name = min(differing, key=lambda name: len(differing[name]))
+    return name, differing[name]
+
+
+def command(recipe: Recipe) -> str:
+    """What trains by `recipe` today."""
+    name, differing = nearest(recipe)
     words = ["resnet56", "train", name, "--data", "DIR"]
-    for key, value in differing[name].items():
-        if key == "seed":
-            continue
+    for key, value in differing.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -78,34 +87,90 @@ def kept() -> list[tuple[Recipe, RunDirectory]]:
     return [(from_fields(read_json(run.recipe_file), str(run.recipe_file)), run) for run in runs]
 
 
-def rows() -> list[tuple[str, ...]]:
-    """A row for all seeds of a recipe on a machine, the best first within an architecture."""
-    groups: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
-    for recipe, run in kept():
-        if recipe.holdout:
-            continue
-        where = machine(read_json(run.environment_file))
-        groups[dataclasses.replace(recipe, seed=0), where].append((recipe.seed, run))
-    found = []
-    for (recipe, where), seeds in groups.items():
-        runs = [run for _, run in sorted(seeds, key=lambda pair: pair[0])]
-        figures = [read_json(run.evaluation_file) for run in runs]
-        test = [each["test"]["accuracy"] for each in figures]
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """All seeds of a recipe on a machine."""
+
+    recipe: Recipe
+    where: str
+    seeds: list[int]
+    figures: list[dict[str, Any]]
+    times: list[float]
+
+    def accuracies(self, split: str) -> list[float]:
+        """One for each seed."""
+        return [each[split]["accuracy"] for each in self.figures]
+
+    def test_accuracy(self) -> str:
+        """With its 95 % interval."""
+        accuracies = self.accuracies("test")
         # All seeds are tested on the same images, so these say no more together than once.
-        images = figures[0]["test"]["n"]
-        low, high = wilson_interval(images * statistics.fmean(test), images)
-        times = [sum(row["seconds"] for row in run.read_metrics()) for run in runs]
-        row = (
-            f"`{recipe.arch}`",
-            f"`{command(recipe)}`",
-            ", ".join(str(seed) for seed, _ in sorted(seeds, key=lambda pair: pair[0])),
-            f"{percent(test)} ({100 * low:.2f} to {100 * high:.2f})",
-            percent([each["train"]["accuracy"] for each in figures]),
-            duration(statistics.fmean(times)),
-            where,
+        images = self.figures[0]["test"]["n"]
+        low, high = wilson_interval(images * statistics.fmean(accuracies), images)
+        return f"{percent(accuracies)} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def groups() -> list[Group]:
+    """Of all runs that held nothing out, the best first within an architecture."""
+    runs: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
+    for recipe, run in kept():
+        if not recipe.holdout:
+            where = machine(read_json(run.environment_file))
+            runs[dataclasses.replace(recipe, seed=0), where].append((recipe.seed, run))
+    found = []
+    for (recipe, where), pairs in runs.items():
+        pairs.sort(key=lambda pair: pair[0])
+        figures = [read_json(run.evaluation_file) for _, run in pairs]
+        times = [sum(row["seconds"] for row in run.read_metrics()) for _, run in pairs]
+        found.append(Group(recipe, where, [seed for seed, _ in pairs], figures, times))
+    return sorted(
+        found, key=lambda group: (group.recipe.arch, -statistics.fmean(group.accuracies("test")))
+    )
+
+
+def changed(recipe: Recipe) -> bool:
+    """Whether it is a variation on a named recipe, not that for a network or a length of time."""
+    return not nearest(recipe)[1].keys() <= {"arch", "epochs"}
+
+
+def rows() -> list[tuple[str, ...]]:
+    """What the named recipes give."""
+    return [
+        (
+            f"`{group.recipe.arch}`",
+            f"`{command(group.recipe)}`",
+            ", ".join(map(str, group.seeds)),
+            group.test_accuracy(),
+            percent(group.accuracies("train")),
+            duration(statistics.fmean(group.times)),
+            group.where,
         )
-        found.append((recipe.arch, -statistics.fmean(test), row))
-    return [row for _, _, row in sorted(found)]
+        for group in groups()
+        if not changed(group.recipe)
+    ]
+
+
+def variations() -> dict[str, list[tuple[str, ...]]]:
+    """For each named recipe of which variations were run: those, and the recipe itself."""
+    found: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    varied = {nearest(group.recipe)[0] for group in groups() if changed(group.recipe)}
+    for group in groups():
+        if (name := nearest(group.recipe)[0]) not in varied:
+            continue
+        test, train = group.accuracies("test"), group.accuracies("train")
+        errors = [each["test"]["calibration"]["ece"] for each in group.figures]
+        row = (
+            f"`{command(group.recipe)}`",
+            ", ".join(map(str, group.seeds)),
+            group.test_accuracy(),
+            percent(train),
+            percent([theirs - mine for mine, theirs in zip(test, train, strict=True)]),
+            f"{statistics.fmean(errors):.3f}",
+            duration(statistics.fmean(group.times)),
+            group.where,
+        )
+        found[name].append(row)
+    return found
 
 
 def trials() -> list[tuple[str, ...]]:
@@ -136,7 +201,10 @@ def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
-            print(f"{table(HEAD, rows())}\n\n{table(TRIAL_HEAD, trials())}")
+            tables = [table(HEAD, rows())]
+            tables += [table(CHANGED_HEAD, lines) for lines in variations().values()]
+            tables.append(table(TRIAL_HEAD, trials()))
+            print("\n\n".join(tables))
         case ["keep", run, name]:
             keep(RunDirectory(Path(run)), name)
         case _:
