@@ -55,7 +55,7 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
     assert json.loads((run / "evaluation.json").read_text())["test"]["accuracy"] >= 0.97
     tree = README[README.index("runs/digits/\n") :]
     promised = re.findall(r"^  (\S+\.\w+|\S+/)  ", tree[: tree.index("```")], re.MULTILINE)
-    assert len(promised) == 8
+    assert len(promised) == 9
     for name in promised:
         assert (run / name).exists(), name
 
