@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -59,7 +58,7 @@ def server(**options: float | str) -> Iterator[tuple[subprocess.Popen[str], str]
         yield process, address[0]
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         process.communicate()
 
 

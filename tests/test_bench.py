@@ -125,6 +125,25 @@ def test_peak_memory_is_that_of_steps(tiny: Dataset) -> None:
         assert many[way] - few[way] > 4 * 46 * values / 1e6
 
 
+def test_networks_have_as_many_outputs_as_the_images_classes(tiny: Dataset) -> None:
+    last = dataclasses.replace(tiny.train, labels=tiny.train.labels + 10)  # 13 classes
+    mean, std = channel_statistics(last.images)
+    course = Course(last, mean, std, CPU, "fp32", classes=13)
+    course.our_step("resnet8", 16, "eager")()
+    loop = StockLoop("resnet8", course.pictures(), 16, CPU, workers=0, classes=13)
+    loop.step()
+    names = tuple(map(str, range(13)))
+    dataset = dataclasses.replace(tiny, classes=names, train=last)
+    made: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "machine_limits", lambda *_: made.append(1))
+        patch.setattr(bench, "bench_training", lambda course, *_: made.append(course.classes))
+        patch.setattr(bench, "peaks", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.bench(lambda: dataset, archs=["resnet8"], batches=[8], device="cpu")
+    assert made == [1, 13]
+
+
 def test_a_batch_larger_than_the_set_is_refused(tiny: Dataset) -> None:
     with pytest.raises(UsageError, match="a batch of 64 is more than the 50 training images"):
         bench.bench(lambda: tiny, archs=["resnet8"], batches=[8, 64], device="cpu")
@@ -157,6 +176,7 @@ def test_the_command_prints_tables_and_writes_json(
         (["--batch", "0"], "--batch wants whole numbers above 0"),
         (["--seconds", "nan"], "--rounds must"),
         (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: there is no such"),
+        (["--json", "."], "--json . is a folder; choose a file"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--arch", "resnet57"], "depth 57 is not 6n + 2"),
     ],

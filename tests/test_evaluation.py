@@ -21,7 +21,7 @@ from resnet56.evaluation import (
     subject_of,
 )
 from resnet56.recipe import Recipe
-from resnet56.rundir import RunDirectory
+from resnet56.rundir import RunDirectory, write_json
 from resnet56.training import train
 
 CPU = torch.device("cpu")
@@ -110,14 +110,27 @@ def test_robustness_is_the_accuracy_on_corrupted_images(run: RunDirectory, tiny:
 def test_speed_is_the_median_time_over_the_images_of_a_batch(
     run: RunDirectory, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Every other batch takes 6 s, one 60, the rest 12: there are 24 images where 256 are wanted.
+    # Every other batch takes 6 s, one 60, the rest 12; the 24 images are repeated to make 256.
     durations = itertools.cycle([6.0, 12.0, 6.0, 12.0, 60.0, 12.0])
     readings = itertools.chain.from_iterable((0.0, seconds) for seconds in durations)
     subject = subject_of(run.load(), CPU)
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(readings))
     speed = inference_speed(subject, tiny.test.images)
     assert speed["batch_1"] == {"milliseconds_an_image": 12_000.0, "images_per_second": 1 / 12}
-    assert speed["batch_256"] == {"milliseconds_an_image": 500.0, "images_per_second": 2.0}
+    assert speed["batch_256"] == {
+        "milliseconds_an_image": 12_000.0 / 256, "images_per_second": 256 / 12,
+    }  # fmt: skip
+
+
+def test_what_was_measured_of_the_same_weights_stays(run: RunDirectory, tiny: Dataset) -> None:
+    first = evaluate_run(run, tiny, device=CPU, robustness=5, speed=True)
+    again = evaluate_run(run, tiny, device=CPU)
+    assert (again["robustness"], again["speed"]) == (first["robustness"], first["speed"])
+    assert "robustness" not in evaluate_run(run, tiny, device=CPU, precision="bf16")
+    write_json(run.evaluation_file, first | {"step": first["step"] - 1})
+    assert "robustness" not in evaluate_run(run, tiny, device=CPU)
+    run.evaluation_file.write_text("damaged")
+    assert evaluate_run(run, tiny, device=CPU)["test"] == first["test"]
 
 
 def test_a_network_compared_with_itself_changes_nothing(run: RunDirectory, tiny: Dataset) -> None:

@@ -1,6 +1,7 @@
 """`resnet56 predict`, as a shell sees it."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import resnet56
 from resnet56 import cli, shipped
 from resnet56.images import read_image
 from resnet56.rundir import RunDirectory
+from resnet56.tables import show_figures
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +200,25 @@ def test_a_name_that_would_deceive_a_terminal_is_shown_in_escapes(
         else:
             assert len(shown.out.splitlines()) == 3
             assert "\x1b" not in shown.out
+
+
+def test_a_class_that_would_deceive_a_terminal_is_shown_in_escapes(
+    album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name may come from another's file."""
+    evil = "a\nb.png: cat 99 %\x1b[2J"
+    checkpoint = lively()
+    names = tuple(f"{evil}{number}" for number in range(len(CLASSES)))
+    network = dataclasses.replace(checkpoint.network, classes=names)
+    RunDirectory(tmp_path / "run").save(dataclasses.replace(checkpoint, network=network))
+    assert cli.main(["predict", "--run", str(tmp_path / "run"), str(album / "a.png")]) == 0
+    pair = {"count": 1, "true": evil, "predicted": evil}
+    row = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
+    figures = {"accuracy": 1.0, "accuracy_interval": (0.9, 1.0), "top2": 1.0, "top3": 1.0}
+    figures |= {"loss": 0.1, "n": 1, "per_class": {evil: row}, "most_confused": [pair]}
+    figures |= {"calibration": {"ece": 0.1, "brier": 0.1}, "macro": row, "weighted": row}
+    show_figures(figures, "title")
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\nb.png" not in printed
+    assert printed.count(r"\x1b[2J") >= 3 + 3

@@ -5,6 +5,7 @@ import pickle
 import random
 import shutil
 import struct
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -450,6 +451,13 @@ def test_an_image_folder_is_read_by_its_class_folders(tmp_path: Path) -> None:
     assert loaded.test.labels.tolist() == [1]
     assert loaded.test.images.shape == (1, 3, 32, 32)
     assert "3 training and 1 test" in loaded.source
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_a_class_whose_name_is_no_utf_8_is_refused_before_training(tmp_path: Path) -> None:
+    for name in (b"cat", b"caf\xe9"):
+        save(tmp_path / "train" / os.fsdecode(name) / "x.png")
+    assert r"caf\udce9' cannot name a class, it is no UTF-8; rename it" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", "png jpg jpeg bmp gif webp tif tiff ppm pgm".split())  # noqa: SIM905

@@ -174,6 +174,49 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "loss-figure_1" in page.ids
 
 
+def test_figures_of_earlier_weights_are_not_these_weights_figures(tmp_path: Path) -> None:
+    """It was measured, and then trained on."""
+    run = make_run(tmp_path / "run", extras=True)
+    evaluation = read_json(run / "evaluation.json")
+    write_json(run / "evaluation.json", evaluation | {"epoch": 3, "step": 390 * 3})
+    parity = read_json(run / "parity.json")["comparisons"]
+    write_json(run / "parity.json", {"comparisons": [one | {"step": 390 * 3} for one in parity]})
+    page = page_of(run)
+    assert "finished, but has not been tested yet" in page.text
+    assert "test-accuracy" not in page.by_id
+    for comparison in parity:
+        assert comparison["verdict"] not in page.text
+    assert "the class the network gave them" not in page.text  # their mistakes, neither
+    other = make_run(tmp_path / "other")
+    compared = Page(write_report([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
+    assert [row[1] for row in compared.tables["runs"][1:]] == ["other", "run"]
+    assert "no two tested runs" in compared.text
+
+
+def test_a_run_that_was_not_trained_here_says_what_measures_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "theirs", tested=False)
+    (run / "recipe.json").unlink()
+    with pytest.raises(RunError, match="was not trained here.*resnet56 evaluate .*--data DIR"):
+        write_report([run])
+
+
+def test_a_report_is_not_written_over_a_folder(full: Path, tmp_path: Path) -> None:
+    for form in ("html", "md"):
+        with pytest.raises(UsageError, match=rf"is a folder; choose a file, as .*report\.{form}"):
+            write_report([full], tmp_path, format=form)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_that_occurs_twice_counts_once(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / name, replace(BEST, seed=seed), accuracy=share, seed=number)
+        for number, (name, seed, share) in enumerate((("a", 0, 0.9), ("b", 0, 0.8), ("c", 1, 0.7)))
+    ]
+    page = Page(write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
+    shares = [read_json(tmp_path / name / "evaluation.json")["test"]["accuracy"] for name in "ac"]
+    assert f"{50 * sum(shares):.2f}" in " ".join(page.tables["seed-groups"][1])
+
+
 def test_a_run_before_its_first_epoch_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", done=0, tested=False)
     (run / "metrics.jsonl").unlink()
@@ -275,9 +318,6 @@ def test_no_run_and_nowhere_to_write(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="cannot write") as caught:
             write_report([run], file / "report.html", format=format_)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(RunError, match="cannot write .*folder"):
-        write_report([run], tmp_path / "folder")
     assert file.read_text() == "mine"
 
 
@@ -412,9 +452,10 @@ def test_runs_that_held_images_out_are_chosen_by_those(tmp_path: Path) -> None:
     listed = ", ".join(f"{100 * held[name]:.2f} % ({name})" for name in order)
     page = Page(write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
     assert f"take their held-out images: {listed}." in page.text
-    runs.append(make_run(tmp_path / "all", BEST))
-    page = Page(write_report(runs, tmp_path / "d.html").read_text(encoding="utf-8"))
-    assert "held-out images" not in page.text
+    for name, other in (("all", BEST), ("others", replace(BEST, holdout=400))):
+        added = make_run(tmp_path / name, other)
+        page = Page(write_report([*runs, added], tmp_path / "d.html").read_text(encoding="utf-8"))
+        assert "held-out images" not in page.text
 
 
 def test_newcombe_agrees_with_the_published_example() -> None:

@@ -19,6 +19,7 @@ from resnet56.rundir import (
     next_free,
     read_json,
     write_json,
+    write_text,
 )
 
 NETWORK = Network("resnet8", ("a", "b"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -208,12 +209,46 @@ def test_a_line_that_is_no_row_is_damage(tmp_path: Path, line: str) -> None:
 def test_a_comparison_takes_the_place_of_an_earlier_one_of_its_pair(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     for pair, changed in (("ab", 1), ("ac", 2), ("ab", 3)):
-        run.keep_comparison({"a": pair[0], "b": pair[1], "changed": changed})
+        run.keep_comparison({"a": pair[0], "b": pair[1], "changed": changed}, step=5)
     kept = read_json(run.parity_file)["comparisons"]
     assert [(one["b"], one["changed"]) for one in kept] == [("c", 2), ("b", 3)]
+    run.keep_comparison({"a": "a", "b": "d", "changed": 4}, step=6)  # the training went on
+    assert [one["b"] for one in read_json(run.parity_file)["comparisons"]] == ["d"]
     run.parity_file.write_text('{"comparisons": [5]}')
     with pytest.raises(RunError, match="damaged"):
-        run.keep_comparison({"a": "a", "b": "b"})
+        run.keep_comparison({"a": "a", "b": "b"}, step=6)
+
+
+def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.read_evaluation(7) is None
+    write_json(run.evaluation_file, {"step": 7})
+    assert run.read_evaluation(7) == {"step": 7}
+    assert run.read_evaluation(8) is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows opens no folders")
+def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
+    run, other = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    with run.alone(), pytest.raises(RunError, match="another process trains in"), other.alone():
+        pass
+    with other.alone():
+        pass
+    with RunDirectory(tmp_path / "nowhere").alone():
+        pass
+
+
+@pytest.mark.parametrize("name", [".", "/", "folder"])
+def test_a_folder_is_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name if name == "folder" else Path(name)
+    with pytest.raises(RunError, match=f"cannot write {path}: it is a folder"):
+        write_json(path, {})
+
+
+def test_a_text_may_name_what_is_no_utf_8(tmp_path: Path) -> None:
+    write_text(tmp_path / "page.html", "caf\udce9")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == r"caf\udce9"
 
 
 def test_metrics_refuse_what_json_cannot_say(tmp_path: Path) -> None:

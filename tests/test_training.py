@@ -223,6 +223,27 @@ def test_a_checkpoint_is_written_within_a_long_epoch(
     assert saved == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows opens no folders")
+def test_a_run_that_another_process_trains_is_left_alone(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run_until(out, 8, small, tiny)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with RunDirectory(out).alone(), pytest.raises(RunError, match="another process trains in"):
+        train(small, tiny, out, device="cpu", resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_data_that_moved_is_where_it_was_last_found(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    run_until(tmp_path / "run", 8, small, tiny)
+    moved = dataclasses.replace(tiny, origin="elsewhere")
+    train(small, moved, tmp_path / "run", device="cpu", resume=True)
+    assert RunDirectory(tmp_path / "run").data_origin() == "elsewhere"
+
+
 def test_resuming_a_finished_run_only_tests_it_again(straight: Path, tiny: Dataset) -> None:
     before = (straight / "metrics.jsonl").read_bytes()
     recipe = read(straight / "recipe.json")

@@ -54,6 +54,7 @@ class Course:
     std: Triple
     device: torch.device
     precision: Resolved
+    classes: int = 10
 
     def pictures(self) -> Pictures:
         """The same images, as the stock loop has them."""
@@ -62,7 +63,7 @@ class Course:
     def our_step(self, arch: str, batch: int, execution: str) -> Callable[[], None]:
         """One step as `resnet56 train` makes it, with its data and its looks at the sums."""
         recipe = Recipe(arch=arch, batch_size=batch, execution=execution)  # type: ignore[arg-type]
-        model = build(arch)
+        model = build(arch, classes=self.classes)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         forward = make_forward(model.train(), execution, self.precision)
         trainer = Trainer(model, forward.module, recipe, self.precision)
@@ -102,7 +103,7 @@ def bench_training(
     """Stock loops with 0 and 2 workers against every way in `ways` to run our step."""
     stocks = {
         f"stock, {workers} workers": StockLoop(
-            arch, course.pictures(), batch, course.device, workers
+            arch, course.pictures(), batch, course.device, workers, course.classes
         )
         for workers in (0, 2)
     }
@@ -156,7 +157,8 @@ def bench_inference(
 def peak_of(course: Course, arch: str, batch: int, way: str) -> float:
     """Peak memory in MB of a few steps in a process of their own, without the data set."""
     if way.startswith("stock"):
-        once = StockLoop(arch, course.pictures(), batch, course.device, 0).step
+        pictures = course.pictures()
+        once = StockLoop(arch, pictures, batch, course.device, 0, course.classes).step
     else:
         once = course.our_step(arch, batch, way)
     for _ in range(3):
@@ -246,7 +248,8 @@ def bench(
             f"a batch of {max(batches)} is more than the {len(dataset.train)} training images; "
             "choose a smaller --batch or other --data"
         )
-    course = Course(dataset.train, *channel_statistics(dataset.train.images), where, resolved)
+    mean, std = channel_statistics(dataset.train.images)
+    course = Course(dataset.train, mean, std, where, resolved, len(dataset.classes))
     say("the machine's limits")
     limits = machine_limits(where, resolved)
     ways = executions(where, resolved, compiled)

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from resnet56.errors import DownloadError
+from resnet56.locks import try_lock
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes that are there and the bytes there will be (None: not known)."""
@@ -138,7 +139,7 @@ def fetch(
         urls = _urls(archive, mirrors)
         root.mkdir(parents=True, exist_ok=True)
         with lock.open("ab") as file:
-            while not _try_lock(file.fileno()):
+            while not try_lock(file.fileno()):
                 report(_size(part), archive.size)
                 time.sleep(_REPORT_EVERY)
             if not final.is_dir():  # else the process that held the lock has made it
@@ -169,29 +170,6 @@ def _urls(archive: Archive, mirrors: Sequence[str]) -> list[str]:
         whole = parts.path.endswith("/" + archive.filename)
         urls.append(mirror if whole else f"{mirror.rstrip('/')}/{archive.filename}")
     return [*urls, archive.url]
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _take_lock(descriptor: int) -> None:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _take_lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Return False while another process has the lock; its end, however abrupt, frees it."""
-    try:
-        _take_lock(descriptor)
-    except (BlockingIOError, PermissionError):  # how POSIX and Windows say "held"
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
 
 
 def _download(

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from resnet56.errors import Error, RunError, UsageError, one_line
+from resnet56.errors import RunError, UsageError, one_line
 from resnet56.model import Architecture, ResNet
 from resnet56.readers import CIFAR10
 from resnet56.rundir import Checkpoint, Network
@@ -269,5 +269,5 @@ def _tensors_like(
             raise RunError(f"{file} is of no use: {key} holds {state[key].dtype}, not floats")
         model[key] = state[key].to(like.dtype).clone()
         if not bool(model[key].isfinite().all()):
-            raise Error(f"{file} is of no use: {key} has values that are not finite")
+            raise RunError(f"{file} is of no use: {key} has values that are not finite")
     return model

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from resnet56.data import Dataset, Split, hold_out
-from resnet56.errors import DataError, ImageError, one_line
+from resnet56.errors import DataError, ImageError, one_line, shown
 from resnet56.images import files_in, prepare, read_image
 from resnet56.pickles import PickledArray, read_pickle, text
 
@@ -174,6 +174,12 @@ def _image_files(root: Path) -> dict[str, list[Path]]:
     for folder in sorted(root.iterdir(), key=lambda entry: entry.name):
         if folder.name.startswith(".") or not folder.is_dir():
             continue
+        try:
+            folder.name.encode()
+        except UnicodeEncodeError:  # it could be written into no file, and sent to no browser
+            raise DataError(
+                f"{shown(str(folder))} cannot name a class, it is no UTF-8; rename it"
+            ) from None
         found[folder.name] = files_in(folder)
         if not found[folder.name]:
             raise DataError(f"{folder} holds no images: add some, or remove the folder")

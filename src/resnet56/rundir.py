@@ -31,6 +31,7 @@ import numpy.typing as npt
 import safetensors
 
 from resnet56.errors import RunError
+from resnet56.locks import try_lock
 
 if TYPE_CHECKING:  # what reads no tensors starts without PyTorch
     from torch import Tensor
@@ -75,7 +76,9 @@ class Checkpoint:
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends well."""
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a rename would do away with it
+    if path.is_dir():
+        raise RunError(f"cannot write {path}: it is a folder; choose a file")
+    if path.exists() and not path.is_file():  # a rename would do away with it
         raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
     if path.is_symlink():
         path = path.resolve()  # what it points to is replaced, not the link
@@ -107,7 +110,8 @@ def _writing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; RunError if it cannot be written."""
     with _writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        # Files' names, which a text may tell of, need not be UTF-8.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -216,6 +220,32 @@ class RunDirectory:
         origin = data.get("origin") if isinstance(data, dict) else None
         return origin if isinstance(origin, str) else None
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep others from training here; RunError if one does. Windows knows no such lock."""
+        try:
+            directory = os.open(self.path, os.O_RDONLY)
+        except OSError:  # Windows opens no folders; if it is not there, that is said elsewhere
+            yield
+            return
+        try:
+            if not try_lock(directory):
+                raise RunError(
+                    f"another process trains in {self.path}; wait for its end, or stop it"
+                )
+            yield
+        finally:
+            os.close(directory)
+
+    # evaluation.json
+
+    def read_evaluation(self, step: int) -> dict[str, Any] | None:
+        """What was measured of the weights after `step` steps: None if it was of earlier ones."""
+        if not self.evaluation_file.exists():
+            return None
+        found = read_json(self.evaluation_file)
+        return found if found.get("step", step) == step else None
+
     # metrics.jsonl
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
@@ -261,16 +291,23 @@ class RunDirectory:
 
     # parity.json
 
-    def keep_comparison(self, found: Mapping[str, Any]) -> None:
-        """Add a comparison of two devices or precisions, in place of an earlier one of the same."""
+    def keep_comparison(self, found: Mapping[str, Any], step: int) -> None:
+        """Add a comparison of two devices or precisions, of the weights after `step` steps.
+
+        It takes the place of an earlier one of the same two, and those of earlier weights go.
+        """
         kept: Any = []
         if self.parity_file.exists():
             kept = read_json(self.parity_file).get("comparisons")
             if not isinstance(kept, list) or not all(isinstance(entry, dict) for entry in kept):
                 raise RunError(f"{self.parity_file} is damaged: remove it")
         pair = [found["a"], found["b"]]
-        kept = [entry for entry in kept if [entry.get("a"), entry.get("b")] != pair]
-        write_json(self.parity_file, {"comparisons": [*kept, found]})
+        kept = [
+            entry
+            for entry in kept
+            if [entry.get("a"), entry.get("b")] != pair and entry.get("step", step) == step
+        ]
+        write_json(self.parity_file, {"comparisons": [*kept, {**found, "step": step}]})
 
     # checkpoint/
 

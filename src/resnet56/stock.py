@@ -65,13 +65,20 @@ class StockLoop:
         batch: images a step.
         device: where to train.
         workers: processes that load; they start with the first step and end with `close`.
+        classes: of the images.
     """
 
     def __init__(
-        self, arch: str, pictures: Pictures, batch: int, device: torch.device, workers: int
+        self,
+        arch: str,
+        pictures: Pictures,
+        batch: int,
+        device: torch.device,
+        workers: int,
+        classes: int = 10,
     ) -> None:
         self.device = device
-        self.model = build(arch).to(device).train()
+        self.model = build(arch, classes=classes).to(device).train()
         self.model.use(norm_relu)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from resnet56.errors import shown
 from resnet56.progress import percent
 
 
@@ -33,10 +34,10 @@ def show_figures(figures: dict[str, Any], title: str) -> None:
     table = _table("class", "precision", "recall", "F1", "images")
     for name, row in figures["per_class"].items():
         shares = [f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1")]
-        table.add_row(name.replace("[", r"\["), *shares, f"{row['support']:,}")
+        table.add_row(shown(name).replace("[", r"\["), *shares, f"{row['support']:,}")
     console.print(table)
     for pair in figures["most_confused"][:3]:
-        line = f"{pair['count']} {pair['true']} taken for {pair['predicted']}"
+        line = f"{pair['count']} {shown(pair['true'])} taken for {shown(pair['predicted'])}"
         console.print(line, markup=False, soft_wrap=True)
 
 

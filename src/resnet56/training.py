@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -85,10 +86,12 @@ def train(
     precision = resolve_precision(recipe.precision, where)
     progress = progress or TrainingProgress(quiet=True)
     run = RunDirectory(out)
-    with process_group(where) as here, _stop_signals() as stop:
+    with process_group(where) as here, _stop_signals() as stop, contextlib.ExitStack() as held:
         data = {"origin": dataset.origin, "source": dataset.source}
         facts = environment(where, precision) | {"processes": here.world_size, "data": data}
         fingerprint = dataset.fingerprint()
+        if resume and here.is_first:
+            held.enter_context(run.alone())
         saved = _take_up(run, recipe, dataset.source, fingerprint) if resume else None
         training, held_out = training_split(dataset, recipe.holdout)
         mean, std = channel_statistics(training.images)
@@ -101,6 +104,9 @@ def train(
         try:
             with _tensorboard(tensorboard and here.is_first, run, loop.position.step) as scalars:
                 if here.is_first:  # not before all that can be refused has been
+                    if saved is None:
+                        run.create()
+                        held.enter_context(run.alone())
                     _prepare(run, recipe, facts, resumed=saved is not None)
                 loop.epochs(held_out, stop, scalars)
         finally:
@@ -145,9 +151,11 @@ def _prepare(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, resume
     if resumed:
         before = read_json(run.environment_file) if run.environment_file.exists() else facts
         earlier = before.get("resumed", [])
-        facts = before | {"resumed": [*(earlier if isinstance(earlier, list) else []), facts]}
+        facts = before | {
+            "data": facts["data"],  # the same images, perhaps from another folder
+            "resumed": [*(earlier if isinstance(earlier, list) else []), facts],
+        }
     else:
-        run.create()
         run.rewind_metrics(0)
         write_json(run.recipe_file, recipe.to_json())
     write_json(run.environment_file, facts)
@@ -370,7 +378,10 @@ def _stop_signals() -> Iterator[_Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform == "win32":
+        signals.append(signal.SIGBREAK)  # Ctrl-Break, the one that reaches a process group
+    before = {s: signal.getsignal(s) for s in signals}
 
     def wish(signum: int, frame: FrameType | None) -> None:
         stop.signum = signum

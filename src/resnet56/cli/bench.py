@@ -55,6 +55,8 @@ def run(arguments: list[str]) -> int:
         raise UsageError("--rounds must be at least 1 and --seconds above 0")
     if options.json and not options.json.absolute().parent.is_dir():
         raise UsageError(f"--json {options.json}: there is no such folder to write in")
+    if options.json and options.json.is_dir():
+        raise UsageError(f"--json {options.json} is a folder; choose a file")
     from resnet56 import model
     from resnet56.bench import bench
     from resnet56.rundir import write_json

@@ -180,5 +180,5 @@ def _compare(
         )
     found = compare(subjects[0], subjects[1], (names[0], names[1]), split, show)
     if keep_in is not None:
-        keep_in.keep_comparison(found)
+        keep_in.keep_comparison(found, checkpoint.position.step)
     print(json.dumps(found)) if options.json else show_comparison(found)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from resnet56.cli.common import parse, say
+from resnet56.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,21 @@ def run(arguments: list[str]) -> int:
     name = Path(options.run).resolve().name
 
     from resnet56.export import CHECKED, TOLERANCE, write_hub_folder, write_onnx
-    from resnet56.rundir import RunDirectory, read_json
+    from resnet56.rundir import RunDirectory
 
     if options.format == "onnx":
         out = options.out or Path(f"{name}.onnx")
+        if out.is_dir():
+            raise UsageError(f"--out {out} is a folder; choose a file, as {name}.onnx")
         write_onnx(checkpoint, out)
         say(f"the same classes as PyTorch on {CHECKED} images, logits within {TOLERANCE:g}")
     else:
         out = options.out or Path(f"{name}-hub")
-        file = RunDirectory(Path(options.run)).evaluation_file
         if ships:
             measured = shipped.card(options.run).get("evaluation")
         else:
-            measured = read_json(file) if file.exists() else None
+            run = RunDirectory(Path(options.run))
+            measured = run.read_evaluation(checkpoint.position.step)
         write_hub_folder(checkpoint, out, measured)
     print(out)
     return 0

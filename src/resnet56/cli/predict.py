@@ -150,7 +150,9 @@ def _writer(form: str, top: int) -> Callable[[str, "Prediction"], None]:
         return write
 
     def tell(name: str, answer: "Prediction") -> None:
-        shares = (f"{label} {100 * share:.1f} %" for label, share in answer.probabilities.items())
+        shares = (
+            f"{shown(label)} {100 * share:.1f} %" for label, share in answer.probabilities.items()
+        )
         print(f"{shown(name)}: {', '.join(shares)}")
 
     return tell

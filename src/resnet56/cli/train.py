@@ -80,7 +80,8 @@ def run(arguments: list[str]) -> int:
         run.refuse_taken()
     quiet = options.quiet or not place().is_first
     words = ["resnet56", "train", "--resume", "--out", str(out)]
-    again = shlex.join(words if options.device == "auto" else [*words, "--device", options.device])
+    words += [] if options.device == "auto" else ["--device", options.device]
+    again = shlex.join([*words, *(["--tensorboard"] if options.tensorboard else [])])
     with TrainingProgress(quiet=quiet) as progress:
         dataset = load_data(data)
         progress.say(f"{chosen.arch} on {dataset.source}")
@@ -100,7 +101,8 @@ def run(arguments: list[str]) -> int:
                 say(f"\nstopped; the checkpoint is written; go on with: {again}")
             return interrupted.exit_code
         except KeyboardInterrupt:
-            say(f"\nstopped; go on with: {again}")
+            begun = run.checkpoint_file.exists()
+            say(f"\nstopped; go on with: {again}" if begun else "\nstopped before it began")
             return INTERRUPTED
         if result:
             if held := result.get("holdout"):

@@ -31,7 +31,7 @@ def write_report(
         The file written.
 
     Raises:
-        UsageError: no runs, or a recipe.json that says what no recipe can say.
+        UsageError: no runs, a folder as `out`, or a recipe.json that says what no recipe can say.
         RunError: a run that is missing or damaged, or a file that cannot be written.
     """
     from resnet56.report import comparison, page, render
@@ -39,6 +39,8 @@ def write_report(
 
     if not runs:
         raise UsageError("a report needs at least one run directory")
+    if out is not None and out.is_dir():
+        raise UsageError(f"{out} is a folder; choose a file, as {out / f'report.{format}'}")
     facts = [read_run(Path(path)) for path in runs]
     if len(facts) == 1:
         content, template = page.content(facts[0]), "page"

@@ -105,7 +105,8 @@ def states(entries: Sequence[Entry]) -> list[str]:
             "directly."
         )
     held = [(held["accuracy"], entry.label) for entry in entries if (held := entry.facts.holdout)]
-    if len(held) == len(entries):
+    alike = len({(facts_key(entry), entry.facts.recipe.holdout) for entry in entries}) == 1
+    if len(held) == len(entries) and alike:
         best_first = sorted(held, reverse=True)
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
         said.append(
@@ -132,20 +133,23 @@ def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
 
 
 def seed_groups(entries: Sequence[Entry]) -> list[Group]:
-    """Two or more tested, finished runs that share all but the seed."""
-    alike: dict[tuple[Any, ...], list[Entry]] = {}
+    """Two or more tested, finished runs that share all but the seed; the better one of a seed's."""
+    alike: dict[tuple[Any, ...], dict[int, Entry]] = {}
     for entry in entries:
         facts = entry.facts
         if facts.test and facts.finished:
             recipe = facts.recipe.to_json()
             seedless = tuple((name, str(recipe[name])) for name in recipe if name != "seed")
-            alike.setdefault((seedless, facts_key(entry)), []).append(entry)
+            members = alike.setdefault((seedless, facts_key(entry)), {})
+            members.setdefault(facts.recipe.seed, entry)
     groups = []
     for members in alike.values():
-        if len({entry.facts.recipe.seed for entry in members}) == len(members) > 1:
-            shares = [entry.facts.test["accuracy"] for entry in members if entry.facts.test]
+        if len(members) > 1:
+            shares = [
+                entry.facts.test["accuracy"] for entry in members.values() if entry.facts.test
+            ]
             mean, deviation = statistics.fmean(shares), statistics.stdev(shares)
-            groups.append(Group(tuple(members), mean, deviation))
+            groups.append(Group(tuple(members.values()), mean, deviation))
     return groups
 
 

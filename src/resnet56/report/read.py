@@ -52,11 +52,10 @@ class RunFacts:
     rows: list[dict[str, Any]]  # metrics.jsonl, a row an epoch
     network: Network
     position: Position
-    weights: str  # "last" or "averaged"
     images: str | None  # the data's fingerprint, where the checkpoint knows it
     description: Description
-    evaluation: dict[str, Any] | None
-    parity: dict[str, Any] | None
+    evaluation: dict[str, Any] | None  # of these weights: one made earlier in the training is not
+    parity: dict[str, Any] | None  # the same
     samples: Samples | None
 
     @property
@@ -121,7 +120,13 @@ def read_run(path: Path) -> RunFacts:
     rows = run.read_metrics()
     for number, row in enumerate(rows, start=1):
         _require(row, ROW, f"{run.metrics_file}:{number}")
-    evaluation = _optional(run.evaluation_file)
+    if not run.recipe_file.exists():
+        raise RunError(
+            f"{path} was not trained here (it has no recipe.json), so there is nothing to report; "
+            f"resnet56 evaluate {path} --data DIR measures it"
+        )
+    step = checkpoint.position.step
+    evaluation = run.read_evaluation(step)
     if evaluation is not None:
         _check_evaluation(evaluation, run.evaluation_file, checkpoint.network.classes)
     parity = _optional(path / "parity.json")
@@ -129,6 +134,8 @@ def read_run(path: Path) -> RunFacts:
         _require(parity, ("comparisons",), str(path / "parity.json"))
         for comparison in parity["comparisons"]:
             _require(comparison, COMPARISON, f"{path / 'parity.json'}, comparisons,")
+        of_these = [one for one in parity["comparisons"] if one.get("step", step) == step]
+        parity = {"comparisons": of_these} if of_these else None
     return RunFacts(
         path=path,
         recipe=recipe_from_fields(read_json(run.recipe_file), str(run.recipe_file)),
@@ -136,12 +143,13 @@ def read_run(path: Path) -> RunFacts:
         rows=rows,
         network=checkpoint.network,
         position=checkpoint.position,
-        weights=str(checkpoint.notes.get("weights", "last")),
         images=checkpoint.notes.get("data"),
         description=describe(checkpoint.network.arch, len(checkpoint.network.classes)),
         evaluation=evaluation,
         parity=parity,
-        samples=_samples(path / "samples.npz", len(checkpoint.network.classes)),
+        samples=_samples(path / "samples.npz", len(checkpoint.network.classes))
+        if evaluation
+        else None,  # its mistakes are those of the weights that were measured
     )
 
 

@@ -223,5 +223,5 @@ def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:
         after = f"after {epochs_done} of {plural(epochs, 'epoch')}"
         if tested:
             return [f"This training has not run to its end; the test was made {after}."]
-        return [f"This training stands {after}, and has not been tested yet."]
+        return [f"This training stands {after}, and has not been tested there."]
     return [] if tested else ["This training is finished, but has not been tested yet."]
