@@ -23,6 +23,11 @@ def test_the_tables_are_those_that_the_files_give() -> None:
     for table in tables:
         assert table.count("\n") >= 3
         assert table in DOC
+    others = DOC.replace("*", "").partition("| source |")[2].partition("\n\n")[0]
+    ours = re.findall(r"^\| `resnet56 train (\w+).*?\| (\d\d\.\d\d.*?) \|", others, re.MULTILINE)
+    assert [recipe for recipe, _ in ours] == ["he2015", "best"]
+    for recipe, accuracy in ours:
+        assert re.search(rf"train {recipe} .*{re.escape(accuracy)}", tables[0])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)

@@ -2,23 +2,30 @@
 
 python tools/results.py keep RUN NAME    copies them to results/NAME, without this machine's paths
 python tools/results.py                  prints the tables, as docs/results.md has them
+python tools/results.py draw             draws that file's table of published figures, results.png
 """
 
 import dataclasses
+import re
 import shlex
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resnet56.metrics import wilson_interval
 from resnet56.progress import duration
 from resnet56.recipe import RECIPES, Recipe, from_fields
-from resnet56.rundir import RunDirectory, read_json, write_text
+from resnet56.report.plots import Chart, Ink
+from resnet56.rundir import RunDirectory, read_json, write_bytes, write_text
 
-RESULTS = Path(__file__).parents[1] / "results"
-USAGE = "usage: python tools/results.py [keep RUN NAME]"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+USAGE = "usage: python tools/results.py [keep RUN NAME | draw]"
 HEAD = ("network", "command", "seeds", "test accuracy, %", "training accuracy, %", "time", "on")
 CHANGED_HEAD = ("command", "seeds", "test, %", "training, %", "gap, points", "ECE", "time", "on")
 TRIAL_HEAD = ("command", "seed", "held out, %", "training, %", "corrupted test images, %")
@@ -77,8 +84,10 @@ def percent(values: list[float]) -> str:
 
 def machine(facts: dict[str, Any]) -> str:
     """What it ran on: the GPU, or threads and processor."""
-    what = facts.get("gpu") or f"{facts['threads']} of {facts['cores']} cores, {facts['processor']}"
-    return f"{what}, {facts['precision']}"
+    threads, cores = facts["threads"], facts["cores"]
+    share = f"{cores} cores" if threads == cores else f"{threads} of {cores} cores"
+    processor = facts["processor"].replace("(R)", "").removesuffix(" Processor")
+    return f"{facts.get('gpu') or f'{share}, {processor}'}, {facts['precision']}"
 
 
 def kept() -> list[tuple[Recipe, RunDirectory]]:
@@ -198,6 +207,54 @@ def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
 
 
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A row of the table of docs/results.md that sets ours among others."""
+
+    name: str
+    accuracy: float  # in %
+    interval: list[float]  # its ends, in %; of ours only
+    chosen: bool  # whether by the test set
+
+
+def published() -> list[Published]:
+    """That table, the best last."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    lines = text[text.index("| source |") :].partition("\n\n")[0].splitlines()[2:]
+    found = []
+    for line in lines:
+        source, network, accuracy, weights = line.replace("*", "").strip("| ").split(" | ")
+        name = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", source).replace("`", "")
+        figures = [float(figure) for figure in re.findall(r"\d\d\.\d+", accuracy)]
+        interval = figures[-2:] if "(" in accuracy else []
+        chosen = weights.startswith("best on the test set")
+        found.append(Published(f"{name} ({network})", figures[0], interval, chosen))
+    return sorted(found, key=lambda row: row.accuracy)
+
+
+def draw(figure: "Figure", ink: Ink) -> None:
+    """A dot for each, hollow where it was chosen by the test set; ours with their intervals."""
+    axes = figure.subplots()
+    rows = published()
+    for place, row in enumerate(rows):
+        colour = ink.series[0] if row.interval else ink.text
+        axes.plot(row.interval, [place] * len(row.interval), color=colour, linewidth=2)
+        inside = "white" if row.chosen else colour
+        axes.plot(row.accuracy, place, "o", color=colour, markerfacecolor=inside)
+        axes.annotate(
+            f"{row.accuracy:g}",
+            (row.accuracy, place),
+            (0, 5),
+            textcoords="offset points",
+            ha="center",
+            color=colour,
+        )
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], parse_math=False)
+    axes.set_ylim(-0.5, len(rows) - 0.2)
+    axes.set_xlabel("test accuracy, %")
+    axes.grid(axis="x")
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
@@ -207,5 +264,8 @@ if __name__ == "__main__":
             print("\n\n".join(tables))
         case ["keep", run, name]:
             keep(RunDirectory(Path(run)), name)
+        case ["draw"]:
+            chart = Chart("results", "", "", draw, size=(7.0, 3.2))
+            write_bytes(ROOT / "docs" / "results.png", chart.png())
         case _:
             sys.exit(USAGE)
