@@ -54,7 +54,7 @@ class Course:
     std: Triple
     device: torch.device
     precision: Resolved
-    classes: int = 10
+    classes: int = 10  # of the images: the outputs of all contestants
 
     def pictures(self) -> Pictures:
         """The same images, as the stock loop has them."""
