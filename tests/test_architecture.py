@@ -11,6 +11,7 @@ HOUSE = Path(resnet56.__file__).parent
 ARROWS: dict[str, set[str]] = {
     # ground floor: leaves
     "errors": set(),
+    "libraries": set(),
     "compiler": set(),
     "metrics": set(),
     "parallel": set(),
@@ -41,17 +42,20 @@ ARROWS: dict[str, set[str]] = {
         "augment", "corruptions", "data", "errors", "inference", "metrics", "model", "rundir",
         "runtime",
     },
-    "report": {"errors", "model", "progress", "recipe", "rundir"},
+    "report": {"errors", "libraries", "model", "progress", "recipe", "rundir"},
     # second floor
     "foreign": {"errors", "model", "readers", "rundir"},
     "predict": {
-        "augment", "errors", "evaluation", "images", "inference", "rundir", "runtime", "shipped",
+        "augment", "errors", "evaluation", "images", "inference", "libraries", "rundir", "runtime",
+        "shipped",
     },
     "training": {
         "batches", "data", "errors", "evaluation", "model", "parallel", "progress",
         "recipe", "rundir", "runtime", "step",
     },
-    "export": {"augment", "errors", "evaluation", "model", "predict", "rundir", "shipped"},
+    "export": {
+        "augment", "errors", "evaluation", "libraries", "model", "predict", "rundir", "shipped",
+    },
     "stock": {"data", "model"},
     "contest": set(),
     "roofline": {"contest", "model", "runtime"},

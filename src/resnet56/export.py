@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from resnet56.augment import normalize
 from resnet56.errors import Error, MissingExtraError, RunError
 from resnet56.evaluation import BATCH, Tick, restore
+from resnet56.libraries import import_onnxruntime
 from resnet56.model import BasicBlock, PadShortcut, ResNet, conv1x1
 from resnet56.predict import OnnxBackend, TorchBackend
 from resnet56.rundir import Checkpoint, Network, write_bytes
@@ -58,7 +59,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
         Error: the exported network differs from PyTorch's on `CHECKED` images.
     """
     try:
-        import onnxruntime  # noqa: F401  # what checks it
+        import_onnxruntime()  # what checks it
         import onnxscript  # noqa: F401  # what PyTorch writes it with
     except ImportError:
         raise MissingExtraError("what writes ONNX", "onnx") from None

@@ -17,6 +17,7 @@ from PIL import Image
 
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
 from resnet56.images import Bytes, Floats, prepare, read_image, reading
+from resnet56.libraries import import_onnxruntime
 from resnet56.rundir import Network
 from resnet56.shipped import network_from, read_checkpoint
 
@@ -85,7 +86,7 @@ class OnnxBackend:
 
     def __init__(self, content: bytes, name: str) -> None:
         try:
-            import onnxruntime
+            onnxruntime = import_onnxruntime()
         except ImportError:
             raise MissingExtraError("ONNX Runtime", "onnx") from None
         options = onnxruntime.SessionOptions()

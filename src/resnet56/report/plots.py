@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resnet56.libraries import import_matplotlib
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -102,8 +104,7 @@ class Chart:
 @contextmanager
 def _style(ink: Ink) -> Iterator[None]:
     """The charts' look, whatever the user's matplotlibrc says."""
-    import matplotlib
-
+    matplotlib = import_matplotlib()
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box, in a PNG
         matplotlib.rcdefaults()
