@@ -25,12 +25,12 @@ def resnet56_bottleneck(pretrained: bool = True) -> nn.Module:
 
 
 def _network(name: str, pretrained: bool) -> nn.Module:
-    from resnet56 import shipped
     from resnet56.model import build
+    from resnet56.runs import pretrained
 
     model = build(name)
     if pretrained:
-        checkpoint = shipped.load(name)
+        checkpoint = pretrained.load(name)
         model.load_state_dict(checkpoint.model)
         network = checkpoint.network
         model.mean, model.std, model.classes = network.mean, network.std, network.classes

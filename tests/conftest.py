@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet56.data import Dataset, Split
-from resnet56.readers import load_folder
+from resnet56.data.dataset import Dataset, Split
+from resnet56.data.readers import load_folder
 from resnet56.recipe import Recipe
 
 

@@ -1,86 +1,151 @@
 """Who imports whom. Imports only go down; a new arrow is an edited line here."""
 
 import ast
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 import resnet56
 
-HOUSE = Path(resnet56.__file__).parent
+PACKAGE = Path(resnet56.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 # From the ground up: a module may import those below it that its line names.
 ARROWS: dict[str, set[str]] = {
-    # ground floor: leaves
+    # ground
+    "distributed": set(),
     "errors": set(),
     "libraries": set(),
-    "compiler": set(),
-    "metrics": set(),
-    "parallel": set(),
-    "corruptions": set(),
-    "progress": set(),
-    "data": {"errors"},
     "locks": set(),
-    "download": {"errors", "locks"},
-    "images": {"errors"},
-    "pickles": {"errors"},
-    "model": {"errors"},
+    "metrics": set(),
+    "progress": set(),
     "recipe": {"errors"},
-    "rundir": {"errors", "locks"},
     "runtime": {"errors"},
-    "trivial": set(),
-    # first floor
-    "augment": {"trivial"},
-    "batches": {"augment", "data", "errors"},
-    "readers": {"data", "errors", "images", "pickles"},
-    "shipped": {"errors", "rundir"},
-    "fused": {"compiler", "model"},
-    "native_plan": {"compiler", "model"},
-    "native": {"compiler", "model", "native_plan"},
-    "step": {"compiler", "errors", "fused", "model", "native", "recipe", "runtime"},
-    "tables": {"errors", "progress"},
+    # data
+    "data.corruptions": set(),
+    "data.trivial_augment": set(),
+    "data.augment": {"data.trivial_augment"},
+    "data.dataset": {"errors"},
+    "data.download": {"errors", "locks"},
+    "data.images": {"errors"},
+    "data.pickles": {"errors"},
+    "data.batches": {"data.augment", "data.dataset", "errors"},
+    "data.readers": {"data.dataset", "data.images", "data.pickles", "errors"},
+    # model
+    "model": {"errors"},
     "inference": {"model", "runtime"},
+    # kernels
+    "kernels.compiler": set(),
+    "kernels.fused": {"kernels.compiler", "model"},
+    "kernels.plan": {"kernels.compiler", "model"},
+    "kernels.native": {"kernels.compiler", "kernels.plan", "model"},
+    # runs
+    "runs.directory": {"errors", "locks"},
+    "runs.pretrained": {"errors", "runs.directory"},
+    "runs.convert": {"data.readers", "errors", "model", "runs.directory"},
+    # step and evaluation
     "evaluation": {
-        "augment", "corruptions", "data", "errors", "inference", "metrics", "model", "rundir",
+        "data.augment", "data.corruptions", "data.dataset", "errors", "inference", "metrics",
+        "model", "runs.directory", "runtime",
+    },
+    "step": {
+        "errors", "kernels.compiler", "kernels.fused", "kernels.native", "model", "recipe",
         "runtime",
     },
-    "report": {"errors", "libraries", "model", "progress", "recipe", "rundir"},
-    # second floor
-    "foreign": {"errors", "model", "readers", "rundir"},
+    # training and prediction
     "predict": {
-        "augment", "errors", "evaluation", "images", "inference", "libraries", "rundir", "runtime",
-        "shipped",
-    },
-    "training": {
-        "batches", "data", "errors", "evaluation", "model", "parallel", "progress",
-        "recipe", "rundir", "runtime", "step",
+        "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
+        "runs.directory", "runs.pretrained", "runtime",
     },
     "export": {
-        "augment", "errors", "evaluation", "libraries", "model", "predict", "rundir", "shipped",
+        "data.augment", "errors", "evaluation", "libraries", "model", "predict", "runs.directory",
+        "runs.pretrained",
     },
-    "stock": {"data", "model"},
-    "contest": set(),
-    "roofline": {"contest", "model", "runtime"},
-    "bench": {
-        "batches", "contest", "data", "errors", "evaluation", "export", "inference", "model",
-        "predict", "recipe", "roofline", "rundir", "runtime", "step", "stock",
+    "training": {
+        "data.batches", "data.dataset", "distributed", "errors", "evaluation", "model", "progress",
+        "recipe", "runs.directory", "runtime", "step",
     },
-    "serve": {"__init__", "errors", "images", "predict"},
-    # roof
-    "cli": {
-        "__init__", "bench", "download", "errors", "evaluation", "export", "foreign", "images",
-        "model", "parallel", "predict", "progress", "readers", "recipe", "report", "rundir",
-        "runtime", "serve", "shipped", "tables", "training",
+    # report
+    "report.pictures": set(),
+    "report.plots": {"libraries"},
+    "report.words": {"progress"},
+    "report.read": {"errors", "model", "recipe", "runs.directory"},
+    "report.recipe_words": {"recipe", "report.words"},
+    "report.render": {"report.plots", "report.words", "runs.directory"},
+    "report.story": {"recipe", "report.words"},
+    "report.page": {
+        "report.pictures", "report.plots", "report.read", "report.recipe_words", "report.story",
+        "report.words",
     },
+    "report.comparison": {
+        "report.page", "report.plots", "report.read", "report.story", "report.words",
+    },
+    "report": {"errors", "report.comparison", "report.page", "report.read", "report.render"},
+    # benchmark
+    "benchmark.interleave": set(),
+    "benchmark.baseline": {"data.dataset", "model"},
+    "benchmark.roofline": {"benchmark.interleave", "model", "runtime"},
+    "benchmark.benchmark": {
+        "benchmark.baseline", "benchmark.interleave", "benchmark.roofline", "data.batches",
+        "data.dataset", "errors", "evaluation", "export", "inference", "model", "predict", "recipe",
+        "runs.directory", "runtime", "step",
+    },
+    # serve
+    "serve": set(),
+    "serve.docs": set(),
+    "serve.limits": set(),
+    "serve.meter": set(),
+    "serve.schema": set(),
+    "serve.front": {"serve.meter"},
+    "serve.uploads": {"errors", "serve.limits", "serve.schema"},
+    "serve.batching": {"data.images"},
+    "serve.service": {
+        "data.images", "errors", "predict", "serve.batching", "serve.limits", "serve.meter",
+        "serve.schema", "serve.uploads",
+    },
+    "serve.app": {
+        "__init__", "serve.batching", "serve.docs", "serve.front", "serve.limits", "serve.meter",
+        "serve.schema", "serve.service", "serve.uploads",
+    },
+    "serve.server": {"errors", "serve.app", "serve.batching", "serve.limits"},
+    # cli
+    "cli": {"__init__", "errors"},
+    "cli.tables": {"errors", "progress"},
+    "cli.common": {"data.download", "data.readers", "errors", "progress"},
+    "cli.data": {"cli.common", "errors"},
+    "cli.describe": {"cli.common", "cli.tables", "model"},
+    "cli.import_": {"cli.common", "errors", "runs.convert", "runs.directory"},
+    "cli.predict": {"cli.common", "data.images", "errors", "predict", "progress", "runs.directory"},
+    "cli.evaluate": {
+        "cli.common", "cli.tables", "data.readers", "errors", "evaluation", "export", "recipe",
+        "runs.directory", "runs.pretrained", "runtime",
+    },
+    "cli.export": {"cli.common", "errors", "export", "runs.directory", "runs.pretrained"},
+    "cli.report": {"cli.common", "errors", "report"},
+    "cli.train": {
+        "cli", "cli.common", "distributed", "errors", "model", "progress", "recipe", "report",
+        "runs.directory", "runtime", "training",
+    },
+    "cli.bench": {
+        "benchmark.benchmark", "cli.common", "cli.tables", "errors", "model", "runs.directory",
+    },
+    "cli.serve": {"cli.common", "errors", "predict", "serve.server"},
     "__main__": {"cli"},
 }  # fmt: skip
 
 
-def imported(place: Path) -> set[str]:
-    """Our own modules that a module, or a package's, import; not those for type checkers only."""
-    files = place.glob("*.py") if place.is_dir() else [place]
-    return set().union(*(imported_by(file) for file in files)) - {place.stem}
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name below the package; a package's is that of its __init__."""
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = file
+    return found
 
 
-def imported_by(file: Path) -> set[str]:
+def imported_by(file: Path, known: Collection[str]) -> set[str]:
+    """Our own modules that a module imports; not those for type checkers only."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     hidden = {
         node
@@ -99,18 +164,21 @@ def imported_by(file: Path) -> set[str]:
         else:
             continue
         for name in names:
-            package, *rest = name.split(".")
+            package, _, inside = name.partition(".")
             if package == "resnet56":
-                inside = HOUSE / rest[0] if rest else HOUSE
-                submodule = rest and (inside.is_dir() or inside.with_suffix(".py").exists())
-                found.add(rest[0] if submodule else "__init__")
+                # The name is a module, or something in the module before its last dot.
+                candidates = (inside, inside.rpartition(".")[0])
+                found.add(next((name for name in candidates if name in known), "__init__"))
     return found
 
 
 def test_imports_are_those_of_the_table() -> None:
-    places = [*HOUSE.glob("*.py"), *(init.parent for init in HOUSE.glob("*/__init__.py"))]
-    modules = {path.stem: path for path in places if path.stem != "__init__"}
-    assert {name: imported(path) for name, path in modules.items()} == ARROWS
+    """The packages whose __init__ imports nothing have no line."""
+    known = modules()
+    found = {name: imported_by(file, known) - {name} for name, file in known.items()}
+    bare = {"__init__", "benchmark", "data", "kernels", "runs"}
+    assert {name: below for name, below in found.items() if name not in bare} == ARROWS
+    assert not any(found[name] for name in bare)
 
 
 def test_imports_only_go_down() -> None:
@@ -119,10 +187,27 @@ def test_imports_only_go_down() -> None:
         assert all(order.index(other) < order.index(name) for other in below), name
 
 
+def test_the_documented_layout_names_every_module() -> None:
+    """The packages report, serve and cli are documented as a whole."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page[page.index("src/resnet56/\n") :]
+    folder, named = "", set()
+    for indent, name in re.findall(r"^( +)([\w./]+)", tree[: tree.index("```")], re.MULTILINE):
+        if name.endswith("/"):
+            folder = name
+        path = folder if name.endswith("/") else name if len(indent) == 2 else folder + name
+        named.add(path.removesuffix("/").removesuffix(".py").replace("/", "."))
+    whole = {"report", "serve", "cli"}
+    small = {"__init__", "__main__"}
+    assert (
+        named == {name for name in modules() if name.partition(".")[0] not in whole} - small | whole
+    )
+
+
 def test_only_the_door_knows_recipes() -> None:
     """Recipes stop at the door: the rest takes plain arguments. The report describes them."""
-    knowing = {name for name, below in ARROWS.items() if "recipe" in below}
-    assert knowing == {"bench", "step", "training", "report", "cli"}
+    knowing = {name.partition(".")[0] for name, below in ARROWS.items() if "recipe" in below}
+    assert knowing == {"benchmark", "step", "training", "report", "cli"}
 
 
 def test_the_public_names_are_pinned_and_there() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from resnet56 import evaluation
-from resnet56.corruptions import CORRUPTIONS, corrupt, spread
-from resnet56.data import Dataset
+from resnet56.data.corruptions import CORRUPTIONS, corrupt, spread
+from resnet56.data.dataset import Dataset
 from resnet56.evaluation import (
     compare,
     evaluate_run,
@@ -21,7 +21,7 @@ from resnet56.evaluation import (
     subject_of,
 )
 from resnet56.recipe import Recipe
-from resnet56.rundir import RunDirectory, write_json
+from resnet56.runs.directory import RunDirectory, write_json
 from resnet56.training import train
 
 CPU = torch.device("cpu")

@@ -14,11 +14,12 @@ from networks import CLASSES, lively
 from PIL import Image
 
 import resnet56
-from resnet56 import cli, export, predict, shipped
-from resnet56.data import Dataset
+from resnet56 import cli, export, predict
+from resnet56.data.dataset import Dataset
 from resnet56.errors import Error, RunError
 from resnet56.model import build
-from resnet56.rundir import RunDirectory
+from resnet56.runs import pretrained
+from resnet56.runs.directory import RunDirectory
 
 CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
@@ -145,7 +146,7 @@ def test_a_real_photograph_gets_one_answer_through_every_door(
 @pytest.mark.parametrize("name", ["resnet56", "resnet56-bottleneck"])
 def test_the_shipped_networks_see_a_cat_in_chelsea(name: str) -> None:
     data = pytest.importorskip("skimage.data")
-    if name not in shipped.names():
+    if name not in pretrained.names():
         pytest.skip(f"{name} does not ship yet")
     assert resnet56.load(name).predict(data.chelsea())[0].label == "cat"
 
@@ -276,14 +277,14 @@ def test_a_hubs_folder_holds_the_network_and_its_card(run: Path, tmp_path: Path)
 def test_a_shipped_networks_card_has_its_measurement(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     copy = RunDirectory(tmp_path / "copy")
     copy.save(RunDirectory(run).load())
-    shipped.save(copy, "bare", shipped.FOLDER)
+    pretrained.save(copy, "bare", pretrained.FOLDER)
     metrics = {"accuracy": 0.9312, "accuracy_interval": [0.9261, 0.936], "n": 10_000}
     copy.evaluation_file.write_text(json.dumps({"test": metrics, "data": "some images"}))
-    shipped.save(copy, "measured", shipped.FOLDER)
+    pretrained.save(copy, "measured", pretrained.FOLDER)
     for name, says in (("measured", "93.12 %"), ("bare", "comes without a measurement")):
         assert cli.main(["export", name, "--format", "hub"]) == 0
         assert says in (tmp_path / f"{name}-hub" / "README.md").read_text()

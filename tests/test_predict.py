@@ -12,12 +12,12 @@ from networks import CLASSES, lively
 from PIL import Image
 
 import resnet56
-from resnet56 import shipped
+from resnet56.data.images import prepare
 from resnet56.errors import ImageError, RunError, UsageError
 from resnet56.evaluation import predict_logits
-from resnet56.images import prepare
 from resnet56.predict import Predictor
-from resnet56.rundir import RunDirectory, write_json
+from resnet56.runs import pretrained
+from resnet56.runs.directory import RunDirectory, write_json
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +195,8 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
 @pytest.fixture
 def shelf(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One shipped network, `small`, in a folder of its own."""
-    shipped.save(run, "small", tmp_path / "weights")
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
+    pretrained.save(run, "small", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -204,8 +204,8 @@ def test_a_shipped_network_answers_like_its_run(
     shelf: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shelf)
-    assert shipped.names() == ["small"]
-    assert shipped.card("small")["network"]["classes"] == list(CLASSES)
+    assert pretrained.names() == ["small"]
+    assert pretrained.card("small")["network"]["classes"] == list(CLASSES)
     small = resnet56.load("small", device="cpu")
     assert (small.name, small.network) == ("small", predictor.network)
     assert {p.dtype for p in small.model.parameters()} == {torch.float32}
@@ -223,9 +223,9 @@ def test_the_card_says_how_the_network_was_trained_and_how_good_it_is(
     measured.save(run.load())
     write_json(measured.recipe_file, {"lr": 0.1})
     write_json(measured.evaluation_file, {"test": {"accuracy": 0.5}})
-    shipped.save(measured, "it", tmp_path / "weights")
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
-    card = shipped.card("it")
+    pretrained.save(measured, "it", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
+    card = pretrained.card("it")
     assert card["recipe"] == {"lr": 0.1}
     assert card["evaluation"]["test"]["accuracy"] == 0.5
 
@@ -234,7 +234,7 @@ def test_a_missing_name_lists_what_is_there(shelf: Path) -> None:
     with pytest.raises(RunError, match=r"no shipped network of that name \(shipped: small\)"):
         resnet56.load("large")
     with pytest.raises(RunError, match="there is: small"):
-        shipped.load("../small")
+        pretrained.load("../small")
 
 
 def test_a_run_goes_before_a_shipped_network_of_its_name(
@@ -242,15 +242,15 @@ def test_a_run_goes_before_a_shipped_network_of_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
-    assert shipped.read_checkpoint("small")[1]  # a folder that is no run is not in the way
+    assert pretrained.read_checkpoint("small")[1]  # a folder that is no run is not in the way
     RunDirectory(tmp_path / "small").save(run.load())
-    assert not shipped.read_checkpoint("small")[1]
+    assert not pretrained.read_checkpoint("small")[1]
 
 
 def test_a_damaged_shipped_file_is_one_line(shelf: Path) -> None:
     (shelf / "small.safetensors").write_bytes(b"junk")
     with pytest.raises(RunError, match="is damaged"):
-        shipped.load("small")
+        pretrained.load("small")
 
 
 def test_what_cannot_be_shipped_is_refused(run: RunDirectory, tmp_path: Path) -> None:
@@ -261,5 +261,5 @@ def test_what_cannot_be_shipped_is_refused(run: RunDirectory, tmp_path: Path) ->
         model = dict(checkpoint.model) | {key: large[key] for key in keys}
         other.save(dataclasses.replace(checkpoint, model=model))
         with pytest.raises(RunError, match=says):
-            shipped.save(other, "odd", tmp_path / "weights")
+            pretrained.save(other, "odd", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()

@@ -71,17 +71,6 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "runs" / "from-python" / "evaluation.json").exists()
 
 
-def test_the_map_names_every_module_and_no_other() -> None:
-    house = README[README.index("src/resnet56/\n") :]
-    named = set(re.findall(r"^  (\w+)(?:\.py|/) ", house[: house.index("```")], re.MULTILINE))
-    package = ROOT / "src" / "resnet56"
-    there = {path.stem for path in package.glob("*.py")}
-    for kind in ("*/__init__.py", "*/*.c"):
-        there |= {path.parent.name for path in package.glob(kind)}
-    small = {"__init__", "__main__"}
-    assert named == there - small
-
-
 def test_links_to_files_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

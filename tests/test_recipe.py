@@ -12,7 +12,7 @@ import pytest
 from resnet56 import recipe as recipes
 from resnet56.errors import UsageError
 from resnet56.recipe import ABOUT, RECIPES, Recipe, find, from_fields, read
-from resnet56.rundir import RunDirectory, write_json
+from resnet56.runs.directory import RunDirectory, write_json
 
 
 def refusal(call: Any, *arguments: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet56 import shipped
+from resnet56.runs import pretrained
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -53,10 +53,10 @@ def test_no_machine_s_paths_are_kept(run: Path) -> None:
         assert not re.search(r'"/|[ "](/tmp|/home|/root|[A-Z]:\\)', file.read_text("utf-8")), file
 
 
-@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("name", pretrained.names())
 def test_what_ships_is_one_of_them(name: str) -> None:
     """Half precision may move a few images, not more."""
-    card = shipped.card(name)
+    card = pretrained.card(name)
     for run in RUNS:
         if json.loads((run / "recipe.json").read_text("utf-8")) == card["recipe"]:
             kept = json.loads((run / "evaluation.json").read_text("utf-8"))

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import skip_without_kernel
+from requires_kernels import skip_without_kernel
 
 from resnet56 import training
-from resnet56.data import Dataset
+from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, TrainingError, UsageError
 from resnet56.evaluation import predict_logits, restore
 from resnet56.progress import TrainingProgress
 from resnet56.recipe import Recipe, read
-from resnet56.rundir import RunDirectory
+from resnet56.runs.directory import RunDirectory
 from resnet56.step import Trainer
 from resnet56.training import Interrupted, train
 
@@ -161,7 +161,7 @@ VICTIM = """
     import os, pickle, signal, sys
     from pathlib import Path
     from resnet56 import training
-    from resnet56.rundir import RunDirectory
+    from resnet56.runs.directory import RunDirectory
     recipe, dataset, out, step, moment = pickle.loads(sys.stdin.buffer.read())
     training.SAVE_EVERY = 0.0
 

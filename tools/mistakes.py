@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet56.augment import crop_and_flip, draw, normalize
-from resnet56.data import Split
+from resnet56.data.augment import crop_and_flip, draw, normalize
+from resnet56.data.dataset import Split
+from resnet56.data.readers import load_folder
 from resnet56.evaluation import predict_logits, restore
 from resnet56.model import ResNet
-from resnet56.readers import load_folder
-from resnet56.rundir import Network
-from resnet56.shipped import read_checkpoint
+from resnet56.runs.directory import Network
+from resnet56.runs.pretrained import read_checkpoint
 
 CPU = torch.device("cpu")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from resnet56.contest import Contestant, compared, take_turns
+from resnet56.benchmark.interleave import Contestant, compared, take_turns
 from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.recipe import Recipe

@@ -18,7 +18,7 @@ from resnet56.metrics import wilson_interval
 from resnet56.progress import duration
 from resnet56.recipe import RECIPES, Recipe, from_fields
 from resnet56.report.plots import Chart, Ink
-from resnet56.rundir import RunDirectory, read_json, write_bytes, write_text
+from resnet56.runs.directory import RunDirectory, read_json, write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from resnet56 import shipped
+from resnet56.data.readers import load_folder
 from resnet56.evaluation import subject_of
 from resnet56.model import describe
-from resnet56.readers import load_folder
 from resnet56.recipe import from_fields
-from resnet56.rundir import RunDirectory, read_json, write_json, write_text
+from resnet56.runs import pretrained
+from resnet56.runs.directory import RunDirectory, read_json, write_json, write_text
 from results import command
 
 USAGE = "usage: python tools/ship.py RUN NAME DIR"
@@ -45,20 +45,22 @@ def main(run: Path, name: str, folder: Path) -> None:
     directory = RunDirectory(run)
     if dataset.classes != directory.load().network.classes:
         sys.exit(f"{folder} has other classes than {run}")
-    shipped.save(directory, name, shipped.FOLDER)
-    checkpoint = shipped.load(name)
+    pretrained.save(directory, name, pretrained.FOLDER)
+    checkpoint = pretrained.load(name)
     subject = subject_of(checkpoint, torch.device("cpu"))
-    card = shipped.FOLDER / f"{name}.json"
+    card = pretrained.FOLDER / f"{name}.json"
     figures = {"test": subject.figures(dataset.test), "train": subject.figures(dataset.train)}
     evaluation = {"of": "the half-precision weights", "data": dataset.source, **figures}
     write_json(card, read_json(card) | {"evaluation": evaluation})
-    write_text(shipped.FOLDER / "README.md", "\n".join((README, *map(chapter, shipped.names()))))
+    write_text(
+        pretrained.FOLDER / "README.md", "\n".join((README, *map(chapter, pretrained.names())))
+    )
     print(f"{name}: {figures['test']['accuracy']:.2%} of {figures['test']['n']:,} test images")
 
 
 def chapter(name: str) -> str:
     """What the card of `name` says, for people."""
-    card = shipped.card(name)
+    card = pretrained.card(name)
     recipe, evaluation = from_fields(card["recipe"], name), card["evaluation"]
     test, train = evaluation["test"], evaluation["train"]
     low, high = (100 * bound for bound in test["accuracy_interval"])

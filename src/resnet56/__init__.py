@@ -8,32 +8,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resnet56.data import Dataset, Split
+    from resnet56.data.dataset import Dataset, Split
+    from resnet56.data.readers import load_digits, load_folder
     from resnet56.errors import Error
     from resnet56.evaluation import evaluate, predict_logits
     from resnet56.model import ResNet, build, describe
     from resnet56.predict import Prediction, Predictor, load
-    from resnet56.readers import load_digits, load_folder
     from resnet56.recipe import RECIPES, Recipe
     from resnet56.training import train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Dataset": "data",
+    "Dataset": "data.dataset",
     "Error": "errors",
     "Prediction": "predict",
     "Predictor": "predict",
     "RECIPES": "recipe",
     "Recipe": "recipe",
     "ResNet": "model",
-    "Split": "data",
+    "Split": "data.dataset",
     "build": "model",
     "describe": "model",
     "evaluate": "evaluation",
     "load": "predict",
-    "load_digits": "readers",
-    "load_folder": "readers",
+    "load_digits": "data.readers",
+    "load_folder": "data.readers",
     "predict_logits": "evaluation",
     "train": "training",
 }

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet56.augment import augment, draw, normalize
-from resnet56.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
-from resnet56.data import Dataset, Split, training_split
+from resnet56.data.augment import augment, draw, normalize
+from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
+from resnet56.data.dataset import Dataset, Split, training_split
 from resnet56.errors import RunError
 from resnet56.inference import InferenceForm
 from resnet56.metrics import log_softmax, measure
 from resnet56.model import ResNet, build
-from resnet56.rundir import Checkpoint, Network, RunDirectory, write_arrays, write_json
+from resnet56.runs.directory import Checkpoint, Network, RunDirectory, write_arrays, write_json
 from resnet56.runtime import Resolved, autocast, peak_memory_mb
 
 BATCH = 256

@@ -16,14 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from resnet56.augment import normalize
+from resnet56.data.augment import normalize
 from resnet56.errors import Error, MissingExtraError, RunError
 from resnet56.evaluation import BATCH, Tick, restore
 from resnet56.libraries import import_onnxruntime
 from resnet56.model import BasicBlock, PadShortcut, ResNet, conv1x1
 from resnet56.predict import OnnxBackend, TorchBackend
-from resnet56.rundir import Checkpoint, Network, write_bytes
-from resnet56.shipped import metadata_of
+from resnet56.runs.directory import Checkpoint, Network, write_bytes
+from resnet56.runs.pretrained import metadata_of
 
 TOLERANCE = 1e-4  # of logits
 CHECKED = 256  # images on which an exported file must agree with PyTorch

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from resnet56.data.images import Bytes, Floats, prepare, read_image, reading
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
-from resnet56.images import Bytes, Floats, prepare, read_image, reading
 from resnet56.libraries import import_onnxruntime
-from resnet56.rundir import Network
-from resnet56.shipped import network_from, read_checkpoint
+from resnet56.runs.directory import Network
+from resnet56.runs.pretrained import network_from, read_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class TorchBackend:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
         import torch
 
-        from resnet56.augment import normalize
+        from resnet56.data.augment import normalize
 
         with torch.inference_mode():
             x = normalize(torch.from_numpy(images).to(self.device), self.mean, self.std)

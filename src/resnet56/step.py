@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet56.compiler import UnavailableError
 from resnet56.errors import UsageError
-from resnet56.fused import fused_norm_relu
+from resnet56.kernels.compiler import UnavailableError
+from resnet56.kernels.fused import fused_norm_relu
+from resnet56.kernels.native import native_network
 from resnet56.model import ResNet
-from resnet56.native import native_network
 from resnet56.recipe import Recipe
 from resnet56.runtime import DTYPES, Resolved, autocast
 

@@ -58,9 +58,9 @@ def run(arguments: list[str]) -> int:
     if options.json and options.json.is_dir():
         raise UsageError(f"--json {options.json} is a folder; choose a file")
     from resnet56 import model
-    from resnet56.bench import bench
-    from resnet56.rundir import write_json
-    from resnet56.tables import show_bench
+    from resnet56.benchmark.benchmark import bench
+    from resnet56.cli.tables import show_bench
+    from resnet56.runs.directory import write_json
 
     archs = options.arch.split(",")
     for arch in archs:

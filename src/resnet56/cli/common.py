@@ -13,7 +13,7 @@ import tyro
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
-    from resnet56.data import Dataset
+    from resnet56.data.dataset import Dataset
 
 Options = TypeVar("Options")
 
@@ -37,7 +37,7 @@ def show(what: str, total: int) -> contextlib.AbstractContextManager[Callable[[i
 
 def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> Path:
     """Download the data set, with a bar; returns its folder."""
-    from resnet56 import download
+    from resnet56.data import download
     from resnet56.progress import DownloadProgress
 
     archive = download.ARCHIVES[name]
@@ -49,8 +49,8 @@ def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> P
 
 def load_data(name: str) -> "Dataset":
     """The data set of that name, downloaded if it must be, or in that folder."""
-    from resnet56 import readers
-    from resnet56.download import ARCHIVES
+    from resnet56.data import readers
+    from resnet56.data.download import ARCHIVES
 
     if name == "digits":
         return readers.load_digits()

@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(network))
         return 0
-    from resnet56.tables import show_network
+    from resnet56.cli.tables import show_network
 
     show_network(network)
     return 0

@@ -14,9 +14,9 @@ from resnet56.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from resnet56.data import Dataset, Split
+    from resnet56.data.dataset import Dataset, Split
     from resnet56.evaluation import Subject
-    from resnet56.rundir import Checkpoint, RunDirectory
+    from resnet56.runs.directory import Checkpoint, RunDirectory
     from resnet56.runtime import Resolved
 
 
@@ -53,11 +53,11 @@ def run(arguments: list[str]) -> int:
     """resnet56 evaluate RUN."""
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
     from resnet56 import runtime
+    from resnet56.cli.tables import show_figures
+    from resnet56.data.readers import is_benchmark
     from resnet56.evaluation import subject_of
-    from resnet56.readers import is_benchmark
-    from resnet56.rundir import RunDirectory
-    from resnet56.shipped import read_checkpoint
-    from resnet56.tables import show_figures
+    from resnet56.runs.directory import RunDirectory
+    from resnet56.runs.pretrained import read_checkpoint
 
     if options.robustness < 0:
         raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
@@ -100,8 +100,8 @@ def run(arguments: list[str]) -> int:
 
 def _measure_benchmark(subject: "Subject", options: EvaluateOptions) -> None:
     """CIFAR-10-C's or 10.1's arrays, one after the other."""
-    from resnet56.readers import load_benchmark
-    from resnet56.tables import show_accuracies
+    from resnet56.cli.tables import show_accuracies
+    from resnet56.data.readers import load_benchmark
 
     figures = {}
     for name, images in load_benchmark(Path(options.data or ""), len(subject.network.classes)):
@@ -119,9 +119,9 @@ def _measure_run(
     title: str,
 ) -> None:
     """A run on its own images: everything, and it is written down."""
-    from resnet56 import tables
+    from resnet56.cli import tables
     from resnet56.evaluation import evaluate_run
-    from resnet56.rundir import read_json
+    from resnet56.runs.directory import read_json
 
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
     if options.split == "holdout" and recipe.holdout == 0:
@@ -156,8 +156,8 @@ def _compare(
 ) -> None:
     """`--parity A,B`: measure on both sides."""
     from resnet56 import runtime
+    from resnet56.cli.tables import show_comparison
     from resnet56.evaluation import Measured, compare, subject_of
-    from resnet56.tables import show_comparison
 
     sides = options.parity or ""
     names: list[str] = []

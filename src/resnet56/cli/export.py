@@ -27,13 +27,13 @@ class ExportOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 export RUN."""
     options = parse(ExportOptions, arguments, "resnet56 export")
-    from resnet56 import shipped
+    from resnet56.runs import pretrained
 
-    checkpoint, ships = shipped.read_checkpoint(options.run)
+    checkpoint, ships = pretrained.read_checkpoint(options.run)
     name = Path(options.run).resolve().name
 
     from resnet56.export import CHECKED, TOLERANCE, write_hub_folder, write_onnx
-    from resnet56.rundir import RunDirectory
+    from resnet56.runs.directory import RunDirectory
 
     if options.format == "onnx":
         out = options.out or Path(f"{name}.onnx")
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     else:
         out = options.out or Path(f"{name}-hub")
         if ships:
-            measured = shipped.card(options.run).get("evaluation")
+            measured = pretrained.card(options.run).get("evaluation")
         else:
             run = RunDirectory(Path(options.run))
             measured = run.read_evaluation(checkpoint.position.step)

@@ -36,12 +36,12 @@ class ImportOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 import FILE --out RUN."""
     options = parse(ImportOptions, arguments, "resnet56 import")
-    from resnet56 import foreign
-    from resnet56.rundir import RunDirectory
+    from resnet56.runs import convert
+    from resnet56.runs.directory import RunDirectory
 
     directory = RunDirectory(options.out)
     directory.refuse_taken()
-    imported = foreign.read(
+    imported = convert.read(
         options.file,
         options.arch,
         mean=options.mean,

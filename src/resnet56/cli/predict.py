@@ -16,7 +16,7 @@ from resnet56.cli.common import parse, say
 from resnet56.errors import Error, ImageError, UsageError, shown
 
 if TYPE_CHECKING:
-    from resnet56.images import Floats
+    from resnet56.data.images import Floats
     from resnet56.predict import Prediction
 
 MAP = ".cam.png"  # how the name of a picture under its map ends
@@ -98,7 +98,7 @@ def run(arguments: list[str]) -> int:
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
     """The pictures that the arguments name, and how many of them name none."""
-    from resnet56.images import files_in
+    from resnet56.data.images import files_in
 
     sources, failed = [], 0
     for argument in arguments:
@@ -160,8 +160,8 @@ def _writer(form: str, top: int) -> Callable[[str, "Prediction"], None]:
 
 def _write_map(source: Source, evidence: "Floats", folder: Path, taken: set[str]) -> None:
     """The picture under its class activation map; it is read again, as large ones are not kept."""
-    from resnet56.images import overlay, read_image
-    from resnet56.rundir import write_bytes
+    from resnet56.data.images import overlay, read_image
+    from resnet56.runs.directory import write_bytes
 
     name, number = source.map_name, 1
     while name in taken:  # pictures of one name from several folders

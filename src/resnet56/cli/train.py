@@ -40,7 +40,7 @@ class TrainOptions:
 
 def run(arguments: list[str]) -> int:
     """resnet56 train [RECIPE] [options]."""
-    from resnet56.parallel import place
+    from resnet56.distributed import place
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     base = recipes.find(name) if name else recipes.Recipe()
@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
     runtime.resolve_device(options.device)
 
     from resnet56.progress import TrainingProgress, percent
-    from resnet56.rundir import RunDirectory, next_free
+    from resnet56.runs.directory import RunDirectory, next_free
     from resnet56.training import Interrupted
     from resnet56.training import train as run_training
 
@@ -145,7 +145,7 @@ def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recip
 
 def _data_of_resumed(options: TrainOptions) -> str | None:
     """With --resume and no --data, what the run was trained on."""
-    from resnet56.rundir import RunDirectory
+    from resnet56.runs.directory import RunDirectory
 
     if not (options.resume and options.out):
         return None

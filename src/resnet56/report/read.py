@@ -11,7 +11,7 @@ from resnet56.errors import RunError
 from resnet56.model import Description, describe
 from resnet56.recipe import Recipe
 from resnet56.recipe import from_fields as recipe_from_fields
-from resnet56.rundir import Network, Position, RunDirectory, read_json
+from resnet56.runs.directory import Network, Position, RunDirectory, read_json
 
 Array = npt.NDArray[Any]
 

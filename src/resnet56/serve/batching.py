@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from resnet56.images import Bytes, Floats
+from resnet56.data.images import Bytes, Floats
 
 
 class Predictor(Protocol):

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import HTTPException, Request
 
+from resnet56.data.images import Bytes, Floats, prepare, read_image
 from resnet56.errors import Error
-from resnet56.images import Bytes, Floats, prepare, read_image
 from resnet56.predict import likeliest, softmax
 from resnet56.serve.batching import Batcher, Predictor
 from resnet56.serve.limits import Gate, Limits, busy

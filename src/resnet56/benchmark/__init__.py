@@ -1,0 +1,1 @@
+"""The training and inference speed of this package against the usual loop."""

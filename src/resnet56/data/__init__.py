@@ -1,0 +1,1 @@
+"""Images: data sets and their files, augmentation, and the batches of a training."""

@@ -1,0 +1,125 @@
+"""Augmentation: pure functions on batches, with every random number drawn beforehand.
+
+`draw` makes one epoch's random numbers on the CPU, from a generator; `augment` applies them to
+a batch on any device. So a batch is the same on every device, in every process, after a resume.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet56.data.trivial_augment import CHANGES, LEVELS, trivial_augment
+
+
+class Draws(NamedTuple):
+    """The random numbers of N images."""
+
+    rows: Tensor  # (N,) int64, the crop's top row in the padded image
+    cols: Tensor  # (N,) int64, its left column
+    flips: Tensor  # (N,) bool
+    holes: Tensor  # (N, 2) int64, the centre (row, column) of the square that Cutout erases
+    kinds: Tensor  # (N,) int64, which change TrivialAugment makes
+    levels: Tensor  # (N,) int64, how strong it is, with its sign
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same numbers on `device`, but for `kinds`, which are looked at from the CPU."""
+        return Draws(*(column.to(device) for column in self))._replace(kinds=self.kinds)
+
+    def part(self, index: slice) -> "Draws":
+        """The numbers of the images at `index`."""
+        return Draws(*(column[index] for column in self))
+
+
+def draw(count: int, *, padding: int, flip: bool, generator: torch.Generator) -> Draws:
+    """Random numbers for `count` images: all (2 * padding + 1)**2 crops are equally likely."""
+    offsets = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
+    mirrored = torch.randint(0, 2, (count,), generator=generator).bool()
+    holes = torch.randint(0, 32, (count, 2), generator=generator)
+    kinds = torch.randint(0, len(CHANGES), (count,), generator=generator)
+    strengths = torch.randint(0, LEVELS + 1, (count,), generator=generator)
+    signs = 2 * torch.randint(0, 2, (count,), generator=generator) - 1
+    return Draws(offsets[0], offsets[1], mirrored & flip, holes, kinds, signs * strengths)
+
+
+def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
+    """Pad with black, cut each image at its own place, mirror those drawn.
+
+    Args:
+        images: (N, 3, H, W), any type.
+        draws: the N images' random numbers.
+        padding: black pixels on each side, as when `draws` was drawn.
+
+    Returns:
+        (N, 3, H, W) of the same type, in channels_last memory.
+    """
+    count, _, height, width = images.shape
+    padded = F.pad(images, (padding, padding, padding, padding))
+    down = torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
+    rows = draws.rows[:, None] + down
+    cols = draws.cols[:, None] + torch.where(draws.flips[:, None], across.flip(0), across)
+    each = torch.arange(count, device=images.device)[:, None, None]
+    # One gather does it all; an index on both sides of the channels puts these last.
+    return padded[each, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 -> float32, zero mean and unit deviation a channel.
+
+    `mean` and `std` are (3,) in units of [0, 1].
+    """
+    mean, std = 255 * mean[:, None, None], 255 * std[:, None, None]
+    return (images.float() - mean) / std
+
+
+def cutout(images: Tensor, holes: Tensor, side: int) -> Tensor:
+    """Set a square to zero, the mean (DeVries & Taylor 2017); it may hang over the edge.
+
+    Args:
+        images: (N, 3, H, W) normalised.
+        holes: (N, 2) centres.
+        side: of the square, in pixels.
+    """
+    _, _, height, width = images.shape
+    top, left = (holes - side // 2).unbind(1)
+    down = torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
+    in_rows = (down >= top[:, None]) & (down < top[:, None] + side)
+    in_cols = (across >= left[:, None]) & (across < left[:, None] + side)
+    hole = in_rows[:, None, :, None] & in_cols[:, None, None, :]
+    return torch.where(hole, 0.0, images)  # masked_fill would leave channels_last
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """(N, 3, H, W) float32 -> (N, 3, side, side), by a triangle filter as wide as the step.
+
+    A network for 32x32 learns the coarse first, and on small images it does so for a fraction of
+    the work (progressive resizing; Touvron et al. 2019 on train and test resolution).
+    """
+    if images.shape[-1] == side:
+        return images
+    small = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return small.contiguous(memory_format=torch.channels_last)
+
+
+def augment(
+    images: Tensor,
+    draws: Draws,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    padding: int,
+    hole: int,
+    trivial: bool = False,
+) -> Tensor:
+    """(N, 3, 32, 32) uint8 -> float32, normalised.
+
+    First a change of TrivialAugment's, where `trivial`, then crop and mirror, then a square of
+    `hole` pixels a side is erased.
+    """
+    if trivial:
+        images = trivial_augment(images, draws.kinds, draws.levels)
+    images = normalize(crop_and_flip(images, draws, padding), mean, std)
+    return cutout(images, draws.holes, hole) if hole else images

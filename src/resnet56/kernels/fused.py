@@ -1,0 +1,166 @@
+"""relu(batch_norm(x) + residual) in one kernel on the CPU: kernels/fused.c.
+
+PyTorch's operations read and write the same memory three times over; a step of ResNet-56 spends
+a third of its time on that. The C compiler that most Linux machines have makes the kernel in
+half a second. Where there is none, or what it makes does not agree with PyTorch, training goes
+on with PyTorch's own operations.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from resnet56.kernels.compiler import UnavailableError, compile_here
+from resnet56.model import NormReLU, norm_relu
+
+WIDE = 16  # channels must be a multiple, as in fused.c
+MOST = 1024  # channels; the kernel's sums lie on the stack
+REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
+
+
+def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
+    """The kernel for activations of `dtype`, float32 or bfloat16, in training.
+
+    It stands in for `model.norm_relu` wherever it can, and falls back on it elsewhere: in
+    evaluation, and for tensors of another type, device or number of channels.
+
+    Raises:
+        UnavailableError: no compiler, or a kernel that does not agree with PyTorch.
+    """
+    library = _load(dtype)
+
+    def fused(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not (_is_plain(norm) and _fits(x, dtype)):
+            return norm_relu(norm, x, residual)
+        assert isinstance(norm.num_batches_tracked, Tensor)
+        norm.num_batches_tracked.add_(1)
+        out: Tensor = _NormReLU.apply(
+            library, x, residual, norm.weight, norm.bias,
+            norm.running_mean, norm.running_var, norm.momentum, norm.eps,
+        )  # fmt: skip
+        return out
+
+    _check(fused, dtype)
+    return fused
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """A batch norm in training as the network has them: fp32, affine, with running statistics."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.weight.dtype == torch.float32
+        and norm.running_mean is not None
+        and norm.momentum is not None
+    )
+
+
+def _fits(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel was made for such maps."""
+    channels = x.shape[1]
+    return (
+        x.dtype == dtype
+        and x.device.type == "cpu"
+        and channels % WIDE == 0
+        and channels <= MOST
+        and x.numel() > channels
+    )
+
+
+class _NormReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        library: ctypes.CDLL,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        out = torch.empty_like(x)
+        channels = x.shape[1]
+        saved = torch.empty(4, channels, dtype=torch.float32, device=x.device)
+        library.forward(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            x.numel() // channels,
+            channels,
+            weight.data_ptr(),
+            bias.data_ptr(),
+            running_mean.data_ptr(),
+            running_var.data_ptr(),
+            momentum,
+            eps,
+            saved.data_ptr(),
+        )
+        ctx.library = library
+        ctx.save_for_backward(x, saved, None if residual is None else out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, saved, out = ctx.saved_tensors
+        out_grad = out_grad.contiguous(memory_format=torch.channels_last)
+        x_grad = torch.empty_like(x)
+        residual_grad = None if out is None else torch.empty_like(x)
+        channels = x.shape[1]
+        grads = torch.empty(2, channels, dtype=torch.float32, device=x.device)
+        ctx.library.backward(
+            out_grad.data_ptr(),
+            x.data_ptr(),
+            None if out is None else out.data_ptr(),
+            x_grad.data_ptr(),
+            None if residual_grad is None else residual_grad.data_ptr(),
+            x.numel() // channels,
+            channels,
+            saved.data_ptr(),
+            grads[0].data_ptr(),
+            grads[1].data_ptr(),
+        )
+        return None, x_grad, residual_grad, grads[0], grads[1], None, None, None, None
+
+
+def _load(dtype: torch.dtype) -> ctypes.CDLL:
+    library = compile_here("fused.c", REAL[dtype])
+    pointer, size, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+    library.forward.argtypes = [*[pointer] * 3, size, size, *[pointer] * 4, real, real, pointer]
+    library.backward.argtypes = [*[pointer] * 5, size, size, *[pointer] * 3]
+    library.forward.restype = library.backward.restype = None
+    return library
+
+
+def _check(fused: NormReLU, dtype: torch.dtype) -> None:
+    """Compare with PyTorch, forward and backward, before anything is trained with it."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(4, 32, 5, 5, generator=generator) for _ in range(3)]
+    x, residual, grad = (t.to(dtype, memory_format=torch.channels_last) for t in tensors)
+    results = []
+    for function in (fused, norm_relu):
+        norm = nn.BatchNorm2d(32)
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 1.5, 32))
+            norm.bias.copy_(torch.linspace(-1, 1, 32))
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        out = function(norm, function(norm, leaves[0]), leaves[1])
+        out.backward(grad)
+        grads = [tensor.grad for tensor in (*leaves, norm.weight, norm.bias)]
+        results.append([out, *grads, norm.running_mean, norm.running_var])
+    for mine, theirs in zip(*results, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        distance = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+        if not distance < (1e-5 if dtype == torch.float32 else 0.05):  # a NaN is no agreement
+            raise UnavailableError("it does not agree with PyTorch on this machine")

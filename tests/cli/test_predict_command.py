@@ -1,0 +1,225 @@
+"""`resnet56 predict`, as a shell sees it."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import CLASSES, lively
+from PIL import Image
+
+import resnet56
+from resnet56 import cli
+from resnet56.cli.tables import show_figures
+from resnet56.data.images import read_image
+from resnet56.runs import pretrained
+from resnet56.runs.directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "lively"
+    RunDirectory(path).save(lively())
+    return path
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures of several sizes, one of them deeper, a broken one, and a text."""
+    folder = tmp_path_factory.mktemp("album")
+    chance = np.random.default_rng(0)
+    (folder / "deep").mkdir()
+    for name, size in (("a.png", (40, 60)), ("c.jpg", (50, 50)), ("deep/a.png", (33, 90))):
+        pixels = chance.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:900])
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_a_broken_picture_is_reported_and_the_rest_go_on(
+    run: Path, album: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["predict", "--run", str(run), str(album), "--json"]) == 1
+    shown = capsys.readouterr()
+    answers = [json.loads(line) for line in shown.out.splitlines()]
+    names = [str(album / name) for name in ("a.png", "c.jpg", "deep/a.png")]
+    assert [answer["image"] for answer in answers] == names
+    for answer, prediction in zip(answers, resnet56.load(run).predict(names), strict=True):
+        assert answer["label"] == prediction.label
+        assert answer["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-6)
+    first, second = shown.err.splitlines()
+    assert first.startswith(f"resnet56: cannot read {album / 'b.png'}: ")
+    assert second == "resnet56: 1 could not be read"
+
+
+def test_text_and_csv_name_the_top_classes(
+    run: Path, album: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [str(album / "a.png"), str(album / "c.jpg")]
+    assert cli.main(["predict", "--run", str(run), *pictures, "--top", "2"]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert cli.main(["predict", "--run", str(run), *pictures, "--top", "2", "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert list(rows[0]) == ["image", "label_1", "probability_1", "label_2", "probability_2"]
+    for line, row in zip(text, rows, strict=True):
+        best, second = (
+            f"{row[f'label_{n}']} {100 * float(row[f'probability_{n}']):.1f} %" for n in (1, 2)
+        )
+        assert line == f"{row['image']}: {best}, {second}"
+        assert row["label_1"] != row["label_2"]
+        assert {row["label_1"], row["label_2"]} <= set(CLASSES)
+
+
+def test_maps_are_written_at_the_pictures_size_and_none_over_another(
+    run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.read_bytes() for file in album.rglob("*.png")}
+    command = ["predict", "--run", str(run), str(album / "a.png"), str(album / "deep/a.png")]
+    for _ in range(2):  # the second time around, the first one's maps are no pictures
+        assert cli.main([*command, str(album), "--cam", str(album)]) == 1
+    maps = {file.relative_to(album).as_posix() for file in album.rglob("*.cam.png")}
+    sizes = {name: read_image(album / name).size for name in maps}
+    for name in maps:
+        (album / name).unlink()
+    assert sizes == {
+        "a.cam.png": (60, 40),
+        "a-2.cam.png": (90, 33),
+        "a-3.cam.png": (60, 40),
+        "c.cam.png": (50, 50),
+        "deep/a.cam.png": (90, 33),
+    }
+    assert {file: file.read_bytes() for file in album.rglob("*.png")} == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes have no path on Windows")
+def test_a_picture_comes_through_a_pipe_with_a_path(
+    run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "cat"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(pipe.write_bytes, (album / "a.png").read_bytes())
+        assert cli.main(["predict", str(pipe), "--run", str(run), "--cam", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{pipe}: ")
+    assert read_image(tmp_path / "cat.cam.png").size == (60, 40)
+
+
+def test_a_picture_comes_through_a_pipe(run: Path, album: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet56", "predict", "-", "--run", str(run), "--json"],
+        input=(album / "a.png").read_bytes(),
+        capture_output=True,
+    )
+    answer = json.loads(done.stdout)
+    assert answer["image"] == "-"
+    assert answer["label"] == resnet56.load(run).predict(album / "a.png")[0].label
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "which pictures"),
+        (["x.png", "--json", "--csv"], 2, "not both"),
+        (["x.png", "--top", "0"], 2, "--top must be at least 1"),
+        (["x.png", "--run", "nothing"], 1, "no run at nothing and no shipped network"),
+        (["x.png", "--run", "none.onnx"], 1, "cannot read none.onnx"),
+    ],
+)
+def test_a_wrong_call_is_one_line(
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["predict", *arguments]) == code
+    shown = capsys.readouterr()
+    assert says in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+def test_a_folder_without_pictures_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["predict", "--run", str(run), str(tmp_path)]) == 1
+    assert f"{tmp_path} holds no pictures" in capsys.readouterr().err
+
+
+def test_a_shipped_name_stands_where_a_run_does(
+    run: Path,
+    album: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Predict takes resnet56 without being told; evaluate measures it and writes nothing."""
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
+    pretrained.save(RunDirectory(run), "resnet56", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", str(album / "a.png"), "--top", "1"]) == 0
+    label = resnet56.load(run).predict(album / "a.png")[0].label
+    assert capsys.readouterr().out.startswith(f"{album / 'a.png'}: {label} ")
+
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (32, 32), name).save(
+                    tmp_path / "data" / split / name / f"{index}.png"
+                )
+    assert cli.main(["evaluate", "resnet56"]) == 2
+    assert "choose --data" in capsys.readouterr().err
+    assert cli.main(["evaluate", "resnet56", "--data", "data", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["n"] == 6
+    both = ["evaluate", "resnet56", "--data", "data", "--parity", "fp32,bf16", "--device", "cpu"]
+    assert cli.main(both) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "weights"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_a_name_that_would_deceive_a_terminal_is_shown_in_escapes(
+    run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (b"a\nb.png", b"no utf-8 \xff.png", b"\x1b[2J.png")
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes((album / "a.png").read_bytes())
+    (tmp_path / "\x1b[2J broken.png").write_bytes(b"no picture")
+    for form in ([], ["--json"], ["--csv"]):
+        assert cli.main(["predict", "--run", str(run), str(tmp_path), *form]) == 1
+        shown = capsys.readouterr()
+        assert len(shown.err.splitlines()) == 2
+        assert "\x1b" not in shown.err
+        if "--csv" in form:  # which quotes them
+            assert len(list(csv.DictReader(io.StringIO(shown.out)))) == 3
+        else:
+            assert len(shown.out.splitlines()) == 3
+            assert "\x1b" not in shown.out
+
+
+def test_a_class_that_would_deceive_a_terminal_is_shown_in_escapes(
+    album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name may come from another's file."""
+    evil = "a\nb.png: cat 99 %\x1b[2J"
+    checkpoint = lively()
+    names = tuple(f"{evil}{number}" for number in range(len(CLASSES)))
+    network = dataclasses.replace(checkpoint.network, classes=names)
+    RunDirectory(tmp_path / "run").save(dataclasses.replace(checkpoint, network=network))
+    assert cli.main(["predict", "--run", str(tmp_path / "run"), str(album / "a.png")]) == 0
+    pair = {"count": 1, "true": evil, "predicted": evil}
+    row = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
+    figures = {"accuracy": 1.0, "accuracy_interval": (0.9, 1.0), "top2": 1.0, "top3": 1.0}
+    figures |= {"loss": 0.1, "n": 1, "per_class": {evil: row}, "most_confused": [pair]}
+    figures |= {"calibration": {"ece": 0.1, "brier": 0.1}, "macro": row, "weighted": row}
+    show_figures(figures, "title")
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\nb.png" not in printed
+    assert printed.count(r"\x1b[2J") >= 3 + 3

@@ -1,0 +1,179 @@
+"""Augmentation against numpy and loops over pixels."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch import Tensor
+
+from resnet56.data.augment import Draws, augment, crop_and_flip, cutout, draw, normalize, shrink
+from resnet56.data.trivial_augment import trivial_augment
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator())
+
+
+def cropped(image: np.ndarray, padding: int, row: int, col: int, flip: bool) -> np.ndarray:
+    padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
+    crop = padded[:, row : row + 32, col : col + 32]
+    return crop[:, :, ::-1] if flip else crop
+
+
+def erased(image: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
+    image = image.copy()
+    for down in range(row - side // 2, row - side // 2 + side):
+        for across in range(col - side // 2, col - side // 2 + side):
+            if 0 <= down < 32 and 0 <= across < 32:
+                image[:, down, across] = 0
+    return image
+
+
+def every_crop(padding: int) -> Draws:
+    """All offsets, plain and mirrored."""
+    places = range(2 * padding + 1)
+    grid = torch.tensor([(r, c, f) for r in places for c in places for f in (0, 1)])
+    draws = draw(len(grid), padding=padding, flip=True, generator=generator())
+    return draws._replace(rows=grid[:, 0], cols=grid[:, 1], flips=grid[:, 2].bool())
+
+
+@pytest.mark.parametrize("padding", [0, 2, 4])
+def test_every_crop_is_a_slice_of_the_padded_image(padding: int) -> None:
+    draws = every_crop(padding)
+    images = pictures(len(draws.rows))
+    result = crop_and_flip(images, draws, padding)
+    assert result.dtype == torch.uint8
+    assert len(result) == 2 * (2 * padding + 1) ** 2
+    for index, (row, col, flip) in enumerate(zip(*draws[:3], strict=True)):
+        expected = cropped(images[index].numpy(), padding, int(row), int(col), bool(flip))
+        np.testing.assert_array_equal(result[index].numpy(), expected)
+
+
+def test_without_padding_and_mirroring_the_images_stay_as_they_are() -> None:
+    images = pictures(20)
+    draws = draw(20, padding=0, flip=False, generator=generator())
+    assert torch.equal(crop_and_flip(images, draws, 0), images)
+
+
+def test_all_crops_and_both_directions_are_equally_likely() -> None:
+    count = 81 * 2 * 100
+    draws = draw(count, padding=4, flip=True, generator=generator(1))
+    cells = (draws.rows * 9 + draws.cols) * 2 + draws.flips
+    observed = torch.bincount(cells, minlength=162).numpy()
+    assert len(observed) == 162  # none outside
+    assert stats.chisquare(observed).pvalue > 1e-3
+    centres = torch.bincount(draws.holes[:, 0] * 32 + draws.holes[:, 1], minlength=1024).numpy()
+    assert len(centres) == 1024
+    assert stats.chisquare(centres).pvalue > 1e-3
+
+
+def test_without_mirroring_no_image_is_mirrored_and_the_crops_are_the_same() -> None:
+    mirrored = draw(500, padding=4, flip=True, generator=generator(2))
+    plain = draw(500, padding=4, flip=False, generator=generator(2))
+    assert not plain.flips.any()
+    assert torch.equal(plain.rows, mirrored.rows)
+    assert torch.equal(plain.cols, mirrored.cols)
+
+
+def test_draws_come_from_the_given_generator_only() -> None:
+    before = torch.get_rng_state()
+    first = draw(50, padding=4, flip=True, generator=generator(3))
+    again = draw(50, padding=4, flip=True, generator=generator(3))
+    other = draw(50, padding=4, flip=True, generator=generator(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_crops_lie_in_memory_with_the_channels_last() -> None:
+    draws = draw(5, padding=4, flip=True, generator=generator())
+    batch = crop_and_flip(pictures(5), draws, 4)
+    assert batch.shape == (5, 3, 32, 32)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("hole", [0, 8])
+def test_augmented_images_lie_in_memory_with_the_channels_last(hole: int) -> None:
+    draws = draw(5, padding=4, flip=True, generator=generator())
+    scale = (torch.tensor(MEAN), torch.tensor(STD))
+    batch = augment(pictures(5), draws, *scale, padding=4, hole=hole)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_normalisation_is_numpys_in_double_precision() -> None:
+    images = pictures(4)
+    result = normalize(images, torch.tensor(MEAN), torch.tensor(STD))
+    mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
+    expected = (images.numpy().astype(np.float64) / 255 - mean) / std
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 16, 32])
+def test_cutout_erases_the_square_and_nothing_else(side: int) -> None:
+    centres = [(r, c) for r in (0, 1, 7, 16, 24, 31) for c in (0, 2, 8, 16, 30, 31)]
+    images = torch.rand(len(centres), 3, 32, 32, generator=generator()) + 1
+    before = images.clone()
+    result = cutout(images, torch.tensor(centres), side).numpy()
+    for index, (row, col) in enumerate(centres):
+        expected = erased(before[index].numpy(), row, col, side)
+        np.testing.assert_array_equal(result[index], expected)
+        if (row, col) == (16, 16):
+            assert (result[index] == 0).sum() == 3 * side**2
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("hole", [0, 7, 16])
+def test_augmenting_is_to_crop_mirror_normalise_and_erase(hole: int) -> None:
+    images = pictures(30)
+    draws = draw(30, padding=4, flip=True, generator=generator(5))
+    scale = (torch.tensor(MEAN), torch.tensor(STD))
+    result = augment(images, draws, *scale, padding=4, hole=hole).numpy()
+    mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
+    for index, (row, col, flip, (down, across)) in enumerate(zip(*draws[:4], strict=True)):
+        crop = cropped(images[index].numpy(), 4, int(row), int(col), bool(flip))
+        expected = erased((crop / 255 - mean) / std, int(down), int(across), hole)
+        np.testing.assert_allclose(result[index], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_of_a_batch_is_augmented_as_within_the_whole() -> None:
+    images, part = pictures(12), slice(4, 9)
+    draws = draw(12, padding=4, flip=True, generator=generator(6)).to(torch.device("cpu"))
+    scale = (torch.tensor(MEAN), torch.tensor(STD))
+    whole = augment(images, draws, *scale, padding=4, hole=8)
+    alone = augment(images[part], draws.part(part), *scale, padding=4, hole=8)
+    assert torch.equal(whole[part], alone)
+
+
+def test_trivial_augment_comes_before_the_crop() -> None:
+    images = pictures(30)
+    draws = draw(30, padding=4, flip=True, generator=generator(7))
+    scale = (torch.tensor(MEAN), torch.tensor(STD))
+    result = augment(images, draws, *scale, padding=4, hole=8, trivial=True)
+    changed = trivial_augment(images, draws.kinds, draws.levels)
+    assert not torch.equal(changed, images)
+    assert torch.equal(result, augment(changed, draws, *scale, padding=4, hole=8))
+
+
+@pytest.mark.parametrize("side", [16, 24, 28])
+def test_shrinking_is_what_pillow_does(side: int) -> None:
+    images = pictures(2).float().contiguous(memory_format=torch.channels_last)
+    small = shrink(images, side)
+    assert small.is_contiguous(memory_format=torch.channels_last)
+    for image, found in zip(images, small, strict=True):
+        for plane, channel in zip(image, found, strict=True):
+            picture = Image.fromarray(plane.numpy())
+            expected = np.array(picture.resize((side, side), Image.Resampling.BILINEAR))
+            np.testing.assert_allclose(channel.numpy(), expected, atol=1e-3)
+
+
+def test_an_image_of_the_right_size_is_not_touched() -> None:
+    images = pictures(2).float()
+    assert shrink(images, 32) is images

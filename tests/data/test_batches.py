@@ -1,0 +1,195 @@
+"""Batches of images that carry their own number: which are seen, when, and by whom."""
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet56.data.batches import Batches, derived_seed
+from resnet56.data.dataset import Split
+from resnet56.errors import UsageError
+
+BLACK, UNIT = torch.zeros(3), torch.full((3,), 1 / 255)  # normalising to the bytes themselves
+
+
+def numbered(count: int) -> Split:
+    """Image i is all i, and so is its label; count <= 256."""
+    numbers = torch.arange(count)
+    return Split(numbers.byte()[:, None, None, None].expand(-1, 3, 32, 32).contiguous(), numbers)
+
+
+def plain(count: int, batch_size: int, **rest: Any) -> Batches:
+    options: dict[str, Any] = {"seed": 0, "padding": 0, "flip": False} | rest
+    return Batches(numbered(count), BLACK, UNIT, batch_size=batch_size, **options)
+
+
+def augmented(count: int, batch_size: int, **rest: Any) -> Batches:
+    """With everything that is random, on images that are no mere colour."""
+    generator = torch.Generator().manual_seed(9)
+    noise = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    options: dict[str, Any] = {"seed": 3, "cutout": 8, "trivial_augment": True} | rest
+    split = Split(noise, torch.arange(count))
+    return Batches(split, mean, std, batch_size=batch_size, **options)
+
+
+def labels(batches: Batches, epoch: int = 0) -> list[int]:
+    return torch.cat([labels for _, labels in batches.epoch(epoch)]).tolist()
+
+
+def same(some: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(some) == len(others) and all(
+        torch.equal(a, b) and torch.equal(k, m) for (a, k), (b, m) in zip(some, others, strict=True)
+    )
+
+
+def test_an_epoch_shows_all_images_but_a_remainder_once_with_their_labels() -> None:
+    batches = plain(70, 16)
+    seen = []
+    for images, numbers in batches.epoch(0):
+        assert images.shape == (16, 3, 32, 32)
+        assert images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert numbers.dtype == torch.int64
+        assert torch.equal(images.round(), numbers[:, None, None, None].expand_as(images).float())
+        seen += numbers.tolist()
+    assert batches.steps == 4
+    assert len(seen) == 64
+    assert len(set(seen)) == 64
+    assert set(seen) <= set(range(70))
+
+
+@pytest.mark.parametrize("cutout", [0, 8])
+def test_augmented_batches_lie_in_memory_with_the_channels_last(cutout: int) -> None:
+    for images, _ in augmented(40, 8, cutout=cutout).epoch(0):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_images_that_are_left_out_are_others_in_each_epoch() -> None:
+    batches = plain(70, 16)
+    left_out = [frozenset(range(70)) - frozenset(labels(batches, epoch)) for epoch in range(8)]
+    assert all(len(few) == 6 for few in left_out)
+    assert len(set(left_out)) == 8
+    assert not frozenset.intersection(*left_out)
+
+
+def test_a_set_that_fills_its_batches_is_seen_whole() -> None:
+    assert sorted(labels(plain(64, 16), 5)) == list(range(64))
+
+
+def test_the_order_is_shuffled_and_differs_by_epoch_and_by_seed() -> None:
+    orders = [labels(plain(64, 16, seed=seed), epoch) for seed in range(3) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 9
+    assert sorted(orders[0]) not in orders
+
+
+def test_the_same_seed_and_epoch_give_the_same_batches_whatever_was_drawn_before() -> None:
+    torch.manual_seed(1)
+    first = list(augmented(40, 8).epoch(2))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert same(list(augmented(40, 8).epoch(2)), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_same_image_is_augmented_otherwise_in_each_epoch() -> None:
+    batches = augmented(8, 8, cutout=0)
+    per_epoch = []
+    for epoch in range(6):
+        ((images, numbers),) = batches.epoch(epoch)
+        per_epoch.append(images[numbers.argsort()])
+    changed = [(a != b).flatten(1).any(dim=1) for a, b in pairwise(per_epoch)]
+    # Two of the 162 views coincide once in a while, not more.
+    assert torch.stack(changed).float().mean() > 0.9
+
+
+def mirrored(batches: Batches, epoch: int) -> dict[int, bool]:
+    """Of each image in `epoch`, whether it was mirrored; images grow brighter to the right."""
+    return {
+        int(number): bool(image[0, 0, 0] > image[0, 0, -1])
+        for images, numbers in batches.epoch(epoch)
+        for image, number in zip(images, numbers, strict=True)
+    }
+
+
+def test_flips_in_turn_show_every_image_both_ways_in_two_epochs() -> None:
+    ramp = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32).contiguous()
+    split = Split(ramp, torch.arange(200))
+    options: dict[str, Any] = {"batch_size": 8, "padding": 0, "alternate_flip": True}
+    seen = [mirrored(Batches(split, BLACK, UNIT, seed=3, **options), epoch) for epoch in range(4)]
+    assert 70 < sum(seen[0].values()) < 130
+    for one, next_one in pairwise(seen):
+        assert all(one[image] != next_one[image] for image in range(200))
+    assert mirrored(Batches(split, BLACK, UNIT, seed=4, **options), 0) != seen[0]
+    never = Batches(split, BLACK, UNIT, seed=3, flip=False, **options)
+    assert not any(mirrored(never, 1).values())
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5])
+def test_starting_at_a_step_is_skipping_the_steps_before(start: int) -> None:
+    batches = augmented(44, 8)
+    assert same(list(batches.epoch(1, start=start)), list(batches.epoch(1))[start:])
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_processes_parts_together_are_one_processs_batch(world_size: int, start: int) -> None:
+    alone = list(augmented(44, 8).epoch(1, start))
+    ranks = [
+        augmented(44, 8, rank=rank, world_size=world_size).epoch(1, start)
+        for rank in range(world_size)
+    ]
+    together = [
+        (torch.cat([images for images, _ in parts]), torch.cat([numbers for _, numbers in parts]))
+        for parts in zip(*ranks, strict=True)
+    ]
+    assert same(together, alone)
+
+
+def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
+    batches = plain(10, 32)
+    assert (batches.steps, batches.global_batch) == (1, 10)
+    assert sorted(labels(batches)) == list(range(10))
+    halves = [labels(plain(10, 32, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [len(half) for half in halves] == [5, 5]
+    assert halves[0] + halves[1] == labels(batches)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "world_size"), [(64, 30, 4), (10, 32, 4)])
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
+    count: int, batch_size: int, world_size: int
+) -> None:
+    with pytest.raises(UsageError, match=f"{world_size} processes") as caught:
+        plain(count, batch_size, world_size=world_size)
+    assert f"batch of {min(count, batch_size)} " in str(caught.value)
+
+
+def test_flip_and_padding_say_what_happens_to_the_images() -> None:
+    row = torch.arange(32).byte().expand(64, 3, 32, 32).contiguous()
+    one_batch = partial(Batches, Split(row, torch.arange(64)), BLACK, UNIT, batch_size=64, seed=0)
+    ((straight, _),) = one_batch(padding=0, flip=False).epoch(0)
+    ((mirrored, _),) = one_batch(padding=0, flip=True).epoch(0)
+    ((moved, _),) = one_batch(padding=2, flip=False).epoch(0)
+    falling = (mirrored[:, 0, 0, 0] > mirrored[:, 0, 0, -1]).sum()
+    assert 16 < falling < 48
+    assert torch.equal(straight.round().byte(), row)
+    assert set(moved[:, 0, 16, 16].round().int().tolist()) == {14, 15, 16, 17, 18}
+
+
+def test_derived_seeds_are_63_bit_and_differ_by_value_and_place() -> None:
+    seeds = {derived_seed(seed, epoch) for seed in range(40) for epoch in range(40)}
+    assert len(seeds) == 1600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62
+
+
+def test_the_first_epochs_may_be_of_smaller_images() -> None:
+    batches = augmented(24, 8, sizes=(16, 24))
+    assert [next(batches.epoch(epoch))[0].shape[-1] for epoch in range(3)] == [16, 24, 32]
+    full = list(augmented(24, 8).epoch(0))
+    for (small, numbers), (images, same_numbers) in zip(batches.epoch(0), full, strict=True):
+        assert torch.equal(numbers, same_numbers)  # the same images, cut at the same places
+        assert torch.allclose(small.mean(), images.mean(), atol=0.01)

@@ -1,0 +1,673 @@
+"""Downloads against a web server on this machine that can misbehave as real ones do."""
+
+import errno
+import gzip
+import hashlib
+import io
+import random
+import socket
+import socketserver
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+
+from resnet56.data import download
+from resnet56.data.download import ARCHIVES, Archive, default_root, fetch
+from resnet56.errors import DownloadError
+
+FILES = {"toy/train.bin": random.Random(0).randbytes(600_000), "toy/readme.txt": b"a toy\n"}
+WAYS_ON = ("--data digits", "--data DIR", "--mirror URL", "RESNET56_MIRROR")
+
+
+class Site(ThreadingHTTPServer):
+    """Serves one file at every path; the attributes say how it misbehaves."""
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Page)
+        self.content = content
+        self.seen: list[tuple[str, str | None, int]] = []  # path, Range, bytes of the answer
+        self.statuses: list[int] = []  # of the first answers
+        self.sends: list[float] = []  # shares of the first answers that are sent before the end
+        self.kind = "application/gzip"
+        self.ranges = True
+        self.shift = 0  # between the range that is asked for and the one that is sent
+        self.sized = True
+        self.gate = threading.Event()  # what follows the first half waits for it
+        self.gate.set()
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks for this machine's name
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: clients that hang up are part of the tests."""
+
+    def url(self, path: str = "/kriz/toy.tar.gz") -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+
+class Page(BaseHTTPRequestHandler):
+    server: Site
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        site, wanted = self.server, self.headers["Range"]
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and site.ranges else 0
+        status = site.statuses.pop(0) if site.statuses else 206 if start else 200
+        if start >= len(site.content):
+            status = 416
+        body = site.content[start:] if status < 400 else b""
+        site.seen.append((self.path, wanted, len(body)))
+        self.send_response(status)
+        self.send_header("Content-Type", site.kind)
+        if site.sized:
+            self.send_header("Content-Length", str(len(body)))
+        if status == 206:
+            total = len(site.content)
+            self.send_header("Content-Range", f"bytes {start + site.shift}-{total - 1}/{total}")
+        if status == 302:
+            self.send_header("Location", self.path)
+        self.end_headers()
+        body = body[: int(len(body) * (site.sends.pop(0) if site.sends else 1))]
+        self.wfile.write(body[: len(body) // 2])
+        site.gate.wait(10)
+        self.wfile.write(body[len(body) // 2 :])
+
+
+def packed(*members: tuple[tarfile.TarInfo | str, bytes]) -> bytes:
+    """Return a gzipped tar; a name stands for a plain file."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for member, content in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+CONTENT = packed(*FILES.items())  # once: gzip notes the second in which it packs
+
+
+def archive_of(content: bytes, url: str, size: int | None = None) -> Archive:
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    return Archive("toy", "toy.tar.gz", digest, size, "toy", url)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("no_proxy", "*")  # nor the proxies in the settings of macOS and Windows
+    for name in ("RESNET56_DATA", "RESNET56_MIRROR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(download, "_PAUSES", (0.0, 0.0, 0.0))
+
+
+def serve(content: bytes) -> Iterator[Site]:
+    with Site(content) as site:
+        thread = threading.Thread(target=site.serve_forever, args=(0.01,))
+        thread.start()
+        yield site
+        site.gate.set()
+        site.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    yield from serve(CONTENT)
+
+
+@pytest.fixture
+def mirror() -> Iterator[Site]:
+    yield from serve(CONTENT)
+
+
+@pytest.fixture
+def archive(site: Site) -> Archive:
+    return archive_of(site.content, site.url())
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "sets"
+
+
+@pytest.fixture
+def part(root: Path) -> Path:
+    root.mkdir(parents=True)
+    return root / "toy.tar.gz.part"
+
+
+@pytest.fixture
+def closed() -> str:
+    """A URL at which nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+def failure(archive: Archive, root: Path, **options: Any) -> str:
+    """Return the message of a fetch that must fail, and leave nothing unpacked."""
+    with pytest.raises(DownloadError) as caught:
+        fetch(archive, root, **{"timeout": 5.0, **options})
+    message = str(caught.value)
+    assert "\n" not in message
+    if root.is_dir():
+        assert {path.name for path in root.iterdir()} <= {"toy.tar.gz.part", "toy.tar.gz.lock"}
+    return message
+
+
+def assert_whole(folder: Path, root: Path) -> None:
+    assert folder == root / "toy"
+    assert list(root.iterdir()) == [folder]
+    assert {f"toy/{path.name}": path.read_bytes() for path in folder.iterdir()} == FILES
+
+
+def test_downloads_checks_unpacks_and_tidies_up(
+    site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_BLOCK", 1000)
+    calls: list[tuple[int, int | None]] = []
+    folder = fetch(archive, root, progress=lambda *call: calls.append(call))
+    assert_whole(folder, root)
+    total = len(site.content)
+    assert (calls[0], calls[-1]) == ((0, total), (total, total))
+    assert len(calls) < 50  # of the 600 blocks
+
+
+def test_asks_for_nothing_that_is_there(site: Site, archive: Archive, root: Path) -> None:
+    (root / "toy").mkdir(parents=True)
+    assert fetch(archive, root) == root / "toy"
+    assert site.seen == []
+
+
+def test_resumes_with_only_the_rest(site: Site, archive: Archive, root: Path, part: Path) -> None:
+    part.write_bytes(site.content[:1000])
+    calls: list[tuple[int, int | None]] = []
+    assert_whole(fetch(archive, root, progress=lambda *call: calls.append(call)), root)
+    assert site.seen == [("/kriz/toy.tar.gz", "bytes=1000-", len(site.content) - 1000)]
+    assert calls[0] == (1000, len(site.content))
+
+
+def test_starts_again_where_range_is_ignored(
+    site: Site, archive: Archive, root: Path, part: Path
+) -> None:
+    site.ranges = False
+    part.write_bytes(site.content[:1000])
+    assert_whole(fetch(archive, root), root)
+    assert site.seen == [("/kriz/toy.tar.gz", "bytes=1000-", len(site.content))]
+
+
+@pytest.mark.parametrize("size_known", [True, False])
+def test_a_complete_part_is_checked_not_downloaded(
+    site: Site, root: Path, part: Path, size_known: bool
+) -> None:
+    part.write_bytes(site.content)
+    size = len(site.content) if size_known else None
+    assert_whole(fetch(archive_of(site.content, site.url(), size), root), root)
+    assert sum(sent for _, _, sent in site.seen) == 0
+
+
+@pytest.mark.parametrize("stale", [b"\x1f\x8b other", b"x" * 700_000], ids=["short", "too long"])
+def test_a_stale_part_costs_a_second_try(
+    site: Site, archive: Archive, root: Path, part: Path, stale: bytes
+) -> None:
+    part.write_bytes(stale)
+    assert_whole(fetch(archive, root), root)
+    assert site.seen[-1] == ("/kriz/toy.tar.gz", None, len(site.content))
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_dropped_connection_is_continued(
+    site: Site, archive: Archive, root: Path, sized: bool
+) -> None:
+    site.sends, site.sized = [0.5], sized
+    if not sized:  # then only the archive's size tells
+        archive = archive_of(site.content, site.url(), len(site.content))
+    assert_whole(fetch(archive, root), root)
+    half = len(site.content) // 2
+    assert [seen[1] for seen in site.seen] == [None, f"bytes={half}-"]
+
+
+def test_a_connection_that_always_drops_is_an_error_and_keeps_the_part(
+    site: Site, archive: Archive, root: Path
+) -> None:
+    site.sends = [0.5, 0, 0, 0]
+    half, total = len(site.content) // 2, len(site.content)
+    message = failure(archive, root)
+    assert f"{half} bytes are kept for the next try" in message
+    assert len(site.seen) == 4
+    assert (root / "toy.tar.gz.part").read_bytes() == site.content[:half]
+    site.sends = [0.5] * 4
+    assert f" of {total} bytes" in failure(archive, root)
+    assert_whole(fetch(archive, root), root)
+
+
+def test_ctrl_c_passes_through_and_keeps_the_part(
+    site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(done: int, total: int | None) -> None:
+        if done > 1000:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "_REPORT_EVERY", 0.0)
+    monkeypatch.setattr(download, "_BLOCK", 5000)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(archive, root, progress=interrupt)
+    kept = (root / "toy.tar.gz.part").stat().st_size
+    assert 1000 < kept < len(site.content)
+    assert_whole(fetch(archive, root), root)
+    assert site.seen[-1][1] == f"bytes={kept}-"
+
+
+def test_a_wrong_checksum_is_named_and_its_download_removed(site: Site, root: Path) -> None:
+    archive = archive_of(b"another archive", site.url())
+    message = failure(archive, root)
+    found = hashlib.md5(site.content, usedforsecurity=False).hexdigest()
+    assert f"MD5 {found} instead of {archive.md5}, the download was removed" in message
+    assert not (root / "toy.tar.gz.part").exists()
+    assert len(site.seen) == 1
+
+
+def test_a_wrong_size_is_refused_before_the_download(site: Site, root: Path) -> None:
+    message = failure(archive_of(site.content, site.url(), 999), root)
+    assert f"has {len(site.content)} bytes, not the official archive's 999" in message
+
+
+def test_an_endless_answer_ends(
+    site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_LARGEST", 1000)
+    assert "sent more than 1000 bytes" in failure(archive, root)
+
+
+def test_another_range_than_asked_for_is_refused(
+    site: Site, archive: Archive, root: Path, part: Path
+) -> None:
+    part.write_bytes(site.content[:1000])
+    site.shift = 7
+    assert "another range" in failure(archive, root)
+    assert part.read_bytes() == site.content[:1000]
+
+
+def test_an_empty_answer_does_not_cost_the_part(
+    site: Site, archive: Archive, root: Path, part: Path
+) -> None:
+    part.write_bytes(site.content[:1000])
+    site.ranges, site.sends = False, [0] * 4
+    assert "sent nothing" in failure(archive, root)
+    assert part.stat().st_size == 1000
+
+
+def test_not_found_is_reported_with_its_url_and_not_retried(
+    site: Site, archive: Archive, root: Path
+) -> None:
+    site.statuses = [404]
+    message = failure(archive, root)
+    assert f"{site.url()}: HTTP status 404" in message
+    assert "offline" not in message
+    assert all(way in message for way in WAYS_ON)
+
+
+def test_a_busy_server_is_asked_again(site: Site, archive: Archive, root: Path) -> None:
+    site.statuses = [503, 429]
+    assert_whole(fetch(archive, root), root)
+
+
+def test_a_reset_while_connecting_is_tried_again(
+    archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resets, connect = [ConnectionResetError(errno.ECONNRESET, "reset")], download.urlopen
+
+    def urlopen(*args: Any, **options: Any) -> Any:
+        if resets:
+            raise URLError(resets.pop())
+        return connect(*args, **options)
+
+    monkeypatch.setattr(download, "urlopen", urlopen)
+    assert_whole(fetch(archive, root), root)
+
+
+def test_a_circle_of_redirections_is_an_error_of_one_line(
+    site: Site, archive: Archive, root: Path
+) -> None:
+    site.statuses = [302] * 20
+    assert "HTTP status 302" in failure(archive, root)
+
+
+@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/gzip"])
+def test_a_web_page_is_not_an_archive(
+    site: Site, archive: Archive, root: Path, part: Path, kind: str
+) -> None:
+    part.write_bytes(site.content[:1000])
+    site.content, site.kind, site.ranges = b"<html>Log in first</html>", kind, False
+    assert "answered with a web page, not an archive" in failure(archive, root)
+    assert part.stat().st_size == 1000
+
+
+def test_a_web_page_is_not_the_rest_of_an_archive(
+    site: Site, archive: Archive, root: Path, part: Path
+) -> None:
+    part.write_bytes(site.content[:1000])
+    site.kind = "text/html"
+    assert "answered with a web page" in failure(archive, root)
+    assert part.stat().st_size == 1000
+
+
+def test_a_silent_server_times_out(
+    site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_PAUSES", ())
+    site.gate.clear()
+    begun = time.monotonic()
+    assert "timed out" in failure(archive, root, timeout=0.3)
+    assert time.monotonic() - begun < 5
+    # Everything that came before the silence.
+    assert (root / "toy.tar.gz.part").stat().st_size == len(site.content) // 2
+
+
+@pytest.mark.parametrize("fault", ["404", "web page", "drop", "checksum", "closed"])
+def test_the_next_mirror_is_tried(
+    site: Site, mirror: Site, archive: Archive, root: Path, closed: str, fault: str
+) -> None:
+    first = mirror.url("/pub/")
+    if fault == "404":
+        mirror.statuses = [404]
+    elif fault == "web page":
+        mirror.content = b"<html>"
+    elif fault == "drop":
+        mirror.sends = [0.5, 0, 0, 0]
+    elif fault == "checksum":
+        mirror.content = packed(("toy/train.bin", b"other"))
+    else:
+        first = closed
+    assert_whole(fetch(archive, root, mirrors=[first, site.url("/m2")]), root)
+    half = len(mirror.content) // 2
+    assert [seen[:2] for seen in site.seen] == [
+        ("/m2/toy.tar.gz", f"bytes={half}-" if fault == "drop" else None)
+    ]
+    assert all(seen[0] == "/pub/toy.tar.gz" for seen in mirror.seen)
+
+
+def test_mirrors_come_from_the_environment_and_full_urls_are_taken_whole(
+    site: Site, mirror: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror.statuses = [404]
+    full = mirror.url("/a/toy.tar.gz?download=1")
+    monkeypatch.setenv("RESNET56_MIRROR", f" {full},\n{mirror.url('/b')} ")
+    assert_whole(fetch(archive, root), root)
+    assert [seen[0] for seen in mirror.seen] == ["/a/toy.tar.gz?download=1", "/b/toy.tar.gz"]
+    assert site.seen == []
+
+
+def test_a_file_url_is_a_mirror(
+    site: Site, archive: Archive, root: Path, part: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "toy.tar.gz").write_bytes(site.content)
+    part.write_bytes(site.content[:1000])
+    assert_whole(fetch(archive, root, mirrors=[tmp_path.as_uri()]), root)
+    assert site.seen == []
+
+
+def test_a_missing_file_url_is_not_being_offline(root: Path, tmp_path: Path) -> None:
+    message = failure(archive_of(b"", (tmp_path / "toy.tar.gz").as_uri()), root)
+    assert "No such file" in message or "cannot find" in message
+    assert "offline" not in message
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1/", "C:\\archives", "archives", "http://[oops/", "data:,\nx"]
+)
+def test_other_mirrors_are_refused(site: Site, archive: Archive, root: Path, url: str) -> None:
+    assert "mirror " in failure(archive, root, mirrors=[url])
+    assert site.seen == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:port", "127..1"])
+def test_what_is_no_address_is_an_error(root: Path, host: str) -> None:
+    message = failure(archive_of(b"", f"http://{host}/toy.tar.gz"), root)
+    assert f"(http://{host}/toy.tar.gz: " in message
+    assert "offline" not in message
+
+
+def test_offline_names_the_ways_on(root: Path, closed: str) -> None:
+    message = failure(archive_of(b"", f"{closed}/toy.tar.gz"), root, mirrors=[f"{closed}/m"])
+    assert "this machine seems to be offline" in message
+    assert "refused" in message
+    assert all(way in message for way in WAYS_ON)
+
+
+def test_one_answer_is_not_being_offline(
+    site: Site, archive: Archive, root: Path, closed: str
+) -> None:
+    site.statuses = [404]
+    assert "offline" not in failure(archive, root, mirrors=[closed])
+
+
+def test_names_that_do_not_resolve_are_being_offline(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def unresolved(host: str, *args: Any, **options: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    message = failure(archive_of(b"", "http://toy.invalid/toy.tar.gz"), root)
+    assert "seems to be offline" in message
+    assert "not known" in message
+    assert asked == ["toy.invalid"]  # once: a second later it would be no different
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        member("../evil"),
+        member("toy/../../evil"),
+        member("toy/..\\..\\evil"),
+        member("/toy/evil"),
+        member("C:/toy/evil"),
+        member("evil"),
+        member("toyevil/x"),
+        member("toy/evil", tarfile.SYMTYPE, "train.bin"),
+        member("toy/evil", tarfile.SYMTYPE, "/"),
+        member("toy/evil", tarfile.LNKTYPE, "toy/train.bin"),
+        member("toy/evil", tarfile.FIFOTYPE),
+        member("toy/evil", tarfile.CHRTYPE),
+    ],
+    ids=lambda evil: f"{evil.name} {evil.type.decode()} {evil.linkname}",
+)
+def test_nothing_is_unpacked_outside_the_folder(
+    site: Site, root: Path, tmp_path: Path, evil: tarfile.TarInfo
+) -> None:
+    site.content = packed(("toy/train.bin", b"fine"), (evil, b""))
+    message = failure(archive_of(site.content, site.url()), root)
+    assert "cannot be unpacked safely" in message
+    assert "evil" in message
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["toy.tar.gz.lock"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        CONTENT[:-3000],
+        gzip.compress(gzip.decompress(CONTENT)[:9000]) + b"more",
+        packed(("toy/a", " ".join(map(str, range(9000))).encode()))[:9000] + b"\xff" * 9000,
+        CONTENT[:300_000] + b"\xff" * 300_000,
+        b"\x1f\x8b\x08\x00 no gzip",
+        packed(("toy", b"a file")),
+        packed(),
+    ],
+    ids=["cut", "joined", "damaged", "undecodable", "garbage", "a file", "empty"],
+)
+def test_what_is_no_archive_of_the_folder_is_an_error(
+    site: Site, root: Path, content: bytes
+) -> None:
+    site.content = content
+    assert "cannot be unpacked" in failure(archive_of(content, site.url()), root)
+    assert not (root / "toy.tar.gz.part").exists()
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(
+    site: Site, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.content = packed(("toy/a", bytes(30_000)), ("toy/b", bytes(30_000)))
+    monkeypatch.setattr(download, "_LARGEST", 50_000)
+    message = failure(archive_of(site.content, site.url()), root)
+    assert "it holds more than 50000 bytes" in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_unpacked_files_get_no_special_rights(site: Site, root: Path) -> None:
+    rights = member("toy/train.bin")
+    rights.mode = 0o6777
+    site.content = packed((rights, b""))
+    folder = fetch(archive_of(site.content, site.url()), root)
+    assert (folder / "train.bin").stat().st_mode & 0o7777 == 0o755
+
+
+class Full(io.BytesIO):
+    """A file on a disk that has no room left."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_full_while_downloading_keeps_the_part(
+    site: Site, archive: Archive, root: Path, part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part.write_bytes(site.content[:1000])
+    opened = Path.open
+
+    def open_full(path: Path, mode: str = "r", *rest: Any) -> Any:
+        return Full() if path == part and mode == "ab" else opened(path, mode, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_full)
+        message = failure(archive, root)
+    assert f"{root}: the disk is full; 1000 bytes are kept" in message
+    assert_whole(fetch(archive, root), root)
+
+
+def test_a_disk_full_while_unpacking_keeps_the_archive(
+    site: Site, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extract(tar: tarfile.TarFile, info: tarfile.TarInfo, path: str) -> None:
+        Path(path, "begun").write_bytes(b"x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    archive = archive_of(site.content, site.url(), len(site.content))
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extract", extract)
+        assert "the disk is full" in failure(archive, root)
+    assert_whole(fetch(archive, root), root)
+    assert len(site.seen) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert f"{root}: Permission denied" in failure(archive, root)
+
+
+def test_a_file_in_the_way_is_named(site: Site, archive: Archive, root: Path) -> None:
+    root.mkdir(parents=True)
+    (root / "toy").write_text("mine")
+    with pytest.raises(DownloadError, match="in the way"):
+        fetch(archive, root)
+    assert (root / "toy").read_text() == "mine"
+    assert site.seen == []
+
+
+def test_of_two_at_once_one_downloads_and_the_other_waits(
+    site: Site, archive: Archive, root: Path
+) -> None:
+    site.gate.clear()
+    results: list[Path] = []
+    waiting: list[int] = []
+
+    def watch(done: int, total: int | None) -> None:
+        waiting.append(done)
+        site.gate.set()  # let the first go on once the second has reported that it waits
+
+    begun = threading.Event()
+
+    def run(progress: Callable[[int, int | None], None]) -> None:
+        results.append(fetch(archive, root, timeout=10, progress=progress))
+
+    first = threading.Thread(target=run, args=(lambda done, total: begun.set(),))
+    second = threading.Thread(target=run, args=(watch,))
+    first.start()
+    assert begun.wait(10)
+    second.start()
+    first.join()
+    second.join()
+    assert results == [root / "toy"] * 2
+    assert_whole(results[0], root)
+    assert len(site.seen) == 1
+    assert waiting
+
+
+def test_a_folder_that_appeared_meanwhile_is_used(site: Site, archive: Archive, root: Path) -> None:
+    def meanwhile(done: int, total: int | None) -> None:
+        (root / "toy").mkdir(exist_ok=True)
+        (root / "toy" / "theirs").touch()
+
+    assert fetch(archive, root, progress=meanwhile) == root / "toy"
+    assert [path.name for path in root.rglob("*")] == ["toy", "theirs"]
+
+
+def test_the_official_archives() -> None:
+    assert list(ARCHIVES) == ["cifar10", "cifar100"]
+    for name, archive in ARCHIVES.items():
+        assert archive.name == name
+        assert archive.url.endswith(f"/{archive.filename}")
+        assert len(bytes.fromhex(archive.md5)) == 16
+
+
+@pytest.mark.parametrize(
+    ("platform", "variable", "default"),
+    [
+        ("linux", "XDG_CACHE_HOME", ".cache"),
+        ("darwin", None, "Library/Caches"),
+        ("win32", "LOCALAPPDATA", "AppData/Local"),
+    ],
+)
+def test_the_default_root(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, variable: str, default: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    assert default_root() == tmp_path / default / "resnet56"
+    if variable:
+        monkeypatch.setenv(variable, str(tmp_path / "cache"))
+        assert default_root() == tmp_path / "cache" / "resnet56"
+    monkeypatch.setenv("RESNET56_DATA", str(tmp_path / "mine"))
+    assert default_root() == tmp_path / "mine"

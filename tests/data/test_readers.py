@@ -1,0 +1,783 @@
+"""The readers against files made here byte by byte, numpy, scikit-learn and Pillow."""
+
+import os
+import pickle
+import random
+import shutil
+import struct
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resnet56.data.dataset import Dataset, channel_statistics, hold_out
+from resnet56.data.images import to_32x32
+from resnet56.data.readers import is_benchmark, load_benchmark, load_digits, load_folder
+from resnet56.errors import DataError
+
+NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
+BIN = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
+PY = [name.removesuffix(".bin") for name in BIN]
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        load_folder(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def batch(seed: int) -> np.ndarray:
+    """10,000 random records of the binary format: label, 1,024 red, green and blue bytes."""
+    records = np.random.default_rng(seed).integers(0, 256, (10_000, 3073), dtype=np.uint8)
+    records[:, 0] %= 10
+    return records
+
+
+def python2_pickle(
+    pixels: bytes,
+    labels: list[int],
+    *,
+    shape: tuple[int, int] = (10_000, 3072),
+    dtype: bytes = b"u1",
+    key: bytes = b"labels",
+) -> bytes:
+    """A batch as Python 2's cPickle wrote it, opcode by opcode: strings are bytes."""
+    return b"".join(
+        [
+            b"\x80\x02}(U\x04data",
+            b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R",
+            b"(K\x01" + struct.pack("<cHcHc", b"M", shape[0], b"M", shape[1], b"\x86"),
+            b"cnumpy\ndtype\nU" + bytes([len(dtype)]) + dtype + b"K\x00K\x01\x87R",
+            b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",
+            b"\x89T" + struct.pack("<I", len(pixels)) + pixels + b"tb",
+            b"U" + bytes([len(key)]) + key + b"](",
+            b"".join(b"K" + bytes([label]) for label in labels),
+            b"eu.",
+        ]
+    )
+
+
+def link(source: Path, target: Path) -> Path:
+    """The folder again, its files shared; unlink one before writing it."""
+    return Path(shutil.copytree(source, target / source.name, copy_function=os.link))
+
+
+def replace(file: Path, content: bytes) -> None:
+    file.unlink()
+    file.write_bytes(content)
+
+
+@pytest.fixture(autouse=True)
+def tidy(tmp_path: Path) -> Iterator[None]:
+    """These tests write files of 30 MB, and pytest would keep them."""
+    yield
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("root") / "cifar-10-batches-bin"
+    folder.mkdir()
+    for seed, name in enumerate(BIN):
+        batch(seed).tofile(folder / name)
+    (folder / "batches.meta.txt").write_bytes("\n".join(NAMES[::-1]).encode() + b"\n\n")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def pickled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same images, each file written by another protocol."""
+    folder = tmp_path_factory.mktemp("root") / "cifar-10-batches-py"
+    folder.mkdir()
+    for seed, name in enumerate(PY):
+        records = batch(seed)
+        pixels, labels = np.ascontiguousarray(records[:, 1:]), records[:, 0].tolist()
+        extra = {"batch_label": name, "filenames": ["a.png"] * 10_000}
+        content = {
+            0: lambda p=pixels, y=labels: python2_pickle(p.tobytes(), y),
+            1: lambda p=pixels, y=labels, e=extra: pickle.dumps({"data": p, "labels": y, **e}, 0),
+            2: lambda p=pixels, y=labels: pickle.dumps({"labels": y, "data": p}, 2),
+            3: lambda p=pixels, y=labels: pickle.dumps(
+                {"data": np.asfortranarray(p), "labels": y}, 3
+            ),
+            4: lambda p=pixels, y=labels: pickle.dumps({b"data": p, b"labels": y}, 4),
+            5: lambda p=pixels, y=labels: pickle.dumps(
+                {"data": np.asfortranarray(p), "labels": y}, 5
+            ),
+        }[seed]()
+        (folder / name).write_bytes(content)
+    meta = {"label_names": NAMES[::-1], "num_vis": 3072}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta, 2))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def small_python_folder(parent: Path) -> Path:
+    """Looks complete; only data_batch_1, which is read first, is left to write."""
+    folder = parent / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in PY:
+        (folder / name).touch()
+    return folder
+
+
+# CIFAR
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_binary_batches_are_read_byte_for_byte(binary: Path, inside: bool) -> None:
+    loaded = load_folder(binary if inside else binary.parent)
+    assert (loaded.name, loaded.mirror) == ("cifar10", True)
+    assert loaded.classes == tuple(NAMES[::-1])
+    assert "50,000" in loaded.source
+    assert binary.name in loaded.source
+    assert str(binary.parent) not in loaded.source, "reports are shown around"
+    assert loaded.train.images.shape == (50_000, 3, 32, 32)
+    assert (loaded.train.images.dtype, loaded.train.labels.dtype) == (torch.uint8, torch.int64)
+    assert (len(loaded.train), len(loaded.test)) == (50_000, 10_000)
+    for seed in range(6):
+        part = loaded.test if seed == 5 else loaded.train
+        rows = slice(0, 10_000) if seed == 5 else slice(10_000 * seed, 10_000 * (seed + 1))
+        records = batch(seed)
+        assert np.array_equal(part.labels[rows].numpy(), records[:, 0])
+        assert np.array_equal(part.images[rows].numpy().reshape(10_000, 3072), records[:, 1:])
+
+
+def test_pickles_of_every_protocol_hold_the_same_data(binary: Path, pickled: Path) -> None:
+    assert load_folder(pickled.parent).fingerprint() == load_folder(binary).fingerprint()
+
+
+def test_standard_class_names_serve_when_their_file_is_absent(binary: Path, tmp_path: Path) -> None:
+    folder = link(binary, tmp_path)
+    (folder / "batches.meta.txt").unlink()
+    assert load_folder(folder).classes == tuple(NAMES)
+
+
+def test_a_renamed_folder_is_known_by_its_files(binary: Path, tmp_path: Path) -> None:
+    assert load_folder(link(binary, tmp_path).rename(tmp_path / "mine")).name == "cifar10"
+
+
+def test_cifar100_binary_gives_fine_labels_in_little_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    last = bytes([3, 99]) + bytes(range(256)) * 12
+    for name, count in (("train.bin", 50_000), ("test.bin", 10_000)):
+        with (folder / name).open("wb") as stream:
+            stream.seek((count - 1) * 3074)  # what is skipped reads as zeros
+            stream.write(last)
+    names = [f"class_{number}" for number in range(100)]
+    assert "fine_label_names.txt is missing" in error_of(folder)
+    (folder / "fine_label_names.txt").write_text("\n".join(names))
+    tracemalloc.start()
+    loaded = load_folder(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6  # beside the images themselves, which torch allocates
+    assert (loaded.name, loaded.classes) == ("cifar100", tuple(names))
+    for split in (loaded.train, loaded.test):
+        assert split.labels[[0, -1]].tolist() == [0, 99]
+        assert not split.images[:-1].any()
+        assert bytes(split.images[-1].numpy().tobytes()) == last[2:]
+
+
+def test_cifar100_python_gives_fine_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    pixels = np.zeros((50_000, 3072), np.uint8)
+    pixels[-1] = 9
+    content = {"data": pixels, "fine_labels": [99] * 50_000, "coarse_labels": [1] * 50_000}
+    (folder / "train").write_bytes(pickle.dumps(content, 4))
+    # Protocol 5 as numpy 1 wrote it.
+    (folder / "test").write_bytes(
+        b"\x80\x05}(\x8c\x04datacnumpy.core.numeric\n_frombuffer\n"
+        + b"(B"
+        + struct.pack("<I", 10_000 * 3072)
+        + pixels[-10_000:].tobytes()
+        + b"cnumpy\ndtype\n\x8c\x02u1\x89\x88\x87R(K\x03\x8c\x01|NNNJ\xff\xff\xff\xff"
+        + b"J\xff\xff\xff\xffK\x00tbM\x10\x27M\x00\x0c\x86\x8c\x01CtR"
+        + b"\x8c\x0bfine_labels]("
+        + b"K\x07" * 10_000
+        + b"eu."
+    )
+    names = [f"class_{number}" for number in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [n.encode() for n in names]}))
+    loaded = load_folder(folder)
+    assert loaded.classes == tuple(names)
+    assert loaded.train.labels.unique().tolist() == [99]
+    assert loaded.test.labels.unique().tolist() == [7]
+    for split in (loaded.train, loaded.test):
+        assert not split.images[:-1].any()
+        assert split.images[-1].unique().tolist() == [9]
+
+
+@pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
+def test_a_missing_batch_is_named(binary: Path, tmp_path: Path, name: str) -> None:
+    folder = link(binary, tmp_path)
+    (folder / name).unlink()
+    assert f"{folder / name} is missing" in error_of(tmp_path)
+    for file in BIN:
+        (folder / file).unlink(missing_ok=True)
+    assert f"{folder / BIN[0]} is missing" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 30_729_999, 30_733_073])
+def test_a_batch_of_the_wrong_size_is_refused(binary: Path, tmp_path: Path, size: int) -> None:
+    folder = link(binary, tmp_path)
+    replace(folder / "data_batch_1.bin", b"")
+    os.truncate(folder / "data_batch_1.bin", size)
+    message = error_of(tmp_path)
+    assert "data_batch_1.bin" in message
+    assert f"expected 30,730,000 bytes, found {size:,};" in message
+
+
+def test_a_label_out_of_range_is_refused_with_its_record(binary: Path, tmp_path: Path) -> None:
+    folder = link(binary, tmp_path)
+    records = batch(0)
+    records[[9_999, 1_234], 0] = 10
+    replace(folder / "data_batch_1.bin", records.tobytes())
+    message = error_of(tmp_path)
+    assert "data_batch_1.bin: record 1234 (the first is 0) has label 10, expected 0 to 9" in message
+
+
+@pytest.mark.parametrize("text", [b"", b"a b c d e f g h i", b"a a b c d e f g h i", b"\xff" * 99])
+def test_wrong_class_names_are_refused(binary: Path, tmp_path: Path, text: bytes) -> None:
+    folder = link(binary, tmp_path)
+    replace(folder / "batches.meta.txt", text)
+    assert "batches.meta.txt does not hold 10 class names" in error_of(tmp_path)
+
+
+def test_wrong_class_names_in_a_pickle_are_refused(pickled: Path, tmp_path: Path) -> None:
+    folder = link(pickled, tmp_path)
+    for names in (NAMES[:9], "airplane", [*NAMES[:9], 1], None):
+        replace(folder / "batches.meta", pickle.dumps({"label_names": names}))
+        assert "batches.meta does not hold 10 class names" in error_of(tmp_path)
+
+
+def test_an_unreadable_file_is_a_data_error(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    message = error_of(binary)
+    assert message == f"cannot read {binary / 'batches.meta.txt'}: Permission denied"
+
+
+# Pickles that are not what they should be
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_that_runs_a_command_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
+    folder, flag = small_python_folder(tmp_path), tmp_path / "flag"
+    attack = pickle.dumps({"data": Call(os.system, f"touch {flag}")}, protocol)
+    (folder / "data_batch_1").write_bytes(attack)
+    message = error_of(folder)
+    assert not flag.exists()
+    assert "data_batch_1 tries to call" in message
+    assert f"{os.system.__module__}.system" in message
+    assert "it was not run" in message
+    assert pickle.loads(attack) == {"data": 0}  # the attack is a real one
+    assert flag.exists()
+
+
+def test_an_unsafe_pickle_of_class_names_is_refused(pickled: Path, tmp_path: Path) -> None:
+    folder = link(pickled, tmp_path)
+    replace(folder / "batches.meta", pickle.dumps(Call(eval, "1/0")))
+    assert "batches.meta tries to call 'builtins.eval'" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x80\x02K\x01Q.", "outside itself"),
+        (b"Pname\n.", "outside itself"),
+        (b"\x80\x02cnumpy\nload\n.", "'numpy.load'"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x0cndarray.base\x93.", "'numpy.ndarray.base'"),
+        (b"\x80\x04\x8c\x05a\nb\n\xc3\x8c\x01c\x93.", "not a whole pickle"),
+        (b"\x80\x04\x8c\x04a\nb\n\x8c\x01c\x93.", r"'a\nb\n.c'"),
+        (b"\x80\x02\x82\x01.", "not a whole pickle"),  # the extension registry
+        (b"\x80\x05\x97.", "not a whole pickle"),  # a buffer from outside
+        (b"", "not a whole pickle"),
+        (b"\x80\x02}", "not a whole pickle"),
+        (b"\x80\xff}.", "not a whole pickle"),
+        (b"PK\x03\x04", "not a whole pickle"),
+        (b"\x80\x02K\x01.", "no dictionary"),
+        (b"\x80\x02}.", "'data' is not"),
+        (b"\x80\x02}U\x04datacnumpy\nndarray\n)\x81s.", "'data' is not"),  # without __init__
+        (b"\x80\x02}U\x04datacnumpy\nndarray\ns.", "'data' is not"),  # the class itself
+        # Attributes set on what may be named: an array's class, dtype's, the encoder.
+        (b"\x80\x02cnumpy\nndarray\n}U\x05shapeK\x01sb.", "not a whole pickle"),
+        (b"\x80\x02cnumpy\ndtype\nN}\x8c\x04codeK\x01s\x86b.", "not a whole pickle"),
+        (b"\x80\x02c_codecs\nencode\nN}\x8c\x07__doc__K\x01s\x86b.", "not a whole pickle"),
+    ],
+)
+def test_a_pickle_that_is_not_a_batch_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    folder = small_python_folder(tmp_path)
+    (folder / "data_batch_1").write_bytes(content)
+    message = error_of(folder)
+    assert "data_batch_1" in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02]r\x00\x00\x00\x04.",  # memo index 2**26
+        b"\x80\x05\x96\x00\x00\x00\x10\x00\x00\x00\x00.",  # a bytearray of 256 MB
+        b"\x80\x02T\x00\x00\x00\x10.",  # a string of 256 MB
+    ],
+)
+def test_a_pickle_cannot_claim_memory_it_does_not_fill(tmp_path: Path, content: bytes) -> None:
+    folder = small_python_folder(tmp_path)
+    (folder / "data_batch_1").write_bytes(content)
+    tracemalloc.start()
+    assert "not a whole pickle" in error_of(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+ONES = [1] * 10_000
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pixels": bytes(10_000 * 3072 - 1)}, "'data' is not a uint8 array of 10,000 x 3,072"),
+        ({"pixels": b""}, "'data' is not"),
+        ({"shape": (3072, 10_000)}, "'data' is not"),
+        ({"dtype": b"i1"}, "'data' is not"),
+        ({"labels": ONES[1:]}, "10,000 images but 9,999 labels"),
+        ({"labels": [*ONES[1:], 10]}, "record 9999 (the first is 0) has label 10"),
+        ({"key": b"label"}, "'labels' is not a list"),
+    ],
+)
+def test_a_python2_batch_of_the_wrong_shape_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    folder = small_python_folder(tmp_path)
+    right = {"pixels": bytes(10_000 * 3072), "labels": ONES}
+    (folder / "data_batch_1").write_bytes(python2_pickle(**right | change))
+    assert f"data_batch_1: {said}" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"labels": ["1"] * 10_000}, "'labels' is not a list of whole numbers"),
+        ({"labels": [*ONES[1:], 10**5000]}, "'labels' is not a list of whole numbers"),
+        ({"labels": [True] * 10_000}, "'labels' is not a list of whole numbers"),
+        ({"labels": np.ones(10_000, np.uint8)}, "'labels' is not a list"),
+        ({"labels": [*ONES[1:], -1]}, "record 9999 (the first is 0) has label -1"),
+        ({"data": np.zeros((10_000, 3072), np.float16)}, "'data' is not"),
+        ({"data": np.zeros((10_000, 3, 1024), np.uint8)}, "'data' is not"),
+        ({"data": bytes(10_000 * 3072)}, "'data' is not"),
+    ],
+)
+def test_a_batch_of_the_wrong_shape_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    folder = small_python_folder(tmp_path)
+    right = {"data": np.zeros((10_000, 3072), np.uint8), "labels": ONES}
+    (folder / "data_batch_1").write_bytes(pickle.dumps(right | change, 5))
+    assert f"data_batch_1: {said}" in error_of(folder)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_damaged_pickles_raise_nothing_but_data_errors(tmp_path: Path, protocol: int) -> None:
+    chance = random.Random(protocol)
+    folder = small_python_folder(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5), dtype=np.uint8)
+    whole = pickle.dumps({"data": pixels, "labels": [1, 2, 3], "x": [{1.5, "y"}]}, protocol)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        if chance.random() < 0.2:
+            del damaged[chance.randrange(len(damaged)) :]
+        (folder / "data_batch_1").write_bytes(damaged)
+        error_of(folder)
+
+
+# Image folders
+
+
+def save(file: Path, colour: object = "red", size: tuple[int, int] = (4, 4)) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(file)
+    return file
+
+
+def test_an_image_folder_is_read_by_its_class_folders(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    save(root / "train" / "dog" / "b.PNG", (1, 2, 3), (9, 5))
+    pixels = noise(32, 32, 3)
+    Image.fromarray(pixels).save(save(root / "train" / "dog" / "a" / "deep.bmp"))
+    save(root / "train" / "cat" / "x.tiff", (7, 8, 9))
+    save(root / "test" / "dog" / "y.gif", (10, 10, 10))
+    for junk in (".DS_Store", "Thumbs.db", "notes.txt", "._b.png", ".hidden/z.png"):
+        file = root / "train" / "dog" / junk
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"junk")
+    (root / "train" / ".git").mkdir()
+    (root / "train" / "README.md").touch()
+    loaded = load_folder(root)
+    assert (loaded.name, loaded.classes, loaded.mirror) == ("pets", ("cat", "dog"), True)
+    assert loaded.train.labels.tolist() == [0, 1, 1]
+    assert loaded.train.images[[0, 2], :, 16, 16].tolist() == [[7, 8, 9], [1, 2, 3]]
+    assert np.array_equal(loaded.train.images[1].permute(1, 2, 0).numpy(), pixels)
+    assert loaded.test.labels.tolist() == [1]
+    assert loaded.test.images.shape == (1, 3, 32, 32)
+    assert "3 training and 1 test" in loaded.source
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_a_class_whose_name_is_no_utf_8_is_refused_before_training(tmp_path: Path) -> None:
+    for name in (b"cat", b"caf\xe9"):
+        save(tmp_path / "train" / os.fsdecode(name) / "x.png")
+    assert r"caf\udce9' cannot name a class, it is no UTF-8; rename it" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", "png jpg jpeg bmp gif webp tif tiff ppm pgm".split())  # noqa: SIM905
+def test_every_promised_format_is_read(tmp_path: Path, suffix: str) -> None:
+    for folder in ("train/a", "train/b", "test/a"):
+        save(tmp_path / folder / f"image.{suffix}", (200, 200, 200))
+    image = load_folder(tmp_path).test.images[0].int()
+    assert (image - 200).abs().max() <= 3  # jpg and webp lose a little
+
+
+def test_without_a_test_folder_a_fixed_stratified_fifth_is_split_off(tmp_path: Path) -> None:
+    for index in range(20):
+        save(tmp_path / "train" / "many" / f"{index}.png", (index, 0, 0))
+    for index in range(5):
+        save(tmp_path / "train" / "some" / f"{index}.png", (100 + index, 0, 0))
+    loaded = load_folder(tmp_path)
+    assert loaded.train.labels.bincount().tolist() == [16, 4]
+    assert loaded.test.labels.bincount().tolist() == [4, 1]
+    assert "80/20" in loaded.source
+    shown = [split.images[:, 0, 0, 0].tolist() for split in (loaded.train, loaded.test)]
+    assert sorted(shown[0] + shown[1]) == [*range(20), *range(100, 105)]
+    assert load_folder(tmp_path).fingerprint() == loaded.fingerprint()
+
+
+def test_paths_that_hold_no_data_set_are_refused(tmp_path: Path) -> None:
+    assert "does not exist" in error_of(tmp_path / "absent")
+    (tmp_path / "file").write_text("x")
+    assert "is not a folder" in error_of(tmp_path / "file")
+    message = error_of(tmp_path)
+    assert "no known layout" in message
+    for layout in ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-100-binary", "train/<"):
+        assert layout in message
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in error_of(tmp_path / "empty")
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    for name in ("cat", "dog"):
+        for index in range(2):
+            save(tmp_path / "train" / name / f"{index}.png")
+    return tmp_path
+
+
+def test_broken_images_are_named(pets: Path) -> None:
+    whole = (pets / "train" / "cat" / "0.png").read_bytes()
+    Image.new("RGB", (4, 4)).save(pets / "other.pcx")  # Pillow reads it, this package does not
+    for content in (b"", b"junk", whole[:45], (pets / "other.pcx").read_bytes()):
+        (pets / "train" / "dog" / "1.png").write_bytes(content)
+        message = error_of(pets)
+        assert str(pets / "train" / "dog" / "1.png") in message
+        assert "repair or remove it" in message
+
+
+@pytest.mark.parametrize("error", [ValueError("two\nlines"), ValueError()])
+def test_whatever_a_decoder_raises_becomes_one_line(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("resnet56.data.images.upright", fail)
+    assert ("two lines" if str(error) == "two\nlines" else "ValueError") in error_of(pets)
+
+
+@pytest.mark.parametrize("pixels", [200, 300])  # Pillow warns from one size on, refuses from two
+def test_a_decompression_bomb_is_refused(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, pixels: int
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128)
+    save(pets / "train" / "cat" / "bomb.png", size=(1, pixels))
+    message = error_of(pets)
+    assert "bomb.png" in message
+    assert "decompression bomb" in message
+
+
+def test_class_folders_that_make_no_classes_are_refused(pets: Path) -> None:
+    (pets / "train" / "empty").mkdir()
+    assert f"{pets / 'train' / 'empty'} holds no images" in error_of(pets)
+    (pets / "train" / "empty").rmdir()
+    (pets / "test").mkdir()
+    assert "test has no class folders" in error_of(pets)
+    save(pets / "test" / "fish" / "0.png")
+    assert "fish is a class that train/ lacks" in error_of(pets)
+    shutil.rmtree(pets / "test")
+    (pets / "train" / "dog" / "0.png").unlink()
+    assert "dog has one image, too few" in error_of(pets)
+    shutil.rmtree(pets / "train" / "dog")
+    assert "two or more class folders, found 1;" in error_of(pets)
+    shutil.rmtree(pets / "train" / "cat")
+    assert "two or more class folders, found 0;" in error_of(pets)
+    (pets / "test").touch()
+    save(pets / "train" / "cat" / "0.png")
+    save(pets / "train" / "dog" / "0.png")
+    assert f"cannot read {pets / 'test'}" in error_of(pets)
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "tif", "jpg", "webp", "ppm"])
+def test_damaged_images_raise_nothing_but_data_errors(pets: Path, suffix: str) -> None:
+    chance = random.Random(suffix)
+    file = save(pets / "train" / "dog" / f"damaged.{suffix}", size=(8, 8))
+    whole = file.read_bytes()
+    for _ in range(30):
+        damaged = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        if chance.random() < 0.2:
+            del damaged[chance.randrange(len(damaged)) :]
+        file.write_bytes(damaged)
+        try:
+            load_folder(pets)
+        except DataError as error:
+            assert "damaged" in str(error)  # noqa: PT017
+
+
+# One image
+
+
+def test_a_32x32_rgb_image_passes_bit_for_bit() -> None:
+    pixels = noise(32, 32, 3)
+    result = to_32x32(Image.fromarray(pixels))
+    assert np.array_equal(result, pixels)
+    assert result.dtype == np.uint8
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    pixels = noise(32, 32, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the picture is the right edge of the stored one
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert np.array_equal(to_32x32(image), np.rot90(pixels, -1))
+
+
+def test_the_centre_square_is_cropped() -> None:
+    pixels = noise(32, 100, 3)
+    assert np.array_equal(to_32x32(Image.fromarray(pixels)), pixels[:, 34:66])
+    assert np.array_equal(
+        to_32x32(Image.fromarray(pixels.transpose(1, 0, 2).copy())),
+        pixels[:, 34:66].transpose(1, 0, 2),
+    )
+
+
+def test_shrinking_averages_instead_of_picking_pixels() -> None:
+    board = np.indices((320, 320)).sum(axis=0) % 2 * np.uint8(255)
+    result = to_32x32(Image.fromarray(board.astype(np.uint8)))
+    assert np.abs(result.astype(int) - 127).max() <= 2
+
+
+def test_the_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as image:
+        image.seek(1)
+        assert to_32x32(image)[16, 16].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, 255), (255, 100), (51, 224)])
+def test_transparency_is_laid_on_white(alpha: int, expected: int) -> None:
+    for image in (
+        Image.new("RGBA", (5, 5), (100, 100, 100, alpha)),
+        Image.new("LA", (5, 5), (100, alpha)),
+    ):
+        assert np.unique(to_32x32(image)).tolist() == [expected]
+
+
+def test_a_transparent_palette_entry_is_white(tmp_path: Path) -> None:
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[:, 16:] = 1
+    image = Image.fromarray(pixels)
+    image = image.convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "p.png", transparency=0)
+    with Image.open(tmp_path / "p.png") as opened:
+        assert opened.mode == "P"
+        result = to_32x32(opened)
+    assert result[0, 0].tolist() == [255, 255, 255]
+    assert result[0, 31].tolist() == [40, 50, 60]
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
+def test_16_bit_greys_are_scaled_not_cut_off(dtype: str) -> None:
+    values = np.linspace(0, 65535, 1024).reshape(32, 32).astype(dtype)
+    image = Image.frombytes(
+        {"<u2": "I;16", ">u2": "I;16B", "<i4": "I"}[dtype], (32, 32), values.tobytes()
+    )
+    expected = np.rint(values.astype(float) * 255 / 65535).astype(np.uint8)
+    assert np.array_equal(to_32x32(image), np.repeat(expected[:, :, None], 3, axis=2))
+
+
+def test_a_16_bit_png_is_scaled(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as image:
+        assert np.unique(to_32x32(image)).tolist() == [round(40_000 / 257)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 77, [77, 77, 77]),
+        ("1", 1, [255, 255, 255]),
+        ("F", 77.0, [77, 77, 77]),
+        ("F", 1e9, [255, 255, 255]),
+        ("CMYK", (0, 255, 255, 0), [255, 0, 0]),
+        ("HSV", (0, 255, 255), [255, 0, 0]),
+        ("I", -5, [0, 0, 0]),
+        ("I", 2**31 - 1, [255, 255, 255]),
+    ],
+)
+def test_other_modes_become_rgb(mode: str, colour: object, expected: list[int]) -> None:
+    result = to_32x32(Image.new(mode, (1, 3), colour))
+    assert result.shape == (32, 32, 3)
+    assert np.unique(result.reshape(-1, 3), axis=0).tolist() == [expected]
+
+
+# Digits
+
+
+def test_digits_are_scikit_learns_enlarged() -> None:
+    from sklearn import datasets, model_selection
+
+    loaded = load_digits()
+    assert loaded.classes == tuple("0123456789")
+    assert (loaded.name, loaded.mirror) == ("digits", False)
+    assert "80/20" in loaded.source
+    digits = datasets.load_digits()
+    train, test, train_labels, test_labels = model_selection.train_test_split(
+        digits.images, digits.target, test_size=0.2, random_state=0, stratify=digits.target
+    )
+    for split, images, labels in (
+        (loaded.train, train, train_labels),
+        (loaded.test, test, test_labels),
+    ):
+        assert split.labels.tolist() == labels.tolist()
+        assert split.images.dtype == torch.uint8
+        assert (split.images == split.images[:, :1]).all()
+        # Averaged back to 8x8 they are the originals, a little blurred.
+        shrunk = split.images[:, 0].reshape(-1, 8, 4, 8, 4).double().mean(dim=(2, 4)).numpy()
+        assert np.abs(shrunk / 255 - images / 16).mean() < 0.06
+        assert np.corrcoef(shrunk.ravel(), images.ravel())[0, 1] > 0.99
+
+
+# The real thing
+
+
+def test_the_real_cifar10_is_as_published(cifar10: Dataset) -> None:
+    assert cifar10.classes == tuple(NAMES)
+    assert cifar10.train.labels.bincount().tolist() == [5000] * 10
+    assert cifar10.test.labels.bincount().tolist() == [1000] * 10
+    assert cifar10.classes[int(cifar10.train.labels[0])] == "frog"
+    assert cifar10.classes[int(cifar10.test.labels[0])] == "cat"
+
+
+def test_the_real_cifar10_has_its_well_known_statistics(cifar10: Dataset) -> None:
+    mean, std = channel_statistics(cifar10.train.images)
+    assert [round(value, 4) for value in mean] == [0.4914, 0.4822, 0.4465]
+    assert [round(value, 4) for value in std] == [0.2470, 0.2435, 0.2616]
+
+
+def test_the_real_cifar10_splits_evenly(cifar10: Dataset) -> None:
+    kept, held = hold_out(cifar10.train, 5000)
+    assert kept.labels.bincount().tolist() == [4500] * 10
+    assert held.labels.bincount().tolist() == [500] * 10
+
+
+# Test sets as arrays
+
+
+def arrays(folder: Path, **content: np.ndarray) -> Path:
+    folder.mkdir()
+    for name, array in content.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def test_cifar10_1_is_read_with_its_own_labels(tmp_path: Path) -> None:
+    images = noise(6, 32, 32, 3)
+    labels = np.array([0, 1, 2, 9, 8, 7], dtype=np.int32)
+    folder = arrays(tmp_path / "v6", v6_data=images, v6_labels=labels)
+    assert is_benchmark(folder)
+    [(name, split)] = load_benchmark(folder, 10)
+    assert name == "v6"
+    assert split.labels.tolist() == labels.tolist()
+    assert (split.images.permute(0, 2, 3, 1).numpy() == images).all()
+
+
+def test_cifar10_c_is_read_severity_by_severity(tmp_path: Path) -> None:
+    images = np.zeros((50_000, 32, 32, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(50_000) // 10_000
+    labels = np.arange(50_000) % 10
+    folder = arrays(tmp_path / "c", fog=images, labels=labels)
+    for number, (name, split) in enumerate(load_benchmark(folder, 10)):
+        assert name == f"fog {number + 1}"
+        assert len(split) == 10_000
+        assert split.images[:, 0, 0, 0].unique().tolist() == [number]
+    assert number == 4
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "says"),
+    [
+        (np.zeros((2, 3, 32, 32), np.uint8), np.zeros(2, np.int64), "shape"),
+        (np.zeros((2, 32, 32, 3), np.float32), np.zeros(2, np.int64), "bytes"),
+        (np.zeros((2, 32, 32, 3), np.uint8), np.zeros(3, np.int64), "as many"),
+        (np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 10]), "0 to 9"),
+        (np.zeros((2, 32, 32, 3), np.uint8), np.array([0.5, 1]), "as many"),
+    ],
+)
+def test_arrays_that_are_no_test_set_are_refused(
+    tmp_path: Path, images: np.ndarray, labels: np.ndarray, says: str
+) -> None:
+    folder = arrays(tmp_path / "bad", x=images, labels=labels)
+    with pytest.raises(DataError, match=says):
+        list(load_benchmark(folder, 10))
+
+
+def test_an_array_file_that_is_a_pickle_is_not_run(tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "labels.npy").write_bytes(pickle.dumps([1]))
+    (folder / "x.npy").write_bytes(pickle.dumps([1]))
+    with pytest.raises(DataError, match="cannot read"):
+        list(load_benchmark(folder, 10))

@@ -1,0 +1,431 @@
+"""The network's step in C against the same arithmetic in double precision.
+
+The reference rounds to bf16 where the kernel does, forward and backward, and nowhere else. What is
+left between the two are sums in single precision, and the roundings and ReLUs that they tip over;
+how much that is, the reference itself says when it computes in single precision.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from requires_kernels import skip_without_kernel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet56.errors import UsageError
+from resnet56.kernels.compiler import UnavailableError
+from resnet56.kernels.native import NativeNetwork, native_network
+from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet, build
+from resnet56.recipe import Recipe
+from resnet56.step import Trainer, make_forward
+
+VECTORS = "cc -mno-amx-tile -mno-amx-bf16"  # the same kernel, without the matrix unit
+
+
+@pytest.fixture(params=["as it is", "vectors"])
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The processor as it is, then its vectors alone."""
+    if request.param == "vectors":
+        monkeypatch.setenv("CC", VECTORS)
+    return request.param
+
+
+def native(model: ResNet) -> NativeNetwork:
+    try:
+        return native_network(model, vectors=True)
+    except UnavailableError as reason:
+        skip_without_kernel(reason)
+
+
+def some(arch: str, seed: int = 1) -> ResNet:
+    """A network whose batch norms are not all ones and zeros."""
+    model = build(arch, seed=seed).to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def batch(count: int, height: int = 32, width: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randn(count, 3, height, width, generator=generator)
+    return images, torch.randn(count, 10, generator=generator)
+
+
+def run(network: nn.Module, images: Tensor, weights: Tensor) -> Tensor:
+    """Logits; the loss is linear in them, so that it adds no rounding of its own."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(images)
+    (logits.float() * weights).sum().backward()
+    return logits.float().detach()
+
+
+# ---- the reference ----
+
+
+class RoundForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class RoundBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.bfloat16().to(grad.dtype)
+
+
+def rounded(x: Tensor) -> Tensor:
+    return RoundForward.apply(x)
+
+
+def grad_rounded(x: Tensor) -> Tensor:
+    return RoundBackward.apply(x)
+
+
+class RoundedBatchNorm(torch.autograd.Function):
+    """Ioffe & Szegedy 2015. z is rounded once its statistics are known, the gradient once the
+    sums over it are."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        mean = z.mean(dim=(0, 2, 3), keepdim=True)
+        invstd = 1 / (z.var(dim=(0, 2, 3), keepdim=True, correction=0) + eps).sqrt()
+        xhat = (rounded(z) - mean) * invstd
+        ctx.save_for_backward(xhat, invstd, weight)
+        return xhat * weight[:, None, None] + bias[:, None, None]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        xhat, invstd, weight = ctx.saved_tensors
+        bias_grad = g.sum(dim=(0, 2, 3), keepdim=True)
+        weight_grad = (g * xhat).sum(dim=(0, 2, 3), keepdim=True)
+        count = g.numel() / g.shape[1]
+        centred = g.bfloat16().to(g.dtype) - (bias_grad + xhat * weight_grad) / count
+        z_grad = centred * invstd * weight[:, None, None]
+        return z_grad, weight_grad.flatten(), bias_grad.flatten(), None
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, y: Tensor) -> Tensor:
+    """Before the shortcut and ReLU."""
+    z = F.conv2d(y, rounded(conv.weight), stride=conv.stride, padding=conv.padding)
+    z = grad_rounded(z)
+    with torch.no_grad():
+        norm.running_mean.lerp_(z.mean(dim=(0, 2, 3)), norm.momentum)
+        norm.running_var.lerp_(z.var(dim=(0, 2, 3)), norm.momentum)
+    return RoundedBatchNorm.apply(z, norm.weight, norm.bias, norm.eps)
+
+
+def block(module: nn.Module, x: Tensor) -> Tensor:
+    pairs = [(module.conv1, module.bn1), (module.conv2, module.bn2)]
+    if isinstance(module, BottleneckBlock):
+        pairs.append((module.conv3, module.bn3))
+    else:
+        assert isinstance(module, BasicBlock)
+    y = x
+    for conv, norm in pairs[:-1]:
+        y = rounded(F.relu(conv_norm(conv, norm, y)))
+    out = conv_norm(*pairs[-1], y)
+    link = module.shortcut
+    if isinstance(link, nn.Sequential):
+        out = out + conv_norm(link[0], link[1], grad_rounded(x))
+    else:
+        assert isinstance(link, nn.Identity | PadShortcut)
+        out = out + grad_rounded(link(x))
+    return rounded(F.relu(out))
+
+
+class Reference(nn.Module):
+    def __init__(self, model: ResNet, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).to(dtype)
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        net = self.model
+        with torch.autocast("cpu", enabled=False):
+            x = conv_norm(net.conv1, net.bn1, rounded(images.to(self.dtype)))
+            x = rounded(F.relu(x))
+            for stage in (net.stage1, net.stage2, net.stage3):
+                for module in stage:
+                    x = block(module, x)
+            pooled = x.mean(dim=(2, 3))
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(pooled.float(), net.fc.weight.float(), net.fc.bias.float())
+
+
+def results(model: ResNet, network: nn.Module, images: Tensor, weights: Tensor) -> list[Tensor]:
+    """Logits, gradients and running statistics, as `names` has them."""
+    logits = run(network, images, weights)
+    statistics = [b for n, b in model.named_buffers() if "running" in n]
+    return [t.double() for t in (logits, *(p.grad for p in model.parameters()), *statistics)]
+
+
+def names(model: ResNet) -> list[str]:
+    statistics = [n for n, _ in model.named_buffers() if "running" in n]
+    return ["logits", *(n for n, _ in model.named_parameters()), *statistics]
+
+
+def distances(mine: list[Tensor], exact: list[Tensor]) -> Tensor:
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(mine, exact, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("arch", "images"),
+    [
+        ("resnet8", (16, 32, 32)),
+        ("resnet14", (7, 16, 16)),  # 8x8 and 4x4 maps, threads with unlike shares
+        ("resnet8", (3, 24, 12)),  # neither square nor a whole number of tiles
+        ("resnet8-b", (9, 32, 32)),
+        ("resnet11-bottleneck", (5, 32, 32)),
+        ("resnet20-bottleneck", (33, 8, 8)),
+        ("resnet8", (1, 32, 32)),  # a thread without any image
+        ("resnet8", (2, 4, 4)),  # maps of a single pixel
+    ],
+)
+def test_it_computes_what_double_precision_computes(
+    unit: str, arch: str, images: tuple[int, int, int]
+) -> None:
+    model = some(arch)
+    double, single = Reference(model, torch.double), Reference(model, torch.float)
+    data = batch(*images)
+    exact = results(double.model, double, *data)
+    noise = distances(results(single.model, single, *data), exact)
+    mine = distances(results(model, native(model), *data), exact)
+    # A single tipped ReLU moves small networks' gradients by half a hundredth.
+    rest = [5e-4 if "running" in name else 1e-2 for name in names(model)]
+    assert (mine < 2 * noise.max() + torch.tensor(rest)).all()
+    assert noise.max() < 0.3  # or the test would say nothing
+
+
+def test_the_same_threads_give_the_same_bits_and_others_the_same_numbers(unit: str) -> None:
+    before = torch.get_num_threads()
+    x, weights = batch(12)
+    grads = []
+    try:
+        for threads in (2, 2, 1, 5):
+            torch.set_num_threads(threads)
+            model = some("resnet8-b")
+            run(native(model), x, weights)
+            grads.append([p.grad for p in model.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(grads[0], grads[1], strict=True))
+    for other in grads[2:]:
+        for a, b in zip(grads[0], other, strict=True):
+            assert (a - b).norm() / a.norm() < 2e-2
+
+
+def test_batches_of_other_sizes_take_turns(unit: str) -> None:
+    """Progressive resizing and a smaller last batch: each has its own memory."""
+    fresh = [some("resnet8") for _ in range(3)]
+    shapes = [(8, 16, 16), (8, 32, 32), (5, 16, 16)]
+    alone = []
+    for model, shape in zip(fresh, shapes, strict=True):
+        run(native(model), *batch(*shape))
+        alone.append([p.grad.clone() for p in model.parameters()])
+    model = some("resnet8")
+    network = native(model)
+    for index in (0, 1, 2, 0, 1):
+        model.zero_grad()
+        run(network, *batch(*shapes[index]))
+        assert all(
+            torch.equal(p.grad, g) for p, g in zip(model.parameters(), alone[index], strict=True)
+        )
+
+
+def test_a_nan_is_not_hidden(unit: str) -> None:
+    model = some("resnet8")
+    x, weights = batch(4)
+    x[2, 1, 3, 3] = float("nan")
+    assert run(native(model), x, weights).isnan().all()  # batch norm carries it to all images
+    assert all(p.grad.isnan().any() for p in model.parameters() if p.ndim == 4)
+
+
+def test_any_memory_layout_gives_the_same() -> None:
+    x, weights = batch(6)
+    logits = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model = some("resnet8-b").to(memory_format=layout)
+        logits.append(run(native(model), x.contiguous(memory_format=layout), weights))
+        logits.append(model.stage2[0].conv1.weight.grad)
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[1], logits[3])
+
+
+def test_evaluation_and_other_arithmetic_are_left_to_pytorch() -> None:
+    model = some("resnet8")
+    network = native(model)
+    x, _ = batch(3)
+    assert torch.equal(network(x), copy.deepcopy(model)(x))  # fp32: no autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x)
+        network(x)
+    assert model.stage1[0].bn1.num_batches_tracked == 3
+    for wrong in (x.double(), x[0], x[:, :1], x[:1, :, :4, :4], x[:, :, :30]):
+        theirs = copy.deepcopy(model)  # whose answer or complaint it is
+        with torch.autocast("cpu", torch.bfloat16):
+            try:
+                expected = theirs(wrong)
+            except (RuntimeError, ValueError) as error:
+                with pytest.raises(type(error)):
+                    network(wrong)
+            else:
+                assert torch.equal(network(wrong), expected)
+        model.load_state_dict(theirs.state_dict())
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(leaf).float().sum().backward()
+    assert leaf.grad is not None
+    model.stage2[0].bn1.eval()  # frozen: its statistics stay
+    before = model.stage2[0].bn1.running_mean.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x)
+    assert torch.equal(model.stage2[0].bn1.running_mean, before)
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(x), model(x))
+
+
+def test_gradients_add_up_and_frozen_weights_get_none() -> None:
+    model = some("resnet8-b")
+    network = native(model)
+    x, weights = batch(4)
+    run(network, x, weights)
+    once = [p.grad.clone() for p in model.parameters()]
+    run(network, x, weights)
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
+    model.zero_grad()
+    model.conv1.requires_grad_(False)
+    model.stage1.requires_grad_(False)
+    run(network, x, weights)
+    for (name, parameter), g in zip(model.named_parameters(), once, strict=True):
+        if name.startswith(("conv1", "stage1")):
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, g)
+
+
+def test_weights_that_are_replaced_are_followed() -> None:
+    x, weights = batch(4)
+    fresh = some("resnet8", seed=2)
+    state = copy.deepcopy(fresh.state_dict())
+    expected = run(native(fresh), x, weights)
+    model = some("resnet8")
+    network = native(model)
+    run(network, x, weights)
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(run(network, x, weights), expected)
+    assert model.bn1.num_batches_tracked == 1
+
+
+def test_weights_that_change_between_forward_and_backward_are_noticed() -> None:
+    model = some("resnet8")
+    x, _ = batch(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = native(model)(x)
+    with torch.no_grad():
+        model.stage1[0].conv1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+def test_what_it_does_not_know_is_refused_at_once() -> None:
+    native(build("resnet8"))  # or skip
+    with pytest.raises(UnavailableError, match="no such shortcut"):
+        native_network(ResNet(11, "bottleneck", "A"), vectors=True)  # padded with stride 1
+    for change in ({"bias": True}, {"padding": 0}, {"groups": 16}):
+        model = build("resnet8")
+        model.stage1[0].conv1 = nn.Conv2d(16, 16, 3, **({"padding": 1, "bias": False} | change))
+        with pytest.raises(UnavailableError, match="no such layer"):
+            native_network(model, vectors=True)
+
+
+def test_the_default_type_does_not_matter() -> None:
+    x, weights = batch(3)
+    expected = run(native(some("resnet8")), x, weights)
+    model = some("resnet8")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(run(native(model), x, weights), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_going_back_through_a_batch_whose_maps_are_gone_is_an_error() -> None:
+    network = native(some("resnet8"))
+    x, _ = batch(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = network(x)
+        network(x)
+    with pytest.raises(RuntimeError, match="another batch went forward since"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet11-bottleneck"])
+def test_steps_learn_what_eager_ones_learn(unit: str, arch: str) -> None:
+    """By rounding alone the losses drift apart, so the first ones must agree best."""
+    native(build("resnet8"))  # or skip
+    losses = {}
+    for way in ("eager", "native"):
+        model = build(arch).to(memory_format=torch.channels_last)
+        forward = make_forward(model.train(), way, "bf16")
+        assert forward.execution == way
+        trainer = Trainer(model, forward.module, Recipe(arch=arch), "bf16")
+        images, _ = batch(64, 16, 16)
+        labels = torch.arange(64) % 10
+        found = []
+        for step in range(60):
+            trainer.begin_sums()
+            part = slice(step % 4 * 16, step % 4 * 16 + 16)
+            trainer.step(images[part], labels[part], 0.02, step)
+            found.append(trainer.sums[0].item() / 16)
+        losses[way] = torch.tensor(found)
+    gap = (losses["eager"] - losses["native"]).abs() / losses["eager"]
+    assert gap[:8].max() < 1e-2
+    assert losses["native"][-8:].mean() < 0.5 * losses["native"][:8].mean()
+    assert abs(losses["native"][-8:].mean() - losses["eager"][-8:].mean()) < 0.1
+
+
+def test_auto_takes_it_with_a_matrix_unit_only(unit: str) -> None:
+    model = build("resnet8").to(memory_format=torch.channels_last)
+    native(model)  # or skip
+    forward = make_forward(model, "auto", "bf16")
+    if unit == "vectors":
+        assert forward.execution == "fused"
+        assert "no matrix unit" in forward.reason
+    elif forward.execution == "fused":
+        pytest.skip(forward.reason)
+    else:
+        assert (forward.execution, forward.reason) == ("native", "")
+
+
+def test_without_bf16_it_is_refused_in_a_line() -> None:
+    with pytest.raises(UsageError, match=r"no native step here: .*fp32; use --execution auto"):
+        make_forward(build("resnet8"), "native", "fp32")
+
+
+def test_a_processor_without_bf16_vectors_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    native(build("resnet8"))  # or skip
+    monkeypatch.setenv("CC", "cc -mno-amx-tile -mno-amx-bf16 -mno-avx512bf16")
+    with pytest.raises(UnavailableError, match="no bfloat16 vectors"):
+        native_network(build("resnet8"), vectors=True)
+
+
+def test_a_kernel_that_would_be_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    native(build("resnet8"))  # or skip
+    monkeypatch.setenv("CC", "cc -Dsqrt=fabs")
+    with pytest.raises(UnavailableError, match="does not agree with PyTorch"):
+        native_network(build("resnet8"), vectors=True)

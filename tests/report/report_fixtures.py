@@ -1,0 +1,200 @@
+"""Made-up run directories for the report: seeded, and right in themselves."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from resnet56.metrics import measure
+from resnet56.recipe import RECIPES, Recipe
+from resnet56.runs.directory import Checkpoint, Network, Position, RunDirectory, write_json
+
+CIFAR = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+ALIKE = {3: 5, 5: 3, 0: 8, 8: 0, 1: 9, 9: 1, 2: 4, 4: 2}  # cat and dog, airplane and ship, ...
+
+
+def figures(
+    classes: tuple[str, ...], images: int, accuracy: float, seed: int = 0
+) -> dict[str, Any]:
+    """Metrics of made-up logits with about that accuracy."""
+    generator = np.random.default_rng(seed)
+    count = len(classes)
+    labels = np.arange(images) % count
+    predicted = labels.copy()
+    wrong = generator.random(images) > accuracy
+    other = (labels + generator.integers(1, max(count, 2), images)) % count
+    if count == 10:
+        alike = np.array([ALIKE.get(i, (i + 1) % count) for i in range(count)])
+        other = np.where(generator.random(images) < 0.5, alike[labels], other)
+    predicted[wrong] = other[wrong]
+    logits = generator.normal(0, 1, (images, count))
+    margin = np.where(wrong, generator.exponential(2, images), generator.exponential(7, images))
+    logits[np.arange(images), predicted] = logits.max(axis=1) + margin
+    return asdict(measure(logits, labels, classes))
+
+
+def epochs(recipe: Recipe, done: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl that look like a training."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for epoch in range(1, done + 1):
+        share = epoch / recipe.epochs
+        loss = 2.0 * math.exp(-4 * share) + 0.02 + 0.02 * generator.random()
+        row = {
+            "epoch": epoch,
+            "step": 390 * epoch,
+            "lr": recipe.lr * 0.5 * (1 + math.cos(math.pi * share)),
+            "train_loss": loss,
+            "train_accuracy": math.exp(-loss / 2),
+            "images_per_second": 3000 + 40 * generator.random(),
+            "seconds": 16.5 + generator.random(),
+            "peak_memory_mb": 812.5,
+        }
+        if recipe.holdout:
+            row |= {"holdout_loss": 1.1 * loss + 0.15, "holdout_accuracy": 0.97 - loss / 3}
+        rows.append(row)
+    return rows
+
+
+def make_run(
+    path: Path,
+    recipe: Recipe = RECIPES["best"],
+    classes: tuple[str, ...] = CIFAR,
+    *,
+    done: int | None = None,
+    images: int = 2000,
+    accuracy: float = 0.93,
+    train_accuracy: float = 0.999,
+    tested: bool = True,
+    extras: bool = False,
+    seed: int = 0,
+    fingerprint: str | None = None,
+) -> Path:
+    """Write a run directory; with `extras`, everything that is optional too."""
+    run = RunDirectory(path)
+    path.mkdir(parents=True)
+    done = recipe.epochs if done is None else done
+    write_json(run.recipe_file, recipe.to_json())
+    write_json(run.environment_file, ENVIRONMENT)
+    rows = epochs(recipe, done, seed)
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    network = Network(recipe.arch, classes, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    weights = "averaged" if recipe.ema_decay else "last"
+    run.save(
+        Checkpoint(
+            network,
+            model={"w": torch.zeros(1)},
+            position=Position(epoch=done, step=390 * done),
+            notes={"weights": weights, "data": fingerprint},
+        )
+    )
+    if tested:
+        evaluation = {
+            "test": figures(classes, images, accuracy, seed),
+            "train": figures(classes, images, train_accuracy, seed + 1),
+            "weights": weights,
+            "epoch": done,
+            "step": 390 * done,
+            "device": "cuda",
+            "precision": "fp32",
+            "data": ENVIRONMENT["data"]["source"],
+        }
+        if recipe.holdout:
+            evaluation["holdout"] = figures(classes, images, accuracy, seed + 2)
+        if extras:
+            evaluation |= {"speed": SPEED, "robustness": ROBUSTNESS}
+        write_json(run.evaluation_file, evaluation)
+    if extras:
+        write_json(path / "parity.json", PARITY)
+        np.savez_compressed(path / "samples.npz", **samples(classes, seed))
+    return path
+
+
+def samples(classes: tuple[str, ...], seed: int = 0, mistakes: int = 24) -> dict[str, Any]:
+    """Pictures: a blob of a colour for each class, with a little noise."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[0:32, 0:32]
+
+    def blob(label: int) -> Any:
+        centre = generator.integers(10, 22, 2)
+        round_ = np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / 60)
+        colour = np.array([(label * 67) % 200, (label * 131) % 200, (label * 29) % 200]) + 55
+        image = 90 + (colour[:, None, None] - 90) * round_ + generator.normal(0, 9, (3, 32, 32))
+        return image.clip(0, 255).astype(np.uint8)
+
+    labels = np.arange(6) % len(classes)
+    true = generator.integers(0, len(classes), mistakes)
+    originals = np.stack([blob(int(label)) for label in labels])
+    shifted = [[np.roll(one, (v - 2, 2 - v), (1, 2)) for v in range(5)] for one in originals]
+    return {
+        "originals": originals,
+        "original_labels": labels,
+        "augmented": np.array(shifted),
+        "mistakes": np.stack([blob(int(label)) for label in true]),
+        "mistake_index": generator.permutation(2000)[:mistakes],
+        "mistake_true": true,
+        "mistake_predicted": (true + 1) % len(classes),
+        "mistake_confidence": np.sort(0.9 + 0.1 * generator.random(mistakes))[::-1],
+    }
+
+
+ENVIRONMENT: dict[str, Any] = {
+    "processor": "Example 9000",
+    "cores": 16,
+    "threads": 16,
+    "memory_gb": 128.0,
+    "system": "Linux-6.1-x86_64",
+    "device": "cuda",
+    "precision": "bf16",
+    "gpu": "Example GPU",
+    "gpu_memory_gb": 80.0,
+    "python": "3.12.1",
+    "versions": {"resnet56": "0.1.0", "torch": "2.13.0"},
+    "command": "resnet56 train best --data cifar-10-batches-bin",
+    "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "changed": False},
+    "processes": 1,
+    "data": {
+        "origin": "cifar-10-batches-bin",
+        "source": "cifar-10-batches-bin: 50,000 training and 10,000 test images",
+    },
+}
+SPEED = {
+    "batch_1": {"milliseconds_an_image": 4.7321, "images_per_second": 211.3},
+    "batch_256": {"milliseconds_an_image": 0.0214, "images_per_second": 46728.9},
+    "peak_memory_mb": 1234.5,
+}
+ROBUSTNESS = {
+    "images": 2000,
+    "severities": [1, 2, 3, 4, 5],
+    "clean_accuracy": 0.93,
+    "mean_accuracy": 0.7325,
+    "corruptions": {
+        "gaussian_noise": [0.8, 0.7, 0.55, 0.48, 0.42],
+        "motion_blur": [0.9, 0.86, 0.8, 0.79, 0.7],
+        "brightness": [0.93, 0.93, 0.92, 0.91, 0.88],
+        "contrast": [0.93, 0.9, 0.85, 0.7, 0.4],
+        "jpeg": [0.85, 0.81, 0.79, 0.76, 0.73],
+    },
+}
+PARITY = {
+    "comparisons": [
+        {
+            "a": "cuda fp32",
+            "b": "cuda bf16",
+            "images": 10000,
+            "accuracy_a": 0.9303,
+            "accuracy_b": 0.9301,
+            "changed": 12,
+            "median_difference": 0.0123,
+            "largest_difference": 0.4567,
+            "verdict": "bf16 changes the class of 12 of 10,000 images and the accuracy by 2.",
+        }
+    ]
+}

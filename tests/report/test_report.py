@@ -1,0 +1,698 @@
+"""The report: every number is its file's, any name is harmless, nothing leaves the page."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from report_fixtures import CIFAR, PARITY, make_run, samples
+
+from resnet56.errors import RunError, UsageError
+from resnet56.recipe import RECIPES, Recipe
+from resnet56.report import recipe_words, story, words, write_report
+from resnet56.report.comparison import newcombe
+from resnet56.report.render import escape_markdown, unbroken
+from resnet56.runs.directory import RunDirectory, read_json, write_json
+
+BEST = RECIPES["best"]
+EVIL = ("<script>alert(1)</script>", "猫 & \"Hund\" $x_1$ | `b` 'c'")
+
+
+class Page(HTMLParser):
+    """What a browser would see: text by id, tables as cells, attributes, tags."""
+
+    VOID = ("meta", "link", "br", "img", "path", "rect", "circle", "use")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.by_id: dict[str, str] = {}
+        self.tables: dict[str, list[list[str]]] = {}
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.open: list[tuple[str, str | None]] = []
+        self.table: list[list[str]] | None = None
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = {name: value or "" for name, value in attrs}
+        self.attributes += [(tag, name, value) for name, value in found.items()]
+        if "id" in found:
+            self.ids.append(found["id"])
+        if tag == "table":
+            self.table = self.tables[found.get("id", f"table-{len(self.tables)}")] = []
+        elif tag == "tr" and self.table is not None:
+            self.table.append([])
+        elif tag in ("td", "th") and self.table is not None:
+            self.table[-1].append("")
+        if tag not in self.VOID:
+            self.open.append((tag, found.get("id")))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        opened = self.open.pop()
+        assert opened[0] == tag, f"</{tag}> closes <{opened[0]}>"
+
+    def handle_data(self, data: str) -> None:
+        inside = [tag for tag, _ in self.open]
+        if "script" in inside or "style" in inside:
+            return
+        self.text += data
+        for _, name in self.open:
+            if name:
+                self.by_id[name] = self.by_id.get(name, "") + data
+        if self.table and self.table[-1] and ("td" in inside or "th" in inside):
+            self.table[-1][-1] += data.strip()
+
+
+def page_of(run: Path, **options: Any) -> Page:
+    return Page(write_report([run], **options).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all there can be, and its page."""
+    recipe = replace(BEST, holdout=500)
+    run = make_run(tmp_path_factory.mktemp("full") / "run", recipe, extras=True)
+    write_report([run])
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(full: Path) -> Page:
+    return Page((full / "report.html").read_text(encoding="utf-8"))
+
+
+# One run's page
+
+
+def test_the_headline_is_the_evaluation(full: Path, page: Page) -> None:
+    evaluation = read_json(full / "evaluation.json")
+    test, train = evaluation["test"], evaluation["train"]
+    low, high = test["accuracy_interval"]
+    gap = 100 * (train["accuracy"] - test["accuracy"])
+    assert page.by_id["test-accuracy"] == f"{100 * test['accuracy']:.2f} %"
+    assert page.by_id["test-interval"] == f"{100 * low:.2f} % to {100 * high:.2f} %"
+    assert page.by_id["train-accuracy"] == f"{100 * train['accuracy']:.2f} %"
+    assert page.by_id["gap"] == f"{gap:+.2f} points"
+    assert page.by_id["parameters"] == "853,018"
+    seconds = sum(row["seconds"] for row in RunDirectory(full).read_metrics())
+    assert page.by_id["time"] == words.duration(seconds)
+    assert page.by_id["ece"] == f"{test['calibration']['ece']:.4f}"
+    assert page.by_id["brier"] == f"{test['calibration']['brier']:.4f}"
+
+
+def test_the_tables_are_the_evaluation(full: Path, page: Page) -> None:
+    test = read_json(full / "evaluation.json")["test"]
+    head, *rows = page.tables["confusion"]
+    assert head[1:] == list(CIFAR)
+    assert [row[0] for row in rows] == list(CIFAR)
+    assert [[int(cell) for cell in row[1:]] for row in rows] == test["confusion_matrix"]
+    for name, row in zip(CIFAR, page.tables["per-class"][1:-2], strict=True):
+        scores = test["per_class"][name]
+        expected = [f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")]
+        assert row == [name, *expected, f"{scores['support']:.0f}"]
+
+
+def test_all_that_was_measured_is_shown(page: Page) -> None:
+    assert PARITY["comparisons"][0]["verdict"] in page.text
+    assert "73.25 % on average" in page.text
+    assert "4.732" in page.text
+    pictures = [v for tag, name, v in page.attributes if (tag, name) == ("img", "alt")]
+    assert sum(alt.startswith("Test image") for alt in pictures) == 24
+    assert sum(alt.endswith("augmented") for alt in pictures) == 30
+    assert "was not measured" not in page.text
+
+
+def test_the_page_is_well_formed_and_stands_alone(full: Path, page: Page) -> None:
+    text = (full / "report.html").read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    assert "http://" not in text
+    assert "https://" not in text
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert value.startswith(("data:", "#")), (tag, name, value)
+        assert not name.startswith("on"), (tag, name)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert len(page.ids) == len(set(page.ids))
+    anchors = [v[1:] for tag, name, v in page.attributes if (tag, name) == ("a", "href")]
+    assert set(anchors) <= set(page.ids)
+    used = re.findall(r"url\(#([^)]*)\)", text)
+    assert used
+    assert set(used) <= set(page.ids)
+    assert not re.search(r"#0[1-4]0[0-4]0[0-7]\b", text)  # every stand-in became a variable
+
+
+def test_the_same_run_gives_the_same_bytes(full: Path, tmp_path: Path) -> None:
+    again = write_report([full], tmp_path / "again.html")
+    assert again.read_bytes() == (full / "report.html").read_bytes()
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", done=3, tested=False)
+    page = page_of(run)
+    assert "after 3 of 200 epochs" in page.text
+    assert "has not been tested" in page.text
+    assert "test-accuracy" not in page.by_id
+    assert "loss-figure_1" in page.ids
+
+
+def test_figures_of_earlier_weights_are_not_these_weights_figures(tmp_path: Path) -> None:
+    """It was measured, and then trained on."""
+    run = make_run(tmp_path / "run", extras=True)
+    evaluation = read_json(run / "evaluation.json")
+    write_json(run / "evaluation.json", evaluation | {"epoch": 3, "step": 390 * 3})
+    parity = read_json(run / "parity.json")["comparisons"]
+    write_json(run / "parity.json", {"comparisons": [one | {"step": 390 * 3} for one in parity]})
+    page = page_of(run)
+    assert "finished, but has not been tested yet" in page.text
+    assert "test-accuracy" not in page.by_id
+    for comparison in parity:
+        assert comparison["verdict"] not in page.text
+    assert "the class the network gave them" not in page.text  # their mistakes, neither
+    other = make_run(tmp_path / "other")
+    compared = Page(write_report([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
+    assert [row[1] for row in compared.tables["runs"][1:]] == ["other", "run"]
+    assert "no two tested runs" in compared.text
+
+
+def test_a_run_that_was_not_trained_here_says_what_measures_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "theirs", tested=False)
+    (run / "recipe.json").unlink()
+    with pytest.raises(RunError, match="was not trained here.*resnet56 evaluate .*--data DIR"):
+        write_report([run])
+
+
+def test_a_report_is_not_written_over_a_folder(full: Path, tmp_path: Path) -> None:
+    for form in ("html", "md"):
+        with pytest.raises(UsageError, match=rf"is a folder; choose a file, as .*report\.{form}"):
+            write_report([full], tmp_path, format=form)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_that_occurs_twice_counts_once(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / name, replace(BEST, seed=seed), accuracy=share, seed=number)
+        for number, (name, seed, share) in enumerate((("a", 0, 0.9), ("b", 0, 0.8), ("c", 1, 0.7)))
+    ]
+    page = Page(write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
+    shares = [read_json(tmp_path / name / "evaluation.json")["test"]["accuracy"] for name in "ac"]
+    assert f"{50 * sum(shares):.2f}" in " ".join(page.tables["seed-groups"][1])
+
+
+def test_a_run_before_its_first_epoch_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", done=0, tested=False)
+    (run / "metrics.jsonl").unlink()
+    (run / "environment.json").unlink()
+    page = page_of(run)
+    assert "No epoch has ended yet" in page.text
+    assert "The run does not say what it ran on" in page.text
+    assert "figure_1" not in " ".join(page.ids)
+
+
+def test_two_classes_one_epoch_and_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
+    recipe = replace(BEST, epochs=1)
+    run = make_run(tmp_path / "run", recipe, EVIL, images=200, extras=True)
+    page = page_of(run)
+    assert page.tags.count("script") == 1  # the page's own
+    assert page.tables["per-class"][1][0] == EVIL[0]
+    assert page.tables["confusion"][2][0] == EVIL[1]
+    titles = [value for tag, name, value in page.attributes if name == "title"]
+    assert any(EVIL[0] in title and EVIL[1] in title for title in titles)
+    assert "One epoch makes no trend." in page.text
+
+
+def test_a_hundred_classes_and_all_pictures_stay_below_three_megabytes(tmp_path: Path) -> None:
+    classes = tuple(f"class number {i:02} $x_{i}$" for i in range(100))
+    run = make_run(tmp_path / "run", classes=classes, accuracy=0.6, images=5000)
+    np.savez_compressed(run / "samples.npz", **samples(classes, mistakes=100))
+    out = write_report([run])
+    assert out.stat().st_size < 3_000_000
+    page = Page(out.read_text(encoding="utf-8"))
+    matrix = read_json(run / "evaluation.json")["test"]["confusion_matrix"]
+    rows = page.tables["confusion"][1:]
+    assert [[int(cell) for cell in row[1:]] for row in rows] == matrix
+
+
+def test_very_many_classes_get_a_picture_for_a_matrix(tmp_path: Path) -> None:
+    classes = tuple(f"{i}" for i in range(151))
+    page = page_of(make_run(tmp_path / "run", classes=classes))
+    assert "confusion" not in page.tables
+    assert "confusion-figure_1" in page.ids
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("evaluation.json", "{}", r"evaluation\.json is damaged: test is missing"),
+        ("evaluation.json", "[", r"evaluation\.json is damaged"),
+        ("metrics.jsonl", '{"epoch": 1}\n', r"metrics\.jsonl:1 is damaged: step is missing"),
+        ("metrics.jsonl", "[1]\n", r"metrics\.jsonl:1 is damaged"),
+        ("parity.json", "{}", r"parity\.json is damaged: comparisons is missing"),
+        ("parity.json", '{"comparisons": [{}]}', r"parity\.json, comparisons, is damaged"),
+        ("samples.npz", "no archive", r"samples\.npz is damaged"),
+        ("recipe.json", "{", r"recipe\.json is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(
+    tmp_path: Path, file: str, text: str, said: str
+) -> None:
+    run = make_run(tmp_path / "run", images=100)
+    (run / file).write_text(text)
+    with pytest.raises(RunError, match=said) as caught:
+        write_report([run])
+    assert "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+def test_pictures_that_do_not_fit_together_are_damage(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=100)
+    for change in (
+        {"mistake_true": np.full(24, 10)},
+        {"originals": np.zeros((6, 32, 32, 3), np.uint8)},
+        {"mistake_confidence": np.zeros(3)},
+    ):
+        np.savez(run / "samples.npz", **(samples(CIFAR) | change))
+        with pytest.raises(RunError, match=r"samples\.npz is damaged: its arrays"):
+            write_report([run])
+
+
+def test_an_evaluation_of_other_classes_is_damage(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=100)
+    evaluation = read_json(run / "evaluation.json")
+    evaluation["test"]["confusion_matrix"] = [[1, 2], [3, 4]]
+    write_json(run / "evaluation.json", evaluation)
+    with pytest.raises(RunError, match="not of 10 classes"):
+        write_report([run])
+
+
+def test_no_run_and_nowhere_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at least one"):
+        write_report([])
+    with pytest.raises(RunError, match="there is no run at"):
+        write_report([tmp_path / "none"])
+    run = make_run(tmp_path / "run", done=0, tested=False)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for format_ in ("html", "md"):
+        with pytest.raises(RunError, match="cannot write") as caught:
+            write_report([run], file / "report.html", format=format_)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    assert file.read_text() == "mine"
+
+
+def test_importing_the_report_does_not_import_matplotlib() -> None:
+    code = "import sys, resnet56.report; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Markdown
+
+
+def test_markdown_has_the_files_it_shows_and_its_names_are_text(tmp_path: Path) -> None:
+    recipe = replace(BEST, epochs=2, holdout=10)
+    run = make_run(tmp_path / "a run", recipe, EVIL, images=200, extras=True)
+    out = write_report([run], tmp_path / "out of #1, 9%.md", format="md")
+    text = out.read_text(encoding="utf-8")
+    links = re.findall(r"!\[[^\n]*?\]\(([^)\s]+)\)", text)
+    assert len(links) == text.count("![") > 24
+    for link in links:
+        file = out.parent / unquote(link)
+        assert file.read_bytes().startswith(b"\x89PNG")
+    assert len(set(links)) == len(list((tmp_path / "out of #1, 9%-files").iterdir()))
+    assert "<script" not in text
+    assert r"\$x\_1\$ \| \`b\`" in text
+    table = [line for line in text.splitlines() if line.startswith("| &lt;script&gt;")]
+    assert table
+    test = read_json(run / "evaluation.json")["test"]
+    assert f"**{100 * test['accuracy']:.2f} %**" in text
+    for lines in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines()}
+        assert len(cells) == 1, lines
+
+
+def test_markdown_lies_beside_the_run_by_default_and_is_deterministic(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", replace(BEST, epochs=2), done=0, images=100)
+    out = write_report([run], format="md")
+    assert out == run / "report.md"
+    before = {path.name: path.read_bytes() for path in run.rglob("*.png")} | {"": out.read_bytes()}
+    write_report([run], format="md")
+    after = {path.name: path.read_bytes() for path in run.rglob("*.png")} | {"": out.read_bytes()}
+    assert before == after
+    assert (run / "report-files" / "reliability.png").exists()
+
+
+def test_escaping() -> None:
+    assert escape_markdown("a|b\n*c* <d> & _e_") == r"a\|b \*c\* &lt;d&gt; &amp; \_e\_"
+    assert escape_markdown("# no heading") == r"\# no heading"
+    assert unbroken("<b> 93.03 % of it") == '&lt;b&gt; <span class="nb">93.03 %</span> of it'
+
+
+# Several runs
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("several")
+    runs = [
+        make_run(folder / f"seed-{i}", replace(BEST, seed=i), accuracy=accuracy, seed=i)
+        for i, accuracy in enumerate((0.92, 0.93, 0.94))
+    ]
+    runs.append(make_run(folder / "he", RECIPES["he2015"], accuracy=0.6, seed=7))
+    runs.append(make_run(folder / "begun", replace(BEST, seed=9), done=2, tested=False))
+    return runs
+
+
+def test_a_comparison_ranks_groups_and_tells_apart(
+    several: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = write_report(several)
+    assert out == Path("comparison.html")
+    page = Page(out.read_text(encoding="utf-8"))
+    shares = {
+        run.name: read_json(run / "evaluation.json")["test"]["accuracy"] for run in several[:4]
+    }
+    ranked = sorted(shares, key=lambda name: -shares[name])
+    rows = page.tables["runs"][1:]
+    assert [row[1] for row in rows] == [*ranked, "begun"]
+    assert [row[2] for row in rows[:4]] == [f"{100 * shares[name]:.2f} %" for name in ranked]
+    assert rows[4][2] == "not tested"
+    assert rows[4][6] == "2 of 200"
+    seeds = [shares[f"seed-{i}"] for i in range(3)]
+    mean, deviation = np.mean(seeds), np.std(seeds, ddof=1)
+    group = page.tables["seed-groups"][1]
+    assert group[1:] == ["0, 1, 2", f"{100 * mean:.2f} % ± {100 * deviation:.2f} points"]
+    assert "seed" in page.tables["fields"][0]
+    assert "arch" not in page.tables["fields"][0]
+    verdicts = {(row[0], row[1]): row[4] for row in page.tables["pairs"][1:]}
+    assert len(verdicts) == 6
+    assert verdicts[ranked[0], "he"] == "yes"
+    assert verdicts[ranked[0], ranked[1]] == "no"
+    assert f"Not significant, since the interval includes zero: {ranked[0]} and" in page.text
+
+
+def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
+    out = write_report(several, tmp_path / "c.md", format="md")
+    text = out.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((c-files/[^)]+)\)", text)
+    assert len(links) > 2
+    for link in links:
+        assert (tmp_path / link).exists()
+    assert "± " in text
+    assert re.search(r"^\| begun \|", text, flags=re.M)
+
+
+def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "1" / "run", images=100)
+    b = make_run(tmp_path / "2" / "run", classes=("a", "b"), images=100)
+    page = Page(write_report([a, b], tmp_path / "c.html").read_text(encoding="utf-8"))
+    assert "not all of the same images" in page.text
+    assert "no two tested runs on the same images" in page.text
+    assert {row[1] for row in page.tables["runs"][1:]} == {str(a), str(b)}
+    same = [make_run(tmp_path / name, images=100, fingerprint=name[0]) for name in ("ab", "ac")]
+    other = make_run(tmp_path / "b", images=100, fingerprint="b")
+    page = Page(write_report([*same, other], tmp_path / "e.html").read_text(encoding="utf-8"))
+    assert "not all of the same images" in page.text  # though they are called the same
+    assert len(page.tables["pairs"][1:]) == 1
+    c = make_run(tmp_path / "c", done=0, tested=False)
+    d = make_run(tmp_path / "d", done=0, tested=False)
+    page = Page(write_report([c, d], tmp_path / "d.html").read_text(encoding="utf-8"))
+    assert "none of them tested" in page.text
+    assert "All recipes are the same." in page.text
+
+
+def test_runs_that_held_images_out_are_chosen_by_those(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / name, replace(BEST, holdout=500, lr=lr), accuracy=share, seed=seed)
+        for name, lr, share, seed in (("low", 0.01, 0.8, 1), ("high", 0.1, 0.9, 2))
+    ]
+    held = {run.name: read_json(run / "evaluation.json")["holdout"]["accuracy"] for run in runs}
+    order = sorted(held, key=lambda name: -held[name])
+    listed = ", ".join(f"{100 * held[name]:.2f} % ({name})" for name in order)
+    page = Page(write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
+    assert f"take their held-out images: {listed}." in page.text
+    for name, other in (("all", BEST), ("others", replace(BEST, holdout=400))):
+        added = make_run(tmp_path / name, other)
+        page = Page(write_report([*runs, added], tmp_path / "d.html").read_text(encoding="utf-8"))
+        assert "held-out images" not in page.text
+
+
+def test_newcombe_agrees_with_the_published_example() -> None:
+    """Newcombe 1998, table II, method 10: 56/70 - 48/80."""
+    from resnet56.metrics import wilson_interval
+
+    a, b = (56 / 70, *wilson_interval(56, 70)), (48 / 80, *wilson_interval(48, 80))
+    low, high = newcombe(a, b)
+    assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
+
+
+# Sentences
+
+
+def only(sentences: list[str]) -> str:
+    assert len(sentences) == 1
+    return sentences[0]
+
+
+def test_the_gap_is_called_what_it_is() -> None:
+    gap = story.gap
+    said = only(gap(0.9998, 0.9303, (0.9251, 0.9351), augmented=True))
+    assert said.startswith("Over-fitting: training accuracy is 99.98 % and test accuracy 93.03 %.")
+    assert "6.95 points" in said
+    assert said.endswith("augmentation did not prevent it.")
+    said = only(gap(0.90, 0.80, (0.79, 0.81), augmented=False))
+    assert said.startswith("Some over-fitting")
+    assert "a gap of 10.00 points; it trained without augmentation" in said
+    assert only(gap(0.95, 0.935, (0.93, 0.94), augmented=True)).startswith("Hardly any")
+    assert only(gap(0.95, 0.94, (0.93, 0.96), augmented=True)).startswith("No over-fitting that")
+    said = only(gap(0.93, 0.95, (0.94, 0.96), augmented=True))
+    assert said.startswith("No sign of over-fitting")
+    assert "2.00 points higher on images" in said
+    assert only(gap(1.0, 1.0, (0.99, 1.0), augmented=True)).startswith("No over-fitting that")
+
+
+def test_chance_is_recognised() -> None:
+    assert story.against_chance((0.92, 0.94), 10) == []
+    assert "includes 10.00 %" in only(story.against_chance((0.09, 0.11), 10))
+    assert "lies below 50.00 %" in only(story.against_chance((0.3, 0.4), 2))
+    assert "includes 50.00 %" in only(story.against_chance((0.48, 0.52), 2))
+
+
+def rows(*losses: float, held: tuple[float, ...] = ()) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = [{"epoch": i, "train_loss": x} for i, x in enumerate(losses, 1)]
+    for row, share in zip(made, held, strict=False):
+        row["holdout_accuracy"] = share
+    return made
+
+
+def test_the_trend_of_the_last_epochs() -> None:
+    step, cosine = Recipe(epochs=1), Recipe(epochs=1, schedule="cosine")
+    assert story.trend([], step) == []
+    assert story.trend(rows(2.0), step) == ["One epoch makes no trend."]
+    said = only(story.trend(rows(1.0, 0.9), step))
+    assert "still falling at the end, from 1.0000 to 0.9000 in the last epoch" in said
+    assert "under-trained" in said
+    assert "under-trained" not in only(story.trend(rows(1.0, 0.9), cosine))
+    assert "levelled off" in only(story.trend(rows(1.0, 0.96), step))
+    assert "rising" in only(story.trend(rows(1.0, 1.2), step))
+    assert only(story.trend(rows(1.0, 0.5), Recipe(epochs=3))) == (
+        "So far the training loss has gone from 1.0000 in epoch 1 to 0.5000 in epoch 2."
+    )
+    assert "levelled off" in only(story.trend(rows(0.0, 0.0), step))
+    # Twenty epochs: the last two (mean 0.55) against the two before (0.95).
+    many = rows(*[1.0] * 17, 0.9, 0.6, 0.5)
+    assert "from 0.9500 to 0.5500 over the last 2 epochs" in only(story.trend(many, step))
+    peak = story.trend(rows(1.0, 1.0, 1.0, held=(0.5, 0.7, 0.6)), step)
+    assert "highest after epoch 2, 70.00 %, and 60.00 % after the last" in peak[1]
+    end = story.trend(rows(1.0, 1.0, held=(0.5, 0.7)), step)
+    assert "highest at the end: 70.00 % after epoch 2" in end[1]
+
+
+def per_class(**f1: float) -> dict[str, dict[str, float]]:
+    return {name: {"f1": value, "support": 5} for name, value in f1.items()}
+
+
+def test_the_best_and_the_worst_class() -> None:
+    said = only(story.best_and_worst(per_class(cat=0.8, dog=0.9, frog=0.95)))
+    assert said == "By F1, “frog” is recognised best (0.9500) and “cat” worst (0.8000)."
+    said = only(story.best_and_worst(per_class(a=1.0, b=1.0, c=0.5)))
+    assert "“a” and “b” are recognised best" in said
+    assert "All 2 classes are recognised equally well" in only(
+        story.best_and_worst(per_class(a=1.0, b=1.0))
+    )
+    many = per_class(**{f"c{i}": 1.0 for i in range(9)}, bad=0.5)
+    assert "9 classes are recognised best" in only(story.best_and_worst(many))
+    absent = per_class(a=1.0, b=0.5) | {"none": {"f1": 0.0, "support": 0}}
+    assert "“b” worst" in only(story.best_and_worst(absent))
+    assert story.best_and_worst(per_class(a=1.0)) == []
+
+
+def test_the_most_confused_pair() -> None:
+    assert "Not one test image" in only(story.confusions([]))
+    one = {"true": "cat", "predicted": "dog", "count": 58, "share": 0.058}
+    back = {"true": "dog", "predicted": "cat", "count": 1, "share": 0.001}
+    assert only(story.confusions([one])) == (
+        "The most frequent mistake is to take “cat” for “dog”: 58 images, 5.80 % of that class."
+    )
+    assert only(story.confusions([one, back])).endswith("the other way round it is 1 image.")
+
+
+def bins(*filled: tuple[int, float]) -> dict[str, Any]:
+    made = [{"count": n, "confidence": c} for n, c in filled]
+    return {"ece": 0.05, "brier": 0.1, "bins": [*made, {"count": 0, "confidence": None}]}
+
+
+def test_confidence_is_judged_by_the_interval() -> None:
+    # (30 * 0.9 + 10 * 0.5) / 40 = 0.8
+    calibration = bins((30, 0.9), (10, 0.5))
+    assert story.mean_confidence(calibration["bins"]) == pytest.approx(0.8)
+    assert "over-confident by 10.00 points" in only(
+        story.confidence(calibration, 0.7, (0.65, 0.75))
+    )
+    assert "under-confident by 10.00 points" in only(
+        story.confidence(calibration, 0.9, (0.85, 0.95))
+    )
+    assert "neither" in only(story.confidence(calibration, 0.78, (0.7, 0.85)))
+
+
+def test_robustness_hardware_and_what_is_unfinished() -> None:
+    assert story.robustness(None) == []
+    figures = {
+        "clean_accuracy": 0.9,
+        "mean_accuracy": 0.7,
+        "corruptions": {"fog": [0.8, 0.6], "motion_blur": [0.7, 0.9]},
+    }
+    said = only(story.robustness(figures))
+    assert "70.00 % on average, 20.00 points below" in said
+    assert "“fog” costs most (mean 70.00 %) and “motion blur” least (80.00 %)" in said
+    assert story.hardware(None) == []
+    assert story.hardware(PARITY) == [PARITY["comparisons"][0]["verdict"]]
+    assert story.unfinished(5, 5, tested=True) == []
+    assert "finished, but has not been tested" in only(story.unfinished(5, 5, tested=False))
+    assert "stands after 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))
+    assert "test was made after 1 of 5" in only(story.unfinished(1, 5, tested=True))
+
+
+def test_recipes_in_words() -> None:
+    schedule = recipe_words.schedule
+    assert schedule(RECIPES["he2015"]) == (
+        "The learning rate starts at 0.1 and is multiplied by 0.1 after epochs 82 and 123."
+    )
+    assert schedule(Recipe(epochs=5)) == "The learning rate starts at 0.02 and stays there."
+    assert "rises to 0.1 in a line over the first 5 epochs, then falls to zero" in schedule(BEST)
+    assert "over the first epoch, then falls to zero in a line" in schedule(RECIPES["quick"])
+    bare = Recipe(padding=0, flip=True)
+    assert recipe_words.augmentation(bare, mirrors=False) == "Training images are not augmented."
+    assert "right half of the time" in recipe_words.augmentation(bare, mirrors=True)
+    turns = recipe_words.augmentation(Recipe(alternate_flip=True), mirrors=True)
+    assert "mirrored left to right in every other epoch" in turns
+    grown = recipe_words.augmentation(Recipe(sizes=(16, 16, 24)), mirrors=True)
+    assert "shrunk: to 16 \N{MULTIPLICATION SIGN} 16 for 2 epochs and to 24" in grown
+    trivial = Recipe(padding=0, trivial_augment=True)
+    assert "place or colour" in recipe_words.augmentation(trivial, mirrors=False)
+    assert recipe_words.is_augmented(trivial, mirrors=False)
+    assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)
+    assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))
+
+
+def test_numbers_in_words() -> None:
+    assert words.points(0.0657, sign=True) == "+6.57 points"
+    assert words.points(-0.01, sign=True) == "−1.00 points"  # noqa: RUF001 - a true minus
+    assert words.points(-0.000001, sign=True) == "0.00 points"
+    assert [words.big(n) for n in (464, 853018, 125485696)] == [
+        "464",
+        "853 thousand",
+        "125.5 million",
+    ]
+    assert words.listed([]) == ""
+    assert words.listed(["a"]) == "a"
+    assert words.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_digits_are_not_said_to_be_mirrored(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", done=1, tested=False)
+    environment = read_json(run / "environment.json")
+    environment["data"]["origin"] = "digits"
+    write_json(run / "environment.json", environment)
+    assert "mirrored" not in page_of(run).text
+
+
+# In a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=3000"),
+)
+MEASURE = """<!DOCTYPE html><body><p id="w"></p>
+<iframe name="full" src="full.html"></iframe>
+<iframe name="evil" src="evil.html"></iframe>
+<iframe name="several" src="several.html"></iframe>
+<style>iframe { width: 390px; height: 800px; border: 0 }</style><script>
+onload = () => {
+  const found = {};
+  for (const frame of document.querySelectorAll("iframe")) {
+    const page = frame.contentDocument;
+    const head = page.querySelectorAll("#per-class th button")[3];
+    if (head) head.click();
+    const first = page.querySelector("#per-class tbody th");
+    const { scrollWidth, clientWidth } = page.documentElement;
+    found[frame.name] = [scrollWidth, clientWidth, first ? first.textContent : ""];
+  }
+  document.getElementById("w").textContent = JSON.stringify(found);
+};</script>"""
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "profile"
+    shutil.rmtree(tmp_path / "profile", ignore_errors=True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH")
+def test_in_a_browser_nothing_scrolls_sideways_on_a_phone(
+    full: Path, several: list[Path], tmp_path: Path, profile: Path
+) -> None:
+    evil = make_run(tmp_path / "evil", replace(BEST, epochs=2), EVIL, images=200, extras=True)
+    for name, runs in {"full": [full], "evil": [evil], "several": several}.items():
+        write_report(runs, tmp_path / f"{name}.html")
+    (tmp_path / "wrapper.html").write_text(MEASURE)
+    address = (tmp_path / "wrapper.html").as_uri()
+    done = subprocess.run(
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "--dump-dom", address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = re.search(r'<p id="w">(.+?)</p>', done.stdout)
+    assert found, done.stderr
+    widths = json.loads(html.unescape(found[1]))
+    assert len(widths) == 3
+    for name, (wide, inside, _) in widths.items():
+        assert inside <= 390  # less a scroll bar, where it takes room
+        assert wide == inside, f"{name} is {wide} pixels wide"
+    assert "CONSOLE" not in done.stderr, done.stderr
+    scores = read_json(full / "evaluation.json")["test"]["per_class"]
+    assert widths["full"][2] == max(scores, key=lambda key: scores[key]["f1"])  # it was sorted

@@ -1,0 +1,356 @@
+"""Checkpoints as other projects write them become runs with the same outputs."""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from networks import liven
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import resnet56
+from resnet56 import cli
+from resnet56.data.readers import CIFAR10
+from resnet56.errors import Error, RunError, UsageError
+from resnet56.model import build
+from resnet56.runs import convert
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Padding(nn.Module):
+    """akamaster's shortcut A: every second pixel, zero channels around."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        quarter = x.shape[1] // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
+
+
+class Block(nn.Module):
+    """A residual block with the names that the foreign layouts share."""
+
+    def __init__(self, inside: int, width: int, stride: int, layout: str) -> None:
+        super().__init__()
+        bottleneck = layout == "torchvision"
+        outside = width * (4 if bottleneck else 1)
+        sizes = [(inside, width, 1 if bottleneck else 3)]
+        sizes += [(width, width, 3), (width, outside, 1)] if bottleneck else [(width, width, 3)]
+        self.layers = len(sizes)
+        strided = 2 if bottleneck else 1  # which layer has the stride
+        for number, (a, b, side) in enumerate(sizes, start=1):
+            step = stride if number == strided else 1
+            setattr(self, f"conv{number}", nn.Conv2d(a, b, side, step, side // 2, bias=False))
+            setattr(self, f"bn{number}", nn.BatchNorm2d(b))
+        changes = stride != 1 or inside != outside
+        if layout == "akamaster":
+            self.shortcut = Padding() if changes else nn.Sequential()
+        elif changes:
+            projection = nn.Conv2d(inside, outside, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outside))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for number in range(1, self.layers + 1):
+            out = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(out))
+            out = F.relu(out) if number < self.layers else out
+        for name in ("shortcut", "downsample"):
+            x = getattr(self, name)(x) if hasattr(self, name) else x
+        return F.relu(out + x)
+
+
+class Foreign(nn.Module):
+    """The network as another project writes it: its names, its own forward pass."""
+
+    def __init__(self, layout: str, blocks: int = 1, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        inside = 16
+        for stage, width in ((1, 16), (2, 32), (3, 64)):
+            layer = nn.Sequential()
+            for index in range(blocks):
+                stride = 2 if stage > 1 and index == 0 else 1
+                layer.append(Block(inside, width, stride, layout))
+                inside = width * (4 if layout == "torchvision" else 1)
+            setattr(self, f"layer{stage}", layer)
+        self.last = "linear" if layout == "akamaster" else "fc"
+        setattr(self, self.last, nn.Linear(inside, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = getattr(self, self.last)(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+def lively_foreign(layout: str, **options: Any) -> Foreign:
+    torch.manual_seed(0)
+    model = Foreign(layout, **options).eval()
+    liven(model, getattr(model, model.last))
+    return model
+
+
+def same_outputs(model: nn.Module, run: Path) -> bool:
+    ours = resnet56.load(run, device="cpu").model
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mine, theirs = ours(x), model(x)
+    assert theirs.std() > 0.1
+    return torch.allclose(mine, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "blocks", "arch", "prefix", "wrapping"),
+    [
+        ("akamaster", 1, "resnet8", "module.", "state_dict"),
+        ("akamaster", 2, "resnet14", "", None),
+        ("chenyaofo", 1, "resnet8-b", "", None),
+        ("chenyaofo", 2, "resnet14-b", "module._orig_mod.", "state_dict_ema"),
+        ("torchvision", 1, "resnet11-bottleneck", "_orig_mod.", "model"),
+        ("torchvision", 2, "resnet20-bottleneck", "", "model_state_dict"),
+        ("chenyaofo", 1, "resnet8-b", "_orig_mod.module.", "net"),
+    ],
+)
+def test_each_layout_gives_the_same_outputs(
+    layout: str, blocks: int, arch: str, prefix: str, wrapping: str | None, tmp_path: Path
+) -> None:
+    model = lively_foreign(layout, blocks=blocks)
+    state = OrderedDict((prefix + key, tensor) for key, tensor in model.state_dict().items())
+    content = {wrapping: state, "best_prec1": 93.39, "epoch": 7} if wrapping else state
+    torch.save(content, tmp_path / "theirs.th")
+    command = ["import", str(tmp_path / "theirs.th"), "--out", str(tmp_path / "run")]
+    assert cli.main([*command, "--arch", arch]) == 0
+    assert same_outputs(model, tmp_path / "run")
+    assert convert.read(tmp_path / "theirs.th").checkpoint.network.arch == arch  # told by itself
+
+
+def test_the_averaged_weights_are_taken_where_there_are_two(tmp_path: Path) -> None:
+    model = lively_foreign("chenyaofo")
+    raw = {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
+    both = {
+        "state_dict": raw,
+        "state_dict_ema": {f"module.{k}": t for k, t in model.state_dict().items()}
+        | {"n_averaged": torch.tensor(3)},
+        "args": argparse.Namespace(lr=0.1),
+    }
+    torch.save(both, tmp_path / "both.pth")
+    assert cli.main(["import", str(tmp_path / "both.pth"), "--out", str(tmp_path / "run")]) == 0
+    assert same_outputs(model, tmp_path / "run")
+
+
+@pytest.mark.parametrize("form", ["half", "safetensors", "legacy", "no counters", "ours"])
+def test_other_forms_of_a_state_dict_are_read(form: str, tmp_path: Path) -> None:
+    model: nn.Module = lively_foreign("chenyaofo")
+    if form == "ours":
+        model = build("resnet8-b", seed=1).eval()
+        liven(model, model.fc)
+    state = dict(model.state_dict())
+    file = tmp_path / ("it.safetensors" if form == "safetensors" else "it.pth")
+    if form == "half":
+        state = {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
+        model.load_state_dict(state)  # rounded alike
+    if form == "no counters":
+        state = {key: t for key, t in state.items() if "num_batches" not in key}
+    if form == "safetensors":
+        safetensors.torch.save_file(state, file)
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=form != "legacy")
+    assert cli.main(["import", str(file), "--out", str(tmp_path / "run")]) == 0
+    assert same_outputs(model, tmp_path / "run")
+    parameters = resnet56.load(tmp_path / "run", device="cpu").model.parameters()
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+
+
+def test_constants_are_the_authors_unless_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for layout in ("akamaster", "chenyaofo"):
+        torch.save(lively_foreign(layout).state_dict(), tmp_path / f"{layout}.pth")
+    akamaster = convert.read(tmp_path / "akamaster.pth").checkpoint.network
+    assert (akamaster.mean, akamaster.std) == IMAGENET
+    assert akamaster.classes == CIFAR10
+    chenyaofo = convert.read(tmp_path / "chenyaofo.pth").checkpoint.network
+    assert chenyaofo.std == (0.2023, 0.1994, 0.2010)
+    flags = ["--mean", ".1", ".2", ".3", "--std", ".4", ".5", ".6"]
+    run = tmp_path / "run"
+    assert cli.main(["import", str(tmp_path / "akamaster.pth"), "--out", str(run), *flags]) == 0
+    assert "ImageNet" not in capsys.readouterr().err
+    head = json.loads((run / "checkpoint" / "checkpoint.json").read_text())["network"]
+    assert (head["mean"], head["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    command = ["import", str(tmp_path / "akamaster.pth"), "--out", str(tmp_path / "b")]
+    assert cli.main(command) == 0
+    assert "ImageNet's" in capsys.readouterr().err
+
+
+def test_classes_are_named_or_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "three.pth"
+    torch.save(lively_foreign("chenyaofo", classes=3).state_dict(), file)
+    command = ["import", str(file), "--mean", "0", "0", "0", "--std", "1", "1", "1"]
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb b\nc\n")
+    assert cli.main([*command, "--out", str(tmp_path / "1"), "--classes", "x", "y", "z"]) == 0
+    assert cli.main([*command, "--out", str(tmp_path / "2"), "--classes", str(names)]) == 0
+    assert resnet56.load(tmp_path / "1").classes == ("x", "y", "z")
+    assert resnet56.load(tmp_path / "2").classes == ("a", "b b", "c")
+    with pytest.raises(UsageError, match="3 classes needs --mean and --std"):
+        convert.read(file)
+    ones = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    with pytest.raises(UsageError, match="3 classes; name them with --classes"):
+        convert.read(file, **ones)
+    with pytest.raises(UsageError, match="2 names, the network 3 outputs"):
+        convert.read(file, classes=("a", "b"), **ones)
+
+
+@pytest.mark.parametrize("wrong", [{"std": "nan"}, {"std": "0"}, {"mean": "inf"}])
+def test_constants_that_would_make_no_numbers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, str]
+) -> None:
+    file = tmp_path / "any.pth"
+    torch.save(lively_foreign("chenyaofo").state_dict(), file)
+    given = {"mean": "0.5", "std": "0.2"} | wrong
+    flags = [word for name, value in given.items() for word in (f"--{name}", ".5", value, ".5")]
+    assert cli.main(["import", str(file), "--out", str(tmp_path / "run"), *flags]) == 2
+    assert re.fullmatch(r"resnet56: --mean must be numbers .*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_named_and_what_would_fit_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = lively_foreign("chenyaofo").state_dict()
+    torch.save(state, tmp_path / "it.pth")
+    command = ["import", str(tmp_path / "it.pth"), "--out", str(tmp_path / "run"), "--arch"]
+    assert cli.main([*command, "resnet8"]) == 1
+    shown = capsys.readouterr().err
+    assert "unexpected (stage2.0.shortcut.0.weight" in shown
+    assert shown.endswith("it fits --arch resnet8-b\n")
+    assert cli.main([*command, "resnet14-b"]) == 1
+    assert "missing (stage1.1.conv1.weight" in capsys.readouterr().err
+    state["conv1.weight"] = torch.zeros(64, 3, 7, 7)  # an ImageNet stem
+    torch.save(state, tmp_path / "it.pth")
+    assert cli.main([*command, "resnet8-b"]) == 1
+    assert "conv1.weight is 64x3x7x7, not 16x3x3x3" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    state["layer1.99999999.x"] = torch.zeros(1)  # no network of that depth is built
+    torch.save(state, tmp_path / "it.pth")
+    with pytest.raises(RunError, match="fits no network of ours"):
+        convert.read(tmp_path / "it.pth")
+
+
+class Bomb:
+    """A pickle that would run a command when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"echo boom > {self.file}",)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", *range(6)])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(
+    form: str | int, tmp_path: Path
+) -> None:
+    file, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    content = {"state_dict": {"conv1.weight": torch.zeros(1)}, "extra": Bomb(trace)}
+    if isinstance(form, int):
+        file.write_bytes(pickle.dumps({"state_dict": Bomb(trace)}, protocol=form))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(RunError, match="could run code: it was not read") as caught:
+        convert.read(file)
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # no advice to do it all the same
+    assert not trace.exists()
+    pickle.load(io.BytesIO(pickle.dumps(Bomb(trace))))  # it is a live one
+    assert trace.exists()
+
+
+def test_files_that_are_no_checkpoint_are_one_line(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    torch.save(lively_foreign("chenyaofo").state_dict(), whole)
+    contents = {
+        "empty.pth": b"",
+        "text.pth": b"not a checkpoint",
+        "cut.pth": whole.getvalue()[:3000],
+        "junk.safetensors": b"junk",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RunError, match=name) as caught:
+            convert.read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match=r"cannot read .*none\.pth"):
+        convert.read(tmp_path / "none.pth")
+    for odd, says in (({"epoch": 3}, "in it is: epoch"), (torch.zeros(3), "a tensor")):
+        torch.save(odd, tmp_path / "odd.pth")
+        with pytest.raises(RunError, match=says):
+            convert.read(tmp_path / "odd.pth")
+    state = lively_foreign("chenyaofo").state_dict()
+    state["fc.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(Error, match="fc.bias has values that are not finite"):
+        convert.read(tmp_path / "nan.pth")
+
+
+def test_a_dictionary_that_holds_itself_is_no_state_dict(tmp_path: Path) -> None:
+    ring: dict[str, Any] = {"epoch\n1": 3}
+    ring["state_dict"] = ring
+    torch.save(ring, tmp_path / "ring.pth")
+    with pytest.raises(RunError, match="in it is: epoch 1, state_dict$"):
+        convert.read(tmp_path / "ring.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensor: tensor.to("meta"), "not plain numbers: fc.weight"),
+        (lambda tensor: tensor.to_sparse(), "not plain numbers: fc.weight"),
+        (lambda tensor: tensor.to(torch.complex64), "not plain numbers: fc.weight"),
+        (lambda tensor: tensor.to(torch.int8), "fc.weight holds torch.int8, not floats"),
+    ],
+    ids=["meta", "sparse", "complex", "integers"],
+)
+def test_tensors_that_are_no_weights_are_one_line(
+    change: Callable[[Tensor], Tensor], says: str, tmp_path: Path
+) -> None:
+    state = lively_foreign("chenyaofo").state_dict()
+    state["fc.weight"] = change(state["fc.weight"])
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(RunError, match=says):
+        convert.read(tmp_path / "odd.pth")
+
+
+def test_an_imported_run_is_evaluated_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(lively_foreign("akamaster", classes=2).state_dict(), tmp_path / "it.th")
+    flags = ["--classes", "blue", "red", "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
+    run = tmp_path / "run"
+    assert cli.main(["import", str(tmp_path / "it.th"), "--out", str(run), *flags]) == 0
+    for split in ("train", "test"):
+        for name in ("blue", "red"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(3):
+                picture = Image.new("RGB", (32, 32), name)
+                picture.save(tmp_path / "data" / split / name / f"{index}.png")
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "data"), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    colours = [Image.new("RGB", (32, 32), name) for name in ("blue", "red")]
+    seen = [resnet56.load(run).predict(colour)[0].label for colour in colours]
+    hits = sum(seen[label] == ("blue", "red")[label] for label in labels)
+    assert figures["accuracy"] == hits / 6

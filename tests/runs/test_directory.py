@@ -1,0 +1,317 @@
+"""The run directory: whole files or none, and damage that is noticed."""
+
+import errno
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+
+from resnet56.errors import RunError
+from resnet56.runs.directory import (
+    Checkpoint,
+    Network,
+    Position,
+    RunDirectory,
+    next_free,
+    read_json,
+    write_json,
+    write_text,
+)
+
+NETWORK = Network("resnet8", ("a", "b"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def checkpoint(step: int = 7) -> Checkpoint:
+    return Checkpoint(
+        NETWORK,
+        model={"w": torch.arange(6.0).reshape(2, 3) / 7, "n": torch.tensor(step)},
+        training={"momentum.w": torch.full((2, 3), 1 / 3)},
+        position=Position(epoch=1, step=step, epoch_step=3, loss_sum=1 / 3, correct=5, images=24),
+        notes={"precision": "fp32"},
+    )
+
+
+def test_a_checkpoint_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    saved = checkpoint()
+    run.save(saved)
+    loaded = run.load(training=True)
+    assert loaded.network == saved.network
+    assert loaded.position == saved.position
+    assert loaded.notes == saved.notes
+    for part in ("model", "training"):
+        for name, tensor in getattr(saved, part).items():
+            assert torch.equal(getattr(loaded, part)[name], tensor)
+
+
+def test_channels_last_weights_are_saved_in_their_values_not_their_memory(tmp_path: Path) -> None:
+    weights = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    run = RunDirectory(tmp_path)
+    run.save(Checkpoint(NETWORK, model={"w": weights}))
+    assert torch.equal(run.load().model["w"], weights)
+
+
+def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.save(checkpoint(step=7))
+    run.save(checkpoint(step=8))
+    names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert names == [
+        "checkpoint.json",
+        "model-00000008.safetensors",
+        "training-00000008.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("survivors", [0, 1, 2])
+def test_a_crash_while_saving_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survivors: int
+) -> None:
+    """The disk is full after none, one or both of the tensor files are written."""
+    run = RunDirectory(tmp_path)
+    run.save(checkpoint(step=7))
+    written = 0
+    replace = Path.replace
+
+    def full_disk(self: Path, target: Path) -> Path:
+        nonlocal written
+        written += 1
+        if written > survivors:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(RunError, match=r"No space left on device.*untouched") as caught:
+        run.save(checkpoint(step=8))
+    assert "\n" not in str(caught.value)
+    assert run.load(training=True).position.step == 7
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("part", ["model", "training"])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, part: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.save(checkpoint())
+    file = next((tmp_path / "checkpoint").glob(f"{part}-*"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=f"{file.name} is damaged"):
+        run.load(training=True)
+
+
+def test_a_tensor_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.save(checkpoint())
+    (tmp_path / "checkpoint" / "model-00000007.safetensors").unlink()
+    with pytest.raises(RunError, match=r"cannot read .*model-00000007\.safetensors"):
+        run.load()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "{}", '{"format": 1, "network": {"arch": 3}}', '{"format": "x"}']
+)
+def test_a_damaged_checkpoint_json_is_one_line(tmp_path: Path, text: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.save(checkpoint())
+    run.checkpoint_file.write_text(text)
+    with pytest.raises(RunError, match="damaged") as caught:
+        run.load()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.save(checkpoint())
+    head = read_json(run.checkpoint_file)
+    head["files"]["model"]["name"] = "../../outside.safetensors"
+    run.checkpoint_file.write_text(json.dumps(head))
+    (tmp_path / "outside.safetensors").write_bytes(b"x")
+    with pytest.raises(RunError, match=r"cannot read .*checkpoint.outside\.safetensors"):
+        run.load()
+
+
+def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.save(checkpoint())
+    head = read_json(run.checkpoint_file) | {"format": 99}
+    run.checkpoint_file.write_text(json.dumps(head))
+    with pytest.raises(RunError, match="format 99, newer.*update resnet56"):
+        run.load()
+
+
+def test_a_missing_run_and_a_run_without_checkpoint_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is no run at"):
+        RunDirectory(tmp_path / "none").load()
+    with pytest.raises(RunError, match="has no checkpoint"):
+        RunDirectory(tmp_path).load()
+
+
+def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "a" / "b").create()
+    assert (tmp_path / "a" / "b").is_dir()
+    RunDirectory(tmp_path / "a" / "b").create()
+
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(RunError, match="file cannot be a run directory"):
+        RunDirectory(file).create()
+    with pytest.raises(RunError, match="file"):
+        RunDirectory(file / "run").create()
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match=r"not empty \(thesis\.tex is in it\)"):
+        RunDirectory(other).create()
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+    run = RunDirectory(tmp_path / "run")
+    run.save(checkpoint())
+    with pytest.raises(RunError, match="holds a run already.*--resume"):
+        run.create()
+    assert run.load().position.step == 7
+
+
+def test_metrics_come_back_without_a_torn_last_line(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.read_metrics() == []
+    rows = [{"epoch": i, "train_loss": 1 / i} for i in (1, 2, 3)]
+    for row in rows:
+        run.append_metrics(row)
+    assert run.read_metrics() == rows
+    whole = run.metrics_file.read_bytes()
+    run.metrics_file.write_bytes(whole[:-9])
+    assert run.read_metrics() == rows[:2]
+    run.rewind_metrics(epochs=1)
+    assert run.metrics_file.read_bytes() == whole[: whole.index(b"\n") + 1]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.metrics_file.write_text('{"epoch": 1}\nnonsense\n{"epoch": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2 is damaged"):
+        run.read_metrics()
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "{}", '{"epoch": "1"}'])
+def test_a_line_that_is_no_row_is_damage(tmp_path: Path, line: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.metrics_file.write_text(f'{line}\n{{"epoch": 3}}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:1 is damaged"):
+        run.rewind_metrics(2)
+
+
+def test_a_comparison_takes_the_place_of_an_earlier_one_of_its_pair(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for pair, changed in (("ab", 1), ("ac", 2), ("ab", 3)):
+        run.keep_comparison({"a": pair[0], "b": pair[1], "changed": changed}, step=5)
+    kept = read_json(run.parity_file)["comparisons"]
+    assert [(one["b"], one["changed"]) for one in kept] == [("c", 2), ("b", 3)]
+    run.keep_comparison({"a": "a", "b": "d", "changed": 4}, step=6)  # the training went on
+    assert [one["b"] for one in read_json(run.parity_file)["comparisons"]] == ["d"]
+    run.parity_file.write_text('{"comparisons": [5]}')
+    with pytest.raises(RunError, match="damaged"):
+        run.keep_comparison({"a": "a", "b": "b"}, step=6)
+
+
+def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.read_evaluation(7) is None
+    write_json(run.evaluation_file, {"step": 7})
+    assert run.read_evaluation(7) == {"step": 7}
+    assert run.read_evaluation(8) is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows opens no folders")
+def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
+    run, other = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    with run.alone(), pytest.raises(RunError, match="another process trains in"), other.alone():
+        pass
+    with other.alone():
+        pass
+    with RunDirectory(tmp_path / "nowhere").alone():
+        pass
+
+
+@pytest.mark.parametrize("name", [".", "/", "folder"])
+def test_a_folder_is_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name if name == "folder" else Path(name)
+    with pytest.raises(RunError, match=f"cannot write {path}: it is a folder"):
+        write_json(path, {})
+
+
+def test_a_text_may_name_what_is_no_utf_8(tmp_path: Path) -> None:
+    write_text(tmp_path / "page.html", "caf\udce9")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == r"caf\udce9"
+
+
+def test_metrics_refuse_what_json_cannot_say(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        RunDirectory(tmp_path).append_metrics({"epoch": 1, "train_loss": float("nan")})
+
+
+def test_json_reads_back_and_a_matrix_has_a_line_a_row(tmp_path: Path) -> None:
+    content = {
+        "a": {"b": [[1, 2], [3, 4]], "c": []},
+        "d": None,
+        "e": "ü",
+        "f": [{"g": 1.5}],
+        "h": {},
+    }
+    write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content
+    assert "[1, 2],\n" in text
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"new": object()})
+    assert read_json(tmp_path / "x.json") == {"old": 1}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes are otherwise on Windows")
+def test_what_a_link_points_to_is_replaced_and_a_pipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, file, pipe = tmp_path / "link.json", tmp_path / "there" / "x.json", tmp_path / "pipe"
+    link.symlink_to(file)
+    write_json(link, {})
+    assert (link.is_symlink(), read_json(file)) == (True, {})
+    os.mkfifo(pipe)
+    with pytest.raises(RunError, match=r"cannot write .*pipe: it is a device or a pipe"):
+        write_json(pipe, {})
+    assert pipe.is_fifo()
+    assert [path.name for path in file.parent.iterdir()] == ["x.json"]
+
+
+def test_where_nothing_can_be_written_the_path_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(RunError, match=r"cannot write .*x\.json: Permission denied"):
+        write_json(tmp_path / "x.json", {})
+
+
+def test_a_position_says_all_that_an_interrupted_epoch_has_summed_up() -> None:
+    assert set(asdict(Position())) == {
+        "epoch", "step", "epoch_step", "loss_sum", "correct", "images", "seconds",
+    }  # fmt: skip
+
+
+def test_next_free_numbers_what_is_taken(tmp_path: Path) -> None:
+    base = tmp_path / "quick-digits"
+    assert next_free(base) == base
+    base.mkdir()
+    assert next_free(base) == tmp_path / "quick-digits-2"
+    (tmp_path / "quick-digits-2").mkdir()
+    assert next_free(base) == tmp_path / "quick-digits-3"
