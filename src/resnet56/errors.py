@@ -52,3 +52,14 @@ def shown(text: str) -> str:
     no UTF-8 cannot be written at all.
     """
     return text if text.isprintable() else ascii(text)
+
+
+def printable(line: str) -> str:
+    """`line` with an escape in place of each character that is not printable.
+
+    For whole lines at the terminal's door, however foreign names came into them; `shown` is for a
+    name in a sentence.
+    """
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

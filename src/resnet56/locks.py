@@ -1,6 +1,11 @@
-"""A lock that a process holds on an open file; its end, however abrupt, frees it."""
+"""Files of a known name in folders that others may write: opened without links, and locked."""
 
+import errno
+import os
+import stat
 import sys
+from io import BufferedRandom
+from pathlib import Path
 
 if sys.platform == "win32":
     import msvcrt
@@ -12,6 +17,55 @@ else:
 
     def _take_lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def open_private(path: Path) -> BufferedRandom:
+    """Open `path` for reading and writing without following a link; made if it is not there.
+
+    In a folder that others may write, someone can have put a link of this name there, to have a
+    file elsewhere overwritten. A link is removed and a new file made. Raises OSError, also for a
+    file of another user and for what is no file.
+    """
+    for _ in range(100):  # whoever puts a link there again and again gets an error
+        try:
+            return _open_private(path)
+        except _LinkError:
+            path.unlink(missing_ok=True)
+    raise FileExistsError(errno.EEXIST, "in the way, it is a link", str(path))
+
+
+class _LinkError(Exception):
+    """The name is a link: a symbolic one, or another name of a file elsewhere."""
+
+
+def _open_private(path: Path) -> BufferedRandom:
+    if path.is_symlink():  # where O_NOFOLLOW is not known; elsewhere that decides
+        raise _LinkError
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
+        flags |= getattr(os, name, 0)  # O_NONBLOCK: a pipe of this name would wait for ever
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):  # how POSIX and FreeBSD say "a link"
+            raise _LinkError from None
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise FileExistsError(errno.EEXIST, "in the way, it is not a file", str(path))
+        if found.st_nlink > 1:
+            raise _LinkError
+        if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+            raise PermissionError(
+                errno.EACCES,
+                "it belongs to another user: remove it, or choose another folder",
+                str(path),
+            )
+        return os.fdopen(descriptor, "r+b")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def try_lock(descriptor: int) -> bool:

@@ -1,10 +1,13 @@
 """Downloads against a web server on this machine that can misbehave as real ones do."""
 
+import base64
 import errno
 import gzip
 import hashlib
 import io
+import os
 import random
+import shutil
 import socket
 import socketserver
 import sys
@@ -14,12 +17,15 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.error import URLError
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from resnet56.data import download
+from resnet56.data import archives, download
 from resnet56.data.download import ARCHIVES, Archive, default_root, fetch
 from resnet56.errors import DownloadError
 
@@ -42,6 +48,13 @@ class Site(ThreadingHTTPServer):
         self.ranges = True
         self.shift = 0  # between the range that is asked for and the one that is sent
         self.sized = True
+        self.location = ""  # of a redirection; the same path by default
+        self.length = ""  # a Content-Length to claim
+        self.reason: str | None = None  # beside the status
+        self.head_gate = threading.Event()  # the answer's head waits for it
+        self.head_gate.set()
+        self.drip: float | None = None  # seconds between single bytes
+        self.authorizations: list[str | None] = []
         self.gate = threading.Event()  # what follows the first half waits for it
         self.gate.set()
 
@@ -69,17 +82,22 @@ class Page(BaseHTTPRequestHandler):
             status = 416
         body = site.content[start:] if status < 400 else b""
         site.seen.append((self.path, wanted, len(body)))
-        self.send_response(status)
+        site.authorizations.append(self.headers["Authorization"])
+        site.head_gate.wait(10)
+        self.send_response(status, site.reason)
         self.send_header("Content-Type", site.kind)
         if site.sized:
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", site.length or str(len(body)))
         if status == 206:
             total = len(site.content)
             self.send_header("Content-Range", f"bytes {start + site.shift}-{total - 1}/{total}")
         if status == 302:
-            self.send_header("Location", self.path)
+            self.send_header("Location", site.location or self.path)
         self.end_headers()
         body = body[: int(len(body) * (site.sends.pop(0) if site.sends else 1))]
+        for byte in body if site.drip is not None else b"":
+            self.wfile.write(bytes([byte]))
+            time.sleep(site.drip or 0)
         self.wfile.write(body[: len(body) // 2])
         site.gate.wait(10)
         self.wfile.write(body[len(body) // 2 :])
@@ -97,6 +115,9 @@ def packed(*members: tuple[tarfile.TarInfo | str, bytes]) -> bytes:
 
 
 CONTENT = packed(*FILES.items())  # once: gzip notes the second in which it packs
+_PAX = tarfile.TarInfo("toy/a")
+_PAX.pax_headers, _PAX.mtime = {"comment": "x", "mtime": "1700000000.5"}, 1_700_000_000
+SMALL = packed(("toy/readme.txt", b"a toy"), (_PAX, b"a"))
 
 
 def archive_of(content: bytes, url: str, size: int | None = None) -> Archive:
@@ -121,6 +142,7 @@ def serve(content: bytes) -> Iterator[Site]:
         thread.start()
         yield site
         site.gate.set()
+        site.head_gate.set()
         site.shutdown()
         thread.join()
 
@@ -290,7 +312,7 @@ def test_a_wrong_size_is_refused_before_the_download(site: Site, root: Path) -> 
 def test_an_endless_answer_ends(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "_LARGEST", 1000)
+    monkeypatch.setattr(download, "LARGEST", 1000)
     assert "sent more than 1000 bytes" in failure(archive, root)
 
 
@@ -377,6 +399,162 @@ def test_a_silent_server_times_out(
     assert time.monotonic() - begun < 5
     # Everything that came before the silence.
     assert (root / "toy.tar.gz.part").stat().st_size == len(site.content) // 2
+
+
+def test_a_server_that_drips_is_given_up_and_what_came_is_kept(
+    site: Site, mirror: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_SLOWEST", (1000, 0.1))
+    mirror.drip = 0.01  # each byte well within the timeout
+    assert_whole(fetch(archive, root, mirrors=[mirror.url("/")]), root)
+    [(_, wanted, _)] = site.seen
+    assert wanted is None or wanted != "bytes=0-"
+    mirror.seen.clear()
+    site.drip = 0.01
+    shutil.rmtree(root)
+    assert "sent only " in failure(archive, root, mirrors=[mirror.url("/")])
+    assert (root / "toy.tar.gz.part").stat().st_size > 0
+
+
+def test_an_answer_that_does_not_begin_is_given_up(
+    site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_PAUSES", ())
+    monkeypatch.setattr(download, "_ANSWER_WITHIN", 0.01)  # the connection's own limit is 5 s
+    site.head_gate.clear()
+    assert "timed out before the answer began" in failure(archive, root)
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "1" * 400, "-5", "0x10", "\xb2", "nan", "1e9"])
+def test_a_length_that_is_none_is_not_believed(
+    site: Site, archive: Archive, root: Path, length: str
+) -> None:
+    site.length = length
+    try:
+        assert_whole(fetch(archive, root, timeout=0.5), root)
+    except DownloadError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("reason", ["\x1b[2Jgone", "a\x07\x9b31m", "x" * 60_000])
+def test_a_status_line_cannot_write_to_the_terminal(
+    site: Site, archive: Archive, root: Path, reason: str
+) -> None:
+    site.statuses, site.reason = [404], reason
+    message = failure(archive, root)
+    assert message.isprintable()
+    assert len(message) < 1000
+
+
+def test_a_password_reaches_its_own_host_and_nothing_else(
+    site: Site, mirror: Site, archive: Archive, root: Path
+) -> None:
+    mirror.statuses, mirror.location = [302], site.url("/elsewhere")
+    address = f"http://me:s%40cret@127.0.0.1:{mirror.server_address[1]}/pub?token=t0ken"
+    assert_whole(fetch(archive, root, mirrors=[address.replace("/pub", "/toy.tar.gz")]), root)
+    assert mirror.authorizations == ["Basic " + base64.b64encode(b"me:s@cret").decode()]
+    assert site.authorizations == [None]
+
+
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        "http://me:s3cret@127.0.0.1:PORT/pub",
+        "http://me:s3cret@127.0.0.1:PORT/toy.tar.gz?sig=s3cret#s3cret",
+        "http://me:pass/s3cret@127.0.0.1:PORT/",
+        "http://s3cret@127.0.0.1:port/",
+        "http://me:s3cret@127.0.0.1:1/a b?s3cret",
+        "http://me:s3cret@[127/",
+        "ftp://me:s3cret@127.0.0.1/",
+        "me:s3cret@127.0.0.1/pub",
+        "http://me:s3cret@\u2100.example/",  # urlsplit refuses it, and shows it
+    ],
+)
+def test_no_error_shows_a_password(site: Site, root: Path, mirror: str) -> None:
+    site.statuses = [404] * 9
+    mirror = mirror.replace("PORT", str(site.server_address[1]))
+    message = failure(archive_of(b"", site.url()), root, mirrors=[mirror])
+    assert "s3cret" not in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("name", ["toy.tar.gz.part", "toy.tar.gz.lock"])
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
+def test_a_link_in_the_way_is_not_written_through(
+    site: Site, archive: Archive, root: Path, tmp_path: Path, name: str, make: Any
+) -> None:
+    """As another user can put one into a folder that many may write."""
+    theirs = tmp_path / "precious"
+    theirs.write_bytes(b"\x1f\x8b precious")
+    root.mkdir(parents=True)
+    make(root / name, theirs)
+    assert_whole(fetch(archive, root), root)
+    assert theirs.read_bytes() == b"\x1f\x8b precious"
+    assert site.seen[0][1] is None, "their bytes are no start of a download"
+
+
+def owned_by_another(found: os.stat_result, inode: int) -> os.stat_result:
+    fields = list(found)
+    if found.st_ino == inode:
+        fields[4] += 1
+    return os.stat_result(fields)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+@pytest.mark.parametrize("name", ["toy.tar.gz.part", "toy.tar.gz.lock"])
+def test_what_is_no_file_of_ours_is_named_and_left(
+    archive: Archive, root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.mkdir(parents=True)
+    os.mkfifo(root / name)  # to open one waits for ever
+    with pytest.raises(DownloadError, match=f"{name}: in the way, it is not a file"):
+        fetch(archive, root)
+    (root / name).unlink()
+    (root / name).write_bytes(b"theirs")
+    inode, real = (root / name).stat().st_ino, os.fstat
+    monkeypatch.setattr(os, "fstat", lambda file: owned_by_another(real(file), inode))
+    with pytest.raises(DownloadError, match=f"{name}: it belongs to another user"):
+        fetch(archive, root)
+    assert (root / name).read_bytes() == b"theirs"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be exchanged there")
+def test_a_part_exchanged_after_its_check_is_not_unpacked(
+    site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = download._verify
+
+    def verify_and_exchange(*arguments: Any) -> None:
+        verify(*arguments)
+        (root / "toy.tar.gz.part").unlink()
+        (root / "toy.tar.gz.part").write_bytes(packed(("toy/train.bin", b"evil")))
+
+    monkeypatch.setattr(download, "_verify", verify_and_exchange)
+    assert_whole(fetch(archive, root), root)
+
+
+def test_no_home_directory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.raises(DownloadError, match="set HOME, or RESNET56_DATA"):
+        default_root()
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_archive_is_an_unpack_error(data: st.DataObject) -> None:
+    """The tar inside is damaged and the gzip around it is whole, as a hostile one can be."""
+    content = bytearray(gzip.decompress(SMALL))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with TemporaryDirectory() as root:
+        try:
+            archives.unpack(io.BytesIO(gzip.compress(bytes(content), 1)), Path(root), "toy")
+        except archives.UnpackError as error:
+            assert str(error).isprintable()  # noqa: PT017
+        assert {path.name for path in Path(root).iterdir()} <= {"toy"}
 
 
 @pytest.mark.parametrize("fault", ["404", "web page", "drop", "checksum", "closed"])
@@ -532,7 +710,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(
     site: Site, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.content = packed(("toy/a", bytes(30_000)), ("toy/b", bytes(30_000)))
-    monkeypatch.setattr(download, "_LARGEST", 50_000)
+    monkeypatch.setattr(archives, "LARGEST", 50_000)
     message = failure(archive_of(site.content, site.url()), root)
     assert "it holds more than 50000 bytes" in message
 
@@ -557,13 +735,13 @@ def test_a_disk_full_while_downloading_keeps_the_part(
     site: Site, archive: Archive, root: Path, part: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part.write_bytes(site.content[:1000])
-    opened = Path.open
+    opened = download.open_private
 
-    def open_full(path: Path, mode: str = "r", *rest: Any) -> Any:
-        return Full() if path == part and mode == "ab" else opened(path, mode, *rest)
+    def open_full(path: Path) -> Any:
+        return Full(part.read_bytes()) if path == part else opened(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", open_full)
+        patch.setattr(download, "open_private", open_full)
         message = failure(archive, root)
     assert f"{root}: the disk is full; 1000 bytes are kept" in message
     assert_whole(fetch(archive, root), root)
