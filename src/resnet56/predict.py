@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from resnet56.data.images import Bytes, Floats, prepare, read_image, reading
+from resnet56.data.images import Bytes, Floats, fit, read_image, reading, upright
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
 from resnet56.libraries import import_onnxruntime
 from resnet56.runs.directory import Network
@@ -309,7 +309,7 @@ def _prepared(picture: Picture) -> Bytes | ImageError:
     name = shown(str(picture)) if isinstance(picture, str | Path) else "the image"
     try:
         with reading(name):
-            return prepare(to_image(picture))
+            return fit(to_image(picture))
     except ImageError as error:
         return error
     except MemoryError:
@@ -317,21 +317,21 @@ def _prepared(picture: Picture) -> Bytes | ImageError:
 
 
 def to_image(picture: Picture) -> Image.Image:
-    """Whatever holds a picture, as a Pillow image. Raises ImageError, or what Pillow raises."""
+    """Whatever holds a picture, upright and RGB. Raises ImageError, or what Pillow raises."""
     if isinstance(picture, Image.Image):
         if 0 in picture.size:
             raise ImageError("the image has no pixels")
-        return picture
+        return upright(picture)
     if isinstance(picture, str | Path):
         return read_image(Path(picture))
     if isinstance(picture, bytes) or hasattr(picture, "read"):
         return read_image(picture)  # type: ignore[arg-type]
     if isinstance(picture, np.ndarray):
-        return _image_from(picture)
+        return upright(_image_from(picture))
     if hasattr(picture, "detach"):  # a tensor, told without importing PyTorch
         tensor = picture.detach().cpu()
         pixels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        return _image_from(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels)
+        return upright(_image_from(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels))
     raise ImageError(f"cannot read a picture from {type(picture).__name__}")
 
 

@@ -124,12 +124,23 @@ def test_a_picture_comes_through_a_pipe(run: Path, album: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_the_largest_image_can_be_set(
+    run: Path, album: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # to restore it
+    command = ["predict", str(album / "a.png"), "--run", str(run), "--max-pixels"]
+    assert cli.main([*command, "100"]) == 1
+    assert "more than the 100 allowed" in capsys.readouterr().err
+    assert cli.main([*command, "1000000000"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         ([], 2, "which pictures"),
         (["x.png", "--json", "--csv"], 2, "not both"),
         (["x.png", "--top", "0"], 2, "--top must be at least 1"),
+        (["x.png", "--max-pixels", "0"], 2, "--max-pixels must be at least 1"),
         (["x.png", "--run", "nothing"], 1, "no run at nothing and no shipped network"),
         (["x.png", "--run", "none.onnx"], 1, "cannot read none.onnx"),
     ],

@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import struct
 import warnings
 import zlib
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet56.data.images import files_in, overlay, prepare, read_image
+from resnet56.data import images
+from resnet56.data.images import (
+    BROWSER_FORMATS,
+    files_in,
+    overlay,
+    prepare,
+    read_image,
+    read_pixels,
+)
 from resnet56.errors import ImageError
 
 
@@ -86,8 +95,8 @@ def huge_png(side: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "cannot read .*: it is none that this reads"),
-        (b"some text", "cannot read .*: it is none that this reads"),
+        (b"", "cannot read .*: it is not an image in a format"),
+        (b"some text", "cannot read .*: it is not an image in a format"),
         (encoded(Image.effect_noise((90, 90), 50))[:2000], "cannot read .*truncated"),
         (huge_png(9_500), "9,500 x 9,500 pixels, more than the 89,478,485 allowed"),
         (huge_png(100_000), "decompression bomb"),
@@ -104,6 +113,37 @@ def test_what_is_no_whole_picture_is_one_line(content: bytes, says: str, tmp_pat
         assert "\n" not in str(caught.value)
         assert "0x" not in str(caught.value)  # no object's address
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "GIF", "TIFF", "JPEG", "WEBP", "BMP", "PPM"])
+def test_what_plain_pillow_refuses_is_refused(suffix: str) -> None:
+    """A flipped bit or a missing end: no decoder's error is passed over."""
+    chance = random.Random(suffix)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    options = {"exif": b"Exif\0\0junk"} if suffix in ("PNG", "JPEG", "WEBP") else {}
+    whole = encoded(noise, suffix, **options)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole) // 4, len(whole))] ^= 1 << chance.randrange(8)
+        if chance.random() < 0.3:
+            del damaged[chance.randrange(len(whole) // 4, len(whole)) :]
+        try:
+            with Image.open(io.BytesIO(damaged), formats=[suffix]) as image:
+                image.load()
+        except Exception:  # Pillow raises whatever it trips over
+            refused += 1
+            with pytest.raises(ImageError):
+                read_image(bytes(damaged))
+    assert refused >= 10
+
+
+def test_a_damaged_png_is_refused_like_any_other(tmp_path: Path) -> None:
+    """Its getexif() decodes the pixels: that error is not one about EXIF."""
+    content = bytearray(encoded(Image.effect_noise((60, 60), 50).convert("RGB")))
+    content[len(content) // 2] ^= 4
+    with pytest.raises(ImageError, match="cannot read the image"):
+        read_image(bytes(content))
 
 
 def progressive() -> bytes:
@@ -131,6 +171,88 @@ def test_what_is_no_scan_of_a_jpeg_does_not_count() -> None:
     plain = read_image(content).tobytes()
     assert read_image(content + film).tobytes() == plain
     assert read_image(content[:2] + notes + content[2:]).tobytes() == plain
+
+
+def test_a_jpeg_beyond_the_bound_is_decoded_at_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(Image.linear_gradient("L").resize((400, 320)).convert("RGB"), "JPEG")
+    whole = read_pixels(content)
+    for bound, pillow_refuses in ((100_000, False), (40_000, True)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
+        if pillow_refuses:
+            with pytest.raises(Image.DecompressionBombError):
+                Image.open(io.BytesIO(content))
+        assert read_image(content).size == (50, 40)
+        assert np.abs(read_pixels(content).astype(int) - whole).max() <= 8
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    with pytest.raises(ImageError, match="more than the 50,000 allowed"):  # a bound of one's own
+        read_image(content, max_pixels=50_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)  # more than four times as many
+    with pytest.raises(ImageError, match=r"more than the 30,000 allowed: .*--max-pixels"):
+        read_image(content)
+
+
+def test_formats_can_be_limited() -> None:
+    content = encoded(Image.new("RGB", (9, 9)), "TIFF")
+    assert read_image(content).size == (9, 9)
+    with pytest.raises(ImageError, match=r"not an image in a format accepted here \(PNG, JPEG"):
+        read_image(content, formats=BROWSER_FORMATS)
+
+
+@pytest.mark.parametrize("format", BROWSER_FORMATS)
+def test_every_format_is_read(format: str) -> None:
+    content = encoded(Image.new("RGB", (40, 40), (200, 30, 90)), format)
+    seen = pixel(read_image(content, formats=BROWSER_FORMATS))
+    assert np.abs(np.array(seen) - [200, 30, 90]).max() <= 6
+
+
+def ramp(dtype: str, top: float) -> Image.Image:
+    values = np.linspace(0, top, 32 * 32).reshape(32, 32)
+    return Image.fromarray(values.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (ramp("float32", 1), {}),
+        (ramp("float32", 255), {}),
+        (ramp("int32", 255), {}),
+        (ramp("int32", 65535), {}),
+        (ramp("uint16", 65535), {}),
+        (ramp("uint16", 4095), {"tiffinfo": {281: 4095}}),
+    ],
+    ids=["0..1", "0..255", "int32 of a byte", "int32 of 16 bits", "16 bits", "12 bits"],
+)
+def test_greys_of_any_scale_keep_their_brightness(
+    image: Image.Image, options: dict[str, object]
+) -> None:
+    expected = np.rint(np.linspace(0, 255, 32 * 32)).reshape(32, 32)
+    seen = read_pixels(encoded(image, "TIFF", **options)).astype(int)
+    assert np.abs(seen - expected).max() <= 1
+
+
+def test_greys_that_come_out_black_or_are_no_numbers_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read_image(encoded(ramp("uint16", 3000), "TIFF"), name="deep.tif")
+    assert caplog.messages == [
+        "deep.tif is nearly black: do its values span the range of its type?"
+    ]
+    read_image(encoded(ramp("uint16", 60_000), "TIFF"))
+    assert len(caplog.messages) == 1
+    values = np.zeros((9, 9), np.float32)
+    values[3, 3] = np.nan
+    with pytest.raises(ImageError, match="some of its pixels are not finite numbers"):
+        read_image(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_a_file_is_turned_upright_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = []
+    upright = images.upright
+    monkeypatch.setattr(images, "upright", lambda image: turned.append(1) or upright(image))
+    content = encoded(Image.new("RGB", (40, 40)))
+    read_pixels(content)
+    overlay(read_image(content), np.zeros((8, 8), np.float32))
+    assert len(turned) == 2  # of two readings
 
 
 def test_a_stream_that_cannot_go_back_is_read() -> None:

@@ -7,7 +7,7 @@ without PyTorch.
 
 import contextlib
 import io
-import re
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,23 +16,37 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
+from resnet56.data.image_headers import excess, exif_excess
 from resnet56.errors import ImageError, one_line, shown
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
+log = logging.getLogger(__name__)
+
+
+def _has_avif() -> bool:
+    """Whether this Pillow decodes AVIF (version 11.3 and later, if built with it)."""
+    try:
+        from PIL import AvifImagePlugin
+    except ImportError:
+        return False
+    return bool(AvifImagePlugin.SUPPORTED)
+
+
 SIZE = 32  # pixels, the network's input on each side
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-# Pillow goes by content, not by name; without this list a ".png" could start Ghostscript.
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-# Each scan of a progressive JPEG goes over the whole picture, and a few bytes make one: a small
-# file could keep a thread busy for long. Encoders write about ten; libtiff, too, stops at 100.
-_SCANS = 100
-# A JPEG's markers: what follows 0xFF, but for stuffing, restarts and padding (T.81, table B.1).
-_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
-_TEM, _EOI, _SOS = b"\x01", b"\xd9", b"\xda"
+# What browsers show, and more. Pillow goes by content, not by name; without such a list a ".png"
+# could start Ghostscript.
+BROWSER_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", *(["AVIF"] if _has_avif() else []))
+FORMATS = (*BROWSER_FORMATS, "TIFF", "PPM")
+# A JPEG of more pixels than Pillow's bound is decoded at an eighth of its size, up to this many
+# times the bound: of a progressive one, libjpeg holds all coefficients, 6 bytes per pixel at most.
+_REDUCED = 4
+_MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE = 281, 258  # tags of a TIFF
+_DARK = 15  # of 255: an image of deep greys that comes out no lighter is remarked on
 
 # The map's colours, from no evidence (clear) to the most (opaque): red, green, blue, alpha.
 # fmt: off
@@ -75,30 +89,77 @@ _quiet = _Quiet()
 
 
 def read_image(
-    source: Path | bytes | BinaryIO, *, name: str | None = None, max_pixels: int | None = None
+    source: Path | bytes | BinaryIO,
+    *,
+    name: str | None = None,
+    max_pixels: int | None = None,
+    formats: tuple[str, ...] = FORMATS,
 ) -> Image.Image:
-    """The picture in a file or in bytes, upright and RGB; safe to call from several threads.
+    """The image in a file or in bytes, upright and RGB; safe to call from several threads.
 
     Args:
-        source: PNG, JPEG, BMP, GIF, WebP, TIFF or PPM, told by its content.
+        source: an image file, its format told by its content.
         name: what an error calls it; by default the path.
-        max_pixels: the largest picture to decode; by default Pillow's bound, 89 million.
+        max_pixels: the largest image to decode. By default Pillow's bound, 89 million (see
+            `PIL.Image.MAX_IMAGE_PIXELS`), and a JPEG of up to four times as many pixels is
+            decoded at an eighth of its size.
+        formats: the formats to accept, by Pillow's names.
 
     Raises:
-        ImageError: it is no such picture, broken, truncated or too large.
+        ImageError: it is no such image, broken, truncated or too large.
     """
-    limit = max_pixels or Image.MAX_IMAGE_PIXELS or 0
     name = name or (shown(str(source)) if isinstance(source, Path) else "the image")
-    with reading(name), _quiet, _opened(source) as stream:
-        if _has_many_scans(stream):
-            raise ImageError(f"{name} is a JPEG of more than {_SCANS} scans: save it anew")
-        with Image.open(stream, formats=_FORMATS) as image:
-            if limit and image.width * image.height > limit:
-                raise ImageError(
-                    f"{name} has {image.width:,} x {image.height:,} pixels, more than the "
-                    f"{limit:,} allowed: make it smaller (it may be a decompression bomb)"
-                )
-            return upright(image)
+    with reading(name, formats), _quiet, _opened(source) as stream:
+        if found := excess(stream):
+            raise ImageError(f"{name} {found}: save it anew")
+        with _open(stream, name, max_pixels, formats) as image:
+            result = upright(image)
+            if _is_deep(image) and np.asarray(result).max() <= _DARK:
+                log.warning("%s is nearly black: do its values span the range of its type?", name)
+            return result
+
+
+def read_pixels(
+    source: Path | bytes | BinaryIO,
+    *,
+    name: str | None = None,
+    max_pixels: int | None = None,
+    formats: tuple[str, ...] = FORMATS,
+) -> Bytes:
+    """`read_image`, as the network takes it: (3, 32, 32)."""
+    return fit(read_image(source, name=name, max_pixels=max_pixels, formats=formats))
+
+
+def _open(
+    stream: BinaryIO, name: str, max_pixels: int | None, formats: tuple[str, ...]
+) -> Image.Image:
+    """A Pillow image that is not decoded yet and not too large."""
+    try:
+        image = Image.open(stream, formats=formats)
+    except Image.DecompressionBombError:  # more than twice Pillow's bound
+        stream.seek(0)
+        if max_pixels is not None or stream.read(2) != b"\xff\xd8":
+            raise _too_large(name, "too many", max_pixels) from None
+        stream.seek(0)
+        image = JpegImagePlugin.JpegImageFile(stream)
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS
+    pixels = image.width * image.height
+    if limit and pixels > limit:
+        is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+        if max_pixels is not None or not is_jpeg or pixels > _REDUCED * limit:
+            image.close()
+            raise _too_large(name, f"{image.width:,} x {image.height:,}", max_pixels)
+        image.draft(None, (image.width // 8, image.height // 8))
+    return image
+
+
+def _too_large(name: str, size: str, max_pixels: int | None) -> ImageError:
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS
+    way = "" if max_pixels else ", or allow more (predict --max-pixels, PIL.Image.MAX_IMAGE_PIXELS)"
+    return ImageError(
+        f"{name} has {size} pixels, more than the {limit:,} allowed: make it smaller{way}; it may "
+        "be a decompression bomb"
+    )
 
 
 @contextlib.contextmanager
@@ -113,26 +174,8 @@ def _opened(source: Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
         yield source if source.seekable() else io.BytesIO(source.read())
 
 
-def _has_many_scans(stream: BinaryIO) -> bool:
-    """Whether it is a JPEG of very many scans.
-
-    Goes from marker to marker as decoders do, up to the end of the image: what lies behind it, as
-    phones put a film there, or in a segment, as a thumbnail, is not counted.
-    """
-    stream.seek(0)  # where Pillow begins
-    is_jpeg = stream.read(2) == b"\xff\xd8"
-    content = stream.read() if is_jpeg else b""
-    scans = at = 0
-    while (marker := _MARKER.search(content, at)) and marker[1] != _EOI and scans <= _SCANS:
-        at = marker.end()
-        if marker[1] != _TEM:  # all others begin a segment, which says how long it is
-            at += max(2, int.from_bytes(content[at : at + 2], "big"))
-        scans += marker[1] == _SOS
-    return scans > _SCANS
-
-
 @contextlib.contextmanager
-def reading(name: str) -> Iterator[None]:
+def reading(name: str, formats: tuple[str, ...] = FORMATS) -> Iterator[None]:
     """Whatever the block raises becomes an ImageError about `name`."""
     try:
         yield
@@ -143,7 +186,7 @@ def reading(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         elif "cannot identify image file" in reason:  # Pillow adds an object's address
-            reason = "it is none that this reads (PNG, JPEG, GIF, WebP, TIFF, BMP, PPM)"
+            reason = f"it is not an image in a format accepted here ({', '.join(formats)})"
         raise ImageError(f"cannot read {name}: {reason}") from error
 
 
@@ -151,15 +194,14 @@ def upright(image: Image.Image) -> Image.Image:
     """Any Pillow image as it is meant to be seen, in RGB at its own size.
 
     Takes the first frame of an animation, turns it upright by its EXIF orientation and lays
-    transparent images on white (what lies under transparent pixels is noise nobody saw). Integers
-    wider than a byte are taken as 16-bit greys, 0..65535; floats as greys 0..255. Raises what
-    Pillow raises.
+    transparent images on white (what lies under transparent pixels is noise nobody saw). Greys
+    deeper than a byte are scaled as `_deep_grey` says. Raises what Pillow raises.
     """
     image.seek(0)
+    image.load()  # first: getexif() of a PNG decodes it, and damaged EXIF is passed over
     image = _turned(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would cut these off at 255
-        grey = np.asarray(image).astype(np.int32).clip(0, 65535)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if _is_deep(image):
+        image = _deep_grey(image)
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -167,8 +209,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; as it is where that cannot be read, as viewers show it."""
+    """A decoded image turned as its EXIF says; as it is where that cannot be read."""
     try:
+        if exif_excess(image.info.get("exif", b"")):
+            return image
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             return ImageOps.exif_transpose(image)
     except MemoryError:
@@ -178,19 +222,58 @@ def _turned(image: Image.Image) -> Image.Image:
     return image
 
 
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """Greys of more than a byte, scaled to a byte; values beyond the range are cut off.
+
+    Floats are taken as 0..1 if none is above 1, else as 0..255. 16-bit integers span what a TIFF's
+    tags say (MaxSampleValue, BitsPerSample), else 0..65535. No file uses the whole range of 32-bit
+    integers: they are taken as 0..255 if none is above 255, else as 0..65535.
+    """
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise ValueError("some of its pixels are not finite numbers")
+        scale = 255 if values.max() <= 1 else 1
+        return Image.fromarray(np.rint(values * np.float32(scale)).clip(0, 255).astype(np.uint8))
+    top = 65535
+    if image.mode == "I":
+        # Pillow has scaled those of a PPM to 16 bits.
+        top = 255 if values.max() <= 255 and image.format != "PPM" else top
+    else:
+        tags = getattr(image, "tag_v2", {})
+        [bits, *_] = tags.get(_BITS_PER_SAMPLE, (16,))
+        [most, *_] = tags.get(_MAX_SAMPLE_VALUE, (2**bits - 1,))
+        top = most if 255 <= most <= top else top
+    grey = values.astype(np.int32).clip(0, top)
+    return Image.fromarray(((grey * 255 + top // 2) // top).astype(np.uint8))
+
+
 def to_32x32(image: Image.Image) -> Bytes:
     """Any Pillow image as (32, 32, 3) uint8 RGB; one that is 32x32 RGB comes back bit for bit.
 
     `upright`, then cropped to the central square and resized with antialiasing. Raises what
     Pillow raises.
     """
-    fitted = ImageOps.fit(upright(image), (SIZE, SIZE), method=Image.Resampling.BICUBIC)
-    return np.array(fitted, dtype=np.uint8)
+    return _central_square(upright(image))
 
 
 def prepare(image: Image.Image) -> Bytes:
     """`to_32x32` as the network takes it: (3, 32, 32)."""
-    return np.ascontiguousarray(to_32x32(image).transpose(2, 0, 1))
+    return fit(upright(image))
+
+
+def fit(image: Image.Image) -> Bytes:
+    """An upright RGB image, as `read_image` gives it, as the network takes it: (3, 32, 32)."""
+    return np.ascontiguousarray(_central_square(image).transpose(2, 0, 1))
+
+
+def _central_square(image: Image.Image) -> Bytes:
+    fitted = ImageOps.fit(image, (SIZE, SIZE), method=Image.Resampling.BICUBIC)
+    return np.array(fitted, dtype=np.uint8)
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -211,22 +294,21 @@ def overlay(image: Image.Image, evidence: Floats) -> Image.Image:
     """A class activation map over the picture that it is about, at the picture's own size.
 
     Args:
-        image: the picture; what the network did not see of it, outside the central square, is
-            darkened.
+        image: the picture, upright and RGB as `read_image` gives it; what the network did not see
+            of it, outside the central square, is darkened.
         evidence: (H, W), the map of that square; only what speaks for the class is shown, in
             shares of its largest value.
     """
-    picture = upright(image)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
     peak = float(evidence.max())
     share = np.maximum(evidence, 0) / peak if peak > 0 else np.zeros_like(evidence)
     square = Image.fromarray(share.astype(np.float32)).resize(
         (side, side), Image.Resampling.BICUBIC
     )
     strength = np.rint(np.asarray(square).clip(0, 1) * 255).astype(np.uint8)
-    result = Image.blend(picture, Image.new("RGB", picture.size), 0.6)
-    seen = picture.crop((left, top, left + side, top + side)).convert("RGBA")
+    result = Image.blend(image, Image.new("RGB", image.size), 0.6)
+    seen = image.crop((left, top, left + side, top + side)).convert("RGBA")
     heat = Image.fromarray(_HEAT[strength])
     result.paste(Image.alpha_composite(seen, heat).convert("RGB"), (left, top))
     return result

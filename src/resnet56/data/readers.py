@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from resnet56.data.dataset import Dataset, Split, hold_out
-from resnet56.data.images import files_in, prepare, read_image
+from resnet56.data.images import files_in, read_pixels
 from resnet56.data.pickles import PickledArray, read_pickle, text
 from resnet56.errors import DataError, ImageError, one_line, shown
 
@@ -192,7 +192,7 @@ def _read_images(files: dict[str, list[Path]], classes: tuple[str, ...]) -> Spli
     split = _empty_split(len(labelled))
     for index, (file, label) in enumerate(labelled):
         try:
-            pixels = prepare(read_image(file))
+            pixels = read_pixels(file)
         except ImageError as error:
             raise DataError(f"{error}; repair or remove it") from error
         split.images[index] = torch.from_numpy(pixels)
