@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from resnet56.model import build
-from resnet56.runs.directory import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, Network
 
 CLASSES = ("blue", "green", "red")
 

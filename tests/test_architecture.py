@@ -19,19 +19,20 @@ ARROWS: dict[str, set[str]] = {
     "locks": set(),
     "metrics": set(),
     "progress": set(),
+    "files": {"errors"},
     "recipe": {"errors"},
     "runtime": {"errors"},
     # data
     "data.corruptions": set(),
+    "data.image_headers": set(),
     "data.trivial_augment": set(),
+    "data.archives": {"errors"},
     "data.augment": {"data.trivial_augment"},
     "data.dataset": {"errors"},
-    "data.archives": {"errors"},
-    "data.download": {"data.archives", "errors", "locks"},
-    "data.image_headers": set(),
     "data.images": {"data.image_headers", "errors"},
     "data.pickles": {"errors"},
     "data.batches": {"data.augment", "data.dataset", "errors"},
+    "data.download": {"data.archives", "errors", "locks"},
     "data.readers": {"data.dataset", "data.images", "data.pickles", "errors"},
     # model
     "model": {"errors"},
@@ -42,13 +43,14 @@ ARROWS: dict[str, set[str]] = {
     "kernels.plan": {"kernels.compiler", "model"},
     "kernels.native": {"kernels.compiler", "kernels.plan", "model"},
     # runs
-    "runs.directory": {"errors", "locks"},
-    "runs.pretrained": {"errors", "runs.directory"},
-    "runs.convert": {"data.readers", "errors", "model", "runs.directory"},
+    "runs.checkpoint": {"errors", "files"},
+    "runs.convert": {"data.readers", "errors", "model", "runs.checkpoint"},
+    "runs.directory": {"errors", "files", "locks", "runs.checkpoint"},
+    "runs.pretrained": {"errors", "files", "runs.checkpoint", "runs.directory"},
     # step and evaluation
     "evaluation": {
-        "data.augment", "data.corruptions", "data.dataset", "errors", "inference", "metrics",
-        "model", "runs.directory", "runtime",
+        "data.augment", "data.corruptions", "data.dataset", "errors", "files", "inference",
+        "metrics", "model", "runs.checkpoint", "runs.directory", "runtime",
     },
     "step": {
         "errors", "kernels.compiler", "kernels.fused", "kernels.native", "model", "recipe",
@@ -57,24 +59,24 @@ ARROWS: dict[str, set[str]] = {
     # training and prediction
     "predict": {
         "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
-        "runs.directory", "runs.pretrained", "runtime",
-    },
-    "export": {
-        "data.augment", "errors", "evaluation", "libraries", "model", "predict", "runs.directory",
-        "runs.pretrained",
+        "runs.checkpoint", "runs.pretrained", "runtime",
     },
     "training": {
-        "data.batches", "data.dataset", "distributed", "errors", "evaluation", "model", "progress",
-        "recipe", "runs.directory", "runtime", "step",
+        "data.batches", "data.dataset", "distributed", "errors", "evaluation", "files", "model",
+        "progress", "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
+    },
+    "export": {
+        "data.augment", "errors", "evaluation", "files", "libraries", "model", "predict",
+        "runs.checkpoint", "runs.pretrained",
     },
     # report
     "report.pictures": set(),
     "report.plots": {"libraries"},
     "report.words": {"progress"},
-    "report.read": {"errors", "model", "recipe", "runs.directory"},
     "report.recipe_words": {"recipe", "report.words"},
-    "report.render": {"report.plots", "report.words", "runs.directory"},
+    "report.render": {"files", "report.plots", "report.words"},
     "report.story": {"recipe", "report.words"},
+    "report.read": {"errors", "files", "model", "recipe", "runs.checkpoint", "runs.directory"},
     "report.page": {
         "report.pictures", "report.plots", "report.read", "report.recipe_words", "report.story",
         "report.words",
@@ -90,7 +92,7 @@ ARROWS: dict[str, set[str]] = {
     "benchmark.benchmark": {
         "benchmark.baseline", "benchmark.interleave", "benchmark.roofline", "data.batches",
         "data.dataset", "errors", "evaluation", "export", "inference", "model", "predict", "recipe",
-        "runs.directory", "runtime", "step",
+        "runs.checkpoint", "runs.directory", "runtime", "step",
     },
     # serve
     "serve": set(),
@@ -117,19 +119,17 @@ ARROWS: dict[str, set[str]] = {
     "cli.data": {"cli.common", "errors"},
     "cli.describe": {"cli.common", "cli.tables", "model"},
     "cli.import_": {"cli.common", "errors", "runs.convert", "runs.directory"},
-    "cli.predict": {"cli.common", "data.images", "errors", "predict", "progress", "runs.directory"},
+    "cli.predict": {"cli.common", "data.images", "errors", "files", "predict", "progress"},
     "cli.evaluate": {
-        "cli.common", "cli.tables", "data.readers", "errors", "evaluation", "export", "recipe",
-        "runs.directory", "runs.pretrained", "runtime",
+        "cli.common", "cli.tables", "data.readers", "errors", "evaluation", "export", "files",
+        "recipe", "runs.directory", "runs.pretrained", "runtime",
     },
     "cli.export": {"cli.common", "errors", "export", "runs.directory", "runs.pretrained"},
+    "cli.bench": {"benchmark.benchmark", "cli.common", "cli.tables", "errors", "files", "model"},
     "cli.report": {"cli.common", "errors", "report"},
     "cli.train": {
-        "cli", "cli.common", "distributed", "errors", "model", "progress", "recipe", "report",
-        "runs.directory", "runtime", "training",
-    },
-    "cli.bench": {
-        "benchmark.benchmark", "cli.common", "cli.tables", "errors", "model", "runs.directory",
+        "cli", "cli.common", "distributed", "errors", "files", "model", "progress", "recipe",
+        "report", "runs.directory", "runtime", "training",
     },
     "cli.serve": {"cli.common", "errors", "predict", "serve.server"},
     "__main__": {"cli"},

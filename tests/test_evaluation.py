@@ -20,8 +20,9 @@ from resnet56.evaluation import (
     measure_robustness,
     subject_of,
 )
+from resnet56.files import write_json
 from resnet56.recipe import Recipe
-from resnet56.runs.directory import RunDirectory, write_json
+from resnet56.runs.directory import RunDirectory
 from resnet56.training import train
 
 CPU = torch.device("cpu")

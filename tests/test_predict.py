@@ -15,9 +15,10 @@ import resnet56
 from resnet56.data.images import prepare
 from resnet56.errors import ImageError, RunError, UsageError
 from resnet56.evaluation import predict_logits
+from resnet56.files import write_json
 from resnet56.predict import Predictor
 from resnet56.runs import pretrained
-from resnet56.runs.directory import RunDirectory, write_json
+from resnet56.runs.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

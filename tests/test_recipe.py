@@ -11,8 +11,9 @@ import pytest
 
 from resnet56 import recipe as recipes
 from resnet56.errors import UsageError
+from resnet56.files import write_json
 from resnet56.recipe import ABOUT, RECIPES, Recipe, find, from_fields, read
-from resnet56.runs.directory import RunDirectory, write_json
+from resnet56.runs.directory import RunDirectory
 
 
 def refusal(call: Any, *arguments: Any) -> str:

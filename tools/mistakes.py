@@ -17,7 +17,7 @@ from resnet56.data.dataset import Split
 from resnet56.data.readers import load_folder
 from resnet56.evaluation import predict_logits, restore
 from resnet56.model import ResNet
-from resnet56.runs.directory import Network
+from resnet56.runs.checkpoint import Network
 from resnet56.runs.pretrained import read_checkpoint
 
 CPU = torch.device("cpu")

@@ -14,11 +14,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resnet56.files import read_json, write_bytes, write_text
 from resnet56.metrics import wilson_interval
 from resnet56.progress import duration
 from resnet56.recipe import RECIPES, Recipe, from_fields
 from resnet56.report.plots import Chart, Ink
-from resnet56.runs.directory import RunDirectory, read_json, write_bytes, write_text
+from resnet56.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,10 +13,11 @@ import torch
 
 from resnet56.data.readers import load_folder
 from resnet56.evaluation import subject_of
+from resnet56.files import read_json, write_json, write_text
 from resnet56.model import describe
 from resnet56.recipe import from_fields
 from resnet56.runs import pretrained
-from resnet56.runs.directory import RunDirectory, read_json, write_json, write_text
+from resnet56.runs.directory import RunDirectory
 from results import command
 
 USAGE = "usage: python tools/ship.py RUN NAME DIR"

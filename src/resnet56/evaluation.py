@@ -15,10 +15,12 @@ from resnet56.data.augment import augment, draw, normalize
 from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
 from resnet56.data.dataset import Dataset, Split, training_split
 from resnet56.errors import RunError
+from resnet56.files import write_arrays, write_json
 from resnet56.inference import InferenceForm
 from resnet56.metrics import log_softmax, measure
 from resnet56.model import ResNet, build
-from resnet56.runs.directory import Checkpoint, Network, RunDirectory, write_arrays, write_json
+from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.directory import RunDirectory
 from resnet56.runtime import Resolved, autocast, peak_memory_mb
 
 BATCH = 256

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from resnet56.data.augment import normalize
 from resnet56.errors import Error, MissingExtraError, RunError
 from resnet56.evaluation import BATCH, Tick, restore
+from resnet56.files import write_bytes
 from resnet56.libraries import import_onnxruntime
 from resnet56.model import BasicBlock, PadShortcut, ResNet, conv1x1
 from resnet56.predict import OnnxBackend, TorchBackend
-from resnet56.runs.directory import Checkpoint, Network, write_bytes
+from resnet56.runs.checkpoint import Checkpoint, Network
 from resnet56.runs.pretrained import metadata_of
 
 TOLERANCE = 1e-4  # of logits

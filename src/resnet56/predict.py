@@ -18,7 +18,7 @@ from PIL import Image
 from resnet56.data.images import Bytes, Floats, fit, read_image, reading, upright
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
 from resnet56.libraries import import_onnxruntime
-from resnet56.runs.directory import Network
+from resnet56.runs.checkpoint import Network
 from resnet56.runs.pretrained import network_from, read_checkpoint
 
 if TYPE_CHECKING:

@@ -20,17 +20,12 @@ from resnet56.data.dataset import Dataset, Split, channel_statistics, training_s
 from resnet56.distributed import Place, highest, process_group, synchronize_batch_norm, total
 from resnet56.errors import RunError, TrainingError, UsageError
 from resnet56.evaluation import evaluate, evaluate_run
+from resnet56.files import read_json, write_json
 from resnet56.model import build
 from resnet56.progress import TrainingProgress
 from resnet56.recipe import Recipe, from_fields
-from resnet56.runs.directory import (
-    Checkpoint,
-    Network,
-    Position,
-    RunDirectory,
-    read_json,
-    write_json,
-)
+from resnet56.runs.checkpoint import Checkpoint, Network, Position
+from resnet56.runs.directory import RunDirectory
 from resnet56.runtime import (
     Resolved,
     environment,

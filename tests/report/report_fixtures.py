@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from resnet56.files import write_json
 from resnet56.metrics import measure
 from resnet56.recipe import RECIPES, Recipe
-from resnet56.runs.directory import Checkpoint, Network, Position, RunDirectory, write_json
+from resnet56.runs.checkpoint import Checkpoint, Network, Position
+from resnet56.runs.directory import RunDirectory
 
 CIFAR = (
     *("airplane", "automobile", "bird", "cat", "deer"),

@@ -18,11 +18,12 @@ import pytest
 from report_fixtures import CIFAR, PARITY, make_run, samples
 
 from resnet56.errors import RunError, UsageError
+from resnet56.files import read_json, write_json
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.report import recipe_words, story, words, write_report
 from resnet56.report.comparison import newcombe
 from resnet56.report.render import escape_markdown, unbroken
-from resnet56.runs.directory import RunDirectory, read_json, write_json
+from resnet56.runs.directory import RunDirectory
 
 BEST = RECIPES["best"]
 EVIL = ("<script>alert(1)</script>", "猫 & \"Hund\" $x_1$ | `b` 'c'")

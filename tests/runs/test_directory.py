@@ -11,16 +11,9 @@ import pytest
 import torch
 
 from resnet56.errors import RunError
-from resnet56.runs.directory import (
-    Checkpoint,
-    Network,
-    Position,
-    RunDirectory,
-    next_free,
-    read_json,
-    write_json,
-    write_text,
-)
+from resnet56.files import next_free, read_json, write_json, write_text
+from resnet56.runs.checkpoint import Checkpoint, Network, Position
+from resnet56.runs.directory import RunDirectory
 
 NETWORK = Network("resnet8", ("a", "b"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 

@@ -34,7 +34,8 @@ from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.predict import load
 from resnet56.runs import pretrained
-from resnet56.runs.directory import Checkpoint, Network, RunDirectory
+from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.directory import RunDirectory
 from resnet56.serve.app import build_app
 from resnet56.serve.batching import Batcher
 from resnet56.serve.limits import Limits

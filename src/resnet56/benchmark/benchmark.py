@@ -30,7 +30,8 @@ from resnet56.inference import InferenceForm
 from resnet56.model import build
 from resnet56.predict import OnnxBackend
 from resnet56.recipe import Recipe
-from resnet56.runs.directory import Checkpoint, Network, Position, RunDirectory
+from resnet56.runs.checkpoint import Checkpoint, Network, Position
+from resnet56.runs.directory import RunDirectory
 from resnet56.runtime import (
     Resolved,
     environment,

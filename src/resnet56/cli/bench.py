@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
     from resnet56 import model
     from resnet56.benchmark.benchmark import bench
     from resnet56.cli.tables import show_bench
-    from resnet56.runs.directory import write_json
+    from resnet56.files import write_json
 
     archs = options.arch.split(",")
     for arch in archs:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from resnet56.data.dataset import Dataset, Split
     from resnet56.evaluation import Subject
-    from resnet56.runs.directory import Checkpoint, RunDirectory
+    from resnet56.runs.checkpoint import Checkpoint
+    from resnet56.runs.directory import RunDirectory
     from resnet56.runtime import Resolved
 
 
@@ -121,7 +122,7 @@ def _measure_run(
     """A run on its own images: everything, and it is written down."""
     from resnet56.cli import tables
     from resnet56.evaluation import evaluate_run
-    from resnet56.runs.directory import read_json
+    from resnet56.files import read_json
 
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
     if options.split == "holdout" and recipe.holdout == 0:

@@ -170,7 +170,7 @@ def _writer(form: str, top: int) -> Callable[[str, "Prediction"], None]:
 def _write_map(source: Source, evidence: "Floats", folder: Path, taken: set[str]) -> None:
     """The picture under its class activation map; it is read again, as large ones are not kept."""
     from resnet56.data.images import overlay, read_image
-    from resnet56.runs.directory import write_bytes
+    from resnet56.files import write_bytes
 
     name, number = source.map_name, 1
     while name in taken:  # pictures of one name from several folders

@@ -65,8 +65,9 @@ def run(arguments: list[str]) -> int:
     model.Architecture.parse(chosen.arch)
     runtime.resolve_device(options.device)
 
+    from resnet56.files import next_free
     from resnet56.progress import TrainingProgress, percent
-    from resnet56.runs.directory import RunDirectory, next_free
+    from resnet56.runs.directory import RunDirectory
     from resnet56.training import Interrupted
     from resnet56.training import train as run_training
 

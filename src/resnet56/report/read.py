@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from resnet56.errors import RunError
+from resnet56.files import read_json
 from resnet56.model import Description, describe
 from resnet56.recipe import Recipe
 from resnet56.recipe import from_fields as recipe_from_fields
-from resnet56.runs.directory import Network, Position, RunDirectory, read_json
+from resnet56.runs.checkpoint import Network, Position
+from resnet56.runs.directory import RunDirectory
 
 Array = npt.NDArray[Any]
 

@@ -9,9 +9,9 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup, escape
 
+from resnet56.files import write_bytes, write_text
 from resnet56.report import words
 from resnet56.report.plots import Chart
-from resnet56.runs.directory import write_bytes, write_text
 
 HERE = Path(__file__).parent
 MARKDOWN_MEANS = re.compile(r"([\\`*_\[\]|$~])")  # wherever it stands; the rest only in places

@@ -23,7 +23,7 @@ from torch import Tensor
 from resnet56.data.readers import CIFAR10
 from resnet56.errors import RunError, UsageError, one_line
 from resnet56.model import Architecture, ResNet
-from resnet56.runs.directory import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, Network
 
 Triple = tuple[float, float, float]
 

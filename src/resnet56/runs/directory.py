@@ -9,152 +9,23 @@
     samples.npz        a few images, for the report
     parity.json        whether device or precision matter, where that was asked
 
-Files appear whole or not at all: each is written under another name, flushed to the disk and
-renamed. A checkpoint is several files, so its JSON is written last and names the tensor files
-with their SHA-256; the previous ones are removed only then. Whenever the power goes, the JSON on
-disk names files that are there.
+Files appear whole or not at all (`resnet56.files`).
 """
 
 import contextlib
-import errno
-import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-import safetensors
-
 from resnet56.errors import RunError
+from resnet56.files import read_json, write_json, write_text
 from resnet56.locks import try_lock
+from resnet56.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:  # what reads no tensors starts without PyTorch
-    from torch import Tensor
-
-FORMAT = 1  # of the checkpoint; a reader refuses a newer one
-
-
-@dataclass(frozen=True)
-class Network:
-    """What must be known to use the weights."""
-
-    arch: str
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float]  # of the training images, in units of [0, 1]
-    std: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a training stands, and what its unfinished epoch has summed up so far."""
-
-    epoch: int = 0  # epochs finished
-    step: int = 0  # steps taken, over all epochs
-    epoch_step: int = 0  # steps of the unfinished epoch
-    loss_sum: float = 0.0  # of the unfinished epoch, in nats
-    correct: int = 0
-    images: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A network's weights and, for resuming, the state of its training."""
-
-    network: Network
-    model: Mapping[str, "Tensor"]  # the weights to use: the averaged ones where there are any
-    training: Mapping[str, "Tensor"] = field(default_factory=dict)  # momentum, raw weights
-    position: Position = field(default_factory=Position)
-    notes: Mapping[str, Any] = field(default_factory=dict)  # precision, data, loss scale, ...
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well."""
-    if path.is_dir():
-        raise RunError(f"cannot write {path}: it is a folder; choose a file")
-    if path.exists() and not path.is_file():  # a rename would do away with it
-        raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
-    if path.is_symlink():
-        path = path.resolve()  # what it points to is replaced, not the link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if os.name == "posix":  # the new name reaches the disk before any old file goes
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-    except OSError as error:
-        more = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; what was there is untouched{more}"
-        ) from error
-    except safetensors.SafetensorError as error:  # its word for a full disk, among others
-        raise RunError(f"cannot write {path}: {error}; what was there is untouched") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; RunError if it cannot be written."""
-    with _writing(path) as temporary:
-        # Files' names, which a text may tell of, need not be UTF-8.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; RunError if it cannot be written."""
-    with _writing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write readable JSON whole or not at all; lists of plain numbers stay on one line."""
-    write_text(path, _readable(content) + "\n")
-
-
-def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
-    """Write a compressed .npz file whole or not at all."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
-    write_bytes(path, content.getvalue())
-
-
-def _readable(content: Any, indent: str = "") -> str:
-    """JSON with a line a key, except that short or innermost lists are not broken up."""
-    deeper = indent + "  "
-    if isinstance(content, Mapping) and content:
-        lines = [f"{json.dumps(str(k))}: {_readable(v, deeper)}" for k, v in content.items()]
-        return "{\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}}}"
-    if isinstance(content, list | tuple) and any(isinstance(v, list | dict) for v in content):
-        lines = [_readable(value, deeper) for value in content]
-        return "[\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}]"
-    return json.dumps(content, allow_nan=False)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; RunError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise RunError(f"{path} is damaged: it holds no JSON object")
-    return content
+    pass
 
 
 class RunDirectory:
@@ -312,38 +183,8 @@ class RunDirectory:
     # checkpoint/
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint; the old one stays whole until the new one is.
-
-        Raises:
-            RunError: it could not be written (a full disk); the old one is intact.
-        """
-        import safetensors.torch
-
-        directory = self.checkpoint_file.parent
-        files = {}
-        for part in ("model", "training"):
-            tensors = {
-                name: t.detach().contiguous() for name, t in getattr(checkpoint, part).items()
-            }
-            content = safetensors.torch.save(tensors)
-            name = f"{part}-{checkpoint.position.step:08d}.safetensors"
-            write_bytes(directory / name, content)
-            files[part] = {"name": name, "sha256": hashlib.sha256(content).hexdigest()}
-        write_json(
-            self.checkpoint_file,
-            {
-                "format": FORMAT,
-                "network": asdict(checkpoint.network),
-                "position": asdict(checkpoint.position),
-                "notes": dict(checkpoint.notes),
-                "files": files,
-            },
-        )
-        named = {entry["name"] for entry in files.values()} | {self.checkpoint_file.name}
-        for path in directory.iterdir():
-            if path.name not in named:
-                with contextlib.suppress(OSError):  # on Windows another process may read it
-                    path.unlink()
+        """Replace the checkpoint; RunError if it cannot be written, and the old one is intact."""
+        save_checkpoint(self.checkpoint_file, checkpoint)
 
     def load(self, *, training: bool = False) -> Checkpoint:
         """Read the checkpoint; with `training`, also what only resuming needs.
@@ -355,48 +196,4 @@ class RunDirectory:
             raise RunError(f"there is no run at {self.path}; give the directory of a training")
         if not self.checkpoint_file.exists():
             raise RunError(f"{self.path} has no checkpoint; train there first")
-        head = read_json(self.checkpoint_file)
-        if isinstance(head.get("format"), int) and head["format"] > FORMAT:
-            raise RunError(
-                f"{self.checkpoint_file} is of format {head['format']}, newer than this version "
-                f"reads ({FORMAT}); update resnet56"
-            )
-        try:
-            network = Network(**{**head["network"], **_tuples(head["network"])})
-            position = Position(**head["position"])
-            notes = dict(head["notes"])
-            parts = {
-                part: self._tensors(head["files"][part])
-                for part in (("model", "training") if training else ("model",))
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{self.checkpoint_file} is damaged: {error!r}") from None
-        return Checkpoint(network, position=position, notes=notes, **parts)
-
-    def _tensors(self, entry: Mapping[str, str]) -> dict[str, "Tensor"]:
-        import safetensors.torch
-
-        path = self.checkpoint_file.parent / Path(entry["name"]).name
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
-        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise RunError(f"{path} is damaged: its checksum is not the one in checkpoint.json")
-        try:
-            return safetensors.torch.load(content)
-        except safetensors.SafetensorError as error:
-            raise RunError(f"{path} is damaged: {error}") from None
-
-
-def _tuples(network: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    return {name: tuple(network[name]) for name in ("classes", "mean", "std")}
-
-
-def next_free(base: Path) -> Path:
-    """`base`, or the first of base-2, base-3, ... that does not exist."""
-    path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+        return load_checkpoint(self.checkpoint_file, training=training)

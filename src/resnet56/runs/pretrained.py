@@ -14,14 +14,9 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from resnet56.errors import RunError
-from resnet56.runs.directory import (
-    Checkpoint,
-    Network,
-    RunDirectory,
-    read_json,
-    write_bytes,
-    write_json,
-)
+from resnet56.files import read_json, write_bytes, write_json
+from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,113 @@
+"""Files that appear whole or not at all.
+
+A file is written under a temporary name, flushed to the disk and renamed, so that a crash leaves
+either the old content or the new one.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+
+from resnet56.errors import RunError
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well."""
+    if path.is_dir():
+        raise RunError(f"cannot write {path}: it is a folder; choose a file")
+    if path.exists() and not path.is_file():  # a rename would do away with it
+        raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
+    if path.is_symlink():
+        path = path.resolve()  # what it points to is replaced, not the link
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        if os.name == "posix":  # the new name reaches the disk before any old file goes
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except OSError as error:
+        more = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; what was there is untouched{more}"
+        ) from error
+    except safetensors.SafetensorError as error:  # its word for a full disk, among others
+        raise RunError(f"cannot write {path}: {error}; what was there is untouched") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; RunError if it cannot be written."""
+    with _writing(path) as temporary:
+        # Files' names, which a text may tell of, need not be UTF-8.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; RunError if it cannot be written."""
+    with _writing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write readable JSON whole or not at all; lists of plain numbers stay on one line."""
+    write_text(path, _readable(content) + "\n")
+
+
+def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
+    """Write a compressed .npz file whole or not at all."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, content.getvalue())
+
+
+def _readable(content: Any, indent: str = "") -> str:
+    """JSON with a line a key, except that short or innermost lists are not broken up."""
+    deeper = indent + "  "
+    if isinstance(content, Mapping) and content:
+        lines = [f"{json.dumps(str(k))}: {_readable(v, deeper)}" for k, v in content.items()]
+        return "{\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}}}"
+    if isinstance(content, list | tuple) and any(isinstance(v, list | dict) for v in content):
+        lines = [_readable(value, deeper) for value in content]
+        return "[\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}]"
+    return json.dumps(content, allow_nan=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; RunError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def next_free(base: Path) -> Path:
+    """`base`, or the first of base-2, base-3, ... that does not exist."""
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
