@@ -97,15 +97,17 @@ ARROWS: dict[str, set[str]] = {
     # serve
     "serve": set(),
     "serve.docs": set(),
-    "serve.limits": set(),
+    "serve.limits": {"data.images"},
     "serve.meter": set(),
     "serve.schema": set(),
     "serve.front": {"serve.meter"},
     "serve.uploads": {"errors", "serve.limits", "serve.schema"},
     "serve.batching": {"data.images"},
+    "serve.decode_worker": {"data.images", "errors"},
+    "serve.decoding": {"data.images", "serve.decode_worker", "serve.limits"},
     "serve.service": {
-        "data.images", "errors", "predict", "serve.batching", "serve.limits", "serve.meter",
-        "serve.schema", "serve.uploads",
+        "data.images", "predict", "serve.batching", "serve.decoding", "serve.limits",
+        "serve.meter", "serve.schema", "serve.uploads",
     },
     "serve.app": {
         "__init__", "serve.batching", "serve.docs", "serve.front", "serve.limits", "serve.meter",
@@ -131,7 +133,9 @@ ARROWS: dict[str, set[str]] = {
         "cli", "cli.common", "distributed", "errors", "files", "model", "progress", "recipe",
         "report", "runs.directory", "runtime", "training",
     },
-    "cli.serve": {"cli.common", "errors", "predict", "serve.server"},
+    "cli.serve": {
+        "cli.common", "data.images", "errors", "predict", "serve.limits", "serve.server",
+    },
     "__main__": {"cli"},
 }  # fmt: skip
 

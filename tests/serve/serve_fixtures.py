@@ -39,8 +39,8 @@ class Colours:
 def server(**options: float | str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that serves `Colours`, or a `run`.
 
-    The other options are limits, `seconds` that a run of `Colours` takes, and `idle`, which stands
-    for `IDLE`.
+    The other options are limits, `seconds` that a run of `Colours` takes, `idle` and `end`, which
+    stand for `IDLE` and `END_SECONDS`, and `files`, which it may open.
 
     Yields:
         The process, and its address.
@@ -70,6 +70,12 @@ def main(arguments: list[str]) -> int:
     run = given.pop("run", None)
     network = load(run, "cpu") if run else Colours(float(given.pop("seconds", 0)))
     serving.IDLE = float(given.pop("idle", serving.IDLE))
+    serving.END_SECONDS = float(given.pop("end", serving.END_SECONDS))
+    if "files" in given:
+        import resource
+
+        files = int(given.pop("files"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     limits = Limits(**{name: float(value) for name, value in given.items()})  # type: ignore[arg-type]
     return serving.serve(network, "127.0.0.1", 0, print, limits)
 

@@ -1,8 +1,9 @@
 """A server under load: many clients at once, friendly ones and others.
 
     resnet56 serve --run RUN &
-    python tests/serve/serve_load.py [http://127.0.0.1:8056] [CLIENTS] [SECONDS]
+    python tests/serve/serve_load.py [http://127.0.0.1:8056] [CLIENTS] [SECONDS] [HOSTILE]
 
+HOSTILE is the share of requests whose file would cost a careless decoder minutes or gigabytes.
 Prints requests per second, latencies, answers by status and the server's memory over time. Ends
 with 1 if an answer was a 5xx or another than the request deserved.
 """
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import skimage.data
+from hostile_images import HOSTILE
 from PIL import Image
 
 FORM = "multipart/form-data; boundary=x"
@@ -30,7 +32,7 @@ class Kind:
     """A kind of request: its bytes, how often it comes, and the answers it may get."""
 
     name: str
-    often: int
+    often: float
     content: bytes
     deserved: set[int] = field(default_factory=set)  # none: it breaks off
 
@@ -117,6 +119,26 @@ class Client:
         self.reader = self.writer = None
 
 
+def hostile_kinds(share: float, others: list[Kind]) -> list[Kind]:
+    """Requests of hostile files, so often that they are that share of all, with `others`."""
+    if not share:
+        return []
+    often = share / (1 - share) * sum(kind.often for kind in others) / (len(HOSTILE) + 1)
+    return [
+        *(Kind(name, often, request(form(make())), {422}) for name, make in HOSTILE.items()),
+        # Within every bound, and yet seconds of a core: the deadline decides.
+        Kind("slow JPEG", often, request(form(slow_jpeg())), {200, 422}),
+    ]
+
+
+def slow_jpeg() -> bytes:
+    """A progressive JPEG of 24 million pixels and nearly 100 scans."""
+    content = io.BytesIO()
+    Image.new("L", (4900, 4900), 90).save(content, "JPEG", progressive=True, quality=30)
+    whole = content.getvalue()
+    return whole[:-2] + 85 * whole[whole.rindex(b"\xff\xda") : -2] + whole[-2:]
+
+
 @dataclass
 class Tally:
     """What came back."""
@@ -134,10 +156,12 @@ class Tally:
             self.seconds.append(seconds)
 
 
-async def main(address: str, clients: int, seconds: float) -> int:
+async def main(address: str, clients: int, seconds: float, hostile: float = 0.0) -> int:
     place = urlsplit(address)
     host, port = place.hostname or "", place.port or 80
-    menu, tally, end = kinds(), Tally(), time.perf_counter() + seconds
+    menu = kinds()
+    menu += hostile_kinds(hostile, menu)
+    tally, end = Tally(), time.perf_counter() + seconds
 
     async def work(seed: int) -> None:
         client, chance = Client(host, port), random.Random(seed)
@@ -170,5 +194,5 @@ async def main(address: str, clients: int, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:] + ["http://127.0.0.1:8056", "64", "60"][len(sys.argv) - 1 :]
-    sys.exit(asyncio.run(main(given[0], int(given[1]), float(given[2]))))
+    given = sys.argv[1:] + ["http://127.0.0.1:8056", "64", "60", "0"][len(sys.argv) - 1 :]
+    sys.exit(asyncio.run(main(given[0], int(given[1]), float(given[2]), float(given[3]))))

@@ -1,12 +1,13 @@
 """`resnet56 serve`."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
 from resnet56.cli.common import parse, say
-from resnet56.errors import MissingExtraError
+from resnet56.errors import MissingExtraError, UsageError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class ServeOptions:
     port: int = 8056
     """Port to listen on; 0 for any free one."""
 
+    all_formats: bool = False
+    """Whether to read every image format, not only those that browsers show."""
+
+    drain: float = 30.0
+    """Seconds to answer what has begun, after Ctrl-C or SIGTERM."""
+
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:N, mps."""
 
@@ -29,12 +36,19 @@ class ServeOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 serve [--run RUN]; ends with Ctrl-C or SIGTERM, once what has begun is answered."""
     options = parse(ServeOptions, arguments, "resnet56 serve")
+    if not 0 <= options.drain <= 3600:  # nor NaN
+        raise UsageError(f"--drain must be from 0 to 3600 seconds, not {options.drain:g}")
     try:
+        from resnet56.serve.limits import Limits
         from resnet56.serve.server import serve
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "resnet56":
             raise
         raise MissingExtraError(error.name or "a package", "serve") from None
+    from resnet56.data.images import FORMATS
     from resnet56.predict import load
 
-    return serve(load(options.run, options.device), options.host, options.port, say)
+    limits = Limits(drain_seconds=options.drain)
+    if options.all_formats:
+        limits = dataclasses.replace(limits, formats=FORMATS)
+    return serve(load(options.run, options.device), options.host, options.port, say, limits)

@@ -2,6 +2,8 @@
 
 limits.py     how much of anything a client may ask for
 uploads.py    pictures out of a request's body
+decoding.py   uploads to pixels, in processes with a deadline and a memory limit
+decode_worker.py  such a process
 batching.py   requests that come together go through the network together
 schema.py     what the API says, as types
 meter.py      what is counted, for Prometheus

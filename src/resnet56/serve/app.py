@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from resnet56 import __version__
 from resnet56.serve.batching import Predictor
 from resnet56.serve.docs import chapters
-from resnet56.serve.front import Front, Hosts
+from resnet56.serve.front import CrossSite, Front, Hosts
 from resnet56.serve.limits import Limits
 from resnet56.serve.meter import Meter
 from resnet56.serve.schema import Answer, Health, Pictures, Problem
@@ -49,12 +49,14 @@ BODY = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": meaning}
     for status, meaning in {
-        400: "The body is no multipart/form-data, although it says so, or the Host is another",
+        400: "The body is not valid multipart/form-data, or the Host header names another server",
+        403: "The request comes from a page of another site",
         408: "The body took too long to arrive",
         413: "The body is too large, or has too many pictures",
         415: "The body is of another type",
-        422: "A picture cannot be read or is too large, or an option is out of range",
-        429: "The server has its hands full; Retry-After says when to come again",
+        422: "A picture cannot be read, is too large or takes too long to decode, or an option is "
+        "out of range",
+        429: "Too many requests in flight; retry after the time in Retry-After",
     }.items()
 }
 
@@ -92,6 +94,7 @@ def build_app(
     _add_pages(app, predictor, limits)
     app.add_exception_handler(RequestValidationError, _refuse_options)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
+    app.add_middleware(CrossSite)
     app.add_middleware(Hosts, names=hosts)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     app.add_middleware(Front, meter=meter, paths=paths)
@@ -104,7 +107,8 @@ def _about(predictor: Predictor, limits: Limits) -> str:
         f"with one of them: {', '.join(predictor.classes)}. It looks at the centre square of a "
         f"picture, at 32 by 32 pixels. A request has at most {limits.images} pictures and "
         f"{limits.body_bytes / 2**20:g} MiB, a picture at most "
-        f"{limits.pixels / 1e6:g} million pixels. Pictures are not kept."
+        f"{limits.pixels / 1e6:g} million pixels. It reads {', '.join(limits.formats)}; decoding a "
+        f"picture may take {limits.decode_seconds:g} seconds. Pictures are not kept."
     )
 
 
@@ -129,9 +133,15 @@ def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
         """
         return await service.answer(request, top, maps)
 
-    @app.get("/healthz", summary="Is it up?")
+    @app.get(
+        "/healthz",
+        summary="Is it up?",
+        responses={503: {"model": Problem, "description": "No picture can be classified now"}},
+    )
     async def healthz() -> Health:
-        """Answers as soon as pictures can be classified."""
+        """Answers with 200 while pictures can be classified, else with 503."""
+        if not service.ready:
+            raise HTTPException(503, "no picture can be classified now; requests are waiting")
         classes = list(predictor.classes)
         return Health(status="ok", network=predictor.name, classes=classes, version=__version__)
 

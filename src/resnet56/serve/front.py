@@ -4,6 +4,7 @@ import logging
 import re
 import time
 from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -63,6 +64,31 @@ class Front:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.meter.requests.labels(path, str(status)).inc()
             self.meter.seconds.labels(path).observe(time.perf_counter() - started)
+
+
+class CrossSite:
+    """ASGI middleware that refuses what a page of another site makes a browser send.
+
+    A form on any page can send a file to a server on the visitor's own machine. Browsers say where
+    a request comes from in Sec-Fetch-Site, older ones in Origin; programs send neither. Reading
+    is left to the browser, which shows another site no answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or refuse one request."""
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            headers = Headers(scope=scope)
+            site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+            own = site in ("same-origin", "none") if site else (
+                origin is None or urlsplit(origin).netloc == headers.get("host")
+            )  # fmt: skip
+            if not own:
+                problem = JSONResponse({"detail": "the request comes from another site"}, 403)
+                return await problem(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class Hosts:

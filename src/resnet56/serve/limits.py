@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from fastapi import HTTPException
 
+from resnet56.data.images import BROWSER_FORMATS
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -18,12 +20,18 @@ class Limits:
     answer_seconds: float = 30.0  # from there to the answer
     requests: int = 128  # under way at the same time
     held_bytes: int = 256 * 2**20  # bodies of all requests under way
+    formats: tuple[str, ...] = BROWSER_FORMATS  # of images, by Pillow's names
+    decoders: int = 2  # processes that decode
+    decode_seconds: float = 6.0  # for one image; the slowest ordinary ones take about one
+    decode_bytes: int = 768 * 2**20  # of memory for one image; the largest ordinary ones take 400
+    stall_seconds: float = 10.0  # without an answer while requests wait, until /healthz fails
+    drain_seconds: float = 30.0  # to answer what has begun, once asked to stop
 
 
 def busy() -> HTTPException:
     """The answer where another client's work leaves no room."""
     return HTTPException(
-        429, "too many requests at the same time; try again in a second", {"Retry-After": "1"}
+        429, "too many requests in flight; retry in a second", {"Retry-After": "1"}
     )
 
 

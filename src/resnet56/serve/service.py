@@ -2,22 +2,21 @@
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import HTTPException, Request
+from fastapi import Request
 
-from resnet56.data.images import Bytes, Floats, prepare, read_image
-from resnet56.errors import Error
+from resnet56.data.images import Bytes, Floats
 from resnet56.predict import likeliest, softmax
 from resnet56.serve.batching import Batcher, Predictor
+from resnet56.serve.decoding import Decoders, Progress
 from resnet56.serve.limits import Gate, Limits, busy
 from resnet56.serve.meter import Meter
 from resnet56.serve.schema import Answer, ClassScore, Prediction
 from resnet56.serve.uploads import Upload, receive
 
-DECODERS = 2  # pictures unpacked at the same time: each may take 500 MB for a moment
 DIGITS = 6  # decimals of the numbers in an answer
 
 
@@ -30,17 +29,24 @@ class Service:
         self.meter = meter
         self.gate = Gate(limits)
         self.batcher = Batcher(predictor, seen=meter.batches.observe)
-        self.decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+        self.network = Progress()
+        self.decoders = Decoders(limits)
+        self.stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Service":
         """Start working."""
-        await self.batcher.__aenter__()
+        await self.stack.enter_async_context(self.decoders)
+        await self.stack.enter_async_context(self.batcher)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop working."""
-        await self.batcher.__aexit__()
-        self.decoders.shutdown(wait=False, cancel_futures=True)  # a picture may take long
+        await self.stack.aclose()
+
+    @property
+    def ready(self) -> bool:
+        """Whether images can be answered."""
+        return self.decoders.ready and not self.network.stalled(self.limits.stall_seconds)
 
     async def answer(self, request: Request, top: int, maps: bool) -> Answer:
         """The `top` likeliest classes of each picture in a request, with their maps if asked for.
@@ -52,7 +58,10 @@ class Service:
             async with receive(request, self.limits, take) as uploads:
                 try:
                     async with asyncio.timeout(self.limits.answer_seconds):
-                        logits, evidence = await self.batcher.run(await self._decode(uploads))
+                        images = await self._decode(uploads)
+                        with self.network.wait():
+                            logits, evidence = await self.batcher.run(images)
+                        self.network.advance()
                 except TimeoutError:
                     raise busy() from None
         self.meter.images.inc(len(logits))
@@ -66,21 +75,7 @@ class Service:
 
     async def _decode(self, uploads: Sequence[Upload]) -> Bytes:
         """(N, 3, 32, 32); one after the other, so that many pictures do not block a few."""
-        loop = asyncio.get_running_loop()
-        pixels = self.limits.pixels
-        return np.stack(
-            [await loop.run_in_executor(self.decoders, _image, up, pixels) for up in uploads]
-        )
-
-
-def _image(upload: Upload, pixels: int) -> Bytes:
-    """(3, 32, 32) out of a file; 422 if it is none that can be read."""
-    try:
-        return prepare(read_image(upload.read(), name=upload.name, max_pixels=pixels))
-    except Error as error:
-        raise HTTPException(422, str(error)) from None
-    except (MemoryError, OSError):  # of what was put on the disk
-        raise busy() from None
+        return np.stack([await self.decoders.decode(await up.read(), up.name) for up in uploads])
 
 
 def _prediction(

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.message import Message
@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from resnet56.errors import one_line
-from resnet56.serve.limits import Limits, busy
+from resnet56.serve.limits import Limits
 from resnet56.serve.schema import Pictures
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
@@ -29,14 +29,14 @@ class Upload:
     """A picture as it came, still encoded."""
 
     name: str  # for messages: what the client calls it, or its place in the list
-    read: Callable[[], bytes]  # slow: for a thread; HTTPException if it is not what it claims
+    read: Callable[[], Awaitable[bytes]]  # HTTPException if it is not what it claims
 
 
 @asynccontextmanager
 async def receive(
     request: Request, limits: Limits, take: Callable[[int], None]
 ) -> AsyncIterator[Sequence[Upload]]:
-    """The pictures of a request; what they occupy on the disk is freed at the end of the block.
+    """The pictures of a request, held in memory until the end of the block.
 
     Raises:
         HTTPException: 400, 408, 413, 415, 422, 429, or what `take` raises.
@@ -100,8 +100,9 @@ async def _body(
 async def _from_multipart(
     request: Request, body: AsyncGenerator[bytes, None], limits: Limits
 ) -> list[UploadFile]:
-    """The files in the field `image`; those above a megabyte lie on the disk."""
+    """The files in the field `image`."""
     parser = MultiPartParser(request.headers, body, max_files=limits.images, max_fields=0)
+    parser.spool_max_size = limits.body_bytes  # nothing is written to the disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -110,8 +111,6 @@ async def _from_multipart(
         if error.message.startswith("Too many fields"):
             raise HTTPException(422, f"send files in the field {FIELD!r} and no others") from None
         raise HTTPException(400, f"the body cannot be read: {error.message}") from None
-    except OSError:  # no room on the disk, or too many files are open
-        raise busy() from None
     # Older Starlettes let the first through, and all of them what charset=undefined raises.
     except (FormParserError, UnicodeError) as error:
         raise HTTPException(400, f"the body cannot be read: {one_line(error)}") from None
@@ -127,7 +126,7 @@ async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[
     content = b"".join([piece async for piece in body])
     pictures = await asyncio.to_thread(_parse, content, limits)
     return [
-        Upload(f"images[{place}]", partial(_decode, text, f"images[{place}]"))
+        Upload(f"images[{place}]", partial(asyncio.to_thread, _decode, text, f"images[{place}]"))
         for place, text in enumerate(pictures.images)
     ]
 
@@ -153,7 +152,7 @@ def _decode(text: str, name: str) -> bytes:
 
 
 def _upload(file: UploadFile, place: int) -> Upload:
-    return Upload(_echo(file.filename or "", f"picture {place}"), file.file.read)
+    return Upload(_echo(file.filename or "", f"picture {place}"), file.read)
 
 
 def _too_many(limits: Limits) -> HTTPException:
