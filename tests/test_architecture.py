@@ -33,7 +33,11 @@ ARROWS: dict[str, set[str]] = {
     "data.pickles": {"errors"},
     "data.batches": {"data.augment", "data.dataset", "errors"},
     "data.download": {"data.archives", "errors", "locks"},
-    "data.readers": {"data.dataset", "data.images", "data.pickles", "errors"},
+    "data.image_files": {"errors"},
+    "data.arrays": {"data.dataset", "errors"},
+    "data.cifar": {"data.dataset", "data.pickles", "errors"},
+    "data.folders": {"data.dataset", "data.image_files", "data.images", "errors"},
+    "data.readers": {"data.archives", "data.cifar", "data.dataset", "data.folders", "errors"},
     # model
     "model": {"errors"},
     "inference": {"model", "runtime"},
@@ -44,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels.native": {"kernels.compiler", "kernels.plan", "model"},
     # runs
     "runs.checkpoint": {"errors", "files"},
-    "runs.convert": {"data.readers", "errors", "model", "runs.checkpoint"},
+    "runs.convert": {"data.cifar", "errors", "model", "runs.checkpoint"},
     "runs.directory": {"errors", "files", "locks", "runs.checkpoint"},
     "runs.pretrained": {"errors", "files", "runs.checkpoint", "runs.directory"},
     # step and evaluation
@@ -117,13 +121,15 @@ ARROWS: dict[str, set[str]] = {
     # cli
     "cli": {"__init__", "errors"},
     "cli.tables": {"errors", "progress"},
-    "cli.common": {"data.download", "data.readers", "errors", "progress"},
+    "cli.common": {"data.download", "data.readers", "distributed", "errors", "progress"},
     "cli.data": {"cli.common", "errors"},
     "cli.describe": {"cli.common", "cli.tables", "model"},
     "cli.import_": {"cli.common", "errors", "runs.convert", "runs.directory"},
-    "cli.predict": {"cli.common", "data.images", "errors", "files", "predict", "progress"},
+    "cli.predict": {
+        "cli.common", "data.image_files", "data.images", "errors", "files", "predict", "progress",
+    },
     "cli.evaluate": {
-        "cli.common", "cli.tables", "data.readers", "errors", "evaluation", "export", "files",
+        "cli.common", "cli.tables", "data.arrays", "errors", "evaluation", "export", "files",
         "recipe", "runs.directory", "runs.pretrained", "runtime",
     },
     "cli.export": {"cli.common", "errors", "export", "runs.directory", "runs.pretrained"},

@@ -16,7 +16,6 @@ from PIL import Image
 from resnet56.data import images
 from resnet56.data.images import (
     BROWSER_FORMATS,
-    files_in,
     overlay,
     prepare,
     read_image,
@@ -280,13 +279,6 @@ def test_reading_in_threads_leaves_the_warning_filters_as_they_were() -> None:
         seen = list(pool.map(read_image, [content] * 200))
     assert warnings.filters == before
     assert len({image.tobytes() for image in seen}) == 1
-
-
-def test_files_in_passes_over_hidden_and_other_files(tmp_path: Path) -> None:
-    for name in ("b.PNG", "deep/a.jpg", ".hidden.png", ".git/c.png", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [file.name for file in files_in(tmp_path)] == ["b.PNG", "a.jpg"]
 
 
 def test_the_map_lies_on_the_central_square_and_the_rest_is_darkened() -> None:

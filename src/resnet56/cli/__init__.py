@@ -8,7 +8,7 @@ from importlib import import_module
 from keyword import iskeyword
 
 from resnet56 import __version__
-from resnet56.errors import Error, UsageError
+from resnet56.errors import Error, UsageError, printable
 
 PROBLEM = 2  # exit code of a call that is wrong
 INTERRUPTED = 130  # of Ctrl-C, as shells have it
@@ -46,7 +46,8 @@ Without any download: resnet56 train quick --data digits
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every error a user can cause ends as one line and an exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    arguments = [_expand(argument) for argument in given]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may be of no encoding
     try:
@@ -73,6 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("; ".join(("out of memory", *hints)), 1)
 
 
+def _expand(argument: str) -> str:
+    """`~/x` and `--flag=~/x` with the home directory, where no shell has done so: in Makefiles."""
+    flag, equals, value = argument.partition("=")
+    if equals and flag.startswith("--"):
+        return f"{flag}={os.path.expanduser(value)}"  # noqa: PTH111 - pathlib's drops "./" and raises
+    return os.path.expanduser(argument)  # noqa: PTH111
+
+
 def _run(arguments: list[str]) -> int:
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help", "help"):
@@ -96,5 +105,5 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"resnet56: {line}", file=sys.stderr)
+    print(printable(f"resnet56: {line}"), file=sys.stderr)
     return code

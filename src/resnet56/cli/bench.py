@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
     for arch in archs:
         model.Architecture.parse(arch)
     found = bench(
-        lambda: load_data(options.data or "digits"),
+        lambda: load_data(options.data),
         archs=archs,
         batches=_sizes(options.batch),
         device=options.device,

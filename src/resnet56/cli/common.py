@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from resnet56.errors import UsageError
+from resnet56.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset
@@ -22,8 +22,11 @@ Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="R
 
 
 def say(line: str) -> None:
-    """A remark on stderr: stdout is for results."""
-    print(line, file=sys.stderr)
+    """A remark on stderr: stdout is for results.
+
+    Whatever names it holds, it stays one line and does not move the cursor.
+    """
+    print(printable(line), file=sys.stderr)
 
 
 def show(what: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
@@ -47,20 +50,54 @@ def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> P
         )
 
 
-def load_data(name: str) -> "Dataset":
-    """The data set of that name, downloaded if it must be, or in that folder."""
+def load_data(
+    name: str | None,
+    *,
+    own: str | None = None,
+    evaluation: bool = False,
+    skip_broken: bool = False,
+) -> "Dataset":
+    """The data set of that name, downloaded if it must be, or in that folder; says its remarks.
+
+    A folder of a name goes before the name, as a run's goes before a pretrained network's.
+
+    Args:
+        name: what the user gave for --data; None for `own`.
+        own: what a run's data was loaded from (`Dataset.origin`); None for the digits.
+        evaluation: the images are to be measured only.
+        skip_broken: leave out images that cannot be read.
+    """
     from resnet56.data import readers
     from resnet56.data.download import ARCHIVES
 
-    if name == "digits":
-        return readers.load_digits()
-    if name in ARCHIVES:
-        return readers.load_folder(fetch(name))
-    if not Path(name).exists() and not re.search(r"[/\\.]", name):
-        raise UsageError(
-            f"unknown data {name!r}; use digits, cifar10, cifar100, or a folder that exists"
+    names = ("digits", *ARCHIVES)
+    if name is None:
+        name = own or "digits"
+        if name == "digits":
+            return readers.load_digits()
+    elif not name.strip():
+        raise UsageError(f"--data is empty; use {', '.join(names)}, or a folder that exists")
+    elif name in names and not Path(name).is_dir():
+        return (
+            readers.load_digits()
+            if name == "digits"
+            else _say_remarks(readers.load_folder(fetch(name)))
         )
-    return readers.load_folder(Path(name))
+    elif name in names:
+        say(f"reading the folder {Path(name).resolve()}, not the data set named {name}")
+    elif not Path(name).exists() and not re.search(r"[/\\.]", name):
+        raise UsageError(f"unknown data {name!r}; use {', '.join(names)}, or a folder that exists")
+    return _say_remarks(
+        readers.load_folder(Path(name), evaluation=evaluation, skip_broken=skip_broken)
+    )
+
+
+def _say_remarks(dataset: "Dataset") -> "Dataset":
+    from resnet56.distributed import place
+
+    for remark in dataset.remarks if place().is_first else ():
+        say(remark)
+    return dataset
 
 
 def parse(

@@ -34,6 +34,9 @@ class EvaluateOptions:
     split: Literal["test", "train", "holdout"] = "test"
     """Which images to show; of a run on its own data all are measured."""
 
+    skip_broken: bool = False
+    """Leave out images that cannot be read, with a remark, instead of stopping."""
+
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:N, mps."""
 
@@ -55,7 +58,7 @@ def run(arguments: list[str]) -> int:
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
     from resnet56 import runtime
     from resnet56.cli.tables import show_figures
-    from resnet56.data.readers import is_benchmark
+    from resnet56.data.arrays import is_benchmark
     from resnet56.evaluation import subject_of
     from resnet56.runs.directory import RunDirectory
     from resnet56.runs.pretrained import read_checkpoint
@@ -66,25 +69,27 @@ def run(arguments: list[str]) -> int:
     precision = runtime.resolve_precision(options.precision, device)
     run = RunDirectory(Path(options.run))
     checkpoint, shipped = read_checkpoint(options.run)
-    if options.data and is_benchmark(Path(options.data)):
+    if options.data and not options.data.isspace() and is_benchmark(Path(options.data)):
         if options.parity is not None:
             raise UsageError("--parity compares on one set of images; leave --data out")
         _measure_benchmark(subject_of(checkpoint, device, precision), options)
         return 0
 
-    if shipped and not options.data:
+    if shipped and options.data is None:
         raise UsageError(f"{options.run} comes with the package; on which images? choose --data")
-    dataset = load_data(options.data or run.data_origin() or "digits")
+    dataset = load_data(
+        options.data, own=run.data_origin(), evaluation=True, skip_broken=options.skip_broken
+    )
     net = checkpoint.network
-    if dataset.classes != net.classes:
-        raise UsageError(
-            f"{dataset.source} has other classes ({', '.join(dataset.classes[:3])}, ...) than "
-            f"the run ({', '.join(net.classes[:3])}, ...); choose --data"
-        )
     own = not shipped and dataset.fingerprint() == checkpoint.notes.get("data")
-    if not own and not shipped:
-        say("these are not the images of the run: nothing is written")
-    title = f"{net.arch}, {options.split} images of {dataset.source}"
+    if not own:
+        said = len(dataset.remarks)
+        dataset = dataset.for_classes(net.classes)
+        for remark in dataset.remarks[said:]:
+            say(remark)
+        if not shipped:
+            say("these are not the images of the run: nothing is written")
+    title = f"{net.arch} on the {options.split} images; {dataset.source}"
     if options.parity is not None:
         _compare(checkpoint, dataset.test, options, device, keep_in=run if own else None)
     elif own:
@@ -93,6 +98,8 @@ def run(arguments: list[str]) -> int:
         raise UsageError("held-out images are part of a run's own data; leave --data out")
     else:
         split = dataset.test if options.split == "test" else dataset.train
+        if not len(split):
+            raise UsageError(f"no {options.split} images of the network's classes; choose --split")
         with show(f"{len(split):,} images", len(split)) as tick:
             figures = subject_of(checkpoint, device, precision).figures(split, tick)
         print(json.dumps(figures)) if options.json else show_figures(figures, title)
@@ -102,7 +109,7 @@ def run(arguments: list[str]) -> int:
 def _measure_benchmark(subject: "Subject", options: EvaluateOptions) -> None:
     """CIFAR-10-C's or 10.1's arrays, one after the other."""
     from resnet56.cli.tables import show_accuracies
-    from resnet56.data.readers import load_benchmark
+    from resnet56.data.arrays import load_benchmark
 
     figures = {}
     for name, images in load_benchmark(Path(options.data or ""), len(subject.network.classes)):

@@ -107,7 +107,7 @@ def run(arguments: list[str]) -> int:
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
     """The pictures that the arguments name, and how many of them name none."""
-    from resnet56.data.images import files_in
+    from resnet56.data.image_files import find_images, remark_on
 
     sources, failed = [], 0
     for argument in arguments:
@@ -116,7 +116,10 @@ def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
             sources.append(Source("-", sys.stdin.buffer.read(), "stdin"))
         elif path.is_dir():
             # Not what --cam wrote beside the pictures the last time.
-            files = [file for file in files_in(path) if not file.name.endswith(MAP)]
+            found = find_images(path)
+            files = [file for file in found.files if not file.name.endswith(MAP)]
+            if remark := remark_on(found.passed_over):
+                say(f"{shown(str(path))}: {remark}")
             if not files:
                 _complain(ImageError(f"{shown(str(path))} holds no pictures"))
                 failed += 1

@@ -26,6 +26,9 @@ class TrainOptions:
     resume: bool = False
     """Go on with the run in --out from its last checkpoint."""
 
+    skip_broken: bool = False
+    """Leave out images that cannot be read, with a remark, instead of stopping."""
+
     device: str = "auto"
     """Where to train: auto, cpu, cuda, cuda:N, mps."""
 
@@ -71,7 +74,8 @@ def run(arguments: list[str]) -> int:
     from resnet56.training import Interrupted
     from resnet56.training import train as run_training
 
-    data = options.data or _data_of_resumed(options) or "digits"
+    own = _data_of_resumed(options)
+    data = options.data if options.data is not None else own or "digits"
     stem = Path(name).stem if name else "run"
     out = options.out or next_free(Path("runs") / f"{stem}-{Path(data).resolve().name}")
     run = RunDirectory(out)
@@ -82,9 +86,10 @@ def run(arguments: list[str]) -> int:
     quiet = options.quiet or not place().is_first
     words = ["resnet56", "train", "--resume", "--out", str(out)]
     words += [] if options.device == "auto" else ["--device", options.device]
-    again = shlex.join([*words, *(["--tensorboard"] if options.tensorboard else [])])
+    words += ["--tensorboard"] if options.tensorboard else []
+    again = shlex.join([*words, *(["--skip-broken"] if options.skip_broken else [])])
     with TrainingProgress(quiet=quiet) as progress:
-        dataset = load_data(data)
+        dataset = load_data(options.data, own=own, skip_broken=options.skip_broken)
         progress.say(f"{chosen.arch} on {dataset.source}")
         progress.say(f"run: {out}")
         try:
@@ -99,11 +104,13 @@ def run(arguments: list[str]) -> int:
             )
         except Interrupted as interrupted:
             if place().is_first:
-                say(f"\nstopped; the checkpoint is written; go on with: {again}")
+                say("")  # behind the ^C of the terminal
+                say(f"stopped; the checkpoint is written; go on with: {again}")
             return interrupted.exit_code
         except KeyboardInterrupt:
             begun = run.checkpoint_file.exists()
-            say(f"\nstopped; go on with: {again}" if begun else "\nstopped before it began")
+            say("")
+            say(f"stopped; go on with: {again}" if begun else "stopped before it began")
             return INTERRUPTED
         if result:
             if held := result.get("holdout"):

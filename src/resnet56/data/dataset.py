@@ -3,12 +3,14 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from resnet56.errors import DataError, UsageError
+from resnet56.errors import DataError, UsageError, shown
 
 Triple = tuple[float, float, float]
 
@@ -31,7 +33,9 @@ class Dataset:
     """A training and a test split over the same classes; labels index `classes`.
 
     `mirror` says whether a mirrored image still shows its class; `source` is a line for people:
-    what was read, from where and how it was split; `origin` loads it again: a folder, or "digits".
+    what was read, from where and how it was split; `origin` loads it again: a folder, or "digits";
+    `remarks` are lines on what was passed over or looks odd. `divided` is false where the images
+    lay in class folders alone, so that nothing but this package calls some of them test images.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Dataset:
     mirror: bool
     source: str
     origin: str
+    remarks: tuple[str, ...] = ()
+    divided: bool = True
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the classes, shapes, images and labels: equal for equal data."""
@@ -51,6 +57,97 @@ class Dataset:
             digest.update(np.ascontiguousarray(split.images.numpy()).data)
             digest.update(split.labels.numpy().astype("<i8").data)
         return digest.hexdigest()
+
+    def for_classes(self, classes: Sequence[str]) -> "Dataset":
+        """The images of those `classes` of another data set or network, labeled as its are.
+
+        Classes go by their names, see `match_classes`; images of other classes are left out with
+        a remark. All images of a set that is not `divided` are test images of the result.
+        Raises UsageError when no class is among `classes`.
+        """
+        known, remarks = match_classes(self.classes, classes)
+        if not known:
+            raise UsageError(
+                f"no class of the data ({_some(self.classes)}) is one of the network's "
+                f"({_some(classes)}); choose --data"
+            )
+        others = [name for name in self.classes if name not in known]
+        if others:
+            remarks.append(
+                f"the network does not have the class{'es' * (len(others) > 1)} {_some(others)}: "
+                "their images are left out"
+            )
+        index = [classes.index(known[name]) if name in known else -1 for name in self.classes]
+        labels = torch.tensor(index, dtype=torch.int64)
+        train, test = self.train, self.test
+        if not self.divided:
+            images = torch.cat((train.images, test.images))
+            test = Split(images, torch.cat((train.labels, test.labels)))
+            train = Split(images[:0], test.labels[:0])
+        return replace(
+            self,
+            classes=tuple(classes),
+            train=_relabel(train, labels),
+            test=_relabel(test, labels),
+            remarks=(*self.remarks, *remarks),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def _relabel(split: Split, new: torch.Tensor) -> Split:
+    labels = new[split.labels]
+    kept = labels >= 0
+    if bool(kept.all()):
+        return Split(split.images, labels)
+    return Split(split.images[kept], labels[kept])
+
+
+def class_name(name: str) -> str:
+    """A class's name in the one form that is kept: composed (NFC), without outer blanks.
+
+    A folder's name is decomposed where macOS wrote it. Raises DataError for a name that no file or
+    terminal can show: one with control characters, of no Unicode, or empty.
+    """
+    composed = unicodedata.normalize("NFC", name).strip()
+    kinds = {unicodedata.category(character) for character in composed}
+    if not composed or kinds & {"Cc", "Cs", "Zl", "Zp"}:
+        raise DataError(
+            f"{name!a} cannot name a class: it is empty, not Unicode, or has control "
+            "characters; rename it"
+        )
+    return composed
+
+
+def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Which of `classes` each of `names` is, where it is one; and remarks on loose matches.
+
+    Names are compared in their NFC form without outer blanks; where that finds none, without
+    regard to case, if exactly one is equal then.
+    """
+
+    def plain(name: str) -> str:
+        return unicodedata.normalize("NFC", name).strip()
+
+    exact = {plain(name): name for name in reversed(classes)}
+    loose: dict[str, list[str]] = {}
+    for name in classes:
+        loose.setdefault(plain(name).casefold(), []).append(name)
+    known: dict[str, str] = {}
+    remarks = []
+    for name in names:
+        same = loose.get(plain(name).casefold(), [])
+        if plain(name) in exact:
+            known[name] = exact[plain(name)]
+        elif len(same) == 1:
+            known[name] = same[0]
+            remarks.append(
+                f"{shown(name)} is taken as the class {shown(same[0])}: they differ in upper and "
+                "lower case only"
+            )
+    return known, remarks
 
 
 def hold_out(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:

@@ -37,7 +37,6 @@ def _has_avif() -> bool:
 
 
 SIZE = 32  # pixels, the network's input on each side
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # What browsers show, and more. Pillow goes by content, not by name; without such a list a ".png"
 # could start Ghostscript.
 BROWSER_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", *(["AVIF"] if _has_avif() else []))
@@ -274,20 +273,6 @@ def fit(image: Image.Image) -> Bytes:
 def _central_square(image: Image.Image) -> Bytes:
     fitted = ImageOps.fit(image, (SIZE, SIZE), method=Image.Resampling.BICUBIC)
     return np.array(fitted, dtype=np.uint8)
-
-
-def files_in(folder: Path) -> list[Path]:
-    """The image files below `folder`, sorted by path; hidden and other files are passed over."""
-    return sorted(
-        (
-            file
-            for file in folder.rglob("*")
-            if file.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-            and file.is_file()
-        ),
-        key=Path.as_posix,
-    )
 
 
 def overlay(image: Image.Image, evidence: Floats) -> Image.Image:

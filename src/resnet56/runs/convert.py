@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from resnet56.data.readers import CIFAR10
+from resnet56.data.cifar import CIFAR10
 from resnet56.errors import RunError, UsageError, one_line
 from resnet56.model import Architecture, ResNet
 from resnet56.runs.checkpoint import Checkpoint, Network
