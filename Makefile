@@ -1,7 +1,8 @@
-# make train                                  train on the digits, test, say where the run lies
-# make train RECIPE=report DATA=cifar10       the real thing (DATA=/a/folder for your own copy)
-# make test                                   the whole test suite
-# make lint                                   style and types
+# make install                                set up .venv
+# make train                                  train on the digits and test the result
+# make train RECIPE=report DATA=cifar10       train on CIFAR-10 (DATA=/a/folder for your own copy)
+# make test                                   run the test suite
+# make lint                                   check style and types
 
 PYTHON ?= python3
 RECIPE ?= quick
@@ -15,7 +16,9 @@ else
 BIN := $(VENV)/bin
 endif
 
-.PHONY: train test lint clean
+.PHONY: install train test lint clean
+
+install: $(VENV)/.ready
 
 train: $(VENV)/.ready
 	$(BIN)/resnet56 train $(RECIPE) --data "$(DATA)" $(ARGS)
@@ -31,7 +34,7 @@ lint: $(VENV)/.ready-dev
 clean:
 	rm -rf $(VENV)
 
-# The stamps are made last, so that an installation that broke off is begun again.
+# The stamps are made last, so that an interrupted installation starts again.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('resnet56 needs Python 3.11 or newer')"
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The README's offline commands do what it says, as a new user would run them."""
+"""The documented commands do what the documentation says, run as a new user would."""
 
 import dataclasses
 import json
@@ -16,15 +16,16 @@ import resnet56
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 def offline_commands() -> list[list[str]]:
-    """The README's `resnet56 ...` lines that need nothing but the installation."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    """The `resnet56 ...` lines that need nothing but the installation."""
+    lines = [line for block in blocks(GUIDE, "bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("resnet56 ")]
     first = next(index for index, words in enumerate(commands) if "cifar10" in words)
     return commands[:first]
@@ -53,26 +54,39 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
     assert (tmp_path / "maps" / "photo.cam.png").exists()
     run = tmp_path / "runs" / "digits"
     assert json.loads((run / "evaluation.json").read_text())["test"]["accuracy"] >= 0.97
-    tree = README[README.index("runs/digits/\n") :]
+    tree = GUIDE[GUIDE.index("runs/digits/\n") :]
     promised = re.findall(r"^  (\S+\.\w+|\S+/)  ", tree[: tree.index("```")], re.MULTILINE)
     assert len(promised) == 9
     for name in promised:
         assert (run / name).exists(), name
 
 
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "run"), [(README, "from-python"), (GUIDE, "python")])
+def test_the_python_examples_run(
+    page: str, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As written, but with a recipe of one short epoch."""
     monkeypatch.chdir(tmp_path)
     short = dataclasses.replace(resnet56.RECIPES["quick"], arch="resnet8", epochs=1)
     monkeypatch.setitem(resnet56.RECIPES, "quick", short)
     Image.effect_noise((400, 300), 60).save(tmp_path / "photo.jpg")
-    [example] = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
-    assert (tmp_path / "runs" / "from-python" / "evaluation.json").exists()
+    [example] = blocks(page, "python")
+    exec(compile(example, "example", "exec"), {})
+    assert (tmp_path / "runs" / run / "evaluation.json").exists()
 
 
-def test_links_to_files_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for target in re.findall(r'src="(?!http)([^"]+)"', README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "page",
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("src/**/*.md")],
+    ids=lambda path: path.name,
+)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r'(?:src|href)="(?!http)([^"]+)"', text):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 150

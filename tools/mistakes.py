@@ -1,7 +1,7 @@
-"""What mistakes in testing cost: python tools/mistakes.py DIR [RUN|NAME]
+"""What errors in test code cost: python tools/mistakes.py DIR [RUN|NAME]
 
-Measures one trained network on CIFAR-10's test images as it should be and in ways that are easy
-to get wrong, and prints a table. Nothing is trained.
+Tests one trained network on the CIFAR-10 test images, correctly and with common errors, and prints
+a table. Nothing is trained.
 """
 
 import copy
@@ -34,19 +34,21 @@ def by_batch_statistics(model: ResNet, images: Tensor, network: Network) -> Tens
     return torch.cat([model(normalize(part, mean, std)) for part in images.split(32)])
 
 
-def ways(model: ResNet, split: Split, network: Network) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What was done, the logits, and the labels."""
+def test_procedures(
+    model: ResNet, split: Split, network: Network
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield a description, logits (N, C) and labels (N,) for each procedure."""
     images, labels, own = split.images, split.labels, (network.mean, network.std)
-    yield "as it should be", predict_logits(model, images, *own), labels
+    yield "correctly", predict_logits(model, images, *own), labels
     yield "in bf16 instead of fp32", predict_logits(model, images, *own, "bf16"), labels
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     mixed, ordered = labels[shuffled], labels.sort(stable=True).indices
     by_batch = by_batch_statistics(model, images[shuffled], network)
-    yield "network left in training mode, batches of 32, shuffled", by_batch, mixed
+    yield "in training mode, batches of 32, shuffled", by_batch, mixed
     by_class = by_batch_statistics(model, images[ordered], network)
     yield "the same, images sorted by class", by_class, labels[ordered]
-    yield "normalised with ImageNet's constants", predict_logits(model, images, *IMAGENET), labels
-    yield "not normalised, values from 0 to 1", predict_logits(model, images, *NONE), labels
+    yield "normalized with ImageNet's constants", predict_logits(model, images, *IMAGENET), labels
+    yield "not normalized, values from 0 to 1", predict_logits(model, images, *NONE), labels
     yield (
         "channels in the order blue, green, red",
         predict_logits(model, images.flip(1), *own),
@@ -67,7 +69,7 @@ def main(folder: str, what: str = "resnet56") -> None:
     model, split = restore(checkpoint, CPU), load_folder(Path(folder)).test
     print(f"| how `{what}` is tested | accuracy, % | points |\n|---|---|---|")
     right = None
-    for name, logits, labels in ways(model, split, checkpoint.network):
+    for name, logits, labels in test_procedures(model, split, checkpoint.network):
         accuracy = 100 * (logits.argmax(dim=1) == labels).double().mean().item()
         right = accuracy if right is None else right
         print(f"| {name} | {accuracy:.2f} | {accuracy - right:+.2f} |", flush=True)

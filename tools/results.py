@@ -1,8 +1,8 @@
-"""The evidence behind docs/results.md: keep a run's small files, print tables of all of them.
+"""Keep the small files of runs in results/, and generate the tables of docs/results.md from them.
 
-python tools/results.py keep RUN NAME    copies them to results/NAME, without this machine's paths
-python tools/results.py                  prints the tables, as docs/results.md has them
-python tools/results.py draw             draws that file's table of published figures, results.png
+python tools/results.py keep RUN NAME    copy the files to results/NAME, without local paths
+python tools/results.py                  print the tables of docs/results.md
+python tools/results.py draw             draw docs/results.png from its table of published results
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ RESULTS = ROOT / "results"
 USAGE = "usage: python tools/results.py [keep RUN NAME | draw]"
 HEAD = ("network", "command", "seeds", "test accuracy, %", "training accuracy, %", "time", "on")
 CHANGED_HEAD = ("command", "seeds", "test, %", "training, %", "gap, points", "ECE", "time", "on")
-TRIAL_HEAD = ("command", "seed", "held out, %", "training, %", "corrupted test images, %")
+TRIAL_HEAD = ("command", "seed", "validation, %", "training, %", "corrupted test images, %")
 
 
 def keep(run: RunDirectory, name: str) -> None:
@@ -234,22 +234,33 @@ def published() -> list[Published]:
 
 
 def draw(figure: "Figure", ink: Ink) -> None:
-    """A dot for each, hollow where it was chosen by the test set; ours with their intervals."""
+    """One dot per result, hollow where it was selected on the test set; ours with intervals."""
     axes = figure.subplots()
     rows = published()
-    for place, row in enumerate(rows):
-        colour = ink.series[0] if row.interval else ink.text
-        axes.plot(row.interval, [place] * len(row.interval), color=colour, linewidth=2)
-        inside = "white" if row.chosen else colour
-        axes.plot(row.accuracy, place, "o", color=colour, markerfacecolor=inside)
+    ours, theirs = ink.series[0], ink.text
+    for height, row in enumerate(rows):
+        color = ours if row.interval else theirs
+        axes.plot(row.interval, [height] * len(row.interval), color=color, linewidth=2)
+        face = "white" if row.chosen else color
+        axes.plot(row.accuracy, height, "o", color=color, markerfacecolor=face)
         axes.annotate(
-            f"{row.accuracy:g}",
-            (row.accuracy, place),
+            f"{row.accuracy:.2f}",
+            (row.accuracy, height),
             (0, 5),
             textcoords="offset points",
             ha="center",
-            color=colour,
+            color=color,
         )
+    for label, color, face, line in (
+        ("this package, with 95 % interval", ours, ours, "-"),
+        ("published", theirs, theirs, "none"),
+        ("published, selected on the test set", theirs, "white", "none"),
+    ):
+        axes.plot(
+            [], [], color=color, linestyle=line, marker="o", markerfacecolor=face, label=label
+        )
+    axes.legend(loc="lower right", frameon=True, framealpha=1, edgecolor="none")
+    axes.set_title("ResNet-56 on CIFAR-10: test accuracy", loc="left", color=theirs)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], parse_math=False)
     axes.set_ylim(-0.5, len(rows) - 0.2)
     axes.set_xlabel("test accuracy, %")
@@ -266,7 +277,7 @@ if __name__ == "__main__":
         case ["keep", run, name]:
             keep(RunDirectory(Path(run)), name)
         case ["draw"]:
-            chart = Chart("results", "", "", draw, size=(7.0, 3.2))
+            chart = Chart("results", "", "", draw, size=(7.0, 3.6))
             write_bytes(ROOT / "docs" / "results.png", chart.png())
         case _:
             sys.exit(USAGE)

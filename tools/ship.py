@@ -1,8 +1,8 @@
 """Ship a run's weights with the package: python tools/ship.py RUN NAME DIR
 
-Writes src/resnet56/weights/NAME.safetensors, in half precision, and NAME.json, its card, and the
-folder's README.md, which says what the cards say. What a card says of accuracy is measured here, of
-the half-precision weights, on the images in DIR.
+Writes src/resnet56/weights/NAME.safetensors (half precision), its card NAME.json, and the
+directory's README.md, which is generated from the cards. The accuracy on a card is that of the
+half-precision weights, measured here on the images in DIR.
 """
 
 import sys
@@ -22,30 +22,30 @@ from results import command
 
 USAGE = "usage: python tools/ship.py RUN NAME DIR"
 README = """\
-# The networks that come with the package
+# Pretrained weights
 
-`NAME.safetensors` holds weights in half precision, `NAME.json` its card: architecture,
-normalisation, recipe and everything measured. `resnet56.load("resnet56")` gives one to Python,
-`resnet56 predict` and `resnet56 serve` use `resnet56` unless told otherwise, and `resnet56 evaluate
-NAME --data DIR` measures one again. `tools/ship.py` wrote all files here.
+`NAME.safetensors` holds weights in half precision. `NAME.json` is its card: architecture,
+normalization constants, recipe and all measurements. `resnet56.load("resnet56")` loads one in
+Python, `resnet56 predict` and `resnet56 serve` use `resnet56` by default, and `resnet56 evaluate
+NAME --data DIR` measures one again. `tools/ship.py` writes all files in this directory.
 
-**Data**: CIFAR-10's 50,000 training images; 92 of the set's 60,000 were re-encoded as JPEG, the
-rest are byte-exact. One training each, whose recipe was fixed before it was run; nothing was chosen
-by the test images, which were opened after it (docs/results.md) and for the figures below.
+**Data.** The networks were trained on the 50,000 training images of CIFAR-10, of which 72 were
+re-encoded as JPEG; the figures below are measured on the original images. Each network is a single
+training whose recipe was fixed beforehand. Nothing was selected on the test images.
 
-**Limits.** Each knows ten classes and answers with one of them whatever it is shown. They were
-trained on centred objects in 32x32 pixels; larger pictures are cropped to their central square and
-shrunk to that.
+**Limits.** Each network knows ten classes and answers with one of them for any image. They were
+trained on centered objects in 32x32 pixels; larger images are cropped to the central square and
+resized.
 """
 
 
 def main(run: Path, name: str, folder: Path) -> None:
-    """Write both files and say how good the network is."""
-    # First what can go wrong, lest a card stay behind with the figures of the run's own weights.
+    """Write the files and print the accuracy."""
+    # Check everything that can fail first, so that no card without measurements stays behind.
     dataset = load_folder(folder)
     directory = RunDirectory(run)
     if dataset.classes != directory.load().network.classes:
-        sys.exit(f"{folder} has other classes than {run}")
+        sys.exit(f"the classes of {folder} differ from those of {run}")
     pretrained.save(directory, name, pretrained.FOLDER)
     checkpoint = pretrained.load(name)
     subject = subject_of(checkpoint, torch.device("cpu"))
@@ -53,27 +53,32 @@ def main(run: Path, name: str, folder: Path) -> None:
     figures = {"test": subject.figures(dataset.test), "train": subject.figures(dataset.train)}
     evaluation = {"of": "the half-precision weights", "data": dataset.source, **figures}
     write_json(card, read_json(card) | {"evaluation": evaluation})
-    write_text(
-        pretrained.FOLDER / "README.md", "\n".join((README, *map(chapter, pretrained.names())))
-    )
-    print(f"{name}: {figures['test']['accuracy']:.2%} of {figures['test']['n']:,} test images")
+    write_readme()
+    print(f"{name}: {figures['test']['accuracy']:.2%} test accuracy")
 
 
-def chapter(name: str) -> str:
-    """What the card of `name` says, for people."""
+def write_readme() -> None:
+    """Generate README.md from all cards."""
+    sections = map(section, pretrained.names())
+    write_text(pretrained.FOLDER / "README.md", "\n".join((README, *sections)))
+
+
+def section(name: str) -> str:
+    """The card of `name` as Markdown."""
     card = pretrained.card(name)
     recipe, evaluation = from_fields(card["recipe"], name), card["evaluation"]
     test, train = evaluation["test"], evaluation["train"]
     low, high = (100 * bound for bound in test["accuracy_interval"])
     calibration = test["calibration"]
+    weights = "EMA" if recipe.ema_decay else "final"
     lines = [
         f"## {name}",
         "",
         f"- **Network**: {describe(recipe.arch).parameters:,} parameters.",
-        f"- **Training**: `{command(recipe)}`, seed {recipe.seed}, {card['weights']} weights.",
-        f"- **Accuracy** of the half-precision weights, in fp32: {100 * test['accuracy']:.2f} % of "
+        f"- **Training**: `{command(recipe)}`, seed {recipe.seed}, {weights} weights.",
+        f"- **Accuracy** of the half-precision weights, in fp32: {100 * test['accuracy']:.2f} % on "
         f"the {test['n']:,} test images",
-        f"  (95 % interval {low:.2f} to {high:.2f}), {100 * train['accuracy']:.2f} % of the "
+        f"  (95 % interval {low:.2f} to {high:.2f}), {100 * train['accuracy']:.2f} % on the "
         "training images.",
         f"- **Calibration**: expected calibration error {calibration['ece']:.3f}, Brier score "
         f"{calibration['brier']:.3f}.",
