@@ -19,7 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "locks": set(),
     "metrics": set(),
     "progress": set(),
-    "files": {"errors"},
+    "files": {"errors", "locks"},
     "recipe": {"errors"},
     "runtime": {"errors"},
     # data
@@ -123,7 +123,7 @@ ARROWS: dict[str, set[str]] = {
     "cli.tables": {"errors", "progress"},
     "cli.common": {"data.download", "data.readers", "distributed", "errors", "progress"},
     "cli.data": {"cli.common", "errors"},
-    "cli.describe": {"cli.common", "cli.tables", "model"},
+    "cli.describe": {"cli.common", "cli.tables", "files", "model"},
     "cli.import_": {"cli.common", "errors", "runs.convert", "runs.directory"},
     "cli.predict": {
         "cli.common", "data.image_files", "data.images", "errors", "files", "predict", "progress",

@@ -8,32 +8,35 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 
-from resnet56.errors import RunError
+from resnet56.errors import Error, RunError, one_line
+from resnet56.locks import create_temporary
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well."""
+def _writing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path` that becomes `path` when the block ends well."""
     if path.is_dir():
         raise RunError(f"cannot write {path}: it is a folder; choose a file")
     if path.exists() and not path.is_file():  # a rename would do away with it
         raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
     if path.is_symlink():
         path = path.resolve()  # what it points to is replaced, not the link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
+        file, temporary = create_temporary(path.parent)
+        with file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         if os.name == "posix":  # the new name reaches the disk before any old file goes
@@ -47,29 +50,31 @@ def _writing(path: Path) -> Iterator[Path]:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; what was there is untouched{more}"
         ) from error
-    except safetensors.SafetensorError as error:  # its word for a full disk, among others
-        raise RunError(f"cannot write {path}: {error}; what was there is untouched") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; RunError if it cannot be written."""
-    with _writing(path) as temporary:
-        # Files' names, which a text may tell of, need not be UTF-8.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    # Files' names, which a text may tell of, need not be UTF-8.
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; RunError if it cannot be written."""
-    with _writing(path) as temporary:
-        temporary.write_bytes(content)
+    with _writing(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON whole or not at all; lists of plain numbers stay on one line."""
-    write_text(path, _readable(content) + "\n")
+    try:
+        text = _readable(content)
+    except (Error, RecursionError) as error:
+        raise RunError(f"cannot write {path}: {one_line(error)}") from None
+    write_text(path, text + "\n")
 
 
 def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
@@ -88,17 +93,40 @@ def _readable(content: Any, indent: str = "") -> str:
     if isinstance(content, list | tuple) and any(isinstance(v, list | dict) for v in content):
         lines = [_readable(value, deeper) for value in content]
         return "[\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}]"
-    return json.dumps(content, allow_nan=False)
+    return to_json(content)
+
+
+def to_json(content: Any) -> str:
+    """`content` as one line of JSON, which knows neither NaN nor infinity: Error for those."""
+    try:
+        return json.dumps(content, allow_nan=False)
+    except ValueError as error:
+        raise Error(f"a result is not a finite number, and JSON has no others: {error}") from None
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text says; ValueError or RecursionError for anything that is not JSON.
+
+    Python's own reader takes NaN and Infinity, and reads 1e999 as infinity.
+    """
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; RunError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        raise RunError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RunError(f"{path} is damaged: it holds no JSON object")
     return content

@@ -1,7 +1,8 @@
-"""Files of a known name in folders that others may write: opened without links, and locked."""
+"""Files in folders that others may write: opened without following links, and locked."""
 
 import errno
 import os
+import secrets
 import stat
 import sys
 from io import BufferedRandom
@@ -17,6 +18,22 @@ else:
 
     def _take_lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# O_NONBLOCK: a pipe of the name would wait forever.
+_FLAGS = os.O_RDWR | os.O_CREAT
+for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
+    _FLAGS |= getattr(os, _name, 0)
+
+
+def create_temporary(folder: Path) -> tuple[BufferedRandom, Path]:
+    """Make a new file in `folder`, open for writing, whose name nobody can guess.
+
+    A name that can be guessed may be a link that someone else has put there. Unlike `mkstemp`'s,
+    the file has the permissions that the user gives new files (umask). Raises OSError.
+    """
+    path = folder / f".{secrets.token_hex(8)}.tmp"
+    return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, 0o666), "r+b"), path
 
 
 def open_private(path: Path) -> BufferedRandom:
@@ -41,11 +58,8 @@ class _LinkError(Exception):
 def _open_private(path: Path) -> BufferedRandom:
     if path.is_symlink():  # where O_NOFOLLOW is not known; elsewhere that decides
         raise _LinkError
-    flags = os.O_RDWR | os.O_CREAT
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
-        flags |= getattr(os, name, 0)  # O_NONBLOCK: a pipe of this name would wait for ever
     try:
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = os.open(path, _FLAGS, 0o600)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):  # how POSIX and FreeBSD say "a link"
             raise _LinkError from None

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -10,8 +11,8 @@ from typing import NoReturn
 import pytest
 import torch
 
-from resnet56.errors import RunError
-from resnet56.files import next_free, read_json, write_json, write_text
+from resnet56.errors import Error, RunError
+from resnet56.files import next_free, read_json, to_json, write_json, write_text
 from resnet56.runs.checkpoint import Checkpoint, Network, Position
 from resnet56.runs.directory import RunDirectory
 
@@ -245,7 +246,7 @@ def test_a_text_may_name_what_is_no_utf_8(tmp_path: Path) -> None:
 
 
 def test_metrics_refuse_what_json_cannot_say(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(Error, match="JSON"):
         RunDirectory(tmp_path).append_metrics({"epoch": 1, "train_loss": float("nan")})
 
 
@@ -284,13 +285,53 @@ def test_what_a_link_points_to_is_replaced_and_a_pipe_is_refused(tmp_path: Path)
     assert [path.name for path in file.parent.iterdir()] == ["x.json"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_link_of_the_temporary_name_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where someone knows the name that comes next."""
+    outside, file = tmp_path / "outside", tmp_path / "shared" / "x.json"
+    outside.write_text("mine")
+    file.parent.mkdir()
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "known")
+    (file.parent / ".known.tmp").symlink_to(outside)
+    with pytest.raises(RunError, match="cannot write"):
+        write_json(file, {})
+    assert outside.read_text() == "mine"
+    assert not file.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask to speak of")
+def test_a_file_has_the_permissions_that_the_user_gives_new_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_json(tmp_path / "x.json", {})
+    assert (tmp_path / "x.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "1" + 5000 * "0"])
+def test_a_number_that_is_none_is_damage(tmp_path: Path, value: str) -> None:
+    (tmp_path / "x.json").write_text(f'{{"a": {value}}}')
+    with pytest.raises(RunError, match=r"x\.json is damaged") as caught:
+        read_json(tmp_path / "x.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_never_holds_a_number_that_is_none(tmp_path: Path, value: float) -> None:
+    with pytest.raises(RunError, match="cannot write .*not a finite number"):
+        write_json(tmp_path / "x.json", {"a": {"b": [1, value]}})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(Error, match="not a finite number"):
+        to_json([value])
+
+
 def test_where_nothing_can_be_written_the_path_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr("resnet56.files.create_temporary", refuse)
     with pytest.raises(RunError, match=r"cannot write .*x\.json: Permission denied"):
         write_json(tmp_path / "x.json", {})
 

@@ -1,6 +1,5 @@
 """`resnet56 describe`."""
 
-import json
 from dataclasses import asdict, dataclass
 
 from resnet56.cli.common import parse
@@ -23,11 +22,12 @@ class DescribeOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 describe [--arch NAME]."""
     options = parse(DescribeOptions, arguments, "resnet56 describe")
+    from resnet56.files import to_json
     from resnet56.model import describe as describe_network
 
     network = asdict(describe_network(options.arch, options.classes))
     if options.json:
-        print(json.dumps(network))
+        print(to_json(network))
         return 0
     from resnet56.cli.tables import show_network
 

@@ -1,6 +1,5 @@
 """`resnet56 evaluate`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -60,6 +59,7 @@ def run(arguments: list[str]) -> int:
     from resnet56.cli.tables import show_figures
     from resnet56.data.arrays import is_benchmark
     from resnet56.evaluation import subject_of
+    from resnet56.files import to_json
     from resnet56.runs.directory import RunDirectory
     from resnet56.runs.pretrained import read_checkpoint
 
@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"no {options.split} images of the network's classes; choose --split")
         with show(f"{len(split):,} images", len(split)) as tick:
             figures = subject_of(checkpoint, device, precision).figures(split, tick)
-        print(json.dumps(figures)) if options.json else show_figures(figures, title)
+        print(to_json(figures)) if options.json else show_figures(figures, title)
     return 0
 
 
@@ -110,12 +110,13 @@ def _measure_benchmark(subject: "Subject", options: EvaluateOptions) -> None:
     """CIFAR-10-C's or 10.1's arrays, one after the other."""
     from resnet56.cli.tables import show_accuracies
     from resnet56.data.arrays import load_benchmark
+    from resnet56.files import to_json
 
     figures = {}
     for name, images in load_benchmark(Path(options.data or ""), len(subject.network.classes)):
         with show(f"{len(images):,} images ({name})", len(images)) as tick:
             figures[name] = subject.figures(images, tick)
-    print(json.dumps(figures)) if options.json else show_accuracies(figures)
+    print(to_json(figures)) if options.json else show_accuracies(figures)
 
 
 def _measure_run(
@@ -129,7 +130,7 @@ def _measure_run(
     """A run on its own images: everything, and it is written down."""
     from resnet56.cli import tables
     from resnet56.evaluation import evaluate_run
-    from resnet56.files import read_json
+    from resnet56.files import read_json, to_json
 
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
     if options.split == "holdout" and recipe.holdout == 0:
@@ -149,7 +150,7 @@ def _measure_run(
         show=show,
     )
     if options.json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         tables.show_figures(result[options.split], title)
         tables.show_extras(result)
@@ -166,6 +167,7 @@ def _compare(
     from resnet56 import runtime
     from resnet56.cli.tables import show_comparison
     from resnet56.evaluation import Measured, compare, subject_of
+    from resnet56.files import to_json
 
     sides = options.parity or ""
     names: list[str] = []
@@ -189,4 +191,4 @@ def _compare(
     found = compare(subjects[0], subjects[1], (names[0], names[1]), split, show)
     if keep_in is not None:
         keep_in.keep_comparison(found, checkpoint.position.step)
-    print(json.dumps(found)) if options.json else show_comparison(found)
+    print(to_json(found)) if options.json else show_comparison(found)

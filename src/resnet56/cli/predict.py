@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,8 +139,10 @@ def _complain(error: Error) -> None:
 def _writer(form: str, top: int) -> Callable[[str, "Prediction"], None]:
     """A function that prints a picture's answer."""
     if form == "json":
+        from resnet56.files import to_json
+
         return lambda name, answer: print(
-            json.dumps(
+            to_json(
                 {
                     "image": name,
                     "label": answer.label,

@@ -13,14 +13,13 @@ Files appear whole or not at all (`resnet56.files`).
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet56.errors import RunError
-from resnet56.files import read_json, write_json, write_text
+from resnet56.files import from_json, read_json, to_json, write_json, write_text
 from resnet56.locks import try_lock
 from resnet56.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -123,7 +122,7 @@ class RunDirectory:
         """Add one line; on the disk when this returns."""
         try:
             with self.metrics_file.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.write(to_json(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -143,8 +142,8 @@ class RunDirectory:
         lines = text.splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
-            except ValueError:
+                row = from_json(line)
+            except (ValueError, RecursionError):
                 if number == len(lines):
                     break
                 row = None
@@ -157,7 +156,7 @@ class RunDirectory:
         """Keep the lines of the first `epochs` epochs: the ones the checkpoint has behind it."""
         if self.metrics_file.exists():
             kept = [row for row in self.read_metrics() if row["epoch"] <= epochs]
-            text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+            text = "".join(to_json(row) + "\n" for row in kept)
             write_text(self.metrics_file, text)
 
     # parity.json
