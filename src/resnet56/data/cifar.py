@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from resnet56.data.class_names import CIFAR10
 from resnet56.data.dataset import Dataset, Split, class_name
 from resnet56.data.pickles import PickledArray, read_pickle, text
 from resnet56.errors import DataError, one_line, shown
@@ -25,10 +26,6 @@ Bytes = npt.NDArray[np.uint8]
 _PIXELS = 3 * 32 * 32
 _BLOCK = 1_000  # images handled at a time, to bound memory
 _AGAIN = "unpack the archive again"
-# fmt: off
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer",
-           "dog", "frog", "horse", "ship", "truck")
-# fmt: on
 # SHA-1 of each file of the binary form: the training files and the test file. Apache MXNet's
 # gluon.data.vision pins the same ones.
 _PUBLISHED = {

@@ -12,6 +12,7 @@ from PIL import Image
 
 from resnet56.data.archives import UnpackError, unpack
 from resnet56.data.cifar import ARCHIVES, LAYOUTS, layout_in, load_cifar
+from resnet56.data.class_names import DIGITS
 from resnet56.data.dataset import Dataset, Split
 from resnet56.data.folders import load_image_folder
 from resnet56.errors import DataError, one_line, shown
@@ -36,7 +37,7 @@ def load_digits() -> Dataset:
     )
     return Dataset(
         name="digits",
-        classes=tuple("0123456789"),
+        classes=DIGITS,
         train=Split(images[kept], labels[kept]),
         test=Split(images[held], labels[held]),
         mirror=False,
