@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "data.corruptions": set(),
     "data.image_headers": set(),
     "data.trivial_augment": set(),
+    "data.class_names": set(),
     "data.archives": {"errors"},
     "data.augment": {"data.trivial_augment"},
     "data.dataset": {"errors"},
@@ -35,9 +36,11 @@ ARROWS: dict[str, set[str]] = {
     "data.download": {"data.archives", "errors", "locks"},
     "data.image_files": {"errors"},
     "data.arrays": {"data.dataset", "errors"},
-    "data.cifar": {"data.dataset", "data.pickles", "errors"},
+    "data.cifar": {"data.class_names", "data.dataset", "data.pickles", "errors"},
     "data.folders": {"data.dataset", "data.image_files", "data.images", "errors"},
-    "data.readers": {"data.archives", "data.cifar", "data.dataset", "data.folders", "errors"},
+    "data.readers": {
+        "data.archives", "data.cifar", "data.class_names", "data.dataset", "data.folders", "errors",
+    },
     # model
     "model": {"errors"},
     "inference": {"model", "runtime"},
@@ -48,9 +51,16 @@ ARROWS: dict[str, set[str]] = {
     "kernels.native": {"kernels.compiler", "kernels.plan", "model"},
     # runs
     "runs.checkpoint": {"errors", "files"},
-    "runs.convert": {"data.cifar", "errors", "model", "runs.checkpoint"},
     "runs.directory": {"errors", "files", "locks", "runs.checkpoint"},
     "runs.pretrained": {"errors", "files", "runs.checkpoint", "runs.directory"},
+    "runs.tensor_files": {"data.pickles", "errors", "runs.pretrained"},
+    "runs.convert": {
+        "data.class_names", "data.pickles", "errors", "model", "runs.checkpoint", "runs.pretrained",
+        "runs.tensor_files",
+    },
+    "runs.sources": {
+        "errors", "files", "runs.checkpoint", "runs.convert", "runs.directory", "runs.pretrained",
+    },
     # step and evaluation
     "evaluation": {
         "data.augment", "data.corruptions", "data.dataset", "errors", "files", "inference",
@@ -63,15 +73,15 @@ ARROWS: dict[str, set[str]] = {
     # training and prediction
     "predict": {
         "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
-        "runs.checkpoint", "runs.pretrained", "runtime",
+        "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime",
     },
     "training": {
         "data.batches", "data.dataset", "distributed", "errors", "evaluation", "files", "model",
         "progress", "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
     },
     "export": {
-        "data.augment", "errors", "evaluation", "files", "libraries", "model", "predict",
-        "runs.checkpoint", "runs.pretrained",
+        "data.augment", "data.dataset", "errors", "evaluation", "files", "libraries", "model",
+        "predict", "runs.checkpoint", "runs.pretrained",
     },
     # report
     "report.pictures": set(),
@@ -124,15 +134,17 @@ ARROWS: dict[str, set[str]] = {
     "cli.common": {"data.download", "data.readers", "distributed", "errors", "progress"},
     "cli.data": {"cli.common", "errors"},
     "cli.describe": {"cli.common", "cli.tables", "files", "model"},
-    "cli.import_": {"cli.common", "errors", "runs.convert", "runs.directory"},
+    "cli.import_": {
+        "cli.common", "data.class_names", "errors", "runs.directory", "runs.sources",
+    },
     "cli.predict": {
         "cli.common", "data.image_files", "data.images", "errors", "files", "predict", "progress",
     },
     "cli.evaluate": {
         "cli.common", "cli.tables", "data.arrays", "errors", "evaluation", "export", "files",
-        "recipe", "runs.directory", "runs.pretrained", "runtime",
+        "predict", "recipe", "runs.pretrained", "runs.sources", "runtime",
     },
-    "cli.export": {"cli.common", "errors", "export", "runs.directory", "runs.pretrained"},
+    "cli.export": {"cli.common", "errors", "export", "runs.pretrained", "runs.sources"},
     "cli.bench": {"benchmark.benchmark", "cli.common", "cli.tables", "errors", "files", "model"},
     "cli.report": {"cli.common", "errors", "report"},
     "cli.train": {

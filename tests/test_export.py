@@ -195,7 +195,7 @@ def test_files_that_are_no_export_are_refused(exported: Path, tmp_path: Path) ->
     proto = onnx.load(exported)
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "bare.onnx")
-    with pytest.raises(RunError, match=r"bare\.onnx does not say what its classes are"):
+    with pytest.raises(RunError, match=r"bare\.onnx does not say what its network is"):
         resnet56.load(tmp_path / "bare.onnx")
     with pytest.raises(Error, match="runs on the CPU"):
         resnet56.load(exported, device="cuda")
@@ -218,11 +218,11 @@ def test_files_that_say_one_thing_and_do_another_are_refused(
         onnx.save(proto, tmp_path / name)
         return tmp_path / name
 
-    with pytest.raises(RunError, match="does not turn pictures into logits and maps of its 10"):
+    with pytest.raises(RunError, match="does not answer 1 images"):
         resnet56.load(changed("outputs.onnx"))
     with pytest.raises(RunError, match="logits and maps of its 2 classes"):
         resnet56.load(changed("classes.onnx", classes='["a", "b"]'))
-    with pytest.raises(RunError, match="does not say what its classes are"):
+    with pytest.raises(RunError, match="does not say what its network is"):
         resnet56.load(changed("deep.onnx", classes="[" * 200_000))
 
 

@@ -17,7 +17,7 @@ from resnet56.errors import ImageError, RunError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.files import write_json
 from resnet56.predict import Predictor
-from resnet56.runs import pretrained
+from resnet56.runs import pretrained, sources
 from resnet56.runs.directory import RunDirectory
 
 
@@ -243,9 +243,9 @@ def test_a_run_goes_before_a_shipped_network_of_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
-    assert pretrained.read_checkpoint("small")[1]  # a folder that is no run is not in the way
+    assert sources.open_network("small").pretrained  # a folder that is no run is not in the way
     RunDirectory(tmp_path / "small").save(run.load())
-    assert not pretrained.read_checkpoint("small")[1]
+    assert sources.open_network("small").run
 
 
 def test_a_damaged_shipped_file_is_one_line(shelf: Path) -> None:

@@ -18,7 +18,7 @@ from resnet56.data.readers import load_folder
 from resnet56.evaluation import predict_logits, restore
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Network
-from resnet56.runs.pretrained import read_checkpoint
+from resnet56.runs.sources import open_network
 
 CPU = torch.device("cpu")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,7 +65,7 @@ def test_procedures(
 
 def main(folder: str, what: str = "resnet56") -> None:
     """Print the table."""
-    checkpoint, _ = read_checkpoint(what)
+    checkpoint = open_network(what).checkpoint
     model, split = restore(checkpoint, CPU), load_folder(Path(folder)).test
     print(f"| how `{what}` is tested | accuracy, % | points |\n|---|---|---|")
     right = None

@@ -37,11 +37,14 @@ def show_nothing(what: str, total: int) -> AbstractContextManager[Tick]:
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
-    """The checkpoint's network with its weights, on `device`, ready to predict."""
+    """The checkpoint's network with its weights, on `device`, ready to predict.
+
+    Its parameters are contiguous, as PyTorch's tools expect them; `InferenceForm` makes a copy in
+    the memory format in which convolutions are fastest.
+    """
     model = build(checkpoint.network.arch, classes=len(checkpoint.network.classes))
     model.load_state_dict(checkpoint.model)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval()
+    return model.to(device).eval()
 
 
 @torch.inference_mode()
@@ -77,7 +80,10 @@ def predict_logits(
         with autocast(device, precision):
             parts.append(model(inputs).float())
         tick(len(chunk))
-    return torch.cat(parts).cpu()
+    logits = torch.cat(parts).cpu()
+    if not bool(logits.isfinite().all()):
+        raise RunError("the network gives outputs that are not finite: its weights are of no use")
+    return logits
 
 
 def evaluate(
@@ -92,10 +98,11 @@ def evaluate(
     training = model.training
     logits = predict_logits(model.eval(), split.images, mean, std, precision)
     model.train(training)
-    return _figures(logits, split, classes)
+    return figures_of(logits, split, classes)
 
 
-def _figures(logits: Tensor, split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
+def figures_of(logits: Tensor, split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Metrics of (N, C) logits on `split`, as an entry of evaluation.json."""
     return asdict(measure(logits.numpy(), split.labels.cpu().numpy(), classes))
 
 
@@ -114,7 +121,7 @@ class Subject:
 
     def figures(self, split: Split, tick: Tick = lambda count: None) -> dict[str, Any]:
         """Metrics on `split`, as an entry of evaluation.json."""
-        return _figures(self.logits(split.images, tick=tick), split, self.network.classes)
+        return figures_of(self.logits(split.images, tick=tick), split, self.network.classes)
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +182,7 @@ def evaluate_run(
         if split is not None:
             with show(f"{len(split):,} images ({name})", len(split)) as tick:
                 logits[name] = subject.logits(split.images, tick=tick)
-            result[name] = _figures(logits[name], split, classes)
+            result[name] = figures_of(logits[name], split, classes)
     result |= {
         "weights": checkpoint.notes.get("weights", "last"),
         "epoch": checkpoint.position.epoch,
@@ -296,6 +303,11 @@ def inference_speed(subject: Subject, images: Tensor) -> dict[str, Any]:
 
 class Measured(Protocol):
     """Whatever gives logits: a `Subject`, or the network in another program."""
+
+    @property
+    def network(self) -> Network:
+        """Its classes and constants."""
+        ...
 
     def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = ...) -> Tensor:
         """(N, 3, 32, 32) uint8 -> (N, C) float32 on the CPU."""

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from resnet56.data.augment import normalize
+from resnet56.data.dataset import Split
 from resnet56.errors import Error, MissingExtraError, RunError
-from resnet56.evaluation import BATCH, Tick, restore
+from resnet56.evaluation import BATCH, Tick, figures_of, restore
 from resnet56.files import write_bytes
 from resnet56.libraries import import_onnxruntime
 from resnet56.model import BasicBlock, PadShortcut, ResNet, conv1x1
@@ -135,10 +136,16 @@ def check(content: bytes, checkpoint: Checkpoint) -> None:
 
 
 class Exported:
-    """The network as `to_onnx` writes it, to be measured beside PyTorch's."""
+    """A network as `to_onnx` writes it, to be measured beside PyTorch's."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.backend = OnnxBackend(to_onnx(checkpoint), "the exported file")
+    def __init__(self, backend: OnnxBackend) -> None:
+        self.backend = backend
+        self.network = backend.network
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Exported":
+        """The checkpoint's network, exported."""
+        return cls(OnnxBackend(to_onnx(checkpoint), "the exported file"))
 
     def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = lambda count: None) -> Tensor:
         """(N, 3, 32, 32) uint8 -> (N, C) float32."""
@@ -147,6 +154,10 @@ class Exported:
             parts.append(torch.from_numpy(self.backend.run(chunk.numpy())[0]))
             tick(len(chunk))
         return torch.cat(parts)
+
+    def figures(self, split: Split, tick: Tick = lambda count: None) -> dict[str, Any]:
+        """Metrics on `split`, as an entry of evaluation.json."""
+        return figures_of(self.logits(split.images, tick=tick), split, self.network.classes)
 
 
 def write_onnx(checkpoint: Checkpoint, path: Path) -> None:

@@ -19,7 +19,8 @@ from resnet56.data.images import Bytes, Floats, fit, read_image, reading, uprigh
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
 from resnet56.libraries import import_onnxruntime
 from resnet56.runs.checkpoint import Network
-from resnet56.runs.pretrained import network_from, read_checkpoint
+from resnet56.runs.pretrained import is_onnx, network_from
+from resnet56.runs.sources import open_network
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +85,14 @@ class TorchBackend:
 class OnnxBackend:
     """ONNX Runtime, on the CPU, for a file that `resnet56 export` wrote."""
 
+    @classmethod
+    def of(cls, path: Path) -> "OnnxBackend":
+        """The network in a file. Raises RunError, or MissingExtraError without ONNX Runtime."""
+        try:
+            return cls(path.read_bytes(), str(path))
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+
     def __init__(self, content: bytes, name: str) -> None:
         try:
             onnxruntime = import_onnxruntime()
@@ -97,27 +106,31 @@ class OnnxBackend:
             )
         except Exception as error:  # ONNX Runtime's own, which have no common base
             raise RunError(f"{name} is no whole ONNX file: {one_line(error)}") from None
+        again = "write it with resnet56 export"
         try:
             self.network = network_from(self.session.get_modelmeta().custom_metadata_map)
-        except (KeyError, TypeError, ValueError, RecursionError):  # the last: nested too deep
+        except ValueError as error:
             raise RunError(
-                f"{name} does not say what its classes are; write it with resnet56 export"
+                f"{name} does not say what its network is: {one_line(error)}; {again}"
             ) from None
-        if not self._answers():
-            raise RunError(
-                f"{name} does not turn pictures into logits and maps of its "
-                f"{len(self.network.classes)} classes; write it with resnet56 export"
-            )
+        for count in (1, 2):
+            if fault := self._fault(count):
+                raise RunError(f"{name} {fault}; {again}")
 
-    def _answers(self) -> bool:
-        """Whether one picture gives as many logits and maps as there are classes."""
+    def _fault(self, count: int) -> str | None:
+        """What keeps the file from answering so many images, if anything does."""
         classes = len(self.network.classes)
+        generator = np.random.default_rng(0)
+        images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         try:
-            logits, maps = self.run(np.zeros((1, 3, 32, 32), np.uint8))
-            shapes = logits.shape, maps.shape
+            answers = self.run(images)
+            shapes = tuple(np.shape(part) for part in answers)
+            finite = all(np.isfinite(part).all() for part in answers)
         except Exception:  # as above
-            return False
-        return shapes == ((1, classes), (1, classes, 8, 8))
+            return f"does not answer {count} images, bytes (N, 3, 32, 32)"
+        if shapes != ((count, classes), (count, classes, 8, 8)):
+            return f"does not give logits and maps of its {classes} classes"
+        return None if finite else "gives outputs that are not finite"
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
@@ -175,7 +188,12 @@ class Predictor:
             raise UsageError(
                 f"expected bytes of the shape (N, 3, 32, 32), not {images.dtype} {images.shape}"
             )
-        return self.backend.run(np.ascontiguousarray(images))
+        logits, maps = self.backend.run(np.ascontiguousarray(images))
+        if not np.isfinite(logits).all():
+            raise RunError(
+                f"{self.name} gives outputs that are not finite: its weights are of no use"
+            )
+        return logits, maps
 
     def predict(
         self, images: "Picture | Iterable[Picture]", *, top: int | None = None, maps: bool = False
@@ -250,8 +268,8 @@ def load(what: str | Path = "resnet56", device: str = "auto") -> Predictor:
     """A network ready to be used.
 
     Args:
-        what: a run's directory, a shipped network's name, or a file that `resnet56 export` wrote
-            (NAME.onnx; PyTorch is then not imported).
+        what: a run's directory, a shipped network's name, or what `resnet56 export` wrote: an
+            ONNX file (PyTorch is then not imported), or a hub's folder or its weights.
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; an ONNX file runs on the CPU.
 
     Raises:
@@ -260,16 +278,12 @@ def load(what: str | Path = "resnet56", device: str = "auto") -> Predictor:
         MissingExtraError: an ONNX file without ONNX Runtime.
     """
     path = Path(what)
-    if path.suffix.lower() == ".onnx":
+    if is_onnx(path):
         if device not in ("auto", "cpu"):
             raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}")
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
-        onnx = OnnxBackend(content, str(path))
+        onnx = OnnxBackend.of(path)
         return Predictor(path.stem, onnx.network, onnx)
-    checkpoint, _ = read_checkpoint(what)
+    checkpoint = open_network(what).checkpoint
 
     from resnet56.evaluation import restore
     from resnet56.runtime import resolve_device

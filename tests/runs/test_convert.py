@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import resnet56
 from resnet56 import cli
-from resnet56.data.cifar import CIFAR10
+from resnet56.data.class_names import CIFAR10
 from resnet56.errors import Error, RunError, UsageError
 from resnet56.model import build
 from resnet56.runs import convert

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from resnet56.data.dataset import Dataset, Split
     from resnet56.evaluation import Subject
-    from resnet56.runs.checkpoint import Checkpoint
+    from resnet56.export import Exported
+    from resnet56.runs.checkpoint import Checkpoint, Network
     from resnet56.runs.directory import RunDirectory
     from resnet56.runtime import Resolved
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class EvaluateOptions:
     """Measure a run's weights on this machine; on its own data, write it down in the run."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME")]
-    """Directory of a run, or the name of a network that comes with the package."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
+    """A run's directory, a network that comes with the package, or a file that export wrote."""
 
     data: Data = None
     """Other images than the run's own: a name, a folder, or CIFAR-10-C's or 10.1's .npy files."""
@@ -57,56 +58,107 @@ def run(arguments: list[str]) -> int:
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
     from resnet56 import runtime
     from resnet56.cli.tables import show_figures
-    from resnet56.data.arrays import is_benchmark
     from resnet56.evaluation import subject_of
     from resnet56.files import to_json
-    from resnet56.runs.directory import RunDirectory
-    from resnet56.runs.pretrained import read_checkpoint
+    from resnet56.runs.pretrained import is_onnx
+    from resnet56.runs.sources import open_network
 
     if options.robustness < 0:
         raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
+    if is_onnx(Path(options.run)):
+        return _measure_onnx(options)
     device = runtime.resolve_device(options.device)
     precision = runtime.resolve_precision(options.precision, device)
-    run = RunDirectory(Path(options.run))
-    checkpoint, shipped = read_checkpoint(options.run)
-    if options.data and not options.data.isspace() and is_benchmark(Path(options.data)):
+    source = open_network(options.run)
+    checkpoint, run = source.checkpoint, source.run
+    if _is_benchmark(options.data):
         if options.parity is not None:
             raise UsageError("--parity compares on one set of images; leave --data out")
         _measure_benchmark(subject_of(checkpoint, device, precision), options)
         return 0
 
-    if shipped and options.data is None:
-        raise UsageError(f"{options.run} comes with the package; on which images? choose --data")
-    dataset = load_data(
-        options.data, own=run.data_origin(), evaluation=True, skip_broken=options.skip_broken
-    )
+    if run is None and options.data is None:
+        raise UsageError(f"{options.run} is not a run; on which images? choose --data")
     net = checkpoint.network
-    own = not shipped and dataset.fingerprint() == checkpoint.notes.get("data")
+    dataset = load_data(
+        options.data,
+        own=run.data_origin() if run else None,
+        evaluation=True,
+        skip_broken=options.skip_broken,
+    )
+    own = run is not None and dataset.fingerprint() == checkpoint.notes.get("data")
     if not own:
-        said = len(dataset.remarks)
-        dataset = dataset.for_classes(net.classes)
-        for remark in dataset.remarks[said:]:
-            say(remark)
-        if not shipped:
+        dataset = _for_network(dataset, net)
+        if run is not None:
             say("these are not the images of the run: nothing is written")
     title = f"{net.arch} on the {options.split} images; {dataset.source}"
     if options.parity is not None:
         _compare(checkpoint, dataset.test, options, device, keep_in=run if own else None)
-    elif own:
+    elif own and run is not None:
         _measure_run(run, dataset, options, device, precision, title)
-    elif options.split == "holdout":
-        raise UsageError("held-out images are part of a run's own data; leave --data out")
     else:
-        split = dataset.test if options.split == "test" else dataset.train
-        if not len(split):
-            raise UsageError(f"no {options.split} images of the network's classes; choose --split")
+        split = _other_split(dataset, options)
         with show(f"{len(split):,} images", len(split)) as tick:
             figures = subject_of(checkpoint, device, precision).figures(split, tick)
         print(to_json(figures)) if options.json else show_figures(figures, title)
     return 0
 
 
-def _measure_benchmark(subject: "Subject", options: EvaluateOptions) -> None:
+def _for_network(dataset: "Dataset", net: "Network") -> "Dataset":
+    """The images of the network's classes, with remarks on stderr about the others."""
+    said = len(dataset.remarks)
+    dataset = dataset.for_classes(net.classes)
+    for remark in dataset.remarks[said:]:
+        say(remark)
+    return dataset
+
+
+def _is_benchmark(data: str | None) -> bool:
+    from resnet56.data.arrays import is_benchmark
+
+    return data is not None and data.strip() != "" and is_benchmark(Path(data))
+
+
+def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
+    """The images to measure, where they are not a run's own data."""
+    if options.split == "holdout":
+        raise UsageError("held-out images are part of a run's own data; leave --data out")
+    split = dataset.test if options.split == "test" else dataset.train
+    if not len(split):
+        raise UsageError(f"no {options.split} images of the network's classes; choose --split")
+    return split
+
+
+def _measure_onnx(options: EvaluateOptions) -> int:
+    """An ONNX file in ONNX Runtime, on the images that `--data` names."""
+    from resnet56.cli.tables import show_figures
+    from resnet56.export import Exported
+    from resnet56.files import to_json
+    from resnet56.predict import OnnxBackend
+
+    if options.parity is not None:
+        raise UsageError("--parity compares a network of PyTorch; give the run")
+    if options.device not in ("auto", "cpu") or options.precision not in ("auto", "fp32"):
+        raise UsageError("an ONNX file runs on the CPU in fp32; leave --device and --precision out")
+    if options.data is None:
+        raise UsageError(f"{options.run} is not a run; on which images? choose --data")
+    exported = Exported(OnnxBackend.of(Path(options.run)))
+    if _is_benchmark(options.data):
+        _measure_benchmark(exported, options)
+        return 0
+    dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
+    dataset = _for_network(dataset, exported.network)
+    split = _other_split(dataset, options)
+    with show(f"{len(split):,} images", len(split)) as tick:
+        figures = exported.figures(split, tick)
+    title = (
+        f"{exported.network.arch} in ONNX Runtime on the {options.split} images; {dataset.source}"
+    )
+    print(to_json(figures)) if options.json else show_figures(figures, title)
+    return 0
+
+
+def _measure_benchmark(subject: "Subject | Exported", options: EvaluateOptions) -> None:
     """CIFAR-10-C's or 10.1's arrays, one after the other."""
     from resnet56.cli.tables import show_accuracies
     from resnet56.data.arrays import load_benchmark
@@ -177,7 +229,7 @@ def _compare(
             from resnet56.export import Exported
 
             names.append("ONNX Runtime")
-            subjects.append(Exported(checkpoint))
+            subjects.append(Exported.of(checkpoint))
             continue
         here = side == "torch" or side in runtime.DTYPES
         where = device if here else runtime.resolve_device(side)

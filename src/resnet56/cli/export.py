@@ -14,8 +14,8 @@ from resnet56.errors import UsageError
 class ExportOptions:
     """Write a network for other programs."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME")]
-    """Directory of a run, or the name of a network that comes with the package."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
+    """A run's directory, a network that comes with the package, or a file that export wrote."""
 
     format: Literal["onnx", "hub"] = "onnx"
     """One ONNX file, or a folder with config.json, model.safetensors and README.md."""
@@ -28,12 +28,14 @@ def run(arguments: list[str]) -> int:
     """resnet56 export RUN."""
     options = parse(ExportOptions, arguments, "resnet56 export")
     from resnet56.runs import pretrained
+    from resnet56.runs.sources import open_network
 
-    checkpoint, ships = pretrained.read_checkpoint(options.run)
-    name = Path(options.run).resolve().name
+    source = open_network(options.run)
+    checkpoint = source.checkpoint
+    path = Path(options.run).resolve()
+    name = path.stem if path.is_file() else path.name
 
     from resnet56.export import CHECKED, TOLERANCE, write_hub_folder, write_onnx
-    from resnet56.runs.directory import RunDirectory
 
     if options.format == "onnx":
         out = options.out or Path(f"{name}.onnx")
@@ -43,11 +45,11 @@ def run(arguments: list[str]) -> int:
         say(f"the same classes as PyTorch on {CHECKED} images, logits within {TOLERANCE:g}")
     else:
         out = options.out or Path(f"{name}-hub")
-        if ships:
-            measured = pretrained.card(options.run).get("evaluation")
-        else:
-            run = RunDirectory(Path(options.run))
-            measured = run.read_evaluation(checkpoint.position.step)
+        measured = None
+        if source.pretrained is not None:
+            measured = pretrained.card(source.pretrained).get("evaluation")
+        elif source.run is not None:
+            measured = source.run.read_evaluation(checkpoint.position.step)
         write_hub_folder(checkpoint, out, measured)
     print(out)
     return 0

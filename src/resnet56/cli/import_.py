@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from resnet56.cli.common import parse, say
+from resnet56.data.class_names import PUBLISHED
 from resnet56.errors import UsageError
 
 
@@ -14,8 +15,8 @@ from resnet56.errors import UsageError
 class ImportOptions:
     """Make a run of a checkpoint that another program wrote; no code in it is run."""
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    """State dict, plain or wrapped, as torch.save or safetensors write it."""
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE|FOLDER|NAME")]
+    """Checkpoint of torch.save or safetensors, a hub's folder, or what resnet56 export wrote."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=("--output-dir",), metavar="RUN")]
     """Run directory to make."""
@@ -23,27 +24,32 @@ class ImportOptions:
     arch: str | None = None
     """Network; by default the one that the file's names and shapes fit."""
 
+    prefix: str | None = None
+    """Where in the file the network is, if it holds several: as in student or model_ema.module."""
+
     mean: tuple[float, float, float] | None = None
-    """Of its training images' channels, from 0 to 1; by default what its authors used."""
+    """Of its training images' channels, 0 to 1; by default as stated, or what its authors used."""
 
     std: tuple[float, float, float] | None = None
     """Their standard deviations."""
 
     classes: tuple[str, ...] = ()
-    """Names in the order of the outputs, or a file of lines; CIFAR-10's by default."""
+    """Names in the order of the outputs, a file of lines, cifar10, cifar100, digits, or a run whose
+    classes they are; by default as stated in the file, or CIFAR-10's or CIFAR-100's."""
 
 
 def run(arguments: list[str]) -> int:
     """resnet56 import FILE --out RUN."""
     options = parse(ImportOptions, arguments, "resnet56 import")
-    from resnet56.runs import convert
     from resnet56.runs.directory import RunDirectory
+    from resnet56.runs.sources import import_network
 
     directory = RunDirectory(options.out)
     directory.refuse_taken()
-    imported = convert.read(
+    imported = import_network(
         options.file,
         options.arch,
+        prefix=options.prefix,
         mean=options.mean,
         std=options.std,
         classes=_names(options.classes),
@@ -59,12 +65,21 @@ def run(arguments: list[str]) -> int:
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:
-    """The names themselves, or the lines of the one file that is given."""
+    """The names themselves, or those that the one argument stands for."""
     if len(given) != 1:
         return given
+    if given[0] in PUBLISHED:
+        return PUBLISHED[given[0]]
+    from resnet56.runs.sources import open_network
+
     file = Path(given[0])
     try:
+        if file.is_dir():
+            return open_network(file).checkpoint.network.classes
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UsageError(f"--classes wants names, or a text file of them, not {file}") from None
+        raise UsageError(
+            f"--classes wants names, a text file of them, cifar10, cifar100, digits or a run, not "
+            f"{file}"
+        ) from None
     return tuple(line.strip() for line in lines if line.strip())

@@ -31,8 +31,8 @@ class PredictOptions:
     ]
     """Files, folders of them, or - for one picture on stdin."""
 
-    run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE.onnx")] = "resnet56"
-    """Network: a run's directory, one that comes with the package, or an exported file."""
+    run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE")] = "resnet56"
+    """Network: a run's directory, one that comes with the package, or a file that export wrote."""
 
     top: int = 3
     """Classes to name."""

@@ -14,8 +14,8 @@ from resnet56.errors import MissingExtraError, UsageError
 class ServeOptions:
     """Answer over HTTP what is in pictures, for programs and, at /, for people."""
 
-    run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE.onnx")] = "resnet56"
-    """Network: a run's directory, one that comes with the package, or an exported file."""
+    run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE")] = "resnet56"
+    """Network: a run's directory, one that comes with the package, or a file that export wrote."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, without password or encryption."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from resnet56.errors import RunError
+from resnet56.errors import RunError, one_line
 from resnet56.files import read_json, write_bytes, write_json
 from resnet56.runs.checkpoint import Checkpoint, Network
 from resnet56.runs.directory import RunDirectory
@@ -23,33 +23,12 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parents[1] / "weights"
 LARGEST = 2_000_000  # bytes
+HEAD = 512  # bytes at the beginning of a file that tell what it is
 
 
 def names() -> list[str]:
     """The networks that are there, by name."""
     return sorted(file.stem for file in FOLDER.glob("*.safetensors"))
-
-
-def read_checkpoint(what: str | Path) -> tuple[Checkpoint, bool]:
-    """The checkpoint of a run's directory or of a shipped network, and whether it is shipped.
-
-    A run goes before a shipped network of the same name: it is the user's own.
-
-    Raises:
-        RunError: neither is there, or what is there is damaged.
-    """
-    run = RunDirectory(Path(what))
-    if run.checkpoint_file.exists():
-        return run.load(), False
-    if str(what) in names():
-        return load(str(what)), True
-    if run.path.exists():
-        return run.load(), False  # says what is missing
-    there = ", ".join(names()) or "none"
-    raise RunError(
-        f"there is no run at {what} and no shipped network of that name (shipped: {there}); give "
-        "the directory of a training"
-    )
 
 
 def load(name: str) -> Checkpoint:
@@ -66,8 +45,8 @@ def load(name: str) -> Checkpoint:
         with safetensors.safe_open(path, framework="pt") as file:
             network = network_from(file.metadata() or {})
             model = {key: _single(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error!r}; install the package again") from None
+    except Exception as error:  # a damaged file can make a parser raise anything
+        raise RunError(f"{path} is damaged: {one_line(error)}; install the package again") from None
     return Checkpoint(network, model, notes={"weights": "shipped"})
 
 
@@ -115,15 +94,53 @@ def metadata_of(network: Network) -> dict[str, str]:
 
 
 def network_from(metadata: Mapping[str, str]) -> Network:
-    """The inverse of `metadata_of`. Raises KeyError, TypeError or ValueError for anything else."""
-    if metadata["format"] != "1":
-        raise ValueError(f"format {metadata['format']}, newer than this version reads")
-    arch = json.loads(metadata["arch"])
-    classes, mean, std = (tuple(json.loads(metadata[key])) for key in ("classes", "mean", "std"))
-    words = all(isinstance(word, str) for word in (arch, *classes))
-    if not (words and len(mean) == len(std) == 3):
-        raise ValueError("its metadata is not a network's")
-    return Network(arch, classes, mean, std)
+    """The inverse of `metadata_of`. Raises ValueError that says what is wrong."""
+    if metadata.get("format") not in ("1", "pt"):  # the latter where hubs' libraries need it
+        raise ValueError(f"format {metadata.get('format')!r} is not one that this version reads")
+    try:
+        found = {name: json.loads(metadata[name]) for name in ("arch", "classes", "mean", "std")}
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    arch, classes = found["arch"], found["classes"]
+    if not isinstance(arch, str) or not arch:
+        raise ValueError("arch is not a name")
+    if not isinstance(classes, list) or not all(isinstance(c, str) and c for c in classes):
+        raise ValueError("classes is not a list of names")
+    if len(set(classes)) != len(classes) or len(classes) < 2:
+        raise ValueError("classes is not a list of at least two different names")
+    mean, std = (_triple(found[name], name) for name in ("mean", "std"))
+    if min(std) <= 0:
+        raise ValueError("std is not above 0")
+    return Network(arch, tuple(classes), mean, std)
+
+
+def is_onnx(file: Path) -> bool:
+    """Whether a file is an ONNX model by its first bytes, or claims to be by its name."""
+    if file.suffix.lower() == ".onnx":
+        return True
+    try:
+        with file.open("rb") as stream:
+            return file.is_file() and begins_onnx(stream.read(HEAD))
+    except OSError:
+        return False
+
+
+def begins_onnx(head: bytes) -> bool:
+    """Whether these are a model's first fields: the format's version, and who wrote the file."""
+    return len(head) > 3 and head[0] == 0x08 and head[1] < 0x40 and head[2] in (0x12, 0x1A, 0x3A)
+
+
+def _triple(values: object, name: str) -> tuple[float, float, float]:
+    if not isinstance(values, list) or len(values) != 3:
+        raise ValueError(f"{name} is not a list of three numbers")
+    for value in values:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < 1e6:  # nor NaN
+            raise ValueError(f"{name} is not a list of three numbers")
+    first, second, third = map(float, values)
+    return first, second, third
 
 
 def _single(tensor: "Tensor") -> "Tensor":

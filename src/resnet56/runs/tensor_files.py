@@ -1,0 +1,417 @@
+"""Files of tensors, told by their content and read without running code.
+
+Read are what `torch.save` writes (since 2017), safetensors, and the ONNX files of this package.
+A file is opened for its names and shapes; a tensor's values are read when they are asked for, so
+that a file cannot claim more memory than it fills.
+"""
+
+import contextlib
+import io
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import torch
+from torch import Tensor
+
+from resnet56.data.pickles import (
+    Items,
+    UnsafePickleError,
+    numpy_or,
+    refuse_dangerous,
+    stand_in,
+    unpickle,
+)
+from resnet56.errors import MissingExtraError, RunError, one_line
+from resnet56.runs.pretrained import HEAD, begins_onnx
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch.save wrote before it wrote zip archives
+_BN_EPS = 1e-5
+
+# What files begin with that are often taken for checkpoints.
+_OTHERS = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run git lfs pull"),
+    (b"\x1f\x8b", "is compressed with gzip; unpack it first"),
+    (b"BZh", "is compressed with bzip2; unpack it first"),
+    (b"\xfd7zXZ", "is compressed with xz; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it first"),
+    (b"7z\xbc\xaf", "is a 7z archive; unpack it first"),
+    (b"Rar!", "is a RAR archive; unpack it first"),
+    (b"\x89HDF", "is an HDF5 file, as Keras writes them; only PyTorch's weights are read"),
+    (b"\x93NUMPY", "is a NumPy array; give a state dict, as torch.save or safetensors write it"),
+    (b"{", "is JSON text, not a checkpoint; give the file of the weights"),
+)
+
+_STORAGES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+    "Untyped": torch.uint8,
+    "_Untyped": torch.uint8,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in a file: what is known of it before its values are read."""
+
+    shape: tuple[int, ...]
+    type: str  # as PyTorch or the file names it
+    read: Callable[[], Tensor]  # raises anything, where the file is damaged
+    plain: bool = True  # real numbers in memory, one by one
+    memory: object = field(default_factory=object)  # equal for two names of the same numbers
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a file: nested containers with `StoredTensor` leaves, and metadata."""
+
+    tree: object
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()  # classes of objects that are not tensors
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[Contents]:
+    """The content of a file; its tensors can be read until the block ends.
+
+    Raises:
+        RunError: it cannot be read, is something else, is damaged, or asks for code.
+        MissingExtraError: an ONNX file, and the extra `onnx` is not installed.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if not file.is_file() and file.exists():
+                raise RunError(f"{file} is not a file; give a checkpoint")
+            stream = stack.enter_context(file.open("rb"))
+            size = file.stat().st_size
+            head = stream.read(HEAD)
+            stream.seek(0)
+        except OSError as error:
+            raise RunError(f"cannot read {file}: {error.strerror or error}") from None
+        if other := _other(head):
+            raise RunError(f"{file} {other}")
+        try:
+            contents = _open(file, stream, head, size, stack)
+        except RunError:
+            raise
+        except MissingExtraError:
+            raise
+        except UnsafePickleError as error:
+            raise RunError(
+                f"{file} asks for {one_line(error)}, which could run code: it was not read; do "
+                "not trust it"
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot read {file}: {error.strerror or error}") from None
+        except Exception as error:  # a damaged file can make a parser raise anything
+            raise RunError(f"{file} is not a valid checkpoint: {one_line(error)}") from None
+        yield contents
+
+
+def _other(head: bytes) -> str | None:
+    """What the file is, if it is none of ours."""
+    if not head:
+        return "is empty"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        return "is a web page, not a checkpoint; download the file itself"
+    if head[257:262] == b"ustar":
+        return "is a tar archive; unpack it first"
+    return next((words for begin, words in _OTHERS if head.startswith(begin)), None)
+
+
+def _open(
+    file: Path, stream: BinaryIO, head: bytes, size: int, stack: contextlib.ExitStack
+) -> Contents:
+    if head[8:9] == b"{":
+        length = int.from_bytes(head[:8], "little")
+        if length > size - 8:
+            raise RunError(f"{file} is damaged: it ends before its header does")
+        return _safetensors(file, stack)
+    if head.startswith(b"PK"):
+        return _zip(file, stack.enter_context(zipfile.ZipFile(stream)), size)
+    if begins_onnx(head):
+        return _onnx(file, stream.read())
+    return _legacy(stream, size)
+
+
+# safetensors
+
+
+def _safetensors(file: Path, stack: contextlib.ExitStack) -> Contents:
+    opened = stack.enter_context(safetensors.safe_open(file, framework="pt"))
+    tree = {}
+    for key in opened.keys():  # noqa: SIM118  # it is no mapping
+        part = opened.get_slice(key)
+        tree[key] = StoredTensor(
+            tuple(part.get_shape()), part.get_dtype(), partial(opened.get_tensor, key)
+        )
+    return Contents(tree, opened.metadata() or {})
+
+
+# torch.save
+
+
+class _Storage:
+    """Numbers in a file; `raw` reads their bytes."""
+
+    def __init__(self, key: object, dtype: torch.dtype, count: int, raw: Any) -> None:
+        self.key, self.dtype, self.count, self._raw = key, dtype, count, raw
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """All of them, (N,)."""
+        return torch.frombuffer(self._raw(self), dtype=dtype, count=self.size // dtype.itemsize)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.count * self.dtype.itemsize
+
+
+class _Rebuild:
+    """Stands in for PyTorch's functions that make a tensor of a storage."""
+
+    def __new__(
+        cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
+        *_: object,
+    ) -> Any:  # fmt: skip
+        return _view(storage, storage.dtype, offset, shape, stride)
+
+    def __setstate__(self, state: object) -> None:
+        """Never an instance's."""
+
+
+class _RebuildTyped(_Rebuild):
+    """The same for types that have no storage class of their own, such as float8."""
+
+    def __new__(
+        cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
+        _grad: object, _hooks: object, dtype: Any, *_: object,
+    ) -> Any:  # fmt: skip
+        found = getattr(torch, str(dtype.name).removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"a tensor of type {dtype.name}")
+        return _view(storage, found, offset, shape, stride)
+
+
+class _RebuildParameter(_Rebuild):
+    """A parameter is its tensor."""
+
+    def __new__(cls, tensor: object, *_: object) -> Any:
+        return tensor
+
+
+class _RebuildSubclass(_Rebuild):
+    """A subclass's tensor is made by another of these."""
+
+    def __new__(cls, make: Any, _type: object, arguments: tuple[Any, ...], *_: object) -> Any:
+        if not (isinstance(make, type) and issubclass(make, _Rebuild)):
+            raise ValueError("a tensor of an unknown kind")
+        return make(*arguments)
+
+
+class _RebuildOdd(_Rebuild):
+    """Tensors that are not plain: sparse, quantized, without values."""
+
+    def __new__(cls, *_: object) -> Any:
+        return StoredTensor((), "a special tensor", _unreadable, plain=False)
+
+
+_REBUILDS = {
+    "torch._utils._rebuild_tensor": _Rebuild,
+    "torch._utils._rebuild_tensor_v2": _Rebuild,
+    "torch._utils._rebuild_tensor_v3": _RebuildTyped,
+    "torch._utils._rebuild_parameter": _RebuildParameter,
+    "torch._utils._rebuild_parameter_with_state": _RebuildParameter,
+    "torch._tensor._rebuild_from_type_v2": _RebuildSubclass,
+    "torch._tensor._rebuild_from_type": _RebuildSubclass,
+    "collections.OrderedDict": Items,
+    "collections.defaultdict": Items,
+}
+
+
+def _unreadable() -> Tensor:
+    raise ValueError("it has no plain numbers")
+
+
+def _view(
+    storage: _Storage, dtype: torch.dtype, offset: int, shape: object, stride: object
+) -> StoredTensor:
+    """A tensor of a storage, if it lies inside."""
+    if not isinstance(storage, _Storage) or not isinstance(shape, tuple | list):
+        raise ValueError("a tensor without a storage")
+    if not isinstance(stride, tuple | list) or len(stride) != len(shape) or len(shape) > 64:
+        raise ValueError("a tensor without a shape")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *stride)):
+        raise ValueError("a tensor whose shape is not of numbers")
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if math.prod(shape) and last >= storage.size // dtype.itemsize:
+        raise ValueError("a tensor outside its storage")
+    sizes = tuple(shape)
+    return StoredTensor(
+        sizes,
+        str(dtype),
+        lambda: storage.numbers(dtype).as_strided(sizes, tuple(stride), offset),
+        plain=not dtype.is_complex,
+        memory=(storage.key, offset, sizes, tuple(stride)),
+    )
+
+
+class _TorchPickle:
+    """Unpickles what torch.save wrote; notes which other classes it names."""
+
+    def __init__(self, raw: Callable[[_Storage], Any]) -> None:
+        self.raw = raw
+        self.storages: dict[object, _Storage] = {}
+        self.named: set[str] = set()
+
+    def load(self, stream: BinaryIO) -> Any:
+        """The next object."""
+        # Python 2's strings as Latin-1: keys are ASCII, and anything else is not looked at.
+        return unpickle(stream, self._find, self._storage, encoding="latin-1")
+
+    def contents(self, tree: object) -> Contents:
+        """What was read, and what of it is not tensors."""
+        return Contents(tree, passed_over=tuple(sorted(self.named)))
+
+    def _find(self, name: str) -> type:
+        if name in _REBUILDS:
+            return _REBUILDS[name]
+        if name.startswith("torch._utils._rebuild_"):
+            return _RebuildOdd
+        if name.startswith("torch."):  # a storage's class, a type, a shape, a device
+            return stand_in(name)
+        self.named.add(name)
+        return numpy_or(refuse_dangerous)(name)
+
+    def _storage(self, pid: Any) -> object:
+        """What a persistent id stands for: a storage, or in old files a module's class."""
+        if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":
+            return pid[1]
+        kind, made, key, _, count, *view = pid
+        name = made.name.rpartition(".")[2].removesuffix("Storage")
+        if kind != "storage" or name not in _STORAGES or any(part is not None for part in view):
+            raise ValueError(f"a storage of an unknown kind, {one_line(name)}")
+        if type(count) is not int or not 0 <= count < 2**60 or not isinstance(key, str | int):
+            raise ValueError("a storage of no size")
+        storage = _Storage(key, _STORAGES[name], count, self.raw)
+        known = self.storages.setdefault(key, storage)
+        return known if (known.dtype, known.count) == (storage.dtype, count) else storage
+
+
+def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
+    """What torch.save has written since 1.6: a pickle, and an entry a storage."""
+    names = set(archive.namelist())
+    index = next((name for name in names if name.split("/")[1:] == ["data.pkl"]), None)
+    if index is None:
+        raise RunError(f"{file} is a zip archive, but not a checkpoint of PyTorch")
+    folder = index.removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in names:
+        raise RunError(
+            f"{file} is TorchScript, a program, which could run code: it was not read; save the "
+            "state dict alone"
+        )
+    cache: dict[object, bytearray] = {}
+
+    def read(name: str) -> bytes:
+        entry = archive.getinfo(name)
+        # PyTorch does not compress; entries that overlap could name the same bytes many times.
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+            raise ValueError(f"{one_line(name)} is compressed or larger than the file")
+        return archive.read(entry)
+
+    def raw(storage: _Storage) -> bytearray:
+        if storage.key not in cache:
+            cache[storage.key] = bytearray(read(f"{folder}data/{storage.key}"))
+            if sum(map(len, cache.values())) > size:
+                raise ValueError("its entries overlap")
+        if len(cache[storage.key]) < storage.size:
+            raise ValueError("a storage is cut short")
+        return cache[storage.key]
+
+    if f"{folder}byteorder" in names and read(f"{folder}byteorder") != b"little":
+        raise RunError(f"{file} is in big-endian byte order, which is not read")
+    loader = _TorchPickle(raw)
+    return loader.contents(loader.load(io.BytesIO(read(index))))
+
+
+def _legacy(stream: BinaryIO, size: int) -> Contents:
+    """What torch.save wrote before 1.6: pickles, then the storages; or a pickle alone."""
+    places: dict[object, int] = {}
+
+    def raw(storage: _Storage) -> bytearray:
+        if storage.key not in places or places[storage.key] + storage.size > size:
+            raise ValueError("a storage is cut short")
+        stream.seek(places[storage.key])
+        return bytearray(stream.read(storage.size))
+
+    loader = _TorchPickle(raw)
+    tree = loader.load(stream)
+    if tree != _MAGIC:
+        return loader.contents(tree)
+    loader.load(stream)  # the version
+    loader.load(stream)  # the machine
+    tree = loader.load(stream)
+    for key in loader.load(stream):
+        stream.seek(8, io.SEEK_CUR)  # the count, which the pickle has told
+        places[key] = stream.tell()
+        stream.seek(loader.storages[key].size, io.SEEK_CUR)
+    return loader.contents(tree)
+
+
+# ONNX
+
+
+def _onnx(file: Path, content: bytes) -> Contents:
+    """The weights of a file that `resnet56 export` wrote, under their names in PyTorch.
+
+    There each batch norm is folded into the convolution before it, whose bias is what is left of
+    it; here it becomes a batch norm that adds that bias.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise MissingExtraError("what reads ONNX", "onnx") from None
+    model = onnx.load_model_from_string(content)
+    values = {}
+    for entry in model.graph.initializer:
+        if entry.external_data:  # another file, which this one must not choose
+            raise RunError(f"{file} keeps its weights in other files; export it as one file")
+        values[entry.name] = torch.from_numpy(numpy_helper.to_array(entry).copy())
+    parts = ("weight", "bias", "running_mean", "running_var")
+    tree = {
+        name: value
+        for name, value in values.items()
+        # A shortcut that pads is a convolution of zeros and ones there.
+        if name.rpartition(".")[2] in parts and not name.endswith(".shortcut.weight")
+    }
+    for node in model.graph.node:
+        if node.op_type == "Conv" and len(node.input) == 3 and node.input[1] in tree:
+            conv = node.input[1].removesuffix(".weight")
+            norm = f"{conv[:-1]}1" if conv.endswith(".shortcut.0") else conv.replace("conv", "bn")
+            bias = values[node.input[2]]
+            tree[f"{norm}.weight"] = torch.ones_like(bias)
+            tree[f"{norm}.bias"] = bias
+            tree[f"{norm}.running_mean"] = torch.zeros_like(bias)
+            tree[f"{norm}.running_var"] = torch.full_like(bias, 1 - _BN_EPS)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    stored = {
+        name: StoredTensor(tuple(value.shape), str(value.dtype), value.clone)
+        for name, value in tree.items()
+    }
+    return Contents(stored, metadata)
