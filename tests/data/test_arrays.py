@@ -1,10 +1,16 @@
 """Test sets as .npy files, against arrays made here."""
 
+import io
 import pickle
+import sys
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from resnet56.data.arrays import is_benchmark, load_benchmark
 from resnet56.errors import DataError
@@ -73,3 +79,87 @@ def test_an_array_file_that_is_a_pickle_is_not_run(tmp_path: Path) -> None:
     (folder / "x.npy").write_bytes(pickle.dumps([1]))
     with pytest.raises(DataError, match="cannot read"):
         list(load_benchmark(folder, 10))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "name"),
+    [
+        ("x_test", "y_test", "test"),
+        ("X_test", "y_test", "test"),
+        ("x", "y", ""),
+        ("x_data", "x_labels", "x"),
+        ("test_images", "test_labels", "test"),
+        ("v6_x", "v6_y", "v6"),
+        ("fog", "labels", "fog"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_pairs_as_people_name_them_are_read(
+    tmp_path: Path, images: str, labels: str, name: str, shape: tuple[int, ...]
+) -> None:
+    pixels = noise(4, 32, 32, 3)
+    folder = arrays(
+        tmp_path / "k", **{images: pixels, labels: np.arange(4, dtype=np.uint8).reshape(shape)}
+    )
+    [(found, split)] = load_benchmark(folder, 10)
+    assert found == (name or "x")
+    assert split.labels.tolist() == [0, 1, 2, 3]
+    assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), pixels)
+
+
+def test_labels_that_are_missing_are_named_by_what_was_looked_for(tmp_path: Path) -> None:
+    folder = arrays(tmp_path / "k", x_test=noise(4, 32, 32, 3))
+    with pytest.raises(DataError, match=r"looked for x_test_labels.npy, labels.npy, y_test.npy"):
+        list(load_benchmark(folder, 10))
+    folder = arrays(tmp_path / "l", labels=np.arange(4))
+    with pytest.raises(DataError, match="holds no images"):
+        list(load_benchmark(folder, 10))
+
+
+def head(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+def test_damaged_arrays_raise_nothing_but_data_errors(data: st.DataObject) -> None:
+    """Most damage goes where the type and shape are written, as Python."""
+    files = {"x.npy": head(noise(3, 32, 32, 3)), "labels.npy": head(np.array([0, 1, 2]))}
+    name = data.draw(st.sampled_from(sorted(files)))
+    content = bytearray(files[name])
+    for _ in range(data.draw(st.integers(1, 5))):
+        where = data.draw(st.integers(0, 140))
+        junk = data.draw(st.one_of(st.binary(max_size=3), st.sampled_from(JUNK)))
+        content[where : where + data.draw(st.integers(0, 3))] = junk
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content))) :]
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for file, whole in files.items():
+            Path(folder, file).write_bytes(bytes(content) if file == name else whole)
+        try:
+            for _, split in load_benchmark(Path(folder), 10):
+                assert len(split) == len(split.images)
+        except DataError as error:
+            assert str(error).isprintable()  # noqa: PT017
+
+
+JUNK = [b"'", b"(", b"\\d", b"O8", b"-1", b"9" * 30, b"1e9", b"\x00", b"{" * 40, b"True", b"[]"]
+
+
+def test_no_name_of_an_array_writes_to_the_terminal(tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("no such names there")
+    for images in (noise(2, 32, 32, 3), noise(2, 2)):
+        folder = tmp_path / f"k{images.ndim}"
+        folder.mkdir()
+        np.save(folder / "\x1b[2J\n_data.npy", images)
+        with pytest.raises(DataError) as caught:
+            list(load_benchmark(folder, 10))
+        assert str(caught.value).isprintable()
+        np.save(folder / "labels.npy", np.array([0, 99]))
+        with pytest.raises(DataError) as caught:
+            list(load_benchmark(folder, 10))
+        assert str(caught.value).isprintable()

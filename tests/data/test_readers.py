@@ -729,3 +729,8 @@ def test_the_real_cifar10_splits_evenly(cifar10: Dataset) -> None:
     kept, held = hold_out(cifar10.train, 5000)
     assert kept.labels.bincount().tolist() == [4500] * 10
     assert held.labels.bincount().tolist() == [500] * 10
+
+
+def test_the_real_cifar10_is_published_to_the_byte(cifar10: Dataset) -> None:
+    assert cifar10.source.endswith("the published split")
+    assert cifar10.remarks == ()

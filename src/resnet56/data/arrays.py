@@ -101,7 +101,7 @@ def _pairs(path: Path, stems: dict[str, Path]) -> Iterator[tuple[str, Path, Path
             raise DataError(
                 f"{shown(str(file))} has no labels beside it: looked for {shown(looked_for)}"
             )
-        yield name, file, stems[of]
+        yield name or stem, file, stems[of]
 
 
 def _read_array(file: Path) -> npt.NDArray[Any]:

@@ -47,6 +47,7 @@ _PUBLISHED_NAMES = {
     "cifar10": hashlib.sha1("\n".join(CIFAR10).encode(), usedforsecurity=False).hexdigest(),
     "cifar100": "7334cddb81616027c09e56eea89b88bcd9e9326c",
 }
+_TRAINING, _TEST = 50_000, 10_000  # images of each set
 _LEAST_DISTINCT = 0.99  # of a split's images; of the published ones 0.9997 and more are
 
 
@@ -133,8 +134,8 @@ def load_cifar(layout: _Layout, folder: Path) -> Dataset:
             raise DataError(f"{shown(str(folder / file))} is missing: {_AGAIN}")
     classes = _class_names(layout, folder / layout.meta)
     with ThreadPoolExecutor(1) as pool:  # checksums are computed beside the reading
-        train, sums = _read_files(layout, [folder / file for file in layout.train], 50_000, pool)
-        test, test_sums = _read_files(layout, [folder / layout.test], 10_000, pool)
+        train, sums = _read_files(layout, [folder / file for file in layout.train], _TRAINING, pool)
+        test, test_sums = _read_files(layout, [folder / layout.test], _TEST, pool)
     files = (*layout.train, layout.test)
     published = _PUBLISHED[layout.name]
     differ = [
@@ -143,8 +144,8 @@ def load_cifar(layout: _Layout, folder: Path) -> Dataset:
         if found != right
     ]
     if differ:
-        _check_split(layout, folder, train, classes, "training", 50_000)
-        _check_split(layout, folder, test, classes, "test", 10_000)
+        _check_split(layout, folder, train, classes, "training")
+        _check_split(layout, folder, test, classes, "test")
     names = hashlib.sha1("\n".join(classes).encode(), usedforsecurity=False).hexdigest()
     if names != _PUBLISHED_NAMES[layout.name]:
         differ.append(layout.meta)
@@ -169,9 +170,10 @@ def load_cifar(layout: _Layout, folder: Path) -> Dataset:
 
 
 def _check_split(
-    layout: _Layout, folder: Path, split: Split, classes: tuple[str, ...], kind: str, total: int
+    layout: _Layout, folder: Path, split: Split, classes: tuple[str, ...], kind: str
 ) -> None:
     """Raise DataError if these cannot be the published images, damaged a little at most."""
+    total = len(split)
     counts = split.labels.bincount(minlength=layout.classes)
     expected = total // layout.classes
     if bool((counts != expected).any()):
@@ -262,9 +264,10 @@ def _binary_records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
             f"{_AGAIN}"
         )
     with file.open("rb") as stream:
-        for _ in range(0, count, _BLOCK):
-            records = np.fromfile(stream, np.uint8, _BLOCK * record)
-            if len(records) != _BLOCK * record:  # it became shorter meanwhile
+        for start in range(0, count, _BLOCK):
+            wanted = min(_BLOCK, count - start) * record
+            records = np.fromfile(stream, np.uint8, wanted)
+            if len(records) != wanted:  # it became shorter meanwhile
                 raise DataError(f"{shown(str(file))} ended early: {_AGAIN}")
             yield records.reshape(-1, record)
 
