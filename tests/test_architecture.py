@@ -18,7 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "libraries": set(),
     "locks": set(),
     "metrics": set(),
-    "progress": set(),
+    "progress": {"errors"},
     "files": {"errors", "locks"},
     "recipe": {"errors"},
     "runtime": {"errors"},

@@ -17,6 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from resnet56.errors import printable
+
 Tick = Callable[[int], None]
 
 LINE_EVERY = 60.0  # seconds between signs of life within an epoch, off a terminal
@@ -63,7 +65,9 @@ class TrainingProgress:
         """Print one line, above the bar where there is one."""
         if not self.quiet:
             # A terminal breaks lines between words; a log keeps them whole.
-            self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
+            self.console.print(
+                printable(line), markup=False, soft_wrap=not self.console.is_terminal
+            )
 
     def measuring(self, what: str, total: int) -> AbstractContextManager[Tick]:
         """The training is over and something of `total` images is measured."""
@@ -137,7 +141,7 @@ def measuring(what: str, total: int, console: Console, *, quiet: bool = False) -
     if quiet:
         yield lambda count: None
         return
-    line = f"measuring on {what}"
+    line = printable(f"measuring on {what}")
     if not console.is_terminal:
         console.print(line, markup=False, soft_wrap=True)
         yield lambda count: None

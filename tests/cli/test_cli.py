@@ -311,17 +311,125 @@ def test_a_file_in_the_way_is_refused_before_anything_is_read(
     assert file.read_text() == "precious"
 
 
-def test_other_classes_than_the_runs_are_refused(
+def test_images_are_measured_by_the_names_of_their_classes(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The network's own classes count, whatever else is there; none of them is an error."""
     for split in ("train", "test"):
         for name in ("green", "red"):
             target = tmp_path / "other" / split / name
             target.mkdir(parents=True)
             for image in (folder / split / "red").iterdir():
                 (target / image.name).write_bytes(image.read_bytes())
-    assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "other")]) == 2
-    assert "other classes" in capsys.readouterr().err
+    other = tmp_path / "other"
+    assert cli.main(["evaluate", str(run), "--data", str(other), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "does not have the class green" in shown.err
+    figures = json.loads(shown.out)
+    assert (figures["n"], figures["per_class"]["red"]["support"]) == (4, 4)
+    shutil.rmtree(other / "train")
+    assert cli.main(["evaluate", str(run), "--data", str(other), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 4
+    shutil.rmtree(other / "test" / "red")
+    assert cli.main(["evaluate", str(run), "--data", str(other)]) == 2
+    assert "no class of the data (green) is one of the network's" in capsys.readouterr().err
+
+
+def test_a_run_on_undivided_folders_is_measured_on_its_own_test_part(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not on the images that it was trained on, also where the folder has moved."""
+    plain = Path(shutil.copytree(folder / "train", tmp_path / "plain"))
+    out = tmp_path / "run"
+    assert cli.main(["train", "quick", "--data", str(plain), "--out", str(out), *QUICKLY]) == 0
+    moved = plain.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out), "--data", str(moved), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["n"] == 4
+
+
+@pytest.mark.parametrize("command", [["train", "quick"], ["evaluate", "resnet56"], ["bench"]])
+@pytest.mark.parametrize("data", ["", " "])
+def test_no_data_set_is_named_by_nothing(refused: Refused, command: list[str], data: str) -> None:
+    assert "--data is empty; use digits, cifar10, cifar100" in refused(
+        *command, "--data", data, code=2
+    )
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_folder_goes_before_the_data_set_of_its_name(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    from resnet56.cli.common import load_data
+
+    shutil.copytree(folder, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert load_data(name).classes == ("blue", "red")
+    assert f"reading the folder {tmp_path / name}" in capsys.readouterr().err
+    assert load_data(None).classes == tuple("0123456789")  # what is loaded without --data
+    assert load_data(None, own="digits").classes == tuple("0123456789")  # or again for a run
+    (tmp_path / name).rename(tmp_path / "other")
+    if name == "digits":
+        assert load_data(name).classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize("form", ["~/{}", "~/./{}"])
+def test_a_tilde_that_no_shell_has_seen_is_the_home_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    path = form.format(folder.name)
+    wanted = "no class of the data (blue, red)"
+    for arguments in ([f"--data={path}"], ["--data", path]):
+        assert cli.main(["evaluate", "resnet56", *arguments]) == 2
+        assert wanted in capsys.readouterr().err
+    assert cli.main(["predict", path]) == 0
+    assert cli.main(["predict", f"--run={path}/none", "x"]) == 1
+    assert str(folder.parent) in capsys.readouterr().err
+    assert cli.main(["predict", "a~b", "~nobody-of-this-name"]) == 1  # as it stands
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_nothing_that_is_named_by_others_writes_to_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Escape sequences, and line feeds that would forge lines, in every kind of name."""
+    evil = "\x1b[2J\nresnet56: all is well\x9b"
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / evil
+    cat = root / "test" / "cat"
+    cat.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(cat / f"{evil}.png")
+    (cat / f"x.{evil}").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (cat / f"{evil}.jpg").write_bytes(b"junk")
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    np.save(arrays / f"{evil}.npy", np.zeros((2, 32, 32, 3), np.uint8))
+    np.save(arrays / "labels.npy", np.zeros(2, np.uint8))
+    for arguments in (
+        ["evaluate", "resnet56", "--data", evil],
+        ["evaluate", "resnet56", "--data", evil, "--skip-broken"],
+        ["evaluate", "resnet56", "--data", "arrays"],
+        ["evaluate", evil],
+        ["predict", evil],
+        ["predict", "--run", evil, "x.png"],
+        ["train", "quick", "--data", evil],
+        ["train", evil],
+        ["train", "--resume", "--out", evil],
+        ["data", "fetch", "--mirror", f"http://{evil}/"],
+        ["describe", "--arch", evil],
+        [evil],
+    ):
+        cli.main(arguments)
+        shown = capsys.readouterr()
+        for line in (*shown.out.split("\n"), *shown.err.split("\n")):
+            assert line.isprintable(), arguments
+            assert not line.startswith("resnet56: all"), arguments
 
 
 def test_offline_names_the_ways_on(

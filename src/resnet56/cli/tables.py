@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from resnet56.errors import shown
+from resnet56.errors import printable, shown
 from resnet56.progress import percent
 
 
@@ -15,6 +15,11 @@ def _table(*columns: str, left: int = 1) -> Table:
     for column in table.columns[left:]:
         column.justify = "right"
     return table
+
+
+def _cell(name: str) -> str:
+    """A foreign name as a cell, in which rich would take brackets for markup."""
+    return shown(name).replace("[", r"\[")
 
 
 def show_figures(figures: dict[str, Any], title: str) -> None:
@@ -30,11 +35,11 @@ def show_figures(figures: dict[str, Any], title: str) -> None:
         f"{figures['n']:,} images",
     )
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(printable(line), markup=False, soft_wrap=True)
     table = _table("class", "precision", "recall", "F1", "images")
     for name, row in figures["per_class"].items():
         shares = [f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1")]
-        table.add_row(shown(name).replace("[", r"\["), *shares, f"{row['support']:,}")
+        table.add_row(_cell(name), *shares, f"{row['support']:,}")
     console.print(table)
     for pair in figures["most_confused"][:3]:
         line = f"{pair['count']} {shown(pair['true'])} taken for {shown(pair['predicted'])}"
@@ -68,7 +73,7 @@ def show_accuracies(figures: dict[str, dict[str, Any]]) -> None:
         low, high = row["accuracy_interval"]
         interval = f"{100 * low:.2f} to {100 * high:.2f}"
         table.add_row(
-            name, percent(row["accuracy"]), interval, f"{row['loss']:.4f}", f"{row['n']:,}"
+            _cell(name), percent(row["accuracy"]), interval, f"{row['loss']:.4f}", f"{row['n']:,}"
         )
     Console(highlight=False).print(table)
 
