@@ -40,8 +40,11 @@ def exported(run: Path) -> Path:
     return file
 
 
-def test_bottlenecks_and_projections_are_exported_and_checked(tmp_path: Path) -> None:
-    export.write_onnx(lively("resnet11-bottleneck"), tmp_path / "it.onnx")
+@pytest.mark.parametrize("arch", ["resnet11-bottleneck", "plain8"])
+def test_bottlenecks_projections_and_plain_networks_are_exported_and_checked(
+    arch: str, tmp_path: Path
+) -> None:
+    export.write_onnx(lively(arch), tmp_path / "it.onnx")
     images = np.random.default_rng(9).integers(0, 256, (3, 3, 32, 32), np.uint8)
     logits, maps = resnet56.load(tmp_path / "it.onnx").run(images)
     assert logits.shape == (3, 3)

@@ -24,7 +24,7 @@ def lived_in(arch: str) -> ResNet:
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("arch", ["resnet14", "resnet14-b", "resnet20-bottleneck"])
+@pytest.mark.parametrize("arch", ["resnet14", "resnet14-b", "resnet20-bottleneck", "plain14"])
 def test_folding_changes_nothing_but_rounding(arch: str) -> None:
     model = lived_in(arch)
     form = InferenceForm(model)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnet56.errors import UsageError
 from resnet56.model import Architecture, PadShortcut, ResNet, blocks_a_stage, build, describe
 
-SMALL = ["resnet14", "resnet14-b", "resnet20-bottleneck"]  # two blocks a stage
+SMALL = ["resnet14", "resnet14-b", "resnet20-bottleneck", "plain14"]  # two blocks a stage
 LAYERS = {"": 2, "-b": 2, "-bottleneck": 3}  # convolutions a block
 
 
@@ -21,7 +21,7 @@ def images(count: int = 2, seed: int = 0) -> Tensor:
 
 
 def suffix(name: str) -> str:
-    return name.removeprefix("resnet").lstrip("0123456789")
+    return name.removeprefix("resnet").removeprefix("plain").lstrip("0123456789")
 
 
 # The numbers of the paper
@@ -29,7 +29,12 @@ def suffix(name: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("resnet56", 853_018), ("resnet56-b", 855_770), ("resnet56-bottleneck", 591_322)],
+    [
+        ("resnet56", 853_018),
+        ("resnet56-b", 855_770),
+        ("resnet56-bottleneck", 591_322),
+        ("plain56", 853_018),
+    ],
 )
 def test_resnet56_has_the_published_number_of_parameters(name: str, count: int) -> None:
     assert sum(p.numel() for p in build(name).parameters()) == count
@@ -46,7 +51,9 @@ def test_parameters_are_those_of_the_papers_table_6(
     assert round(describe(f"resnet{depth}").parameters / 1e6, digits) == millions
 
 
-@pytest.mark.parametrize("name", ["resnet56", "resnet56-b", "resnet56-bottleneck", "resnet8"])
+@pytest.mark.parametrize(
+    "name", ["resnet56", "resnet56-b", "resnet56-bottleneck", "resnet8", "plain56"]
+)
 def test_multiply_accumulates_are_half_of_pytorchs_own_count_of_flops(name: str) -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build(name)(torch.empty(1, 3, 32, 32))
@@ -63,6 +70,7 @@ def test_multiply_accumulates_are_half_of_pytorchs_own_count_of_flops(name: str)
         ("resnet56", 9, (16, 32, 64)),
         ("resnet56-b", 9, (16, 32, 64)),
         ("resnet56-bottleneck", 6, (64, 128, 256)),
+        ("plain56", 9, (16, 32, 64)),
     ],
 )
 def test_layers_are_counted_to_56_over_stages_of_falling_size(
@@ -84,6 +92,18 @@ def test_layers_are_counted_to_56_over_stages_of_falling_size(
         if isinstance(module, nn.Conv2d | nn.Linear) and "shortcut" not in key
     ]
     assert len(weighted) == 56
+
+
+@pytest.mark.parametrize("depth", [8, 20, 56, 110])
+def test_a_plain_network_is_the_residual_one_without_its_additions(depth: int) -> None:
+    """Same names, shapes, initial weights, parameters and multiply-adds."""
+    plain, residual = describe(f"plain{depth}"), describe(f"resnet{depth}")
+    assert plain.shortcut == "none"
+    assert plain.parts == residual.parts
+    ours = build(f"plain{depth}", seed=3).state_dict()
+    theirs = build(f"resnet{depth}", seed=3).state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_description_counts_the_classifier_of_its_classes() -> None:
@@ -126,7 +146,10 @@ def test_a_depth_that_fits_no_formula_is_refused_with_the_nearest_that_do(
 
 @pytest.mark.parametrize(
     "name",
-    ["", "resnet", "ResNet56", "resnet-56", "resnet56-c", "resnet56-B", "vgg16", "resnet56\n"],
+    [
+        *("", "resnet", "ResNet56", "resnet-56", "resnet56-c", "resnet56-B", "vgg16", "resnet56\n"),
+        *("plain", "Plain56", "plain56-c", "plain56\n"),
+    ],
 )
 def test_an_unknown_name_is_refused_and_the_known_ones_told(name: str) -> None:
     with pytest.raises(UsageError, match="resnet56-bottleneck") as caught:
@@ -134,9 +157,21 @@ def test_an_unknown_name_is_refused_and_the_known_ones_told(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["plain56-b", "plain56-bottleneck", "plain57-bottleneck"])
+def test_a_plain_network_of_other_blocks_is_refused_in_a_line(name: str) -> None:
+    with pytest.raises(UsageError, match="basic blocks and no shortcut: choose plain5[67]$"):
+        describe(name)
+
+
+def test_a_plain_depth_that_fits_no_formula_is_refused() -> None:
+    with pytest.raises(UsageError, match="the nearest are 56 and 62"):
+        build("plain57")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("plain56", (56, "basic", "none")),
         ("resnet56", (56, "basic", "A")),
         ("resnet110-b", (110, "basic", "B")),
         ("resnet29-bottleneck", (29, "bottleneck", "B")),
@@ -191,6 +226,8 @@ def plain_forward(weights: dict[str, Tensor], x: Tensor, name: str, blocks: int)
                 out = out.relu() if layer < layers else out
             if f"{at}.shortcut.0.weight" in weights:
                 x = conv_norm(x, f"{at}.shortcut.0", f"{at}.shortcut.1", stride)
+            elif name.startswith("plain"):
+                x = torch.zeros_like(out)
             elif stride == 2:
                 quarter = out.shape[1] // 4
                 x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
@@ -211,7 +248,7 @@ def test_the_network_computes_what_the_paper_writes(name: str) -> None:
         torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SMALL[:3])
 def test_a_block_whose_last_norm_is_zero_is_its_shortcut_and_a_relu(name: str) -> None:
     model = build(name)
     last = f"bn{LAYERS[suffix(name)]}"

@@ -177,7 +177,7 @@ def test_rates_stay_above_zero_and_not_above_the_peak(schedule: Any, warmup: flo
 # Steps
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "resnet8-b"])
+@pytest.mark.parametrize("arch", ["resnet8", "resnet8-b", "plain8"])
 @pytest.mark.parametrize(
     "fields",
     [

@@ -22,7 +22,7 @@ from resnet56.errors import Error, MissingExtraError, RunError
 from resnet56.evaluation import BATCH, Tick, figures_of, restore
 from resnet56.files import write_bytes
 from resnet56.libraries import import_onnxruntime
-from resnet56.model import BasicBlock, PadShortcut, ResNet, conv1x1
+from resnet56.model import Architecture, BasicBlock, PadShortcut, ResNet, conv1x1
 from resnet56.predict import OnnxBackend, TorchBackend
 from resnet56.runs.checkpoint import Checkpoint, Network
 from resnet56.runs.pretrained import metadata_of
@@ -246,6 +246,7 @@ def hub_card(network: Network, name: str, evaluation: Mapping[str, Any] | None) 
         front=lines,
         name=name,
         arch=network.arch,
+        family="plain" if Architecture.parse(network.arch).shortcut == "none" else "residual",
         classes=", ".join(network.classes),
         count=len(network.classes),
         mean=list(network.mean),
@@ -261,7 +262,7 @@ _CARD = """\
 
 # {name}
 
-`{arch}`, a residual network for 32x32 images (He et al. 2015, section 4.2). Its classes are
+`{arch}`, a {family} network for 32x32 images (He et al. 2015, section 4.2). Its classes are
 {classes}.
 
 {measured}

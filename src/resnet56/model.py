@@ -1,7 +1,8 @@
 """ResNet for 32x32 images (He et al. 2015, "Deep Residual Learning", section 4.2).
 
 A 3x3 convolution, then three stages of residual blocks on maps of 32x32, 16x16 and 8x8 with
-16, 32 and 64 filters, then global average pooling and one linear layer.
+16, 32 and 64 filters, then global average pooling and one linear layer. The paper's plain networks
+are the same without the shortcuts.
 """
 
 import re
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from resnet56.errors import UsageError
 
 Block = Literal["basic", "bottleneck"]
-Shortcut = Literal["A", "B"]
+Shortcut = Literal["A", "B", "none"]
 
 WIDTHS = (16, 32, 64)  # filters of stages 1 to 3
 LAYERS_A_BLOCK = {"basic": 2, "bottleneck": 3}
@@ -77,9 +78,14 @@ def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the shortcut around them (the paper's figure 5, left)."""
+    """Two 3x3 convolutions and the shortcut around them (the paper's figure 5, left).
 
-    def __init__(self, channels_in: int, width: int, stride: int, shortcut: nn.Module) -> None:
+    With `shortcut` None, nothing is added: a plain network's two layers.
+    """
+
+    def __init__(
+        self, channels_in: int, width: int, stride: int, shortcut: nn.Module | None
+    ) -> None:
         super().__init__()
         self.conv1 = conv3x3(channels_in, width, stride)
         self.bn1 = nn.BatchNorm2d(width)
@@ -91,7 +97,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels_in, H, W) -> (N, width, H/stride, W/stride)."""
         out = self.norm_relu(self.bn1, self.conv1(x))
-        return self.norm_relu(self.bn2, self.conv2(out), self.shortcut(x))
+        return self.norm_relu(self.bn2, self.conv2(out), _residual(self.shortcut, x))
 
 
 class BottleneckBlock(nn.Module):
@@ -101,7 +107,9 @@ class BottleneckBlock(nn.Module):
     first 1x1 would skip three quarters of its input.
     """
 
-    def __init__(self, channels_in: int, width: int, stride: int, shortcut: nn.Module) -> None:
+    def __init__(
+        self, channels_in: int, width: int, stride: int, shortcut: nn.Module | None
+    ) -> None:
         super().__init__()
         channels_out = width * EXPANSION["bottleneck"]
         self.conv1 = conv1x1(channels_in, width)
@@ -117,10 +125,15 @@ class BottleneckBlock(nn.Module):
         """(N, channels_in, H, W) -> (N, 4 * width, H/stride, W/stride)."""
         out = self.norm_relu(self.bn1, self.conv1(x))
         out = self.norm_relu(self.bn2, self.conv2(out))
-        return self.norm_relu(self.bn3, self.conv3(out), self.shortcut(x))
+        return self.norm_relu(self.bn3, self.conv3(out), _residual(self.shortcut, x))
 
 
-BLOCKS: dict[str, Callable[[int, int, int, nn.Module], nn.Module]] = {
+def _residual(shortcut: nn.Module | None, x: Tensor) -> Tensor | None:
+    """What a block adds to its layers' output: its input through the shortcut, or nothing."""
+    return None if shortcut is None else shortcut(x)
+
+
+BLOCKS: dict[str, Callable[[int, int, int, nn.Module | None], nn.Module]] = {
     "basic": BasicBlock,
     "bottleneck": BottleneckBlock,
 }
@@ -133,7 +146,8 @@ class ResNet(nn.Module):
         depth: weighted layers, 6n + 2 with basic blocks and 9n + 2 with bottleneck blocks;
             projection shortcuts are not counted.
         block: "basic" (two layers) or "bottleneck" (three).
-        shortcut: "A" (zero-padded identity) or "B" (projection) where the shape changes.
+        shortcut: "A" (zero-padded identity) or "B" (projection) where the shape changes, with
+            the identity elsewhere; "none" for a plain network, which adds nothing anywhere.
         classes: number of outputs.
 
     Raises:
@@ -206,8 +220,8 @@ def _stage(
     stage = nn.Sequential()
     for index in range(blocks):
         first = index == 0
-        link: nn.Module = nn.Identity()
-        if first and (stride != 1 or channels != channels_out):
+        link: nn.Module | None = None if shortcut == "none" else nn.Identity()
+        if link is not None and first and (stride != 1 or channels != channels_out):
             make = PadShortcut if shortcut == "A" else projection_shortcut
             link = make(channels, channels_out, stride)
         stage.append(BLOCKS[block](channels, width, stride if first else 1, link))
@@ -238,19 +252,27 @@ class Architecture:
 
     @classmethod
     def parse(cls, name: str) -> "Architecture":
-        """`resnetD` (basic, option A), `resnetD-b` (basic, B) or `resnetD-bottleneck`.
+        """`resnetD` (basic, option A), `resnetD-b` (basic, B), `resnetD-bottleneck` or `plainD`.
 
         Raises:
             UsageError: a name of another form, or a depth that fits no formula.
         """
-        match = re.fullmatch(r"resnet(\d{1,4})(-b|-bottleneck)?", name)
+        match = re.fullmatch(r"(resnet|plain)(\d{1,4})(-b|-bottleneck)?", name)
         if match is None:
             raise UsageError(
                 f"unknown architecture {name!r}; the names are resnet56 (basic blocks, "
-                "shortcut A), resnet56-b (shortcut B), resnet56-bottleneck, and other depths"
+                "shortcut A), resnet56-b (shortcut B), resnet56-bottleneck, plain56 (no "
+                "shortcuts), and other depths"
             )
-        block: Block = "bottleneck" if match[2] == "-bottleneck" else "basic"
-        architecture = cls(int(match[1]), block, "A" if match[2] is None else "B")
+        family, depth, variant = match.groups()
+        if family == "plain" and variant is not None:
+            raise UsageError(
+                f"unknown architecture {name!r}; plain networks have basic blocks and no "
+                f"shortcut: choose plain{depth}"
+            )
+        block: Block = "bottleneck" if variant == "-bottleneck" else "basic"
+        shortcut: Shortcut = "none" if family == "plain" else "A" if variant is None else "B"
+        architecture = cls(int(depth), block, shortcut)
         blocks_a_stage(architecture.depth, block)
         return architecture
 

@@ -25,7 +25,8 @@ class Recipe:
     """How to train; a value out of range is refused (UsageError)."""
 
     arch: str = "resnet56"
-    """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, ..."""
+    """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56 (no
+    shortcuts), and other depths."""
 
     epochs: int = 40
     """Passes over the training images."""

@@ -235,6 +235,8 @@ def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]
         (["train", "quick", "--nonsense"], "--nonsense.*--help"),
         (["train", "quick", "--arch", "vgg16"], "unknown architecture 'vgg16'"),
         (["train", "quick", "--arch", "resnet57"], "nearest are 56 and 62"),
+        (["train", "quick", "--arch", "plain57"], "nearest are 56 and 62"),
+        (["describe", "--arch", "plain56-bottleneck"], "choose plain56"),
         (["train", "quick", "--device", "abacus"], "unknown device 'abacus'"),
         (["train", "quick", "--device", "cuda:99"], "device 'cuda:99' is not there"),
         (["train", "quick", "--data", "cifar11"], "unknown data 'cifar11'.*cifar10"),

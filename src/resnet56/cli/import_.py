@@ -22,7 +22,8 @@ class ImportOptions:
     """Run directory to make."""
 
     arch: str | None = None
-    """Network; by default the one that the file's names and shapes fit."""
+    """Network; by default the one that the file's names and shapes fit. Name plain networks: their
+    names and shapes are those of residual ones."""
 
     prefix: str | None = None
     """Where in the file the network is, if it holds several: as in student or model_ema.module."""

@@ -92,9 +92,11 @@ def show_comparison(found: dict[str, Any]) -> None:
 def show_network(network: dict[str, Any]) -> None:
     """Print what `describe` computed of a network."""
     console = Console(highlight=False)
+    shortcut = network["shortcut"]
     console.print(
         f"{network['arch']}: {network['depth']} layers, {network['block']} blocks of "
-        f"{network['layers_a_block']} layers, shortcut option {network['shortcut']}"
+        f"{network['layers_a_block']} layers, "
+        f"{'no shortcuts' if shortcut == 'none' else f'shortcut option {shortcut}'}"
     )
     table = _table("part", "layers", "blocks", "output", "parameters", "MACs", left=2)
     for part in network["parts"]:

@@ -69,6 +69,12 @@ class _Join:
     projection: _Layer | None = None
 
 
+def _follow(before: _Layer, conv: _Conv) -> None:
+    """Let `conv` read relu(norm(z)) of the layer before it."""
+    conv.input, conv.z = NORM, before.z.data_ptr()
+    conv.norm = ctypes.addressof(before.norm)
+
+
 class Plan:
     """The calls that make one step on batches of one shape, and the memory they work in.
 
@@ -130,8 +136,9 @@ class Plan:
         for module, norm in pairs:
             layer = self._layer(module, norm, height, width)
             if layers:
-                layer.conv.input, layer.conv.z = NORM, layers[-1].z.data_ptr()
-                layer.conv.norm = ctypes.addressof(layers[-1].norm)
+                _follow(layers[-1], layer.conv)
+            elif block.shortcut is None:  # nothing else reads the block's input
+                _follow(join.last, layer.conv)
             else:
                 x = self._begin_with(join, layer.conv)
             height, width = height // layer.conv.stride, width // layer.conv.stride
@@ -139,6 +146,8 @@ class Plan:
         head = layers[0].conv
         order = [layer.conv for layer in reversed(layers)]
         link = block.shortcut
+        if link is None:
+            return order, _Join(layers[-1]), height, width
         if isinstance(link, nn.Identity):
             head.skip = SAME
             return order, _Join(layers[-1], SAME, x), height, width

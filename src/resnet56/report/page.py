@@ -76,8 +76,9 @@ def content(facts: RunFacts) -> dict[str, Any]:
 
 
 def network_name(facts: RunFacts) -> str:
-    """'resnet56-bottleneck' -> 'ResNet-56', its block said elsewhere."""
-    return f"ResNet-{facts.description.depth}"
+    """'resnet56-bottleneck' -> 'ResNet-56', its block said elsewhere; 'plain56' -> 'Plain-56'."""
+    family = "Plain" if facts.description.shortcut == "none" else "ResNet"
+    return f"{family}-{facts.description.depth}"
 
 
 def title(facts: RunFacts) -> str:

@@ -298,7 +298,9 @@ def _config(file: Path) -> Stated:
     inner = config.get("pretrained_cfg")  # timm's
     merged = {**config, **(inner if isinstance(inner, dict) else {})}
     arch = merged.get("architecture")
-    ours = isinstance(arch, str) and re.fullmatch(r"resnet\d{1,4}(-b|-bottleneck)?", arch)
+    ours = isinstance(arch, str) and re.fullmatch(
+        r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?", arch
+    )
     return Stated(
         # Elsewhere "resnet56" may be the one with projections: there the shapes decide.
         arch if ours and "mean" in config and "id2label" in config else None,
@@ -361,6 +363,9 @@ def _choose(
     if len(fits) == 2:
         other = next(pair[0] for pair in fits if pair[0] is not found)
         remarks.append(f"the averaged weights, {shown(found.name)}, not {shown(other.name)}")
+    if arch is None and Architecture.parse(name).shortcut == "A":
+        plain = name.replace("resnet", "plain")
+        remarks.append(f"assuming {name}; {plain} has the same tensors: choose it with --arch")
     left = [*found.beside, *(key for key in found.tensors if key not in _expected_of(name, found))]
     if left:
         remarks.append(f"left out, as they are not the network's: {_some(left)}")
@@ -472,7 +477,10 @@ def _fitting(found: Candidate, arch: str | None) -> str | None:
 
 
 def _candidates(state: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Architectures of as many blocks as the first stage has."""
+    """Architectures of as many blocks as the first stage has.
+
+    Not the plain one: its tensors are those of the network with shortcut A.
+    """
     found = (re.match(r"stage1\.(\d{1,4})\.", key) for key in state)
     numbers = [int(match[1]) for match in found if match]
     blocks = 1 + max((number for number in numbers if number < len(state)), default=0)
