@@ -62,14 +62,16 @@ class Decoders:
         self.limits = limits
         self.progress = Progress()
         self.workers = [_Worker(limits) for _ in range(limits.decoders)]
-        self.idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
+        self.idle: list[_Worker] = []
+        # As many as are idle. A queue would let a newcomer go before those who have waited.
+        self.turn = asyncio.Semaphore(0)
         self.tasks: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> "Decoders":
         """Start the processes."""
         await asyncio.gather(*(worker.start() for worker in self.workers))
         for worker in self.workers:
-            self.idle.put_nowait(worker)
+            self._offer(worker)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -92,15 +94,19 @@ class Decoders:
             HTTPException: 422 if it cannot be decoded within the limits.
         """
         with self.progress.wait():
-            worker = await self.idle.get()
-            while not worker.alive:  # it ended while it was idle
+            await self.turn.acquire()
+            while not (worker := self.idle.pop()).alive:  # it ended while it was idle
                 self._keep(self._replace(worker))
-                worker = await self.idle.get()
+                await self.turn.acquire()
             # A task, so that a client that gives up leaves no process in the midst of an answer.
             answer = await asyncio.shield(self._keep(self._use(worker, content, name)))
         if isinstance(answer, str):
             raise HTTPException(422, answer)
         return answer
+
+    def _offer(self, worker: "_Worker") -> None:
+        self.idle.append(worker)
+        self.turn.release()
 
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run it in a task that is not collected meanwhile."""
@@ -122,7 +128,7 @@ class Decoders:
         except (OSError, asyncio.IncompleteReadError, ValueError):
             problem += "its decoder crashed; save it anew"
         else:
-            self.idle.put_nowait(worker)
+            self._offer(worker)
             if status == NO_MEMORY:
                 megabytes = self.limits.decode_bytes >> 20
                 return problem + f"decoding it takes more than {megabytes} MiB; make it smaller"
@@ -141,7 +147,7 @@ class Decoders:
             except (OSError, TimeoutError, asyncio.IncompleteReadError):  # no memory, no processes
                 await worker.stop()
                 await asyncio.sleep(RETRY_SECONDS)
-        self.idle.put_nowait(worker)
+        self._offer(worker)
 
 
 def _pixels(body: bytes) -> Bytes:
