@@ -328,6 +328,22 @@ def test_held_out_images_are_measured_each_epoch_and_not_trained_on(
     assert not (tmp_path / "all").exists()
 
 
+def test_recording_the_test_error_of_each_epoch_changes_nothing_else(
+    straight: Path, tiny: Dataset, tmp_path: Path
+) -> None:
+    recipe = read(straight / "recipe.json")
+    figures = train(recipe, tiny, tmp_path / "run", device="cpu", test_every_epoch=True)
+    run, plain = RunDirectory(tmp_path / "run"), RunDirectory(straight)
+    rows = run.read_metrics()
+    assert [0 <= row["test_accuracy"] <= 1 for row in rows] == [True] * 3
+    assert rows[-1]["test_accuracy"] == figures["test"]["accuracy"]
+    assert rows[-1]["test_loss"] == pytest.approx(figures["test"]["loss"], abs=1e-6)
+    others = [{k: v for k, v in row.items() if not k.startswith("test_")} for row in rows]
+    assert untimed(others) == untimed(plain.read_metrics())
+    mine, theirs = run.load().model, plain.load().model
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 def test_digits_are_never_mirrored(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

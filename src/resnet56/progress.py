@@ -128,6 +128,8 @@ class TrainingProgress:
         )
         if "holdout_accuracy" in row:
             line += f"  held out {percent(row['holdout_accuracy'])}"
+        if "test_accuracy" in row:
+            line += f"  test {percent(row['test_accuracy'])}"
         self.say(f"{line}  {row['images_per_second']:.0f} img/s  {duration(row['seconds'])}")
 
 

@@ -62,6 +62,7 @@ def train(
     device: str = "auto",
     resume: bool = False,
     tensorboard: bool = False,
+    test_every_epoch: bool = False,
     progress: TrainingProgress | None = None,
 ) -> dict[str, Any]:
     """Train by `recipe` on `dataset`, leave the run in `out`, and test it.
@@ -73,6 +74,8 @@ def train(
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         resume: go on from the checkpoint in `out`.
         tensorboard: also write scalars for TensorBoard, in `out/tensorboard`.
+        test_every_epoch: also record the test loss and accuracy after each epoch, for curves;
+            nothing is chosen by them, and training does not depend on them.
         progress: where to show it; nothing is shown without.
 
     Returns:
@@ -110,7 +113,8 @@ def train(
                         run.create()
                         held.enter_context(run.alone())
                     _prepare(run, recipe, facts, resumed=saved is not None)
-                loop.epochs(held_out, stop, scalars)
+                test = dataset.test if test_every_epoch else None
+                loop.epochs({"holdout": held_out, "test": test}, stop, scalars)
         finally:
             del loop  # DistributedDataParallel goes before the group that it talks through
     if stop.signum is not None:  # asked for in the last moment
@@ -237,16 +241,25 @@ class _Loop:
                 "within rounding, not to the bit"
             )
 
-    def epochs(self, held_out: Split | None, stop: "_Stop", scalars: Scalars | None) -> None:
-        """Train from the present position to the last epoch."""
+    def epochs(
+        self, measured: dict[str, Split | None], stop: "_Stop", scalars: Scalars | None
+    ) -> None:
+        """Train from the present position to the last epoch.
+
+        Args:
+            measured: splits to evaluate after each epoch, by their name in metrics.jsonl.
+            stop: the stop request.
+            scalars: a TensorBoard writer.
+        """
         self.progress.begin(_costs(self.recipe), self.batches.steps, self.position.step)
         if self.position.step == 0:
             self._save()  # from here on there is something to resume
         while self.position.epoch < self.recipe.epochs:
             lr = self._epoch(stop)
             row = self._row(lr)
-            if held_out is not None:
-                row |= self._hold_out_figures(held_out)
+            for name, split in measured.items():
+                if split is not None:
+                    row |= self._evaluated(name, split)
             if self.here.is_first:
                 # The line first: should the power go now, resuming takes it back.
                 self.run.append_metrics(row)
@@ -335,12 +348,12 @@ class _Loop:
             "peak_memory_mb": peak_memory_mb(self.device),
         }
 
-    def _hold_out_figures(self, held_out: Split) -> dict[str, float]:
+    def _evaluated(self, name: str, split: Split) -> dict[str, float]:
         net = self.network
         model = build(self.recipe.arch, classes=len(net.classes)).to(self.device)
         model.load_state_dict(self.trainer.weights())
-        figures = evaluate(model, held_out, net.classes, net.mean, net.std, self.precision)
-        return {"holdout_loss": figures["loss"], "holdout_accuracy": figures["accuracy"]}
+        figures = evaluate(model, split, net.classes, net.mean, net.std, self.precision)
+        return {f"{name}_loss": figures["loss"], f"{name}_accuracy": figures["accuracy"]}
 
     def _save(self) -> None:
         """Write the checkpoint, unless the weights are no numbers."""

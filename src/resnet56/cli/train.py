@@ -35,6 +35,10 @@ class TrainOptions:
     tensorboard: bool = False
     """Also write scalars for TensorBoard, in RUN/tensorboard."""
 
+    test_every_epoch: bool = False
+    """Also record the test loss and accuracy after each epoch, for curves as in He et al. 2015,
+    figure 6. Nothing is chosen by them. Give it again with --resume."""
+
     quiet: bool = False
     """Print errors only."""
 
@@ -87,6 +91,7 @@ def run(arguments: list[str]) -> int:
     words = ["resnet56", "train", "--resume", "--out", str(out)]
     words += [] if options.device == "auto" else ["--device", options.device]
     words += ["--tensorboard"] if options.tensorboard else []
+    words += ["--test-every-epoch"] if options.test_every_epoch else []
     again = shlex.join([*words, *(["--skip-broken"] if options.skip_broken else [])])
     with TrainingProgress(quiet=quiet) as progress:
         dataset = load_data(options.data, own=own, skip_broken=options.skip_broken)
@@ -100,6 +105,7 @@ def run(arguments: list[str]) -> int:
                 device=options.device,
                 resume=options.resume,
                 tensorboard=options.tensorboard,
+                test_every_epoch=options.test_every_epoch,
                 progress=progress,
             )
         except Interrupted as interrupted:
