@@ -114,7 +114,7 @@ ARROWS: dict[str, set[str]] = {
     "serve.limits": {"data.images"},
     "serve.meter": set(),
     "serve.schema": set(),
-    "serve.front": {"serve.meter"},
+    "serve.front": {"errors", "serve.meter"},
     "serve.uploads": {"errors", "serve.limits", "serve.schema"},
     "serve.batching": {"data.images"},
     "serve.decode_worker": {"data.images", "errors"},

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from resnet56.errors import printable
 from resnet56.serve.meter import Meter
 
 HEADERS = {
@@ -56,7 +57,7 @@ class Front:
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception:  # a bug: its traceback is for the log, not for the client
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %s failed", scope["method"], printable(scope["path"]))
             if not status:
                 problem = JSONResponse({"detail": "the server failed; its log says why"}, 500)
                 await problem(scope, receive, send_with_headers)
