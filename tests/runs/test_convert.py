@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import resnet56
 from resnet56 import cli
-from resnet56.data.class_names import CIFAR10
+from resnet56.data.class_names import CIFAR10, CIFAR100
 from resnet56.errors import Error, RunError, UsageError
 from resnet56.model import build
 from resnet56.runs import convert
@@ -390,3 +390,174 @@ def test_an_imported_run_is_evaluated_like_any_other(
     seen = [resnet56.load(run).predict(colour)[0].label for colour in colours]
     hits = sum(seen[label] == ("blue", "red")[label] for label in labels)
     assert figures["accuracy"] == hits / 6
+
+
+B = build("resnet8-b", seed=4).state_dict()
+
+
+def imported(content: object, tmp_path: Path, **options: Any) -> convert.Imported:
+    torch.save(content, tmp_path / "it.pth")
+    return convert.read(tmp_path / "it.pth", **options)
+
+
+def is_of(found: convert.Imported, state: dict[str, Tensor]) -> bool:
+    model = found.checkpoint.model
+    return all(torch.equal(model[key], state[key]) for key in state if "num_batches" not in key)
+
+
+@pytest.mark.parametrize("path", [(), ("state_dict",), ("a", "b", "c"), ("checkpoint", "model")])
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.net.0.", "x._orig_mod."])
+def test_a_network_is_found_under_any_prefix(
+    prefix: str, path: tuple[str, ...], tmp_path: Path
+) -> None:
+    content: dict[str, Any] = {prefix + key: tensor for key, tensor in B.items()}
+    content["criterion.weight"] = torch.ones(10)
+    for key in reversed(path):
+        content = {key: content, "epoch": 3}
+    found = imported(content, tmp_path)
+    assert is_of(found, B)
+    assert any("criterion.weight" in remark for remark in found.remarks)
+
+
+def test_what_may_be_a_part_of_the_network_is_not_left_out(tmp_path: Path) -> None:
+    for key in ("stage1.0.se.weight", "attention.weight", "bn2.weight"):
+        with pytest.raises(RunError, match=f"1 unexpected .{key}"):
+            imported({**B, key: torch.ones(3)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_ema", "ema", "ema_state_dict", "state_dict_ema", "swa_model", "modelEMA",
+             "averaged_model"]
+)  # fmt: skip
+def test_averaged_weights_are_taken_whatever_they_are_called(name: str, tmp_path: Path) -> None:
+    other = build("resnet8-b", seed=5).state_dict()
+    inside = {f"{name}.module.{key}": tensor for key, tensor in B.items()}
+    inside |= {f"model.{key}": tensor for key, tensor in other.items()}
+    for content in ({"model": other, name: B}, {name: B, "model": other}, {"state_dict": inside}):
+        found = imported(content, tmp_path)
+        assert is_of(found, B)
+        assert any("averaged weights" in remark for remark in found.remarks)
+
+
+def test_pytorch_s_own_averaged_model_is_known_by_its_count(tmp_path: Path) -> None:
+    other = build("resnet8-b", seed=5).state_dict()
+    averaged = {f"second.module.{key}": tensor for key, tensor in B.items()}
+    averaged["second.n_averaged"] = torch.tensor(3)
+    first = {f"first.{key}": tensor for key, tensor in other.items()}
+    assert is_of(imported({**first, **averaged}, tmp_path), B)
+
+
+def test_two_networks_are_not_chosen_from(tmp_path: Path) -> None:
+    other = build("resnet8-b", seed=5).state_dict()
+    both = {"student": other, "nets": {"teacher": B}}
+    with pytest.raises(RunError, match=r"2 networks .student, nets\.teacher.; .*--prefix"):
+        imported(both, tmp_path)
+    assert is_of(imported(both, tmp_path, prefix="nets"), B)
+    assert is_of(imported(both, tmp_path, prefix="student."), other)
+    with pytest.raises(UsageError, match="--prefix x is not in"):
+        imported(both, tmp_path, prefix="x")
+    assert is_of(imported({"model": B, "state_dict": B}, tmp_path), B)  # one under two names
+
+
+def plus_one(form: str) -> Callable[[re.Match[str]], str]:
+    return lambda match: form.format(match[1], int(match[2]) + 1)
+
+
+# From our names to theirs.
+THEIRS: dict[str, tuple[str, list[tuple[str, Any]]]] = {
+    "osmr": ("resnet14-b", [
+        (r"^stage(\d)\.(\d+)\.", plus_one("features.stage{}.unit{}.")),
+        (r"\.conv(\d)\.", r".body.conv\1.conv."), (r"\.bn(\d)\.", r".body.conv\1.bn."),
+        (r"shortcut\.0\.", "identity_conv.conv."), (r"shortcut\.1\.", "identity_conv.bn."),
+        (r"^conv1\.", "features.init_block.conv."), (r"^bn1\.", "features.init_block.bn."),
+        (r"^fc\.", "output."),
+    ]),
+    "hysts": ("resnet14-b", [
+        (r"^stage(\d)\.(\d+)\.", plus_one("stage{}.block{}.")),
+        (r"shortcut\.0\.", "shortcut.conv."), (r"shortcut\.1\.", "shortcut.bn."),
+        (r"^conv1\.", "conv."), (r"^bn1\.", "bn."),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", THEIRS)
+def test_other_projects_names_are_known(layout: str, tmp_path: Path) -> None:
+    arch, rules = THEIRS[layout]
+    ours = build(arch, seed=6).state_dict()
+    theirs = {}
+    for key, tensor in ours.items():
+        for pattern, name in rules:
+            key = re.sub(pattern, name, key)
+        theirs[key] = tensor
+    assert not theirs.keys() & {"conv1.weight", "bn1.weight"}
+    found = imported({"state_dict": theirs}, tmp_path)
+    assert found.checkpoint.network.arch == arch
+    assert is_of(found, ours)
+
+
+class PadBehind(nn.Module):
+    """D-X-Y's shortcut A: all its zero channels are behind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, ::2, ::2]
+        return torch.cat((x, torch.zeros_like(x)), dim=1)
+
+
+def test_zero_channels_behind_give_the_same_outputs(tmp_path: Path) -> None:
+    model = lively_foreign("akamaster", blocks=2)
+    for stage in (model.layer2, model.layer3):
+        stage[0].shortcut = PadBehind()  # type: ignore[index, operator]
+    rules = [
+        (r"^layer(\d)\.", r"stage_\1."),
+        (r"\.conv1\.", ".conv_a."),
+        (r"\.conv2\.", ".conv_b."),
+        (r"\.bn1\.", ".bn_a."),
+        (r"\.bn2\.", ".bn_b."),
+        (r"^conv1\.", "conv_1_3x3."),
+        (r"^bn1\.", "bn_1."),
+        (r"^linear\.", "classifier."),
+    ]
+    theirs = {}
+    for key, tensor in model.state_dict().items():
+        for pattern, name in rules:
+            key = re.sub(pattern, name, key)
+        theirs[key] = tensor
+    torch.save({"state_dict": theirs}, tmp_path / "dxy.pth")
+    assert cli.main(["import", str(tmp_path / "dxy.pth"), "--out", str(tmp_path / "run")]) == 0
+    assert same_outputs(model, tmp_path / "run")
+
+
+def test_what_fits_nothing_says_what_it_looks_like(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="it has 4 stages, where"):
+        imported({**B, "stage4.0.conv1.weight": torch.zeros(1)}, tmp_path)
+    with pytest.raises(RunError, match="its first convolution is 64x3x3x3, ours 16x3x3x3"):
+        imported({**B, "conv1.weight": torch.zeros(64, 3, 3, 3)}, tmp_path)
+    with pytest.raises(RunError, match="nearest is resnet8-b, but: 1 missing .bn1.bias"):
+        imported({key: tensor for key, tensor in B.items() if key != "bn1.bias"}, tmp_path)
+
+
+def test_names_of_classes_are_those_of_a_data_set_or_a_run(tmp_path: Path) -> None:
+    torch.save(build("resnet8-b", classes=100).state_dict(), tmp_path / "c100.pth")
+    torch.save(B, tmp_path / "c10.pth")
+    for name, flags, classes in (
+        ("c100", [], CIFAR100),
+        ("c100", ["cifar100"], CIFAR100),
+        ("c10", ["digits"], tuple("0123456789")),
+        ("c10", [str(tmp_path / "run1")], tuple("0123456789")),
+    ):
+        number = sum(1 for _ in tmp_path.glob("run*"))
+        out = tmp_path / f"run{number - 1}" if number else tmp_path / "run-1"
+        command = ["import", str(tmp_path / f"{name}.pth"), "--out", str(out)]
+        assert cli.main([*command, *(["--classes", *flags] if flags else [])]) == 0
+        assert resnet56.load(out).classes == classes
+
+
+def test_weights_whose_outputs_are_not_finite_are_refused(tmp_path: Path) -> None:
+    wild = {
+        key: torch.full_like(tensor, 1e30)
+        if key.endswith("weight") and tensor.ndim == 1
+        else tensor
+        for key, tensor in B.items()
+    }
+    with pytest.raises(RunError, match="the network's outputs are not finite"):
+        imported(wild, tmp_path)

@@ -416,8 +416,12 @@ def _candidates_in(place: str, container: Mapping[Any, Any]) -> Iterator[Candida
                 name,
                 layout,
                 {layout.renamed(key.removeprefix(prefix)): value for key, value in inside.items()},
-                tuple(key for key in tensors if key not in inside and key != "n_averaged"),
-                not _AVERAGED.isdisjoint(words) or "n_averaged" in tensors,
+                tuple(
+                    key for key in tensors if key not in inside and not key.endswith("n_averaged")
+                ),
+                # PyTorch's AveragedModel keeps its count beside its module.
+                not _AVERAGED.isdisjoint(words)
+                or f"{prefix.removesuffix('module.')}n_averaged" in tensors,
                 head,
             )
 

@@ -1,0 +1,163 @@
+"""What the package writes, every command that takes a network reads: with the same answers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import CLASSES, lively
+from PIL import Image
+
+import resnet56
+from resnet56 import cli, export
+from resnet56.errors import RunError
+from resnet56.runs import pretrained
+from resnet56.runs.directory import RunDirectory
+from resnet56.runs.sources import import_network, open_network
+
+FORMS = ("run", "checkpoint folder", "checkpoint.json", "weights of the run", "hub folder",
+         "hub weights", "renamed hub weights", "onnx")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One network in every form in which the package writes it."""
+    folder = tmp_path_factory.mktemp("written")
+    run = RunDirectory(folder / "run")
+    run.save(lively())
+    export.write_hub_folder(run.load(), folder / "hub")
+    export.write_onnx(run.load(), folder / "net.onnx")
+    shutil.copy(folder / "hub" / "model.safetensors", folder / "alone.bin")
+    return {
+        "run": run.path,
+        "checkpoint folder": run.checkpoint_file.parent,
+        "checkpoint.json": run.checkpoint_file,
+        "weights of the run": next(run.checkpoint_file.parent.glob("model-*")),
+        "hub folder": folder / "hub",
+        "hub weights": folder / "hub" / "model.safetensors",
+        "renamed hub weights": folder / "alone.bin",
+        "onnx": folder / "net.onnx",
+    }
+
+
+def noise(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_answers(
+    form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = resnet56.load(written["run"], device="cpu")
+    loaded = resnet56.load(written[form], device="cpu")
+    assert cli.main(["import", str(written[form]), "--out", str(tmp_path / "back")]) == 0
+    assert "as --" not in capsys.readouterr().err  # nothing had to be assumed
+    for got in (loaded, resnet56.load(tmp_path / "back", device="cpu")):
+        assert (got.classes, got.mean, got.std) == (want.classes, want.mean, want.std)
+        assert np.allclose(got.run(noise(4))[0], want.run(noise(4))[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["hub folder", "hub weights", "weights of the run", "onnx"])
+def test_every_form_is_evaluated(
+    form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in CLASSES:
+        folder = tmp_path / "data" / "test" / name
+        folder.mkdir(parents=True)
+        for index in range(3):
+            Image.fromarray(noise(9)[index].transpose(1, 2, 0)).save(folder / f"{index}.png")
+    flags = ["--data", str(tmp_path / "data"), "--json"]
+    assert cli.main(["evaluate", str(written["run"]), *flags]) == 0
+    want = json.loads(capsys.readouterr().out)
+    assert cli.main(["evaluate", str(written[form]), *flags]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["accuracy"] == want["accuracy"]
+    assert got["loss"] == pytest.approx(want["loss"], abs=1e-4)
+
+
+def test_a_file_of_the_package_s_own_weights_is_one_too(tmp_path: Path) -> None:
+    file = pretrained.FOLDER / "resnet56.safetensors"
+    named, by_file = open_network("resnet56"), open_network(shutil.copy(file, tmp_path / "it"))
+    assert named.pretrained == "resnet56"
+    assert by_file.pretrained is None
+    assert named.checkpoint.network == by_file.checkpoint.network
+    for key, tensor in named.checkpoint.model.items():
+        assert torch.equal(tensor, by_file.checkpoint.model[key]) or "num_batches" in key
+
+
+def test_weights_that_do_not_state_their_classes_are_to_be_imported(tmp_path: Path) -> None:
+    torch.save(dict(lively().model), tmp_path / "bare.pth")
+    with pytest.raises(RunError, match="does not state its classes and mean and std.* import"):
+        open_network(tmp_path / "bare.pth")
+    with pytest.raises(RunError, match="no run at nowhere and no shipped"):
+        open_network("nowhere")
+
+
+def test_the_training_state_of_a_run_is_not_its_weights(written: dict[str, Path]) -> None:
+    file = next(written["checkpoint folder"].glob("training-*"))
+    with pytest.raises(RunError, match="does not hold the weights of its run"):
+        open_network(file)
+
+
+def test_flags_that_contradict_the_file_are_taken_and_said(written: dict[str, Path]) -> None:
+    for form in ("run", "hub weights", "onnx"):
+        names = ("x", "y", "z")
+        found = import_network(written[form], mean=(0.1, 0.2, 0.3), classes=names)
+        assert found.checkpoint.network.mean == (0.1, 0.2, 0.3)
+        assert found.checkpoint.network.classes == names
+        assert sum("although" in remark for remark in found.remarks) == 2
+
+
+def test_a_foreign_folder_states_its_constants_in_its_config(tmp_path: Path) -> None:
+    torch.save(dict(lively("resnet8-b").model), tmp_path / "pytorch_model.bin")
+    stated = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "label_names": ["a", "b", "c"]}
+    for config in (
+        {"architecture": "resnet56", "num_classes": 3, "pretrained_cfg": stated},
+        {**stated, "label_names": None, "id2label": {"0": "a", "1": "b", "2": "c"}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        network = open_network(tmp_path).checkpoint.network
+        assert network.arch == "resnet8-b"
+        assert network.classes == ("a", "b", "c")
+        assert (network.mean, network.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"mean": '"text"'}, {"mean": "[1, 2]"}, {"std": "[0, 1, 1]"}, {"std": "[NaN, 1, 1]"},
+        {"mean": "[1e300, 0, 0]"}, {"classes": '["a", "a", "b"]'}, {"classes": "[1, 2, 3]"},
+        {"classes": "7"}, {"arch": "56"}, {"format": "2"}, {"mean": "[" * 100_000},
+    ],
+    ids=lambda metadata: next(iter(metadata)),
+)  # fmt: skip
+def test_metadata_that_is_no_network_s_is_one_line(
+    metadata: dict[str, str], written: dict[str, Path], tmp_path: Path
+) -> None:
+    proto = onnx.load(written["onnx"])
+    for entry in proto.metadata_props:
+        entry.value = metadata.get(entry.key, entry.value)
+    onnx.save(proto, tmp_path / "net.onnx")
+    with pytest.raises(RunError, match=r"net\.onnx does not say what its network is") as caught:
+        resnet56.load(tmp_path / "net.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_onnx_file_of_a_fixed_batch_is_one_line(
+    written: dict[str, Path], tmp_path: Path
+) -> None:
+    proto = onnx.load(written["onnx"])
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(proto, tmp_path / "net.onnx")
+    with pytest.raises(RunError, match=r"net\.onnx does not answer 2 images"):
+        resnet56.load(tmp_path / "net.onnx")
+
+
+def test_loaded_weights_are_contiguous(written: dict[str, Path]) -> None:
+    for form in ("run", "hub folder"):
+        model = resnet56.load(written[form], device="cpu").model
+        assert all(parameter.is_contiguous() for parameter in model.parameters())
+        torch.nn.utils.parameters_to_vector(model.parameters())
