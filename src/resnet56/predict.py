@@ -291,7 +291,9 @@ def load(what: str | Path = "resnet56", device: str = "auto") -> Predictor:
     where = resolve_device(device)
     network = checkpoint.network
     backend = TorchBackend(restore(checkpoint, where), network, where)
-    return Predictor(path.resolve().name, network, backend)
+    predictor = Predictor(path.resolve().name, network, backend)
+    predictor.run(np.full((1, 3, 32, 32), 128, np.uint8))  # refuses weights that are of no use
+    return predictor
 
 
 def softmax(logits: Floats) -> npt.NDArray[np.float64]:

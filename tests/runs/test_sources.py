@@ -15,6 +15,7 @@ import resnet56
 from resnet56 import cli, export
 from resnet56.errors import RunError
 from resnet56.runs import pretrained
+from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.sources import import_network, open_network
 
@@ -161,3 +162,11 @@ def test_loaded_weights_are_contiguous(written: dict[str, Path]) -> None:
         model = resnet56.load(written[form], device="cpu").model
         assert all(parameter.is_contiguous() for parameter in model.parameters())
         torch.nn.utils.parameters_to_vector(model.parameters())
+
+
+def test_a_run_whose_outputs_are_not_finite_is_not_loaded(tmp_path: Path) -> None:
+    whole = lively()
+    weights = {k: t * 1e30 if "bn" in k and "weight" in k else t for k, t in whole.model.items()}
+    RunDirectory(tmp_path).save(Checkpoint(whole.network, weights))
+    with pytest.raises(RunError, match="outputs that are not finite"):
+        resnet56.load(tmp_path, device="cpu")
