@@ -25,7 +25,6 @@ from resnet56.errors import DataError, Error
 
 ROWS = {"cifar10": [20] * 5 + [20], "cifar100": [200, 100]}
 FOLDERS = [layout.folder for layout in cifar.LAYOUTS]
-FINE = tuple(f"class {number:02}" for number in range(100))
 
 
 def records(name: str, file: int) -> np.ndarray:
@@ -41,13 +40,11 @@ def records(name: str, file: int) -> np.ndarray:
 
 
 def names_of(name: str) -> tuple[str, ...]:
-    return cifar.CIFAR10 if name == "cifar10" else tuple(n.replace(" ", "_") for n in FINE)
+    return cifar.PUBLISHED[name]
 
 
 def write(layout: "cifar._Layout", root: Path) -> Path:
     """The made set in one form."""
-    from scipy import io as matlab
-
     folder = root / layout.folder
     folder.mkdir(parents=True)
     for number, file in enumerate((*layout.train, layout.test)):
@@ -58,20 +55,14 @@ def write(layout: "cifar._Layout", root: Path) -> Path:
             labels["coarse_labels"] = made[:, 0]
         if layout.form == "binary":
             made.tofile(folder / file)
-        elif layout.form == "pickle":
+        else:
             lists = {key: value.tolist() for key, value in labels.items()}
             (folder / file).write_bytes(pickle.dumps({"data": pixels, **lists}, 2))
-        else:
-            columns = {key: value[:, None] for key, value in labels.items()}
-            matlab.savemat(folder / file, {"data": pixels, **columns})
     names = names_of(layout.name)
     if layout.form == "binary":
         (folder / layout.meta).write_text("\n".join(names) + "\n")
-    elif layout.form == "pickle":
-        (folder / layout.meta).write_bytes(pickle.dumps({layout.names: list(names)}, 2))
     else:
-        cells = np.array([[name] for name in names], dtype=object)
-        matlab.savemat(folder / layout.meta, {layout.names: cells})
+        (folder / layout.meta).write_bytes(pickle.dumps({layout.names: list(names)}, 2))
     return folder
 
 
@@ -84,10 +75,8 @@ def small() -> Iterator[None]:
         )
         for name, rows in ROWS.items()
     }
-    fine = hashlib.sha1("\n".join(names_of("cifar100")).encode()).hexdigest()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cifar, "_PUBLISHED", published)
-        patch.setattr(cifar, "_PUBLISHED_NAMES", cifar._PUBLISHED_NAMES | {"cifar100": fine})
         patch.setattr(cifar, "_read_files", sized(cifar._read_files))
         yield
 
@@ -241,3 +230,21 @@ def test_an_archive_that_is_none_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="cannot be unpacked: .*; download it again"):
             load_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-python.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (
+            "cifar-10-batches-mat/data_batch_1.mat",
+            "MATLAB files, which are not read: take the binary",
+        ),
+        ("cifar-10-matlab.tar.gz", "MATLAB files, which are not read"),
+        ("plain_text/train-00000-of-00001.parquet", "Parquet files, which are not read: save the"),
+    ],
+)
+def test_forms_that_are_not_read_name_a_way(tmp_path: Path, file: str, says: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(DataError, match=says):
+        load_folder(tmp_path)

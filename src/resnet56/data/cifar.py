@@ -5,21 +5,20 @@ is read as the records of the binary one, so that one checksum serves all.
 """
 
 import hashlib
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from resnet56.data.class_names import CIFAR10
+from resnet56.data.class_names import CIFAR10, PUBLISHED
 from resnet56.data.dataset import Dataset, Split, class_name
 from resnet56.data.pickles import PickledArray, read_pickle, text
-from resnet56.errors import DataError, one_line, shown
+from resnet56.errors import DataError, shown
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -42,11 +41,6 @@ _PUBLISHED = {
         "8fb6623e830365ff53cf14adec797474f5478006",
     ),
 }
-# SHA-1 of the class names in their order, a line feed between two.
-_PUBLISHED_NAMES = {
-    "cifar10": hashlib.sha1("\n".join(CIFAR10).encode(), usedforsecurity=False).hexdigest(),
-    "cifar100": "7334cddb81616027c09e56eea89b88bcd9e9326c",
-}
 _TRAINING, _TEST = 50_000, 10_000  # images of each set
 _LEAST_DISTINCT = 0.99  # of a split's images; of the published ones 0.9997 and more are
 
@@ -56,7 +50,7 @@ class _Layout:
     """One published form of CIFAR: its files, and where they keep labels and class names.
 
     A record of the binary form has `label_bytes` bytes, the last of them the label, and 3,072 of
-    pixels (1,024 red, green, blue; rows from the top). The other forms are dictionaries, with
+    pixels (1,024 red, green, blue; rows from the top). The other form is pickled dictionaries, with
     labels and names under the keys `labels` and `names`.
     """
 
@@ -66,7 +60,7 @@ class _Layout:
     test: str
     meta: str
     classes: int
-    form: Literal["binary", "pickle", "matlab"]
+    form: Literal["binary", "pickle"]
     labels: str = ""
     names: str = ""
 
@@ -84,33 +78,24 @@ class _Layout:
 
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _BINARY = tuple(f"{batch}.bin" for batch in _BATCHES)
-_MATLAB = tuple(f"{batch}.mat" for batch in _BATCHES)
 # fmt: off
 LAYOUTS = (
     _Layout("cifar10", "cifar-10-batches-bin", _BINARY, "test_batch.bin",
             meta="batches.meta.txt", classes=10, form="binary"),
     _Layout("cifar10", "cifar-10-batches-py", _BATCHES, "test_batch",
             meta="batches.meta", classes=10, form="pickle", labels="labels", names="label_names"),
-    _Layout("cifar10", "cifar-10-batches-mat", _MATLAB, "test_batch.mat",
-            meta="batches.meta.mat", classes=10, form="matlab", labels="labels",
-            names="label_names"),
     _Layout("cifar100", "cifar-100-binary", ("train.bin",), "test.bin",
             meta="fine_label_names.txt", classes=100, form="binary"),
     _Layout("cifar100", "cifar-100-python", ("train",), "test",
             meta="meta", classes=100, form="pickle", labels="fine_labels",
-            names="fine_label_names"),
-    _Layout("cifar100", "cifar-100-matlab", ("train.mat",), "test.mat",
-            meta="meta.mat", classes=100, form="matlab", labels="fine_labels",
             names="fine_label_names"),
 )
 # The archives that hold these folders, by their published names.
 ARCHIVES = {
     "cifar-10-binary.tar.gz": "cifar-10-batches-bin",
     "cifar-10-python.tar.gz": "cifar-10-batches-py",
-    "cifar-10-matlab.tar.gz": "cifar-10-batches-mat",
     "cifar-100-binary.tar.gz": "cifar-100-binary",
     "cifar-100-python.tar.gz": "cifar-100-python",
-    "cifar-100-matlab.tar.gz": "cifar-100-matlab",
 }
 # fmt: on
 
@@ -146,8 +131,7 @@ def load_cifar(layout: _Layout, folder: Path) -> Dataset:
     if differ:
         _check_split(layout, folder, train, classes, "training")
         _check_split(layout, folder, test, classes, "test")
-    names = hashlib.sha1("\n".join(classes).encode(), usedforsecurity=False).hexdigest()
-    if names != _PUBLISHED_NAMES[layout.name]:
+    if classes != PUBLISHED[layout.name]:
         differ.append(layout.meta)
     how = "the published split"
     remarks: tuple[str, ...] = ()
@@ -196,11 +180,8 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
     names: object
     if layout.form == "binary":
         names = file.read_bytes().split()
-    elif layout.form == "pickle":
-        names = read_pickle(file).get(layout.names)
     else:
-        array = _read_matlab(file, layout.names)[layout.names]
-        names = [str(cell[0]) if np.size(cell) else "" for cell in array.ravel()]
+        names = read_pickle(file).get(layout.names)
     if isinstance(names, list):
         decoded = tuple(text(name) for name in names if isinstance(name, str | bytes))
         if len(names) == len(set(decoded)) == layout.classes:
@@ -242,10 +223,7 @@ def _records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
         yield from _binary_records(layout, file, count)
     else:
         coarse = "coarse_labels" if layout.label_bytes == 2 else None
-        if layout.form == "pickle":
-            pixels, labels, coarse_labels = _read_batch(layout, file, count, coarse)
-        else:
-            pixels, labels, coarse_labels = _read_matlab_batch(layout, file, count, coarse)
+        pixels, labels, coarse_labels = _read_batch(layout, file, count, coarse)
         for start in range(0, count, _BLOCK):
             block = slice(start, start + _BLOCK)
             records = np.empty((len(labels[block]), layout.label_bytes + _PIXELS), np.uint8)
@@ -299,40 +277,6 @@ def _labels(values: object, file: Path, key: str, count: int, classes: int) -> B
     wide = np.array(values, dtype=np.int64)
     _refuse_labels(file, np.flatnonzero((wide < 0) | (wide >= classes)), wide, classes)
     return wide.astype(np.uint8)
-
-
-def _read_matlab_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> _Batch:
-    """A MATLAB file of `count` images (N, 3072) and labels (N, 1)."""
-    found = _read_matlab(file, "data", layout.labels, *([coarse] if coarse else []))
-    pixels = found["data"]
-    if pixels.dtype != np.uint8 or pixels.shape != (count, _PIXELS):
-        raise DataError(f"{shown(str(file))}: 'data' is not a uint8 array of {count:,} x 3,072")
-    columns = []
-    for key in (layout.labels, coarse or layout.labels):
-        column = found[key]
-        if column.dtype.kind not in "iu" or column.size != count:
-            raise DataError(f"{shown(str(file))}: {key!r} is not {count:,} whole numbers")
-        columns.append(_labels(column.ravel().tolist(), file, key, count, 256))
-    return pixels, columns[0], columns[1]
-
-
-def _read_matlab(file: Path, *keys: str) -> dict[str, npt.NDArray[Any]]:
-    """Those variables of a MATLAB file. Raises DataError."""
-    from scipy import io  # comes with scikit-learn
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = io.loadmat(file, variable_names=list(keys))
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file makes the parser raise anything
-        raise DataError(f"cannot read {shown(str(file))}: {one_line(error)}; {_AGAIN}") from error
-    arrays = {key: found.get(key) for key in keys}
-    for key, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise DataError(f"{shown(str(file))} holds no array {key!r}: {_AGAIN}")
-    return arrays
 
 
 def _check_labels(file: Path, labels: npt.NDArray[np.int64], layout: _Layout) -> None:

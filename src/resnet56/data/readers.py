@@ -50,8 +50,8 @@ def load_digits() -> Dataset:
 def load_folder(path: Path, *, evaluation: bool = False, skip_broken: bool = False) -> Dataset:
     """The data set in `path`, or in the folder of a CIFAR archive's usual name inside it.
 
-    Read are CIFAR-10 and CIFAR-100 (with its fine labels) in their binary, Python and MATLAB forms,
-    as folders or as the published archives, which are unpacked beside themselves; and images in
+    Read are CIFAR-10 and CIFAR-100 (with its fine labels) in their binary and Python forms, as
+    folders or as the published archives, which are unpacked beside themselves; and images in
     folders, see `folders.load_image_folder`. The images of CIFAR are compared with the published
     ones: what cannot be them is refused, and a small difference is remarked on.
 
@@ -81,6 +81,12 @@ def load_folder(path: Path, *, evaluation: bool = False, skip_broken: bool = Fal
         for archive in ARCHIVES:
             if (path / archive).is_file():
                 return _load_archive(path / archive)
+        if any(path.rglob("*.mat")) or any(path.glob("*-matlab.tar.gz")):
+            # SciPy's reader, the one at hand, ends the whole process on some damaged files.
+            raise DataError(
+                f"{name} holds MATLAB files, which are not read: take the binary form "
+                "(resnet56 data fetch)"
+            )
         if any(path.rglob("*.parquet")):
             raise DataError(
                 f"{name} holds Parquet files, which are not read: save the images as "
