@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from resnet56.errors import TrainingError, UsageError, one_line, shown
 
 
 class Place(NamedTuple):
@@ -25,28 +28,77 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """Read from what torchrun puts into the environment; alone without it."""
-    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    """Read from what torchrun puts into the environment; alone without it.
+
+    Raises:
+        UsageError: RANK or WORLD_SIZE is no integer, or they contradict each other.
+    """
+    world_size, rank = from_environment("WORLD_SIZE", 1), from_environment("RANK", 0)
+    if not 0 <= rank < world_size:
+        raise UsageError(
+            f"RANK={rank} and WORLD_SIZE={world_size} in the environment contradict each other: "
+            "RANK must be at least 0 and below WORLD_SIZE; start with torchrun, or unset both"
+        )
+    return Place(rank, world_size)
+
+
+def from_environment(name: str, default: int) -> int:
+    """An integer that torchrun sets; UsageError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise UsageError(
+            f"{name}={shown(text[:40])} in the environment is not an integer; start with "
+            "torchrun, which sets it, or unset it"
+        )
+    return int(text)
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Place]:
-    """Join the others for the duration of the block: NCCL between GPUs, gloo otherwise."""
+    """Join the others for the duration of the block: NCCL between GPUs, gloo otherwise.
+
+    Raises:
+        UsageError: the environment does not say how to reach the others.
+        TrainingError: another process cannot be reached, or has ended.
+    """
     here = place()
     if here.world_size == 1:
         yield here
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no number
+        raise UsageError(
+            f"WORLD_SIZE={here.world_size} in the environment, but the processes cannot find each "
+            f"other ({one_line(error)}); start with torchrun, or unset WORLD_SIZE"
+        ) from None
+    except RuntimeError as error:
+        raise _lost(error) from None
     try:
         yield here
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold what talks through the group
+        if isinstance(error, RuntimeError) and _tells_of_another_process(error):
+            raise _lost(error) from None
         raise
     finally:
         gc.collect()  # DistributedDataParallel lies in circles, and must go before its group
         dist.destroy_process_group()
+
+
+def _tells_of_another_process(error: RuntimeError) -> bool:
+    """Whether the connection failed: gloo raises plain RuntimeErrors that name its files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _lost(error: RuntimeError) -> TrainingError:
+    reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # gloo: [its/own/file.cc:9]
+    return TrainingError(
+        "another process of this training has ended or cannot be reached "
+        f"({one_line(reason)}); start all of them again, with --resume"
+    )
 
 
 def total(value: Tensor, here: Place) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from resnet56.distributed import from_environment
 from resnet56.errors import UsageError
 
 Resolved = Literal["fp32", "bf16", "fp16"]
@@ -32,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UsageError: no such device, on this machine or at all, or not for several processes.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = from_environment("WORLD_SIZE", 1) > 1
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps and not several else "cpu"
@@ -45,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
     if several and (device.type == "mps" or (device.type == "cuda" and device.index is not None)):
         raise UsageError(f"several processes cannot share {name!r}; use --device cuda or cpu")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]
     if count == 0:
         raise UsageError(f"device {name!r} is not there; this PyTorch sees no such hardware")
