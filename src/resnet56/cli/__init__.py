@@ -1,17 +1,21 @@
 """The command `resnet56`: one module a subcommand, each imported when it runs."""
 
+import contextlib
+import difflib
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from keyword import iskeyword
+from typing import TextIO
 
 from resnet56 import __version__
 from resnet56.errors import Error, UsageError, printable
 
 PROBLEM = 2  # exit code of a call that is wrong
 INTERRUPTED = 130  # of Ctrl-C, as shells have it
+BROKEN_PIPE = 141  # of output whose reader has gone, as shells have it: 128 and SIGPIPE
 
 NO_MEMORY = ("out of memory", "can't allocate memory")  # what PyTorch's RuntimeErrors say then
 # What makes a command need less.
@@ -40,12 +44,16 @@ ResNet-56 on CIFAR-10: train it, test it, explain it.
   resnet56 COMMAND --help    its options
   resnet56 --version         the version
 
+Exit codes: 0 success; 1 failure; 2 wrong usage; 130 stopped by Ctrl-C;
+141 the reader of the output has gone, as in `| head`.
+
 Without any download: resnet56 train quick --data digits
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every error a user can cause ends as one line and an exit code."""
+    _open_standard_streams()
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [_expand(argument) for argument in given]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -56,13 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except Error as error:
         return _fail(str(error), error.exit_code)
-    except SystemExit as stopped:  # tyro has printed the help
+    except SystemExit as stopped:  # tyro has printed the help, or rich met a broken pipe
+        if isinstance(stopped.__context__, BrokenPipeError):
+            return _reader_gone(arguments)
         return int(stopped.code or 0)
     except KeyboardInterrupt:
         return _fail("stopped", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has gone (| head): not our business
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _reader_gone(arguments)
     except OSError as error:  # a path that the system refuses: no permission, too long
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 1)
@@ -82,6 +91,39 @@ def _expand(argument: str) -> str:
     return os.path.expanduser(argument)  # noqa: PTH111
 
 
+def _open_standard_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr (`>&-`) an empty one.
+
+    Otherwise the next file that is opened takes its place, and C libraries write messages into it.
+    """
+    modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
+    for number, (name, mode) in enumerate(modes.items()):
+        if getattr(sys, name) is None:
+            empty = os.open(os.devnull, os.O_RDWR)
+            if empty != number:
+                os.dup2(empty, number)
+                os.close(empty)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _reader_gone(arguments: Sequence[str]) -> int:
+    """Nobody reads stdout any more, as in `| head -1`: end as if by SIGPIPE."""
+    _discard(sys.stdout)
+    if arguments[:1] != ["train"]:
+        return BROKEN_PIPE  # what is missing, its reader did not want
+    return _fail(
+        "training stopped, because the reader of its output has gone; use --quiet, or write the "
+        "output to a file (if there is a checkpoint, --resume continues from it)",
+        BROKEN_PIPE,
+    )
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is still to be written nowhere: Python would complain at exit."""
+    with contextlib.suppress(OSError, ValueError):  # without a file descriptor, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _run(arguments: list[str]) -> int:
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help", "help"):
@@ -93,7 +135,9 @@ def _run(arguments: list[str]) -> int:
         print(f"resnet56 {__version__}")
         return 0
     if first not in COMMANDS:
-        raise UsageError(f"unknown command {first!r}; the commands: {', '.join(COMMANDS)}")
+        close = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UsageError(f"unknown command {first!r}; {hint}the commands: {', '.join(COMMANDS)}")
     return _command(first)(arguments[1:])
 
 
@@ -105,5 +149,9 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _fail(line: str, code: int) -> int:
-    print(printable(f"resnet56: {line}"), file=sys.stderr)
+    """Say what is wrong on stderr, if anybody reads it."""
+    try:
+        print(printable(f"resnet56: {line}"), file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
     return code
