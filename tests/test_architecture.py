@@ -13,30 +13,30 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a module may import those below it that its line names.
 ARROWS: dict[str, set[str]] = {
     # ground
-    "distributed": set(),
     "errors": set(),
     "libraries": set(),
     "locks": set(),
     "metrics": set(),
-    "progress": {"errors"},
+    "distributed": {"errors"},
     "files": {"errors", "locks"},
+    "progress": {"errors"},
     "recipe": {"errors"},
-    "runtime": {"errors"},
+    "runtime": {"distributed", "errors"},
     # data
+    "data.class_names": set(),
     "data.corruptions": set(),
     "data.image_headers": set(),
     "data.trivial_augment": set(),
-    "data.class_names": set(),
     "data.archives": {"errors"},
     "data.augment": {"data.trivial_augment"},
     "data.dataset": {"errors"},
+    "data.image_files": {"errors"},
     "data.images": {"data.image_headers", "errors"},
     "data.pickles": {"errors"},
-    "data.batches": {"data.augment", "data.dataset", "errors"},
-    "data.download": {"data.archives", "errors", "locks"},
-    "data.image_files": {"errors"},
     "data.arrays": {"data.dataset", "errors"},
+    "data.batches": {"data.augment", "data.dataset", "errors"},
     "data.cifar": {"data.class_names", "data.dataset", "data.pickles", "errors"},
+    "data.download": {"data.archives", "errors", "locks"},
     "data.folders": {"data.dataset", "data.image_files", "data.images", "errors"},
     "data.readers": {
         "data.archives", "data.cifar", "data.class_names", "data.dataset", "data.folders", "errors",
@@ -71,13 +71,13 @@ ARROWS: dict[str, set[str]] = {
         "runtime",
     },
     # training and prediction
-    "predict": {
-        "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
-        "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime",
-    },
     "training": {
         "data.batches", "data.dataset", "distributed", "errors", "evaluation", "files", "model",
         "progress", "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
+    },
+    "predict": {
+        "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
+        "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime",
     },
     "export": {
         "data.augment", "data.dataset", "errors", "evaluation", "files", "libraries", "model",
@@ -111,17 +111,17 @@ ARROWS: dict[str, set[str]] = {
     # serve
     "serve": set(),
     "serve.docs": set(),
-    "serve.limits": {"data.images"},
     "serve.meter": set(),
     "serve.schema": set(),
     "serve.front": {"errors", "serve.meter"},
-    "serve.uploads": {"errors", "serve.limits", "serve.schema"},
     "serve.batching": {"data.images"},
     "serve.decode_worker": {"data.images", "errors"},
+    "serve.limits": {"data.images"},
     "serve.decoding": {"data.images", "serve.decode_worker", "serve.limits"},
+    "serve.uploads": {"errors", "serve.limits", "serve.schema"},
     "serve.service": {
-        "data.images", "predict", "serve.batching", "serve.decoding", "serve.limits",
-        "serve.meter", "serve.schema", "serve.uploads",
+        "data.images", "predict", "serve.batching", "serve.decoding", "serve.limits", "serve.meter",
+        "serve.schema", "serve.uploads",
     },
     "serve.app": {
         "__init__", "serve.batching", "serve.docs", "serve.front", "serve.limits", "serve.meter",
@@ -130,29 +130,38 @@ ARROWS: dict[str, set[str]] = {
     "serve.server": {"errors", "serve.app", "serve.batching", "serve.limits"},
     # cli
     "cli": {"__init__", "errors"},
+    "cli.arguments": {"errors"},
     "cli.tables": {"errors", "progress"},
+    "cli.describe": {"cli.arguments", "cli.tables", "files", "model"},
     "cli.common": {"data.download", "data.readers", "distributed", "errors", "progress"},
-    "cli.data": {"cli.common", "errors"},
-    "cli.describe": {"cli.common", "cli.tables", "files", "model"},
+    "cli.data": {"cli.arguments", "cli.common", "errors"},
     "cli.import_": {
-        "cli.common", "data.class_names", "errors", "runs.directory", "runs.sources",
+        "cli.arguments", "cli.common", "data.class_names", "errors", "runs.directory",
+        "runs.sources",
+    },
+    "cli.report": {"cli.arguments", "errors", "report"},
+    "cli.train": {
+        "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
+        "recipe", "report", "runs.directory", "runtime", "training",
     },
     "cli.predict": {
-        "cli.common", "data.image_files", "data.images", "errors", "files", "predict", "progress",
+        "cli.arguments", "cli.common", "data.image_files", "data.images", "errors", "files",
+        "predict", "progress",
     },
     "cli.evaluate": {
-        "cli.common", "cli.tables", "data.arrays", "errors", "evaluation", "export", "files",
-        "predict", "recipe", "runs.pretrained", "runs.sources", "runtime",
+        "cli.arguments", "cli.common", "cli.tables", "data.arrays", "errors", "evaluation",
+        "export", "files", "predict", "recipe", "runs.pretrained", "runs.sources", "runtime",
     },
-    "cli.export": {"cli.common", "errors", "export", "runs.pretrained", "runs.sources"},
-    "cli.bench": {"benchmark.benchmark", "cli.common", "cli.tables", "errors", "files", "model"},
-    "cli.report": {"cli.common", "errors", "report"},
-    "cli.train": {
-        "cli", "cli.common", "distributed", "errors", "files", "model", "progress", "recipe",
-        "report", "runs.directory", "runtime", "training",
+    "cli.export": {
+        "cli.arguments", "cli.common", "errors", "export", "runs.pretrained", "runs.sources",
+    },
+    "cli.bench": {
+        "benchmark.benchmark", "cli.arguments", "cli.common", "cli.tables", "errors", "files",
+        "model", "recipe",
     },
     "cli.serve": {
-        "cli.common", "data.images", "errors", "predict", "serve.limits", "serve.server",
+        "cli.arguments", "cli.common", "data.images", "errors", "predict", "serve.limits",
+        "serve.server",
     },
     "__main__": {"cli"},
 }  # fmt: skip

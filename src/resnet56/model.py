@@ -19,6 +19,7 @@ from resnet56.errors import UsageError
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "none"]
 
+MAX_CLASSES = 1_000_000  # more is a mistake, and would not fit into memory
 WIDTHS = (16, 32, 64)  # filters of stages 1 to 3
 LAYERS_A_BLOCK = {"basic": 2, "bottleneck": 3}
 EXPANSION = {"basic": 1, "bottleneck": 4}  # a block's output channels over its width
@@ -151,7 +152,7 @@ class ResNet(nn.Module):
         classes: number of outputs.
 
     Raises:
-        UsageError: the depth fits no n, or there are fewer than two classes.
+        UsageError: the depth fits no n, or the number of classes is out of range.
     """
 
     def __init__(
@@ -159,8 +160,8 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         blocks = blocks_a_stage(depth, block)
-        if classes < 2:
-            raise UsageError(f"a network needs at least two classes, not {classes}")
+        if not 2 <= classes <= MAX_CLASSES:
+            raise UsageError(f"a network needs 2 to {MAX_CLASSES:,} classes, not {classes:,}")
         self.conv1 = conv3x3(3, WIDTHS[0])
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         channels = WIDTHS[0]
@@ -257,7 +258,7 @@ class Architecture:
         Raises:
             UsageError: a name of another form, or a depth that fits no formula.
         """
-        match = re.fullmatch(r"(resnet|plain)(\d{1,4})(-b|-bottleneck)?", name)
+        match = re.fullmatch(r"(resnet|plain)([0-9]{1,4})(-b|-bottleneck)?", name)
         if match is None:
             raise UsageError(
                 f"unknown architecture {name!r}; the names are resnet56 (basic blocks, "

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from resnet56.errors import UsageError
+from resnet56.errors import UsageError, one_line
 
 Schedule = Literal["step", "cosine", "one-cycle"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Execution = Literal["auto", "eager", "fused", "native", "compiled"]
+
+LARGEST = 1_000_000  # of numbers that have no natural bound: more is a mistake
 
 
 @dataclass(frozen=True)
@@ -106,20 +108,22 @@ class Recipe:
         """Check every value on its own and those that depend on each other."""
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
-        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require(self.lr > 0, "lr", self.lr, "above 0")
+        most = f"from 1 to {LARGEST:,}"
+        _require(1 <= self.epochs <= LARGEST, "epochs", self.epochs, most)
+        _require(1 <= self.batch_size <= LARGEST, "batch_size", self.batch_size, most)
+        _require(0 < self.lr <= LARGEST, "lr", self.lr, f"above 0 and at most {LARGEST:,}")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        most = f"from 0 to {LARGEST:,}"
+        _require(0 <= self.weight_decay <= LARGEST, "weight_decay", self.weight_decay, most)
+        _require(0 <= self.warmup_epochs <= LARGEST, "warmup_epochs", self.warmup_epochs, most)
         _require(
-            all(epoch > 0 for epoch in self.drop_epochs)
+            all(0 < epoch <= LARGEST for epoch in self.drop_epochs)
             and list(self.drop_epochs) == sorted(set(self.drop_epochs)),
             "drop_epochs",
             self.drop_epochs,
-            "above 0 and rising",
+            f"above 0, rising and at most {LARGEST:,}",
         )
         _require(0 < self.drop_factor <= 1, "drop_factor", self.drop_factor, "in (0, 1]")
-        _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "at least 0")
         _require(
             0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)"
         )
@@ -138,7 +142,7 @@ class Recipe:
         )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
-        _require(self.holdout >= 0, "holdout", self.holdout, "at least 0")
+        _require(0 <= self.holdout < 10**9, "holdout", self.holdout, "at least 0 and below 10^9")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
@@ -199,26 +203,29 @@ def find(name: str) -> Recipe:
         return RECIPES[name]
     if Path(name).suffix in (".json", ".toml"):
         return read(Path(name))
+    close = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
     raise UsageError(
-        f"unknown recipe {name!r}; the names are {', '.join(RECIPES)}, or give a "
-        ".json or .toml file"
+        f"unknown recipe {name!r}; {hint}choose {', '.join(RECIPES)}, or a .json or .toml file"
     )
 
 
 def _require(holds: bool, name: str, value: object, what: str) -> None:
     if not holds:
-        raise UsageError(f"{name} must be {what}, not {value}")
+        raise UsageError(f"{name} must be {what}, not {one_line(value)}")
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
     """`value` as the field's type; a file may give 1 for 1.0 and a list for a tuple."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+            raise UsageError(
+                f"{name} must be one of {', '.join(get_args(kind))}, not {one_line(repr(value))}"
+            )
         return value
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            raise UsageError(f"{name} must be a list of numbers, not {value!r}")
+            raise UsageError(f"{name} must be a list of numbers, not {one_line(repr(value))}")
         return tuple(_checked(name, get_args(kind)[0], item) for item in value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
@@ -229,7 +236,7 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
             raise UsageError(f"{name} must be finite, not {number}")
         return number
     if type(value) is not kind:
-        raise UsageError(f"{name} must be of type {kind.__name__}, not {value!r}")
+        raise UsageError(f"{name} must be of type {kind.__name__}, not {one_line(repr(value))}")
     return value
 
 

@@ -1,13 +1,14 @@
 """`resnet56 bench`."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from resnet56.cli.common import Data, load_data, parse, say
+from resnet56 import recipe
+from resnet56.cli.arguments import integer, parse
+from resnet56.cli.common import Data, load_data, say
 from resnet56.errors import UsageError
 
 MANY = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
@@ -51,8 +52,8 @@ class BenchOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 bench [options]."""
     options = parse(BenchOptions, arguments, "resnet56 bench")
-    if options.rounds < 1 or not 0 < options.seconds < math.inf:
-        raise UsageError("--rounds must be at least 1 and --seconds above 0")
+    if not (1 <= options.rounds <= 10_000 and 0 < options.seconds <= 3600):
+        raise UsageError("--rounds must be from 1 to 10,000, --seconds above 0 and at most 3,600")
     if options.json and not options.json.absolute().parent.is_dir():
         raise UsageError(f"--json {options.json}: there is no such folder to write in")
     if options.json and options.json.is_dir():
@@ -84,9 +85,9 @@ def run(arguments: list[str]) -> int:
 
 def _sizes(text: str) -> list[int]:
     try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise UsageError(f"--batch wants whole numbers above 0, as in 32,128; not {text!r}")
+        sizes = [integer(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--batch: {error}") from None
+    if not all(1 <= size <= recipe.LARGEST for size in sizes):
+        raise UsageError(f"--batch must be from 1 to {recipe.LARGEST:,}, as in 32,128")
     return sizes

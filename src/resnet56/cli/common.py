@@ -1,12 +1,11 @@
-"""What several commands share: flags and their parser, remarks, data by name."""
+"""What several commands share: flags, remarks, data by name."""
 
 import contextlib
-import io
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -14,8 +13,6 @@ from resnet56.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset
-
-Options = TypeVar("Options")
 
 Data = Annotated[str | None, tyro.conf.arg(aliases=("--data-dir",), metavar="NAME|DIR")]
 Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="RUN")]
@@ -98,30 +95,3 @@ def _say_remarks(dataset: "Dataset") -> "Dataset":
     for remark in dataset.remarks if place().is_first else ():
         say(remark)
     return dataset
-
-
-def parse(
-    kind: type[Options],
-    arguments: Sequence[str],
-    prog: str,
-    *,
-    default: Options | None = None,
-    description: str | None = None,
-) -> Options:
-    """Flags to `kind`, a dataclass; what is wrong with them becomes one UsageError line."""
-    complaint = io.StringIO()
-    extra: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(complaint):
-            options: Options = tyro.cli(
-                kind, args=arguments, prog=prog, description=description, **extra
-            )
-            return options
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise  # --help was printed
-    # Tyro's complaint is a box: a title, the complaint, then after a rule more of its help.
-    box = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue())
-    said = re.split(r"\n\W*───", box.partition("\n")[2])[0]
-    line = " ".join(re.sub(r"[│╭╮╰╯─]", " ", said).split()).rstrip(".")
-    raise UsageError(f"{line}; see {prog} --help")

@@ -6,7 +6,8 @@ from typing import Literal
 
 import tyro
 
-from resnet56.cli.common import fetch, parse
+from resnet56.cli.arguments import parse
+from resnet56.cli.common import fetch
 from resnet56.errors import UsageError
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from resnet56.cli.common import parse
+from resnet56.cli.arguments import parse
 
 
 @dataclass(frozen=True)

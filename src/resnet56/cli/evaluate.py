@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from resnet56 import recipe as recipes
-from resnet56.cli.common import Data, load_data, parse, say, show
+from resnet56.cli.arguments import parse
+from resnet56.cli.common import Data, load_data, say, show
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from resnet56.cli.common import parse, say
+from resnet56.cli.arguments import parse
+from resnet56.cli.common import say
 from resnet56.data.class_names import PUBLISHED
 from resnet56.errors import UsageError
 
@@ -46,6 +47,10 @@ def run(arguments: list[str]) -> int:
     from resnet56.runs.sources import import_network
 
     directory = RunDirectory(options.out)
+    if not all(0 <= value <= 1 for value in options.mean or ()):
+        raise UsageError("--mean must be numbers from 0 to 1, as images are scaled to that range")
+    if not all(0 < value <= 1 for value in options.std or ()):
+        raise UsageError("--std must be numbers above 0 and at most 1")
     directory.refuse_taken()
     imported = import_network(
         options.file,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from resnet56.cli.common import parse, say
+from resnet56.cli.arguments import parse
+from resnet56.cli.common import say
 from resnet56.errors import Error, ImageError, UsageError, shown
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from resnet56.cli.common import parse
+from resnet56.cli.arguments import parse
 from resnet56.errors import UsageError
 
 

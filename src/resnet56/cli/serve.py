@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from resnet56.cli.common import parse, say
+from resnet56.cli.arguments import parse
+from resnet56.cli.common import say
 from resnet56.errors import MissingExtraError, UsageError
 
 

@@ -9,7 +9,8 @@ import tyro
 
 from resnet56 import recipe as recipes
 from resnet56.cli import INTERRUPTED
-from resnet56.cli.common import Data, Out, load_data, parse, say
+from resnet56.cli.arguments import parse
+from resnet56.cli.common import Data, Out, load_data, say
 from resnet56.errors import UsageError
 
 
