@@ -198,7 +198,7 @@ def test_figures_of_earlier_weights_are_not_these_weights_figures(tmp_path: Path
     assert "test-accuracy" not in page.by_id
     for comparison in parity:
         assert comparison["verdict"] not in page.text
-    assert "the class the network gave them" not in page.text  # their mistakes, neither
+    assert "their predicted class" not in page.text  # their mistakes, neither
     other = make_run(tmp_path / "other")
     compared = Page(write_report([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
     assert [row[1] for row in compared.tables["runs"][1:]] == ["other", "run"]
@@ -234,8 +234,8 @@ def test_a_run_before_its_first_epoch_says_so(tmp_path: Path) -> None:
     (run / "metrics.jsonl").unlink()
     (run / "environment.json").unlink()
     page = page_of(run)
-    assert "No epoch has ended yet" in page.text
-    assert "The run does not say what it ran on" in page.text
+    assert "No epoch is finished yet" in page.text
+    assert "The run does not record its machine" in page.text
     assert "figure_1" not in " ".join(page.ids)
 
 
@@ -248,7 +248,7 @@ def test_two_classes_one_epoch_and_names_that_mean_something_elsewhere(tmp_path:
     assert page.tables["confusion"][2][0] == EVIL[1]
     titles = [value for tag, name, value in page.attributes if name == "title"]
     assert any(EVIL[0] in title and EVIL[1] in title for title in titles)
-    assert "One epoch makes no trend." in page.text
+    assert "One epoch is not enough for a trend." in page.text
 
 
 def test_a_hundred_classes_and_all_pictures_stay_below_three_megabytes(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_a_comparison_ranks_groups_and_tells_apart(
     assert len(verdicts) == 6
     assert verdicts[ranked[0], "he"] == "yes"
     assert verdicts[ranked[0], ranked[1]] == "no"
-    assert f"Not significant, since the interval includes zero: {ranked[0]} and" in page.text
+    assert f"Not significant, because the interval includes zero: {ranked[0]} and" in page.text
 
 
 def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
@@ -439,13 +439,13 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     a = make_run(tmp_path / "1" / "run", images=100)
     b = make_run(tmp_path / "2" / "run", classes=("a", "b"), images=100)
     page = Page(write_report([a, b], tmp_path / "c.html").read_text(encoding="utf-8"))
-    assert "not all of the same images" in page.text
+    assert "do not all use the same images" in page.text
     assert "no two tested runs on the same images" in page.text
     assert {row[1] for row in page.tables["runs"][1:]} == {str(a), str(b)}
     same = [make_run(tmp_path / name, images=100, fingerprint=name[0]) for name in ("ab", "ac")]
     other = make_run(tmp_path / "b", images=100, fingerprint="b")
     page = Page(write_report([*same, other], tmp_path / "e.html").read_text(encoding="utf-8"))
-    assert "not all of the same images" in page.text  # though they are called the same
+    assert "do not all use the same images" in page.text  # though they are called the same
     assert len(page.tables["pairs"][1:]) == 1
     c = make_run(tmp_path / "c", done=0, tested=False)
     d = make_run(tmp_path / "d", done=0, tested=False)
@@ -463,11 +463,11 @@ def test_runs_that_held_images_out_are_chosen_by_those(tmp_path: Path) -> None:
     order = sorted(held, key=lambda name: -held[name])
     listed = ", ".join(f"{100 * held[name]:.2f} % ({name})" for name in order)
     page = Page(write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
-    assert f"take their held-out images: {listed}." in page.text
+    assert f"use their validation accuracy: {listed}." in page.text
     for name, other in (("all", BEST), ("others", replace(BEST, holdout=400))):
         added = make_run(tmp_path / name, other)
         page = Page(write_report([*runs, added], tmp_path / "d.html").read_text(encoding="utf-8"))
-        assert "held-out images" not in page.text
+        assert "validation accuracy:" not in page.text
 
 
 def test_newcombe_agrees_with_the_published_example() -> None:
@@ -490,21 +490,23 @@ def only(sentences: list[str]) -> str:
 def test_the_gap_is_called_what_it_is() -> None:
     gap = story.gap
     said = only(gap(0.9998, 0.9303, (0.9251, 0.9351), augmented=True))
-    assert said.startswith("Over-fitting: training accuracy is 99.98 % and test accuracy 93.03 %.")
+    assert said.startswith("Overfitting: training accuracy is 99.98 % and test accuracy 93.03 %.")
     assert "6.95 points" in said
-    assert said.endswith("augmentation did not prevent it.")
+    assert said.endswith("Augmentation did not prevent it.")
     said = only(gap(0.90, 0.80, (0.79, 0.81), augmented=False))
-    assert said.startswith("Some over-fitting")
-    assert "a gap of 10.00 points; it trained without augmentation" in said
-    assert only(gap(0.95, 0.935, (0.93, 0.94), augmented=True)).startswith("Hardly any")
-    assert only(gap(0.95, 0.94, (0.93, 0.96), augmented=True)).startswith("No over-fitting that")
+    assert said.startswith("Some overfitting")
+    assert "a gap of 10.00 points. The training used no augmentation" in said
+    assert only(gap(0.95, 0.935, (0.93, 0.94), augmented=True)).startswith("Little overfitting")
+    assert only(gap(0.95, 0.94, (0.93, 0.96), augmented=True)).startswith(
+        "No significant overfitting"
+    )
     said = only(gap(0.93, 0.95, (0.94, 0.96), augmented=True))
-    assert said.startswith("No sign of over-fitting")
+    assert said.startswith("No sign of overfitting")
     assert "2.00 points higher on images" in said
-    assert only(gap(1.0, 1.0, (0.99, 1.0), augmented=True)).startswith("No over-fitting that")
+    assert only(gap(1.0, 1.0, (0.99, 1.0), augmented=True)).startswith("No significant overfitting")
 
 
-def test_chance_is_recognised() -> None:
+def test_a_result_at_chance_level_is_stated() -> None:
     assert story.against_chance((0.92, 0.94), 10) == []
     assert "includes 10.00 %" in only(story.against_chance((0.09, 0.11), 10))
     assert "lies below 50.00 %" in only(story.against_chance((0.3, 0.4), 2))
@@ -521,22 +523,22 @@ def rows(*losses: float, held: tuple[float, ...] = ()) -> list[dict[str, Any]]:
 def test_the_trend_of_the_last_epochs() -> None:
     step, cosine = Recipe(epochs=1), Recipe(epochs=1, schedule="cosine")
     assert story.trend([], step) == []
-    assert story.trend(rows(2.0), step) == ["One epoch makes no trend."]
+    assert story.trend(rows(2.0), step) == ["One epoch is not enough for a trend."]
     said = only(story.trend(rows(1.0, 0.9), step))
     assert "still falling at the end, from 1.0000 to 0.9000 in the last epoch" in said
-    assert "under-trained" in said
-    assert "under-trained" not in only(story.trend(rows(1.0, 0.9), cosine))
-    assert "levelled off" in only(story.trend(rows(1.0, 0.96), step))
+    assert "More epochs may help" in said
+    assert "More epochs may help" not in only(story.trend(rows(1.0, 0.9), cosine))
+    assert "leveled off" in only(story.trend(rows(1.0, 0.96), step))
     assert "rising" in only(story.trend(rows(1.0, 1.2), step))
     assert only(story.trend(rows(1.0, 0.5), Recipe(epochs=3))) == (
-        "So far the training loss has gone from 1.0000 in epoch 1 to 0.5000 in epoch 2."
+        "So far, the training loss has changed from 1.0000 in epoch 1 to 0.5000 in epoch 2."
     )
-    assert "levelled off" in only(story.trend(rows(0.0, 0.0), step))
+    assert "leveled off" in only(story.trend(rows(0.0, 0.0), step))
     # Twenty epochs: the last two (mean 0.55) against the two before (0.95).
     many = rows(*[1.0] * 17, 0.9, 0.6, 0.5)
     assert "from 0.9500 to 0.5500 over the last 2 epochs" in only(story.trend(many, step))
     peak = story.trend(rows(1.0, 1.0, 1.0, held=(0.5, 0.7, 0.6)), step)
-    assert "highest after epoch 2, 70.00 %, and 60.00 % after the last" in peak[1]
+    assert "highest after epoch 2 (70.00 %) and was 60.00 % after the last" in peak[1]
     end = story.trend(rows(1.0, 1.0, held=(0.5, 0.7)), step)
     assert "highest at the end: 70.00 % after epoch 2" in end[1]
 
@@ -547,27 +549,27 @@ def per_class(**f1: float) -> dict[str, dict[str, float]]:
 
 def test_the_best_and_the_worst_class() -> None:
     said = only(story.best_and_worst(per_class(cat=0.8, dog=0.9, frog=0.95)))
-    assert said == "By F1, “frog” is recognised best (0.9500) and “cat” worst (0.8000)."
+    assert said == "“frog” has the highest F1 score (0.9500) and “cat” the lowest (0.8000)."
     said = only(story.best_and_worst(per_class(a=1.0, b=1.0, c=0.5)))
-    assert "“a” and “b” are recognised best" in said
-    assert "All 2 classes are recognised equally well" in only(
+    assert "“a” and “b” have the highest F1 score" in said
+    assert "All 2 classes have the same F1 score" in only(
         story.best_and_worst(per_class(a=1.0, b=1.0))
     )
     many = per_class(**{f"c{i}": 1.0 for i in range(9)}, bad=0.5)
-    assert "9 classes are recognised best" in only(story.best_and_worst(many))
+    assert "9 classes have the highest F1 score" in only(story.best_and_worst(many))
     absent = per_class(a=1.0, b=0.5) | {"none": {"f1": 0.0, "support": 0}}
-    assert "“b” worst" in only(story.best_and_worst(absent))
+    assert "“b” the lowest" in only(story.best_and_worst(absent))
     assert story.best_and_worst(per_class(a=1.0)) == []
 
 
 def test_the_most_confused_pair() -> None:
-    assert "Not one test image" in only(story.confusions([]))
+    assert "All test images are classified correctly" in only(story.confusions([]))
     one = {"true": "cat", "predicted": "dog", "count": 58, "share": 0.058}
     back = {"true": "dog", "predicted": "cat", "count": 1, "share": 0.001}
     assert only(story.confusions([one])) == (
-        "The most frequent mistake is to take “cat” for “dog”: 58 images, 5.80 % of that class."
+        "The most frequent error is to classify “cat” as “dog”: 58 images, 5.80 % of that class."
     )
-    assert only(story.confusions([one, back])).endswith("the other way round it is 1 image.")
+    assert only(story.confusions([one, back])).endswith("The reverse error occurs for 1 image.")
 
 
 def bins(*filled: tuple[int, float]) -> dict[str, Any]:
@@ -579,10 +581,8 @@ def test_confidence_is_judged_by_the_interval() -> None:
     # (30 * 0.9 + 10 * 0.5) / 40 = 0.8
     calibration = bins((30, 0.9), (10, 0.5))
     assert story.mean_confidence(calibration["bins"]) == pytest.approx(0.8)
-    assert "over-confident by 10.00 points" in only(
-        story.confidence(calibration, 0.7, (0.65, 0.75))
-    )
-    assert "under-confident by 10.00 points" in only(
+    assert "overconfident by 10.00 points" in only(story.confidence(calibration, 0.7, (0.65, 0.75)))
+    assert "underconfident by 10.00 points" in only(
         story.confidence(calibration, 0.9, (0.85, 0.95))
     )
     assert "neither" in only(story.confidence(calibration, 0.78, (0.7, 0.85)))
@@ -596,14 +596,14 @@ def test_robustness_hardware_and_what_is_unfinished() -> None:
         "corruptions": {"fog": [0.8, 0.6], "motion_blur": [0.7, 0.9]},
     }
     said = only(story.robustness(figures))
-    assert "70.00 % on average, 20.00 points below" in said
-    assert "“fog” costs most (mean 70.00 %) and “motion blur” least (80.00 %)" in said
+    assert "70.00 % on average, 20.00 points lower" in said
+    assert "It is lowest for “fog” (mean 70.00 %) and highest for “motion blur” (80.00 %)" in said
     assert story.hardware(None) == []
     assert story.hardware(PARITY) == [PARITY["comparisons"][0]["verdict"]]
     assert story.unfinished(5, 5, tested=True) == []
     assert "finished, but has not been tested" in only(story.unfinished(5, 5, tested=False))
-    assert "stands after 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))
-    assert "test was made after 1 of 5" in only(story.unfinished(1, 5, tested=True))
+    assert "is after 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))
+    assert "it was tested after 1 of 5" in only(story.unfinished(1, 5, tested=True))
 
 
 def test_recipes_in_words() -> None:
@@ -611,9 +611,12 @@ def test_recipes_in_words() -> None:
     assert schedule(RECIPES["he2015"]) == (
         "The learning rate starts at 0.1 and is multiplied by 0.1 after epochs 82 and 123."
     )
-    assert schedule(Recipe(epochs=5)) == "The learning rate starts at 0.02 and stays there."
-    assert "rises to 0.1 in a line over the first 5 epochs, then falls to zero" in schedule(BEST)
-    assert "over the first epoch, then falls to zero in a line" in schedule(RECIPES["quick"])
+    assert schedule(Recipe(epochs=5)) == "The learning rate starts at 0.02 and stays constant."
+    assert (
+        "rises linearly to 0.1 over the first 5 epochs, then follows a cosine to zero"
+        in schedule(BEST)
+    )
+    assert "over the first epoch, then falls linearly to zero" in schedule(RECIPES["quick"])
     bare = Recipe(padding=0, flip=True)
     assert recipe_words.augmentation(bare, mirrors=False) == "Training images are not augmented."
     assert "right half of the time" in recipe_words.augmentation(bare, mirrors=True)

@@ -1,4 +1,4 @@
-"""Several runs on one page: a table, curves, what differs, and what of it is significant."""
+"""Several runs on one page: a table, curves, differences, and which of them are significant."""
 
 import math
 import statistics
@@ -43,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Group:
-    """Tested runs that differ in nothing but their seed."""
+    """Tested runs that differ only in their seed."""
 
     entries: tuple[Entry, ...]
     mean: float  # of the test accuracies
@@ -56,7 +56,7 @@ class Group:
 
 
 def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
-    """Everything the page of several runs says and shows."""
+    """Everything that the page of several runs shows."""
     entries = ranked(runs)
     pairs = differences(entries)
     return {
@@ -91,7 +91,7 @@ def title(entries: Sequence[Entry]) -> str:
 
 
 def states(entries: Sequence[Entry]) -> list[str]:
-    """What stands in the way of a fair comparison."""
+    """What prevents a fair comparison."""
     said = []
     for entry in entries:
         facts = entry.facts
@@ -101,8 +101,8 @@ def states(entries: Sequence[Entry]) -> list[str]:
             said.append(f"{entry.label}: {sentence}")
     if len({facts_key(entry) for entry in entries}) > 1:
         said.append(
-            "These runs are not all of the same images, so their accuracies do not compare "
-            "directly."
+            "These runs do not all use the same images, so their accuracies are not directly "
+            "comparable."
         )
     held = [(held["accuracy"], entry.label) for entry in entries if (held := entry.facts.holdout)]
     alike = len({(facts_key(entry), entry.facts.recipe.holdout) for entry in entries}) == 1
@@ -110,14 +110,14 @@ def states(entries: Sequence[Entry]) -> list[str]:
         best_first = sorted(held, reverse=True)
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
         said.append(
-            f"To choose between these runs, take their held-out images: {listed}. A choice by the "
-            "test images would make the chosen one's test accuracy too good."
+            f"To choose between these runs, use their validation accuracy: {listed}. Choosing by "
+            "test accuracy would make the test accuracy of the chosen run too optimistic."
         )
     return said
 
 
 def facts_key(entry: Entry) -> tuple[Any, ...]:
-    """What two runs must share for their test accuracies to compare: images and classes."""
+    """What two runs must share to be comparable: images and classes."""
     facts = entry.facts
     return facts.images or facts.source, facts.classes
 
@@ -183,7 +183,7 @@ def newcombe(a: tuple[float, float, float], b: tuple[float, float, float]) -> In
 
 
 def significance(pairs: Sequence[Difference]) -> str:
-    """One line on what the test images cannot tell apart."""
+    """One line about the differences that are not significant."""
     if not pairs:
         return "There are no two tested runs on the same images to compare."
     unclear = [pair for pair in pairs if not pair.significant]
@@ -194,18 +194,18 @@ def significance(pairs: Sequence[Difference]) -> str:
     named = [f"{pair.better.label} and {pair.other.label}" for pair in unclear]
     if len(named) > 3:
         return (
-            f"Not significant, since their intervals include zero: {len(named)} of the "
+            f"Not significant, because their intervals include zero: {len(named)} of the "
             f"{len(pairs)} differences."
         )
-    return f"Not significant, since the interval includes zero: {'; '.join(named)}."
+    return f"Not significant, because the interval includes zero: {'; '.join(named)}."
 
 
 def charts(entries: Sequence[Entry]) -> list[Chart]:
-    """Curves of all runs over each other; the numbers in the legend are the table's ranks."""
+    """Curves of all runs; the numbers in the legend are the ranks in the table."""
     wanted = (
         ("train_loss", "Training loss", "cross-entropy, nats", False),
         ("train_accuracy", "Training accuracy", "accuracy, %", True),
-        ("holdout_accuracy", "Held-out accuracy", "accuracy, %", True),
+        ("holdout_accuracy", "Validation accuracy", "accuracy, %", True),
         ("lr", "Learning rate", "learning rate", False),
     )
     drawn = []

@@ -10,8 +10,8 @@ from resnet56.report import pictures, plots, recipe_words, story, words
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
 
-MOST_SAMPLES, MOST_VERSIONS, MOST_MISTAKES = 10, 8, 48  # pictures shown, for the file's size
-# Of the conclusion, in its order; without a test most of them have nothing to say.
+MOST_SAMPLES, MOST_VERSIONS, MOST_MISTAKES = 10, 8, 48  # images shown, to limit the file size
+# The parts of the conclusion, in order. Without a test, most of them are empty.
 PARTS = (
     *("state", "result", "gap", "trend", "classes", "confusions", "confidence"),
     *("robustness", "hardware"),
@@ -21,7 +21,7 @@ MOST_CELLS = 150  # classes up to which the confusion matrix is a table
 
 @dataclass(frozen=True)
 class Picture:
-    """A small image and what to say about it."""
+    """A small image and its label."""
 
     name: str
     png: bytes
@@ -35,7 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image and the wrong class it was given."""
+    """A test image that was classified wrongly."""
 
     picture: Picture
     index: int
@@ -54,7 +54,7 @@ class Cell:
 
 
 def content(facts: RunFacts) -> dict[str, Any]:
-    """Everything the page of one run says and shows."""
+    """Everything that the page of one run shows."""
     return {
         "facts": facts,
         "title": title(facts),
@@ -76,7 +76,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
 
 
 def network_name(facts: RunFacts) -> str:
-    """'resnet56-bottleneck' -> 'ResNet-56', its block said elsewhere; 'plain56' -> 'Plain-56'."""
+    """'resnet56-bottleneck' -> 'ResNet-56', the block is named elsewhere; 'plain56' -> 'Plain-56'."""
     family = "Plain" if facts.description.shortcut == "none" else "ResNet"
     return f"{family}-{facts.description.depth}"
 
@@ -86,10 +86,10 @@ def title(facts: RunFacts) -> str:
     arch = network_name(facts)
     if facts.test:
         share, n = words.percent(facts.test["accuracy"]), words.count(facts.test["n"])
-        return f"{arch} recognises {share} of {n} test images"
+        return f"{arch} reaches {share} test accuracy on {n} images"
     if facts.rows:
         return f"{arch} after {words.plural(facts.position.epoch, 'epoch')}, not yet tested"
-    return f"{arch}, before its first epoch has ended"
+    return f"{arch}, before the end of its first epoch"
 
 
 def stories(facts: RunFacts) -> dict[str, list[str]]:
@@ -126,7 +126,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
 
 
 def training_charts(facts: RunFacts) -> list[Chart]:
-    """Loss, accuracy, learning rate and speed against epochs; none before the first epoch."""
+    """Loss, accuracy, learning rate and throughput over epochs; none before the first epoch."""
     rows = facts.rows
     if not rows:
         return []
@@ -164,9 +164,9 @@ def training_charts(facts: RunFacts) -> list[Chart]:
         plots.curves(
             "speed",
             "Speed",
-            f"{last['images_per_second']:.0f} images a second in epoch {last['epoch']}.",
+            f"{last['images_per_second']:.0f} images/s in epoch {last['epoch']}.",
             speeds,
-            "training images a second",
+            "training images/s",
         ),
     ]
 
@@ -256,7 +256,7 @@ def sample_sheet(facts: RunFacts) -> Picture | None:
 
 
 def mistakes(facts: RunFacts) -> list[Mistake]:
-    """The wrong predictions the network was surest of."""
+    """The most confident wrong predictions."""
     if facts.samples is None:
         return []
     kept, names = facts.samples, facts.classes
@@ -264,7 +264,7 @@ def mistakes(facts: RunFacts) -> list[Mistake]:
     for i, image in enumerate(kept.mistakes[:MOST_MISTAKES]):
         index = int(kept.mistake_index[i])
         true, predicted = names[int(kept.mistake_true[i])], names[int(kept.mistake_predicted[i])]
-        label = f"Test image {index}, {true} taken for {predicted}"
+        label = f"Test image {index}, {true} classified as {predicted}"
         picture = Picture(f"mistake-{i + 1:02}", pictures.png(image), label)
         shown.append(Mistake(picture, index, true, predicted, float(kept.mistake_confidence[i])))
     return shown
@@ -276,7 +276,7 @@ def recipe_table(facts: RunFacts) -> dict[str, str]:
 
 
 def plain(value: Any) -> str:
-    """A recipe's or environment's value as a reader wants it."""
+    """A value of the recipe or environment as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -287,7 +287,7 @@ def plain(value: Any) -> str:
 
 
 def system_table(environment: Mapping[str, Any]) -> dict[str, str]:
-    """What the run ran on, as text; absent facts are left out."""
+    """The machine and software of the run, as text; missing values are left out."""
     gigabytes: Callable[[Any], str] = "{} GB".format
     shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("gpu", "GPU", str),

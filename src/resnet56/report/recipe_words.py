@@ -1,4 +1,4 @@
-"""A recipe in words: what a table of its fields does not say at a glance."""
+"""A recipe in words: what a table of its fields does not show at a glance."""
 
 from itertools import groupby
 
@@ -11,18 +11,18 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 def schedule(recipe: Recipe) -> str:
     """How the learning rate goes, in a sentence."""
     start = (
-        f"The learning rate rises to {recipe.lr:g} in a line over the first "
+        f"The learning rate rises linearly to {recipe.lr:g} over the first "
         f"{_epochs(recipe.warmup_epochs)}, then "
         if recipe.warmup_epochs
         else f"The learning rate starts at {recipe.lr:g} and "
     )
     if recipe.schedule == "cosine":
-        return f"{start}falls to zero along half a cosine by epoch {recipe.epochs}."
+        return f"{start}follows a cosine to zero at epoch {recipe.epochs}."
     if recipe.schedule == "one-cycle":
-        return f"{start}falls to zero in a line by epoch {recipe.epochs}."
+        return f"{start}falls linearly to zero at epoch {recipe.epochs}."
     drops = [f"{epoch:g}" for epoch in recipe.drop_epochs if epoch < recipe.epochs]
     if not drops:
-        return f"{start}stays there."
+        return f"{start}stays constant."
     word = "epoch" if len(drops) == 1 else "epochs"
     return f"{start}is multiplied by {recipe.drop_factor:g} after {word} {listed(drops)}."
 

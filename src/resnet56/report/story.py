@@ -1,7 +1,7 @@
-"""What a run's numbers say, as sentences: pure functions from numbers to plain text.
+"""What a run's numbers mean, as sentences: pure functions from numbers to plain text.
 
-Every sentence holds for the numbers it was given and for no more; where the numbers decide
-nothing, that is what it says. The thresholds are named here, so that they can be argued with.
+Every sentence states only what its numbers support. Where they decide nothing, it says so. The
+thresholds are named constants, so that they are easy to find and change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,22 @@ from typing import Any
 from resnet56.recipe import Recipe
 from resnet56.report.words import count, listed, loss, percent, plural, points, quoted
 
-LARGE_GAP = 0.02  # share; from here on a gap that exceeds the interval is called large
-MEMORISED = 0.99  # training accuracy from which there is next to nothing left to learn
+LARGE_GAP = 0.02  # a gap outside the interval counts as large from here on
+MEMORIZED = 0.99  # training accuracy from which almost nothing is left to learn
 STILL_FALLING = 0.05  # relative drop of the loss over the last epochs that counts as a trend
-TAIL = 10  # the trend looks at the last tenth of the epochs, and at the tenth before
+TAIL = 10  # the trend compares the last tenth of the epochs with the tenth before it
 
 Interval = tuple[float, float]
 
 
 def result(test: Mapping[str, Any]) -> str:
-    """The test accuracy and how sure it is."""
+    """The test accuracy and its confidence interval."""
     low, high = test["accuracy_interval"]
     right = sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
     return (
-        f"{count(right)} of {count(test['n'])} test images are classified correctly: "
-        f"{percent(test['accuracy'])}. With this many images the 95 % interval reaches from "
-        f"{percent(low)} to {percent(high)}, {points(high - low)} wide."
+        f"The network classifies {count(right)} of {count(test['n'])} test images correctly: "
+        f"{percent(test['accuracy'])} test accuracy. The 95 % confidence interval for this number "
+        f"of images is {percent(low)} to {percent(high)}, {points(high - low)} wide."
     )
 
 
@@ -37,48 +37,48 @@ def against_chance(accuracy_interval: Interval, classes: int) -> list[str]:
         return []
     relation = "includes" if high >= chance else "lies below"
     return [
-        f"The interval {relation} {percent(chance)}, what guessing among {classes} equally "
-        "frequent classes would give: this network shows no sign of having learnt the task."
+        f"The interval {relation} {percent(chance)}, the accuracy of guessing among {classes} "
+        "equally frequent classes, so there is no evidence that the network has learned the task."
     ]
 
 
 def gap(train: float, test: float, test_interval: Interval, *, augmented: bool) -> list[str]:
-    """Training accuracy (without augmentation) against test accuracy: over-fitting or not."""
+    """Training accuracy (without augmentation) against test accuracy: overfitting or not."""
     difference = train - test
     low, high = test_interval
     numbers = f"training accuracy is {percent(train)} and test accuracy {percent(test)}"
     if difference < 0:
         return [
-            f"No sign of over-fitting: {numbers}, {points(-difference)} higher on images the "
-            "network has never seen."
+            f"No sign of overfitting: {numbers}, {points(-difference)} higher on images that the "
+            "network has not seen."
         ]
     if low <= train <= high:
         return [
-            f"No over-fitting that could be told from chance: {numbers}, and the gap of "
-            f"{points(difference)} is smaller than the test accuracy's interval allows to resolve."
+            f"No significant overfitting: {numbers}. The gap of {points(difference)} lies within "
+            "the confidence interval of the test accuracy."
         ]
-    helped = "augmentation did not prevent it" if augmented else "it trained without augmentation"
+    helped = "Augmentation did not prevent it" if augmented else "The training used no augmentation"
     if difference < LARGE_GAP:
-        return [f"Hardly any over-fitting: {numbers}, a gap of {points(difference)}."]
-    if train >= MEMORISED:
+        return [f"Little overfitting: {numbers}, a gap of {points(difference)}."]
+    if train >= MEMORIZED:
         return [
-            f"Over-fitting: {numbers}. The network has all but memorised its training images, and "
-            f"{points(difference)} of that do not carry over to new ones; {helped}."
+            f"Overfitting: {numbers}. The network has almost memorized its training images, and "
+            f"{points(difference)} of its accuracy do not generalize to new images. {helped}."
         ]
     return [
-        f"Some over-fitting: {numbers}, a gap of {points(difference)}; {helped}. With training "
-        f"accuracy at {percent(train)} the network has not memorised its images either."
+        f"Some overfitting: {numbers}, a gap of {points(difference)}. {helped}. With a training "
+        f"accuracy of {percent(train)}, the network has not memorized its training images."
     ]
 
 
 def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
-    """Whether the last epochs were still an improvement."""
+    """Whether the loss was still falling in the last epochs."""
     if len(rows) < 2:
-        return ["One epoch makes no trend."] if rows else []
+        return ["One epoch is not enough for a trend."] if rows else []
     if rows[-1]["epoch"] < recipe.epochs:
         first, last = rows[0], rows[-1]
         return [
-            f"So far the training loss has gone from {loss(first['train_loss'])} in epoch "
+            f"So far, the training loss has changed from {loss(first['train_loss'])} in epoch "
             f"{first['epoch']} to {loss(last['train_loss'])} in epoch {last['epoch']}."
         ]
     tail = max(1, len(rows) // TAIL)
@@ -91,21 +91,21 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
     sentences = []
     if then > 0 and (then - now) / then > STILL_FALLING:
         cause = (
-            "; part of that is the learning rate's own fall to zero, so only a longer run can "
-            "tell whether more epochs would help"
+            ". Part of this is due to the learning rate, which falls to zero, so only a longer "
+            "run can show whether more epochs help"
             if falls_to_zero
-            else ": more epochs may well help, the run looks under-trained"
+            else ". More epochs may help"
         )
         sentences.append(f"The training loss was still falling at the end, {numbers}{cause}.")
     elif then > 0 and (now - then) / then > STILL_FALLING:
         sentences.append(f"The training loss was rising at the end, {numbers}.")
     else:
-        sentences.append(f"The training loss had levelled off, {numbers}.")
+        sentences.append(f"The training loss had leveled off, {numbers}.")
     return sentences + best_epoch(rows)
 
 
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """When the held-out images were recognised best, if any were held out."""
+    """The epoch with the highest validation accuracy, if there are validation images."""
     held = [row for row in rows if "holdout_accuracy" in row]
     if not held:
         return []
@@ -113,13 +113,13 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     last = held[-1]
     if best["holdout_accuracy"] <= last["holdout_accuracy"]:
         return [
-            f"Held-out accuracy was highest at the end: {percent(last['holdout_accuracy'])} after "
-            f"epoch {last['epoch']}."
+            "Validation accuracy was highest at the end: "
+            f"{percent(last['holdout_accuracy'])} after epoch {last['epoch']}."
         ]
     return [
-        f"Held-out accuracy was highest after epoch {best['epoch']}, "
-        f"{percent(best['holdout_accuracy'])}, and {percent(last['holdout_accuracy'])} after the "
-        "last one."
+        f"Validation accuracy was highest after epoch {best['epoch']} "
+        f"({percent(best['holdout_accuracy'])}) and was {percent(last['holdout_accuracy'])} after "
+        "the last epoch."
     ]
 
 
@@ -130,10 +130,10 @@ def best_and_worst(per_class: Mapping[str, Mapping[str, float]]) -> list[str]:
         return []
     high, low = max(scored.values()), min(scored.values())
     if high == low:
-        return [f"All {len(scored)} classes are recognised equally well, with an F1 of {high:.4f}."]
+        return [f"All {len(scored)} classes have the same F1 score, {high:.4f}."]
     best, worst = (_names(scored, value) for value in (high, low))
     return [
-        f"By F1, {best} {_verb(scored, high)} recognised best ({high:.4f}) and {worst} worst "
+        f"{best} {_verb(scored, high)} the highest F1 score ({high:.4f}) and {worst} the lowest "
         f"({low:.4f})."
     ]
 
@@ -144,22 +144,22 @@ def _names(scored: Mapping[str, float], value: float, most: int = 3) -> str:
 
 
 def _verb(scored: Mapping[str, float], value: float) -> str:
-    return "is" if sum(score == value for score in scored.values()) == 1 else "are"
+    return "has" if sum(score == value for score in scored.values()) == 1 else "have"
 
 
 def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The pair of classes that is mixed up most often, and its reverse if that is listed."""
+    """The pair of classes that is confused most often, and its reverse if that is listed."""
     if not most_confused:
-        return ["Not one test image was classified wrongly, so no classes are confused."]
+        return ["All test images are classified correctly, so no classes are confused."]
     first = most_confused[0]
     true, predicted = quoted(first["true"]), quoted(first["predicted"])
     sentence = (
-        f"The most frequent mistake is to take {true} for {predicted}: "
+        f"The most frequent error is to classify {true} as {predicted}: "
         f"{plural(first['count'], 'image')}, {percent(first['share'])} of that class"
     )
     for pair in most_confused[1:]:
         if (pair["true"], pair["predicted"]) == (first["predicted"], first["true"]):
-            return [f"{sentence}; the other way round it is {plural(pair['count'], 'image')}."]
+            return [f"{sentence}. The reverse error occurs for {plural(pair['count'], 'image')}."]
     return [sentence + "."]
 
 
@@ -171,39 +171,39 @@ def mean_confidence(bins: Sequence[Mapping[str, Any]]) -> float:
 
 
 def confidence(calibration: Mapping[str, Any], accuracy: float, interval: Interval) -> list[str]:
-    """Over- or under-confident, or neither as far as the images can tell."""
+    """Overconfident, underconfident, or neither within the interval."""
     mean = mean_confidence(calibration["bins"])
     low, high = interval
     numbers = f"mean confidence is {percent(mean)} and accuracy {percent(accuracy)}"
     error = f"the expected calibration error is {calibration['ece']:.4f}"
     if low <= mean <= high:
         return [
-            f"On average the network is neither over- nor under-confident as far as these images "
-            f"tell: {numbers}; {error}."
+            "The network is neither overconfident nor underconfident within the interval: "
+            f"{numbers}, and {error}."
         ]
     word = "over" if mean > accuracy else "under"
     return [
-        f"The network is {word}-confident by {points(abs(mean - accuracy))}: {numbers}; {error}."
+        f"The network is {word}confident by {points(abs(mean - accuracy))}: {numbers}, and {error}."
     ]
 
 
 def robustness(figures: Mapping[str, Any] | None) -> list[str]:
-    """How much corrupted images cost, and which corruption costs most."""
+    """Accuracy on corrupted images, and which corruption lowers it most."""
     if not figures or not figures.get("corruptions"):
         return []
     means = {name: sum(v) / len(v) for name, v in figures["corruptions"].items() if v}
     worst = min(means, key=lambda name: means[name])
     mildest = max(means, key=lambda name: means[name])
     sentence = (
-        f"On corrupted images accuracy is {percent(figures['mean_accuracy'])} on average, "
-        f"{points(figures['clean_accuracy'] - figures['mean_accuracy'])} below that on the same "
-        "images clean"
+        f"On corrupted images, accuracy is {percent(figures['mean_accuracy'])} on average, "
+        f"{points(figures['clean_accuracy'] - figures['mean_accuracy'])} lower than on the clean "
+        "images"
     )
     if len(means) < 2:
         return [f"{sentence}."]
     return [
-        f"{sentence}; {quoted(spaced(worst))} costs most (mean {percent(means[worst])}) and "
-        f"{quoted(spaced(mildest))} least ({percent(means[mildest])})."
+        f"{sentence}. It is lowest for {quoted(spaced(worst))} (mean {percent(means[worst])}) and "
+        f"highest for {quoted(spaced(mildest))} ({percent(means[mildest])})."
     ]
 
 
@@ -213,15 +213,15 @@ def spaced(name: str) -> str:
 
 
 def hardware(parity: Mapping[str, Any] | None) -> list[str]:
-    """What the measured comparisons of devices and precisions say; nothing without them."""
+    """The verdicts of the measured comparisons of devices and precisions, if any."""
     return [str(one["verdict"]) for one in (parity or {}).get("comparisons", [])]
 
 
 def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:
-    """What is missing, if anything is."""
+    """What is missing from the run, if anything."""
     if epochs_done < epochs:
         after = f"after {epochs_done} of {plural(epochs, 'epoch')}"
         if tested:
-            return [f"This training has not run to its end; the test was made {after}."]
-        return [f"This training stands {after}, and has not been tested there."]
+            return [f"This training is not finished; it was tested {after}."]
+        return [f"This training is {after} and has not been tested."]
     return [] if tested else ["This training is finished, but has not been tested yet."]

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them. Shares come in [0, 1], times in seconds."""
+"""Formatting of numbers. Shares are in [0, 1], times in seconds."""
 
 from collections.abc import Sequence
 
