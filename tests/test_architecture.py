@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "progress": {"errors"},
     "recipe": {"errors"},
     "runtime": {"distributed", "errors"},
+    "threads": {"errors"},
     # data
     "data.class_names": set(),
     "data.corruptions": set(),
@@ -74,10 +75,11 @@ ARROWS: dict[str, set[str]] = {
     "training": {
         "data.batches", "data.dataset", "distributed", "errors", "evaluation", "files", "model",
         "progress", "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
+        "threads",
     },
     "predict": {
         "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
-        "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime",
+        "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime", "threads",
     },
     "export": {
         "data.augment", "data.dataset", "errors", "evaluation", "files", "libraries", "model",
@@ -142,7 +144,8 @@ ARROWS: dict[str, set[str]] = {
     "cli.report": {"cli.arguments", "errors", "report"},
     "cli.train": {
         "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
-        "recipe", "report", "runs.directory", "runtime", "training",
+        "recipe", "report", "runs.directory", "runtime", "threads",
+        "training",
     },
     "cli.predict": {
         "cli.arguments", "cli.common", "data.image_files", "data.images", "errors", "files",
@@ -151,13 +154,14 @@ ARROWS: dict[str, set[str]] = {
     "cli.evaluate": {
         "cli.arguments", "cli.common", "cli.tables", "data.arrays", "errors", "evaluation",
         "export", "files", "predict", "recipe", "runs.pretrained", "runs.sources", "runtime",
+        "threads",
     },
     "cli.export": {
         "cli.arguments", "cli.common", "errors", "export", "runs.pretrained", "runs.sources",
     },
     "cli.bench": {
         "benchmark.benchmark", "cli.arguments", "cli.common", "cli.tables", "errors", "files",
-        "model", "recipe",
+        "model", "recipe", "threads",
     },
     "cli.serve": {
         "cli.arguments", "cli.common", "data.images", "errors", "predict", "serve.limits",

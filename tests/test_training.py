@@ -80,7 +80,7 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: Path, tiny: Dataset)
     assert [row["step"] for row in rows] == [6, 12, 18]
     assert set(rows[0]) == {
         "epoch", "step", "lr", "train_loss", "train_accuracy", "images_per_second", "seconds",
-        "peak_memory_mb",
+        "peak_memory_mb", "threads",
     }  # fmt: skip
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     evaluation = json.loads((straight / "evaluation.json").read_text())

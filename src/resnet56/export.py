@@ -143,9 +143,9 @@ class Exported:
         self.network = backend.network
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Exported":
+    def of(cls, checkpoint: Checkpoint, threads: int | None = None) -> "Exported":
         """The checkpoint's network, exported."""
-        return cls(OnnxBackend(to_onnx(checkpoint), "the exported file"))
+        return cls(OnnxBackend(to_onnx(checkpoint), "the exported file", threads))
 
     def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = lambda count: None) -> Tensor:
         """(N, 3, 32, 32) uint8 -> (N, C) float32."""

@@ -21,6 +21,7 @@ from resnet56.libraries import import_onnxruntime
 from resnet56.runs.checkpoint import Network
 from resnet56.runs.pretrained import is_onnx, network_from
 from resnet56.runs.sources import open_network
+from resnet56.threads import check_threads, set_threads
 
 if TYPE_CHECKING:
     import torch
@@ -86,19 +87,22 @@ class OnnxBackend:
     """ONNX Runtime, on the CPU, for a file that `resnet56 export` wrote."""
 
     @classmethod
-    def of(cls, path: Path) -> "OnnxBackend":
+    def of(cls, path: Path, threads: int | None = None) -> "OnnxBackend":
         """The network in a file. Raises RunError, or MissingExtraError without ONNX Runtime."""
         try:
-            return cls(path.read_bytes(), str(path))
+            return cls(path.read_bytes(), str(path), threads)
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror or error}") from None
 
-    def __init__(self, content: bytes, name: str) -> None:
+    def __init__(self, content: bytes, name: str, threads: int | None = None) -> None:
+        if threads is not None:
+            check_threads(threads)
         try:
             onnxruntime = import_onnxruntime()
         except ImportError:
             raise MissingExtraError("ONNX Runtime", "onnx") from None
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0  # 0: one per core
         options.log_severity_level = 3  # errors; it remarks on graphs that need no remark
         try:
             self.session = onnxruntime.InferenceSession(
@@ -264,30 +268,36 @@ class Predictor:
         return predictions
 
 
-def load(what: str | Path = "resnet56", device: str = "auto") -> Predictor:
+def load(
+    what: str | Path = "resnet56", device: str = "auto", *, threads: int | None = None
+) -> Predictor:
     """A network ready to be used.
 
     Args:
         what: a run's directory, a shipped network's name, or what `resnet56 export` wrote: an
             ONNX file (PyTorch is then not imported), or a hub's folder or its weights.
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; an ONNX file runs on the CPU.
+        threads: CPU threads, of PyTorch as a whole or of the ONNX file's session; by default one
+            per core.
 
     Raises:
         RunError: it is not there, or damaged.
-        UsageError: no such device.
+        UsageError: no such device, or so many threads.
         MissingExtraError: an ONNX file without ONNX Runtime.
     """
     path = Path(what)
     if is_onnx(path):
         if device not in ("auto", "cpu"):
             raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}")
-        onnx = OnnxBackend.of(path)
+        onnx = OnnxBackend.of(path, threads)
         return Predictor(path.stem, onnx.network, onnx)
     checkpoint = open_network(what).checkpoint
 
     from resnet56.evaluation import restore
     from resnet56.runtime import resolve_device
 
+    if threads is not None:
+        set_threads(threads)
     where = resolve_device(device)
     network = checkpoint.network
     backend = TorchBackend(restore(checkpoint, where), network, where)

@@ -34,6 +34,7 @@ from resnet56.runtime import (
     resolve_precision,
 )
 from resnet56.step import Forward, Trainer, learning_rate, make_forward
+from resnet56.threads import ThreadControl, ThroughputMonitor
 
 SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
 LOOK_EVERY = 10  # steps between looks at the loss, each of which waits for the device
@@ -63,6 +64,7 @@ def train(
     resume: bool = False,
     tensorboard: bool = False,
     test_every_epoch: bool = False,
+    threads: int | None = None,
     progress: TrainingProgress | None = None,
 ) -> dict[str, Any]:
     """Train by `recipe` on `dataset`, leave the run in `out`, and test it.
@@ -76,6 +78,8 @@ def train(
         tensorboard: also write scalars for TensorBoard, in `out/tensorboard`.
         test_every_epoch: also record the test loss and accuracy after each epoch, for curves;
             nothing is chosen by them, and training does not depend on them.
+        threads: CPU threads; by default as many as other programs leave cores free, reconsidered
+            during the training.
         progress: where to show it; nothing is shown without.
 
     Returns:
@@ -92,6 +96,8 @@ def train(
     progress = progress or TrainingProgress(quiet=True)
     run = RunDirectory(out)
     with process_group(where) as here, _stop_signals() as stop, contextlib.ExitStack() as held:
+        alone_on_cpu = where.type == "cpu" and here.world_size == 1
+        control = held.enter_context(ThreadControl(threads, adaptive=alone_on_cpu))
         data = {"origin": dataset.origin, "source": dataset.source}
         facts = environment(where, precision) | {"processes": here.world_size, "data": data}
         fingerprint = dataset.fingerprint()
@@ -101,7 +107,12 @@ def train(
         training, held_out = training_split(dataset, recipe.holdout)
         mean, std = channel_statistics(training.images)
         network = Network(recipe.arch, dataset.classes, mean, std)
-        loop = _Loop(run, recipe, network, where, precision, here, fingerprint, progress)
+        recorded = saved.notes.get("threads") if saved is not None else None
+        line = control.begin(saved.position.step if saved is not None else 0, recorded)
+        if line and here.is_first:
+            progress.say(line)
+        facts |= {"threads": control.threads}
+        loop = _Loop(run, recipe, network, where, precision, here, fingerprint, progress, control)
         loop.set_up(training, flip=recipe.flip and dataset.mirror, saved=saved)
         facts |= {"execution": loop.forward.execution}
         if loop.forward.reason:
@@ -121,17 +132,18 @@ def train(
         raise Interrupted(stop.signum)
     if not here.is_first:
         return {}
-    return evaluate_run(
-        run,
-        dataset,
-        holdout=recipe.holdout,
-        flip=recipe.flip and dataset.mirror,
-        padding=recipe.padding,
-        cutout=recipe.cutout,
-        trivial_augment=recipe.trivial_augment,
-        device=where,
-        show=progress.measuring,
-    )
+    with control:
+        return evaluate_run(
+            run,
+            dataset,
+            holdout=recipe.holdout,
+            flip=recipe.flip and dataset.mirror,
+            padding=recipe.padding,
+            cutout=recipe.cutout,
+            trivial_augment=recipe.trivial_augment,
+            device=where,
+            show=progress.measuring,
+        )
 
 
 def _take_up(run: RunDirectory, recipe: Recipe, source: str, fingerprint: str) -> Checkpoint:
@@ -187,6 +199,7 @@ class _Loop:
     here: Place
     fingerprint: str
     progress: TrainingProgress
+    control: ThreadControl
     position: Position = field(default_factory=Position)
 
     def set_up(self, training: Split, *, flip: bool, saved: Checkpoint | None) -> None:
@@ -251,7 +264,9 @@ class _Loop:
             stop: the stop request.
             scalars: a TensorBoard writer.
         """
-        self.progress.begin(_costs(self.recipe), self.batches.steps, self.position.step)
+        self.costs = _costs(self.recipe)
+        self.progress.begin(self.costs, self.batches.steps, self.position.step)
+        self.throughput = ThroughputMonitor(self.control, self.device.type)
         if self.position.step == 0:
             self._save()  # from here on there is something to resume
         while self.position.epoch < self.recipe.epochs:
@@ -267,7 +282,9 @@ class _Loop:
                     for name in row.keys() - {"epoch", "step"}:
                         scalars.add_scalar(name, row[name], row["step"])
             self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
+            line = self.control.after_step(self.position.step)
             self._save()
+            self._say(line)
             self.progress.epoch(row)
             if self.position.epoch < self.recipe.epochs and self._any(stop.signum is not None):
                 raise Interrupted(stop.signum or signal.SIGTERM)
@@ -300,11 +317,14 @@ class _Loop:
             # ask each other as they look.
             if last or (self.here.world_size > 1 and epoch_step % LOOK_EVERY != 0):
                 continue
+            # A change of threads is saved: resumed from there, a run computes the same bits.
+            line = self.control.after_step(step + 1)
             stopping = self._any(stop.signum is not None)
-            if stopping or self._any(now - saved > SAVE_EVERY):
+            if stopping or line or self._any(now - saved > SAVE_EVERY):
                 self._look()
                 self._save()
                 saved = time.perf_counter()
+            self._say(line)
             if stopping:
                 raise Interrupted(stop.signum or signal.SIGTERM)
         self.position = replace(self.position, seconds=at.seconds + time.perf_counter() - begun)
@@ -328,6 +348,12 @@ class _Loop:
         if self.here.is_first:
             speed = at.images / at.seconds
             self.progress.step(at.step, loss_sum / at.images, correct / at.images, speed)
+            cost = self.costs[at.epoch]
+            self._say(self.throughput.update(at.images, at.seconds, cost))
+
+    def _say(self, line: str) -> None:
+        if line:
+            self.progress.say(line)
 
     def _any(self, mine: bool) -> bool:
         """Whether it is so in any of the processes."""
@@ -346,6 +372,7 @@ class _Loop:
             "images_per_second": at.images / at.seconds,
             "seconds": at.seconds,
             "peak_memory_mb": peak_memory_mb(self.device),
+            "threads": self.control.threads,
         }
 
     def _evaluated(self, name: str, split: Split) -> dict[str, float]:
@@ -371,6 +398,7 @@ class _Loop:
             "precision": self.precision,
             "execution": self.forward.execution,
             "loss_scale": self.trainer.scaler.state_dict() or None,
+            "threads": self.control.state(),
         }
         weights, state = self.trainer.weights(), self.trainer.state()
         try:

@@ -144,7 +144,8 @@ def bench_inference(
         with contextlib.suppress(MissingExtraError):  # optional: one row less without it
             network = Network(arch, tuple("0123456789"), course.mean, course.std)
             checkpoint = Checkpoint(network, stock.state_dict())
-            exported = OnnxBackend(to_onnx(checkpoint, checked=False), arch)
+            content = to_onnx(checkpoint, checked=False)
+            exported = OnnxBackend(content, arch, torch.get_num_threads())
             array = pixels.numpy()
             contestants.append(
                 Contestant(

@@ -8,7 +8,7 @@ import tyro
 
 from resnet56 import recipe
 from resnet56.cli.arguments import integer, parse
-from resnet56.cli.common import Data, load_data, say
+from resnet56.cli.common import Data, Threads, load_data, say
 from resnet56.errors import UsageError
 
 MANY = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
@@ -32,6 +32,9 @@ class BenchOptions:
 
     device: str = "auto"
     """Where: auto, cpu, cuda, cuda:N, mps."""
+
+    threads: Threads = None
+    """CPU threads; by default one per core."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of our side; the usual loop's is fp32."""
@@ -62,7 +65,10 @@ def run(arguments: list[str]) -> int:
     from resnet56.benchmark.benchmark import bench
     from resnet56.cli.tables import show_bench
     from resnet56.files import write_json
+    from resnet56.threads import set_threads
 
+    if options.threads is not None:
+        set_threads(options.threads)
     archs = options.arch.split(",")
     for arch in archs:
         model.Architecture.parse(arch)

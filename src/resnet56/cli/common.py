@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset
 
 Data = Annotated[str | None, tyro.conf.arg(aliases=("--data-dir",), metavar="NAME|DIR")]
+Threads = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="RUN")]
 
 

@@ -8,7 +8,7 @@ import tyro
 
 from resnet56 import recipe as recipes
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import Data, load_data, say, show
+from resnet56.cli.common import Data, Threads, load_data, say, show
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class EvaluateOptions:
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:N, mps."""
 
+    threads: Threads = None
+    """CPU threads; by default as many as other programs leave cores free."""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass."""
 
@@ -63,12 +66,15 @@ def run(arguments: list[str]) -> int:
     from resnet56.files import to_json
     from resnet56.runs.pretrained import is_onnx
     from resnet56.runs.sources import open_network
+    from resnet56.threads import set_threads
 
     if options.robustness < 0:
         raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
     if is_onnx(Path(options.run)):
         return _measure_onnx(options)
     device = runtime.resolve_device(options.device)
+    if options.threads is not None or device.type == "cpu":
+        set_threads(options.threads)
     precision = runtime.resolve_precision(options.precision, device)
     source = open_network(options.run)
     checkpoint, run = source.checkpoint, source.run
@@ -143,7 +149,7 @@ def _measure_onnx(options: EvaluateOptions) -> int:
         raise UsageError("an ONNX file runs on the CPU in fp32; leave --device and --precision out")
     if options.data is None:
         raise UsageError(f"{options.run} is not a run; on which images? choose --data")
-    exported = Exported(OnnxBackend.of(Path(options.run)))
+    exported = Exported(OnnxBackend.of(Path(options.run), options.threads))
     if _is_benchmark(options.data):
         _measure_benchmark(exported, options)
         return 0
@@ -230,7 +236,7 @@ def _compare(
             from resnet56.export import Exported
 
             names.append("ONNX Runtime")
-            subjects.append(Exported.of(checkpoint))
+            subjects.append(Exported.of(checkpoint, options.threads))
             continue
         here = side == "torch" or side in runtime.DTYPES
         where = device if here else runtime.resolve_device(side)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import say
+from resnet56.cli.common import Threads, say
 from resnet56.errors import Error, ImageError, UsageError, shown
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class PredictOptions:
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:N, mps."""
 
+    threads: Threads = None
+    """CPU threads; by default one per core."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -80,7 +83,7 @@ def run(arguments: list[str]) -> int:
         Image.MAX_IMAGE_PIXELS = options.max_pixels  # for this process
     from resnet56.predict import load
 
-    predictor = load(options.run, options.device)
+    predictor = load(options.run, options.device, threads=options.threads)
     sources, failed = _sources(options.images)
     top = min(options.top, len(predictor.classes))
     show = _writer("json" if options.json else "csv" if options.csv else "text", top)

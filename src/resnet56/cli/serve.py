@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import say
+from resnet56.cli.common import Threads, say
 from resnet56.errors import MissingExtraError, UsageError
 
 
@@ -33,6 +33,9 @@ class ServeOptions:
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:N, mps."""
 
+    threads: Threads = None
+    """CPU threads; by default one per core."""
+
 
 def run(arguments: list[str]) -> int:
     """resnet56 serve [--run RUN]; ends with Ctrl-C or SIGTERM, once what has begun is answered."""
@@ -52,4 +55,5 @@ def run(arguments: list[str]) -> int:
     limits = Limits(drain_seconds=options.drain)
     if options.all_formats:
         limits = dataclasses.replace(limits, formats=FORMATS)
-    return serve(load(options.run, options.device), options.host, options.port, say, limits)
+    predictor = load(options.run, options.device, threads=options.threads)
+    return serve(predictor, options.host, options.port, say, limits)

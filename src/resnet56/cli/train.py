@@ -10,7 +10,7 @@ import tyro
 from resnet56 import recipe as recipes
 from resnet56.cli import INTERRUPTED
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import Data, Out, load_data, say
+from resnet56.cli.common import Data, Out, Threads, load_data, say
 from resnet56.errors import UsageError
 
 
@@ -32,6 +32,9 @@ class TrainOptions:
 
     device: str = "auto"
     """Where to train: auto, cpu, cuda, cuda:N, mps."""
+
+    threads: Threads = None
+    """CPU threads; by default as many as other programs leave cores free, now and later."""
 
     tensorboard: bool = False
     """Also write scalars for TensorBoard, in RUN/tensorboard."""
@@ -68,10 +71,12 @@ def run(arguments: list[str]) -> int:
         raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
 
     # Checked before anything slow, or on the disk, happens.
-    from resnet56 import model, runtime
+    from resnet56 import model, runtime, threads
 
     model.Architecture.parse(chosen.arch)
     runtime.resolve_device(options.device)
+    if options.threads is not None:
+        threads.check_threads(options.threads)
 
     from resnet56.files import next_free
     from resnet56.progress import TrainingProgress, percent
@@ -91,6 +96,7 @@ def run(arguments: list[str]) -> int:
     quiet = options.quiet or not place().is_first
     words = ["resnet56", "train", "--resume", "--out", str(out)]
     words += [] if options.device == "auto" else ["--device", options.device]
+    words += [] if options.threads is None else ["--threads", str(options.threads)]
     words += ["--tensorboard"] if options.tensorboard else []
     words += ["--test-every-epoch"] if options.test_every_epoch else []
     again = shlex.join([*words, *(["--skip-broken"] if options.skip_broken else [])])
@@ -107,6 +113,7 @@ def run(arguments: list[str]) -> int:
                 resume=options.resume,
                 tensorboard=options.tensorboard,
                 test_every_epoch=options.test_every_epoch,
+                threads=options.threads,
                 progress=progress,
             )
         except Interrupted as interrupted:
