@@ -284,7 +284,10 @@ def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
     monkeypatch.setenv("CC", "no-such-compiler")
     with TrainingProgress() as progress:
         train(small, tiny, tmp_path / "run", device="cpu", resume=True, progress=progress)
-    assert "so far it ran fp32 fused, it goes on fp32 eager" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "so far it ran fp32 fused, it goes on fp32 eager" in printed
+    assert "training is slower than it could be: " in printed
+    assert "no C compiler 'no-such-compiler'; install gcc, or name a compiler in CC" in printed
     [resumed] = json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"]
     assert resumed["execution"] == "eager"
     assert "no C compiler" in resumed["execution_reason"]

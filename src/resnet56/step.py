@@ -42,6 +42,7 @@ class Forward:
     module: nn.Module
     execution: Execution
     reason: str = ""  # why it is not the faster one
+    remedy: str = ""  # what the user can do about it
 
 
 def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
@@ -65,6 +66,7 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
         "fused": _fused,
     }
     reasons: list[str] = []
+    remedy = ""
     for execution, make in makers.items():
         if wanted in (execution, "auto"):
             try:
@@ -73,9 +75,10 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
                 return Forward(make(model, precision), execution, "; ".join(reasons))
             except UnavailableError as error:
                 reasons.append(f"no {execution} step here: {error}")
+                remedy = error.remedy
     if wanted in makers:
         raise UsageError(f"{reasons[0]}; use --execution auto")
-    return Forward(model, "eager", "; ".join(reasons))
+    return Forward(model, "eager", "; ".join(reasons), remedy)
 
 
 def _native(model: ResNet, precision: Resolved, *, vectors: bool) -> nn.Module:

@@ -117,6 +117,10 @@ def train(
         facts |= {"execution": loop.forward.execution}
         if loop.forward.reason:
             facts |= {"execution_reason": loop.forward.reason}
+        if loop.forward.remedy and here.is_first:
+            progress.say(
+                f"training is slower than it could be: {loop.forward.reason}; {loop.forward.remedy}"
+            )
         try:
             with _tensorboard(tensorboard and here.is_first, run, loop.position.step) as scalars:
                 if here.is_first:  # not before all that can be refused has been

@@ -235,3 +235,21 @@ def test_auto_goes_on_with_pytorch_and_says_why(monkeypatch: pytest.MonkeyPatch)
     assert "no C compiler" in forward.reason
     with pytest.raises(UsageError, match="no-such-compiler.*--execution auto"):
         make_forward(model, "fused", "fp32")
+
+
+@linux_only
+def test_a_folder_from_which_nothing_may_run_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(f"{path}: failed to map segment from shared object")  # as with noexec
+
+    try:
+        fused_norm_relu(torch.float32)
+    except UnavailableError as reason:
+        skip_without_kernel(reason)
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    forward = make_forward(build("resnet8"), "auto", "fp32")
+    assert forward.execution == "eager"
+    assert "failed to map segment" in forward.reason
+    assert "TMPDIR" in forward.remedy

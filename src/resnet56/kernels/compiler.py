@@ -18,7 +18,11 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPI
 
 
 class UnavailableError(Exception):
-    """There is no kernel on this machine; the message says why."""
+    """There is no kernel on this machine; the message says why, and `remedy` what to do."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 def compile_here(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
@@ -34,7 +38,9 @@ def compile_here(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
         if not shutil.which(compiler[0]):
-            raise UnavailableError(f"there is no C compiler {compiler[0]!r}")
+            raise UnavailableError(
+                f"there is no C compiler {compiler[0]!r}", "install gcc, or name a compiler in CC"
+            )
         with tempfile.TemporaryDirectory() as folder:
             for file in files("resnet56.kernels").iterdir():
                 if file.name.endswith((".c", ".h")):
@@ -43,15 +49,31 @@ def compile_here(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
             path = Path(folder) / source
             command = [*compiler, *FLAGS, *flags, str(path), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
-            library = ctypes.CDLL(str(made))
+            library = _load(made)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         wrong = [line for line in lines if "error" in line] or lines or [f"exit {error.returncode}"]
-        raise UnavailableError(f"{compiler[0]} could not compile it: {wrong[0]}") from None
+        raise UnavailableError(
+            f"{compiler[0]} could not compile it: {wrong[0]}", "name another compiler in CC"
+        ) from None
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise UnavailableError(f"it could not be compiled and loaded: {error}") from None
+        raise UnavailableError(
+            f"it could not be compiled: {error}",
+            "choose a folder to write in with TMPDIR" if isinstance(error, OSError) else "",
+        ) from None
     _share_threads(library)
     return library
+
+
+def _load(made: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(made))
+    except OSError as error:
+        # Usually the temporary folder is mounted noexec.
+        raise UnavailableError(
+            f"what was compiled could not be loaded: {error}",
+            "choose a folder from which programs may run with TMPDIR",
+        ) from None
 
 
 def _share_threads(library: ctypes.CDLL) -> None:
