@@ -21,8 +21,9 @@ ARROWS: dict[str, set[str]] = {
     "files": {"errors", "locks"},
     "progress": {"errors"},
     "recipe": {"errors"},
-    "runtime": {"distributed", "errors"},
     "threads": {"errors"},
+    "cadence": {"distributed", "threads"},
+    "runtime": {"distributed", "errors"},
     # data
     "data.class_names": set(),
     "data.corruptions": set(),
@@ -63,9 +64,10 @@ ARROWS: dict[str, set[str]] = {
         "errors", "files", "runs.checkpoint", "runs.convert", "runs.directory", "runs.pretrained",
     },
     # step and evaluation
+    "samples": {"data.augment", "data.dataset", "metrics"},
     "evaluation": {
         "data.augment", "data.corruptions", "data.dataset", "errors", "files", "inference",
-        "metrics", "model", "runs.checkpoint", "runs.directory", "runtime",
+        "metrics", "model", "runs.checkpoint", "runs.directory", "runtime", "samples",
     },
     "step": {
         "errors", "kernels.compiler", "kernels.fused", "kernels.native", "model", "recipe",
@@ -73,17 +75,17 @@ ARROWS: dict[str, set[str]] = {
     },
     # training and prediction
     "training": {
-        "data.batches", "data.dataset", "distributed", "errors", "evaluation", "files", "model",
-        "progress", "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
-        "threads",
+        "cadence", "data.augment", "data.batches", "data.dataset", "distributed", "errors",
+        "evaluation", "files", "model", "progress", "recipe", "runs.checkpoint", "runs.directory",
+        "runtime", "step", "threads",
     },
     "predict": {
-        "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
+        "data.augment", "data.images", "errors", "inference", "libraries", "metrics",
         "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime", "threads",
     },
     "export": {
-        "data.augment", "data.dataset", "errors", "evaluation", "files", "libraries", "model",
-        "predict", "runs.checkpoint", "runs.pretrained",
+        "data.augment", "data.dataset", "errors", "evaluation", "files", "inference", "libraries",
+        "model", "predict", "runs.checkpoint", "runs.pretrained",
     },
     # report
     "report.pictures": set(),
@@ -106,9 +108,9 @@ ARROWS: dict[str, set[str]] = {
     "benchmark.baseline": {"data.dataset", "model"},
     "benchmark.roofline": {"benchmark.interleave", "model", "runtime"},
     "benchmark.benchmark": {
-        "benchmark.baseline", "benchmark.interleave", "benchmark.roofline", "data.batches",
-        "data.dataset", "errors", "evaluation", "export", "inference", "model", "predict", "recipe",
-        "runs.checkpoint", "runs.directory", "runtime", "step",
+        "benchmark.baseline", "benchmark.interleave", "benchmark.roofline", "cadence",
+        "data.batches", "data.dataset", "errors", "evaluation", "export", "inference", "model",
+        "predict", "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
     },
     # serve
     "serve": set(),
@@ -122,8 +124,8 @@ ARROWS: dict[str, set[str]] = {
     "serve.decoding": {"data.images", "serve.decode_worker", "serve.limits"},
     "serve.uploads": {"errors", "serve.limits", "serve.schema"},
     "serve.service": {
-        "data.images", "predict", "serve.batching", "serve.decoding", "serve.limits", "serve.meter",
-        "serve.schema", "serve.uploads",
+        "data.images", "metrics", "predict", "serve.batching", "serve.decoding", "serve.limits",
+        "serve.meter", "serve.schema", "serve.uploads",
     },
     "serve.app": {
         "__init__", "serve.batching", "serve.docs", "serve.front", "serve.limits", "serve.meter",
@@ -144,8 +146,7 @@ ARROWS: dict[str, set[str]] = {
     "cli.report": {"cli.arguments", "errors", "report"},
     "cli.train": {
         "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
-        "recipe", "report", "runs.directory", "runtime", "threads",
-        "training",
+        "recipe", "report", "runs.directory", "runtime", "threads", "training",
     },
     "cli.predict": {
         "cli.arguments", "cli.common", "data.image_files", "data.images", "errors", "files",
@@ -154,7 +155,7 @@ ARROWS: dict[str, set[str]] = {
     "cli.evaluate": {
         "cli.arguments", "cli.common", "cli.tables", "data.arrays", "errors", "evaluation",
         "export", "files", "predict", "recipe", "runs.pretrained", "runs.sources", "runtime",
-        "threads",
+        "threads", "training",
     },
     "cli.export": {
         "cli.arguments", "cli.common", "errors", "export", "runs.pretrained", "runs.sources",

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from resnet56 import evaluation
+from resnet56.data.augment import Augmentation
 from resnet56.data.corruptions import CORRUPTIONS, corrupt, spread
 from resnet56.data.dataset import Dataset
 from resnet56.evaluation import (
     compare,
     evaluate_run,
     inference_speed,
+    measure_extras,
     measure_robustness,
     subject_of,
 )
@@ -81,7 +83,8 @@ def test_samples_show_cutout_and_trivial_augment_too(
     run: RunDirectory, tiny: Dataset, tmp_path: Path
 ) -> None:
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
-    evaluate_run(copy, tiny, flip=False, padding=0, cutout=12, device=CPU)
+    erased = Augmentation(flip=False, padding=0, cutout=12)
+    evaluate_run(copy, tiny, augmentation=erased, device=CPU)
     kept = np.load(copy.samples_file)
     mean = np.round(255 * np.array(run.load().network.mean))[:, None]
     for original, variants in zip(kept["originals"], kept["augmented"], strict=True):
@@ -89,7 +92,8 @@ def test_samples_show_cutout_and_trivial_augment_too(
             covered = (variant != original).any(axis=0)
             assert 36 <= covered.sum() <= 144  # a quarter of the square lies inside at least
             assert (variant[:, covered] == mean).all()
-    evaluate_run(copy, tiny, flip=False, padding=0, trivial_augment=True, device=CPU)
+    trivial = Augmentation(flip=False, padding=0, trivial_augment=True)
+    evaluate_run(copy, tiny, augmentation=trivial, device=CPU)
     kept = np.load(copy.samples_file)
     changed = (kept["augmented"] != kept["originals"][:, None]).any(axis=(2, 3, 4))
     assert changed.mean() > 0.5
@@ -124,14 +128,18 @@ def test_speed_is_the_median_time_over_the_images_of_a_batch(
 
 
 def test_what_was_measured_of_the_same_weights_stays(run: RunDirectory, tiny: Dataset) -> None:
-    first = evaluate_run(run, tiny, device=CPU, robustness=5, speed=True)
+    evaluate_run(run, tiny, device=CPU)
+    measure_extras(run, tiny, device=CPU, robustness=5)
+    first = json.loads(run.evaluation_file.read_text())
+    assert measure_extras(run, tiny, device=CPU)["robustness"] == first["robustness"]
+    first = json.loads(run.evaluation_file.read_text())
     again = evaluate_run(run, tiny, device=CPU)
     assert (again["robustness"], again["speed"]) == (first["robustness"], first["speed"])
     assert "robustness" not in evaluate_run(run, tiny, device=CPU, precision="bf16")
     write_json(run.evaluation_file, first | {"step": first["step"] - 1})
     assert "robustness" not in evaluate_run(run, tiny, device=CPU)
     run.evaluation_file.write_text("damaged")
-    assert evaluate_run(run, tiny, device=CPU)["test"] == first["test"]
+    assert json.loads(json.dumps(evaluate_run(run, tiny, device=CPU)["test"])) == first["test"]
 
 
 def test_a_network_compared_with_itself_changes_nothing(run: RunDirectory, tiny: Dataset) -> None:

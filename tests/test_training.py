@@ -14,12 +14,15 @@ import pytest
 import torch
 from requires_kernels import skip_without_kernel
 
-from resnet56 import training
+from resnet56 import cadence
+from resnet56.data import augment, batches
 from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, TrainingError, UsageError
-from resnet56.evaluation import predict_logits, restore
+from resnet56.evaluation import predict_logits
+from resnet56.inference import restore
 from resnet56.progress import TrainingProgress
 from resnet56.recipe import Recipe, read
+from resnet56.report.read import read_run
 from resnet56.runs.directory import RunDirectory
 from resnet56.step import Trainer
 from resnet56.training import Interrupted, train
@@ -88,7 +91,7 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: Path, tiny: Dataset)
     assert evaluation["train"]["n"] == 50
     assert evaluation["weights"] == "averaged"
     facts = json.loads((straight / "environment.json").read_text())
-    assert facts["data"] == {"origin": tiny.origin, "source": tiny.source}
+    assert facts["data"] == {"origin": tiny.origin, "source": tiny.source, "mirrored": True}
 
 
 def test_accuracies_are_those_of_the_weights_on_the_disk(straight: Path, tiny: Dataset) -> None:
@@ -160,10 +163,10 @@ def test_native_steps_resume_to_the_same_bits(tiny: Dataset, small: Recipe, tmp_
 VICTIM = """
     import os, pickle, signal, sys
     from pathlib import Path
-    from resnet56 import training
+    from resnet56 import cadence, training
     from resnet56.runs.directory import RunDirectory
     recipe, dataset, out, step, moment = pickle.loads(sys.stdin.buffer.read())
-    training.SAVE_EVERY = 0.0
+    cadence.SAVE_EVERY = 0.0
 
     def die(*_):
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -215,7 +218,7 @@ def test_a_checkpoint_is_written_within_a_long_epoch(
 ) -> None:
     saved = []
     save = RunDirectory.save
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(cadence, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(
         RunDirectory, "save", lambda self, c: (saved.append(c.position.step), save(self, c))
     )
@@ -285,7 +288,7 @@ def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
     with TrainingProgress() as progress:
         train(small, tiny, tmp_path / "run", device="cpu", resume=True, progress=progress)
     printed = capsys.readouterr().out
-    assert "so far it ran fp32 fused, it goes on fp32 eager" in printed
+    assert "so far it ran fp32 fused, it continues fp32 eager" in printed
     assert "training is slower than it could be: " in printed
     assert "no C compiler 'no-such-compiler'; install gcc, or name a compiler in CC" in printed
     [resumed] = json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"]
@@ -347,22 +350,22 @@ def test_recording_the_test_error_of_each_epoch_changes_nothing_else(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def test_digits_are_never_mirrored(
-    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mirror", [True, False])
+def test_images_are_mirrored_only_where_the_data_allows_it_and_the_run_says_so(
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
 ) -> None:
-    seen: list[bool] = []
-    make = training.Batches
+    drawn: list[bool] = []
 
-    def spy(*arguments: Any, **options: Any) -> training.Batches:
-        seen.append(options["flip"])
-        return make(*arguments, **options)
+    def spy(*arguments: Any) -> augment.Draws:
+        drawn.append(bool(draw(*arguments).flips.any()))
+        return draw(*arguments)
 
-    monkeypatch.setattr(training, "Batches", spy)
-    once = dataclasses.replace(small, epochs=1)
-    for index, mirror in enumerate((True, False)):
-        dataset = dataclasses.replace(tiny, mirror=mirror)
-        train(once, dataset, tmp_path / str(index), device="cpu")
-    assert seen == [True, False]
+    draw = augment.draw
+    monkeypatch.setattr(batches, "draw", spy)
+    dataset = dataclasses.replace(tiny, mirror=mirror)
+    train(dataclasses.replace(small, epochs=1), dataset, tmp_path / "run", device="cpu")
+    assert drawn == [mirror]
+    assert read_run(tmp_path / "run").mirrors == mirror
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -402,13 +405,13 @@ def test_tensorboard_without_its_package_is_one_line(
 RANK = """
     import os, pickle, signal, sys
     from pathlib import Path
-    from resnet56 import training
+    from resnet56 import cadence, training
     from resnet56.step import Trainer
     job = pickle.loads(Path(sys.argv[1]).read_bytes())
     first = os.environ["RANK"] == "0"
-    training.LOOK_EVERY = 2
-    training.SAVE_EVERY = 0.0 if first else 1e9
-    take, save = Trainer.step, training._Loop._save
+    cadence.READ_LOSS_EVERY = 2
+    cadence.SAVE_EVERY = 0.0 if first else 1e9
+    take, save = Trainer.step, training.TrainingLoop.save
 
     def take_and_stop(self, *arguments):
         take(self, *arguments)
@@ -420,7 +423,7 @@ RANK = """
         saved.append(self.position.step)
 
     saved = []
-    Trainer.step, training._Loop._save = take_and_stop, save_and_count
+    Trainer.step, training.TrainingLoop.save = take_and_stop, save_and_count
     try:
         where, how = job["out"], {"device": "cpu", "resume": job["resume"]}
         training.train(job["recipe"], job["dataset"], where, **how)

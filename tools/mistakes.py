@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet56.data.augment import crop_and_flip, draw, normalize
+from resnet56.data.augment import Augmentation, crop_and_flip, draw, normalize
 from resnet56.data.dataset import Split
 from resnet56.data.readers import load_folder
-from resnet56.evaluation import predict_logits, restore
+from resnet56.evaluation import predict_logits
+from resnet56.inference import restore
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Network
 from resnet56.runs.sources import open_network
@@ -54,7 +55,7 @@ def test_procedures(
         predict_logits(model, images.flip(1), *own),
         labels,
     )
-    draws = draw(len(images), padding=4, flip=True, generator=torch.Generator().manual_seed(0))
+    draws = draw(len(images), Augmentation(), torch.Generator().manual_seed(0))
     augmented = crop_and_flip(images, draws, 4)
     yield (
         "cropped and flipped at random, as in training",

@@ -9,37 +9,38 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch import distributed as group
 
 from resnet56.errors import TrainingError, UsageError, one_line, shown
 
 
-class Place(NamedTuple):
+class Distributed(NamedTuple):
     """Which process this is, of how many."""
 
     rank: int = 0
     world_size: int = 1
 
+    @classmethod
+    def from_environment(cls) -> "Distributed":
+        """What torchrun put into the environment; a single process without it.
+
+        Raises:
+            UsageError: RANK or WORLD_SIZE is no integer, or they contradict each other.
+        """
+        world_size, rank = from_environment("WORLD_SIZE", 1), from_environment("RANK", 0)
+        if not 0 <= rank < world_size:
+            raise UsageError(
+                f"RANK={rank} and WORLD_SIZE={world_size} in the environment contradict each "
+                "other: RANK must be at least 0 and below WORLD_SIZE; start with torchrun, or "
+                "unset both"
+            )
+        return cls(rank, world_size)
+
     @property
     def is_first(self) -> bool:
         """Whether this is the one process that writes and prints."""
         return self.rank == 0
-
-
-def place() -> Place:
-    """Read from what torchrun puts into the environment; alone without it.
-
-    Raises:
-        UsageError: RANK or WORLD_SIZE is no integer, or they contradict each other.
-    """
-    world_size, rank = from_environment("WORLD_SIZE", 1), from_environment("RANK", 0)
-    if not 0 <= rank < world_size:
-        raise UsageError(
-            f"RANK={rank} and WORLD_SIZE={world_size} in the environment contradict each other: "
-            "RANK must be at least 0 and below WORLD_SIZE; start with torchrun, or unset both"
-        )
-    return Place(rank, world_size)
 
 
 def from_environment(name: str, default: int) -> int:
@@ -54,43 +55,43 @@ def from_environment(name: str, default: int) -> int:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Place]:
+def process_group(device: torch.device) -> Iterator[Distributed]:
     """Join the others for the duration of the block: NCCL between GPUs, gloo otherwise.
 
     Raises:
         UsageError: the environment does not say how to reach the others.
         TrainingError: another process cannot be reached, or has ended.
     """
-    here = place()
-    if here.world_size == 1:
-        yield here
+    dist = Distributed.from_environment()
+    if dist.world_size == 1:
+        yield dist
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        group.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no number
         raise UsageError(
-            f"WORLD_SIZE={here.world_size} in the environment, but the processes cannot find each "
+            f"WORLD_SIZE={dist.world_size} in the environment, but the processes cannot find each "
             f"other ({one_line(error)}); start with torchrun, or unset WORLD_SIZE"
         ) from None
     except RuntimeError as error:
         raise _lost(error) from None
     try:
-        yield here
+        yield dist
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold what talks through the group
         if isinstance(error, RuntimeError) and _tells_of_another_process(error):
             raise _lost(error) from None
         raise
     finally:
-        gc.collect()  # DistributedDataParallel lies in circles, and must go before its group
-        dist.destroy_process_group()
+        gc.collect()  # reference cycles hold DDP, which is released before its process group
+        group.destroy_process_group()
 
 
 def _tells_of_another_process(error: RuntimeError) -> bool:
     """Whether the connection failed: gloo raises plain RuntimeErrors that name its files."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return isinstance(error, group.DistError) or "gloo" in str(error).lower()
 
 
 def _lost(error: RuntimeError) -> TrainingError:
@@ -101,17 +102,17 @@ def _lost(error: RuntimeError) -> TrainingError:
     )
 
 
-def total(value: Tensor, here: Place) -> Tensor:
+def total(value: Tensor, dist: Distributed) -> Tensor:
     """The sum of `value` over all processes."""
-    if here.world_size > 1:
-        dist.all_reduce(value)
+    if dist.world_size > 1:
+        group.all_reduce(value)
     return value
 
 
-def highest(value: Tensor, here: Place) -> Tensor:
+def highest(value: Tensor, dist: Distributed) -> Tensor:
     """The largest `value` of all processes."""
-    if here.world_size > 1:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    if dist.world_size > 1:
+        group.all_reduce(value, op=group.ReduceOp.MAX)
     return value
 
 
@@ -121,13 +122,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
         value = value.clone()
-        dist.all_reduce(value)
+        group.all_reduce(value)
         return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
-        dist.all_reduce(gradient)
+        group.all_reduce(gradient)
         return gradient
 
 
@@ -147,7 +148,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         wide = x.float()
-        processes = dist.get_world_size()
+        processes = group.get_world_size()
         count = processes * x.numel() // x.shape[1]
         mean = _Sum.apply(wide.mean(dim=(0, 2, 3))) / processes
         centred = wide - mean[:, None, None]

@@ -11,21 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet56.data.augment import augment, draw, normalize
+from resnet56.data.augment import PLAIN_CROPS, Augmentation, normalize
 from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
 from resnet56.data.dataset import Dataset, Split, training_split
 from resnet56.errors import RunError
 from resnet56.files import write_arrays, write_json
-from resnet56.inference import InferenceForm
-from resnet56.metrics import log_softmax, measure
-from resnet56.model import ResNet, build
+from resnet56.inference import InferenceForm, restore
+from resnet56.metrics import measure
+from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Checkpoint, Network
 from resnet56.runs.directory import RunDirectory
 from resnet56.runtime import Resolved, autocast, peak_memory_mb
+from resnet56.samples import gallery, surest_mistakes
 
 BATCH = 256
-MISTAKES = 24  # kept for the report's gallery
-ORIGINALS, VARIANTS = 10, 5  # training images kept, a class each, and augmented versions of each
 
 Tick = Callable[[int], None]  # called with the images done since the last call
 Show = Callable[[str, int], AbstractContextManager[Tick]]  # what is measured, on how many images
@@ -34,17 +33,6 @@ Show = Callable[[str, int], AbstractContextManager[Tick]]  # what is measured, o
 def show_nothing(what: str, total: int) -> AbstractContextManager[Tick]:
     """The quiet `Show`."""
     return nullcontext(lambda count: None)
-
-
-def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
-    """The checkpoint's network with its weights, on `device`, ready to predict.
-
-    Its parameters are contiguous, as PyTorch's tools expect them; `InferenceForm` makes a copy in
-    the memory format in which convolutions are fastest.
-    """
-    model = build(checkpoint.network.arch, classes=len(checkpoint.network.classes))
-    model.load_state_dict(checkpoint.model)
-    return model.to(device).eval()
 
 
 @torch.inference_mode()
@@ -140,32 +128,25 @@ def evaluate_run(
     run: RunDirectory,
     dataset: Dataset,
     *,
-    holdout: int = 0,
-    flip: bool = True,
-    padding: int = 4,
-    cutout: int = 0,
-    trivial_augment: bool = False,
     device: torch.device,
     precision: Resolved = "fp32",
-    robustness: int = 0,
-    speed: bool = False,
+    holdout: int = 0,
+    augmentation: Augmentation = PLAIN_CROPS,
     show: Show = show_nothing,
 ) -> dict[str, Any]:
-    """Measure the run's weights on the data it was trained on, and write it all down.
+    """Measure the run's weights on the data it was trained on, and write the results down.
 
     Training and test images are measured the same way, without augmentation. Robustness and speed
-    that are not asked for stay as an earlier call measured them of the same weights. Writes
+    stay if `measure_extras` has measured them with the same weights, device and precision. Writes
     evaluation.json, predictions.npz (the test images' logits, labels and indices) and
     samples.npz (a few images for the report).
 
     Args:
         run: with a checkpoint.
         dataset: the run's own.
-        holdout: as in its recipe; those images are measured apart.
-        flip, padding, cutout, trivial_augment: of its augmentation, to show it.
         device, precision: of the forward pass.
-        robustness: test images to corrupt in every way; 0 for none.
-        speed: whether to measure it.
+        holdout: as in the run's recipe; these images are measured apart.
+        augmentation: of the run's training, for the report to show.
         show: shows what is being measured.
 
     Returns:
@@ -173,7 +154,6 @@ def evaluate_run(
     """
     checkpoint = run.load()
     subject = subject_of(checkpoint, device, precision)
-    classes = checkpoint.network.classes
     training, held_out = training_split(dataset, holdout)
     splits = {"test": dataset.test, "train": training, "holdout": held_out}
     result: dict[str, Any] = {}
@@ -182,7 +162,7 @@ def evaluate_run(
         if split is not None:
             with show(f"{len(split):,} images ({name})", len(split)) as tick:
                 logits[name] = subject.logits(split.images, tick=tick)
-            result[name] = figures_of(logits[name], split, classes)
+            result[name] = figures_of(logits[name], split, checkpoint.network.classes)
     result |= {
         "weights": checkpoint.notes.get("weights", "last"),
         "epoch": checkpoint.position.epoch,
@@ -196,59 +176,42 @@ def evaluate_run(
         before = run.read_evaluation(checkpoint.position.step) or {}
     if all(before.get(key) == result[key] for key in ("step", "device", "precision")):
         result |= {key: before[key] for key in ("speed", "robustness") if before.get(key)}
-    if speed:
-        result["speed"] = inference_speed(subject, dataset.test.images)
-    if robustness:
-        result["robustness"] = measure_robustness(subject, dataset.test, robustness, show)
-    labels = dataset.test.labels.cpu()
-    write_arrays(
-        run.predictions_file,
-        logits=logits["test"].numpy(),
-        labels=labels.numpy(),
-        indices=np.arange(len(labels)),
-    )
-    shown = _shown(training, subject.network, padding, flip, cutout, trivial_augment)
-    write_arrays(run.samples_file, **shown | _mistakes(logits["test"], dataset.test))
+    test_logits, test_labels = logits["test"].numpy(), dataset.test.labels.cpu().numpy()
+    indices = np.arange(len(test_labels))
+    write_arrays(run.predictions_file, logits=test_logits, labels=test_labels, indices=indices)
+    net = subject.network
+    shown = gallery(training, net.mean, net.std, augmentation)
+    write_arrays(run.samples_file, **shown | surest_mistakes(test_logits, dataset.test))
     write_json(run.evaluation_file, result)
     return result
 
 
-def _shown(
-    training: Split, network: Network, padding: int, flip: bool, hole: int, trivial: bool
+def measure_extras(
+    run: RunDirectory,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    precision: Resolved = "fp32",
+    robustness: int = 0,
+    show: Show = show_nothing,
 ) -> dict[str, Any]:
-    """A few training images, and what the augmentation makes of them."""
-    labels = training.labels.cpu().numpy()
-    index = torch.from_numpy(np.unique(labels, return_index=True)[1][:ORIGINALS])
-    originals = training.images[index].cpu()
-    images = originals.repeat_interleave(VARIANTS, dim=0)
-    generator = torch.Generator().manual_seed(0)
-    draws = draw(len(images), padding=padding, flip=flip, generator=generator)
-    mean, std = torch.tensor(network.mean), torch.tensor(network.std)
-    seen = augment(images, draws, mean, std, padding=padding, hole=hole, trivial=trivial)
-    # Bytes again, for people: what Cutout covers is the mean.
-    in_units = seen * std[:, None, None] + mean[:, None, None]
-    variants = (255 * in_units).round().clamp(0, 255).byte()
-    return {
-        "originals": originals.numpy(),
-        "original_labels": labels[index],
-        "augmented": variants.contiguous().view(-1, VARIANTS, 3, 32, 32).numpy(),
-    }
+    """Measure what takes longer, and add it to the evaluation.json that `evaluate_run` wrote.
 
+    Args:
+        run, dataset, device, precision, show: as for `evaluate_run`.
+        robustness: test images to corrupt in every way; 0 keeps an earlier measurement.
 
-def _mistakes(logits: Tensor, split: Split) -> dict[str, Any]:
-    """The wrong predictions that the network was surest of, surest first."""
-    probabilities = np.exp(log_softmax(logits.numpy()))
-    labels, predicted = split.labels.cpu().numpy(), logits.numpy().argmax(axis=1)
-    confidence = probabilities.max(axis=1)
-    wrong = np.flatnonzero(predicted != labels)
-    index = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
-    return {
-        "mistakes": split.images[torch.from_numpy(index)].cpu().numpy(),
-        "mistake_index": index,
-        "mistake_true": labels[index],
-        "mistake_predicted": predicted[index],
-        "mistake_confidence": confidence[index],
-    }
+    Returns:
+        The content of evaluation.json, with the inference speed and, if measured, the robustness.
+    """
+    checkpoint = run.load()
+    subject = subject_of(checkpoint, device, precision)
+    result = run.read_evaluation(checkpoint.position.step) or {}
+    result["speed"] = inference_speed(subject, dataset.test.images)
+    if robustness:
+        result["robustness"] = measure_robustness(subject, dataset.test, robustness, show)
+    write_json(run.evaluation_file, result)
+    return result
 
 
 def measure_robustness(

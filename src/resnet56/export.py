@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from resnet56.data.augment import normalize
 from resnet56.data.dataset import Split
 from resnet56.errors import Error, MissingExtraError, RunError
-from resnet56.evaluation import BATCH, Tick, figures_of, restore
+from resnet56.evaluation import BATCH, Tick, figures_of
 from resnet56.files import write_bytes
+from resnet56.inference import restore
 from resnet56.libraries import import_onnxruntime
 from resnet56.model import Architecture, BasicBlock, PadShortcut, ResNet, conv1x1
 from resnet56.predict import OnnxBackend, TorchBackend

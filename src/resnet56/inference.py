@@ -1,13 +1,28 @@
-"""A network in the form in which it predicts fastest."""
+"""A checkpoint's network, and the form in which it predicts fastest."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from resnet56.model import ResNet, norm_relu
+from resnet56.model import ResNet, build, norm_relu
 from resnet56.runtime import DTYPES, Resolved
+
+if TYPE_CHECKING:
+    from resnet56.runs.checkpoint import Checkpoint
+
+
+def restore(checkpoint: "Checkpoint", device: torch.device) -> ResNet:
+    """The checkpoint's network with its weights, on `device`, in evaluation mode.
+
+    Its parameters are contiguous, as PyTorch's tools expect them; `InferenceForm` makes a copy in
+    the memory format in which convolutions are fastest.
+    """
+    model = build(checkpoint.network.arch, classes=len(checkpoint.network.classes))
+    model.load_state_dict(checkpoint.model)
+    return model.to(device).eval()
 
 
 class InferenceForm(nn.Module):

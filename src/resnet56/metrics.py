@@ -85,6 +85,12 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return result
 
 
+def softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    """(N, C) logits -> (N, C) probabilities, in float64."""
+    result: npt.NDArray[np.float64] = np.exp(log_softmax(logits))
+    return result
+
+
 def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     """The 95 % score interval of a share (Wilson 1927), exact enough at 0 and 1 too.
 

@@ -18,6 +18,7 @@ from PIL import Image
 from resnet56.data.images import Bytes, Floats, fit, read_image, reading, upright
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
 from resnet56.libraries import import_onnxruntime
+from resnet56.metrics import softmax
 from resnet56.runs.checkpoint import Network
 from resnet56.runs.pretrained import is_onnx, network_from
 from resnet56.runs.sources import open_network
@@ -293,7 +294,7 @@ def load(
         return Predictor(path.stem, onnx.network, onnx)
     checkpoint = open_network(what).checkpoint
 
-    from resnet56.evaluation import restore
+    from resnet56.inference import restore
     from resnet56.runtime import resolve_device
 
     if threads is not None:
@@ -304,13 +305,6 @@ def load(
     predictor = Predictor(path.resolve().name, network, backend)
     predictor.run(np.full((1, 3, 32, 32), 128, np.uint8))  # refuses weights that are of no use
     return predictor
-
-
-def softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    """(N, C) logits -> probabilities."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    result: npt.NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
-    return result
 
 
 def likeliest(

@@ -17,7 +17,8 @@ from resnet56.errors import UsageError, one_line
 
 Schedule = Literal["step", "cosine", "one-cycle"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Execution = Literal["auto", "eager", "fused", "native", "compiled"]
+Execution = Literal["eager", "fused", "native", "compiled"]
+ExecutionChoice = Literal["auto", Execution]
 
 LARGEST = 1_000_000  # of numbers that have no natural bound: more is a mistake
 
@@ -92,7 +93,7 @@ class Recipe:
     precision: Precision = "auto"
     """Arithmetic: auto is the fastest that the device has in hardware."""
 
-    execution: Execution = "auto"
+    execution: ExecutionChoice = "auto"
     """How a step runs, to the same numbers within rounding. eager: PyTorch's operations; fused:
     batch norm and ReLU in one kernel (CPU); native: everything in C, in bf16 (CPUs with AMX);
     compiled: torch.compile, after a minute; auto: native, fused or eager, the first that can be

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,8 @@ from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.fused import fused_norm_relu
 from resnet56.kernels.native import native_network
 from resnet56.model import ResNet
-from resnet56.recipe import Recipe
+from resnet56.recipe import Execution, Recipe
 from resnet56.runtime import DTYPES, Resolved, autocast
-
-Execution = Literal["eager", "fused", "native", "compiled"]
 
 
 def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:

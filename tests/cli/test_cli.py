@@ -214,7 +214,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes(folder: Path, tmp_pat
     training.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
     _, shown = training.communicate(timeout=120)
     assert training.returncode == (149 if os.name == "nt" else 130)  # 128 and the signal
-    assert f"go on with: resnet56 train --resume --out '{out}'" in shown
+    assert f"continue with: resnet56 train --resume --out '{out}'" in shown
     head = json.loads((out / "checkpoint" / "checkpoint.json").read_text())
     assert head["position"]["step"] > 0
 

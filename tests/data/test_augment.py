@@ -7,7 +7,16 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from resnet56.data.augment import Draws, augment, crop_and_flip, cutout, draw, normalize, shrink
+from resnet56.data.augment import (
+    Augmentation,
+    Draws,
+    augment,
+    crop_and_flip,
+    cutout,
+    draw,
+    normalize,
+    shrink,
+)
 from resnet56.data.trivial_augment import trivial_augment
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -40,7 +49,7 @@ def every_crop(padding: int) -> Draws:
     """All offsets, plain and mirrored."""
     places = range(2 * padding + 1)
     grid = torch.tensor([(r, c, f) for r in places for c in places for f in (0, 1)])
-    draws = draw(len(grid), padding=padding, flip=True, generator=generator())
+    draws = draw(len(grid), Augmentation(padding=padding, flip=True), generator())
     return draws._replace(rows=grid[:, 0], cols=grid[:, 1], flips=grid[:, 2].bool())
 
 
@@ -58,25 +67,25 @@ def test_every_crop_is_a_slice_of_the_padded_image(padding: int) -> None:
 
 def test_without_padding_and_mirroring_the_images_stay_as_they_are() -> None:
     images = pictures(20)
-    draws = draw(20, padding=0, flip=False, generator=generator())
+    draws = draw(20, Augmentation(padding=0, flip=False), generator())
     assert torch.equal(crop_and_flip(images, draws, 0), images)
 
 
 def test_all_crops_and_both_directions_are_equally_likely() -> None:
     count = 81 * 2 * 100
-    draws = draw(count, padding=4, flip=True, generator=generator(1))
+    draws = draw(count, Augmentation(padding=4, flip=True), generator(1))
     cells = (draws.rows * 9 + draws.cols) * 2 + draws.flips
     observed = torch.bincount(cells, minlength=162).numpy()
     assert len(observed) == 162  # none outside
     assert stats.chisquare(observed).pvalue > 1e-3
-    centres = torch.bincount(draws.holes[:, 0] * 32 + draws.holes[:, 1], minlength=1024).numpy()
+    centres = torch.bincount(draws.centers[:, 0] * 32 + draws.centers[:, 1], minlength=1024).numpy()
     assert len(centres) == 1024
     assert stats.chisquare(centres).pvalue > 1e-3
 
 
 def test_without_mirroring_no_image_is_mirrored_and_the_crops_are_the_same() -> None:
-    mirrored = draw(500, padding=4, flip=True, generator=generator(2))
-    plain = draw(500, padding=4, flip=False, generator=generator(2))
+    mirrored = draw(500, Augmentation(padding=4, flip=True), generator(2))
+    plain = draw(500, Augmentation(padding=4, flip=False), generator(2))
     assert not plain.flips.any()
     assert torch.equal(plain.rows, mirrored.rows)
     assert torch.equal(plain.cols, mirrored.cols)
@@ -84,26 +93,26 @@ def test_without_mirroring_no_image_is_mirrored_and_the_crops_are_the_same() -> 
 
 def test_draws_come_from_the_given_generator_only() -> None:
     before = torch.get_rng_state()
-    first = draw(50, padding=4, flip=True, generator=generator(3))
-    again = draw(50, padding=4, flip=True, generator=generator(3))
-    other = draw(50, padding=4, flip=True, generator=generator(4))
+    first = draw(50, Augmentation(padding=4, flip=True), generator(3))
+    again = draw(50, Augmentation(padding=4, flip=True), generator(3))
+    other = draw(50, Augmentation(padding=4, flip=True), generator(4))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_crops_lie_in_memory_with_the_channels_last() -> None:
-    draws = draw(5, padding=4, flip=True, generator=generator())
+    draws = draw(5, Augmentation(padding=4, flip=True), generator())
     batch = crop_and_flip(pictures(5), draws, 4)
     assert batch.shape == (5, 3, 32, 32)
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("hole", [0, 8])
-def test_augmented_images_lie_in_memory_with_the_channels_last(hole: int) -> None:
-    draws = draw(5, padding=4, flip=True, generator=generator())
+@pytest.mark.parametrize("side", [0, 8])
+def test_augmented_images_lie_in_memory_with_the_channels_last(side: int) -> None:
+    draws = draw(5, Augmentation(padding=4, flip=True), generator())
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    batch = augment(pictures(5), draws, *scale, padding=4, hole=hole)
+    batch = augment(pictures(5), draws, *scale, Augmentation(cutout=side))
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -130,36 +139,36 @@ def test_cutout_erases_the_square_and_nothing_else(side: int) -> None:
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize("hole", [0, 7, 16])
-def test_augmenting_is_to_crop_mirror_normalise_and_erase(hole: int) -> None:
+@pytest.mark.parametrize("side", [0, 7, 16])
+def test_augmenting_is_to_crop_mirror_normalise_and_erase(side: int) -> None:
     images = pictures(30)
-    draws = draw(30, padding=4, flip=True, generator=generator(5))
+    draws = draw(30, Augmentation(padding=4, flip=True), generator(5))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    result = augment(images, draws, *scale, padding=4, hole=hole).numpy()
+    result = augment(images, draws, *scale, Augmentation(cutout=side)).numpy()
     mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
     for index, (row, col, flip, (down, across)) in enumerate(zip(*draws[:4], strict=True)):
         crop = cropped(images[index].numpy(), 4, int(row), int(col), bool(flip))
-        expected = erased((crop / 255 - mean) / std, int(down), int(across), hole)
+        expected = erased((crop / 255 - mean) / std, int(down), int(across), side)
         np.testing.assert_allclose(result[index], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_part_of_a_batch_is_augmented_as_within_the_whole() -> None:
     images, part = pictures(12), slice(4, 9)
-    draws = draw(12, padding=4, flip=True, generator=generator(6)).to(torch.device("cpu"))
+    draws = draw(12, Augmentation(padding=4, flip=True), generator(6)).to(torch.device("cpu"))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    whole = augment(images, draws, *scale, padding=4, hole=8)
-    alone = augment(images[part], draws.part(part), *scale, padding=4, hole=8)
+    whole = augment(images, draws, *scale, Augmentation(cutout=8))
+    alone = augment(images[part], draws.part(part), *scale, Augmentation(cutout=8))
     assert torch.equal(whole[part], alone)
 
 
 def test_trivial_augment_comes_before_the_crop() -> None:
     images = pictures(30)
-    draws = draw(30, padding=4, flip=True, generator=generator(7))
+    draws = draw(30, Augmentation(padding=4, flip=True), generator(7))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    result = augment(images, draws, *scale, padding=4, hole=8, trivial=True)
-    changed = trivial_augment(images, draws.kinds, draws.levels)
+    result = augment(images, draws, *scale, Augmentation(cutout=8, trivial_augment=True))
+    changed = trivial_augment(images, draws.changes, draws.levels)
     assert not torch.equal(changed, images)
-    assert torch.equal(result, augment(changed, draws, *scale, padding=4, hole=8))
+    assert torch.equal(result, augment(changed, draws, *scale, Augmentation(cutout=8)))
 
 
 @pytest.mark.parametrize("side", [16, 24, 28])

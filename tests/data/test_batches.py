@@ -1,5 +1,6 @@
 """Batches of images that carry their own number: which are seen, when, and by whom."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resnet56.data.augment import Augmentation
 from resnet56.data.batches import Batches, derived_seed
 from resnet56.data.dataset import Split
 from resnet56.errors import UsageError
@@ -22,18 +24,25 @@ def numbered(count: int) -> Split:
 
 
 def plain(count: int, batch_size: int, **rest: Any) -> Batches:
-    options: dict[str, Any] = {"seed": 0, "padding": 0, "flip": False} | rest
-    return Batches(numbered(count), BLACK, UNIT, batch_size=batch_size, **options)
+    still = Augmentation(padding=0, flip=False)
+    options: dict[str, Any] = {"seed": 0} | rest
+    split = numbered(count)
+    return Batches(split, BLACK, UNIT, batch_size=batch_size, augmentation=still, **options)
 
 
-def augmented(count: int, batch_size: int, **rest: Any) -> Batches:
-    """With everything that is random, on images that are no mere colour."""
+EVERYTHING = Augmentation(cutout=8, trivial_augment=True)
+
+
+def augmented(
+    count: int, batch_size: int, augmentation: Augmentation = EVERYTHING, **rest: Any
+) -> Batches:
+    """With everything that is random, on images of many colors."""
     generator = torch.Generator().manual_seed(9)
     noise = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
-    options: dict[str, Any] = {"seed": 3, "cutout": 8, "trivial_augment": True} | rest
     split = Split(noise, torch.arange(count))
-    return Batches(split, mean, std, batch_size=batch_size, **options)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": 3, "augmentation": augmentation}
+    return Batches(split, mean, std, **options | rest)
 
 
 def labels(batches: Batches, epoch: int = 0) -> list[int]:
@@ -64,7 +73,7 @@ def test_an_epoch_shows_all_images_but_a_remainder_once_with_their_labels() -> N
 
 @pytest.mark.parametrize("cutout", [0, 8])
 def test_augmented_batches_lie_in_memory_with_the_channels_last(cutout: int) -> None:
-    for images, _ in augmented(40, 8, cutout=cutout).epoch(0):
+    for images, _ in augmented(40, 8, replace(EVERYTHING, cutout=cutout)).epoch(0):
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -96,7 +105,7 @@ def test_the_same_seed_and_epoch_give_the_same_batches_whatever_was_drawn_before
 
 
 def test_the_same_image_is_augmented_otherwise_in_each_epoch() -> None:
-    batches = augmented(8, 8, cutout=0)
+    batches = augmented(8, 8, replace(EVERYTHING, cutout=0))
     per_epoch = []
     for epoch in range(6):
         ((images, numbers),) = batches.epoch(epoch)
@@ -118,13 +127,14 @@ def mirrored(batches: Batches, epoch: int) -> dict[int, bool]:
 def test_flips_in_turn_show_every_image_both_ways_in_two_epochs() -> None:
     ramp = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32).contiguous()
     split = Split(ramp, torch.arange(200))
-    options: dict[str, Any] = {"batch_size": 8, "padding": 0, "alternate_flip": True}
-    seen = [mirrored(Batches(split, BLACK, UNIT, seed=3, **options), epoch) for epoch in range(4)]
+    turns = Augmentation(padding=0, alternate_flip=True)
+    make = partial(Batches, split, BLACK, UNIT, batch_size=8)
+    seen = [mirrored(make(seed=3, augmentation=turns), epoch) for epoch in range(4)]
     assert 70 < sum(seen[0].values()) < 130
     for one, next_one in pairwise(seen):
         assert all(one[image] != next_one[image] for image in range(200))
-    assert mirrored(Batches(split, BLACK, UNIT, seed=4, **options), 0) != seen[0]
-    never = Batches(split, BLACK, UNIT, seed=3, flip=False, **options)
+    assert mirrored(make(seed=4, augmentation=turns), 0) != seen[0]
+    never = make(seed=3, augmentation=replace(turns, flip=False))
     assert not any(mirrored(never, 1).values())
 
 
@@ -170,9 +180,9 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
 def test_flip_and_padding_say_what_happens_to_the_images() -> None:
     row = torch.arange(32).byte().expand(64, 3, 32, 32).contiguous()
     one_batch = partial(Batches, Split(row, torch.arange(64)), BLACK, UNIT, batch_size=64, seed=0)
-    ((straight, _),) = one_batch(padding=0, flip=False).epoch(0)
-    ((mirrored, _),) = one_batch(padding=0, flip=True).epoch(0)
-    ((moved, _),) = one_batch(padding=2, flip=False).epoch(0)
+    ((straight, _),) = one_batch(augmentation=Augmentation(padding=0, flip=False)).epoch(0)
+    ((mirrored, _),) = one_batch(augmentation=Augmentation(padding=0, flip=True)).epoch(0)
+    ((moved, _),) = one_batch(augmentation=Augmentation(padding=2, flip=False)).epoch(0)
     falling = (mirrored[:, 0, 0, 0] > mirrored[:, 0, 0, -1]).sum()
     assert 16 < falling < 48
     assert torch.equal(straight.round().byte(), row)
@@ -187,7 +197,7 @@ def test_derived_seeds_are_63_bit_and_differ_by_value_and_place() -> None:
 
 
 def test_the_first_epochs_may_be_of_smaller_images() -> None:
-    batches = augmented(24, 8, sizes=(16, 24))
+    batches = augmented(24, 8, replace(EVERYTHING, sizes=(16, 24)))
     assert [next(batches.epoch(epoch))[0].shape[-1] for epoch in range(3)] == [16, 24, 32]
     full = list(augmented(24, 8).epoch(0))
     for (small, numbers), (images, same_numbers) in zip(batches.epoch(0), full, strict=True):

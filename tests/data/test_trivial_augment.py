@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from torch import Tensor
 
-from resnet56.data.augment import draw
+from resnet56.data.augment import Augmentation, draw
 from resnet56.data.trivial_augment import CHANGES, LEVELS, trivial_augment
 
 Picture = Image.Image
@@ -94,22 +94,22 @@ def test_a_picture_of_one_colour_is_no_trouble(kind: str, value: int) -> None:
 
 def test_each_image_is_changed_in_its_own_way_and_the_given_ones_stay() -> None:
     images = scenes(120)
-    draws = draw(120, padding=0, flip=False, generator=torch.Generator().manual_seed(1))
+    draws = draw(120, Augmentation(), torch.Generator().manual_seed(1))
     before = images.clone()
-    together = trivial_augment(images, draws.kinds, draws.levels)
+    together = trivial_augment(images, draws.changes, draws.levels)
     alone = [
-        trivial_augment(images[i : i + 1], draws.kinds[i : i + 1], draws.levels[i : i + 1])
+        trivial_augment(images[i : i + 1], draws.changes[i : i + 1], draws.levels[i : i + 1])
         for i in range(120)
     ]
     assert torch.equal(together, torch.cat(alone))
     assert torch.equal(images, before)
-    assert len(draws.kinds.unique()) == len(CHANGES)
+    assert len(draws.changes.unique()) == len(CHANGES)
 
 
 def test_kinds_and_strengths_are_equally_likely() -> None:
     generator = torch.Generator().manual_seed(2)
-    draws = draw(14 * 31 * 100, padding=0, flip=False, generator=generator)
-    cells = torch.bincount(draws.kinds * 31 + draws.levels.abs(), minlength=14 * 31).numpy()
+    draws = draw(14 * 31 * 100, Augmentation(), generator)
+    cells = torch.bincount(draws.changes * 31 + draws.levels.abs(), minlength=14 * 31).numpy()
     assert len(cells) == 14 * 31
     assert stats.chisquare(cells).pvalue > 1e-3
     signs = draws.levels[draws.levels != 0].sign().float().mean().item()

@@ -645,12 +645,16 @@ def test_numbers_in_words() -> None:
     assert words.listed(["a", "b", "c"]) == "a, b and c"
 
 
-def test_digits_are_not_said_to_be_mirrored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_images_are_said_to_be_mirrored_where_the_run_recorded_it(
+    tmp_path: Path, mirrored: bool
+) -> None:
     run = make_run(tmp_path / "run", done=1, tested=False)
     environment = read_json(run / "environment.json")
-    environment["data"]["origin"] = "digits"
+    environment["data"]["mirrored"] = mirrored
     write_json(run / "environment.json", environment)
-    assert "mirrored" not in page_of(run).text
+    shown = page_of(run).text
+    assert ("mirrored left to right" in shown) == mirrored
 
 
 # In a browser

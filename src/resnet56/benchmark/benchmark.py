@@ -21,6 +21,7 @@ from resnet56.benchmark.baseline import Pictures, StockLoop
 from resnet56.benchmark.baseline import norm_relu as stock_norm_relu
 from resnet56.benchmark.interleave import Contestant, compared, take_turns
 from resnet56.benchmark.roofline import floor, machine_limits
+from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.batches import Batches
 from resnet56.data.dataset import Dataset, Split, Triple, channel_statistics
 from resnet56.errors import MissingExtraError, UsageError
@@ -41,7 +42,6 @@ from resnet56.runtime import (
 )
 from resnet56.step import Trainer, learning_rate, make_forward
 
-LOOK_EVERY = 10  # steps between looks at the sums, as in training
 STARTS = 3  # of each command whose start-up is timed
 Say = Callable[[str], None]
 
@@ -62,7 +62,7 @@ class Course:
         return Pictures(self.split, self.mean, self.std)
 
     def our_step(self, arch: str, batch: int, execution: str) -> Callable[[], None]:
-        """One step as `resnet56 train` makes it, with its data and its looks at the sums."""
+        """One step as `resnet56 train` makes it, with its data and its readings of the loss."""
         recipe = Recipe(arch=arch, batch_size=batch, execution=execution)  # type: ignore[arg-type]
         model = build(arch, classes=self.classes)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -82,7 +82,7 @@ class Course:
         def once() -> None:
             step, (images, labels) = next(steps)
             trainer.step(images, labels, learning_rate(recipe, step, batches.steps), step)
-            if step % LOOK_EVERY == 0:
+            if step % READ_LOSS_EVERY == 0:
                 trainer.sums.tolist()
 
         return once

@@ -91,8 +91,8 @@ def load_data(
 
 
 def _say_remarks(dataset: "Dataset") -> "Dataset":
-    from resnet56.distributed import place
+    from resnet56.distributed import Distributed
 
-    for remark in dataset.remarks if place().is_first else ():
+    for remark in dataset.remarks if Distributed.from_environment().is_first else ():
         say(remark)
     return dataset

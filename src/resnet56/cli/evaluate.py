@@ -188,25 +188,25 @@ def _measure_run(
 ) -> None:
     """A run on its own images: everything, and it is written down."""
     from resnet56.cli import tables
-    from resnet56.evaluation import evaluate_run
+    from resnet56.evaluation import evaluate_run, measure_extras
     from resnet56.files import read_json, to_json
+    from resnet56.training import augmentation_of
 
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
     if options.split == "holdout" and recipe.holdout == 0:
         raise UsageError(f"{run.path} held no images out (resnet56 train --holdout N)")
-    result = evaluate_run(
+    evaluate_run(
         run,
         dataset,
-        holdout=recipe.holdout,
-        flip=recipe.flip and dataset.mirror,
-        padding=recipe.padding,
-        cutout=recipe.cutout,
-        trivial_augment=recipe.trivial_augment,
         device=device,
         precision=precision,
-        robustness=min(options.robustness, len(dataset.test)),
-        speed=True,
+        holdout=recipe.holdout,
+        augmentation=augmentation_of(recipe, mirror=dataset.mirror),
         show=show,
+    )
+    robustness = min(options.robustness, len(dataset.test))
+    result = measure_extras(
+        run, dataset, device=device, precision=precision, robustness=robustness, show=show
     )
     if options.json:
         print(to_json(result))
@@ -238,11 +238,11 @@ def _compare(
             names.append("ONNX Runtime")
             subjects.append(Exported.of(checkpoint, options.threads))
             continue
-        here = side == "torch" or side in runtime.DTYPES
-        where = device if here else runtime.resolve_device(side)
-        precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", where)
-        names.append(f"{where} {precision}")
-        subjects.append(subject_of(checkpoint, where, precision))
+        is_device = side != "torch" and side not in runtime.DTYPES
+        on = runtime.resolve_device(side) if is_device else device
+        precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", on)
+        names.append(f"{on} {precision}")
+        subjects.append(subject_of(checkpoint, on, precision))
     if len(names) != 2:
         raise UsageError(
             f"--parity wants two sides, as in cpu,cuda, fp32,bf16 or torch,onnx, not {sides!r}"

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -12,6 +13,9 @@ from resnet56.cli import INTERRUPTED
 from resnet56.cli.arguments import parse
 from resnet56.cli.common import Data, Out, Threads, load_data, say
 from resnet56.errors import UsageError
+
+if TYPE_CHECKING:
+    from resnet56.progress import TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,55 @@ class TrainOptions:
     recipe: tyro.conf.OmitArgPrefixes[recipes.Recipe] = field(default_factory=recipes.Recipe)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What to train, on what, and where to keep it."""
+
+    options: TrainOptions
+    own_data: str | None  # what a run to resume was trained on
+    out: Path
+
+    @property
+    def resuming(self) -> str:
+        """The command that continues the run."""
+        words = ["resnet56", "train", "--resume", "--out", str(self.out)]
+        words += [] if self.options.device == "auto" else ["--device", self.options.device]
+        words += [] if self.options.threads is None else ["--threads", str(self.options.threads)]
+        words += ["--tensorboard"] if self.options.tensorboard else []
+        words += ["--test-every-epoch"] if self.options.test_every_epoch else []
+        return shlex.join([*words, *(["--skip-broken"] if self.options.skip_broken else [])])
+
+
 def run(arguments: list[str]) -> int:
     """resnet56 train [RECIPE] [options]."""
-    from resnet56.distributed import place
+    job = _choose(arguments)
+
+    from resnet56.distributed import Distributed
+    from resnet56.progress import TrainingProgress
+    from resnet56.training import Interrupted
+
+    is_first = Distributed.from_environment().is_first
+    with TrainingProgress(quiet=job.options.quiet or not is_first) as progress:
+        try:
+            result = _train(job, progress)
+        except Interrupted as interrupted:
+            if is_first:
+                say("")  # behind the ^C of the terminal
+                say(f"stopped; the checkpoint is written; continue with: {job.resuming}")
+            return interrupted.exit_code
+        except KeyboardInterrupt:
+            begun = (job.out / "checkpoint" / "checkpoint.json").exists()
+            say("")
+            say(f"stopped; continue with: {job.resuming}" if begun else "stopped before it began")
+            return INTERRUPTED
+        if is_first:
+            _show_result(result, job.out, progress)
+    return 0
+
+
+def _choose(arguments: list[str]) -> _Job:
+    """Recipe, data and run directory from the command line, refused before anything slow starts."""
+    from resnet56.distributed import Distributed
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     base = recipes.find(name) if name else recipes.Recipe()
@@ -60,30 +110,23 @@ def run(arguments: list[str]) -> int:
         file = options.out / "recipe.json"
         if file.is_file():  # a flag then changes the run's own recipe, which is refused later
             options = _parse_train(arguments, name, recipes.read(file))
-    chosen = options.recipe
     if name is None and not options.resume:
         raise UsageError(
             f"which recipe? resnet56 train RECIPE, with {', '.join(recipes.RECIPES)}, or a file"
         )
-    if options.out is None and place().world_size > 1:
+    if options.out is None and Distributed.from_environment().world_size > 1:
         raise UsageError("several processes need --out RUN, so that they agree on the directory")
     if options.resume and options.out is None:
-        raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
+        raise UsageError("--resume needs --out RUN, the directory of the run to continue")
 
-    # Checked before anything slow, or on the disk, happens.
     from resnet56 import model, runtime, threads
+    from resnet56.files import next_free
+    from resnet56.runs.directory import RunDirectory
 
-    model.Architecture.parse(chosen.arch)
+    model.Architecture.parse(options.recipe.arch)
     runtime.resolve_device(options.device)
     if options.threads is not None:
         threads.check_threads(options.threads)
-
-    from resnet56.files import next_free
-    from resnet56.progress import TrainingProgress, percent
-    from resnet56.runs.directory import RunDirectory
-    from resnet56.training import Interrupted
-    from resnet56.training import train as run_training
-
     own = _data_of_resumed(options)
     data = options.data if options.data is not None else own or "digits"
     stem = Path(name).stem if name else "run"
@@ -93,61 +136,53 @@ def run(arguments: list[str]) -> int:
         run.load()  # says so now if there is nothing to resume
     else:
         run.refuse_taken()
-    quiet = options.quiet or not place().is_first
-    words = ["resnet56", "train", "--resume", "--out", str(out)]
-    words += [] if options.device == "auto" else ["--device", options.device]
-    words += [] if options.threads is None else ["--threads", str(options.threads)]
-    words += ["--tensorboard"] if options.tensorboard else []
-    words += ["--test-every-epoch"] if options.test_every_epoch else []
-    again = shlex.join([*words, *(["--skip-broken"] if options.skip_broken else [])])
-    with TrainingProgress(quiet=quiet) as progress:
-        dataset = load_data(options.data, own=own, skip_broken=options.skip_broken)
-        progress.say(f"{chosen.arch} on {dataset.source}")
-        progress.say(f"run: {out}")
-        try:
-            result = run_training(
-                chosen,
-                dataset,
-                out,
-                device=options.device,
-                resume=options.resume,
-                tensorboard=options.tensorboard,
-                test_every_epoch=options.test_every_epoch,
-                threads=options.threads,
-                progress=progress,
-            )
-        except Interrupted as interrupted:
-            if place().is_first:
-                say("")  # behind the ^C of the terminal
-                say(f"stopped; the checkpoint is written; go on with: {again}")
-            return interrupted.exit_code
-        except KeyboardInterrupt:
-            begun = run.checkpoint_file.exists()
-            say("")
-            say(f"stopped; go on with: {again}" if begun else "stopped before it began")
-            return INTERRUPTED
-        if result:
-            if held := result.get("holdout"):
-                progress.say(
-                    f"held-out accuracy {percent(held['accuracy'])}, loss {held['loss']:.4f}, "
-                    f"{held['n']:,} images: choose between settings by these"
-                )
-            test, seen = result["test"], result["train"]
-            low, high = test["accuracy_interval"]
-            progress.say(
-                f"test accuracy {percent(test['accuracy'])} "
-                f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), loss {test['loss']:.4f}, "
-                f"{test['n']:,} images"
-            )
-            progress.say(
-                f"training accuracy {percent(seen['accuracy'])}, loss {seen['loss']:.4f}, "
-                f"{seen['n']:,} images, no augmentation"
-            )
-            progress.say("writing the report")
-            from resnet56.report import write_report
+    return _Job(options, own, out)
 
-            progress.say(f"the run lies in {out}, its report is {write_report([out])}")
-    return 0
+
+def _train(job: _Job, progress: "TrainingProgress") -> dict[str, Any]:
+    """Load the data and train; the content of evaluation.json."""
+    from resnet56.training import train
+
+    options = job.options
+    dataset = load_data(options.data, own=job.own_data, skip_broken=options.skip_broken)
+    progress.say(f"{options.recipe.arch} on {dataset.source}")
+    progress.say(f"run: {job.out}")
+    return train(
+        options.recipe,
+        dataset,
+        job.out,
+        device=options.device,
+        resume=options.resume,
+        tensorboard=options.tensorboard,
+        test_every_epoch=options.test_every_epoch,
+        threads=options.threads,
+        progress=progress,
+    )
+
+
+def _show_result(result: dict[str, Any], out: Path, progress: "TrainingProgress") -> None:
+    """Print how good the network is, and write the report."""
+    from resnet56.progress import percent
+    from resnet56.report import write_report
+
+    if held := result.get("holdout"):
+        progress.say(
+            f"held-out accuracy {percent(held['accuracy'])}, loss {held['loss']:.4f}, "
+            f"{held['n']:,} images: choose between settings by these"
+        )
+    test, seen = result["test"], result["train"]
+    low, high = test["accuracy_interval"]
+    progress.say(
+        f"test accuracy {percent(test['accuracy'])} "
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), loss {test['loss']:.4f}, "
+        f"{test['n']:,} images"
+    )
+    progress.say(
+        f"training accuracy {percent(seen['accuracy'])}, loss {seen['loss']:.4f}, "
+        f"{seen['n']:,} images, no augmentation"
+    )
+    progress.say("writing the report")
+    progress.say(f"the run lies in {out}, its report is {write_report([out])}")
 
 
 def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:

@@ -4,6 +4,7 @@
 a batch on any device. So a batch is the same on every device, in every process, after a resume.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,34 +14,52 @@ from torch.nn import functional as F
 from resnet56.data.trivial_augment import CHANGES, LEVELS, trivial_augment
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image before the network sees it."""
+
+    padding: int = 4  # black pixels on each side before a random 32x32 crop
+    flip: bool = True  # mirror half of the images
+    alternate_flip: bool = False  # mirror each image in every other epoch, not at random
+    cutout: int = 0  # side of the square that Cutout erases, in pixels; 0 for none
+    trivial_augment: bool = False
+    sizes: tuple[int, ...] = ()  # sides of the first epochs' images, in pixels; 32 afterwards
+
+
+PLAIN_CROPS = Augmentation()
+
+
 class Draws(NamedTuple):
     """The random numbers of N images."""
 
     rows: Tensor  # (N,) int64, the crop's top row in the padded image
     cols: Tensor  # (N,) int64, its left column
     flips: Tensor  # (N,) bool
-    holes: Tensor  # (N, 2) int64, the centre (row, column) of the square that Cutout erases
-    kinds: Tensor  # (N,) int64, which change TrivialAugment makes
+    centers: Tensor  # (N, 2) int64, the center (row, column) of the square that Cutout erases
+    changes: Tensor  # (N,) int64, which change TrivialAugment makes
     levels: Tensor  # (N,) int64, how strong it is, with its sign
 
     def to(self, device: torch.device) -> "Draws":
-        """The same numbers on `device`, but for `kinds`, which are looked at from the CPU."""
-        return Draws(*(column.to(device) for column in self))._replace(kinds=self.kinds)
+        """The same numbers on `device`, except `changes`, which the CPU reads."""
+        return Draws(*(column.to(device) for column in self))._replace(changes=self.changes)
 
     def part(self, index: slice) -> "Draws":
         """The numbers of the images at `index`."""
         return Draws(*(column[index] for column in self))
 
 
-def draw(count: int, *, padding: int, flip: bool, generator: torch.Generator) -> Draws:
-    """Random numbers for `count` images: all (2 * padding + 1)**2 crops are equally likely."""
-    offsets = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
-    mirrored = torch.randint(0, 2, (count,), generator=generator).bool()
-    holes = torch.randint(0, 32, (count, 2), generator=generator)
-    kinds = torch.randint(0, len(CHANGES), (count,), generator=generator)
+def draw(count: int, augmentation: Augmentation, generator: torch.Generator) -> Draws:
+    """Random numbers for `count` images: all (2 * padding + 1)**2 crops are equally likely.
+
+    Each draw consumes the same numbers of `generator` whichever augmentations are on.
+    """
+    offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, count), generator=generator)
+    mirrored = torch.randint(0, 2, (count,), generator=generator).bool() & augmentation.flip
+    centers = torch.randint(0, 32, (count, 2), generator=generator)
+    changes = torch.randint(0, len(CHANGES), (count,), generator=generator)
     strengths = torch.randint(0, LEVELS + 1, (count,), generator=generator)
     signs = 2 * torch.randint(0, 2, (count,), generator=generator) - 1
-    return Draws(offsets[0], offsets[1], mirrored & flip, holes, kinds, signs * strengths)
+    return Draws(offsets[0], offsets[1], mirrored, centers, changes, signs * strengths)
 
 
 def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
@@ -74,22 +93,22 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images.float() - mean) / std
 
 
-def cutout(images: Tensor, holes: Tensor, side: int) -> Tensor:
-    """Set a square to zero, the mean (DeVries & Taylor 2017); it may hang over the edge.
+def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
+    """Set a square to zero, the mean (DeVries & Taylor 2017); the edge of the image clips it.
 
     Args:
-        images: (N, 3, H, W) normalised.
-        holes: (N, 2) centres.
+        images: (N, 3, H, W) normalized.
+        centers: (N, 2) rows and columns.
         side: of the square, in pixels.
     """
     _, _, height, width = images.shape
-    top, left = (holes - side // 2).unbind(1)
+    top, left = (centers - side // 2).unbind(1)
     down = torch.arange(height, device=images.device)
     across = torch.arange(width, device=images.device)
     in_rows = (down >= top[:, None]) & (down < top[:, None] + side)
     in_cols = (across >= left[:, None]) & (across < left[:, None] + side)
-    hole = in_rows[:, None, :, None] & in_cols[:, None, None, :]
-    return torch.where(hole, 0.0, images)  # masked_fill would leave channels_last
+    square = in_rows[:, None, :, None] & in_cols[:, None, None, :]
+    return torch.where(square, 0.0, images)  # masked_fill would leave channels_last
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
@@ -105,21 +124,13 @@ def shrink(images: Tensor, side: int) -> Tensor:
 
 
 def augment(
-    images: Tensor,
-    draws: Draws,
-    mean: Tensor,
-    std: Tensor,
-    *,
-    padding: int,
-    hole: int,
-    trivial: bool = False,
+    images: Tensor, draws: Draws, mean: Tensor, std: Tensor, augmentation: Augmentation
 ) -> Tensor:
-    """(N, 3, 32, 32) uint8 -> float32, normalised.
+    """(N, 3, 32, 32) uint8 -> float32, normalized.
 
-    First a change of TrivialAugment's, where `trivial`, then crop and mirror, then a square of
-    `hole` pixels a side is erased.
+    TrivialAugment comes first, then crop and flip, then Cutout.
     """
-    if trivial:
-        images = trivial_augment(images, draws.kinds, draws.levels)
-    images = normalize(crop_and_flip(images, draws, padding), mean, std)
-    return cutout(images, draws.holes, hole) if hole else images
+    if augmentation.trivial_augment:
+        images = trivial_augment(images, draws.changes, draws.levels)
+    images = normalize(crop_and_flip(images, draws, augmentation.padding), mean, std)
+    return cutout(images, draws.centers, augmentation.cutout) if augmentation.cutout else images

@@ -4,13 +4,13 @@ Nothing has to be saved to resume, and several processes see the same global bat
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resnet56.data.augment import augment, draw, shrink
+from resnet56.data.augment import Augmentation, augment, draw, shrink
 from resnet56.data.dataset import Split
 from resnet56.errors import UsageError
 
@@ -37,12 +37,7 @@ class Batches:
     std: Tensor
     batch_size: int  # global
     seed: int
-    padding: int = 4
-    flip: bool = True
-    alternate_flip: bool = False  # mirrored in every other epoch, instead of by chance
-    cutout: int = 0
-    trivial_augment: bool = False
-    sizes: tuple[int, ...] = ()  # sides of the first epochs' images, in pixels
+    augmentation: Augmentation = field(default_factory=Augmentation)
     rank: int = 0
     world_size: int = 1
 
@@ -77,13 +72,14 @@ class Batches:
         """This process's part of the batches of `epoch` (from 0), from step `start` on.
 
         Yields:
-            images (B, 3, S, S) float32, normalised, channels_last, S = 32 unless `sizes` says
+            images (B, 3, S, S) float32, normalized, channels_last, S = 32 unless `sizes` says
             less; labels (B,) int64.
         """
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.split), generator=generator)
-        draws = draw(len(order), padding=self.padding, flip=self.flip, generator=generator)
-        if self.flip and self.alternate_flip:
+        how = self.augmentation
+        draws = draw(len(order), how, generator)
+        if how.flip and how.alternate_flip:
             draws = draws._replace(flips=self._first_flips()[order] ^ bool(epoch % 2))
         device = self.split.images.device
         order, draws = order.to(device), draws.to(device)
@@ -92,15 +88,7 @@ class Batches:
             first = step * self.global_batch + self.rank * local
             part = slice(first, first + local)
             index = order[part]
-            images = augment(
-                self.split.images[index],
-                draws.part(part),
-                self.mean,
-                self.std,
-                padding=self.padding,
-                hole=self.cutout,
-                trivial=self.trivial_augment,
-            )
-            if epoch < len(self.sizes):
-                images = shrink(images, self.sizes[epoch])
+            images = augment(self.split.images[index], draws.part(part), self.mean, self.std, how)
+            if epoch < len(how.sizes):
+                images = shrink(images, how.sizes[epoch])
             yield images, self.split.labels[index]

@@ -17,20 +17,20 @@ LEVELS = 30  # a change is as strong as -30 to 30 thirtieths of its range
 Change = Callable[[Tensor, Tensor], Tensor]
 
 
-def trivial_augment(images: Tensor, kinds: Tensor, levels: Tensor) -> Tensor:
+def trivial_augment(images: Tensor, changes: Tensor, levels: Tensor) -> Tensor:
     """Change each image in its own way.
 
     Args:
         images: (N, 3, H, W) uint8.
-        kinds: (N,) int64, places in CHANGES; on the CPU, so that no other device is waited for.
+        changes: (N,) int64, indices into CHANGES; on the CPU, so that no device is waited for.
         levels: (N,) int64 from -LEVELS to LEVELS, on the images' device.
 
     Returns:
         (N, 3, H, W) uint8, a copy.
     """
     changed = images.clone()
-    for kind, change in enumerate(CHANGES.values()):
-        index = (kinds == kind).nonzero().flatten().to(images.device)
+    for number, change in enumerate(CHANGES.values()):
+        index = (changes == number).nonzero().flatten().to(images.device)
         if len(index):
             changed[index] = change(images[index], levels[index] / LEVELS)
     return changed

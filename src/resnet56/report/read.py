@@ -94,10 +94,10 @@ class RunFacts:
 
     @property
     def mirrors(self) -> bool:
-        """Whether half of the training images were mirrored; digits never are."""
+        """Whether training images were mirrored, as the run recorded it."""
         data = self.environment.get("data")
-        origin = data.get("origin") if isinstance(data, dict) else None
-        return self.recipe.flip and origin != "digits"
+        recorded = data.get("mirrored") if isinstance(data, dict) else None
+        return self.recipe.flip if recorded is None else bool(recorded)
 
     @property
     def seconds(self) -> float:

@@ -127,7 +127,8 @@ class RunDirectory:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(
-                f"cannot write {self.metrics_file}: {error.strerror or error}; go on with --resume"
+                f"cannot write {self.metrics_file}: {error.strerror or error}; continue with "
+                "--resume"
             ) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:

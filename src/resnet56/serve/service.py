@@ -9,7 +9,8 @@ import numpy.typing as npt
 from fastapi import Request
 
 from resnet56.data.images import Bytes, Floats
-from resnet56.predict import likeliest, softmax
+from resnet56.metrics import softmax
+from resnet56.predict import likeliest
 from resnet56.serve.batching import Batcher, Predictor
 from resnet56.serve.decoding import Decoders, Progress
 from resnet56.serve.limits import Gate, Limits, busy
