@@ -305,6 +305,49 @@ def test_a_reader_that_has_gone_is_no_traceback(command: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+NO_HOME = """
+import json, pwd, sys
+def nobody(*_): raise KeyError("no such user")
+pwd.getpwuid = pwd.getpwnam = nobody
+from resnet56.cli import main
+for words in json.loads(sys.argv[1]):
+    print("exit code", main(words), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no password database")
+def test_commands_work_without_a_home_directory(run: Path, folder: Path, tmp_path: Path) -> None:
+    """As in `docker run --user 54321`: no HOME, and no entry in the password database."""
+    image = next((folder / "test" / "red").iterdir())
+    commands = [
+        ["data", "fetch", "cifar10"],
+        ["describe"],
+        ["predict", str(image), "--run", str(run), "--device", "cpu"],
+        ["train", "quick", "--data", str(folder), "--out", str(tmp_path / "run"), *QUICKLY],
+    ]
+    hidden = ("HOME", "XDG_", "MPLCONFIGDIR", "RESNET56_DATA", "USER", "LOGNAME")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_HOME, json.dumps(commands)],
+        env=kept | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert re.findall(r"exit code (\d+)", done.stdout) == ["1", "0", "0", "0"], done.stderr
+    assert re.fullmatch(r"resnet56: .*set HOME, or RESNET56_DATA.*\n", done.stderr)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_no_temporary_directory_is_one_line(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: list[str]) -> int:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("resnet56.cli.describe.run", run)
+    assert "set TMPDIR" in refused("describe", code=1)
+
+
 def test_a_file_in_the_way_is_refused_before_anything_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

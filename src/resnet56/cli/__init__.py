@@ -54,6 +54,8 @@ Without any download: resnet56 train quick --data digits
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every error a user can cause ends as one line and an exit code."""
     _open_standard_streams()
+    # Where there is no /dev/shm to write to, joblib warns that it cannot do what is not used here.
+    os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [_expand(argument) for argument in given]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -74,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _reader_gone(arguments)
     except OSError as error:  # a path that the system refuses: no permission, too long
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 1)
+        line = f"{where}{error.strerror or error}"
+        if "usable temporary directory" in line:
+            line += "; set TMPDIR to a folder that can be written to"
+        return _fail(line, 1)
     except (MemoryError, RuntimeError) as error:
         said = str(error)
         if not isinstance(error, MemoryError) and not any(words in said for words in NO_MEMORY):
