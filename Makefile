@@ -2,6 +2,7 @@
 # make train                                  train on the digits and test the result
 # make train RECIPE=report DATA=cifar10       train on CIFAR-10 (DATA=/a/folder for your own copy)
 # make test                                   run the test suite
+# make docs                                   build the documentation site in site/
 # make lint                                   check style and types
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ else
 BIN := $(VENV)/bin
 endif
 
-.PHONY: install train test lint clean
+.PHONY: install train test docs lint clean
 
 install: $(VENV)/.ready
 
@@ -25,6 +26,9 @@ train: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/python -m ruff check .
@@ -43,4 +47,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -c "open('$@', 'w').close()"
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@$(BIN)/python -c "open('$@', 'w').close()"
