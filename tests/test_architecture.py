@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
     # model
     "model": {"errors"},
     "inference": {"model", "runtime"},
+    "inspection": {"model"},
     # kernels
     "kernels.compiler": set(),
     "kernels.fused": {"kernels.compiler", "model"},
@@ -163,6 +164,11 @@ ARROWS: dict[str, set[str]] = {
     "cli.bench": {
         "benchmark.benchmark", "cli.arguments", "cli.common", "cli.tables", "errors", "files",
         "model", "recipe", "threads",
+    },
+    "cli.inspect": {
+        "cli.arguments", "cli.common", "cli.tables", "data.augment", "data.dataset", "errors",
+        "files", "inference", "inspection", "model", "report.plots", "runs.directory",
+        "runs.pretrained", "runs.sources", "runtime", "threads",
     },
     "cli.serve": {
         "cli.arguments", "cli.common", "data.images", "errors", "predict", "serve.limits",

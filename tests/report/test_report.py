@@ -20,8 +20,9 @@ from report_fixtures import CIFAR, PARITY, make_run, samples
 from resnet56.errors import RunError, UsageError
 from resnet56.files import read_json, write_json
 from resnet56.recipe import RECIPES, Recipe
-from resnet56.report import recipe_words, story, words, write_report
-from resnet56.report.comparison import newcombe
+from resnet56.report import plots, recipe_words, story, words, write_report
+from resnet56.report.comparison import content, newcombe
+from resnet56.report.read import read_run
 from resnet56.report.render import escape_markdown, unbroken
 from resnet56.runs.directory import RunDirectory
 
@@ -422,6 +423,38 @@ def test_a_comparison_ranks_groups_and_tells_apart(
     assert verdicts[ranked[0], "he"] == "yes"
     assert verdicts[ranked[0], ranked[1]] == "no"
     assert f"Not significant, because the interval includes zero: {ranked[0]} and" in page.text
+
+
+def test_errors_over_epochs_are_drawn_as_the_paper_draws_them(tmp_path: Path) -> None:
+    """He et al. 2015, figure 6: a dashed and a solid curve of one color per run."""
+    runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain20", "resnet20")]
+    page = Page(write_report(runs, tmp_path / "before.html").read_text(encoding="utf-8"))
+    assert "(dashed)" not in page.text
+    for run in runs:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            row |= {"test_loss": row["train_loss"] + 0.1, "test_accuracy": 0.9}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = [read_run(run) for run in runs]
+    [chart] = [chart for chart in content(facts)["charts"] if chart.name == "error"]
+    assert chart.title == "Training error (dashed) and test error (solid)"
+    [axes] = chart._figure(plots.PAPER).axes
+    curves = axes.get_lines()
+    assert [line.get_linestyle() for line in curves] == ["--", "-"] * 2
+    assert curves[0].get_color() == curves[1].get_color() != curves[2].get_color()
+    for line, fact, key in zip(
+        curves[:2], [facts[0]] * 2, ("train_accuracy", "test_accuracy"), strict=True
+    ):
+        assert list(line.get_xdata()) == [row["epoch"] for row in fact.rows]
+        expected = [100 * (1 - row[key]) for row in fact.rows]
+        assert list(line.get_ydata()) == pytest.approx(expected)
+    text = write_report(runs, tmp_path / "after.md", format="md").read_text(encoding="utf-8")
+    assert "Training error (dashed) and test error (solid)" in text
+    assert "no epoch and no setting was chosen by it" in text
+    held = [make_run(tmp_path / name, replace(BEST, holdout=500)) for name in "ab"]
+    page = Page(write_report(held, tmp_path / "held.html").read_text(encoding="utf-8"))
+    assert "Training error (dashed) and held-out error (solid)" in page.text
+    assert "was chosen by it" not in page.text
 
 
 def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:

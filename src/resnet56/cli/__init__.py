@@ -29,6 +29,7 @@ COMMANDS = {
     "import": "make a run of a checkpoint that another program wrote",
     "export": "write a network for other programs: ONNX, or a hub's folder",
     "report": "write a page about a run, or one that compares several",
+    "inspect": "measure gradients and responses through a network's layers",
     "describe": "print a network's layers, parameters and operations",
     "bench": "measure training and inference against the usual loop",
     "data": "fetch CIFAR-10 or CIFAR-100",

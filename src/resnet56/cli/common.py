@@ -90,6 +90,15 @@ def load_data(
     )
 
 
+def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
+    """The images of a network's classes, with remarks on stderr about the others."""
+    said = len(dataset.remarks)
+    dataset = dataset.for_classes(classes)
+    for remark in dataset.remarks[said:]:
+        say(remark)
+    return dataset
+
+
 def _say_remarks(dataset: "Dataset") -> "Dataset":
     from resnet56.distributed import Distributed
 

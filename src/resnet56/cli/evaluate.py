@@ -8,7 +8,7 @@ import tyro
 
 from resnet56 import recipe as recipes
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import Data, Threads, load_data, say, show
+from resnet56.cli.common import Data, Threads, for_classes, load_data, say, show
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset, Split
     from resnet56.evaluation import Subject
     from resnet56.export import Exported
-    from resnet56.runs.checkpoint import Checkpoint, Network
+    from resnet56.runs.checkpoint import Checkpoint
     from resnet56.runs.directory import RunDirectory
     from resnet56.runtime import Resolved
 
@@ -95,7 +95,7 @@ def run(arguments: list[str]) -> int:
     )
     own = run is not None and dataset.fingerprint() == checkpoint.notes.get("data")
     if not own:
-        dataset = _for_network(dataset, net)
+        dataset = for_classes(dataset, net.classes)
         if run is not None:
             say("these are not the images of the run: nothing is written")
     title = f"{net.arch} on the {options.split} images; {dataset.source}"
@@ -109,15 +109,6 @@ def run(arguments: list[str]) -> int:
             figures = subject_of(checkpoint, device, precision).figures(split, tick)
         print(to_json(figures)) if options.json else show_figures(figures, title)
     return 0
-
-
-def _for_network(dataset: "Dataset", net: "Network") -> "Dataset":
-    """The images of the network's classes, with remarks on stderr about the others."""
-    said = len(dataset.remarks)
-    dataset = dataset.for_classes(net.classes)
-    for remark in dataset.remarks[said:]:
-        say(remark)
-    return dataset
 
 
 def _is_benchmark(data: str | None) -> bool:
@@ -154,7 +145,7 @@ def _measure_onnx(options: EvaluateOptions) -> int:
         _measure_benchmark(exported, options)
         return 0
     dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
-    dataset = _for_network(dataset, exported.network)
+    dataset = for_classes(dataset, exported.network.classes)
     split = _other_split(dataset, options)
     with show(f"{len(split):,} images", len(split)) as tick:
         figures = exported.figures(split, tick)

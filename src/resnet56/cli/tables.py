@@ -159,3 +159,30 @@ def _speeds(row: dict[str, Any]) -> list[str]:
     ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_least", "ratio_most")]
     cells = ["1", "", ""] if row["baseline"] else ratios
     return [row["name"], f"{row['milliseconds']:.1f}", f"{row['images_per_second']:,.0f}", *cells]
+
+
+def show_inspection(network: dict[str, Any], images: int, data: str) -> None:
+    """Print an entry of `inspect`'s JSON."""
+    console = Console(highlight=False)
+    console.print(
+        printable(
+            f"{network['name']}, {network['weights']} weights, loss {network['loss']:.4f} on "
+            f"{images:,} images; {data}"
+        ),
+        markup=False,
+        soft_wrap=True,
+    )
+    names = ("response std", "response gradient", "weight gradient", "dead ReLUs")
+    table = _table("", "layer", *names, left=0)
+    table.columns[1].justify = "left"
+    for number, layer in enumerate(network["layers"], start=1):
+        dead = layer["dead_relus"]
+        table.add_row(
+            str(number),
+            layer["name"],
+            f"{layer['response_std']:.3g}",
+            f"{layer['response_gradient']:.3g}",
+            f"{layer['weight_gradient']:.3g}",
+            "" if dead is None else percent(dead),
+        )
+    console.print(table)

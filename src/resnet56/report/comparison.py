@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -67,7 +67,8 @@ def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
         "differences": pairs,
         "significance": significance(pairs),
         "state": states(entries),
-        "charts": charts(entries),
+        "charts": [*error_charts(entries), *charts(entries)],
+        "test_recorded": any("test_accuracy" in row for e in entries for row in e.facts.rows),
     }
 
 
@@ -198,6 +199,31 @@ def significance(pairs: Sequence[Difference]) -> str:
             f"{len(pairs)} differences."
         )
     return f"Not significant, because the interval includes zero: {'; '.join(named)}."
+
+
+def error_charts(entries: Sequence[Entry]) -> list[Chart]:
+    """Training error and test or validation error over epochs, where a run recorded either."""
+    drawn, measured = [], set()
+    for entry in entries:
+        rows = entry.facts.rows
+        if not rows:
+            continue
+        label = f"{entry.rank}  {entry.label}"
+        other = None
+        for key, images in (("test_accuracy", "test"), ("holdout_accuracy", "held-out")):
+            if other is None and (found := [row for row in rows if key in row]):
+                other = _error(label, found, key)
+                measured.add(images)
+        drawn.append((_error(label, rows, "train_accuracy"), other))
+    if not measured:
+        return []
+    name = f"Training error (dashed) and {' or '.join(sorted(measured))} error (solid)"
+    alt = f"{name} against epochs of {words.plural(len(drawn), 'run')}."
+    return [plots.errors("error", name, alt, drawn)]
+
+
+def _error(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
+    return Line(label, [row["epoch"] for row in rows], [1 - row[key] for row in rows])
 
 
 def charts(entries: Sequence[Entry]) -> list[Chart]:

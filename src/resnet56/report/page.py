@@ -76,7 +76,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
 
 
 def network_name(facts: RunFacts) -> str:
-    """'resnet56-bottleneck' -> 'ResNet-56', the block is named elsewhere; 'plain56' -> 'Plain-56'."""
+    """'resnet56-bottleneck' -> 'ResNet-56', 'plain56' -> 'Plain-56'; without the block."""
     family = "Plain" if facts.description.shortcut == "none" else "ResNet"
     return f"{family}-{facts.description.depth}"
 

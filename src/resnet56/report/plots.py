@@ -86,11 +86,17 @@ class Chart:
 
     def png(self) -> bytes:
         """A picture on white."""
+        return self._file("png", {"Software": None})
+
+    def svg_file(self) -> bytes:
+        """An SVG file that stands alone, on white."""
+        return self._file("svg", dict.fromkeys(("Date", "Creator", "Format", "Type")))
+
+    def _file(self, kind: str, metadata: Mapping[str, None]) -> bytes:
         buffer = io.BytesIO()
         with _style(PAPER):
-            self._figure(PAPER).savefig(
-                buffer, format="png", dpi=PNG_DPI, metadata={"Software": None}
-            )
+            figure = self._figure(PAPER)
+            figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=dict(metadata))
         return buffer.getvalue()
 
     def _figure(self, ink: Ink) -> "Figure":
@@ -188,6 +194,101 @@ def curves(
             figure.legend(handles, labels, loc="outside lower left", ncols=2)
 
     rows = (len(lines) + 1) // 2 if len(lines) > FEW else 0
+    return Chart(name, title, alt, draw, (WIDTH, HEIGHT + 0.18 * rows))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of several plots that share their x-axis."""
+
+    label: str
+    lines: Sequence[Line]
+    log: bool = False
+
+
+def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
+    """Quantities against the number of the layer, two panels side by side; one common legend."""
+    rows = (len(panels) + 1) // 2
+    labels = [line.label for line in panels[0].lines]
+
+    def draw(figure: "Figure", ink: Ink) -> None:
+        from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+        grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
+        handles: list[Any] = []
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            # A logarithmic axis has no place for zero, as of a gradient that underflows.
+            log = panel.log and any(y > 0 for line in panel.lines for y in line.y)
+            handles = [
+                axes.plot(
+                    line.x,
+                    line.y,
+                    color=ink.series[i % len(ink.series)],
+                    linestyle=dash(i, len(panel.lines)),
+                    linewidth=1.2,
+                )[0]
+                for i, line in enumerate(panel.lines)
+            ]
+            if log:
+                axes.set_yscale("log")
+                # The default formatters write powers as mathematics.
+                axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.set_ylim(bottom=0)
+            axes.set_ylabel(panel.label)
+            axes.margins(x=0.02)
+        for axes in grid[-1]:
+            axes.set_xlabel("layer")
+        if len(labels) > 1:
+            figure.legend(handles, labels, loc="outside lower left", ncols=2)
+
+    legend = 0.18 * ((len(labels) + 1) // 2)
+    return Chart(name, title, alt, draw, (1.9 * WIDTH, 0.8 * HEIGHT * rows + legend))
+
+
+def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | None]]) -> Chart:
+    """Error against epochs in the manner of He et al. 2015, figure 6.
+
+    Args:
+        name: an identifier, unique on its page.
+        title: the chart's title.
+        alt: what it shows.
+        runs: of each run its training error (drawn dashed) and its test or validation error
+            (solid), as shares.
+    """
+    last = [line.y[-1] for pair in runs for line in pair if line is not None]
+    # The first epochs would squeeze what the curves are compared by, so they run out of the top.
+    top = max(20.0, 150 * max(last))
+
+    def draw(figure: "Figure", ink: Ink) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.subplots()
+        handles: list[Any] = []
+        for i, (training, other) in enumerate(runs):
+            color = ink.series[i % len(ink.series)]
+            for line, style, width in ((training, "--", 1.0), (other, "-", 1.6)):
+                if line is not None:
+                    [handle] = axes.plot(
+                        line.x,
+                        [100 * y for y in line.y],
+                        color=color,
+                        linestyle=style,
+                        linewidth=width,
+                        marker="o" if len(line.x) == 1 else "",
+                        markersize=4,
+                    )
+            handles.append(handle)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("error, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+        axes.margins(x=0.02)
+        axes.set_ylim(0, min(100.0, top))
+        labels = [training.label for training, _ in runs]
+        figure.legend(handles, labels, loc="outside lower left", ncols=2)
+
+    rows = (len(runs) + 1) // 2
     return Chart(name, title, alt, draw, (WIDTH, HEIGHT + 0.18 * rows))
 
 

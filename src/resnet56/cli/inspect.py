@@ -1,0 +1,191 @@
+"""`resnet56 inspect`."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from resnet56.cli.arguments import parse
+from resnet56.cli.common import Data, Threads, for_classes, load_data
+from resnet56.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from resnet56.data.dataset import Dataset
+    from resnet56.model import ResNet
+    from resnet56.runs.sources import Source
+
+PICTURES = (".svg", ".png")
+QUANTITIES = (  # field of LayerStatistics, label of its panel, whether its axis is logarithmic
+    ("response_gradient", "gradient norm, response", True),
+    ("weight_gradient", "gradient norm, weights", True),
+    ("response_std", "standard deviation, response", False),
+    ("dead_relus", "share of dead ReLUs", False),
+)
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Measure gradients and responses through the layers, on one batch of training images."""
+
+    networks: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|ARCH [...]")
+    ]
+    """Runs, or architectures at initialization, such as plain56; several share a picture."""
+
+    pretrained: bool = False
+    """Take an architecture's weights that come with the package, not its initial ones."""
+
+    data: Data = None
+    """Images: a name or a folder; by default those of the first run, or the digits."""
+
+    images: int = 128
+    """Training images in the batch, drawn by the seed; they are not augmented."""
+
+    seed: int = 0
+    """Initial weights and the choice of images are functions of it."""
+
+    batch_norm: bool = True
+    """--no-batch-norm: put the identity in the place of each batch norm, at initialization only."""
+
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, cuda:N, mps."""
+
+    threads: Threads = None
+    """CPU threads; by default as many as other programs leave cores free."""
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.svg")] = None
+    """Also draw a picture, .svg or .png."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """resnet56 inspect RUN|ARCH."""
+    options = parse(InspectOptions, arguments, "resnet56 inspect")
+    if not options.networks:
+        raise UsageError("which network? resnet56 inspect RUN|ARCH ...; see --help")
+    if options.images < 1:
+        raise UsageError(f"--images must be at least 1, not {options.images}")
+    if options.out is not None and options.out.suffix.lower() not in PICTURES:
+        raise UsageError(f"--out wants a file named {' or '.join(PICTURES)}, not {options.out}")
+    from resnet56.files import to_json
+    from resnet56.runtime import resolve_device
+    from resnet56.threads import set_threads
+
+    device = resolve_device(options.device)
+    if options.threads is not None or device.type == "cpu":
+        set_threads(options.threads)
+    sources = [(name, _source(name, options)) for name in options.networks]
+    first = next((source for _, source in sources if source is not None), None)
+    if options.data is None and first is not None and first.run is None:
+        raise UsageError(f"{options.networks[0]} is not a run; on which images? choose --data")
+    own = first.run.data_origin() if first is not None and first.run is not None else None
+    dataset = load_data(options.data, own=own)
+    found = [_inspected(name, source, dataset, options, device) for name, source in sources]
+    result = {
+        "data": dataset.source,
+        "images": options.images,
+        "seed": options.seed,
+        "batch_norm": options.batch_norm,
+        "networks": found,
+    }
+    if options.out is not None:
+        _draw(found, options.out)
+    if options.json:
+        print(to_json(result))
+        return 0
+    from resnet56.cli.tables import show_inspection
+
+    for network in found:
+        show_inspection(network, options.images, dataset.source)
+    return 0
+
+
+def _source(name: str, options: InspectOptions) -> "Source | None":
+    """A network with weights; None for an architecture at initialization."""
+    from resnet56.model import Architecture
+    from resnet56.runs.directory import RunDirectory
+    from resnet56.runs.pretrained import is_onnx
+    from resnet56.runs.sources import open_network
+
+    path = Path(name)
+    is_name = re.fullmatch(r"(resnet|plain)\d[\w-]*", name) is not None
+    if is_name and not options.pretrained and not RunDirectory(path).checkpoint_file.exists():
+        Architecture.parse(name)
+        return None
+    if not is_name and not path.exists():
+        raise UsageError(
+            f"there is no run at {name}, and no architecture of that name; the names are "
+            "resnet56, resnet56-b, resnet56-bottleneck, plain56, and other depths"
+        )
+    if is_onnx(path):
+        raise UsageError(f"{name} is an ONNX file, which has no gradients; inspect its run")
+    if not options.batch_norm:
+        raise UsageError(f"--no-batch-norm is for architectures at initialization, not {name}")
+    return open_network(path if path.exists() else name)
+
+
+def _inspected(
+    name: str,
+    source: "Source | None",
+    dataset: "Dataset",
+    options: InspectOptions,
+    device: "torch.device",
+) -> dict[str, Any]:
+    """One network's entry of the JSON."""
+    import torch
+
+    from resnet56.data.augment import normalize
+    from resnet56.data.dataset import channel_statistics
+    from resnet56.inference import restore
+    from resnet56.inspection import inspect_layers
+    from resnet56.model import build
+
+    model: ResNet
+    if source is None:
+        model = build(name, classes=len(dataset.classes), seed=options.seed).to(device)
+        mean, std = channel_statistics(dataset.train.images)
+        weights = "initial"
+    else:
+        net = source.checkpoint.network
+        if net.classes != dataset.classes:
+            dataset = for_classes(dataset, net.classes)
+        model, mean, std = restore(source.checkpoint, device), net.mean, net.std
+        weights = "trained"
+    if options.images > len(dataset.train):
+        raise UsageError(
+            f"--images {options.images:,} is more than the {len(dataset.train):,} training images"
+        )
+    generator = torch.Generator().manual_seed(options.seed)
+    chosen = torch.randperm(len(dataset.train), generator=generator)[: options.images]
+    scale = (torch.tensor(mean, device=device), torch.tensor(std, device=device))
+    images = normalize(dataset.train.images[chosen].to(device), *scale)
+    labels = dataset.train.labels[chosen].to(device)
+    inspection = inspect_layers(model, images, labels, batch_norm=options.batch_norm)
+    return {"name": name, "weights": weights, **asdict(inspection)}
+
+
+def _draw(found: list[dict[str, Any]], out: Path) -> None:
+    """Write the picture: a panel per quantity, a curve per network."""
+    from resnet56.files import write_bytes
+    from resnet56.report.plots import Line, Panel, layers
+
+    panels = []
+    for field, label, log in QUANTITIES:
+        lines = []
+        for network in found:
+            values = [layer[field] for layer in network["layers"]]
+            points = [(i, y) for i, y in enumerate(values, start=1) if y is not None]
+            lines.append(Line(network["name"], *map(list, zip(*points, strict=True))))
+        values = [y for line in lines for y in line.y]
+        # Without batch norm, responses may grow by orders of magnitude, too.
+        panels.append(Panel(label, lines, log or 0 < 100 * min(values) < max(values)))
+    title = "Gradients and responses by layer"
+    chart = layers("layers", title, f"{title} of {len(found)} networks.", panels)
+    svg = out.suffix.lower() == ".svg"
+    write_bytes(out, chart.svg_file() if svg else chart.png())
