@@ -16,7 +16,6 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "libraries": set(),
     "locks": set(),
-    "metrics": set(),
     "distributed": {"errors"},
     "files": {"errors", "locks"},
     "progress": {"errors"},
@@ -53,8 +52,9 @@ ARROWS: dict[str, set[str]] = {
     "kernels.plan": {"kernels.compiler", "model"},
     "kernels.native": {"kernels.compiler", "kernels.plan", "model"},
     # runs
-    "runs.checkpoint": {"errors", "files"},
-    "runs.directory": {"errors", "files", "locks", "runs.checkpoint"},
+    "runs.schema": {"errors", "files"},
+    "runs.checkpoint": {"errors", "files", "runs.schema"},
+    "runs.directory": {"errors", "files", "locks", "runs.checkpoint", "runs.schema"},
     "runs.pretrained": {"errors", "files", "runs.checkpoint", "runs.directory"},
     "runs.tensor_files": {"data.pickles", "errors", "runs.pretrained"},
     "runs.convert": {
@@ -65,10 +65,11 @@ ARROWS: dict[str, set[str]] = {
         "errors", "files", "runs.checkpoint", "runs.convert", "runs.directory", "runs.pretrained",
     },
     # step and evaluation
+    "metrics": {"runs.schema"},
     "samples": {"data.augment", "data.dataset", "metrics"},
     "evaluation": {
-        "data.augment", "data.corruptions", "data.dataset", "errors", "files", "inference",
-        "metrics", "model", "runs.checkpoint", "runs.directory", "runtime", "samples",
+        "data.augment", "data.corruptions", "data.dataset", "errors", "inference", "metrics",
+        "model", "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "samples",
     },
     "step": {
         "errors", "kernels.compiler", "kernels.fused", "kernels.native", "model", "recipe",
@@ -78,7 +79,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {
         "cadence", "data.augment", "data.batches", "data.dataset", "distributed", "errors",
         "evaluation", "files", "model", "progress", "recipe", "runs.checkpoint", "runs.directory",
-        "runtime", "step", "threads",
+        "runs.schema", "runtime", "step", "threads",
     },
     "predict": {
         "data.augment", "data.images", "errors", "inference", "libraries", "metrics",
@@ -86,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "export": {
         "data.augment", "data.dataset", "errors", "evaluation", "files", "inference", "libraries",
-        "model", "predict", "runs.checkpoint", "runs.pretrained",
+        "model", "predict", "runs.checkpoint", "runs.pretrained", "runs.schema",
     },
     # report
     "report.pictures": set(),
@@ -94,14 +95,16 @@ ARROWS: dict[str, set[str]] = {
     "report.words": {"progress"},
     "report.recipe_words": {"recipe", "report.words"},
     "report.render": {"files", "report.plots", "report.words"},
-    "report.story": {"recipe", "report.words"},
-    "report.read": {"errors", "files", "model", "recipe", "runs.checkpoint", "runs.directory"},
+    "report.story": {"recipe", "report.words", "runs.schema"},
+    "report.read": {
+        "errors", "files", "model", "recipe", "runs.checkpoint", "runs.directory", "runs.schema",
+    },
     "report.page": {
         "report.pictures", "report.plots", "report.read", "report.recipe_words", "report.story",
         "report.words",
     },
     "report.comparison": {
-        "report.page", "report.plots", "report.read", "report.story", "report.words",
+        "report.page", "report.plots", "report.read", "report.story", "report.words", "runs.schema",
     },
     "report": {"errors", "report.comparison", "report.page", "report.read", "report.render"},
     # benchmark
@@ -147,7 +150,7 @@ ARROWS: dict[str, set[str]] = {
     "cli.report": {"cli.arguments", "errors", "report"},
     "cli.train": {
         "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
-        "recipe", "report", "runs.directory", "runtime", "threads", "training",
+        "recipe", "report", "runs.directory", "runs.schema", "runtime", "threads", "training",
     },
     "cli.predict": {
         "cli.arguments", "cli.common", "data.image_files", "data.images", "errors", "files",

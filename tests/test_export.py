@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from networks import CLASSES, lively
 from PIL import Image
+from report_fixtures import evaluation
 
 import resnet56
 from resnet56 import cli, export, predict
@@ -249,8 +250,8 @@ def test_evaluate_compares_pytorch_and_onnx(
 
 
 def test_a_hubs_folder_holds_the_network_and_its_card(run: Path, tmp_path: Path) -> None:
-    metrics = {"accuracy": 0.8517, "accuracy_interval": [0.8446, 0.8585], "n": 10_000}
-    (run / "evaluation.json").write_text(json.dumps({"test": metrics, "data": "some images"}))
+    measured = evaluation(accuracy=0.8517, accuracy_interval=[0.8446, 0.8585])
+    (run / "evaluation.json").write_text(json.dumps(measured))
     folder = tmp_path / "my-net"
     assert cli.main(["export", str(run), "--format", "hub", "--out", str(folder)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my-net"]
@@ -285,8 +286,7 @@ def test_a_shipped_networks_card_has_its_measurement(
     copy = RunDirectory(tmp_path / "copy")
     copy.save(RunDirectory(run).load())
     pretrained.save(copy, "bare", pretrained.FOLDER)
-    metrics = {"accuracy": 0.9312, "accuracy_interval": [0.9261, 0.936], "n": 10_000}
-    copy.evaluation_file.write_text(json.dumps({"test": metrics, "data": "some images"}))
+    copy.write_evaluation(evaluation(accuracy=0.9312, accuracy_interval=[0.9261, 0.936]))
     pretrained.save(copy, "measured", pretrained.FOLDER)
     for name, says in (("measured", "93.12 %"), ("bare", "comes without a measurement")):
         assert cli.main(["export", name, "--format", "hub"]) == 0

@@ -1,7 +1,6 @@
 """Metrics against hand-made cases, scipy, PyTorch and loops."""
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -53,8 +52,8 @@ def test_three_classes_are_measured_as_by_hand() -> None:
     assert list(result.per_class) == ["A", "B", "C"]
     for name, row in expected.items():
         assert result.per_class[name] == pytest.approx(row)
-    macro = {"precision": 43 / 60, "recall": 53 / 90, "f1": 11 / 18}
-    weighted = {"precision": 0.695, "recall": 0.6, "f1": 37 / 60}
+    macro = {"precision": 43 / 60, "recall": 53 / 90, "f1": 11 / 18, "classes": 3}
+    weighted = {"precision": 0.695, "recall": 0.6, "f1": 37 / 60, "classes": 3}
     assert result.macro == pytest.approx(macro)
     assert result.weighted == pytest.approx(weighted)
     assert result.most_confused == [
@@ -70,10 +69,24 @@ def test_a_class_that_is_never_predicted_has_precision_0() -> None:
     assert result.macro["precision"] == pytest.approx((1 / 2 + 1 + 0) / 3)
 
 
-def test_a_class_without_images_counts_as_0_in_the_plain_means_alone() -> None:
+def test_a_class_without_images_has_no_scores_and_is_in_no_mean() -> None:
+    """Also if it is predicted. The means are those of the other classes, measured alone."""
+    result = measure(deciding([0, 1, 2, 1], 3), np.array([0, 1, 0, 0]), names(3))
+    assert result.per_class["class 2"] == {
+        "precision": None, "recall": None, "f1": None, "support": 0,
+    }  # fmt: skip
+    assert result.macro == pytest.approx(
+        {
+            "precision": (1 + 1 / 2) / 2,
+            "recall": (1 / 3 + 1) / 2,
+            "f1": (1 / 2 + 2 / 3) / 2,
+            "classes": 2,
+        }
+    )
+    assert result.weighted["classes"] == 2
+    assert result.weighted["recall"] == pytest.approx(result.accuracy)
+    assert result.confusion_matrix[2] == [0, 0, 0]
     result = measure(deciding([0, 1, 1], 3), np.array([0, 1, 0]), names(3))
-    assert result.per_class["class 2"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
-    assert result.macro["recall"] == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert result.weighted["recall"] == pytest.approx(2 / 3)
     assert result.confusion_matrix[2] == [0, 0, 0]
 
@@ -134,7 +147,7 @@ def test_the_loss_is_pytorchs_in_double_precision(classes: int) -> None:
 def test_extreme_logits_stay_finite(scale: float) -> None:
     logits, labels = scale * deciding(PREDICTED, 3) / 5, np.array(TRUE)
     result = measure(logits, labels, names(3))
-    json.dumps(asdict(result), allow_nan=False)
+    json.dumps(dict(result), allow_nan=False)
     # Right where scale is positive, six of ten times; else all off by 1e4, or a tie of two.
     if scale > 0:
         assert result.loss == pytest.approx(1e4 * 4 / 10)
@@ -145,7 +158,7 @@ def test_extreme_logits_stay_finite(scale: float) -> None:
 @pytest.mark.parametrize("classes", [2, 100])
 def test_any_number_of_classes_becomes_plain_json(classes: int) -> None:
     logits, labels = noise(400, classes)
-    result = json.loads(json.dumps(asdict(measure(logits, labels, names(classes)))))
+    result = json.loads(json.dumps(dict(measure(logits, labels, names(classes)))))
     matrix = np.zeros((classes, classes), dtype=int)
     for true, predicted in zip(labels, logits.argmax(axis=1), strict=True):
         matrix[true, predicted] += 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import CLASSES, lively
 from PIL import Image
+from report_fixtures import evaluation
 
 import resnet56
 from resnet56.data.images import prepare
@@ -223,7 +224,7 @@ def test_the_card_says_how_the_network_was_trained_and_how_good_it_is(
     measured = RunDirectory(tmp_path / "run")
     measured.save(run.load())
     write_json(measured.recipe_file, {"lr": 0.1})
-    write_json(measured.evaluation_file, {"test": {"accuracy": 0.5}})
+    measured.write_evaluation(evaluation(CLASSES, accuracy=0.5))
     pretrained.save(measured, "it", tmp_path / "weights")
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
     card = pretrained.card("it")

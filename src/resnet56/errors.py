@@ -36,6 +36,10 @@ class MissingExtraError(Error):
         super().__init__(f"{what} is not installed; pip install 'resnet56[{extra}]'")
 
 
+class NotFiniteError(Error):
+    """Weights, or a network's outputs, that are not finite numbers."""
+
+
 class TrainingError(Error):
     """A training that cannot go on: a loss that is not finite."""
 

@@ -4,8 +4,8 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from resnet56.data.augment import PLAIN_CROPS, Augmentation, normalize
 from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
 from resnet56.data.dataset import Dataset, Split, training_split
 from resnet56.errors import RunError
-from resnet56.files import write_arrays, write_json
 from resnet56.inference import InferenceForm, restore
 from resnet56.metrics import measure
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Checkpoint, Network
 from resnet56.runs.directory import RunDirectory
+from resnet56.runs.schema import BatchSpeed, Comparison, Evaluation, Metrics, Robustness, Speed
 from resnet56.runtime import Resolved, autocast, peak_memory_mb
 from resnet56.samples import gallery, surest_mistakes
 
@@ -81,7 +81,7 @@ def evaluate(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     precision: Resolved = "fp32",
-) -> dict[str, Any]:
+) -> Metrics:
     """Metrics of `model` on `split`, as evaluation.json holds them."""
     training = model.training
     logits = predict_logits(model.eval(), split.images, mean, std, precision)
@@ -89,9 +89,9 @@ def evaluate(
     return figures_of(logits, split, classes)
 
 
-def figures_of(logits: Tensor, split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
+def figures_of(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metrics:
     """Metrics of (N, C) logits on `split`, as an entry of evaluation.json."""
-    return asdict(measure(logits.numpy(), split.labels.cpu().numpy(), classes))
+    return measure(logits.numpy(), split.labels.cpu().numpy(), classes)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Subject:
         net = self.network
         return predict_logits(self.model, images, net.mean, net.std, self.precision, batch, tick)
 
-    def figures(self, split: Split, tick: Tick = lambda count: None) -> dict[str, Any]:
+    def figures(self, split: Split, tick: Tick = lambda count: None) -> Metrics:
         """Metrics on `split`, as an entry of evaluation.json."""
         return figures_of(self.logits(split.images, tick=tick), split, self.network.classes)
 
@@ -133,7 +133,7 @@ def evaluate_run(
     holdout: int = 0,
     augmentation: Augmentation = PLAIN_CROPS,
     show: Show = show_nothing,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure the run's weights on the data it was trained on, and write the results down.
 
     Training and test images are measured the same way, without augmentation. Robustness and speed
@@ -156,14 +156,15 @@ def evaluate_run(
     subject = subject_of(checkpoint, device, precision)
     training, held_out = training_split(dataset, holdout)
     splits = {"test": dataset.test, "train": training, "holdout": held_out}
-    result: dict[str, Any] = {}
+    metrics: dict[str, Metrics] = {}
     logits: dict[str, Tensor] = {}
     for name, split in splits.items():
         if split is not None:
             with show(f"{len(split):,} images ({name})", len(split)) as tick:
                 logits[name] = subject.logits(split.images, tick=tick)
-            result[name] = figures_of(logits[name], split, checkpoint.network.classes)
-    result |= {
+            metrics[name] = figures_of(logits[name], split, checkpoint.network.classes)
+    result: Evaluation = {
+        **metrics,  # type: ignore[typeddict-item]
         "weights": checkpoint.notes.get("weights", "last"),
         "epoch": checkpoint.position.epoch,
         "step": checkpoint.position.step,
@@ -171,18 +172,21 @@ def evaluate_run(
         "precision": precision,
         "data": dataset.source,
     }
-    before: dict[str, Any] = {}
+    before = None
     with suppress(RunError):  # a damaged file is about to be replaced
-        before = run.read_evaluation(checkpoint.position.step) or {}
-    if all(before.get(key) == result[key] for key in ("step", "device", "precision")):
-        result |= {key: before[key] for key in ("speed", "robustness") if before.get(key)}
+        before = run.read_evaluation(checkpoint.position.step)
+    if before and (before["device"], before["precision"]) == (result["device"], precision):
+        if "speed" in before:
+            result["speed"] = before["speed"]
+        if "robustness" in before:
+            result["robustness"] = before["robustness"]
     test_logits, test_labels = logits["test"].numpy(), dataset.test.labels.cpu().numpy()
     indices = np.arange(len(test_labels))
-    write_arrays(run.predictions_file, logits=test_logits, labels=test_labels, indices=indices)
+    run.write_predictions({"logits": test_logits, "labels": test_labels, "indices": indices})
     net = subject.network
     shown = gallery(training, net.mean, net.std, augmentation)
-    write_arrays(run.samples_file, **shown | surest_mistakes(test_logits, dataset.test))
-    write_json(run.evaluation_file, result)
+    run.write_samples(shown | surest_mistakes(test_logits, dataset.test))
+    run.write_evaluation(result)
     return result
 
 
@@ -194,7 +198,7 @@ def measure_extras(
     precision: Resolved = "fp32",
     robustness: int = 0,
     show: Show = show_nothing,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure what takes longer, and add it to the evaluation.json that `evaluate_run` wrote.
 
     Args:
@@ -206,17 +210,19 @@ def measure_extras(
     """
     checkpoint = run.load()
     subject = subject_of(checkpoint, device, precision)
-    result = run.read_evaluation(checkpoint.position.step) or {}
+    result = run.read_evaluation(checkpoint.position.step)
+    if result is None:
+        raise RunError(f"{run.path} is not evaluated yet")
     result["speed"] = inference_speed(subject, dataset.test.images)
     if robustness:
         result["robustness"] = measure_robustness(subject, dataset.test, robustness, show)
-    write_json(run.evaluation_file, result)
+    run.write_evaluation(result)
     return result
 
 
 def measure_robustness(
     subject: Subject, split: Split, count: int, show: Show = show_nothing
-) -> dict[str, Any]:
+) -> Robustness:
     """Accuracy on `count` evenly spaced images under each corruption and severity."""
     index = spread(len(split), count)
     images, labels = split.images[index].cpu(), split.labels[index].cpu()
@@ -242,9 +248,9 @@ def measure_robustness(
     }
 
 
-def inference_speed(subject: Subject, images: Tensor) -> dict[str, Any]:
+def inference_speed(subject: Subject, images: Tensor) -> Speed:
     """Time from bytes to logits, one image and 256 at a time: the median of several."""
-    result: dict[str, Any] = {}
+    result: dict[str, BatchSpeed] = {}
     if isinstance(subject.model, ResNet):  # else every call would begin with folding
         form = InferenceForm(subject.model, subject.precision)
         subject = replace(subject, model=form, precision="fp32")  # it needs no autocast
@@ -261,7 +267,11 @@ def inference_speed(subject: Subject, images: Tensor) -> dict[str, Any]:
             "milliseconds_an_image": 1000 * seconds,
             "images_per_second": 1 / seconds,
         }
-    return result | {"peak_memory_mb": peak_memory_mb(subject.device)}
+    return {
+        "batch_1": result["batch_1"],
+        "batch_256": result[f"batch_{BATCH}"],
+        "peak_memory_mb": peak_memory_mb(subject.device),
+    }
 
 
 class Measured(Protocol):
@@ -283,7 +293,7 @@ def compare(
     names: tuple[str, str],
     split: Split,
     show: Show = show_nothing,
-) -> dict[str, Any]:
+) -> Comparison:
     """Does it matter where, or in which precision, the network is run?
 
     Returns:

@@ -27,6 +27,7 @@ from resnet56.model import Architecture, BasicBlock, PadShortcut, ResNet, conv1x
 from resnet56.predict import OnnxBackend, TorchBackend
 from resnet56.runs.checkpoint import Checkpoint, Network
 from resnet56.runs.pretrained import metadata_of
+from resnet56.runs.schema import Metrics
 
 TOLERANCE = 1e-4  # of logits
 CHECKED = 256  # images on which an exported file must agree with PyTorch
@@ -156,7 +157,7 @@ class Exported:
             tick(len(chunk))
         return torch.cat(parts)
 
-    def figures(self, split: Split, tick: Tick = lambda count: None) -> dict[str, Any]:
+    def figures(self, split: Split, tick: Tick = lambda count: None) -> Metrics:
         """Metrics on `split`, as an entry of evaluation.json."""
         return figures_of(self.logits(split.images, tick=tick), split, self.network.classes)
 

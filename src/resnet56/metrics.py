@@ -5,11 +5,12 @@ calibration. All shares are in [0, 1], losses in nats.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+
+from resnet56.runs.schema import Calibration, ConfusedPair, Metrics
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
@@ -18,33 +19,21 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 BINS = 15  # of the reliability curve, as in Guo et al. 2017
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What N predictions over C classes are worth."""
-
-    accuracy: float
-    accuracy_interval: tuple[float, float]  # Wilson, 95 %
-    top2: float
-    top3: float
-    loss: float  # mean cross-entropy, nats
-    n: int
-    confusion_matrix: list[list[int]]  # [true class][predicted class]
-    per_class: dict[str, dict[str, float]]  # name -> precision, recall, f1, support
-    macro: dict[str, float]  # plain means over the classes
-    weighted: dict[str, float]  # means weighted by support
-    most_confused: list[dict[str, Any]]  # true, predicted, count, share of the true class
-    calibration: dict[str, Any]  # ece, brier, bins
-
-
 def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metrics:
     """Measure predictions.
 
+    A class without images has no scores (None), and the means are over the other classes.
+
     Args:
-        logits: (N, C) floats, N >= 1.
+        logits: (N, C) finite floats, N >= 1.
         labels: (N,) integers in [0, C).
         classes: the C names.
+
+    Returns:
+        A dictionary whose keys are attributes, too.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn.utils import Bunch
 
     log_probabilities = log_softmax(logits)
     probabilities = np.exp(log_probabilities)
@@ -55,10 +44,11 @@ def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metri
     columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)
     precision, recall, f1, support = (np.asarray(column) for column in columns)
     scores = {"precision": precision, "recall": recall, "f1": f1}
+    present = support > 0
     hits = int((predicted == labels).sum())
-    return Metrics(
+    result = Bunch(
         accuracy=hits / len(labels),
-        accuracy_interval=wilson_interval(hits, len(labels)),
+        accuracy_interval=list(wilson_interval(hits, len(labels))),
         top2=top_k(logits, labels, 2),
         top3=top_k(logits, labels, 3),
         loss=float(-log_probabilities[np.arange(len(labels)), labels].mean()),
@@ -66,16 +56,23 @@ def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metri
         confusion_matrix=matrix.tolist(),
         per_class={
             name: {
-                **{key: float(value[i]) for key, value in scores.items()},
+                **{key: float(value[i]) if present[i] else None for key, value in scores.items()},
                 "support": int(support[i]),
             }
             for i, name in enumerate(classes)
         },
-        macro={key: float(value.mean()) for key, value in scores.items()},
-        weighted={key: float(np.average(value, weights=support)) for key, value in scores.items()},
+        macro={
+            **{key: float(value[present].mean()) for key, value in scores.items()},
+            "classes": int(present.sum()),
+        },
+        weighted={
+            **{key: float(np.average(value, weights=support)) for key, value in scores.items()},
+            "classes": int(present.sum()),
+        },
         most_confused=most_confused(matrix, classes),
         calibration=calibration(probabilities, labels),
     )
+    return cast(Metrics, result)
 
 
 def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
@@ -110,9 +107,7 @@ def top_k(logits: Floats, labels: Integers, k: int) -> float:
     return float((best == labels[:, None]).any(axis=1).mean())
 
 
-def most_confused(
-    matrix: Integers, classes: tuple[str, ...], most: int = 10
-) -> list[dict[str, Any]]:
+def most_confused(matrix: Integers, classes: tuple[str, ...], most: int = 10) -> list[ConfusedPair]:
     """The (true, predicted) pairs off the diagonal with the most images, most first."""
     off = matrix.copy()
     np.fill_diagonal(off, 0)
@@ -130,7 +125,7 @@ def most_confused(
     ]
 
 
-def calibration(probabilities: Floats, labels: Integers) -> dict[str, Any]:
+def calibration(probabilities: Floats, labels: Integers) -> Calibration:
     """Does the confidence mean what it says? (Guo et al. 2017; Brier 1950.)
 
     Returns:

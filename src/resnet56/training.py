@@ -31,6 +31,7 @@ from resnet56.progress import TrainingProgress
 from resnet56.recipe import Recipe, from_fields
 from resnet56.runs.checkpoint import Checkpoint, Network, Position
 from resnet56.runs.directory import RunDirectory
+from resnet56.runs.schema import Evaluation
 from resnet56.runtime import (
     Resolved,
     environment,
@@ -68,7 +69,7 @@ def train(
     test_every_epoch: bool = False,
     threads: int | None = None,
     progress: TrainingProgress | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Train by `recipe` on `dataset`, leave the run in `out`, and test it.
 
     Args:
@@ -119,7 +120,7 @@ def train(
     if stop.signum is not None:  # requested at the last moment
         raise Interrupted(stop.signum)
     if not dist.is_first:
-        return {}
+        return {}  # type: ignore[typeddict-item]
     with control:
         return evaluate_run(
             run,

@@ -282,7 +282,11 @@ def test_very_many_classes_get_a_picture_for_a_matrix(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"epoch": 1}\n', r"metrics\.jsonl:1 is damaged: step is missing"),
         ("metrics.jsonl", "[1]\n", r"metrics\.jsonl:1 is damaged"),
         ("parity.json", "{}", r"parity\.json is damaged: comparisons is missing"),
-        ("parity.json", '{"comparisons": [{}]}', r"parity\.json, comparisons, is damaged"),
+        (
+            "parity.json",
+            '{"comparisons": [{}]}',
+            r"parity\.json is damaged: comparisons\[0\]\.a is missing",
+        ),
         ("samples.npz", "no archive", r"samples\.npz is damaged"),
         ("recipe.json", "{", r"recipe\.json is damaged"),
     ],
@@ -306,7 +310,7 @@ def test_pictures_that_do_not_fit_together_are_damage(tmp_path: Path) -> None:
         {"mistake_confidence": np.zeros(3)},
     ):
         np.savez(run / "samples.npz", **(samples(CIFAR) | change))
-        with pytest.raises(RunError, match=r"samples\.npz is damaged: its arrays"):
+        with pytest.raises(RunError, match=r"samples\.npz is damaged: "):
             write_report([run])
 
 
@@ -631,8 +635,8 @@ def test_robustness_hardware_and_what_is_unfinished() -> None:
     said = only(story.robustness(figures))
     assert "70.00 % on average, 20.00 points lower" in said
     assert "It is lowest for “fog” (mean 70.00 %) and highest for “motion blur” (80.00 %)" in said
-    assert story.hardware(None) == []
-    assert story.hardware(PARITY) == [PARITY["comparisons"][0]["verdict"]]
+    assert story.hardware([]) == []
+    assert story.hardware(PARITY["comparisons"]) == [PARITY["comparisons"][0]["verdict"]]
     assert story.unfinished(5, 5, tested=True) == []
     assert "finished, but has not been tested" in only(story.unfinished(5, 5, tested=False))
     assert "is after 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))

@@ -8,14 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 
 from resnet56.errors import Error, RunError
 from resnet56.files import next_free, read_json, to_json, write_json, write_text
+from resnet56.metrics import measure
 from resnet56.runs.checkpoint import Checkpoint, Network, Position
 from resnet56.runs.directory import RunDirectory
 
+ROW = {
+    "epoch": 1, "step": 7, "lr": 0.1, "train_loss": 0.5, "train_accuracy": 0.5,
+    "images_per_second": 9.0, "seconds": 2,
+}  # fmt: skip
+COMPARISON = {
+    "a": "a", "b": "b", "images": 4, "accuracy_a": 0.5, "accuracy_b": 0.25, "changed": 1,
+    "median_difference": 0.1, "largest_difference": 0.2, "verdict": "One image of four changes.",
+}  # fmt: skip
 NETWORK = Network("resnet8", ("a", "b"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
@@ -174,7 +184,7 @@ def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
 def test_metrics_come_back_without_a_torn_last_line(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.read_metrics() == []
-    rows = [{"epoch": i, "train_loss": 1 / i} for i in (1, 2, 3)]
+    rows = [ROW | {"epoch": i, "train_loss": 1 / i} for i in (1, 2, 3)]
     for row in rows:
         run.append_metrics(row)
     assert run.read_metrics() == rows
@@ -187,7 +197,8 @@ def test_metrics_come_back_without_a_torn_last_line(tmp_path: Path) -> None:
 
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    run.metrics_file.write_text('{"epoch": 1}\nnonsense\n{"epoch": 3}\n')
+    row = json.dumps(ROW)
+    run.metrics_file.write_text(f"{row}\nnonsense\n{row}\n")
     with pytest.raises(RunError, match=r"metrics\.jsonl:2 is damaged"):
         run.read_metrics()
 
@@ -203,21 +214,24 @@ def test_a_line_that_is_no_row_is_damage(tmp_path: Path, line: str) -> None:
 def test_a_comparison_takes_the_place_of_an_earlier_one_of_its_pair(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     for pair, changed in (("ab", 1), ("ac", 2), ("ab", 3)):
-        run.keep_comparison({"a": pair[0], "b": pair[1], "changed": changed}, step=5)
+        run.keep_comparison(COMPARISON | {"a": pair[0], "b": pair[1], "changed": changed}, step=5)
     kept = read_json(run.parity_file)["comparisons"]
     assert [(one["b"], one["changed"]) for one in kept] == [("c", 2), ("b", 3)]
-    run.keep_comparison({"a": "a", "b": "d", "changed": 4}, step=6)  # the training went on
+    run.keep_comparison(COMPARISON | {"a": "a", "b": "d"}, step=6)  # the training went on
     assert [one["b"] for one in read_json(run.parity_file)["comparisons"]] == ["d"]
     run.parity_file.write_text('{"comparisons": [5]}')
     with pytest.raises(RunError, match="damaged"):
-        run.keep_comparison({"a": "a", "b": "b"}, step=6)
+        run.keep_comparison(COMPARISON, step=6)
 
 
 def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.read_evaluation(7) is None
-    write_json(run.evaluation_file, {"step": 7})
-    assert run.read_evaluation(7) == {"step": 7}
+    metrics = measure(np.eye(2), np.arange(2), ("a", "b"))
+    facts = {"epoch": 1, "step": 7, "device": "cpu", "precision": "fp32"}
+    evaluation = {"test": metrics, **facts, "weights": "last", "data": "made up"}
+    run.write_evaluation(evaluation)
+    assert run.read_evaluation(7) == evaluation
     assert run.read_evaluation(8) is None
 
 
@@ -246,8 +260,10 @@ def test_a_text_may_name_what_is_no_utf_8(tmp_path: Path) -> None:
 
 
 def test_metrics_refuse_what_json_cannot_say(tmp_path: Path) -> None:
-    with pytest.raises(Error, match="JSON"):
-        RunDirectory(tmp_path).append_metrics({"epoch": 1, "train_loss": float("nan")})
+    run = RunDirectory(tmp_path)
+    with pytest.raises(RunError, match="train_loss is not a finite number"):
+        run.append_metrics(ROW | {"train_loss": float("nan")})
+    assert not run.metrics_file.exists()
 
 
 def test_json_reads_back_and_a_matrix_has_a_line_a_row(tmp_path: Path) -> None:

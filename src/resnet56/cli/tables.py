@@ -1,12 +1,16 @@
 """Figures and networks as a terminal shows them."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from resnet56.errors import printable, shown
 from resnet56.progress import percent
+
+if TYPE_CHECKING:
+    from resnet56.runs.schema import Comparison, Evaluation, Metrics
 
 
 def _table(*columns: str, left: int = 1) -> Table:
@@ -22,7 +26,12 @@ def _cell(name: str) -> str:
     return shown(name).replace("[", r"\[")
 
 
-def show_figures(figures: dict[str, Any], title: str) -> None:
+def _share(value: float | None) -> str:
+    """Percent without the sign; a dash where there is none."""
+    return "\N{EN DASH}" if value is None else f"{100 * value:.2f}"
+
+
+def show_figures(figures: "Metrics", title: str) -> None:
     """Print one split's entry of evaluation.json."""
     console = Console(highlight=False)
     low, high = figures["accuracy_interval"]
@@ -38,7 +47,7 @@ def show_figures(figures: dict[str, Any], title: str) -> None:
         console.print(printable(line), markup=False, soft_wrap=True)
     table = _table("class", "precision", "recall", "F1", "images")
     for name, row in figures["per_class"].items():
-        shares = [f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1")]
+        shares = map(_share, (row["precision"], row["recall"], row["f1"]))
         table.add_row(_cell(name), *shares, f"{row['support']:,}")
     console.print(table)
     for pair in figures["most_confused"][:3]:
@@ -46,7 +55,7 @@ def show_figures(figures: dict[str, Any], title: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def show_extras(result: dict[str, Any]) -> None:
+def show_extras(result: "Evaluation") -> None:
     """Print the robustness and speed of evaluation.json, where they were measured."""
     console = Console(highlight=False)
     if robustness := result.get("robustness"):
@@ -58,15 +67,14 @@ def show_extras(result: dict[str, Any]) -> None:
             table.add_row(name, *(f"{100 * value:.1f}" for value in accuracies))
         console.print(table)
     if speed := result.get("speed"):
-        for batch in ("1", "256"):
-            row = speed[f"batch_{batch}"]
+        for batch, row in (("1", speed["batch_1"]), ("256", speed["batch_256"])):
             console.print(
                 f"batch {batch}: {row['milliseconds_an_image']:.2f} ms an image, "
                 f"{row['images_per_second']:,.0f} images/s"
             )
 
 
-def show_accuracies(figures: dict[str, dict[str, Any]]) -> None:
+def show_accuracies(figures: Mapping[str, "Metrics"]) -> None:
     """Print a line for each of several test sets."""
     table = _table("images", "accuracy", "interval", "loss", "n")
     for name, row in figures.items():
@@ -78,10 +86,10 @@ def show_accuracies(figures: dict[str, dict[str, Any]]) -> None:
     Console(highlight=False).print(table)
 
 
-def show_comparison(found: dict[str, Any]) -> None:
+def show_comparison(found: "Comparison") -> None:
     """Print an entry of parity.json."""
-    for side in ("a", "b"):
-        print(f"{found[side]}: accuracy {percent(found[f'accuracy_{side}'])}")
+    for side, accuracy in ((found["a"], found["accuracy_a"]), (found["b"], found["accuracy_b"])):
+        print(f"{side}: accuracy {percent(accuracy)}")
     print(
         f"logits differ by {found['median_difference']:.2g} in the median, "
         f"{found['largest_difference']:.2g} at most"

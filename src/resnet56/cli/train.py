@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -16,6 +16,7 @@ from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
     from resnet56.progress import TrainingProgress
+    from resnet56.runs.schema import Evaluation
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _choose(arguments: list[str]) -> _Job:
     return _Job(options, own, out)
 
 
-def _train(job: _Job, progress: "TrainingProgress") -> dict[str, Any]:
+def _train(job: _Job, progress: "TrainingProgress") -> "Evaluation":
     """Load the data and train; the content of evaluation.json."""
     from resnet56.training import train
 
@@ -160,7 +161,7 @@ def _train(job: _Job, progress: "TrainingProgress") -> dict[str, Any]:
     )
 
 
-def _show_result(result: dict[str, Any], out: Path, progress: "TrainingProgress") -> None:
+def _show_result(result: "Evaluation", out: Path, progress: "TrainingProgress") -> None:
     """Print how good the network is, and write the report."""
     from resnet56.progress import percent
     from resnet56.report import write_report

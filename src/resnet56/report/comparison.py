@@ -11,6 +11,7 @@ from resnet56.report import plots, story, words
 from resnet56.report.page import plain
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
+from resnet56.runs.schema import Metrics
 
 MOST_PAIRS = 5  # runs up to which every pair is compared; beyond, each with the best
 
@@ -164,11 +165,14 @@ def differences(entries: Sequence[Entry]) -> list[Difference]:
     for better, other in pairs:
         a, b = better.facts.test, other.facts.test
         if a and b and facts_key(better) == facts_key(other):
-            interval = newcombe(
-                (a["accuracy"], *a["accuracy_interval"]), (b["accuracy"], *b["accuracy_interval"])
-            )
+            interval = newcombe(_with_interval(a), _with_interval(b))
             found.append(Difference(better, other, a["accuracy"] - b["accuracy"], interval))
     return found
+
+
+def _with_interval(test: Metrics) -> tuple[float, float, float]:
+    low, high = test["accuracy_interval"]
+    return test["accuracy"], low, high
 
 
 def newcombe(a: tuple[float, float, float], b: tuple[float, float, float]) -> Interval:
@@ -238,7 +242,7 @@ def charts(entries: Sequence[Entry]) -> list[Chart]:
     for key, name, label, percent in wanted:
         lines = []
         for entry in entries:
-            rows = [row for row in entry.facts.rows if key in row]
+            rows: list[Mapping[str, Any]] = [row for row in entry.facts.rows if key in row]
             if rows:
                 epochs, values = [row["epoch"] for row in rows], [row[key] for row in rows]
                 lines.append(Line(f"{entry.rank}  {entry.label}", epochs, values))

@@ -1,6 +1,6 @@
 """One run's page: what the templates are given."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "arch": network_name(facts),
         "story": stories(facts),
         "training_charts": training_charts(facts),
+        "means": means(facts),
         "reliability": reliability(facts),
         "robustness": robustness(facts),
         "confusion": confusion_table(facts) if len(facts.classes) <= MOST_CELLS else None,
@@ -102,7 +103,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
         "schedule": [recipe_words.schedule(recipe)],
         "optimizer": [recipe_words.optimizer(recipe)],
         "augmentation": [recipe_words.augmentation(recipe, mirrors=facts.mirrors)],
-        "hardware": story.hardware(facts.parity),
+        "hardware": story.hardware(facts.comparisons),
     }
     if test:
         interval = (test["accuracy_interval"][0], test["accuracy_interval"][1])
@@ -171,8 +172,18 @@ def training_charts(facts: RunFacts) -> list[Chart]:
     ]
 
 
-def _line(label: str, rows: list[dict[str, Any]], key: str) -> Line:
+def _line(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
     return Line(label, [row["epoch"] for row in rows], [row[key] for row in rows])
+
+
+def means(facts: RunFacts) -> list[tuple[str, str]]:
+    """The rows below the classes: their keys in the metrics, and what they are called."""
+    if not facts.test:
+        return []
+    rows = facts.test["per_class"].values()
+    present = sum(row["support"] > 0 for row in rows)
+    macro = "macro average" if present == len(rows) else f"macro average of {present} classes"
+    return [("macro", macro), ("weighted", "weighted average")]
 
 
 def reliability(facts: RunFacts) -> Chart | None:
@@ -189,9 +200,9 @@ def reliability(facts: RunFacts) -> Chart | None:
 
 def robustness(facts: RunFacts) -> Chart | None:
     """Accuracy under each corruption, where it was measured."""
-    figures = (facts.evaluation or {}).get("robustness") or {}
-    corruptions = {k: v for k, v in figures.get("corruptions", {}).items() if v}
-    if not corruptions:
+    figures = facts.evaluation.get("robustness") if facts.evaluation else None
+    corruptions = {k: v for k, v in figures["corruptions"].items() if v} if figures else {}
+    if figures is None or not corruptions:
         return None
     alt = f"Mean accuracy over all corruptions {words.percent(figures['mean_accuracy'])}."
     return plots.robustness("robustness", corruptions, alt)

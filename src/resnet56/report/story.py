@@ -9,6 +9,7 @@ from typing import Any
 
 from resnet56.recipe import Recipe
 from resnet56.report.words import count, listed, loss, percent, plural, points, quoted
+from resnet56.runs.schema import ClassMetrics
 
 LARGE_GAP = 0.02  # a gap outside the interval counts as large from here on
 MEMORIZED = 0.99  # training accuracy from which almost nothing is left to learn
@@ -123,9 +124,13 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def best_and_worst(per_class: Mapping[str, Mapping[str, float]]) -> list[str]:
+def best_and_worst(per_class: Mapping[str, ClassMetrics]) -> list[str]:
     """The classes with the highest and the lowest F1, among those that have images."""
-    scored = {name: row["f1"] for name, row in per_class.items() if row["support"] > 0}
+    scored = {
+        name: row["f1"]
+        for name, row in per_class.items()
+        if row["support"] > 0 and row["f1"] is not None
+    }
     if len(scored) < 2:
         return []
     high, low = max(scored.values()), min(scored.values())
@@ -212,9 +217,9 @@ def spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-def hardware(parity: Mapping[str, Any] | None) -> list[str]:
+def hardware(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     """The verdicts of the measured comparisons of devices and precisions, if any."""
-    return [str(one["verdict"]) for one in (parity or {}).get("comparisons", [])]
+    return [str(one["verdict"]) for one in comparisons]
 
 
 def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:

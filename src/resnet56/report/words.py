@@ -4,7 +4,18 @@ from collections.abc import Sequence
 
 from resnet56.progress import duration, percent
 
-__all__ = ["big", "count", "duration", "listed", "loss", "percent", "plural", "points", "quoted"]
+__all__ = [
+    "big",
+    "count",
+    "duration",
+    "listed",
+    "loss",
+    "percent",
+    "plural",
+    "points",
+    "quoted",
+    "score",
+]
 
 
 def count(number: int) -> str:
@@ -22,6 +33,11 @@ def big(number: float) -> str:
 def loss(nats: float) -> str:
     """0.26581 -> '0.2658'."""
     return f"{nats:.4f}"
+
+
+def score(value: float | None) -> str:
+    """0.87234 -> '0.8723'; a dash where there is none."""
+    return "\N{EN DASH}" if value is None else f"{value:.4f}"
 
 
 def points(share: float, *, sign: bool = False) -> str:

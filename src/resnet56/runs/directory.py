@@ -16,15 +16,16 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from resnet56.errors import RunError
-from resnet56.files import from_json, read_json, to_json, write_json, write_text
+import numpy.typing as npt
+
+from resnet56.errors import RunError, one_line
+from resnet56.files import from_json, to_json, write_text
 from resnet56.locks import try_lock
+from resnet56.runs import schema
 from resnet56.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-
-if TYPE_CHECKING:  # what reads no tensors starts without PyTorch
-    pass
+from resnet56.runs.schema import Comparison, Environment, EpochMetrics, Evaluation, Parity
 
 
 class RunDirectory:
@@ -84,11 +85,8 @@ class RunDirectory:
 
     def data_origin(self) -> str | None:
         """What `--data` would load the run's own images again: digits, or a folder."""
-        if not self.environment_file.exists():
-            return None
-        data = read_json(self.environment_file).get("data")
-        origin = data.get("origin") if isinstance(data, dict) else None
-        return origin if isinstance(origin, str) else None
+        environment = self.read_environment()
+        return environment["data"]["origin"] if environment and "data" in environment else None
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -107,19 +105,56 @@ class RunDirectory:
         finally:
             os.close(directory)
 
-    # evaluation.json
+    # environment.json
 
-    def read_evaluation(self, step: int) -> dict[str, Any] | None:
-        """What was measured of the weights after `step` steps: None if it was of earlier ones."""
+    def read_environment(self) -> Environment | None:
+        """What the run ran on, if it says so. Raises RunError."""
+        if not self.environment_file.exists():
+            return None
+        return schema.read(self.environment_file, Environment)
+
+    def write_environment(self, environment: Environment) -> None:
+        """Replace environment.json. Raises RunError."""
+        schema.write(self.environment_file, environment, Environment)
+
+    # evaluation.json, predictions.npz and samples.npz
+
+    def read_evaluation(self, step: int) -> Evaluation | None:
+        """What was measured of the weights after `step` steps; None if that is not known.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         if not self.evaluation_file.exists():
             return None
-        found = read_json(self.evaluation_file)
-        return found if found.get("step", step) == step else None
+        found = schema.read(self.evaluation_file, Evaluation)
+        schema.check_evaluation(found, self.evaluation_file)
+        return found if found["step"] == step else None
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Replace evaluation.json. Raises RunError."""
+        schema.check_evaluation(evaluation, self.evaluation_file)
+        schema.write(self.evaluation_file, evaluation, Evaluation)
+
+    def write_predictions(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace predictions.npz. Raises RunError."""
+        schema.save_arrays(self.predictions_file, schema.PREDICTIONS, arrays)
+
+    def read_samples(self) -> dict[str, npt.NDArray[Any]] | None:
+        """The images that an evaluation kept for the report, if there are any. Raises RunError."""
+        if not self.samples_file.exists():
+            return None
+        return schema.load_arrays(self.samples_file, schema.SAMPLES)
+
+    def write_samples(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace samples.npz. Raises RunError."""
+        schema.save_arrays(self.samples_file, schema.SAMPLES, arrays)
 
     # metrics.jsonl
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line; on the disk when this returns."""
+        schema.check(row, EpochMetrics, str(self.metrics_file))
         try:
             with self.metrics_file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(to_json(row) + "\n")
@@ -131,11 +166,11 @@ class RunDirectory:
                 "--resume"
             ) from None
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[EpochMetrics]:
         """All lines, but a last one that a crash cut short; empty before the first epoch."""
         if not self.metrics_file.exists():
             return []
-        rows: list[dict[str, Any]] = []
+        rows: list[EpochMetrics] = []
         try:
             text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
@@ -144,13 +179,13 @@ class RunDirectory:
         for number, line in enumerate(lines, start=1):
             try:
                 row = from_json(line)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError) as error:
                 if number == len(lines):
                     break
-                row = None
-            if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
-                raise RunError(f"{self.metrics_file}:{number} is damaged")
-            rows.append(row)
+                raise RunError(
+                    f"{self.metrics_file}:{number} is damaged: {one_line(error)}"
+                ) from None
+            rows.append(schema.check(row, EpochMetrics, f"{self.metrics_file}:{number}"))
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
@@ -162,23 +197,22 @@ class RunDirectory:
 
     # parity.json
 
-    def keep_comparison(self, found: Mapping[str, Any], step: int) -> None:
+    def read_comparisons(self, step: int) -> list[Comparison]:
+        """The comparisons of the weights after `step` steps. Raises RunError."""
+        if not self.parity_file.exists():
+            return []
+        comparisons = schema.read(self.parity_file, Parity)["comparisons"]
+        return [one for one in comparisons if one.get("step", step) == step]
+
+    def keep_comparison(self, found: Comparison, step: int) -> None:
         """Add a comparison of two devices or precisions, of the weights after `step` steps.
 
         It takes the place of an earlier one of the same two, and those of earlier weights go.
         """
-        kept: Any = []
-        if self.parity_file.exists():
-            kept = read_json(self.parity_file).get("comparisons")
-            if not isinstance(kept, list) or not all(isinstance(entry, dict) for entry in kept):
-                raise RunError(f"{self.parity_file} is damaged: remove it")
         pair = [found["a"], found["b"]]
-        kept = [
-            entry
-            for entry in kept
-            if [entry.get("a"), entry.get("b")] != pair and entry.get("step", step) == step
-        ]
-        write_json(self.parity_file, {"comparisons": [*kept, {**found, "step": step}]})
+        kept = [one for one in self.read_comparisons(step) if [one["a"], one["b"]] != pair]
+        found = {**found, "step": step}
+        schema.write(self.parity_file, {"comparisons": [*kept, found]}, Parity)
 
     # checkpoint/
 

@@ -82,10 +82,13 @@ def card(name: str) -> dict[str, Any]:
 
 
 def _card(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
-    files = {"recipe": run.recipe_file, "evaluation": run.evaluation_file}
-    there = {part: read_json(file) for part, file in files.items() if file.exists()}
-    network = asdict(checkpoint.network)
-    return {"network": network, "weights": checkpoint.notes.get("weights", "last"), **there}
+    found: dict[str, Any] = {"network": asdict(checkpoint.network)}
+    found["weights"] = checkpoint.notes.get("weights", "last")
+    if run.recipe_file.exists():
+        found["recipe"] = read_json(run.recipe_file)
+    if evaluation := run.read_evaluation(checkpoint.position.step):
+        found["evaluation"] = evaluation
+    return found
 
 
 def metadata_of(network: Network) -> dict[str, str]:
