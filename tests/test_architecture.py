@@ -150,7 +150,7 @@ ARROWS: dict[str, set[str]] = {
     "cli.report": {"cli.arguments", "errors", "report"},
     "cli.train": {
         "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
-        "recipe", "report", "runs.directory", "runs.schema", "runtime", "threads", "training",
+        "recipe", "report", "runs.directory", "runtime", "threads", "training",
     },
     "cli.predict": {
         "cli.arguments", "cli.common", "data.image_files", "data.images", "errors", "files",
