@@ -12,7 +12,7 @@ import torch
 
 from resnet56 import evaluation
 from resnet56.data.augment import Augmentation
-from resnet56.data.corruptions import CORRUPTIONS, corrupt, spread
+from resnet56.data.corruptions import CORRUPTIONS, corrupt, evenly_spaced
 from resnet56.data.dataset import Dataset
 from resnet56.evaluation import (
     compare,
@@ -104,7 +104,7 @@ def test_robustness_is_the_accuracy_on_corrupted_images(run: RunDirectory, tiny:
     found = measure_robustness(subject, tiny.test, 10)
     assert found["images"] == 10
     assert set(found["corruptions"]) == set(CORRUPTIONS)
-    index = spread(24, 10)
+    index = evenly_spaced(24, 10)
     noisy = corrupt(tiny.test.images[index], "shot noise", 3)
     hits = (subject.logits(noisy).argmax(1) == tiny.test.labels[index]).sum().item()
     assert found["corruptions"]["shot noise"][2] == pytest.approx(hits / 10)

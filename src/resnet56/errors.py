@@ -1,39 +1,39 @@
-"""What a user can get wrong, said in one line: what, where, and what to do."""
+"""Errors that users can cause. A message says in one line what failed, where, and what to do."""
 
 
 class Error(Exception):
-    """Base of every error this package raises on purpose; the command prints it and exits."""
+    """Base class of the errors of this package. The command prints the message and exits."""
 
     exit_code = 1
 
 
 class UsageError(Error):
-    """The call itself is wrong: an unknown name, a value out of range."""
+    """The call is invalid, for example because of an unknown name or a value out of range."""
 
     exit_code = 2
 
 
 class DataError(Error):
-    """Images or labels that cannot be read as what they claim to be."""
+    """Images or labels cannot be read."""
 
 
 class ImageError(DataError):
-    """A picture that cannot be read: broken, truncated, too large, or none at all."""
+    """An image cannot be read: it is broken, truncated, too large, or not an image."""
 
 
 class DownloadError(Error):
-    """An archive that could not be fetched whole and unpacked safely."""
+    """An archive cannot be downloaded completely or unpacked safely."""
 
 
 class RunError(Error):
-    """A run or a network's file that is missing, damaged, in the way, or another's."""
+    """A run or a model file is missing, damaged or incompatible, or its path is already in use."""
 
 
 class MissingExtraError(Error):
-    """Something that only an extra of the package installs."""
+    """A dependency is missing that only an optional extra of this package installs."""
 
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} is not installed; pip install 'resnet56[{extra}]'")
+    def __init__(self, dependency: str, extra: str) -> None:
+        super().__init__(f"{dependency} is not installed; pip install 'resnet56[{extra}]'")
 
 
 class NotFiniteError(Error):
@@ -41,28 +41,31 @@ class NotFiniteError(Error):
 
 
 class TrainingError(Error):
-    """A training that cannot go on: a loss that is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 def one_line(value: object) -> str:
-    """`value` for an error message: one line, not endless; an exception without words by type."""
+    """Format `value` for an error message: at most 200 characters on one line.
+
+    An exception without a message is shown as its type.
+    """
     return shown(" ".join(str(value).split())[:200]) or type(value).__name__
 
 
 def shown(text: str) -> str:
-    """`text` as it is where it can be printed, else in escapes: a file's name may hold anything.
+    """Return `text` unchanged if it is printable, otherwise escaped as by `ascii`.
 
-    A line feed in it would forge a line, an escape sequence could wipe the terminal, and what is
-    no UTF-8 cannot be written at all.
+    File names can contain any character. A line feed could forge a line of output, an escape
+    sequence could clear the terminal, and invalid UTF-8 cannot be written at all.
     """
     return text if text.isprintable() else ascii(text)
 
 
 def printable(line: str) -> str:
-    """`line` with an escape in place of each character that is not printable.
+    """Escape each character of `line` that is not printable.
 
-    For whole lines at the terminal's door, however foreign names came into them; `shown` is for a
-    name in a sentence.
+    Use it for a whole line just before it is written to the terminal. Use `shown` for a single name
+    within a message.
     """
     if line.isprintable():
         return line

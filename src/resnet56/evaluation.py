@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet56.data.augment import PLAIN_CROPS, Augmentation, normalize
-from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spread
+from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evenly_spaced
 from resnet56.data.dataset import Dataset, Split, training_split
 from resnet56.errors import RunError
 from resnet56.inference import InferenceForm, restore
@@ -224,7 +224,7 @@ def measure_robustness(
     subject: Subject, split: Split, count: int, show: Show = show_nothing
 ) -> Robustness:
     """Accuracy on `count` evenly spaced images under each corruption and severity."""
-    index = spread(len(split), count)
+    index = evenly_spaced(len(split), count)
     images, labels = split.images[index].cpu(), split.labels[index].cpu()
 
     def accuracy(changed: Tensor, tick: Tick = lambda count: None) -> float:

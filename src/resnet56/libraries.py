@@ -1,6 +1,6 @@
-"""Libraries that are imported with care: no telemetry, and nothing written to the user's home.
+"""Import libraries without telemetry or writes to the user's home directory.
 
-Every import of ONNX Runtime and Matplotlib goes through here.
+All imports of ONNX Runtime and Matplotlib go through this module.
 """
 
 import os
@@ -8,19 +8,18 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-# Both names are set because releases differ in the one they read. ONNX Runtime reads them once,
-# while it is imported.
+# Releases differ in the name they read, so both are set. ONNX Runtime reads it once, on import.
 _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 
 def import_onnxruntime() -> ModuleType:
-    """ONNX Runtime with its telemetry turned off, unless the user's environment decides.
+    """Import ONNX Runtime with telemetry disabled, unless the environment sets it.
 
-    Without this, some releases look up a telemetry host and write a device id to the user's cache
+    Otherwise some releases look up a telemetry host and write a device id to the user's cache
     directory (microsoft/onnxruntime issues 27379 and 29843).
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: ONNX Runtime is not installed.
     """
     for name in _NO_TELEMETRY:
         os.environ.setdefault(name, "1")
@@ -31,9 +30,9 @@ def import_onnxruntime() -> ModuleType:
 
 
 def import_matplotlib() -> ModuleType:
-    """Matplotlib, with its font cache in a temporary directory where the home is not writable.
+    """Import Matplotlib, with a temporary font cache if the home directory is not writable.
 
-    Without this, it prints warnings to stderr in containers whose user has no home directory.
+    Otherwise it prints warnings to stderr in containers whose user has no home directory.
     """
     if "MPLCONFIGDIR" not in os.environ and not _home_is_writable():
         os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir()) / f"matplotlib-{_user()}")
@@ -43,7 +42,7 @@ def import_matplotlib() -> ModuleType:
 
 
 def _home_is_writable() -> bool:
-    """Whether the configuration directory that Matplotlib would choose can be created."""
+    """Return whether Matplotlib's default configuration directory is writable or can be created."""
     try:
         path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "matplotlib"
     except RuntimeError:  # no HOME, and no entry in the password database

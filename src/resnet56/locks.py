@@ -1,4 +1,4 @@
-"""Files in folders that others may write: opened without following links, and locked."""
+"""Open and lock files in folders that other users can write to, without following links."""
 
 import errno
 import os
@@ -11,69 +11,71 @@ from pathlib import Path
 if sys.platform == "win32":
     import msvcrt
 
-    def _take_lock(descriptor: int) -> None:
+    def _lock(descriptor: int) -> None:
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
-    def _take_lock(descriptor: int) -> None:
+    def _lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-# O_NONBLOCK: a pipe of the name would wait forever.
+# Without O_NONBLOCK, opening a named pipe would block forever.
 _FLAGS = os.O_RDWR | os.O_CREAT
 for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
     _FLAGS |= getattr(os, _name, 0)
 
 
 def create_temporary(folder: Path) -> tuple[BufferedRandom, Path]:
-    """Make a new file in `folder`, open for writing, whose name nobody can guess.
+    """Create a file with an unpredictable name in `folder` and open it for writing.
 
-    A name that can be guessed may be a link that someone else has put there. Unlike `mkstemp`'s,
-    the file has the permissions that the user gives new files (umask). Raises OSError.
+    Another user could place a link at a predictable name. Unlike a file from `mkstemp`, this one
+    has the permissions of the user's umask. Raises OSError.
     """
     path = folder / f".{secrets.token_hex(8)}.tmp"
     return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, 0o666), "r+b"), path
 
 
 def open_private(path: Path) -> BufferedRandom:
-    """Open `path` for reading and writing without following a link; made if it is not there.
+    """Open `path` for reading and writing without following links. Create it if it is missing.
 
-    In a folder that others may write, someone can have put a link of this name there, to have a
-    file elsewhere overwritten. A link is removed and a new file made. Raises OSError, also for a
-    file of another user and for what is no file.
+    In a shared folder, another user could place a link at `path` to have a file elsewhere
+    overwritten. A link is therefore removed and replaced by a new file.
+
+    Raises:
+        OSError: `path` cannot be opened, belongs to another user, or is not a regular file.
     """
-    for _ in range(100):  # whoever puts a link there again and again gets an error
+    for _ in range(100):  # bounded, since another user could keep recreating the link
         try:
             return _open_private(path)
         except _LinkError:
             path.unlink(missing_ok=True)
-    raise FileExistsError(errno.EEXIST, "in the way, it is a link", str(path))
+    raise FileExistsError(errno.EEXIST, "it is a link; remove it", str(path))
 
 
 class _LinkError(Exception):
-    """The name is a link: a symbolic one, or another name of a file elsewhere."""
+    """The path is a symbolic link, or a hard link to a file that has other names."""
 
 
 def _open_private(path: Path) -> BufferedRandom:
-    if path.is_symlink():  # where O_NOFOLLOW is not known; elsewhere that decides
+    if path.is_symlink():  # for platforms without O_NOFOLLOW
         raise _LinkError
     try:
         descriptor = os.open(path, _FLAGS, 0o600)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK):  # how POSIX and FreeBSD say "a link"
+        if error.errno in (errno.ELOOP, errno.EMLINK):  # POSIX and FreeBSD report a link
             raise _LinkError from None
         raise
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise FileExistsError(errno.EEXIST, "in the way, it is not a file", str(path))
-        if found.st_nlink > 1:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it", str(path))
+        if status.st_nlink > 1:
             raise _LinkError
-        if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+        if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
             raise PermissionError(
                 errno.EACCES,
-                "it belongs to another user: remove it, or choose another folder",
+                "it belongs to another user; remove it, or choose another folder",
                 str(path),
             )
         return os.fdopen(descriptor, "r+b")
@@ -83,11 +85,14 @@ def _open_private(path: Path) -> BufferedRandom:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Return False while another process has the lock, and True where none can be had."""
+    """Lock a file without waiting. Return False if another process holds the lock.
+
+    Return True if the file system does not support locks.
+    """
     try:
-        _take_lock(descriptor)
-    except (BlockingIOError, PermissionError):  # how POSIX and Windows say "held"
+        _lock(descriptor)
+    except (BlockingIOError, PermissionError):  # POSIX and Windows report a held lock
         return False
-    except OSError:  # a file system without locks
+    except OSError:  # the file system does not support locks
         pass
     return True

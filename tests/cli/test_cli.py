@@ -245,7 +245,7 @@ def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]
         (["train", "--resume"], "--resume needs --out"),
         (["describe", "--arch", "resnet1"], "nearest is 8"),
         (["describe", "--classes", "1"], "2 to 1,000,000 classes"),
-        (["data", "nonsense"], "unknown: resnet56 data nonsense.*fetch"),
+        (["data", "nonsense"], "unknown command: resnet56 data nonsense.*fetch"),
         (["evaluate"], "(?i)run.*--help"),
     ],
 )

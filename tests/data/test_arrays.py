@@ -1,4 +1,4 @@
-"""Test sets as .npy files, against arrays made here."""
+"""Test sets stored as .npy files."""
 
 import io
 import pickle
@@ -27,7 +27,7 @@ def arrays(folder: Path, **content: np.ndarray) -> Path:
     return folder
 
 
-def test_cifar10_1_is_read_with_its_own_labels(tmp_path: Path) -> None:
+def test_cifar10_1_is_read_with_its_labels(tmp_path: Path) -> None:
     images = noise(6, 32, 32, 3)
     labels = np.array([0, 1, 2, 9, 8, 7], dtype=np.int32)
     folder = arrays(tmp_path / "v6", v6_data=images, v6_labels=labels)
@@ -38,7 +38,7 @@ def test_cifar10_1_is_read_with_its_own_labels(tmp_path: Path) -> None:
     assert (split.images.permute(0, 2, 3, 1).numpy() == images).all()
 
 
-def test_cifar10_c_is_read_severity_by_severity(tmp_path: Path) -> None:
+def test_cifar10_c_is_split_by_severity(tmp_path: Path) -> None:
     images = np.zeros((50_000, 32, 32, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(50_000) // 10_000
     labels = np.arange(50_000) % 10
@@ -51,28 +51,28 @@ def test_cifar10_c_is_read_severity_by_severity(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "says"),
+    ("images", "labels", "message"),
     [
         (np.zeros((2, 3, 32, 32), np.uint8), np.zeros(2, np.int64), "shape"),
-        (np.zeros((2, 32, 32, 3), np.float32), np.zeros(2, np.int64), "of uint8"),
+        (np.zeros((2, 32, 32, 3), np.float32), np.zeros(2, np.int64), "and uint8"),
         (
             np.zeros((2, 32, 32, 3), np.uint8),
             np.zeros(3, np.int64),
-            "2 images, and labels.npy 3 labels",
+            "2 images, but labels.npy has 3 labels",
         ),
         (np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 10]), "0 to 9"),
-        (np.zeros((2, 32, 32, 3), np.uint8), np.array([0.5, 1]), "of whole numbers"),
+        (np.zeros((2, 32, 32, 3), np.uint8), np.array([0.5, 1]), "and integers"),
     ],
 )
-def test_arrays_that_are_no_test_set_are_refused(
-    tmp_path: Path, images: np.ndarray, labels: np.ndarray, says: str
+def test_invalid_test_sets_are_rejected(
+    tmp_path: Path, images: np.ndarray, labels: np.ndarray, message: str
 ) -> None:
     folder = arrays(tmp_path / "bad", x=images, labels=labels)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         list(load_benchmark(folder, 10))
 
 
-def test_an_array_file_that_is_a_pickle_is_not_run(tmp_path: Path) -> None:
+def test_pickled_array_files_are_not_executed(tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "labels.npy").write_bytes(pickle.dumps([1]))
@@ -94,7 +94,7 @@ def test_an_array_file_that_is_a_pickle_is_not_run(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
-def test_pairs_as_people_name_them_are_read(
+def test_common_names_of_pairs_are_recognized(
     tmp_path: Path, images: str, labels: str, name: str, shape: tuple[int, ...]
 ) -> None:
     pixels = noise(4, 32, 32, 3)
@@ -107,16 +107,16 @@ def test_pairs_as_people_name_them_are_read(
     assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), pixels)
 
 
-def test_labels_that_are_missing_are_named_by_what_was_looked_for(tmp_path: Path) -> None:
+def test_an_error_about_missing_labels_lists_the_expected_names(tmp_path: Path) -> None:
     folder = arrays(tmp_path / "k", x_test=noise(4, 32, 32, 3))
     with pytest.raises(DataError, match=r"looked for x_test_labels.npy, labels.npy, y_test.npy"):
         list(load_benchmark(folder, 10))
     folder = arrays(tmp_path / "l", labels=np.arange(4))
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         list(load_benchmark(folder, 10))
 
 
-def head(array: np.ndarray) -> bytes:
+def serialized(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array)
     return stream.getvalue()
@@ -124,21 +124,24 @@ def head(array: np.ndarray) -> bytes:
 
 @given(st.data())
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-def test_damaged_arrays_raise_nothing_but_data_errors(data: st.DataObject) -> None:
-    """Most damage goes where the type and shape are written, as Python."""
-    files = {"x.npy": head(noise(3, 32, 32, 3)), "labels.npy": head(np.array([0, 1, 2]))}
+def test_damaged_arrays_raise_only_data_errors(data: st.DataObject) -> None:
+    """Most of the damage is in the header, which stores dtype and shape as Python code."""
+    files = {
+        "x.npy": serialized(noise(3, 32, 32, 3)),
+        "labels.npy": serialized(np.array([0, 1, 2])),
+    }
     name = data.draw(st.sampled_from(sorted(files)))
     content = bytearray(files[name])
     for _ in range(data.draw(st.integers(1, 5))):
-        where = data.draw(st.integers(0, 140))
+        offset = data.draw(st.integers(0, 140))
         junk = data.draw(st.one_of(st.binary(max_size=3), st.sampled_from(JUNK)))
-        content[where : where + data.draw(st.integers(0, 3))] = junk
+        content[offset : offset + data.draw(st.integers(0, 3))] = junk
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content))) :]
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
-        for file, whole in files.items():
-            Path(folder, file).write_bytes(bytes(content) if file == name else whole)
+        for file, original in files.items():
+            Path(folder, file).write_bytes(bytes(content) if file == name else original)
         try:
             for _, split in load_benchmark(Path(folder), 10):
                 assert len(split) == len(split.images)
@@ -149,9 +152,9 @@ def test_damaged_arrays_raise_nothing_but_data_errors(data: st.DataObject) -> No
 JUNK = [b"'", b"(", b"\\d", b"O8", b"-1", b"9" * 30, b"1e9", b"\x00", b"{" * 40, b"True", b"[]"]
 
 
-def test_no_name_of_an_array_writes_to_the_terminal(tmp_path: Path) -> None:
+def test_file_names_in_errors_are_printable(tmp_path: Path) -> None:
     if sys.platform == "win32":
-        pytest.skip("no such names there")
+        pytest.skip("Windows does not allow such names")
     for images in (noise(2, 32, 32, 3), noise(2, 2)):
         folder = tmp_path / f"k{images.ndim}"
         folder.mkdir()

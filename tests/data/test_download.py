@@ -1,4 +1,4 @@
-"""Downloads against a web server on this machine that can misbehave as real ones do."""
+"""Downloads from a local web server that can misbehave."""
 
 import base64
 import errno
@@ -30,39 +30,39 @@ from resnet56.data.download import ARCHIVES, Archive, default_root, fetch
 from resnet56.errors import DownloadError
 
 FILES = {"toy/train.bin": random.Random(0).randbytes(600_000), "toy/readme.txt": b"a toy\n"}
-WAYS_ON = ("--data digits", "--data DIR", "--mirror URL", "RESNET56_MIRROR")
+ALTERNATIVES = ("--data digits", "--data DIR", "--mirror URL", "RESNET56_MIRROR")
 
 
 class Site(ThreadingHTTPServer):
-    """Serves one file at every path; the attributes say how it misbehaves."""
+    """Serves one file at every path. The attributes configure its misbehavior."""
 
     daemon_threads = True
 
     def __init__(self, content: bytes) -> None:
         super().__init__(("127.0.0.1", 0), Page)
         self.content = content
-        self.seen: list[tuple[str, str | None, int]] = []  # path, Range, bytes of the answer
-        self.statuses: list[int] = []  # of the first answers
-        self.sends: list[float] = []  # shares of the first answers that are sent before the end
-        self.kind = "application/gzip"
+        self.seen: list[tuple[str, str | None, int]] = []  # path, Range, length of the response
+        self.statuses: list[int] = []  # of the first responses
+        self.sends: list[float] = []  # fractions of the first responses to send
+        self.content_type = "application/gzip"
         self.ranges = True
-        self.shift = 0  # between the range that is asked for and the one that is sent
-        self.sized = True
-        self.location = ""  # of a redirection; the same path by default
-        self.length = ""  # a Content-Length to claim
-        self.reason: str | None = None  # beside the status
-        self.head_gate = threading.Event()  # the answer's head waits for it
+        self.shift = 0  # offset of the returned range from the requested one
+        self.sends_length = True
+        self.location = ""  # redirect target; the same path by default
+        self.length = ""  # a false Content-Length
+        self.reason: str | None = None  # reason phrase after the status
+        self.head_gate = threading.Event()  # delays the response headers
         self.head_gate.set()
         self.drip: float | None = None  # seconds between single bytes
         self.authorizations: list[str | None] = []
-        self.gate = threading.Event()  # what follows the first half waits for it
+        self.gate = threading.Event()  # delays the second half of the response
         self.gate.set()
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks for this machine's name
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's version looks up the host name
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients that hang up are part of the tests."""
+        """Ignore errors, since tests close connections."""
 
     def url(self, path: str = "/kriz/toy.tar.gz") -> str:
         return f"http://127.0.0.1:{self.server_address[1]}{path}"
@@ -75,18 +75,20 @@ class Page(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        site, wanted = self.server, self.headers["Range"]
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and site.ranges else 0
+        site, requested_range = self.server, self.headers["Range"]
+        start = 0
+        if requested_range and site.ranges:
+            start = int(requested_range.removeprefix("bytes=").rstrip("-"))
         status = site.statuses.pop(0) if site.statuses else 206 if start else 200
         if start >= len(site.content):
             status = 416
         body = site.content[start:] if status < 400 else b""
-        site.seen.append((self.path, wanted, len(body)))
+        site.seen.append((self.path, requested_range, len(body)))
         site.authorizations.append(self.headers["Authorization"])
         site.head_gate.wait(10)
         self.send_response(status, site.reason)
-        self.send_header("Content-Type", site.kind)
-        if site.sized:
+        self.send_header("Content-Type", site.content_type)
+        if site.sends_length:
             self.send_header("Content-Length", site.length or str(len(body)))
         if status == 206:
             total = len(site.content)
@@ -104,7 +106,7 @@ class Page(BaseHTTPRequestHandler):
 
 
 def packed(*members: tuple[tarfile.TarInfo | str, bytes]) -> bytes:
-    """Return a gzipped tar; a name stands for a plain file."""
+    """Return a gzipped tar. A string stands for a regular file of that name."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz") as tar:
         for member, content in members:
@@ -114,7 +116,7 @@ def packed(*members: tuple[tarfile.TarInfo | str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-CONTENT = packed(*FILES.items())  # once: gzip notes the second in which it packs
+CONTENT = packed(*FILES.items())  # packed once, since gzip stores the time
 _PAX = tarfile.TarInfo("toy/a")
 _PAX.pax_headers, _PAX.mtime = {"comment": "x", "mtime": "1700000000.5"}, 1_700_000_000
 SMALL = packed(("toy/readme.txt", b"a toy"), (_PAX, b"a"))
@@ -130,10 +132,10 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("no_proxy", "*")  # nor the proxies in the settings of macOS and Windows
+    monkeypatch.setenv("no_proxy", "*")  # also ignores the proxy settings of macOS and Windows
     for name in ("RESNET56_DATA", "RESNET56_MIRROR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(download, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(download, "_RETRY_DELAYS", (0.0, 0.0, 0.0))
 
 
 def serve(content: bytes) -> Iterator[Site]:
@@ -175,14 +177,14 @@ def part(root: Path) -> Path:
 
 @pytest.fixture
 def closed() -> str:
-    """A URL at which nobody listens."""
+    """A URL with a closed port."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
 def failure(archive: Archive, root: Path, **options: Any) -> str:
-    """Return the message of a fetch that must fail, and leave nothing unpacked."""
+    """Return the message of a fetch that fails. Check that it unpacks nothing."""
     with pytest.raises(DownloadError) as caught:
         fetch(archive, root, **{"timeout": 5.0, **options})
     message = str(caught.value)
@@ -192,164 +194,164 @@ def failure(archive: Archive, root: Path, **options: Any) -> str:
     return message
 
 
-def assert_whole(folder: Path, root: Path) -> None:
+def assert_complete(folder: Path, root: Path) -> None:
     assert folder == root / "toy"
     assert list(root.iterdir()) == [folder]
     assert {f"toy/{path.name}": path.read_bytes() for path in folder.iterdir()} == FILES
 
 
-def test_downloads_checks_unpacks_and_tidies_up(
+def test_fetch_downloads_verifies_unpacks_and_cleans_up(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "_BLOCK", 1000)
     calls: list[tuple[int, int | None]] = []
     folder = fetch(archive, root, progress=lambda *call: calls.append(call))
-    assert_whole(folder, root)
+    assert_complete(folder, root)
     total = len(site.content)
     assert (calls[0], calls[-1]) == ((0, total), (total, total))
     assert len(calls) < 50  # of the 600 blocks
 
 
-def test_asks_for_nothing_that_is_there(site: Site, archive: Archive, root: Path) -> None:
+def test_an_existing_folder_is_not_downloaded(site: Site, archive: Archive, root: Path) -> None:
     (root / "toy").mkdir(parents=True)
     assert fetch(archive, root) == root / "toy"
     assert site.seen == []
 
 
-def test_resumes_with_only_the_rest(site: Site, archive: Archive, root: Path, part: Path) -> None:
+def test_resuming_requests_only_the_remaining_bytes(
+    site: Site, archive: Archive, root: Path, part: Path
+) -> None:
     part.write_bytes(site.content[:1000])
     calls: list[tuple[int, int | None]] = []
-    assert_whole(fetch(archive, root, progress=lambda *call: calls.append(call)), root)
+    assert_complete(fetch(archive, root, progress=lambda *call: calls.append(call)), root)
     assert site.seen == [("/kriz/toy.tar.gz", "bytes=1000-", len(site.content) - 1000)]
     assert calls[0] == (1000, len(site.content))
 
 
-def test_starts_again_where_range_is_ignored(
+def test_the_download_restarts_if_the_server_ignores_range(
     site: Site, archive: Archive, root: Path, part: Path
 ) -> None:
     site.ranges = False
     part.write_bytes(site.content[:1000])
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
     assert site.seen == [("/kriz/toy.tar.gz", "bytes=1000-", len(site.content))]
 
 
 @pytest.mark.parametrize("size_known", [True, False])
-def test_a_complete_part_is_checked_not_downloaded(
+def test_a_complete_part_is_verified_and_not_downloaded(
     site: Site, root: Path, part: Path, size_known: bool
 ) -> None:
     part.write_bytes(site.content)
     size = len(site.content) if size_known else None
-    assert_whole(fetch(archive_of(site.content, site.url(), size), root), root)
+    assert_complete(fetch(archive_of(site.content, site.url(), size), root), root)
     assert sum(sent for _, _, sent in site.seen) == 0
 
 
 @pytest.mark.parametrize("stale", [b"\x1f\x8b other", b"x" * 700_000], ids=["short", "too long"])
-def test_a_stale_part_costs_a_second_try(
+def test_a_stale_part_is_downloaded_again(
     site: Site, archive: Archive, root: Path, part: Path, stale: bytes
 ) -> None:
     part.write_bytes(stale)
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
     assert site.seen[-1] == ("/kriz/toy.tar.gz", None, len(site.content))
 
 
-@pytest.mark.parametrize("sized", [True, False])
-def test_a_dropped_connection_is_continued(
-    site: Site, archive: Archive, root: Path, sized: bool
+@pytest.mark.parametrize("sends_length", [True, False])
+def test_a_dropped_connection_is_resumed(
+    site: Site, archive: Archive, root: Path, sends_length: bool
 ) -> None:
-    site.sends, site.sized = [0.5], sized
-    if not sized:  # then only the archive's size tells
+    site.sends, site.sends_length = [0.5], sends_length
+    if not sends_length:  # only the archive's size reveals the early end
         archive = archive_of(site.content, site.url(), len(site.content))
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
     half = len(site.content) // 2
     assert [seen[1] for seen in site.seen] == [None, f"bytes={half}-"]
 
 
-def test_a_connection_that_always_drops_is_an_error_and_keeps_the_part(
+def test_repeatedly_dropped_connections_raise_an_error_and_keep_the_part(
     site: Site, archive: Archive, root: Path
 ) -> None:
     site.sends = [0.5, 0, 0, 0]
     half, total = len(site.content) // 2, len(site.content)
     message = failure(archive, root)
-    assert f"{half} bytes are kept for the next try" in message
+    assert f"{half} bytes are kept for the next attempt" in message
     assert len(site.seen) == 4
     assert (root / "toy.tar.gz.part").read_bytes() == site.content[:half]
     site.sends = [0.5] * 4
     assert f" of {total} bytes" in failure(archive, root)
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
 
 
-def test_ctrl_c_passes_through_and_keeps_the_part(
+def test_ctrl_c_propagates_and_keeps_the_part(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(done: int, total: int | None) -> None:
         if done > 1000:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(download, "_REPORT_EVERY", 0.0)
+    monkeypatch.setattr(download, "_REPORT_INTERVAL", 0.0)
     monkeypatch.setattr(download, "_BLOCK", 5000)
     with pytest.raises(KeyboardInterrupt):
         fetch(archive, root, progress=interrupt)
     kept = (root / "toy.tar.gz.part").stat().st_size
     assert 1000 < kept < len(site.content)
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
     assert site.seen[-1][1] == f"bytes={kept}-"
 
 
-def test_a_wrong_checksum_is_named_and_its_download_removed(site: Site, root: Path) -> None:
+def test_a_wrong_checksum_is_reported_and_the_download_removed(site: Site, root: Path) -> None:
     archive = archive_of(b"another archive", site.url())
     message = failure(archive, root)
     found = hashlib.md5(site.content, usedforsecurity=False).hexdigest()
-    assert f"MD5 {found} instead of {archive.md5}, the download was removed" in message
+    assert f"its MD5 is {found}, expected {archive.md5}; the download was removed" in message
     assert not (root / "toy.tar.gz.part").exists()
     assert len(site.seen) == 1
 
 
-def test_a_wrong_size_is_refused_before_the_download(site: Site, root: Path) -> None:
+def test_a_wrong_size_is_rejected_before_the_download(site: Site, root: Path) -> None:
     message = failure(archive_of(site.content, site.url(), 999), root)
-    assert f"has {len(site.content)} bytes, not the official archive's 999" in message
+    assert f"it has {len(site.content)} bytes, but the official archive has 999" in message
 
 
-def test_an_endless_answer_ends(
+def test_an_endless_response_is_stopped(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "LARGEST", 1000)
-    assert "sent more than 1000 bytes" in failure(archive, root)
+    monkeypatch.setattr(download, "MAX_BYTES", 1000)
+    assert "the response exceeds 1000 bytes" in failure(archive, root)
 
 
-def test_another_range_than_asked_for_is_refused(
-    site: Site, archive: Archive, root: Path, part: Path
-) -> None:
+def test_a_wrong_range_is_rejected(site: Site, archive: Archive, root: Path, part: Path) -> None:
     part.write_bytes(site.content[:1000])
     site.shift = 7
-    assert "another range" in failure(archive, root)
+    assert "a range that was not requested" in failure(archive, root)
     assert part.read_bytes() == site.content[:1000]
 
 
-def test_an_empty_answer_does_not_cost_the_part(
+def test_an_empty_response_keeps_the_part(
     site: Site, archive: Archive, root: Path, part: Path
 ) -> None:
     part.write_bytes(site.content[:1000])
     site.ranges, site.sends = False, [0] * 4
-    assert "sent nothing" in failure(archive, root)
+    assert "the response is empty" in failure(archive, root)
     assert part.stat().st_size == 1000
 
 
-def test_not_found_is_reported_with_its_url_and_not_retried(
+def test_status_404_is_reported_with_the_url_and_not_retried(
     site: Site, archive: Archive, root: Path
 ) -> None:
     site.statuses = [404]
     message = failure(archive, root)
     assert f"{site.url()}: HTTP status 404" in message
     assert "offline" not in message
-    assert all(way in message for way in WAYS_ON)
+    assert all(option in message for option in ALTERNATIVES)
 
 
-def test_a_busy_server_is_asked_again(site: Site, archive: Archive, root: Path) -> None:
+def test_a_busy_server_is_retried(site: Site, archive: Archive, root: Path) -> None:
     site.statuses = [503, 429]
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
 
 
-def test_a_reset_while_connecting_is_tried_again(
+def test_a_connection_reset_is_retried(
     archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resets, connect = [ConnectionResetError(errno.ECONNRESET, "reset")], download.urlopen
@@ -360,84 +362,82 @@ def test_a_reset_while_connecting_is_tried_again(
         return connect(*args, **options)
 
     monkeypatch.setattr(download, "urlopen", urlopen)
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
 
 
-def test_a_circle_of_redirections_is_an_error_of_one_line(
-    site: Site, archive: Archive, root: Path
-) -> None:
+def test_a_redirect_loop_is_a_one_line_error(site: Site, archive: Archive, root: Path) -> None:
     site.statuses = [302] * 20
     assert "HTTP status 302" in failure(archive, root)
 
 
-@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/gzip"])
-def test_a_web_page_is_not_an_archive(
-    site: Site, archive: Archive, root: Path, part: Path, kind: str
+@pytest.mark.parametrize("content_type", ["text/html; charset=utf-8", "application/gzip"])
+def test_a_web_page_is_rejected(
+    site: Site, archive: Archive, root: Path, part: Path, content_type: str
 ) -> None:
     part.write_bytes(site.content[:1000])
-    site.content, site.kind, site.ranges = b"<html>Log in first</html>", kind, False
-    assert "answered with a web page, not an archive" in failure(archive, root)
+    site.content, site.content_type, site.ranges = b"<html>Log in</html>", content_type, False
+    assert "returned a web page instead of an archive" in failure(archive, root)
     assert part.stat().st_size == 1000
 
 
-def test_a_web_page_is_not_the_rest_of_an_archive(
+def test_a_web_page_does_not_resume_a_download(
     site: Site, archive: Archive, root: Path, part: Path
 ) -> None:
     part.write_bytes(site.content[:1000])
-    site.kind = "text/html"
-    assert "answered with a web page" in failure(archive, root)
+    site.content_type = "text/html"
+    assert "returned a web page" in failure(archive, root)
     assert part.stat().st_size == 1000
 
 
-def test_a_silent_server_times_out(
+def test_a_stalled_server_times_out(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "_PAUSES", ())
+    monkeypatch.setattr(download, "_RETRY_DELAYS", ())
     site.gate.clear()
-    begun = time.monotonic()
+    start = time.monotonic()
     assert "timed out" in failure(archive, root, timeout=0.3)
-    assert time.monotonic() - begun < 5
-    # Everything that came before the silence.
+    assert time.monotonic() - start < 5
+    # All bytes that arrived before the timeout.
     assert (root / "toy.tar.gz.part").stat().st_size == len(site.content) // 2
 
 
-def test_a_server_that_drips_is_given_up_and_what_came_is_kept(
+def test_a_slow_connection_is_closed_and_its_bytes_are_kept(
     site: Site, mirror: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "_SLOWEST", (1000, 0.1))
-    mirror.drip = 0.01  # each byte well within the timeout
-    assert_whole(fetch(archive, root, mirrors=[mirror.url("/")]), root)
-    [(_, wanted, _)] = site.seen
-    assert wanted is None or wanted != "bytes=0-"
+    monkeypatch.setattr(download, "_MIN_RATE", (1000, 0.1))
+    mirror.drip = 0.01  # each byte arrives well within the timeout
+    assert_complete(fetch(archive, root, mirrors=[mirror.url("/")]), root)
+    [(_, requested_range, _)] = site.seen
+    assert requested_range is None or requested_range != "bytes=0-"
     mirror.seen.clear()
     site.drip = 0.01
     shutil.rmtree(root)
-    assert "sent only " in failure(archive, root, mirrors=[mirror.url("/")])
+    assert "received only " in failure(archive, root, mirrors=[mirror.url("/")])
     assert (root / "toy.tar.gz.part").stat().st_size > 0
 
 
-def test_an_answer_that_does_not_begin_is_given_up(
+def test_missing_response_headers_time_out(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "_PAUSES", ())
-    monkeypatch.setattr(download, "_ANSWER_WITHIN", 0.01)  # the connection's own limit is 5 s
+    monkeypatch.setattr(download, "_RETRY_DELAYS", ())
+    monkeypatch.setattr(download, "_HEADER_TIMEOUTS", 0.01)  # the connection timeout is 5 s
     site.head_gate.clear()
-    assert "timed out before the answer began" in failure(archive, root)
+    assert "timed out waiting for the response headers" in failure(archive, root)
 
 
 @pytest.mark.parametrize("length", ["9" * 5000, "1" * 400, "-5", "0x10", "\xb2", "nan", "1e9"])
-def test_a_length_that_is_none_is_not_believed(
+def test_an_invalid_content_length_is_ignored(
     site: Site, archive: Archive, root: Path, length: str
 ) -> None:
     site.length = length
     try:
-        assert_whole(fetch(archive, root, timeout=0.5), root)
+        assert_complete(fetch(archive, root, timeout=0.5), root)
     except DownloadError as error:
         assert "\n" not in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("reason", ["\x1b[2Jgone", "a\x07\x9b31m", "x" * 60_000])
-def test_a_status_line_cannot_write_to_the_terminal(
+def test_reason_phrases_in_errors_are_printable(
     site: Site, archive: Archive, root: Path, reason: str
 ) -> None:
     site.statuses, site.reason = [404], reason
@@ -446,12 +446,12 @@ def test_a_status_line_cannot_write_to_the_terminal(
     assert len(message) < 1000
 
 
-def test_a_password_reaches_its_own_host_and_nothing_else(
+def test_credentials_are_sent_only_to_their_host(
     site: Site, mirror: Site, archive: Archive, root: Path
 ) -> None:
     mirror.statuses, mirror.location = [302], site.url("/elsewhere")
     address = f"http://me:s%40cret@127.0.0.1:{mirror.server_address[1]}/pub?token=t0ken"
-    assert_whole(fetch(archive, root, mirrors=[address.replace("/pub", "/toy.tar.gz")]), root)
+    assert_complete(fetch(archive, root, mirrors=[address.replace("/pub", "/toy.tar.gz")]), root)
     assert mirror.authorizations == ["Basic " + base64.b64encode(b"me:s@cret").decode()]
     assert site.authorizations == [None]
 
@@ -467,85 +467,85 @@ def test_a_password_reaches_its_own_host_and_nothing_else(
         "http://me:s3cret@[127/",
         "ftp://me:s3cret@127.0.0.1/",
         "me:s3cret@127.0.0.1/pub",
-        "http://me:s3cret@\u2100.example/",  # urlsplit refuses it, and shows it
+        "http://me:s3cret@\u2100.example/",  # urlsplit rejects it with a message that contains it
     ],
 )
-def test_no_error_shows_a_password(site: Site, root: Path, mirror: str) -> None:
+def test_errors_do_not_contain_passwords(site: Site, root: Path, mirror: str) -> None:
     site.statuses = [404] * 9
     mirror = mirror.replace("PORT", str(site.server_address[1]))
     message = failure(archive_of(b"", site.url()), root, mirrors=[mirror])
     assert "s3cret" not in message
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.skipif(sys.platform == "win32", reason="creating links requires privileges on Windows")
 @pytest.mark.parametrize("name", ["toy.tar.gz.part", "toy.tar.gz.lock"])
 @pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
-def test_a_link_in_the_way_is_not_written_through(
+def test_links_are_not_followed(
     site: Site, archive: Archive, root: Path, tmp_path: Path, name: str, make: Any
 ) -> None:
-    """As another user can put one into a folder that many may write."""
-    theirs = tmp_path / "precious"
-    theirs.write_bytes(b"\x1f\x8b precious")
+    """Another user can place a link in a shared folder."""
+    target = tmp_path / "precious"
+    target.write_bytes(b"\x1f\x8b precious")
     root.mkdir(parents=True)
-    make(root / name, theirs)
-    assert_whole(fetch(archive, root), root)
-    assert theirs.read_bytes() == b"\x1f\x8b precious"
-    assert site.seen[0][1] is None, "their bytes are no start of a download"
+    make(root / name, target)
+    assert_complete(fetch(archive, root), root)
+    assert target.read_bytes() == b"\x1f\x8b precious"
+    assert site.seen[0][1] is None, "the target of the link is not part of a download"
 
 
-def owned_by_another(found: os.stat_result, inode: int) -> os.stat_result:
-    fields = list(found)
-    if found.st_ino == inode:
+def owned_by_another_user(status: os.stat_result, inode: int) -> os.stat_result:
+    fields = list(status)
+    if status.st_ino == inode:
         fields[4] += 1
     return os.stat_result(fields)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in the file system")
 @pytest.mark.parametrize("name", ["toy.tar.gz.part", "toy.tar.gz.lock"])
-def test_what_is_no_file_of_ours_is_named_and_left(
+def test_a_pipe_or_file_of_another_user_is_reported_and_kept(
     archive: Archive, root: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root.mkdir(parents=True)
-    os.mkfifo(root / name)  # to open one waits for ever
-    with pytest.raises(DownloadError, match=f"{name}: in the way, it is not a file"):
+    os.mkfifo(root / name)  # opening a pipe blocks forever
+    with pytest.raises(DownloadError, match=f"{name}: it is not a regular file"):
         fetch(archive, root)
     (root / name).unlink()
     (root / name).write_bytes(b"theirs")
     inode, real = (root / name).stat().st_ino, os.fstat
-    monkeypatch.setattr(os, "fstat", lambda file: owned_by_another(real(file), inode))
+    monkeypatch.setattr(os, "fstat", lambda file: owned_by_another_user(real(file), inode))
     with pytest.raises(DownloadError, match=f"{name}: it belongs to another user"):
         fetch(archive, root)
     assert (root / name).read_bytes() == b"theirs"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be exchanged there")
-def test_a_part_exchanged_after_its_check_is_not_unpacked(
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot replace an open file")
+def test_a_part_replaced_after_verification_is_not_unpacked(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify = download._verify
 
-    def verify_and_exchange(*arguments: Any) -> None:
+    def verify_and_replace(*arguments: Any) -> None:
         verify(*arguments)
         (root / "toy.tar.gz.part").unlink()
         (root / "toy.tar.gz.part").write_bytes(packed(("toy/train.bin", b"evil")))
 
-    monkeypatch.setattr(download, "_verify", verify_and_exchange)
-    assert_whole(fetch(archive, root), root)
+    monkeypatch.setattr(download, "_verify", verify_and_replace)
+    assert_complete(fetch(archive, root), root)
 
 
-def test_no_home_directory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(path: Path) -> Path:
+def test_a_missing_home_directory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(Path, "expanduser", unknown)
-    with pytest.raises(DownloadError, match="set HOME, or RESNET56_DATA"):
+    monkeypatch.setattr(Path, "expanduser", fail)
+    with pytest.raises(DownloadError, match="set HOME, or set RESNET56_DATA"):
         default_root()
 
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_damaged_archive_is_an_unpack_error(data: st.DataObject) -> None:
-    """The tar inside is damaged and the gzip around it is whole, as a hostile one can be."""
+def test_damaged_archives_raise_only_unpack_errors(data: st.DataObject) -> None:
+    """The tar is damaged within a valid gzip stream, as a malicious archive can be."""
     content = bytearray(gzip.decompress(SMALL))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -572,7 +572,7 @@ def test_the_next_mirror_is_tried(
         mirror.content = packed(("toy/train.bin", b"other"))
     else:
         first = closed
-    assert_whole(fetch(archive, root, mirrors=[first, site.url("/m2")]), root)
+    assert_complete(fetch(archive, root, mirrors=[first, site.url("/m2")]), root)
     half = len(mirror.content) // 2
     assert [seen[:2] for seen in site.seen] == [
         ("/m2/toy.tar.gz", f"bytes={half}-" if fault == "drop" else None)
@@ -580,27 +580,27 @@ def test_the_next_mirror_is_tried(
     assert all(seen[0] == "/pub/toy.tar.gz" for seen in mirror.seen)
 
 
-def test_mirrors_come_from_the_environment_and_full_urls_are_taken_whole(
+def test_mirrors_from_the_environment_can_be_full_urls(
     site: Site, mirror: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror.statuses = [404]
     full = mirror.url("/a/toy.tar.gz?download=1")
     monkeypatch.setenv("RESNET56_MIRROR", f" {full},\n{mirror.url('/b')} ")
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
     assert [seen[0] for seen in mirror.seen] == ["/a/toy.tar.gz?download=1", "/b/toy.tar.gz"]
     assert site.seen == []
 
 
-def test_a_file_url_is_a_mirror(
+def test_a_mirror_can_be_a_file_url(
     site: Site, archive: Archive, root: Path, part: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "toy.tar.gz").write_bytes(site.content)
     part.write_bytes(site.content[:1000])
-    assert_whole(fetch(archive, root, mirrors=[tmp_path.as_uri()]), root)
+    assert_complete(fetch(archive, root, mirrors=[tmp_path.as_uri()]), root)
     assert site.seen == []
 
 
-def test_a_missing_file_url_is_not_being_offline(root: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_not_reported_as_offline(root: Path, tmp_path: Path) -> None:
     message = failure(archive_of(b"", (tmp_path / "toy.tar.gz").as_uri()), root)
     assert "No such file" in message or "cannot find" in message
     assert "offline" not in message
@@ -609,46 +609,44 @@ def test_a_missing_file_url_is_not_being_offline(root: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "url", ["ftp://127.0.0.1/", "C:\\archives", "archives", "http://[oops/", "data:,\nx"]
 )
-def test_other_mirrors_are_refused(site: Site, archive: Archive, root: Path, url: str) -> None:
+def test_invalid_mirrors_are_rejected(site: Site, archive: Archive, root: Path, url: str) -> None:
     assert "mirror " in failure(archive, root, mirrors=[url])
     assert site.seen == []
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:port", "127..1"])
-def test_what_is_no_address_is_an_error(root: Path, host: str) -> None:
+def test_an_invalid_host_is_an_error(root: Path, host: str) -> None:
     message = failure(archive_of(b"", f"http://{host}/toy.tar.gz"), root)
     assert f"(http://{host}/toy.tar.gz: " in message
     assert "offline" not in message
 
 
-def test_offline_names_the_ways_on(root: Path, closed: str) -> None:
+def test_an_offline_error_lists_alternatives(root: Path, closed: str) -> None:
     message = failure(archive_of(b"", f"{closed}/toy.tar.gz"), root, mirrors=[f"{closed}/m"])
-    assert "this machine seems to be offline" in message
+    assert "this machine appears to be offline" in message
     assert "refused" in message
-    assert all(way in message for way in WAYS_ON)
+    assert all(option in message for option in ALTERNATIVES)
 
 
-def test_one_answer_is_not_being_offline(
-    site: Site, archive: Archive, root: Path, closed: str
-) -> None:
+def test_any_response_means_online(site: Site, archive: Archive, root: Path, closed: str) -> None:
     site.statuses = [404]
     assert "offline" not in failure(archive, root, mirrors=[closed])
 
 
-def test_names_that_do_not_resolve_are_being_offline(
+def test_unresolved_host_names_are_reported_as_offline(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    lookups: list[str] = []
 
     def unresolved(host: str, *args: Any, **options: Any) -> Any:
-        asked.append(host)
+        lookups.append(host)
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     message = failure(archive_of(b"", "http://toy.invalid/toy.tar.gz"), root)
-    assert "seems to be offline" in message
+    assert "appears to be offline" in message
     assert "not known" in message
-    assert asked == ["toy.invalid"]  # once: a second later it would be no different
+    assert lookups == ["toy.invalid"]  # not retried
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
@@ -698,40 +696,38 @@ def test_nothing_is_unpacked_outside_the_folder(
     ],
     ids=["cut", "joined", "damaged", "undecodable", "garbage", "a file", "empty"],
 )
-def test_what_is_no_archive_of_the_folder_is_an_error(
-    site: Site, root: Path, content: bytes
-) -> None:
+def test_invalid_archives_are_rejected(site: Site, root: Path, content: bytes) -> None:
     site.content = content
     assert "cannot be unpacked" in failure(archive_of(content, site.url()), root)
     assert not (root / "toy.tar.gz.part").exists()
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(
+def test_a_decompression_bomb_is_rejected(
     site: Site, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.content = packed(("toy/a", bytes(30_000)), ("toy/b", bytes(30_000)))
-    monkeypatch.setattr(archives, "LARGEST", 50_000)
+    monkeypatch.setattr(archives, "MAX_BYTES", 50_000)
     message = failure(archive_of(site.content, site.url()), root)
-    assert "it holds more than 50000 bytes" in message
+    assert "it unpacks to more than 50000 bytes" in message
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
-def test_unpacked_files_get_no_special_rights(site: Site, root: Path) -> None:
-    rights = member("toy/train.bin")
-    rights.mode = 0o6777
-    site.content = packed((rights, b""))
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such file modes")
+def test_unpacked_files_have_no_special_permissions(site: Site, root: Path) -> None:
+    info = member("toy/train.bin")
+    info.mode = 0o6777
+    site.content = packed((info, b""))
     folder = fetch(archive_of(site.content, site.url()), root)
     assert (folder / "train.bin").stat().st_mode & 0o7777 == 0o755
 
 
 class Full(io.BytesIO):
-    """A file on a disk that has no room left."""
+    """A file on a full disk."""
 
     def write(self, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_full_while_downloading_keeps_the_part(
+def test_a_full_disk_during_download_keeps_the_part(
     site: Site, archive: Archive, root: Path, part: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part.write_bytes(site.content[:1000])
@@ -744,10 +740,10 @@ def test_a_disk_full_while_downloading_keeps_the_part(
         patch.setattr(download, "open_private", open_full)
         message = failure(archive, root)
     assert f"{root}: the disk is full; 1000 bytes are kept" in message
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
 
 
-def test_a_disk_full_while_unpacking_keeps_the_archive(
+def test_a_full_disk_during_unpacking_keeps_the_archive(
     site: Site, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def extract(tar: tarfile.TarFile, info: tarfile.TarInfo, path: str) -> None:
@@ -758,11 +754,11 @@ def test_a_disk_full_while_unpacking_keeps_the_archive(
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "extract", extract)
         assert "the disk is full" in failure(archive, root)
-    assert_whole(fetch(archive, root), root)
+    assert_complete(fetch(archive, root), root)
     assert len(site.seen) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_named(
+def test_a_read_only_folder_is_reported(
     archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, *args: Any, **options: Any) -> None:
@@ -772,16 +768,18 @@ def test_a_folder_that_cannot_be_written_is_named(
     assert f"{root}: Permission denied" in failure(archive, root)
 
 
-def test_a_file_in_the_way_is_named(site: Site, archive: Archive, root: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_reported(
+    site: Site, archive: Archive, root: Path
+) -> None:
     root.mkdir(parents=True)
     (root / "toy").write_text("mine")
-    with pytest.raises(DownloadError, match="in the way"):
+    with pytest.raises(DownloadError, match="it is not a folder"):
         fetch(archive, root)
     assert (root / "toy").read_text() == "mine"
     assert site.seen == []
 
 
-def test_of_two_at_once_one_downloads_and_the_other_waits(
+def test_of_two_concurrent_calls_one_downloads_and_the_other_waits(
     site: Site, archive: Archive, root: Path
 ) -> None:
     site.gate.clear()
@@ -790,32 +788,32 @@ def test_of_two_at_once_one_downloads_and_the_other_waits(
 
     def watch(done: int, total: int | None) -> None:
         waiting.append(done)
-        site.gate.set()  # let the first go on once the second has reported that it waits
+        site.gate.set()  # the second call waits, so the first can continue
 
-    begun = threading.Event()
+    started = threading.Event()
 
     def run(progress: Callable[[int, int | None], None]) -> None:
         results.append(fetch(archive, root, timeout=10, progress=progress))
 
-    first = threading.Thread(target=run, args=(lambda done, total: begun.set(),))
+    first = threading.Thread(target=run, args=(lambda done, total: started.set(),))
     second = threading.Thread(target=run, args=(watch,))
     first.start()
-    assert begun.wait(10)
+    assert started.wait(10)
     second.start()
     first.join()
     second.join()
     assert results == [root / "toy"] * 2
-    assert_whole(results[0], root)
+    assert_complete(results[0], root)
     assert len(site.seen) == 1
     assert waiting
 
 
-def test_a_folder_that_appeared_meanwhile_is_used(site: Site, archive: Archive, root: Path) -> None:
-    def meanwhile(done: int, total: int | None) -> None:
+def test_a_folder_created_in_the_meantime_is_used(site: Site, archive: Archive, root: Path) -> None:
+    def create_folder(done: int, total: int | None) -> None:
         (root / "toy").mkdir(exist_ok=True)
         (root / "toy" / "theirs").touch()
 
-    assert fetch(archive, root, progress=meanwhile) == root / "toy"
+    assert fetch(archive, root, progress=create_folder) == root / "toy"
     assert [path.name for path in root.rglob("*")] == ["toy", "theirs"]
 
 

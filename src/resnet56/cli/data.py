@@ -13,26 +13,26 @@ from resnet56.errors import UsageError
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """Download a data set once, to where training looks for it."""
+    """Download a data set for training."""
 
     name: tyro.conf.Positional[Literal["cifar10", "cifar100"]] = "cifar10"
-    """Data set."""
+    """Data set to download."""
 
     dir: Path | None = None
-    """Folder to keep it in; by default RESNET56_DATA, or the user's cache."""
+    """Folder for data sets. The default is $RESNET56_DATA or a folder in the user's cache."""
 
     mirror: tuple[str, ...] = ()
-    """Addresses to try before the university's; also RESNET56_MIRROR."""
+    """URLs to try before the official one. The default is $RESNET56_MIRROR."""
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 data fetch [NAME]."""
+    """Run `resnet56 data fetch [NAME]`."""
     usage = "resnet56 data fetch [cifar10|cifar100] [--dir DIR] [--mirror URL]"
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: {usage}\n\n  fetch  download a data set once, to where training finds it")
+        print(f"usage: {usage}\n\n  fetch  download a data set for training")
         return 0
     if arguments[0] != "fetch":
-        raise UsageError(f"unknown: resnet56 data {arguments[0]}; usage: {usage}")
+        raise UsageError(f"unknown command: resnet56 data {arguments[0]}; usage: {usage}")
     options = parse(FetchOptions, arguments[1:], "resnet56 data fetch")
     print(fetch(options.name, options.dir, options.mirror))
     return 0

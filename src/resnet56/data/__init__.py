@@ -1,1 +1,1 @@
-"""Images: data sets and their files, augmentation, and the batches of a training."""
+"""Data sets, image files, augmentation and training batches."""

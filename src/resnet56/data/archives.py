@@ -1,4 +1,4 @@
-"""Unpack a data set's archive: a gzipped tar of one folder, taken as hostile until it has ended."""
+"""Unpack a data set archive: a gzipped tar that contains one folder. The archive is untrusted."""
 
 import gzip
 import tarfile
@@ -8,25 +8,25 @@ from typing import BinaryIO
 
 from resnet56.errors import one_line
 
-LARGEST = 1 << 30  # bytes, far above any CIFAR: more is a bomb or an endless answer
+MAX_BYTES = 1 << 30  # far above any CIFAR archive; more is a bomb or an endless response
 _BLOCK = 1 << 18  # bytes
 
 
 class UnpackError(Exception):
-    """The archive is damaged, or holds something else than the folder."""
+    """The archive is damaged or contains something other than the expected folder."""
 
 
 def unpack(archive: BinaryIO, root: Path, folder: str) -> Path:
-    """Unpack the gzipped tar in `archive` so that `root/folder` appears whole or not at all.
+    """Unpack the gzipped tar in `archive` to `root/folder` in one atomic step.
 
     Args:
         archive: open for reading, at any position.
-        root: an existing folder; a temporary folder is made in it, too.
-        folder: the name of the one folder that the archive holds.
+        root: an existing folder. A temporary folder is also created in it.
+        folder: name of the only folder in the archive.
 
     Raises:
-        UnpackError: the archive is damaged or unsafe; in one line.
-        OSError: `root` cannot be written.
+        UnpackError: the archive is damaged or unsafe. The message is one line.
+        OSError: `root` is not writable.
     """
     with TemporaryDirectory(prefix=f"{folder}.", dir=root, ignore_cleanup_errors=True) as temporary:
         archive.seek(0)
@@ -34,41 +34,41 @@ def unpack(archive: BinaryIO, root: Path, folder: str) -> Path:
             _extract(archive, temporary, folder)
         except (tarfile.TarError, gzip.BadGzipFile, EOFError) as err:
             raise UnpackError(one_line(err)) from err
-        except OSError:  # the disk's
+        except OSError:  # from the disk, not from the archive
             raise
-        except Exception as err:  # a damaged head can make `tarfile` raise anything
+        except Exception as err:  # `tarfile` can raise anything on a damaged header
             raise UnpackError(one_line(err)) from err
         final = root / folder
         try:
             Path(temporary, folder).replace(final)
         except OSError:
-            if not final.is_dir():  # else another process was faster
+            if not final.is_dir():  # otherwise another process has created it
                 raise
     return final
 
 
 def _extract(archive: BinaryIO, temporary: str, folder: str) -> None:
     with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-        # As `filter="data"`, which Python 3.11.0 to 3.11.3 would not know.
+        # Same as `filter="data"`, which Python 3.11.0 to 3.11.3 do not support.
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
-        left = LARGEST
+        remaining = MAX_BYTES
         for member in tar:
-            _check(member, folder, left)
-            left -= member.size
+            _check_member(member, folder, remaining)
+            remaining -= member.size
             tar.extract(member, temporary)
         while stream.read(_BLOCK):
-            pass  # to the end, where gzip compares a checksum of what was unpacked
+            pass  # gzip verifies its checksum at the end of the stream
     if not Path(temporary, folder).is_dir():
-        raise UnpackError(f"no folder {folder!r} inside")
+        raise UnpackError(f"it does not contain the folder {folder!r}")
 
 
-def _check(member: tarfile.TarInfo, folder: str, left: int) -> None:
-    """Raise UnpackError unless `member` is a plain file or folder inside `folder`."""
-    # Windows' reading is the strictest: it sees either slash, and drives as well as roots.
+def _check_member(member: tarfile.TarInfo, folder: str, max_size: int) -> None:
+    """Raise UnpackError unless `member` is a regular file or a folder inside `folder`."""
+    # Windows rules are the strictest: both slashes separate, and drives count as roots.
     parts = PureWindowsPath(member.name).parts
     if parts[:1] != (folder,) or ".." in parts:
-        raise UnpackError(f"{member.name!r} is not in the folder {folder!r}")
+        raise UnpackError(f"{member.name!r} is outside the folder {folder!r}")
     if not (member.isreg() or member.isdir()):
-        raise UnpackError(f"{member.name!r} is neither a file nor a folder")
-    if not 0 <= member.size <= left:
-        raise UnpackError(f"it holds more than {LARGEST} bytes")
+        raise UnpackError(f"{member.name!r} is neither a regular file nor a folder")
+    if not 0 <= member.size <= max_size:
+        raise UnpackError(f"it unpacks to more than {MAX_BYTES} bytes")

@@ -1,4 +1,4 @@
-"""Test sets as NumPy arrays: CIFAR-10-C, CIFAR-10.1, and pairs as Keras users save them."""
+"""Test sets stored as NumPy arrays: CIFAR-10-C, CIFAR-10.1, and pairs of images and labels."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 from resnet56.data.dataset import Split
 from resnet56.errors import DataError, one_line, shown
 
-# How the file of the images begins or ends, and that of its labels; X and Y stand for either case.
+# Names, without suffix, of an images file and of its labels file.
 _PAIRS = (
     ("{}_data", "{}_labels"),
     ("{}_images", "{}_labels"),
@@ -26,47 +26,49 @@ _PAIRS = (
 
 
 def is_benchmark(path: Path) -> bool:
-    """Whether `path` holds test images as arrays: .npy files."""
+    """Return whether `path` is a folder that contains .npy files."""
     return path.is_dir() and any(path.glob("*.npy"))
 
 
 def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
-    """The test sets in a folder of .npy files, one after the other, each with its name.
+    """Yield the name and the images of each test set in a folder of .npy files.
 
-    CIFAR-10-C has `labels.npy` and an array (50,000, 32, 32, 3) of bytes for each corruption, its
-    five severities in turn; CIFAR-10.1 has `NAME_data.npy` with `NAME_labels.npy`. Also read are
-    `x_NAME.npy` with `y_NAME.npy`. Labels are whole numbers of the shape (N,) or (N, 1). Raises
-    DataError for arrays of other shapes or types, labels out of range, or none at all.
+    CIFAR-10-C consists of `labels.npy` and one uint8 array (50,000, 32, 32, 3) per corruption, with
+    its five severities in order. CIFAR-10.1 consists of `NAME_data.npy` and `NAME_labels.npy`.
+    Other common pairs are recognized, such as `x_NAME.npy` and `y_NAME.npy`. Labels are integers of
+    shape (N,) or (N, 1).
+
+    Raises:
+        DataError: an array has another shape or type, a label is missing or out of range, or there
+            are no images.
     """
     stems = {file.stem: file for file in sorted(path.glob("*.npy"))}
     pairs = list(_pairs(path, stems))
     if not pairs:
         raise DataError(
-            f"{shown(str(path))} holds no images: give them as NAME_data.npy or x_NAME.npy"
+            f"{shown(str(path))} contains no images; name them NAME_data.npy or x_NAME.npy"
         )
     for name, file, labels_file in pairs:
         images, labels = _read_array(file), _read_array(labels_file)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
             raise DataError(
-                f"{shown(str(file))} has the shape {images.shape} and type "
-                f"{one_line(images.dtype)}; expected (N, 32, 32, 3) of uint8"
+                f"{shown(str(file))} has shape {images.shape} and type "
+                f"{one_line(images.dtype)}; expected (N, 32, 32, 3) and uint8"
             )
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise DataError(
-                f"{shown(str(labels_file))} has the shape {labels.shape} and type "
-                f"{one_line(labels.dtype)}; expected (N,) or (N, 1) of whole numbers"
+                f"{shown(str(labels_file))} has shape {labels.shape} and type "
+                f"{one_line(labels.dtype)}; expected (N,) or (N, 1) and integers"
             )
         if len(images) != len(labels):
             raise DataError(
-                f"{shown(str(file))} has {len(images):,} images, and {labels_file.name} "
-                f"{len(labels):,} labels"
+                f"{shown(str(file))} has {len(images):,} images, but {labels_file.name} "
+                f"has {len(labels):,} labels"
             )
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise DataError(
-                f"{shown(str(labels_file))}: its labels are not classes from 0 to {classes - 1}"
-            )
+            raise DataError(f"{shown(str(labels_file))}: expected labels from 0 to {classes - 1}")
         severities = 5 if len(images) == 50_000 else 1
         size = len(images) // severities
         for severity in range(severities):
@@ -80,41 +82,41 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
 
 
 def _pairs(path: Path, stems: dict[str, Path]) -> Iterator[tuple[str, Path, Path]]:
-    """The name, images and labels of each test set. Raises DataError for images without labels."""
-    paired: dict[str, tuple[str, str]] = {}  # images to name and labels
+    """Yield the name, images and labels of each test set. Raises DataError for missing labels."""
+    paired: dict[str, tuple[str, str]] = {}  # images -> (name, labels)
     labels = {"labels"}
     for stem in stems:
-        for images_form, labels_form in _PAIRS:
-            before, after = images_form.split("{}")
-            name = stem.removeprefix(before).removesuffix(after)
-            if images_form.format(name) == stem and labels_form.format(name) in stems:
-                paired.setdefault(stem, (name, labels_form.format(name)))
-                labels.add(labels_form.format(name))
+        for images_format, labels_format in _PAIRS:
+            prefix, suffix = images_format.split("{}")
+            name = stem.removeprefix(prefix).removesuffix(suffix)
+            if images_format.format(name) == stem and labels_format.format(name) in stems:
+                paired.setdefault(stem, (name, labels_format.format(name)))
+                labels.add(labels_format.format(name))
     for stem, file in stems.items():
         if stem in labels or stem.endswith("labels"):
             continue
-        name, of = paired.get(stem, (stem.removesuffix("_data"), "labels"))
-        if of not in stems:
-            looked_for = f"{name}_labels.npy, labels.npy"
+        name, labels_stem = paired.get(stem, (stem.removesuffix("_data"), "labels"))
+        if labels_stem not in stems:
+            candidates = f"{name}_labels.npy, labels.npy"
             if stem.lower().startswith("x"):
-                looked_for += f", y{stem[1:]}.npy"
-            raise DataError(
-                f"{shown(str(file))} has no labels beside it: looked for {shown(looked_for)}"
-            )
-        yield name or stem, file, stems[of]
+                candidates += f", y{stem[1:]}.npy"
+            raise DataError(f"{shown(str(file))} has no labels; looked for {shown(candidates)}")
+        yield name or stem, file, stems[labels_stem]
 
 
 def _read_array(file: Path) -> npt.NDArray[Any]:
-    """The array in a .npy file, mapped and not read yet. Raises DataError."""
+    """Memory-map the array in a .npy file. Raises DataError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the head is parsed as Python, which warns
+            warnings.simplefilter("ignore")  # NumPy parses the header as Python, which can warn
             array = np.load(file, mmap_mode="r", allow_pickle=False)
     except MemoryError as error:
-        raise DataError(f"cannot read {shown(str(file))}: its head claims too much") from error
-    except Exception as error:  # a damaged head makes NumPy raise anything
+        raise DataError(
+            f"cannot read {shown(str(file))}: its header requests too much memory"
+        ) from error
+    except Exception as error:  # NumPy can raise anything on a damaged header
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {shown(str(file))}: {one_line(reason)}") from error
     if not isinstance(array, np.ndarray):
-        raise DataError(f"cannot read {shown(str(file))}: it is an archive of arrays (.npz)")
+        raise DataError(f"cannot read {shown(str(file))}: it is an .npz archive")
     return array

@@ -1,4 +1,4 @@
-"""Names of the classes of the published data sets, in the order of their labels."""
+"""Class names of the published data sets, in label order."""
 
 # fmt: off
 CIFAR10 = (

@@ -1,8 +1,8 @@
 """Common corruptions of 32x32 images, after Hendrycks & Dietterich 2019 (CIFAR-10-C).
 
-Ten of that benchmark's nineteen: those that need nothing but arithmetic and Pillow. The strengths
-are those its authors used for CIFAR-10; the random numbers are drawn from a given seed, so results
-repeat, and come close to CIFAR-10-C's without being its very images.
+This module implements ten of the benchmark's nineteen corruptions: those that need only arithmetic
+and Pillow. Each severity is as strong as in CIFAR-10-C. Noise comes from a given seed, so results
+are reproducible. They are close to those on CIFAR-10-C, but the images are not identical.
 """
 
 import io
@@ -17,37 +17,39 @@ from torch.nn import functional as F
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-Corruption = Callable[[Tensor, int, torch.Generator], Tensor]  # (N, 3, H, W) in [0, 1] -> same
+Corruption = Callable[
+    [Tensor, int, torch.Generator], Tensor
+]  # (N, 3, H, W) in [0, 1] -> same shape and range
 
 
 def gaussian_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Electronic noise: the same normal noise everywhere."""
+    """Electronic noise: Gaussian noise of constant strength."""
     scale = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     return x + scale * torch.randn(x.shape, generator=generator)
 
 
 def shot_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Too little light: the counts of a Poisson process."""
+    """Low light: Poisson noise of the photon counts."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     return torch.poisson(x * photons, generator=generator) / photons
 
 
 def impulse_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Salt and pepper, on each channel by itself."""
-    share = (0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1]
-    hit = torch.rand(x.shape, generator=generator) < share
+    """Salt-and-pepper noise, independent per channel."""
+    fraction = (0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1]
+    corrupted = torch.rand(x.shape, generator=generator) < fraction
     salt = torch.rand(x.shape, generator=generator) < 0.5
-    return torch.where(hit, salt.float(), x)
+    return torch.where(corrupted, salt.float(), x)
 
 
 def speckle_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Noise that grows with the brightness."""
+    """Gaussian noise proportional to the brightness."""
     scale = (0.06, 0.1, 0.12, 0.16, 0.2)[severity - 1]
     return x + scale * x * torch.randn(x.shape, generator=generator)
 
 
 def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """A camera out of focus."""
+    """A camera out of focus: a Gaussian blur."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1]
     radius = int(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1)
@@ -58,59 +60,59 @@ def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def brightness(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """More light: HSV's value is raised, hue and saturation stay."""
-    more = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
+    """More light: increases the value in HSV and keeps hue and saturation."""
+    increase = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
     value = x.amax(dim=1, keepdim=True)
-    brighter = (value + more).clamp(max=1)
+    brighter = (value + increase).clamp(max=1)
     return torch.where(value > 0, x * brighter / value.clamp(min=1e-9), brighter)
 
 
 def saturate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """HSV's saturation is scaled and raised; a grey pixel, whose hue is 0, reddens."""
-    factor, more = ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))[severity - 1]
-    value, least = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
-    saturation = (value - least) / value.clamp(min=1e-9)
-    wanted = (factor * saturation + more).clamp(0, 1)
-    coloured = value - (value - x) * wanted / saturation.clamp(min=1e-9)
+    """Scaled and increased saturation in HSV. Gray pixels, whose hue is 0, turn red."""
+    factor, increase = ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))[severity - 1]
+    value, minimum = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
+    saturation = (value - minimum) / value.clamp(min=1e-9)
+    new_saturation = (factor * saturation + increase).clamp(0, 1)
+    colored = value - (value - x) * new_saturation / saturation.clamp(min=1e-9)
     red = torch.tensor([0.0, 1.0, 1.0])[:, None, None]
-    return torch.where(saturation > 0, coloured, value * (1 - wanted * red))
+    return torch.where(saturation > 0, colored, value * (1 - new_saturation * red))
 
 
 def contrast(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Every value moves towards its channel's mean over the image."""
-    share = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
+    """Lower contrast: moves values toward the mean of their channel in the image."""
+    factor = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     means = x.mean(dim=(2, 3), keepdim=True)
-    return means + share * (x - means)
+    return means + factor * (x - means)
 
 
 def pixelate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Made smaller and larger again, with box filters."""
-    share = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
+    """Downsamples and upsamples again with box filters."""
+    scale = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
 
-    def through(image: Image.Image) -> Image.Image:
-        small = (int(image.width * share), int(image.height * share))
+    def resample(image: Image.Image) -> Image.Image:
+        small = (int(image.width * scale), int(image.height * scale))
         return image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.BOX)
 
-    return _each(x, through)
+    return _map_images(x, resample)
 
 
 def jpeg(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Saved as a JPEG of low quality."""
+    """JPEG compression at low quality."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
 
-    def through(image: Image.Image) -> Image.Image:
+    def compress(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality)
         return Image.open(file)
 
-    return _each(x, through)
+    return _map_images(x, compress)
 
 
-def _each(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """`change` on each image, which Pillow wants as (H, W, 3) bytes."""
+def _map_images(x: Tensor, transform: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Apply `transform` to each image as a Pillow image."""
     arrays = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    changed = np.stack([np.asarray(change(Image.fromarray(array))) for array in arrays])
-    return torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
+    transformed = np.stack([np.asarray(transform(Image.fromarray(array))) for array in arrays])
+    return torch.from_numpy(transformed).permute(0, 3, 1, 2).float() / 255
 
 
 CORRUPTIONS: dict[str, Corruption] = {
@@ -128,25 +130,25 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tensor:
-    """Corrupted copies of images; a pure function of its arguments.
+    """Return corrupted copies of images. The result depends only on the arguments.
 
     Args:
         images: (N, 3, H, W) uint8, on the CPU.
-        name: of CORRUPTIONS.
+        name: a key of CORRUPTIONS.
         severity: 1 to 5.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         (N, 3, H, W) uint8.
     """
     generator = torch.Generator().manual_seed(seed)
     out = CORRUPTIONS[name](images.float() / 255, severity, generator)
-    # Bytes are cut off, not rounded, as the benchmark's own script does; a hair is added so that
-    # what is exactly a byte stays one.
+    # Truncated rather than rounded, as in the benchmark's script. The offset keeps values that are
+    # whole bytes apart from rounding errors.
     return (out.clamp(0, 1) * 255 + 1e-3).floor().to(torch.uint8)
 
 
-def spread(total: int, count: int) -> Tensor:
-    """Indices of `count` of `total` images, evenly spaced: a fixed sample without chance."""
+def evenly_spaced(total: int, count: int) -> Tensor:
+    """Return the indices of a fixed, evenly spaced sample of `count` of `total` images."""
     count = min(count, total)
     return torch.tensor([math.floor(i * total / count) for i in range(count)])

@@ -1,4 +1,4 @@
-"""Fetch the official CIFAR archives: resumed, checked against their MD5, unpacked safely."""
+"""Download the official CIFAR archives, with resumption, MD5 verification and safe unpacking."""
 
 import base64
 import errno
@@ -20,41 +20,41 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
-from resnet56.data.archives import LARGEST, UnpackError, unpack
+from resnet56.data.archives import MAX_BYTES, UnpackError, unpack
 from resnet56.errors import DownloadError, one_line, printable
 from resnet56.locks import open_private, try_lock
 
 Progress = Callable[[int, int | None], None]
-"""Called with the bytes that are there and the bytes there will be (None: not known)."""
+"""Called with the bytes downloaded so far and the total, which is None if unknown."""
 
-_PAUSES = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try of one URL
-_REPORT_EVERY = 0.2  # seconds between calls of `progress`, and between looks at a held lock
-_BLOCK = 1 << 18  # bytes asked of the connection at once
-_SLOWEST = (1_000, 60.0)  # bytes in so many seconds; a server that sends less has no end
-_ANSWER_WITHIN = 4  # times the timeout, from the call to the end of the answer's head
-_GZIP = b"\x1f\x8b"
-_UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_WAYS_ON = (
-    "ways on: --data digits (needs no download), --data DIR (a folder you have), "
+_RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt per URL
+_REPORT_INTERVAL = 0.2  # seconds between calls of `progress` and between attempts to lock
+_BLOCK = 1 << 18  # bytes to read at once
+_MIN_RATE = (1_000, 60.0)  # bytes per seconds; a slower connection is closed
+_HEADER_TIMEOUTS = 4  # time limit for the response headers, as a multiple of the timeout
+_GZIP_MAGIC = b"\x1f\x8b"
+_UNREACHABLE_ERRNOS = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_ALTERNATIVES = (
+    "alternatives: --data digits (no download), --data DIR (an existing folder), "
     "or a mirror (--mirror URL or RESNET56_MIRROR)"
 )
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set's official archive, a gzipped tar that holds one folder."""
+    """The official archive of a data set: a gzipped tar that contains one folder."""
 
     name: str
     filename: str
-    md5: str  # of the whole file, in lower-case hex
-    size: int | None  # bytes of the whole file, where known
-    folder: str  # the one folder inside
+    md5: str  # lowercase hex
+    size: int | None  # bytes, if known
+    folder: str  # the folder in the archive
     url: str
 
 
 _KRIZ = "https://www.cs.toronto.edu/~kriz/"
-# MD5: the table on cifar.html there; sizes: TensorFlow Datasets' url_checksums.
+# The MD5 sums are from cifar.html at this URL, the sizes from TensorFlow Datasets' url_checksums.
 ARCHIVES = {
     "cifar10": Archive(
         name="cifar10",
@@ -76,7 +76,10 @@ ARCHIVES = {
 
 
 class _UrlError(Exception):
-    """One URL did not deliver; `retry` if it may yet, `offline` if it was never reached."""
+    """A download from one URL failed.
+
+    `retry` tells whether another attempt can succeed, `offline` whether the host was unreachable.
+    """
 
     def __init__(
         self, reason: str, *, retry: bool = False, offline: bool = False, status: int = 0
@@ -88,24 +91,24 @@ class _UrlError(Exception):
 
 
 def default_root() -> Path:
-    """Return where data sets are kept: $RESNET56_DATA, else in the user's cache folder."""
+    """Return the folder for data sets: $RESNET56_DATA, by default in the user's cache folder."""
     if chosen := os.environ.get("RESNET56_DATA"):
-        return _without_tilde(chosen)
+        return _expand_user(chosen)
     if sys.platform == "win32":
         cache = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         cache = "~/Library/Caches"
     else:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return _without_tilde(cache) / "resnet56"
+    return _expand_user(cache) / "resnet56"
 
 
-def _without_tilde(folder: str) -> Path:
+def _expand_user(folder: str) -> Path:
     try:
         return Path(folder).expanduser()
-    except RuntimeError:  # as in a container whose user is in no list
+    except RuntimeError:  # no HOME, and no entry in the password database
         raise DownloadError(
-            f"no home directory for {folder}: set HOME, or RESNET56_DATA to a folder for data sets"
+            f"cannot expand {folder}: set HOME, or set RESNET56_DATA to a folder for data sets"
         ) from None
 
 
@@ -117,28 +120,28 @@ def fetch(
     timeout: float = 30.0,
     progress: Progress | None = None,
 ) -> Path:
-    """Return `root/archive.folder`, downloading and unpacking it if it is not there yet.
+    """Return `root/archive.folder`. Download and unpack the archive if the folder is missing.
 
-    The folder appears whole or not at all, and the archive is removed once it is there. What a
-    failure or Ctrl-C leaves in `root/<filename>.part` is continued by the next call. Of several
-    processes one downloads, by a lock on the empty `root/<filename>.lock`; the others wait for
-    it, reporting its progress. (Where the file system knows no locks they may spoil each other's
-    download, but the checksums notice.) Neither file is written through a link, so `root` may be
-    a folder that others can write to.
+    The folder is created atomically, and the archive is then deleted. After a failure or Ctrl-C,
+    the next call resumes from `root/<filename>.part`. If several processes call this function, one
+    of them locks the empty file `root/<filename>.lock` and downloads, while the others wait and
+    report its progress. Without file system support for locks, they can corrupt each other's
+    download, which the checksum detects. Neither file is opened through a link, so `root` can be a
+    shared folder.
 
     Args:
-        archive: what to fetch, for example `ARCHIVES["cifar10"]`.
-        root: the folder to keep it in, made if missing; see `default_root`.
-        mirrors: base or full URLs (http, https, file) to try, in order, before the archive's own;
-            if empty, those in $RESNET56_MIRROR, separated by commas or white space. A user and
-            password in a URL are sent to its host only, and never shown.
-        timeout: seconds to wait for a connection, and for each further piece of the answer. A
-            connection that sends less than 1,000 bytes a minute is given up, too.
-        progress: called a few times a second with the bytes that are there and their total.
+        archive: the archive to download, for example `ARCHIVES["cifar10"]`.
+        root: folder for data sets, created if missing. See `default_root`.
+        mirrors: base or full URLs (http, https, file) to try, in order, before the official one. If
+            empty, the URLs in $RESNET56_MIRROR are used, separated by commas or whitespace.
+            Credentials in a URL are sent only to its host and never shown.
+        timeout: seconds to wait for a connection and for each part of the response. Connections
+            slower than 1,000 bytes per minute are also closed.
+        progress: called a few times per second with the bytes downloaded so far and the total.
 
     Raises:
-        DownloadError: no URL delivered the archive, it cannot be unpacked safely, or `root`
-            cannot be written; one line that says which, and what to do.
+        DownloadError: no URL delivered the archive, it cannot be unpacked safely, or `root` is not
+            writable. The message is one line.
     """
     final = root / archive.folder
     part = root / f"{archive.filename}.part"
@@ -148,20 +151,21 @@ def fetch(
         if final.is_dir():
             return final
         if final.exists():
-            raise FileExistsError(errno.EEXIST, "in the way, it is not a folder", str(final))
+            raise FileExistsError(errno.EEXIST, "it is not a folder; remove it", str(final))
         urls = _urls(archive, mirrors)
         root.mkdir(parents=True, exist_ok=True)
         with open_private(lock) as locked:
             while not try_lock(locked.fileno()):
                 report(_size(part), archive.size)
-                time.sleep(_REPORT_EVERY)
-            if not final.is_dir():  # else the process that held the lock has made it
+                time.sleep(_REPORT_INTERVAL)
+            if not final.is_dir():  # otherwise the other process has created it
                 _download_and_unpack(archive, urls, part, root, timeout, report)
-    except OSError as err:  # the network's were dealt with: this is about files
-        why = "the disk is full" if err.errno in _FULL else _why(err)
-        where = err.filename or root
-        raise DownloadError(_line(f"{archive.filename}: {where}: {why}{_kept(part)}")) from err
-    # The folder is there: whoever still waits for the lock will see it, even if its file is gone.
+    except OSError as err:  # a file error, since network errors are handled before
+        reason = "the disk is full" if err.errno in _DISK_FULL_ERRNOS else _reason(err)
+        path = err.filename or root
+        message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
+        raise DownloadError(_single_line(message)) from err
+    # Processes that still wait for the lock find the folder, even if the lock file is gone.
     for leftover in (part, lock):
         with suppress(OSError):
             leftover.unlink()
@@ -176,17 +180,17 @@ def _download_and_unpack(
     timeout: float,
     report: Progress,
 ) -> None:
-    """Make `root/archive.folder`. `part` keeps what a failure leaves, if anything."""
-    # One open file for all that follows: a name in a folder of others could be exchanged between
-    # the check of its content and its use.
+    """Create `root/archive.folder`. On failure, keep the downloaded bytes in `part`."""
+    # The file stays open throughout, since another user could otherwise replace it between its
+    # verification and its use.
     with open_private(part) as file:
         try:
             _download(archive, urls, file, timeout, report)
             unpack(file, root, archive.folder)
         except UnpackError as err:
-            file.truncate(0)  # its checksum was right: no other download would be better
-            message = f"{archive.filename} was removed, it cannot be unpacked safely: {err}"
-            raise DownloadError(_line(message)) from err
+            file.truncate(0)  # its MD5 is right, so another download would not help
+            message = f"{archive.filename} cannot be unpacked safely and was removed: {err}"
+            raise DownloadError(_single_line(message)) from err
         finally:
             if not _length(file):
                 with suppress(OSError):
@@ -194,31 +198,31 @@ def _download_and_unpack(
 
 
 def _urls(archive: Archive, mirrors: Sequence[str]) -> list[str]:
-    """Return the URLs to try, in order, the official one last."""
-    named = mirrors or re.split(r"[,\s]+", os.environ.get("RESNET56_MIRROR", ""))
+    """Return the URLs to try, in order. The official one is last."""
+    bases = mirrors or re.split(r"[,\s]+", os.environ.get("RESNET56_MIRROR", ""))
     urls = []
-    for mirror in filter(None, named):
+    for mirror in filter(None, bases):
         try:
             parts = urlsplit(mirror)
         except ValueError as err:
-            raise DownloadError(f"mirror {_public(mirror)}: not a valid URL") from err
+            raise DownloadError(f"mirror {_redact(mirror)}: it is not a valid URL") from err
         if parts.scheme not in ("http", "https", "file"):
-            raise DownloadError(f"mirror {_public(mirror)}: expected an http, https or file URL")
-        whole = parts.path.endswith("/" + archive.filename)
-        urls.append(mirror if whole else f"{mirror.rstrip('/')}/{archive.filename}")
+            raise DownloadError(f"mirror {_redact(mirror)}: expected an http, https or file URL")
+        is_full = parts.path.endswith("/" + archive.filename)
+        urls.append(mirror if is_full else f"{mirror.rstrip('/')}/{archive.filename}")
     return [*urls, archive.url]
 
 
-def _public(url: str) -> str:
-    """The URL without what may be a secret: user, password, query (signatures) and fragment."""
+def _redact(url: str) -> str:
+    """Remove possible secrets from a URL: credentials, query (signatures) and fragment."""
     address = re.split(r"[?#]", url)[0]
     scheme = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|", address)[0]  # type: ignore[index]
-    # Up to the last @, wherever it stands: a password that is not quoted may hold slashes.
+    # Up to the last @ of the whole address, since an unquoted password can contain slashes.
     return one_line(scheme + address.removeprefix(scheme).rpartition("@")[2])
 
 
 def _request(url: str) -> Request:
-    """A request for the URL; its user and password go into a header, to its own host only."""
+    """Create a request for the URL. Credentials become a header that only its host receives."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     request = Request(urlunsplit(parts._replace(netloc=host)), headers={"User-Agent": "resnet56"})
@@ -231,126 +235,128 @@ def _request(url: str) -> Request:
 def _download(
     archive: Archive, urls: Sequence[str], part: BufferedRandom, timeout: float, report: Progress
 ) -> None:
-    """Leave the whole, checked archive in `part`, from the first URL that delivers it."""
+    """Download the archive to `part` from the first URL that works, and verify it."""
     failures: list[tuple[str, _UrlError]] = []
     for url in urls:
-        for pause in (0.0, *_PAUSES):
-            time.sleep(pause)
+        for delay in (0.0, *_RETRY_DELAYS):
+            time.sleep(delay)
             try:
-                continued = _receive(url, archive, part, timeout, report)
-                _verify(archive, part, continued)
+                resumed = _receive(url, archive, part, timeout, report)
+                _verify(archive, part, resumed)
                 return
             except _UrlError as err:
-                failed = err
-            if not failed.retry:
+                error = err
+            if not error.retry:
                 break
-        failures.append((url, failed))
-    reasons = "; ".join(f"{_public(url)}: {failed}" for url, failed in failures)
-    offline = all(failed.offline for _, failed in failures)
-    lead = "this machine seems to be offline, " if offline else ""
-    kept = _kept_bytes(_length(part))
-    message = f"{lead}{archive.filename} was not downloaded ({reasons}){kept}; {_WAYS_ON}"
-    raise DownloadError(_line(message))
+        failures.append((url, error))
+    reasons = "; ".join(f"{_redact(url)}: {error}" for url, error in failures)
+    offline = all(error.offline for _, error in failures)
+    cause = "; this machine appears to be offline" if offline else ""
+    resume = _resume_note(_length(part))
+    message = f"cannot download {archive.filename} ({reasons}){cause}{resume}; {_ALTERNATIVES}"
+    raise DownloadError(_single_line(message))
 
 
 def _receive(
     url: str, archive: Archive, part: BufferedRandom, timeout: float, report: Progress
 ) -> bool:
-    """Add what one connection sends to `part`; return whether its start was there before."""
+    """Append one response to `part`. Return whether this resumed an earlier download."""
     done = _length(part)
     if archive.size is not None and done >= archive.size:
         return True
     try:
-        with _network():
+        with _network_errors():
             request = _request(url)
             if done:
                 request.add_header("Range", f"bytes={done}-")
             response = _open(request, timeout)
     except _UrlError as err:
         if done and err.status == 416:
-            return True  # nothing after our last byte: complete, or not what this URL has
+            return True  # no further bytes: `part` is complete, or is another file
         raise
     with response:
-        # A server that ignores Range answers 200 with everything; so does a file.
-        continued = bool(done) and response.status == 206
-        if continued and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-            raise _UrlError("answered with another range than was asked for")
-        with _network():
-            first = response.read(len(_GZIP))
-        # Looked at before `part` is touched: a log-in page must not cost what is there already.
-        page = response.headers.get_content_type() == "text/html"
-        if page or not (continued or _GZIP.startswith(first)):
-            raise _UrlError("answered with a web page, not an archive")
+        # Servers that ignore Range, and file URLs, send everything with status 200.
+        resumed = bool(done) and response.status == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+            raise _UrlError("the server returned a range that was not requested")
+        with _network_errors():
+            first = response.read(len(_GZIP_MAGIC))
+        # Checked before `part` changes, so that a login page does not discard earlier bytes.
+        is_page = response.headers.get_content_type() == "text/html"
+        if is_page or not (resumed or _GZIP_MAGIC.startswith(first)):
+            raise _UrlError("the server returned a web page instead of an archive")
         if not first:
-            raise _UrlError("sent nothing", retry=True)
-        done = done if continued else 0
+            raise _UrlError("the response is empty", retry=True)
+        done = done if resumed else 0
         length = response.headers.get("Content-Length", "")
-        known = re.fullmatch(r"[0-9]{1,15}", length)  # int() refuses thousands of digits
-        total = done + int(length) if known else archive.size
+        is_valid = re.fullmatch(r"[0-9]{1,15}", length)  # int() raises on thousands of digits
+        total = done + int(length) if is_valid else archive.size
         if archive.size not in (None, total):
-            raise _UrlError(f"has {total} bytes, not the official archive's {archive.size}")
+            raise _UrlError(f"it has {total} bytes, but the official archive has {archive.size}")
         report(done, total)
-        if not continued:
+        if not resumed:
             part.truncate(0)
         part.seek(0, os.SEEK_END)
         done += _copy(response, first, part, lambda written: report(done + written, total))
         report(done, total)
-    if total is not None and done < total:  # urllib takes an early end for the end
-        raise _UrlError(f"stopped after {done} of {total} bytes", retry=True)
-    return continued
+    if total is not None and done < total:  # urllib does not report an early end
+        raise _UrlError(f"the connection closed after {done} of {total} bytes", retry=True)
+    return resumed
 
 
 def _open(request: Request, timeout: float) -> Any:
-    """`urlopen` with a limit for the whole answer's head, which a server can send drop by drop."""
-    answers: list[Any] = []
-    given_up = threading.Event()
+    """Call `urlopen` with a time limit for all headers, which a server can send byte by byte."""
+    results: list[Any] = []
+    abandoned = threading.Event()
 
     def connect() -> None:
         try:
-            answers.append(urlopen(request, timeout=timeout))
+            results.append(urlopen(request, timeout=timeout))
         except BaseException as err:
-            answers.append(err)
-        if given_up.is_set() and not isinstance(answers[0], BaseException):
-            answers[0].close()
+            results.append(err)
+        if abandoned.is_set() and not isinstance(results[0], BaseException):
+            results[0].close()
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(_ANSWER_WITHIN * timeout)
-    if not answers:
-        given_up.set()
-        raise TimeoutError("timed out before the answer began")
-    if isinstance(answers[0], BaseException):
-        raise answers[0]
-    return answers[0]
+    thread.join(_HEADER_TIMEOUTS * timeout)
+    if not results:
+        abandoned.set()
+        raise TimeoutError("timed out waiting for the response headers")
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
 
 
 def _copy(response: Any, block: bytes, file: BinaryIO, report: Callable[[int], None]) -> int:
-    """Write `block` and what follows it in the response to `file`; return the bytes written."""
-    least, seconds = _SLOWEST
-    written, reported = 0, time.monotonic()
-    mark, marked = 0, reported  # the bytes at the last look at the speed, and when that was
+    """Write `block` and the rest of the response to `file`. Return the number of bytes written."""
+    min_bytes, interval = _MIN_RATE
+    written, reported_at = 0, time.monotonic()
+    checked, checked_at = 0, reported_at  # bytes and time at the last check of the rate
     while block:
         file.write(block)
         written += len(block)
         now = time.monotonic()
-        if written > LARGEST:
-            raise _UrlError(f"sent more than {LARGEST} bytes")
-        if now - reported >= _REPORT_EVERY:
+        if written > MAX_BYTES:
+            raise _UrlError(f"the response exceeds {MAX_BYTES} bytes")
+        if now - reported_at >= _REPORT_INTERVAL:
             report(written)
-            reported = now
-        if now - marked >= seconds:
-            if written - mark < least:
-                raise _UrlError(f"sent only {written - mark} bytes in {now - marked:.0f} s")
-            mark, marked = written, now
-        with _network():
-            # `read1` hands over what has come, so that a break or Ctrl-C loses nothing.
+            reported_at = now
+        if now - checked_at >= interval:
+            if written - checked < min_bytes:
+                raise _UrlError(
+                    f"received only {written - checked} bytes in {now - checked_at:.0f} s"
+                )
+            checked, checked_at = written, now
+        with _network_errors():
+            # `read1` returns what has arrived, so an interruption loses nothing.
             block = response.read1(_BLOCK)
     return written
 
 
 @contextmanager
-def _network() -> Iterator[None]:
-    """Turn what the network raises into `_UrlError`, to tell it from the errors of files."""
+def _network_errors() -> Iterator[None]:
+    """Convert network errors to `_UrlError`, to distinguish them from file errors."""
     try:
         yield
     except HTTPError as err:
@@ -361,57 +367,52 @@ def _network() -> Iterator[None]:
     except URLError as err:  # no connection
         offline = (
             isinstance(err.reason, socket.gaierror | ConnectionRefusedError | TimeoutError)
-            or getattr(err.reason, "errno", None) in _UNREACHABLE
+            or getattr(err.reason, "errno", None) in _UNREACHABLE_ERRNOS
         )
         retry = isinstance(err.reason, ConnectionError) and not offline
-        raise _UrlError(_why(err.reason), retry=retry, offline=offline) from err
-    except InvalidURL as err:  # its text shows the URL with all its secrets
-        raise _UrlError("not a valid URL") from err
-    except ValueError as err:  # what a server sent cannot be parsed
-        raise _UrlError(_why(err)) from err
-    except (OSError, HTTPException) as err:  # a connection that broke or fell silent
-        raise _UrlError(_why(err), retry=True) from err
+        raise _UrlError(_reason(err.reason), retry=retry, offline=offline) from err
+    except InvalidURL as err:  # its message contains the URL with all secrets
+        raise _UrlError("it is not a valid URL") from err
+    except ValueError as err:  # the response cannot be parsed
+        raise _UrlError(_reason(err)) from err
+    except (OSError, HTTPException) as err:  # the connection broke or timed out
+        raise _UrlError(_reason(err), retry=True) from err
 
 
-def _verify(archive: Archive, part: BufferedRandom, continued: bool) -> None:
-    """Empty `part` and raise `_UrlError` unless its MD5 is the archive's."""
+def _verify(archive: Archive, part: BufferedRandom, resumed: bool) -> None:
+    """Check the MD5 of `part`. If it differs, empty `part` and raise `_UrlError`."""
     part.seek(0)
     found = hashlib.file_digest(part, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != archive.md5:
         part.truncate(0)
-        # The bad bytes may be the ones of an earlier try: then this URL gets one from the start.
+        # The bad bytes can come from an earlier attempt, so retry this URL from the start.
         raise _UrlError(
-            f"MD5 {found} instead of {archive.md5}, the download was removed", retry=continued
+            f"its MD5 is {found}, expected {archive.md5}; the download was removed", retry=resumed
         )
 
 
 def _length(file: BufferedRandom) -> int:
-    """Return the bytes in an open file."""
+    """Return the length of an open file in bytes."""
     return file.seek(0, os.SEEK_END)
 
 
 def _size(path: Path) -> int:
-    """Return the bytes in a file, 0 if there is none to be seen."""
+    """Return the size of a file in bytes, or 0 if it cannot be accessed."""
     try:
         return path.lstat().st_size
     except OSError:
         return 0
 
 
-def _kept(part: Path) -> str:
-    """Return what to say of the partial download, nothing if there is none."""
-    return _kept_bytes(_size(part))
+def _resume_note(count: int) -> str:
+    return f"; {count} bytes are kept for the next attempt" if count else ""
 
 
-def _kept_bytes(count: int) -> str:
-    return f"; {count} bytes are kept for the next try" if count else ""
-
-
-def _why(err: object) -> str:
-    """Return an error's reason without its number, in one line that is not endless."""
+def _reason(err: object) -> str:
+    """Return the message of an error on one line, without the error number."""
     return one_line(getattr(err, "strerror", None) or err)
 
 
-def _line(text: str) -> str:
-    """Return the text as one printable line, whatever a server or a file name put into it."""
+def _single_line(text: str) -> str:
+    """Return `text`, which can contain text from a server or a file name, as one printable line."""
     return printable(" ".join(text.split()))
