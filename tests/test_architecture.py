@@ -121,7 +121,7 @@ ARROWS: dict[str, set[str]] = {
     "serve.docs": set(),
     "serve.meter": set(),
     "serve.schema": set(),
-    "serve.front": {"errors", "serve.meter"},
+    "serve.middleware": {"errors", "serve.meter"},
     "serve.batching": {"data.images"},
     "serve.decode_worker": {"data.images", "errors"},
     "serve.limits": {"data.images"},
@@ -132,7 +132,7 @@ ARROWS: dict[str, set[str]] = {
         "serve.meter", "serve.schema", "serve.uploads",
     },
     "serve.app": {
-        "__init__", "serve.batching", "serve.docs", "serve.front", "serve.limits", "serve.meter",
+        "__init__", "serve.batching", "serve.docs", "serve.middleware", "serve.limits", "serve.meter",
         "serve.schema", "serve.service", "serve.uploads",
     },
     "serve.server": {"errors", "serve.app", "serve.batching", "serve.limits"},

@@ -1,4 +1,4 @@
-"""A network that answers at once and without weights, and a server around it in a process."""
+"""A fast model without weights, and a server for it in a subprocess."""
 
 import os
 import re
@@ -11,39 +11,42 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet56.data.images import Bytes, Floats
+from resnet56.data.images import BROWSER_FORMATS, FORMATS, Bytes, Floats
 from resnet56.serve.limits import Limits
 
 CLASSES = ("red", "green", "blue")
 
 
-class Colours:
-    """Names the channel that is brightest, and shows where; remembers how it was called."""
+class ColorModel:
+    """Predicts the brightest channel, with maps of each; records the sizes of its batches."""
 
-    name = "colours"
+    name = "colors"
     classes = CLASSES
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds  # that a run takes
+        self.seconds = seconds  # per run
         self.sizes: list[int] = []
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
         self.sizes.append(len(images))
         time.sleep(self.seconds)
-        parts = images.reshape(len(images), 3, 8, 4, 8, 4).astype(np.float32)
-        maps = parts.mean((3, 5)) / 16
+        cells = images.reshape(len(images), 3, 8, 4, 8, 4).astype(np.float32)
+        maps = cells.mean((3, 5)) / 16
         return maps.mean((2, 3)), maps
 
 
 @contextmanager
 def server(**options: float | str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that serves `Colours`, or a `run`.
+    """Serve `ColorModel`, or a run, in a subprocess.
 
-    The other options are limits, `seconds` that a run of `Colours` takes, `idle` and `end`, which
-    stand for `IDLE` and `END_SECONDS`, and `files`, which it may open.
+    Args:
+        options: numeric fields of `Limits`; `formats`, "all" for every image format; `run`, the
+            run to serve; `seconds`, the time per run of `ColorModel`; `idle` and `exit`, which
+            replace `IDLE_SECONDS` and `EXIT_SECONDS`; and `files`, the maximum number of open
+            files.
 
     Yields:
-        The process, and its address.
+        The process and its address.
     """
     command = [sys.executable, __file__, *(f"{name}={value}" for name, value in options.items())]
     process = subprocess.Popen(
@@ -66,18 +69,22 @@ def main(arguments: list[str]) -> int:
     from resnet56.predict import load
     from resnet56.serve import server as serving
 
-    given = dict(text.split("=", 1) for text in arguments)
-    run = given.pop("run", None)
-    network = load(run, "cpu") if run else Colours(float(given.pop("seconds", 0)))
-    serving.IDLE = float(given.pop("idle", serving.IDLE))
-    serving.END_SECONDS = float(given.pop("end", serving.END_SECONDS))
-    if "files" in given:
+    options = dict(text.split("=", 1) for text in arguments)
+    run = options.pop("run", None)
+    model = load(run, "cpu") if run else ColorModel(float(options.pop("seconds", 0)))
+    serving.IDLE_SECONDS = float(options.pop("idle", serving.IDLE_SECONDS))
+    serving.EXIT_SECONDS = float(options.pop("exit", serving.EXIT_SECONDS))
+    if "files" in options:
         import resource
 
-        files = int(given.pop("files"))
+        files = int(options.pop("files"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    limits = Limits(**{name: float(value) for name, value in given.items()})  # type: ignore[arg-type]
-    return serving.serve(network, "127.0.0.1", 0, print, limits)
+    formats = FORMATS if options.pop("formats", "") == "all" else BROWSER_FORMATS
+    limits = Limits(
+        formats=formats,
+        **{name: float(value) for name, value in options.items()},  # type: ignore[arg-type]
+    )
+    return serving.serve(model, "127.0.0.1", 0, print, limits)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The processes that decode: whose turn it is, and what becomes of one that misbehaves."""
+"""The decoding pool: order of requests, and replacement of faulty processes."""
 
 import asyncio
 
@@ -6,15 +6,15 @@ import pytest
 from fastapi import HTTPException
 
 from resnet56.serve import decoding
-from resnet56.serve.decode_worker import DECODED, REFUSED
-from resnet56.serve.decoding import Decoders, Progress
+from resnet56.serve.decode_worker import DECODED, REJECTED
+from resnet56.serve.decoding import Decoders, StallDetector
 from resnet56.serve.limits import Limits
 
 
-class Worker:
-    """Answers as it is told; remembers whom it has answered."""
+class FakeWorker:
+    """Returns a fixed response, and records the names of the images."""
 
-    answer = DECODED, bytes(3 * 32 * 32)
+    response = DECODED, bytes(3 * 32 * 32)
 
     def __init__(self, _: Limits) -> None:
         self.alive = False
@@ -25,15 +25,15 @@ class Worker:
         self.alive = True
         self.starts += 1
 
-    async def ask(self, content: bytes, name: str) -> tuple[int, bytes]:
+    async def request(self, content: bytes, name: str) -> tuple[int, bytes]:
         await asyncio.sleep(0)
         self.names.append(name)
-        self.answered(name)
-        return self.answer
+        self.on_response(name)
+        return self.response
 
     @staticmethod
-    def answered(name: str) -> None:
-        """Called just before the process is free again."""
+    def on_response(name: str) -> None:
+        """Hook that runs just before the worker is released."""
 
     def kill(self) -> None:
         self.alive = False
@@ -43,31 +43,31 @@ class Worker:
 
 
 @pytest.fixture(autouse=True)
-def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_Worker", Worker)
+def _use_fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_Worker", FakeWorker)
 
 
-def test_images_are_decoded_in_the_order_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newcomer that comes as a process is freed does not go before those who have waited."""
+def test_images_are_decoded_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that arrives as a worker is released does not overtake waiting requests."""
 
-    async def arrive() -> list[str]:
+    async def decode_all() -> list[str]:
         async with Decoders(Limits(decoders=1)) as decoders:
-            newcomers = []
+            late_tasks = []
 
-            def answered(name: str) -> None:
-                if len(newcomers) < 3:
-                    newcomers.append(asyncio.create_task(decoders.decode(b"", "new")))
+            def on_response(name: str) -> None:
+                if len(late_tasks) < 3:
+                    late_tasks.append(asyncio.create_task(decoders.decode(b"", "late")))
 
-            monkeypatch.setattr(Worker, "answered", staticmethod(answered))
+            monkeypatch.setattr(FakeWorker, "on_response", staticmethod(on_response))
             await asyncio.gather(*(decoders.decode(b"", name) for name in "abc"))
-            await asyncio.gather(*newcomers)
+            await asyncio.gather(*late_tasks)
             return decoders.workers[0].names  # type: ignore[attr-defined]
 
-    assert asyncio.run(arrive()) == ["a", "b", "c", "new", "new", "new"]
+    assert asyncio.run(decode_all()) == ["a", "b", "c", "late", "late", "late"]
 
 
-def test_a_client_that_gives_up_leaves_the_process_to_others() -> None:
-    async def leave() -> list[str]:
+def test_disconnected_client_does_not_block_the_worker() -> None:
+    async def disconnect() -> list[str]:
         async with Decoders(Limits(decoders=1)) as decoders:
             tasks = [asyncio.create_task(decoders.decode(b"", name)) for name in "abc"]
             await asyncio.sleep(0)
@@ -76,40 +76,40 @@ def test_a_client_that_gives_up_leaves_the_process_to_others() -> None:
             await asyncio.wait_for(tasks[2], 10)
             return decoders.workers[0].names  # type: ignore[attr-defined]
 
-    assert asyncio.run(leave())[-1] == "c"
+    assert asyncio.run(disconnect())[-1] == "c"
 
 
-@pytest.mark.parametrize("answer", [(DECODED, b"short"), (REFUSED, b"\xff"), (9, b"\xff")])
-def test_a_process_that_answers_nonsense_is_replaced(
-    answer: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("response", [(DECODED, b"short"), (REJECTED, b"\xff"), (9, b"\xff")])
+def test_worker_with_invalid_response_is_replaced(
+    response: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one whose decoder has been taken over might."""
+    """A compromised decoder could send such a response."""
 
-    async def ask() -> int:
+    async def decode_two() -> int:
         async with Decoders(Limits(decoders=1)) as decoders:
             with monkeypatch.context() as patch:
-                patch.setattr(Worker, "answer", answer)
-                with pytest.raises(HTTPException, match="its decoder crashed"):
+                patch.setattr(FakeWorker, "response", response)
+                with pytest.raises(HTTPException, match="the decoder crashed"):
                     await decoders.decode(b"", "a")
             await decoders.decode(b"", "b")
             return decoders.workers[0].starts  # type: ignore[attr-defined]
 
-    assert asyncio.run(ask()) == 2
+    assert asyncio.run(decode_two()) == 2
 
 
-def test_progress_stalls_only_while_someone_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stall_requires_waiting_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(decoding.time, "monotonic", lambda: now)
-    progress = Progress()
-    assert not progress.stalled(10)
-    with progress.wait():
+    detector = StallDetector()
+    assert not detector.stalled(10)
+    with detector.waiting():
         now += 9
-        assert not progress.stalled(10)
+        assert not detector.stalled(10)
         now += 2
-        assert progress.stalled(10)
-        progress.advance()
-        assert not progress.stalled(10)
+        assert detector.stalled(10)
+        detector.advance()
+        assert not detector.stalled(10)
         now += 11
-        with progress.wait():
-            assert progress.stalled(10)
-    assert not progress.stalled(10)
+        with detector.waiting():
+            assert detector.stalled(10)
+    assert not detector.stalled(10)

@@ -1,4 +1,4 @@
-"""Five seconds of load: every request gets the answer it deserves, beside hostile ones."""
+"""Five seconds of load with hostile requests: every response has an expected status."""
 
 import asyncio
 
@@ -6,6 +6,6 @@ from serve_fixtures import server
 from serve_load import main
 
 
-def test_under_load_every_request_gets_the_answer_it_deserves() -> None:
+def test_every_response_under_load_has_an_expected_status() -> None:
     with server(decode_seconds=1.0) as (_, address):
         assert asyncio.run(main(address, clients=16, seconds=5, hostile=0.1)) == 0

@@ -1,15 +1,16 @@
-"""Serve a network: an HTTP API, its description, and a page to try it on.
+"""HTTP server for a trained model: a prediction API, its reference page, and a demo page.
 
-limits.py     how much of anything a client may ask for
-uploads.py    pictures out of a request's body
-decoding.py   uploads to pixels, in processes with a deadline and a memory limit
-decode_worker.py  such a process
-batching.py   requests that come together go through the network together
-schema.py     what the API says, as types
-meter.py      what is counted, for Prometheus
-front.py      what every answer goes through: headers, counting, the last resort
-app.py        the API itself
-docs.py       its description as a page that needs nothing from elsewhere
-server.py     a port, signals, connections that never finish
+limits.py         limits on requests, images and decoding
+uploads.py        reads the images of a request body
+decoding.py       decodes uploads in subprocesses with a deadline and a memory limit
+decode_worker.py  the program that such a subprocess runs
+batching.py       groups concurrent requests into batches
+schema.py         request and response types
+meter.py          Prometheus metrics
+middleware.py     response headers, request metrics, and the Host and cross-site checks
+service.py        handles a prediction request from upload to response
+app.py            the FastAPI application
+docs.py           prepares the OpenAPI description for the reference page
+server.py         listening socket, signals, and stalled connections
 index.html.j2, docs.html.j2, page.css, page.js
 """

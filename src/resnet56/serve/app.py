@@ -1,4 +1,4 @@
-"""The API: what is at which address."""
+"""The FastAPI application: API endpoints and pages."""
 
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -13,17 +13,17 @@ from starlette.requests import ClientDisconnect
 
 from resnet56 import __version__
 from resnet56.serve.batching import Predictor
-from resnet56.serve.docs import chapters
-from resnet56.serve.front import CrossSite, Front, Hosts
+from resnet56.serve.docs import operations
 from resnet56.serve.limits import Limits
 from resnet56.serve.meter import Meter
-from resnet56.serve.schema import Answer, Health, Pictures, Problem
+from resnet56.serve.middleware import CrossSiteMiddleware, HostMiddleware, ResponseMiddleware
+from resnet56.serve.schema import ErrorResponse, HealthResponse, PredictRequest, PredictResponse
 from resnet56.serve.service import Service
-from resnet56.serve.uploads import FIELD, JSON, MULTIPART, complaint
+from resnet56.serve.uploads import FIELD, JSON, MULTIPART, validation_message
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent
 
-BODY = {
+REQUEST_BODY = {
     "required": True,
     "content": {
         MULTIPART: {
@@ -36,27 +36,27 @@ BODY = {
                         "type": "array",
                         "minItems": 1,
                         "items": {"type": "string", "format": "binary"},
-                        "description": "Picture files (PNG, JPEG, WebP, ...); repeat the field "
-                        "for several.",
+                        "description": "Image files (PNG, JPEG, WebP, ...). Repeat the field to "
+                        "send several.",
                     }
                 },
             }
         },
-        JSON: {"schema": Pictures.model_json_schema()},
+        JSON: {"schema": PredictRequest.model_json_schema()},
     },
 }
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": meaning}
-    for status, meaning in {
-        400: "The body is not valid multipart/form-data, or the Host header names another server",
-        403: "The request comes from a page of another site",
-        408: "The body took too long to arrive",
-        413: "The body is too large, or has too many pictures",
-        415: "The body is of another type",
-        422: "A picture cannot be read, is too large or takes too long to decode, or an option is "
-        "out of range",
-        429: "Too many requests in flight; retry after the time in Retry-After",
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": description}
+    for status, description in {
+        400: "The body is not valid multipart/form-data, or the Host header is not allowed.",
+        403: "The request comes from a page of another site.",
+        408: "The body took too long to arrive.",
+        413: "The body is too large or contains too many images.",
+        415: "The media type or the content encoding of the body is not supported.",
+        422: "An image cannot be read, is too large or takes too long to decode, or a parameter is "
+        "out of range.",
+        429: "Too many requests are in flight. Retry after the time in Retry-After.",
     }.items()
 }
 
@@ -64,13 +64,13 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 def build_app(
     predictor: Predictor, *, limits: Limits | None = None, hosts: Collection[str] = ("*",)
 ) -> FastAPI:
-    """The application around a network.
+    """Build the application that serves a model.
 
     Args:
-        predictor: called from one thread only.
-        limits: what a client may ask for.
-        hosts: names in the Host header that are answered, "*" for all; on a loopback address they
-            keep other sites from reaching the server through a name of theirs (DNS rebinding).
+        predictor: the model. Its `run` is called from a single thread.
+        limits: limits on requests.
+        hosts: allowed values of the Host header, "*" for any. On a loopback address, a list of
+            names protects the server from DNS rebinding.
     """
     limits = limits or Limits()
     meter = Meter()
@@ -83,32 +83,32 @@ def build_app(
 
     app = FastAPI(
         title="resnet56",
-        summary="Classes of pictures, and where in the picture they are seen",
-        description=_about(predictor, limits),
+        summary="Image classification with class activation maps",
+        description=_description(predictor, limits),
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's own come from a CDN
+        docs_url=None,  # FastAPI's own pages load scripts from a CDN
         redoc_url=None,
     )
     _add_api(app, service, meter)
     _add_pages(app, predictor, limits)
-    app.add_exception_handler(RequestValidationError, _refuse_options)
-    app.add_exception_handler(ClientDisconnect, _nobody_there)
-    app.add_middleware(CrossSite)
-    app.add_middleware(Hosts, names=hosts)
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)
+    app.add_exception_handler(ClientDisconnect, _handle_disconnect)
+    app.add_middleware(CrossSiteMiddleware)
+    app.add_middleware(HostMiddleware, names=hosts)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
-    app.add_middleware(Front, meter=meter, paths=paths)
+    app.add_middleware(ResponseMiddleware, meter=meter, paths=paths)
     return app
 
 
-def _about(predictor: Predictor, limits: Limits) -> str:
+def _description(predictor: Predictor, limits: Limits) -> str:
     return (
-        f"The network {predictor.name} knows {len(predictor.classes)} classes and always answers "
-        f"with one of them: {', '.join(predictor.classes)}. It looks at the centre square of a "
-        f"picture, at 32 by 32 pixels. A request has at most {limits.images} pictures and "
-        f"{limits.body_bytes / 2**20:g} MiB, a picture at most "
-        f"{limits.pixels / 1e6:g} million pixels. It reads {', '.join(limits.formats)}; decoding a "
-        f"picture may take {limits.decode_seconds:g} seconds. Pictures are not kept."
+        f"The model {predictor.name} has {len(predictor.classes)} classes and always predicts one "
+        f"of them: {', '.join(predictor.classes)}. It sees the center square of an image at 32x32 "
+        f"pixels. A request may contain at most {limits.images} images and "
+        f"{limits.body_bytes / 2**20:g} MiB, and an image at most {limits.pixels / 1e6:g} million "
+        f"pixels. Supported formats are {', '.join(limits.formats)}. Decoding an image may take at "
+        f"most {limits.decode_seconds:g} seconds. The server does not store images."
     )
 
 
@@ -117,85 +117,91 @@ def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
 
     @app.post(
         "/v1/predict",
-        summary="Classify pictures",
+        summary="Classify images",
         response_model_exclude_none=True,
-        responses=REFUSALS,
-        openapi_extra={"requestBody": BODY},
+        responses=ERROR_RESPONSES,
+        openapi_extra={"requestBody": REQUEST_BODY},
     )
     async def predict(
         request: Request,
-        top: Annotated[int, Query(ge=1, le=1000, description="How many classes to name.")] = 3,
-        maps: Annotated[bool, Query(description="Whether to add their maps.")] = False,
-    ) -> Answer:
-        """Every picture gets the likeliest classes with their probabilities.
+        top: Annotated[int, Query(ge=1, le=1000, description="Number of classes to return.")] = 3,
+        maps: Annotated[
+            bool, Query(description="Whether to include class activation maps.")
+        ] = False,
+    ) -> PredictResponse:
+        """Return the most probable classes of each image with their probabilities.
 
-        If one picture of several cannot be read, none is answered, and the answer names it.
+        If an image cannot be read, the whole request fails, and the error names the image.
         """
-        return await service.answer(request, top, maps)
+        return await service.predict(request, top, maps)
 
     @app.get(
         "/healthz",
-        summary="Is it up?",
-        responses={503: {"model": Problem, "description": "No picture can be classified now"}},
+        summary="Health check",
+        responses={
+            503: {"model": ErrorResponse, "description": "The server cannot classify images now."}
+        },
     )
-    async def healthz() -> Health:
-        """Answers with 200 while pictures can be classified, else with 503."""
+    async def healthz() -> HealthResponse:
+        """Return 200 while the server can classify images, and 503 otherwise."""
         if not service.ready:
-            raise HTTPException(503, "no picture can be classified now; requests are waiting")
+            raise HTTPException(503, "the server cannot classify images now; requests are waiting")
         classes = list(predictor.classes)
-        return Health(status="ok", network=predictor.name, classes=classes, version=__version__)
+        return HealthResponse(
+            status="ok", network=predictor.name, classes=classes, version=__version__
+        )
 
     @app.get(
         "/metrics",
-        summary="Counters for Prometheus",
+        summary="Prometheus metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        """Requests by path and status, pictures, sizes of batches, time, memory."""
-        return Response(meter.page(), media_type=meter.content_type)
+        """Return request counts by path and status, image counts, batch sizes, times and memory."""
+        return Response(meter.render(), media_type=meter.content_type)
 
 
 def _add_pages(app: FastAPI, predictor: Predictor, limits: Limits) -> None:
-    """The page, the description, and what they load: all of it from here."""
+    """Add the demo page and the API reference, with their styles and scripts."""
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
 
     def add(path: str, render: Callable[[Request], str], media_type: str) -> None:
-        async def show(request: Request) -> Response:
+        async def endpoint(request: Request) -> Response:
             return Response(render(request), media_type=media_type)
 
-        app.add_route(path, show, include_in_schema=False)
+        app.add_route(path, endpoint, include_in_schema=False)
 
     def index(_: Request) -> str:
         return templates.get_template("index.html.j2").render(
-            network=predictor.name, classes=predictor.classes, limits=limits
+            name=predictor.name, classes=predictor.classes, limits=limits
         )
 
     def docs(request: Request) -> str:
         description = app.openapi()
         return templates.get_template("docs.html.j2").render(
             info=description["info"],
-            chapters=chapters(description),
-            address=str(request.base_url).rstrip("/"),
+            operations=operations(description),
+            base_url=str(request.base_url).rstrip("/"),
         )
 
-    css, js = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    css, js = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     add("/", index, "text/html")
     add("/docs", docs, "text/html")
     add("/page.css", lambda _: css, "text/css")
     add("/page.js", lambda _: js, "text/javascript")
 
 
-async def _refuse_options(_: Request, error: Exception) -> Response:
+async def _handle_validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return JSONResponse({"detail": complaint(error.errors())}, 422)
+    return JSONResponse({"detail": validation_message(error.errors())}, 422)
 
 
-async def _nobody_there(_: Request, error: Exception) -> Response:
-    """The client left while it was sending; nobody reads this, but it is counted."""
-    return JSONResponse({"detail": "the request broke off"}, 400)
+async def _handle_disconnect(_: Request, error: Exception) -> Response:
+    """Return a response that the client no longer reads, so that the metrics count it."""
+    return JSONResponse({"detail": "the client disconnected"}, 400)

@@ -1,6 +1,7 @@
-"""Requests that come together go through the network together, in one thread of its own."""
+"""Group concurrent requests into batches and run them in a dedicated thread."""
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,18 +13,18 @@ from resnet56.data.images import Bytes, Floats
 
 
 class Predictor(Protocol):
-    """A network ready for use, whatever runs it."""
+    """A model that is ready for inference, independent of its backend."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of the model."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of its C outputs."""
+        """Names of its C outputs."""
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
-        """(N, 3, 32, 32) -> logits (N, C) and class-activation maps (N, C, 8, 8)."""
+        """(N, 3, 32, 32) -> logits (N, C) and class activation maps (N, C, 8, 8)."""
 
 
 @dataclass(frozen=True)
@@ -33,61 +34,67 @@ class _Job:
 
 
 class Batcher:
-    """Gathers images for a few milliseconds, or while the network is busy, and runs them at once.
+    """Collects images for a few milliseconds, or while the model is busy, and runs them together.
 
     Args:
-        predictor: only ever called from one thread.
-        most: images in a run, a power of two. On a CPU 8 to 16 took the least time an image, and
-            64 twice as long: their activations no longer fit its caches.
-        wait: seconds to wait for company; the event loop stays free meanwhile.
-        seen: called with the number of images in every run.
+        predictor: called from a single thread.
+        max_batch: largest batch, a power of two. On a CPU, batches of 8 to 16 took the least time
+            per image. A batch of 64 took twice as long per image, because its activations no
+            longer fit the caches.
+        max_wait: seconds to wait for more images. The event loop is not blocked meanwhile.
+        on_batch: called with the number of images in every batch.
     """
 
     def __init__(
-        self, predictor: Predictor, *, most: int = 16, wait: float = 0.002, seen: Any = None
+        self,
+        predictor: Predictor,
+        *,
+        max_batch: int = 16,
+        max_wait: float = 0.002,
+        on_batch: Callable[[int], Any] | None = None,
     ) -> None:
         self.predictor = predictor
-        self.most = most
-        self.wait = wait
-        self.seen = seen or (lambda size: None)
+        self.max_batch = max_batch
+        self.max_wait = max_wait
+        self.on_batch = on_batch or (lambda size: None)
         self.queue: asyncio.Queue[_Job] = asyncio.Queue()
-        self.waiting: set[asyncio.Future[tuple[Floats, Floats]]] = set()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self.pending: set[asyncio.Future[tuple[Floats, Floats]]] = set()
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
     async def __aenter__(self) -> "Batcher":
-        """Start working."""
+        """Start the worker task."""
         self.worker = asyncio.create_task(self._work())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop; whoever still waits is told so."""
+        """Stop the worker task and cancel all pending requests."""
         self.worker.cancel()
         with suppress(asyncio.CancelledError):
             await self.worker
-        for result in self.waiting:  # queued, gathered or running
+        for result in self.pending:  # queued, collected or running
             result.cancel()
-        self.thread.shutdown()
+        self.executor.shutdown()
 
     async def run(self, images: Bytes) -> tuple[Floats, Floats]:
-        """What `Predictor.run` says of them, sooner or later."""
+        """Return what `Predictor.run` returns for these images, once their batch has run."""
         job = _Job(images, asyncio.get_running_loop().create_future())
-        self.waiting.add(job.result)
+        self.pending.add(job.result)
         try:
             await self.queue.put(job)
             return await job.result
         finally:
-            self.waiting.remove(job.result)
+            self.pending.remove(job.result)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            # Those whose client has given up are done already.
-            jobs = [job for job in await self._gather() if not job.result.done()]
+            # The result of a job is done already if its client has disconnected.
+            jobs = [job for job in await self._collect() if not job.result.done()]
             if not jobs:
                 continue
             try:
                 images = np.concatenate([job.images for job in jobs])
-                logits, maps = await loop.run_in_executor(self.thread, self._run, images)
+                logits, maps = await loop.run_in_executor(self.executor, self._run, images)
             except Exception as error:
                 for job in jobs:
                     if not job.result.done():
@@ -95,32 +102,35 @@ class Batcher:
                 continue
             start = 0
             for job in jobs:
-                part = slice(start, start := start + len(job.images))
+                rows = slice(start, start := start + len(job.images))
                 if not job.result.done():
-                    job.result.set_result((logits[part], maps[part]))
+                    job.result.set_result((logits[rows], maps[rows]))
 
-    async def _gather(self) -> list[_Job]:
-        """The next job, and those that come soon enough to share its batch."""
+    async def _collect(self) -> list[_Job]:
+        """Wait for a job, then collect those that arrive in time to share its batch."""
         jobs = [await self.queue.get()]
         size = len(jobs[0].images)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.wait):
-                while size < self.most:
+            async with asyncio.timeout(self.max_wait):
+                while size < self.max_batch:
                     jobs.append(await self.queue.get())
                     size += len(jobs[-1].images)
         return jobs
 
     def _run(self, images: Bytes) -> tuple[Floats, Floats]:
-        """All of them, in runs of one of a few sizes: each is filled up to a power of two.
+        """Run the images in batches, each padded to a power of two.
 
-        PyTorch keeps a plan for every size it has met: with any size up to 95, half a gigabyte.
+        PyTorch caches a plan for every batch size. With arbitrary sizes up to 95, this cache takes
+        half a gigabyte.
         """
-        runs = []
-        for start in range(0, len(images), self.most):
-            piece = images[start : start + self.most]
-            filled = np.zeros((1 << (len(piece) - 1).bit_length(), *piece.shape[1:]), np.uint8)
-            filled[: len(piece)] = piece
-            logits, maps = self.predictor.run(filled)
-            self.seen(len(piece))
-            runs.append((logits[: len(piece)], maps[: len(piece)]))
-        return np.concatenate([one for one, _ in runs]), np.concatenate([one for _, one in runs])
+        logits, maps = [], []
+        for start in range(0, len(images), self.max_batch):
+            batch = images[start : start + self.max_batch]
+            size = len(batch)
+            padded = np.zeros((1 << (size - 1).bit_length(), *batch.shape[1:]), np.uint8)
+            padded[:size] = batch
+            batch_logits, batch_maps = self.predictor.run(padded)
+            self.on_batch(size)
+            logits.append(batch_logits[:size])
+            maps.append(batch_maps[:size])
+        return np.concatenate(logits), np.concatenate(maps)

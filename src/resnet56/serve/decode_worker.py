@@ -1,10 +1,10 @@
-"""The process in which the server decodes: python -m resnet56.serve.decode_worker ...
+"""Subprocess that decodes images for the server: python -m resnet56.serve.decode_worker ...
 
-It reads images from stdin and writes answers to stdout, one after the other, until stdin ends.
-Whatever a decoder does, it does it here: the server ends this process and starts another.
+It reads requests from stdin and writes responses to stdout until stdin ends. A decoder that hangs
+or crashes affects only this process, and the server replaces it.
 
-    request: length of the name, length of the file (REQUEST), name, file
-    answer:  status, length (ANSWER), then (3, 32, 32) bytes, or why there are none
+    request:   length of the name, length of the file (REQUEST), name, file
+    response:  status, length (RESPONSE), then (3, 32, 32) bytes or an error message
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from resnet56.data.images import read_pixels
 from resnet56.errors import ImageError
 
 REQUEST = struct.Struct("<II")
-ANSWER = struct.Struct("<BI")
-DECODED, REFUSED, NO_MEMORY = range(3)
-READY = b"\n"  # written once it can take images
+RESPONSE = struct.Struct("<BI")
+DECODED, REJECTED, OUT_OF_MEMORY = range(3)
+READY = b"\n"  # written once the process accepts requests
 
 
 def main(arguments: list[str]) -> int:
-    """Decode until stdin ends.
+    """Decode images until stdin ends.
 
     Args:
-        arguments: the largest image in pixels, the bytes of memory and the seconds that decoding
-            may take, and the formats to accept.
+        arguments: the maximum number of pixels per image, the memory limit in bytes, the time
+            limit in seconds, and the accepted formats.
     """
     max_pixels, memory, seconds = map(int, arguments[:3])
     formats = tuple(arguments[3:])
@@ -41,29 +41,31 @@ def main(arguments: list[str]) -> int:
     while head := source.read(REQUEST.size):
         name_length, length = REQUEST.unpack(head)
         name, content = source.read(name_length).decode(), source.read(length)
-        # The server ends a process that takes too long, unless it has been killed itself.
-        _end_after(seconds)
-        status, answer = _answer(content, name, max_pixels, formats)
-        _end_after(0)
-        sink.write(ANSWER.pack(status, len(answer)) + answer)
+        # The server kills a process that takes too long. The alarm ends the process if the server
+        # itself has been killed.
+        _set_alarm(seconds)
+        status, body = _decode(content, name, max_pixels, formats)
+        _set_alarm(0)
+        sink.write(RESPONSE.pack(status, len(body)) + body)
         sink.flush()
     return 0
 
 
-def _answer(
+def _decode(
     content: bytes, name: str, max_pixels: int, formats: tuple[str, ...]
 ) -> tuple[int, bytes]:
+    """Return the status and the body of the response."""
     try:
         pixels = read_pixels(content, name=name, max_pixels=max_pixels, formats=formats)
         return DECODED, pixels.tobytes()
     except ImageError as error:
-        return REFUSED, str(error).encode()
+        return REJECTED, str(error).encode()
     except MemoryError:
-        return NO_MEMORY, b""
+        return OUT_OF_MEMORY, b""
 
 
 def _load_decoders() -> None:
-    """Import Pillow's plugins now, before memory is limited; AVIF would use every core."""
+    """Import Pillow's plugins before memory is limited, and restrict AVIF to one thread."""
     Image.init()
     with contextlib.suppress(ImportError):
         from PIL import AvifImagePlugin
@@ -72,24 +74,24 @@ def _load_decoders() -> None:
 
 
 def _limit_resources(memory: int) -> None:
-    """Limit the memory beyond what is in use; write no file, dump no core. POSIX only."""
+    """Limit additional memory, and forbid files and core dumps. Has no effect on Windows."""
     try:
         import resource
     except ImportError:
         return
     in_use = psutil.Process().memory_info().vms
-    for kind, most in (
+    for limited, maximum in (
         (resource.RLIMIT_AS, in_use + memory),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
     ):
-        with contextlib.suppress(ValueError, OSError):  # macOS limits no address space
-            resource.setrlimit(kind, (most, most))
+        with contextlib.suppress(ValueError, OSError):  # macOS does not limit the address space
+            resource.setrlimit(limited, (maximum, maximum))
 
 
-def _end_after(seconds: int) -> None:
+def _set_alarm(seconds: int) -> None:
     if hasattr(signal, "alarm"):
-        signal.alarm(seconds)  # its default action ends the process, also in the midst of C
+        signal.alarm(seconds)  # its default action ends the process even inside C code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decode uploads in processes of their own, each with a deadline and a memory limit."""
+"""Decode uploads in subprocesses, each with a deadline and a memory limit."""
 
 import asyncio
 import os
@@ -12,70 +12,71 @@ import numpy as np
 from fastapi import HTTPException
 
 from resnet56.data.images import SIZE, Bytes
-from resnet56.serve.decode_worker import ANSWER, DECODED, NO_MEMORY, READY, REQUEST
+from resnet56.serve.decode_worker import DECODED, OUT_OF_MEMORY, READY, REQUEST, RESPONSE
 from resnet56.serve.limits import Limits
 
-START_SECONDS = 60.0  # for a process to start, on a machine that is very busy
-RETRY_SECONDS = 1.0  # between attempts to replace one
-LONGEST = 10_000  # bytes of an answer: the pixels, or a line
-GRACE = 5  # seconds after its deadline that a process ends by itself, if nobody has ended it
+START_SECONDS = 60.0  # for a process to start, on a heavily loaded machine
+RETRY_SECONDS = 1.0  # between attempts to replace a process
+MAX_RESPONSE_BYTES = 10_000  # more than the pixels or an error message take
+ALARM_DELAY = 5  # seconds between the server's deadline and the process's own alarm
 
 
 T = TypeVar("T")
 
 
-class Progress:
-    """Whether requests are waiting at a stage while none gets through."""
+class StallDetector:
+    """Detects that requests are waiting at a stage while none completes it."""
 
     def __init__(self) -> None:
-        self.waiting = 0
-        self.since = 0.0
+        self.pending = 0
+        self.last_progress = 0.0
 
     @contextmanager
-    def wait(self) -> Iterator[None]:
-        """Be waiting inside the block."""
-        if self.waiting == 0:
-            self.since = time.monotonic()
-        self.waiting += 1
+    def waiting(self) -> Iterator[None]:
+        """Count the block as one waiting request."""
+        if self.pending == 0:
+            self.last_progress = time.monotonic()
+        self.pending += 1
         try:
             yield
         finally:
-            self.waiting -= 1
+            self.pending -= 1
 
     def advance(self) -> None:
-        """One got through."""
-        self.since = time.monotonic()
+        """Record that a request completed the stage."""
+        self.last_progress = time.monotonic()
 
     def stalled(self, seconds: float) -> bool:
-        """Whether some have been waiting that long without one getting through."""
-        return self.waiting > 0 and time.monotonic() - self.since > seconds
+        """Whether requests are waiting and none has completed for this many seconds."""
+        return self.pending > 0 and time.monotonic() - self.last_progress > seconds
 
 
 class Decoders:
-    """A few processes that decode images; one that takes too long is ended and replaced.
+    """A pool of decoding processes. A process that exceeds its deadline is killed and replaced.
 
-    The pools of the standard library end no process at its deadline. Here each process has pipes
-    of its own, so that ending one disturbs no other.
+    The pools of the standard library cannot kill a process at a deadline. Each process of this
+    pool has its own pipes, so killing one does not affect the others.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.progress = Progress()
+        self.progress = StallDetector()
         self.workers = [_Worker(limits) for _ in range(limits.decoders)]
         self.idle: list[_Worker] = []
-        # As many as are idle. A queue would let a newcomer go before those who have waited.
-        self.turn = asyncio.Semaphore(0)
+        # Counts the idle workers. A semaphore is first in, first out; with a queue, a new request
+        # could overtake those that wait.
+        self.available = asyncio.Semaphore(0)
         self.tasks: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> "Decoders":
         """Start the processes."""
         await asyncio.gather(*(worker.start() for worker in self.workers))
         for worker in self.workers:
-            self._offer(worker)
+            self._release(worker)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """End the processes, whatever they do."""
+        """Kill the processes, even those that are decoding."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -88,66 +89,73 @@ class Decoders:
         return alive and not self.progress.stalled(self.limits.stall_seconds)
 
     async def decode(self, content: bytes, name: str) -> Bytes:
-        """(3, 32, 32) from an image file; `name` is what an error calls it.
+        """Decode an image file.
+
+        Args:
+            content: the image file.
+            name: its name in error messages.
+
+        Returns:
+            (3, 32, 32) uint8.
 
         Raises:
-            HTTPException: 422 if it cannot be decoded within the limits.
+            HTTPException: 422 if the image cannot be decoded within the limits.
         """
-        with self.progress.wait():
-            await self.turn.acquire()
-            while not (worker := self.idle.pop()).alive:  # it ended while it was idle
-                self._keep(self._replace(worker))
-                await self.turn.acquire()
-            # A task, so that a client that gives up leaves no process in the midst of an answer.
-            answer = await asyncio.shield(self._keep(self._use(worker, content, name)))
-        if isinstance(answer, str):
-            raise HTTPException(422, answer)
-        return answer
+        with self.progress.waiting():
+            await self.available.acquire()
+            while not (worker := self.idle.pop()).alive:  # it ended while idle
+                self._create_task(self._replace(worker))
+                await self.available.acquire()
+            # Shielded: a client that disconnects must not leave a process with an unread response.
+            result = await asyncio.shield(self._create_task(self._use(worker, content, name)))
+        if isinstance(result, str):
+            raise HTTPException(422, result)
+        return result
 
-    def _offer(self, worker: "_Worker") -> None:
+    def _release(self, worker: "_Worker") -> None:
         self.idle.append(worker)
-        self.turn.release()
+        self.available.release()
 
-    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run it in a task that is not collected meanwhile."""
-        task = asyncio.create_task(work)
+    def _create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Create a task and keep a reference, so that it is not garbage-collected."""
+        task = asyncio.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
 
     async def _use(self, worker: "_Worker", content: bytes, name: str) -> Bytes | str:
-        """The pixels, or why there are none."""
-        problem = f"cannot read {name}: "
+        """Return the pixels, or an error message."""
+        message = f"cannot read {name}: "
         seconds = self.limits.decode_seconds
         try:
             async with asyncio.timeout(seconds):
-                status, body = await worker.ask(content, name)
-            answer = _pixels(body) if status == DECODED else body.decode()
+                status, body = await worker.request(content, name)
+            result = _pixels(body) if status == DECODED else body.decode()
         except TimeoutError:
-            problem += f"decoding it takes longer than {seconds:g} seconds; save it anew"
+            message += f"decoding takes longer than {seconds:g} seconds; re-encode the image"
         except (OSError, asyncio.IncompleteReadError, ValueError):
-            problem += "its decoder crashed; save it anew"
+            message += "the decoder crashed; re-encode the image"
         else:
-            self._offer(worker)
-            if status == NO_MEMORY:
-                megabytes = self.limits.decode_bytes >> 20
-                return problem + f"decoding it takes more than {megabytes} MiB; make it smaller"
+            self._release(worker)
+            if status == OUT_OF_MEMORY:
+                mebibytes = self.limits.decode_bytes >> 20
+                return message + f"decoding takes more than {mebibytes} MiB; use a smaller image"
             self.progress.advance()
-            return answer
+            return result
         worker.kill()
-        self._keep(self._replace(worker))
-        return problem
+        self._create_task(self._replace(worker))
+        return message
 
     async def _replace(self, worker: "_Worker") -> None:
-        """Start it anew, however long that takes, and offer it again."""
+        """Restart a worker, retrying until it starts, and return it to the pool."""
         await worker.stop()
         while not worker.alive:
             try:
                 await worker.start()
-            except (OSError, TimeoutError, asyncio.IncompleteReadError):  # no memory, no processes
+            except (OSError, TimeoutError, asyncio.IncompleteReadError):  # out of memory or PIDs
                 await worker.stop()
                 await asyncio.sleep(RETRY_SECONDS)
-        self._offer(worker)
+        self._release(worker)
 
 
 def _pixels(body: bytes) -> Bytes:
@@ -155,13 +163,13 @@ def _pixels(body: bytes) -> Bytes:
 
 
 class _Worker:
-    """One process."""
+    """One decoding process."""
 
     def __init__(self, limits: Limits) -> None:
         self.arguments = (
             str(limits.pixels),
             str(limits.decode_bytes),
-            str(int(limits.decode_seconds) + GRACE),
+            str(int(limits.decode_seconds) + ALARM_DELAY),
             *limits.formats,
         )
         self.process: asyncio.subprocess.Process | None = None
@@ -179,31 +187,32 @@ class _Worker:
             sys.executable, "-P", "-m", "resnet56.serve.decode_worker", *self.arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # decoders in C write there, without end
+            stderr=asyncio.subprocess.DEVNULL,  # C decoders can write any amount to it
             env={**os.environ, **threads, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the server, which answers what has begun
+            start_new_session=True,  # Ctrl-C must reach only the server, which then drains
         )  # fmt: skip
         self.killed = False
         assert self.process.stdout
         async with asyncio.timeout(START_SECONDS):
             await self.process.stdout.readexactly(len(READY))
 
-    async def ask(self, content: bytes, name: str) -> tuple[int, bytes]:
-        """The status and the body of its answer."""
+    async def request(self, content: bytes, name: str) -> tuple[int, bytes]:
+        """Send an image file, and return the status and the body of the response."""
         assert self.process
         assert self.process.stdin
         assert self.process.stdout
-        title = name.encode()
-        self.process.stdin.write(REQUEST.pack(len(title), len(content)) + title)
+        encoded_name = name.encode()
+        head = REQUEST.pack(len(encoded_name), len(content))
+        self.process.stdin.write(head + encoded_name)
         self.process.stdin.write(content)
         await self.process.stdin.drain()
-        status, length = ANSWER.unpack(await self.process.stdout.readexactly(ANSWER.size))
-        if length > LONGEST:
-            raise ValueError("a decoder has taken over the process")
+        status, length = RESPONSE.unpack(await self.process.stdout.readexactly(RESPONSE.size))
+        if length > MAX_RESPONSE_BYTES:
+            raise ValueError("the response is too long; the process may be compromised")
         return status, await self.process.stdout.readexactly(length)
 
     def kill(self) -> None:
-        """End it now."""
+        """Kill the process without waiting for it."""
         if self.alive:
             assert self.process
             self.killed = True
@@ -211,7 +220,7 @@ class _Worker:
                 self.process.kill()
 
     async def stop(self) -> None:
-        """End it now, and wait for that."""
+        """Kill the process and wait until it has ended."""
         self.kill()
         if self.process:
             if self.process.stdin:

@@ -1,4 +1,4 @@
-"""How much of anything a client may ask for. Beyond it is a 4xx answer that says so."""
+"""Limits on what a client may request. A request beyond them gets a 4xx response."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,61 +11,61 @@ from resnet56.data.images import BROWSER_FORMATS
 
 @dataclass(frozen=True)
 class Limits:
-    """Generous for people and programs, tight for accidents and attacks."""
+    """Limits that normal use does not reach, but that contain mistakes and attacks."""
 
-    images: int = 32  # in a request
-    pixels: int = 25_000_000  # of a picture: what phones take unless asked for more
-    body_bytes: int = 16 * 2**20  # of a request
-    body_seconds: float = 30.0  # for a request to arrive whole
-    answer_seconds: float = 30.0  # from there to the answer
-    requests: int = 128  # under way at the same time
-    held_bytes: int = 256 * 2**20  # bodies of all requests under way
-    formats: tuple[str, ...] = BROWSER_FORMATS  # of images, by Pillow's names
-    decoders: int = 2  # processes that decode
-    decode_seconds: float = 6.0  # for one image; the slowest ordinary ones take about one
-    decode_bytes: int = 768 * 2**20  # of memory for one image; the largest ordinary ones take 400
-    stall_seconds: float = 10.0  # without an answer while requests wait, until /healthz fails
-    drain_seconds: float = 30.0  # to answer what has begun, once asked to stop
+    images: int = 32  # per request
+    pixels: int = 25_000_000  # per image; phone cameras stay below it by default
+    body_bytes: int = 16 * 2**20  # per request
+    body_seconds: float = 30.0  # to receive the whole body
+    answer_seconds: float = 30.0  # from the received body to the response
+    requests: int = 128  # in flight
+    buffered_bytes: int = 256 * 2**20  # bodies of all requests in flight
+    formats: tuple[str, ...] = BROWSER_FORMATS  # Pillow's names of image formats
+    decoders: int = 2  # decoding processes
+    decode_seconds: float = 6.0  # per image; the slowest ordinary images take about 1 s
+    decode_bytes: int = 768 * 2**20  # memory per image; the largest ordinary images take 400 MiB
+    stall_seconds: float = 10.0  # without progress on pending requests, until /healthz fails
+    drain_seconds: float = 30.0  # to finish requests in flight on shutdown
 
 
-def busy() -> HTTPException:
-    """The answer where another client's work leaves no room."""
+def too_busy() -> HTTPException:
+    """Return the 429 response for a server at capacity."""
     return HTTPException(
         429, "too many requests in flight; retry in a second", {"Retry-After": "1"}
     )
 
 
-class Gate:
-    """Knows what is under way, and turns away what would be too much."""
+class RequestLimiter:
+    """Counts the requests in flight and their buffered bytes, and rejects any excess."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.requests = self.held_bytes = 0
+        self.requests = self.buffered_bytes = 0
 
     @contextmanager
-    def enter(self) -> Iterator[Callable[[int], None]]:
-        """Be under way inside the block.
+    def admit(self) -> Iterator[Callable[[int], None]]:
+        """Count the block as one request in flight.
 
         Yields:
-            A function to call with the bytes of the body as they come.
+            A function that reserves a number of bytes for the request until the block ends.
 
         Raises:
-            HTTPException: 429, here or from that function.
+            HTTPException: 429, on entry or from that function.
         """
-        own = 0
+        own_bytes = 0
 
-        def take(count: int) -> None:
-            nonlocal own
-            own += count
-            self.held_bytes += count
-            if self.held_bytes > self.limits.held_bytes:
-                raise busy()
+        def reserve(count: int) -> None:
+            nonlocal own_bytes
+            own_bytes += count
+            self.buffered_bytes += count
+            if self.buffered_bytes > self.limits.buffered_bytes:
+                raise too_busy()
 
         self.requests += 1
         try:
             if self.requests > self.limits.requests:
-                raise busy()
-            yield take
+                raise too_busy()
+            yield reserve
         finally:
             self.requests -= 1
-            self.held_bytes -= own
+            self.buffered_bytes -= own_bytes

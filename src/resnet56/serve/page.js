@@ -1,31 +1,32 @@
-// The page: a picture in, bars and a map out. Everything it loads comes from its own server.
+// The demo page: sends an image, then shows the class probabilities and the class activation map.
 const $ = (id) => document.getElementById(id);
-const MAP_SIZE = 8; // the network's last maps are 8 by 8
-const VEIL = [38, 48, 66]; // over what is no evidence: dark on light pictures, light on dark ones
-const DENSEST = 0.8; // of the veil
+const MAP_SIZE = 8; // the model's activation maps are 8x8
+const OVERLAY_COLOR = [38, 48, 66]; // visible on light and on dark images
+const MAX_OPACITY = 0.8; // of the overlay, where the map shows no evidence
+const FORM_BYTES = 4096; // more than a form takes besides its file
 
-let asked; // the request under way; a newer picture takes its place
-let classes = []; // the answer, likeliest first
+let controller; // aborts the current request when the user chooses another image
+let classes = []; // the current result, in descending order of probability
 
-async function look(file) {
-  asked?.abort();
-  asked = new AbortController();
-  const { signal } = asked;
-  clear();
-  show(file);
+async function classify(file) {
+  controller?.abort();
+  controller = new AbortController();
+  const { signal } = controller;
+  clearResult();
+  showImage(file);
   const limit = Number(document.body.dataset.maxBytes);
-  if (file.size > limit - 4096) {
-    return fail(`${file.name} is larger than ${Math.floor(limit / 2 ** 20)} MiB; choose a smaller picture`);
+  if (file.size > limit - FORM_BYTES) {
+    return showError(`${file.name} is larger than ${Math.floor(limit / 2 ** 20)} MiB; choose a smaller image`);
   }
-  $("status").textContent = "Looking …";
+  $("status").textContent = "Classifying …";
   try {
-    answer(await ask(file, signal));
+    showResult(await requestPrediction(file, signal));
   } catch (error) {
-    if (!signal.aborted) fail(error.message);
+    if (!signal.aborted) showError(error.message);
   }
 }
 
-async function ask(file, signal) {
+async function requestPrediction(file, signal) {
   const body = new FormData();
   body.append("image", file);
   let response, content;
@@ -33,103 +34,103 @@ async function ask(file, signal) {
     response = await fetch("v1/predict?top=10&maps=true", { method: "POST", body, signal });
     content = await response.json();
   } catch (error) {
-    throw new Error("The server does not answer; is it still running?", { cause: error });
+    throw new Error("The server does not respond. Is it still running?", { cause: error });
   }
   if (!response.ok) throw new Error(content.detail);
   return content.predictions[0].classes;
 }
 
-function clear() {
+function clearResult() {
   classes = [];
-  for (const id of ["status", "problem", "caption"]) $(id).textContent = "";
+  for (const id of ["status", "error", "caption"]) $(id).textContent = "";
   for (const id of ["classes", "tools", "map"]) $(id).hidden = true;
-  document.body.classList.remove("answered");
+  document.body.classList.remove("has-result");
 }
 
-function show(file) {
-  const picture = $("picture");
-  URL.revokeObjectURL(picture.src);
-  picture.src = URL.createObjectURL(file);
-  picture.alt = "";
-  picture.hidden = false;
-  $("blind").hidden = true;
-  picture.onerror = () => {
-    picture.hidden = true;
-    $("blind").hidden = classes.length === 0;
-    if (classes.length) paint();
+function showImage(file) {
+  const image = $("image");
+  URL.revokeObjectURL(image.src);
+  image.src = URL.createObjectURL(file);
+  image.alt = "";
+  image.hidden = false;
+  $("unsupported").hidden = true;
+  image.onerror = () => {
+    image.hidden = true;
+    $("unsupported").hidden = classes.length === 0;
+    if (classes.length) updateMap();
   };
-  $("invitation").hidden = true;
+  $("placeholder").hidden = true;
   $("square").classList.add("full");
   $("choose").textContent = "Choose another";
 }
 
-function fail(message) {
-  clear();
-  $("problem").textContent = message[0].toUpperCase() + message.slice(1);
-  $("picture").hidden = true;
-  $("invitation").hidden = false;
+function showError(message) {
+  clearResult();
+  $("error").textContent = message[0].toUpperCase() + message.slice(1);
+  $("image").hidden = true;
+  $("placeholder").hidden = false;
   $("square").classList.remove("full");
-  $("choose").textContent = "Choose a picture";
+  $("choose").textContent = "Choose an image";
 }
 
-function answer(found) {
-  classes = found;
+function showResult(result) {
+  classes = result;
   const [best] = classes;
   const name = document.createElement("b");
   name.textContent = best.name;
   $("status").replaceChildren("Most likely ", name, `, ${percent(best.probability)}`);
-  $("picture").alt = `Your picture; most likely ${best.name}`;
-  $("blind").hidden = !$("picture").hidden;
-  $("rows").replaceChildren(...classes.map(row));
+  $("image").alt = `Your image, most likely ${best.name}`;
+  $("unsupported").hidden = !$("image").hidden;
+  $("rows").replaceChildren(...classes.map(createRow));
   for (const id of ["classes", "tools"]) $(id).hidden = false;
-  document.body.classList.add("answered");
-  // In the next frame, so that the bars grow.
+  document.body.classList.add("has-result");
+  // Set the widths in the next frame, so that their transition runs.
   requestAnimationFrame(() => {
     document.querySelectorAll(".track i").forEach((bar, index) => {
       bar.style.width = `${100 * classes[index].probability}%`;
     });
   });
-  paint();
+  updateMap();
 }
 
-function row(one, index) {
-  const made = $("row").content.cloneNode(true);
-  made.querySelector(".name").textContent = one.name;
-  made.querySelector(".share").textContent = percent(one.probability);
-  const radio = made.querySelector("input");
+function createRow({ name, probability }, index) {
+  const row = $("row").content.cloneNode(true);
+  row.querySelector(".name").textContent = name;
+  row.querySelector(".probability").textContent = percent(probability);
+  const radio = row.querySelector("input");
   radio.value = index;
   radio.checked = index === 0;
-  return made;
+  return row;
 }
 
-function percent(share) {
-  if (share > 0 && share < 0.001) return "< 0.1 %";
-  return `${(100 * share).toFixed(1)} %`;
+function percent(fraction) {
+  if (fraction > 0 && fraction < 0.001) return "< 0.1 %";
+  return `${(100 * fraction).toFixed(1)} %`;
 }
 
-// One scale for all classes, so that their maps can be compared.
-function paint() {
-  const chosen = classes[document.querySelector("[name=class]:checked")?.value ?? 0];
-  const most = Math.max(...classes.flatMap((one) => one.map.flat()));
-  const evidence = chosen.map.flat().map((value) => Math.max(0, value) / (most || 1));
-  const none = evidence.every((value) => value < 0.02);
-  const on = $("shown").checked && !$("picture").hidden;
-  $("caption").textContent = !on
+// All classes share one scale, so that their maps are comparable.
+function updateMap() {
+  const selected = classes[document.querySelector("[name=class]:checked")?.value ?? 0];
+  const maximum = Math.max(...classes.flatMap(({ map }) => map.flat()));
+  const evidence = selected.map.flat().map((value) => Math.max(0, value) / (maximum || 1));
+  const noEvidence = evidence.every((value) => value < 0.02);
+  const visible = $("show-map").checked && !$("image").hidden;
+  $("caption").textContent = !visible
     ? ""
-    : none
-      ? `Nothing in the picture speaks for ${chosen.name}.`
-      : `The picture is clear where it speaks for ${chosen.name}.`;
+    : noEvidence
+      ? `No region of the image supports ${selected.name}.`
+      : `The clear regions of the image support ${selected.name}.`;
   const canvas = $("map");
-  canvas.hidden = !on;
-  if (on) draw(canvas, evidence);
+  canvas.hidden = !visible;
+  if (visible) drawOverlay(canvas, evidence);
 }
 
-function draw(canvas, evidence) {
+function drawOverlay(canvas, evidence) {
   const small = document.createElement("canvas");
   small.width = small.height = MAP_SIZE;
   const pixels = new ImageData(MAP_SIZE, MAP_SIZE);
   evidence.forEach((value, index) => {
-    pixels.data.set([...VEIL, 255 * DENSEST * (1 - value ** 0.8)], 4 * index);
+    pixels.data.set([...OVERLAY_COLOR, 255 * MAX_OPACITY * (1 - value ** 0.8)], 4 * index);
   });
   small.getContext("2d").putImageData(pixels, 0, 0);
   const context = canvas.getContext("2d");
@@ -138,28 +139,28 @@ function draw(canvas, evidence) {
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
-// Three ways in: choose, drop, paste.
+// An image can be chosen, dropped or pasted.
 $("file").addEventListener("change", ({ target }) => {
-  if (target.files.length) look(target.files[0]);
-  target.value = ""; // the same file may be chosen again
+  if (target.files.length) classify(target.files[0]);
+  target.value = ""; // otherwise choosing the same file again fires no event
 });
 addEventListener("dragover", (event) => {
   event.preventDefault();
-  document.body.classList.add("over");
+  document.body.classList.add("drag-over");
 });
 addEventListener("dragleave", (event) => {
-  if (!event.relatedTarget) document.body.classList.remove("over");
+  if (!event.relatedTarget) document.body.classList.remove("drag-over");
 });
 addEventListener("drop", (event) => {
   event.preventDefault();
-  document.body.classList.remove("over");
+  document.body.classList.remove("drag-over");
   const [file] = event.dataTransfer.files;
-  if (file) look(file);
-  else fail("That was no file; save the picture first, then drop it here");
+  if (file) classify(file);
+  else showError("The dropped item is not a file; save the image first, then drop the file");
 });
 addEventListener("paste", (event) => {
   const [file] = event.clipboardData.files;
-  if (file) look(file);
+  if (file) classify(file);
 });
-$("classes").addEventListener("change", paint);
-$("shown").addEventListener("change", paint);
+$("classes").addEventListener("change", updateMap);
+$("show-map").addEventListener("change", updateMap);

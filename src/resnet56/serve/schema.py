@@ -1,4 +1,4 @@
-"""What the API says, as types: they check, document and describe it."""
+"""Request and response types of the API. They validate the data and describe it in OpenAPI."""
 
 from typing import Annotated, Literal
 
@@ -9,54 +9,55 @@ Base64 = Annotated[
 ]
 
 
-class Pictures(BaseModel):
-    """Pictures in JSON; where a client can send multipart/form-data, that is a third smaller."""
+class PredictRequest(BaseModel):
+    """Images as JSON. The same images as multipart/form-data are about a quarter smaller."""
 
     model_config = ConfigDict(extra="forbid")
 
     images: list[Base64] = Field(
-        min_length=1, description="Picture files (PNG, JPEG, WebP, ...), each in base64."
+        min_length=1, description="Image files (PNG, JPEG, WebP, ...), each encoded as base64."
     )
 
 
 class ClassScore(BaseModel):
-    """What speaks for one class."""
+    """The score of one class."""
 
-    name: str = Field(description="The class.", examples=["cat"])
+    name: str = Field(description="Name of the class.", examples=["cat"])
     probability: float = Field(
-        ge=0, le=1, description="The network's confidence; over all classes it sums to 1."
+        ge=0, le=1, description="Softmax probability. The probabilities of all classes sum to 1."
     )
     map: list[list[float]] | None = Field(
         None,
-        description="Class-activation map, if asked for: 8 rows of 8 numbers over the centre "
-        "square of the picture, top left first. Their mean and the class's bias make the score "
-        "that the probability comes from; above 0 speaks for the class, below against it.",
+        description="Class activation map, if requested: 8 rows of 8 numbers over the center "
+        "square of the image, starting at the top left. Positive values are evidence for the "
+        "class, negative values against it. The mean of the map plus the bias of the class is the "
+        "logit.",
     )
 
 
 class Prediction(BaseModel):
-    """The answer for one picture."""
+    """The prediction for one image."""
 
-    classes: list[ClassScore] = Field(description="The most likely classes, likeliest first.")
-
-
-class Answer(BaseModel):
-    """The answer for a request."""
-
-    network: str = Field(description="Which network answered.", examples=["resnet56"])
-    predictions: list[Prediction] = Field(description="One per picture, in the order sent.")
+    classes: list[ClassScore] = Field(description="The most probable classes, in descending order.")
 
 
-class Health(BaseModel):
-    """That the server is up, and with what."""
+class PredictResponse(BaseModel):
+    """The predictions for a request."""
 
-    status: Literal["ok"] = Field(description="There is no other.")
-    network: str = Field(description="Which network answers.")
-    classes: list[str] = Field(description="All classes it knows; it always answers one of them.")
-    version: str = Field(description="Of the package resnet56.")
+    network: str = Field(description="Name of the model.", examples=["resnet56"])
+    predictions: list[Prediction] = Field(description="One per image, in the order of the request.")
 
 
-class Problem(BaseModel):
-    """Why a request was refused."""
+class HealthResponse(BaseModel):
+    """The state of a healthy server."""
 
-    detail: str = Field(description="What is wrong and what to do, in one line.")
+    status: Literal["ok"] = Field(description="Always `ok`.")
+    network: str = Field(description="Name of the model.")
+    classes: list[str] = Field(description="All classes that the model predicts.")
+    version: str = Field(description="Version of the resnet56 package.")
+
+
+class ErrorResponse(BaseModel):
+    """Why a request failed."""
+
+    detail: str = Field(description="What is wrong and how to fix it, in one line.")

@@ -1,4 +1,4 @@
-"""A port, signals, and connections that never finish."""
+"""Run the server: listening socket, signals, and stalled connections."""
 
 import asyncio
 import contextlib
@@ -22,74 +22,77 @@ from resnet56.serve.app import build_app
 from resnet56.serve.batching import Predictor
 from resnet56.serve.limits import Limits
 
-IDLE = 10.0  # seconds that a connection may be open without a whole request
-CONNECTIONS = 600  # open at once, where the system allows a process as many files
-# Files besides connections: pipes of the decoders, those of a replacement, the event loop's.
-OTHER_FILES = 24
-LEAST_FILES = 16  # for connections
-BACKLOG = 128  # connections that wait to be accepted; as many may be accepted at once
-END_SECONDS = 5.0  # after the time to drain, until the process ends whatever it does
+IDLE_SECONDS = 10.0  # for which a connection may stay open without a complete request
+MAX_CONNECTIONS = 600  # fewer if the process may open few files
+# Files other than connections: pipes of the decoders and of a replacement, and the event loop's.
+RESERVED_FILES = 24
+MIN_CONNECTION_FILES = 16
+BACKLOG = 128  # connections waiting to be accepted; up to this many are accepted at once
+EXIT_SECONDS = 5.0  # after the drain time, until the process exits unconditionally
 
 
 class Stopped(BaseException):
-    """A signal asked to stop."""
+    """A signal requested a stop."""
 
 
 class _Config(uvicorn.Config):
-    connections = CONNECTIONS
+    max_connections = MAX_CONNECTIONS
     announce: Callable[[], None]
 
 
 class _Server(uvicorn.Server):
-    """Ends for certain: what is still at work some time after a signal is left behind."""
+    """A server that always exits: some time after a signal, it abandons all remaining work."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so once requests are answered."""
+        """Start, and announce the address once the server accepts requests."""
         await super().startup(sockets)
         if self.started:
             self.config.announce()  # type: ignore[attr-defined]
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; on the first signal, set the time at which the process ends anyway."""
+        """Stop. The first signal also sets the deadline for the process to exit."""
         if not self.should_exit:
             drain = self.config.timeout_graceful_shutdown or 0
-            last = threading.Timer(drain + END_SECONDS, os._exit, [0])
-            last.daemon = True
-            last.start()
+            timer = threading.Timer(drain + EXIT_SECONDS, os._exit, [0])
+            timer.daemon = True
+            timer.start()
         super().handle_exit(sig, frame)
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that hangs up on those who open a connection and ask nothing, or read no answer.
+    """HTTP/1.1 that closes connections which send no complete request or read no response.
 
-    Uvicorn times the silence after an answer only: a client that sends its request's head a
-    letter at a time, or a body without end that was refused long ago, would stay for ever; so
-    would one that sends request after request and never takes the answers.
+    Uvicorn applies its timeout only between a response and the next request. Without this class, a
+    client could hold a connection forever by sending the head of a request byte by byte, by sending
+    an endless body after its rejection, or by sending requests without reading the responses.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Somebody is there."""
+        """Watch the new connection, or close it if too many are open."""
         super().connection_made(transport)
-        self.asked: Any = None
-        self.unread = 0
-        self.watch = self.loop.call_later(IDLE, self._look)
-        if len(self.connections) > self.config.connections:  # type: ignore[attr-defined]
+        self.last_cycle: Any = None
+        self.last_unread = 0
+        self.watchdog = self.loop.call_later(IDLE_SECONDS, self._close_if_stalled)
+        if len(self.connections) > self.config.max_connections:  # type: ignore[attr-defined]
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nobody is there any more."""
-        self.watch.cancel()
+        """Stop watching the connection."""
+        self.watchdog.cancel()
         super().connection_lost(exc)
 
-    def _look(self) -> None:
-        """Hang up if, since the last look, nothing was asked and nothing is answered or read."""
+    def _close_if_stalled(self) -> None:
+        """Close the connection if it made no progress since the previous check.
+
+        Progress is a new request, a response in preparation, or a client that reads.
+        """
         unread = self.transport.get_write_buffer_size()
-        waiting = self.cycle is None or self.cycle.response_complete
-        stuck = unread > 0 and unread == self.unread
-        if self.asked is self.cycle and (waiting or stuck):
+        awaiting_request = self.cycle is None or self.cycle.response_complete
+        client_stuck = unread > 0 and unread == self.last_unread
+        if self.last_cycle is self.cycle and (awaiting_request or client_stuck):
             self.transport.abort()
-        self.asked, self.unread = self.cycle, unread
-        self.watch = self.loop.call_later(IDLE, self._look)
+        self.last_cycle, self.last_unread = self.cycle, unread
+        self.watchdog = self.loop.call_later(IDLE_SECONDS, self._close_if_stalled)
 
 
 def serve(
@@ -99,20 +102,20 @@ def serve(
     say: Callable[[str], None],
     limits: Limits | None = None,
 ) -> int:
-    """Answer until Ctrl-C or SIGTERM; then answer what has begun, for a limited time, and stop.
+    """Serve a model until Ctrl-C or SIGTERM, then finish the requests in flight and stop.
 
     Args:
-        predictor: the network.
+        predictor: the model.
         host: address or name to listen on.
-        port: 0 for any free one.
-        say: told where it listens and that it stops.
-        limits: what a client may ask for.
+        port: port to listen on, 0 for any free port.
+        say: called with each status line.
+        limits: limits on requests, and on the time to finish them.
 
     Returns:
-        The exit code: 0 once it has stopped.
+        The exit code: 0 after a signal.
 
     Raises:
-        UsageError: it cannot listen there.
+        UsageError: the server cannot listen on this address or may open too few files.
     """
     limits = limits or Limits()
     connections, backlog = _connection_limits()
@@ -133,59 +136,56 @@ def serve(
         backlog=backlog,
         timeout_graceful_shutdown=math.ceil(limits.drain_seconds),
     )
-    config.connections = connections
+    config.max_connections = connections
     server = _Server(config)
-    for name in (
-        "uvicorn.error",
-        "asyncio",
-        "python_multipart",
-    ):  # what clients get wrong is no news here
+    for name in ("uvicorn.error", "asyncio", "python_multipart"):  # they log errors of clients
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def announce() -> None:
-        shown = f"[{address}]" if ":" in address else address
-        say(f"{predictor.name}: http://{shown}:{port} (the API: /docs; Ctrl-C stops)")
+        url_host = f"[{address}]" if ":" in address else address
+        url = f"http://{url_host}:{port}"
+        say(f"serving {predictor.name} on {url} (API reference at /docs; press Ctrl-C to stop)")
         if not loopback:
-            say("anyone who reaches this machine can use it: there is no password or encryption")
+            say("warning: the server is open to the network, without authentication or encryption")
 
     config.announce = announce
     return _run(server, listener, say)
 
 
 def _connection_limits() -> tuple[int, int]:
-    """How many connections may be open, and how many may wait to be accepted.
+    """Return the maximum number of open connections, and the backlog.
 
-    Where the system lets the process open few files (`ulimit -n`), fewer than usual: one that
-    cannot be accepted would be tried again and again, each time with a traceback in the log.
+    Both are reduced if the process may open few files (`ulimit -n`). Otherwise asyncio would retry
+    to accept a connection again and again, and log a traceback each time.
 
     Raises:
         UsageError: the process may open too few files.
     """
     try:
         import resource
-    except ImportError:  # Windows has no such limit
-        return CONNECTIONS, BACKLOG
-    used = psutil.Process().num_fds() + OTHER_FILES
-    # Connections beyond the limit are accepted before they are closed, some backlogs at a time.
-    wanted = used + CONNECTIONS + 4 * BACKLOG
+    except ImportError:  # Windows
+        return MAX_CONNECTIONS, BACKLOG
+    used = psutil.Process().num_fds() + RESERVED_FILES
+    # Excess connections are accepted before they are closed, a few backlogs at a time.
+    required = used + MAX_CONNECTIONS + 4 * BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return CONNECTIONS, BACKLOG
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
-    room = soft - used
-    if room < LEAST_FILES:
+    if soft == resource.RLIM_INFINITY or soft >= required:
+        return MAX_CONNECTIONS, BACKLOG
+    raised = required if hard == resource.RLIM_INFINITY else min(required, hard)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it reports
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft = raised
+    available = soft - used
+    if available < MIN_CONNECTION_FILES:
         raise UsageError(
-            f"the process may open {soft} files, too few for a server; raise the limit "
-            f"(ulimit -n {used + LEAST_FILES} or more)"
+            f"the process may open only {soft} files, too few for a server; raise the limit "
+            f"(ulimit -n {used + MIN_CONNECTION_FILES} or more)"
         )
-    return min(CONNECTIONS, room // 2), min(BACKLOG, room // 8)
+    return min(MAX_CONNECTIONS, available // 2), min(BACKLOG, available // 8)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; UsageError if there can be none."""
+    """Return a listening socket. Raises UsageError if the address is not available."""
     if not 0 <= port <= 65535:
         raise UsageError(f"--port must be from 0 to 65535, not {port}")
     try:
@@ -193,12 +193,12 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
-    except UnicodeError:  # a part of it is empty or too long for a name
-        raise UsageError(f"--host {shown(host)}: that is no host's name") from None
+    except UnicodeError:  # a label of the name is empty or too long
+        raise UsageError(f"--host {shown(host)}: not a valid host name") from None
     except socket.gaierror as error:
         raise UsageError(f"--host {host}: {error.strerror}") from None
     except OSError as error:
-        # The system's words come with the address: (98) "Address already in use (...)".
+        # The message also contains the address: "Address already in use (...)".
         reason = str(error.strerror).partition(" (")[0]
         raise UsageError(
             f"cannot listen on {host} port {port}: {reason}; choose another --port"
@@ -206,12 +206,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _run(server: uvicorn.Server, listener: socket.socket, say: Callable[[str], None]) -> int:
-    """Until a signal comes. Uvicorn handles it, drains, then raises it again for us."""
+    """Run until a signal arrives. Uvicorn handles it, drains, then raises it again."""
 
     def stop(*_: object) -> None:
         raise Stopped
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {sig: signal.signal(sig, stop) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listener])
     except Stopped:
@@ -219,6 +219,6 @@ def _run(server: uvicorn.Server, listener: socket.socket, say: Callable[[str], N
         return 0
     finally:
         listener.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 1  # uvicorn gave up by itself, and has said why
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)
+    return 1  # uvicorn failed to start and has logged the reason

@@ -1,4 +1,4 @@
-"""Pictures out of a request's body: multipart or JSON, never more of it than the limits allow."""
+"""Read the images of a request body, multipart or JSON, within the limits."""
 
 import asyncio
 import base64
@@ -17,47 +17,52 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from resnet56.errors import one_line
 from resnet56.serve.limits import Limits
-from resnet56.serve.schema import Pictures
+from resnet56.serve.schema import PredictRequest
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
 FIELD = "image"
-ECHO = 100  # characters of its own that a client is told at most
+MAX_QUOTE = 100  # characters of client input that an error message repeats at most
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture as it came, still encoded."""
+    """An uploaded image file."""
 
-    name: str  # for messages: what the client calls it, or its place in the list
-    read: Callable[[], Awaitable[bytes]]  # HTTPException if it is not what it claims
+    name: str  # for error messages: the client's file name, or the position in the list
+    read: Callable[[], Awaitable[bytes]]  # raises HTTPException if the encoding is invalid
 
 
 @asynccontextmanager
 async def receive(
-    request: Request, limits: Limits, take: Callable[[int], None]
+    request: Request, limits: Limits, reserve: Callable[[int], None]
 ) -> AsyncIterator[Sequence[Upload]]:
-    """The pictures of a request, held in memory until the end of the block.
+    """Receive the images of a request and hold them in memory until the block ends.
+
+    Args:
+        request: the request.
+        limits: limits on the body.
+        reserve: called with the size of each received chunk.
 
     Raises:
-        HTTPException: 400, 408, 413, 415, 422, 429, or what `take` raises.
+        HTTPException: 400, 408, 413, 415 or 422; or whatever `reserve` raises.
     """
-    kind = _media_type(request)
-    body = _body(request, limits, take)
+    media_type = _media_type(request)
+    body = _body(request, limits, reserve)
     try:
         async with asyncio.timeout(limits.body_seconds):
-            if kind == JSON:
+            if media_type == JSON:
                 files: list[UploadFile] = []
                 uploads = await _from_json(body, limits)
             else:
                 files = await _from_multipart(request, body, limits)
-                uploads = [_upload(file, place) for place, file in enumerate(files, start=1)]
+                uploads = [_upload(file, number) for number, file in enumerate(files, start=1)]
     except TimeoutError:
         raise HTTPException(
             408, f"the request did not arrive within {limits.body_seconds:g} seconds; send it again"
         ) from None
     try:
         if not uploads:
-            raise HTTPException(422, f"there is no picture; send one in the field {FIELD!r}")
+            raise HTTPException(422, f"no image in the request; send one in the field {FIELD!r}")
         if len(uploads) > limits.images:
             raise _too_many(limits)
         yield uploads
@@ -67,106 +72,114 @@ async def receive(
 
 
 def _media_type(request: Request) -> str:
-    """The body's type, one of ours; 415 otherwise."""
+    """Return the media type of the body. Raises a 415 HTTPException if it is not supported."""
     header = Message()
     header["content-type"] = request.headers.get("content-type", "")
-    kind = header.get_content_type()  # lower case, without parameters
-    if kind not in (MULTIPART, JSON):
-        raise HTTPException(415, f"send {MULTIPART} or {JSON}, not {_echo(kind, 'that')}")
+    media_type = header.get_content_type()  # lower case, without parameters
+    if media_type not in (MULTIPART, JSON):
+        received = _quotable(media_type, "this media type")
+        raise HTTPException(415, f"send {MULTIPART} or {JSON}, not {received}")
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise HTTPException(415, "send the body as it is, without a Content-Encoding")
-    return kind
+        raise HTTPException(415, "Content-Encoding is not supported; send the body uncompressed")
+    return media_type
 
 
 async def _body(
-    request: Request, limits: Limits, take: Callable[[int], None]
+    request: Request, limits: Limits, reserve: Callable[[int], None]
 ) -> AsyncGenerator[bytes, None]:
-    """The body in pieces, up to the limit; what its length is said to be counts at once."""
-    problem = HTTPException(
-        413, f"the request is larger than {limits.body_bytes / 2**20:g} MiB; send less at once"
+    """Yield the body in chunks. A Content-Length above the limit is rejected at once."""
+    error = HTTPException(
+        413, f"the request is larger than {limits.body_bytes / 2**20:g} MiB; send fewer images"
     )
-    said = request.headers.get("content-length", "0")
-    if said.isdecimal() and int(said) > limits.body_bytes:
-        raise problem
+    content_length = request.headers.get("content-length", "0")
+    if content_length.isdecimal() and int(content_length) > limits.body_bytes:
+        raise error
     received = 0
-    async for piece in request.stream():
-        received += len(piece)
+    async for chunk in request.stream():
+        received += len(chunk)
         if received > limits.body_bytes:
-            raise problem
-        take(len(piece))
-        yield piece
+            raise error
+        reserve(len(chunk))
+        yield chunk
 
 
 async def _from_multipart(
     request: Request, body: AsyncGenerator[bytes, None], limits: Limits
 ) -> list[UploadFile]:
-    """The files in the field `image`."""
+    """Return the files in the field `image`."""
     parser = MultiPartParser(request.headers, body, max_files=limits.images, max_fields=0)
-    parser.spool_max_size = limits.body_bytes  # nothing is written to the disk
+    parser.spool_max_size = limits.body_bytes  # keep all files in memory
     try:
         form = await parser.parse()
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
             raise _too_many(limits) from None
         if error.message.startswith("Too many fields"):
-            raise HTTPException(422, f"send files in the field {FIELD!r} and no others") from None
-        raise HTTPException(400, f"the body cannot be read: {error.message}") from None
-    # Older Starlettes let the first through, and all of them what charset=undefined raises.
+            raise _unexpected_field() from None
+        raise HTTPException(400, f"the body is not valid {MULTIPART}: {error.message}") from None
+    # Older versions of Starlette do not convert FormParserError. No version converts the
+    # UnicodeError that charset=undefined causes.
     except (FormParserError, UnicodeError) as error:
-        raise HTTPException(400, f"the body cannot be read: {one_line(error)}") from None
+        raise HTTPException(400, f"the body is not valid {MULTIPART}: {one_line(error)}") from None
     files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if any(key != FIELD for key in form):
         await form.close()
-        raise HTTPException(422, f"send files in the field {FIELD!r} and no others")
+        raise _unexpected_field()
     return files
 
 
 async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[Upload]:
-    """The pictures of a JSON body; parsed in a thread, because it may be long."""
-    content = b"".join([piece async for piece in body])
-    pictures = await asyncio.to_thread(_parse, content, limits)
+    """Return the images of a JSON body. A thread parses it, because it may be long."""
+    content = b"".join([chunk async for chunk in body])
+    images = (await asyncio.to_thread(_parse, content, limits)).images
     return [
-        Upload(f"images[{place}]", partial(asyncio.to_thread, _decode, text, f"images[{place}]"))
-        for place, text in enumerate(pictures.images)
+        Upload(f"images[{index}]", partial(asyncio.to_thread, _decode, text, f"images[{index}]"))
+        for index, text in enumerate(images)
     ]
 
 
-def _parse(content: bytes, limits: Limits) -> Pictures:
-    """A JSON body; refused as it is if it holds too many values, lest they become objects first.
+def _parse(content: bytes, limits: Limits) -> PredictRequest:
+    """Parse a JSON body. A body with too many values is rejected before it is parsed.
 
-    What is in base64 has no comma, so a list has as many as it has pictures, less one.
+    Base64 contains no commas, so a valid body has one comma less than it has images.
     """
     if content.count(b",") > limits.images:
         raise _too_many(limits)
     try:
-        return Pictures.model_validate_json(content)
+        return PredictRequest.model_validate_json(content)
     except ValidationError as error:
-        raise HTTPException(422, complaint(error.errors())) from None
+        raise HTTPException(422, validation_message(error.errors())) from None
 
 
 def _decode(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):  # ValueError: letters beyond ASCII
-        raise HTTPException(422, f"{name} is not base64") from None
+    except (binascii.Error, ValueError):  # ValueError: non-ASCII characters
+        raise HTTPException(422, f"{name} is not valid base64") from None
 
 
-def _upload(file: UploadFile, place: int) -> Upload:
-    return Upload(_echo(file.filename or "", f"picture {place}"), file.read)
+def _upload(file: UploadFile, number: int) -> Upload:
+    return Upload(_quotable(file.filename or "", f"image {number}"), file.read)
 
 
 def _too_many(limits: Limits) -> HTTPException:
-    return HTTPException(413, f"more than {limits.images} pictures; send fewer at once")
+    return HTTPException(
+        413, f"more than {limits.images} images in the request; send fewer at once"
+    )
 
 
-def complaint(errors: Sequence[object]) -> str:
-    """What pydantic found first, in one line that names the place."""
+def _unexpected_field() -> HTTPException:
+    return HTTPException(422, f"unexpected form field; send files in the field {FIELD!r} only")
+
+
+def validation_message(errors: Sequence[object]) -> str:
+    """Describe the first of pydantic's errors in one line that names the field."""
     error = errors[0]
     assert isinstance(error, dict)
-    place = ".".join(str(part) for part in error["loc"] if part not in ("query", "body"))
-    return f"{_echo(place, 'the body')}: {error['msg']}"
+    field = ".".join(str(part) for part in error["loc"] if part not in ("query", "body"))
+    return f"{_quotable(field, 'the body')}: {error['msg']}"
 
 
-def _echo(text: str, instead: str) -> str:
-    """What the client has written, where it is fit for one clean line; `instead` otherwise."""
-    return text if text and text.isprintable() and len(text) <= ECHO else instead
+def _quotable(text: str, fallback: str) -> str:
+    """Return client input if it is short and printable, `fallback` otherwise."""
+    return text if text and text.isprintable() and len(text) <= MAX_QUOTE else fallback

@@ -1,4 +1,4 @@
-"""What every request goes through: the check of its host, headers, a count, the last resort."""
+"""Middleware: Host and cross-site checks, response headers, metrics, and unhandled exceptions."""
 
 import logging
 import re
@@ -26,13 +26,14 @@ HEADERS = {
 log = logging.getLogger(__name__)
 
 
-class Front:
-    """ASGI middleware around everything else.
+class ResponseMiddleware:
+    """Adds the security headers, records metrics, and handles unhandled exceptions.
 
     Args:
-        app: what it stands in front of.
-        meter: counts the answers.
-        paths: those counted by name; all others are one, lest a client invent names without end.
+        app: the wrapped application.
+        meter: records the responses.
+        paths: paths with their own metrics label. All others share one label, so that a client
+            cannot create an unlimited number of them.
     """
 
     def __init__(self, app: ASGIApp, meter: Meter, paths: Collection[str]) -> None:
@@ -41,7 +42,7 @@ class Front:
         self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         status = 0
@@ -56,50 +57,51 @@ class Front:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception:  # a bug: its traceback is for the log, not for the client
+        except Exception:  # a bug: the traceback goes to the log, not to the client
             log.exception("%s %s failed", scope["method"], printable(scope["path"]))
             if not status:
-                problem = JSONResponse({"detail": "the server failed; its log says why"}, 500)
-                await problem(scope, receive, send_with_headers)
+                detail = "internal server error; see the server log"
+                response = JSONResponse({"detail": detail}, 500)
+                await response(scope, receive, send_with_headers)
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.meter.requests.labels(path, str(status)).inc()
             self.meter.seconds.labels(path).observe(time.perf_counter() - started)
 
 
-class CrossSite:
-    """ASGI middleware that refuses what a page of another site makes a browser send.
+class CrossSiteMiddleware:
+    """Rejects requests that a page of another site makes a browser send.
 
-    A form on any page can send a file to a server on the visitor's own machine. Browsers say where
-    a request comes from in Sec-Fetch-Site, older ones in Origin; programs send neither. Reading
-    is left to the browser, which shows another site no answer.
+    A form on any page can upload a file to a server on the visitor's own machine. Current browsers
+    report the origin of a request in Sec-Fetch-Site, older ones in Origin. Other clients send
+    neither. GET requests are allowed, because browsers do not show their responses to other sites.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or refuse one request."""
+        """Handle one request."""
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             headers = Headers(scope=scope)
             site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-            own = site in ("same-origin", "none") if site else (
+            allowed = site in ("same-origin", "none") if site else (
                 origin is None or urlsplit(origin).netloc == headers.get("host")
             )  # fmt: skip
-            if not own:
-                problem = JSONResponse({"detail": "the request comes from another site"}, 403)
-                return await problem(scope, receive, send)
+            if not allowed:
+                response = JSONResponse({"detail": "cross-site requests are not allowed"}, 403)
+                return await response(scope, receive, send)
         await self.app(scope, receive, send)
 
 
-class Hosts:
-    """ASGI middleware that answers only those who call the server by one of its names.
+class HostMiddleware:
+    """Rejects requests whose Host header is not one of the names of the server.
 
-    Starlette's own does so, too, but not in the JSON that every other refusal is.
+    Starlette's TrustedHostMiddleware does the same, but its errors are not JSON.
 
     Args:
-        app: what it stands in front of.
-        names: without ports and brackets, in lower case; "*" stands for all.
+        app: the wrapped application.
+        names: allowed names in lower case, without ports and brackets. "*" allows all names.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
@@ -107,11 +109,11 @@ class Hosts:
         self.names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or refuse one request."""
+        """Handle one request."""
         if scope["type"] == "http" and "*" not in self.names:
             host = Headers(scope=scope).get("host", "").lower()
-            found = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?", host)
-            if found is None or (found[1] or found[2]) not in self.names:
-                problem = JSONResponse({"detail": "the Host header names another server"}, 400)
-                return await problem(scope, receive, send)
+            match = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?", host)
+            if match is None or (match[1] or match[2]) not in self.names:
+                response = JSONResponse({"detail": "the Host header is not allowed"}, 400)
+                return await response(scope, receive, send)
         await self.app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""The middleware around the server's application."""
+"""Tests of the server's middleware."""
 
 import asyncio
 import logging
@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from resnet56.serve.front import Front
 from resnet56.serve.meter import Meter
+from resnet56.serve.middleware import ResponseMiddleware
 
 
-def test_a_path_cannot_forge_lines_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """A request's path may hold any character, percent-encoded."""
+def test_path_cannot_forge_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """A percent-encoded path can contain any character."""
 
     async def broken(*_: Any) -> None:
         raise ValueError
@@ -28,6 +28,6 @@ def test_a_path_cannot_forge_lines_of_the_log(caplog: pytest.LogCaptureFixture) 
 
     scope = {"type": "http", "method": "GET", "path": "/\x1b[2J\nINFO all is well", "headers": []}
     with caplog.at_level(logging.ERROR):
-        asyncio.run(Front(broken, Meter(), ())(scope, receive, send))
+        asyncio.run(ResponseMiddleware(broken, Meter(), ())(scope, receive, send))
     assert sent[0]["status"] == 500
     assert caplog.messages[0].isprintable()
