@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "data.class_names": set(),
     "data.corruptions": set(),
     "data.image_headers": set(),
+    "data.mixing": set(),
     "data.trivial_augment": set(),
     "data.archives": {"errors"},
     "data.augment": {"data.trivial_augment"},
@@ -35,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "data.images": {"data.image_headers", "errors"},
     "data.pickles": {"errors"},
     "data.arrays": {"data.dataset", "errors"},
-    "data.batches": {"data.augment", "data.dataset", "errors"},
+    "data.batches": {"data.augment", "data.dataset", "data.mixing", "errors"},
     "data.cifar": {"data.class_names", "data.dataset", "data.pickles", "errors"},
     "data.download": {"data.archives", "errors", "locks"},
     "data.folders": {"data.dataset", "data.image_files", "data.images", "errors"},
@@ -66,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
     },
     # step and evaluation
     "metrics": {"runs.schema"},
-    "samples": {"data.augment", "data.dataset", "metrics"},
+    "samples": {"data.augment", "data.dataset", "data.mixing", "metrics"},
     "evaluation": {
         "data.augment", "data.corruptions", "data.dataset", "errors", "inference", "metrics",
         "model", "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "samples",

@@ -99,6 +99,19 @@ def test_samples_show_cutout_and_trivial_augment_too(
     assert changed.mean() > 0.5
 
 
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "ricap"])
+def test_samples_show_mixed_images_as_often_as_the_training_made_them(
+    run: RunDirectory, tiny: Dataset, tmp_path: Path, mix: str
+) -> None:
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
+    still = Augmentation(flip=False, padding=0, mix=mix, mix_probability=0.3)
+    evaluate_run(copy, tiny, augmentation=still, device=CPU)
+    kept = np.load(copy.samples_file)
+    same = (kept["augmented"] == kept["originals"][:, None]).all(axis=(2, 3, 4))
+    assert same[:, 2:].all()  # two of five versions are mixed
+    assert not same[:, :2].all()
+
+
 def test_robustness_is_the_accuracy_on_corrupted_images(run: RunDirectory, tiny: Dataset) -> None:
     subject = subject_of(run.load(), CPU)
     found = measure_robustness(subject, tiny.test, 10)

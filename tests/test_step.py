@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from requires_kernels import skip_without_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.recipe import RECIPES, Recipe
-from resnet56.step import Average, Trainer, learning_rate, make_optimizer
+from resnet56.step import Average, Trainer, learning_rate, make_forward, make_optimizer
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -227,6 +229,58 @@ def test_without_a_gradient_only_decayed_weights_shrink(decay_norm: bool) -> Non
         expected = {name for name, _ in model.named_parameters()}
     assert shrunk == expected
     assert float(model.fc.weight.detach().max()) == pytest.approx(1 - 0.1 * 0.5)
+
+
+# Targets that are probabilities
+
+
+EXECUTIONS = ["eager", "fused", "native"]
+
+
+def running(execution: str, plan: Recipe) -> Trainer:
+    """A trainer that takes its steps in that way, or skip."""
+    precision: Any = "bf16" if execution == "native" else "fp32"
+    model = build("resnet8", seed=0)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        forward = make_forward(model.train(), execution, precision)
+    except UsageError as reason:
+        skip_without_kernel(reason)
+    return Trainer(model, forward.module, plan, precision)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_hot_targets_are_labels(execution: str, smoothing: float) -> None:
+    plan = recipe(label_smoothing=smoothing)
+    soft, hard = running(execution, plan), running(execution, plan)
+    for step in range(3):
+        images, labels = batch(step)
+        soft.step(images, F.one_hot(labels, 10).float(), LR, step)
+        hard.step(images, labels, LR, step)
+    assert soft.sums.tolist() == pytest.approx(hard.sums.tolist(), rel=1e-5)
+    for name, tensor in hard.weights().items():
+        torch.testing.assert_close(soft.weights()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_the_gradient_of_mixed_targets_is_the_mean_of_softmax_minus_target(execution: str) -> None:
+    """By hand for the last layer's bias, whose gradient is the logits' mean gradient."""
+    mine = running(execution, recipe(momentum=0.0, weight_decay=0.0))
+    images, labels = batch(0)
+    targets = 0.7 * F.one_hot(labels, 10) + 0.3 * F.one_hot(labels.roll(1), 10)
+    logits: list[Tensor] = []
+    mine.model.fc.register_forward_hook(lambda *call: logits.append(call[2].detach().float()))
+    before = mine.model.fc.bias.detach().clone()
+    mine.step(images, targets, LR, 0)
+    by_hand = (logits[0].softmax(dim=1) - targets).mean(dim=0)
+    tolerance = 1e-2 if execution == "native" else 1e-5  # bf16
+    moved = (before - mine.model.fc.bias.detach()) / LR
+    torch.testing.assert_close(moved, by_hand, rtol=tolerance, atol=tolerance / 10)
+    loss = -(targets * logits[0].log_softmax(dim=1)).sum(dim=1)
+    assert float(mine.sums[0]) == pytest.approx(float(loss.sum()), rel=1e-5)
+    hits = targets[torch.arange(BATCH), logits[0].argmax(dim=1)].sum()
+    assert float(mine.sums[1]) == pytest.approx(float(hits))
 
 
 def test_sums_begin_anew_or_where_they_were_left() -> None:

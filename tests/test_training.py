@@ -368,6 +368,22 @@ def test_images_are_mirrored_only_where_the_data_allows_it_and_the_run_says_so(
     assert read_run(tmp_path / "run").mirrors == mirror
 
 
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "ricap"])
+def test_mixed_training_resumes_to_the_same_bits_and_is_shown(
+    tiny: Dataset, small: Recipe, tmp_path: Path, mix: Any
+) -> None:
+    recipe = dataclasses.replace(small, mix=mix, mix_probability=0.7, plain_tail=1)
+    train(recipe, tiny, tmp_path / "straight", device="cpu")
+    run_until(tmp_path / "run", STEPS + 2, recipe, tiny)
+    train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    rows = RunDirectory(tmp_path / "run").read_metrics()
+    # Shares of images count in mixed epochs, whole images in the plain tail.
+    hits = [48 * row["train_accuracy"] for row in rows]
+    assert any(abs(count - round(count)) > 1e-6 for count in hits[:-1])
+    assert hits[-1] == pytest.approx(round(hits[-1]), abs=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_and_resumes(
     tiny: Dataset, small: Recipe, tmp_path: Path, precision: Any
@@ -461,7 +477,8 @@ def test_two_processes_equal_one_and_resume(tiny: Dataset, small: Recipe, tmp_pa
         assert done.returncode == 0, done.stderr
 
     # A low learning rate: rounding differences grow with every step that amplifies them.
-    recipe = dataclasses.replace(small, epochs=2, lr=0.001)
+    # Some batches are mixed, with partners from the other process's part.
+    recipe = dataclasses.replace(small, epochs=2, lr=0.001, mix="cutmix", mix_probability=0.5)
     train(recipe, tiny, tmp_path / "one", device="cpu")
     together(tmp_path / "two", [0, 2, 4, 6, 8, 10, 12])
     one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))

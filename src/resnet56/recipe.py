@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from resnet56.errors import UsageError, one_line
 
 Schedule = Literal["step", "cosine", "one-cycle"]
+Mixing = Literal["none", "cutmix", "mixup", "ricap"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Execution = Literal["eager", "fused", "native", "compiled"]
 ExecutionChoice = Literal["auto", Execution]
@@ -87,6 +88,22 @@ class Recipe:
     """Before the crop, change each image's place or colour in one of 14 ways of random strength
     (Müller & Hutter 2021, arXiv:2103.10158): makes a network harder to upset."""
 
+    mix: Mixing = "none"
+    """Mix the images of a batch and their targets. cutmix: a rectangle of another image (Yun et al.
+    2019); mixup: two images blended (Zhang et al. 2018); ricap: crops of four images side by side
+    (Takahashi et al. 2018), instead of the padded crop. A mixed batch has no Cutout. Training
+    accuracy then counts the share of the target that the predicted class has."""
+
+    mix_alpha: float = 1.0
+    """Both parameters of the beta distribution of the shares: 1 for uniform shares; the lower, the
+    closer a mixed image is to one of the originals (RICAP's authors use 0.3)."""
+
+    mix_probability: float = 1.0
+    """Share of the batches that are mixed."""
+
+    plain_tail: int = 0
+    """Last epochs with crops and flips only: no mixing, Cutout or TrivialAugment."""
+
     ema_decay: float = 0.0
     """Decay a step of the averaged weights, which are then the run's weights; 0 for none."""
 
@@ -142,6 +159,16 @@ class Recipe:
             f"fewer than the {self.epochs} epochs, so that the last ones see 32x32",
         )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
+        _require(self.mix_alpha > 0, "mix_alpha", self.mix_alpha, "above 0")
+        _require(
+            0 < self.mix_probability <= 1, "mix_probability", self.mix_probability, "in (0, 1]"
+        )
+        _require(
+            0 <= self.plain_tail <= self.epochs,
+            "plain_tail",
+            self.plain_tail,
+            f"from 0 to the {self.epochs} epochs",
+        )
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.holdout < 10**9, "holdout", self.holdout, "at least 0 and below 10^9")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")

@@ -1,12 +1,15 @@
 """The few images that a run keeps for its report: augmented ones, and its surest mistakes."""
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from resnet56.data.augment import Augmentation, augment, draw
 from resnet56.data.dataset import Split, Triple
+from resnet56.data.mixing import draw_mixes, mix_images
 from resnet56.metrics import Floats, softmax
 
 MISTAKES = 24
@@ -34,6 +37,9 @@ def gallery(
     draws = draw(len(images), augmentation, torch.Generator().manual_seed(0))
     means, stds = torch.tensor(mean), torch.tensor(std)
     seen = augment(images, draws, means, stds, augmentation)
+    if augmentation.mix != "none":
+        mixed = augment(images, draws, means, stds, augmentation.before_mixing())
+        _mix_columns(seen, mixed, augmentation)
     # Bytes again, for people: what Cutout erases is the mean.
     in_units = seen * stds[:, None, None] + means[:, None, None]
     variants = (255 * in_units).round().clamp(0, 255).byte()
@@ -42,6 +48,26 @@ def gallery(
         "original_labels": labels[index],
         "augmented": variants.contiguous().view(-1, VARIANTS, 3, 32, 32).numpy(),
     }
+
+
+def _mix_columns(seen: Tensor, views: Tensor, augmentation: Augmentation) -> None:
+    """Let as many of the versions in `seen` be mixed ones as in the training, but one at least.
+
+    Args:
+        seen: (K * V, 3, 32, 32), changed in place.
+        views: the same images as they are before mixing; the k-th versions of all originals make
+            a batch.
+        augmentation: of the training.
+    """
+    count = len(seen) // VARIANTS
+    mixes = draw_mixes(
+        augmentation.mix, augmentation.mix_alpha, 1.0, steps=VARIANTS, batch=count, seed=0
+    )
+    for column in range(math.ceil(VARIANTS * augmentation.mix_probability)):
+        mix, batch = mixes[column], views[column::VARIANTS]
+        assert mix is not None
+        images = [batch, *(batch[partners] for partners in mix.partners)]
+        seen[column::VARIANTS] = mix_images(images, mix)
 
 
 def surest_mistakes(logits: Floats, split: Split) -> dict[str, Any]:

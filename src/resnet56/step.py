@@ -173,22 +173,29 @@ class Trainer:
         self.begin_sums()
         self.bad_step = torch.tensor(-1, device=self.device)  # the first without a finite loss
 
-    def begin_sums(self, loss_sum: float = 0.0, correct: int = 0) -> None:
+    def begin_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
         """Begin an epoch's sums, or take up those of an interrupted one."""
         kind = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no doubles
         self.sums = torch.tensor([loss_sum, correct], dtype=kind, device=self.device)
 
-    def step(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
-        """One step of SGD on (B, 3, S, S) normalised images and (B,) labels.
+    def step(self, images: Tensor, targets: Tensor, lr: float, step: int) -> None:
+        """One step of SGD on (B, 3, S, S) normalized images.
 
-        Adds the batch's loss and hits to `sums`; nothing waits for the device.
+        Adds the batch's loss and hits to `sums`; nothing waits for the device. An image is a hit
+        with the probability that its target gives to the predicted class: 1 or 0 for a label.
+
+        Args:
+            images: the batch.
+            targets: labels (B,) int64, or probabilities (B, C) float32.
+            lr: the learning rate.
+            step: its number (from 0), over all epochs.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with autocast(self.device, self.precision):
             logits = self.wrapped(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -196,8 +203,12 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model, step)
         with torch.no_grad():
-            hits = (logits.argmax(dim=1) == labels).sum()
-            self.sums += torch.stack((loss.detach() * len(labels), hits))
+            predicted = logits.argmax(dim=1)
+            if targets.is_floating_point():
+                hits = targets.gather(1, predicted[:, None]).clamp(max=1).sum()
+            else:
+                hits = (predicted == targets).sum()
+            self.sums += torch.stack((loss.detach() * len(targets), hits))
             fine = torch.isfinite(loss) | (self.bad_step >= 0)
             self.bad_step = torch.where(fine, self.bad_step, step)
 

@@ -141,6 +141,10 @@ def augmentation_of(recipe: Recipe, *, mirror: bool) -> Augmentation:
         cutout=recipe.cutout,
         trivial_augment=recipe.trivial_augment,
         sizes=recipe.sizes,
+        mix=recipe.mix,
+        mix_alpha=recipe.mix_alpha,
+        mix_probability=recipe.mix_probability,
+        plain_from=recipe.epochs - recipe.plain_tail if recipe.plain_tail else None,
     )
 
 
@@ -191,6 +195,7 @@ class TrainingLoop:
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             augmentation=augmentation_of(recipe, mirror=dataset.mirror),
+            classes=len(dataset.classes),
             rank=dist.rank,
             world_size=dist.world_size,
         )
@@ -274,7 +279,7 @@ class TrainingLoop:
                 "lower --lr or a longer --warmup-epochs"
             )
         loss_sum, correct = total(self.trainer.sums.clone(), self.dist).tolist()
-        self.position = replace(self.position, loss_sum=loss_sum, correct=int(correct))
+        self.position = replace(self.position, loss_sum=loss_sum, correct=correct)
         at = self.position
         if self.dist.is_first:
             throughput = at.images / at.seconds

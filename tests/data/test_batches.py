@@ -42,6 +42,7 @@ def augmented(
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
     split = Split(noise, torch.arange(count))
     options: dict[str, Any] = {"batch_size": batch_size, "seed": 3, "augmentation": augmentation}
+    options |= {"classes": count}
     return Batches(split, mean, std, **options | rest)
 
 
@@ -138,18 +139,28 @@ def test_flips_in_turn_show_every_image_both_ways_in_two_epochs() -> None:
     assert not any(mirrored(never, 1).values())
 
 
+MIXED = replace(EVERYTHING, mix="cutmix", mix_probability=0.5)
+
+
+@pytest.mark.parametrize("augmentation", [EVERYTHING, MIXED])
 @pytest.mark.parametrize("start", [0, 1, 3, 5])
-def test_starting_at_a_step_is_skipping_the_steps_before(start: int) -> None:
-    batches = augmented(44, 8)
+def test_starting_at_a_step_is_skipping_the_steps_before(
+    start: int, augmentation: Augmentation
+) -> None:
+    batches = augmented(44, 8, augmentation)
     assert same(list(batches.epoch(1, start=start)), list(batches.epoch(1))[start:])
 
 
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_processes_parts_together_are_one_processs_batch(world_size: int, start: int) -> None:
-    alone = list(augmented(44, 8).epoch(1, start))
+@pytest.mark.parametrize("mix", ["none", "cutmix", "mixup", "ricap"])
+def test_the_processes_parts_together_are_one_processs_batch(
+    world_size: int, start: int, mix: str
+) -> None:
+    how = replace(EVERYTHING, mix=mix, mix_probability=0.7)
+    alone = list(augmented(44, 8, how).epoch(1, start))
     ranks = [
-        augmented(44, 8, rank=rank, world_size=world_size).epoch(1, start)
+        augmented(44, 8, how, rank=rank, world_size=world_size).epoch(1, start)
         for rank in range(world_size)
     ]
     together = [
@@ -157,6 +168,50 @@ def test_the_processes_parts_together_are_one_processs_batch(world_size: int, st
         for parts in zip(*ranks, strict=True)
     ]
     assert same(together, alone)
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "ricap"])
+def test_mixed_batches_hold_the_shares_that_their_targets_say(mix: str) -> None:
+    """Of flat images that are as bright as their labels: the mean is the target's."""
+    how = Augmentation(padding=0, flip=False, cutout=16, mix=mix)
+    batches = Batches(numbered(30), BLACK, UNIT, batch_size=8, seed=1, augmentation=how, classes=30)
+    for images, targets in batches.epoch(2):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert targets.shape == (8, 30)
+        assert torch.allclose(targets.sum(dim=1), torch.ones(8))
+        brightness = targets @ torch.arange(30.0)
+        assert torch.allclose(images.mean(dim=(1, 2, 3)), brightness, atol=1e-2)
+        assert not (images == 0).flatten(1).all(dim=1).any()
+        if mix != "mixup":
+            values = [len(image.round(decimals=3).unique()) for image in images]
+            assert max(values) > 1
+            assert all(len(row.nonzero()) >= n for row, n in zip(targets, values, strict=True))
+
+
+def test_ricap_is_not_cropped_from_padded_images() -> None:
+    white = Split(torch.full((16, 3, 32, 32), 255, dtype=torch.uint8), torch.arange(16) % 4)
+    for mix, black in (("ricap", False), ("cutmix", True)):
+        how = Augmentation(mix=mix)
+        batches = Batches(white, BLACK, UNIT, batch_size=16, seed=0, augmentation=how, classes=4)
+        ((images, _),) = batches.epoch(0)
+        assert bool((images == 0).any()) == black
+
+
+def test_the_last_epochs_are_crops_and_flips_only() -> None:
+    how = Augmentation(cutout=8, trivial_augment=True, mix="mixup", plain_from=2)
+    tail, crops = augmented(24, 8, how), augmented(24, 8, Augmentation())
+    assert same(list(tail.epoch(2)), list(crops.epoch(2)))
+    before = replace(how, plain_from=None)
+    assert same(list(tail.epoch(1)), list(augmented(24, 8, before).epoch(1)))
+
+
+def test_batches_that_are_not_mixed_are_as_they_would_be_without_mixing() -> None:
+    plain_ones = list(augmented(44, 8).epoch(0))
+    mixed = list(augmented(44, 8, MIXED).epoch(0))
+    hard = [not targets.is_floating_point() for _, targets in mixed]
+    assert 0 < sum(hard) < len(hard)
+    for one, other, is_hard in zip(mixed, plain_ones, hard, strict=True):
+        assert same([one], [other]) == is_hard
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch() -> None:

@@ -4,7 +4,7 @@
 a batch on any device. So a batch is the same on every device, in every process, after a resume.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,23 @@ class Augmentation:
     cutout: int = 0  # side of the square that Cutout erases, in pixels; 0 for none
     trivial_augment: bool = False
     sizes: tuple[int, ...] = ()  # sides of the first epochs' images, in pixels; 32 afterwards
+    mix: str = "none"  # how the images of a batch are mixed: a method of `data.mixing`
+    mix_alpha: float = 1.0  # both parameters of the beta distribution of their shares
+    mix_probability: float = 1.0  # of mixing a batch
+    plain_from: int | None = None  # the epoch from which on there are only crops and flips
+
+    def in_epoch(self, epoch: int) -> "Augmentation":
+        """What is left of it in `epoch` (from 0)."""
+        if self.plain_from is None or epoch < self.plain_from:
+            return self
+        return replace(self, cutout=0, trivial_augment=False, mix="none")
+
+    def before_mixing(self) -> "Augmentation":
+        """What happens to the images of a batch before they are mixed.
+
+        Cutout would erase what mixing has just put there, and RICAP crops the images itself.
+        """
+        return replace(self, cutout=0, padding=0 if self.mix == "ricap" else self.padding)
 
 
 PLAIN_CROPS = Augmentation()
@@ -43,8 +60,8 @@ class Draws(NamedTuple):
         """The same numbers on `device`, except `changes`, which the CPU reads."""
         return Draws(*(column.to(device) for column in self))._replace(changes=self.changes)
 
-    def part(self, index: slice) -> "Draws":
-        """The numbers of the images at `index`."""
+    def part(self, index: slice | Tensor) -> "Draws":
+        """The numbers of the images at `index`, a slice or int64 positions on the CPU."""
         return Draws(*(column[index] for column in self))
 
 
@@ -68,7 +85,8 @@ def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
     Args:
         images: (N, 3, H, W), any type.
         draws: the N images' random numbers.
-        padding: black pixels on each side, as when `draws` was drawn.
+        padding: black pixels on each side, as when `draws` was drawn; or 0, which leaves all
+            images where they are.
 
     Returns:
         (N, 3, H, W) of the same type, in channels_last memory.
@@ -77,8 +95,9 @@ def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
     padded = F.pad(images, (padding, padding, padding, padding))
     down = torch.arange(height, device=images.device)
     across = torch.arange(width, device=images.device)
-    rows = draws.rows[:, None] + down
-    cols = draws.cols[:, None] + torch.where(draws.flips[:, None], across.flip(0), across)
+    moved = int(padding > 0)
+    rows = moved * draws.rows[:, None] + down
+    cols = moved * draws.cols[:, None] + torch.where(draws.flips[:, None], across.flip(0), across)
     each = torch.arange(count, device=images.device)[:, None, None]
     # One gather does it all; an index on both sides of the channels puts these last.
     return padded[each, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)

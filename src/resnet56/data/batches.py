@@ -12,7 +12,10 @@ from torch import Tensor
 
 from resnet56.data.augment import Augmentation, augment, draw, shrink
 from resnet56.data.dataset import Split
+from resnet56.data.mixing import draw_mixes, mix_images, mix_labels
 from resnet56.errors import UsageError
+
+MIXES = 1  # tells the random numbers of mixing from an epoch's others
 
 
 def derived_seed(*parts: int) -> int:
@@ -38,6 +41,7 @@ class Batches:
     batch_size: int  # global
     seed: int
     augmentation: Augmentation = field(default_factory=Augmentation)
+    classes: int = 10  # of the targets, where images are mixed
     rank: int = 0
     world_size: int = 1
 
@@ -73,22 +77,51 @@ class Batches:
 
         Yields:
             images (B, 3, S, S) float32, normalized, channels_last, S = 32 unless `sizes` says
-            less; labels (B,) int64.
+            less; targets, labels (B,) int64 or, where the batch is mixed, probabilities (B, C)
+            float32.
         """
+        how = self.augmentation.in_epoch(epoch)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.split), generator=generator)
-        how = self.augmentation
-        draws = draw(len(order), how, generator)
+        draws = draw(len(order), self.augmentation, generator)
         if how.flip and how.alternate_flip:
             draws = draws._replace(flips=self._first_flips()[order] ^ bool(epoch % 2))
+        mixes = draw_mixes(
+            how.mix,
+            how.mix_alpha,
+            how.mix_probability,
+            steps=self.steps,
+            batch=self.global_batch,
+            seed=derived_seed(self.seed, epoch, MIXES),
+        )
         device = self.split.images.device
         order, draws = order.to(device), draws.to(device)
         local = self.global_batch // self.world_size
+
+        def views(index: slice | Tensor, how: Augmentation) -> tuple[Tensor, Tensor]:
+            """The augmented images at `index` in the epoch's order, and their labels."""
+            chosen = order[index]
+            images = self.split.images[chosen]
+            images = augment(images, draws.part(index), self.mean, self.std, how)
+            return images, self.split.labels[chosen]
+
         for step in range(start, self.steps):
-            first = step * self.global_batch + self.rank * local
-            part = slice(first, first + local)
-            index = order[part]
-            images = augment(self.split.images[index], draws.part(part), self.mean, self.std, how)
+            first = step * self.global_batch
+            part = slice(self.rank * local, (self.rank + 1) * local)  # of the global batch
+            mine = slice(first + part.start, first + part.stop)
+            mix = mixes[step]
+            if mix is None:
+                images, targets = views(mine, how)
+            else:
+                before = how.before_mixing()
+                mixed = [views(mine, before)]
+                for partners in mix.partners[:, part]:
+                    if self.world_size == 1:  # they are all here, augmented already
+                        mixed.append((mixed[0][0][partners], mixed[0][1][partners]))
+                    else:
+                        mixed.append(views(first + partners, before))
+                images = mix_images([images for images, _ in mixed], mix)
+                targets = mix_labels([labels for _, labels in mixed], mix, self.classes)
             if epoch < len(how.sizes):
                 images = shrink(images, how.sizes[epoch])
-            yield images, self.split.labels[index]
+            yield images, targets

@@ -49,6 +49,7 @@ def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
         sentence = f"In training, every image is {listed(steps)}, anew in each epoch."
     else:
         sentence = "Training images are not augmented."
+    sentence = " ".join([sentence, *_mixing(recipe)])
     runs = [(size, len(list(epochs))) for size, epochs in groupby(recipe.sizes) if size != 32]
     if not runs:
         return sentence
@@ -56,9 +57,38 @@ def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
     return f"{sentence} In the beginning it is shrunk: {listed(shrunk)}."
 
 
+MIXED = {
+    "cutmix": "a random rectangle of each image is replaced by that of another image (CutMix)",
+    "mixup": "each image is blended with another image (mixup)",
+    "ricap": "each image is composed of random crops of four images (RICAP), instead of a padded "
+    "crop",
+}
+
+
+def _mixing(recipe: Recipe) -> list[str]:
+    """How images are mixed, and when they no longer are, in sentences."""
+    sentences = []
+    if recipe.mix != "none":
+        share = f"{100 * recipe.mix_probability:g} % of" if recipe.mix_probability < 1 else "all"
+        without = ", without Cutout" if recipe.cutout else ""
+        sentences.append(
+            f"In {share} batches, {MIXED[recipe.mix]}{without}; the shares follow a beta "
+            f"distribution with \N{GREEK SMALL LETTER ALPHA} = {recipe.mix_alpha:g}, and the "
+            "targets are probabilities in the same shares. Training accuracy then counts the "
+            "share of the predicted class."
+        )
+    if recipe.plain_tail and (recipe.mix != "none" or recipe.cutout or recipe.trivial_augment):
+        sentences.append(
+            f"In the last {_epochs(recipe.plain_tail)} there are only crops and flips."
+        )
+    return sentences
+
+
 def is_augmented(recipe: Recipe, *, mirrors: bool) -> bool:
     """Whether training images are changed at random at all."""
-    return bool(recipe.padding or mirrors or recipe.cutout or recipe.trivial_augment)
+    return bool(
+        recipe.padding or mirrors or recipe.cutout or recipe.trivial_augment or recipe.mix != "none"
+    )
 
 
 def optimizer(recipe: Recipe) -> str:

@@ -51,7 +51,7 @@ class Position:
     step: Count = 0  # steps taken, over all epochs
     epoch_step: Count = 0  # steps of the unfinished epoch
     loss_sum: Loss = 0.0  # of the unfinished epoch
-    correct: Count = 0
+    correct: Amount = 0.0  # a fraction of an image where targets are probabilities
     images: Count = 0
     seconds: Amount = 0.0
 
