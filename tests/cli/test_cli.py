@@ -192,8 +192,9 @@ def test_without_out_runs_are_numbered(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        assert cli.main(["train", "quick", "--data", str(folder), "--quiet", *QUICKLY]) == 0
+    Path("runs/quick-colours").mkdir(parents=True)
+    Path("runs/quick-colours/file").touch()
+    assert cli.main(["train", "quick", "--data", str(folder), "--quiet", *QUICKLY]) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == [
         "quick-colours",
         "quick-colours-2",
