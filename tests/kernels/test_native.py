@@ -6,6 +6,8 @@ how much that is, the reference itself says when it computes in single precision
 """
 
 import copy
+import ctypes
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet56.errors import UsageError
+from resnet56.kernels import plan
 from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.native import NativeNetwork, native_network
 from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet, build
@@ -432,4 +435,47 @@ def test_a_kernel_that_would_be_wrong_is_refused(monkeypatch: pytest.MonkeyPatch
     native(build("resnet8"))  # or skip
     monkeypatch.setenv("CC", "cc -Dsqrt=fabs")
     with pytest.raises(UnavailableError, match="does not agree with PyTorch"):
+        native_network(build("resnet8"), vectors=True)
+
+
+def _without(structure: type[ctypes.Structure], field: str) -> type[ctypes.Structure]:
+    fields = [entry for entry in structure._fields_ if entry[0] != field]
+    return type(structure.__name__, (ctypes.Structure,), {"_fields_": fields})
+
+
+def _swapped(structure: type[ctypes.Structure], one: str, other: str) -> type[ctypes.Structure]:
+    names = {one: other, other: one}
+    fields = [(names.get(entry[0], entry[0]), entry[1]) for entry in structure._fields_]
+    return type(structure.__name__, (ctypes.Structure,), {"_fields_": fields})
+
+
+@pytest.mark.parametrize(
+    ("mirror", "changed", "named"),
+    [
+        ("_Conv", lambda s: _without(s, "skip_channels"), "conv .*sizeof, skip_channels differ"),
+        ("_Conv", lambda s: _without(s, "images"), "conv .*images.*sizeof"),
+        ("_Conv", lambda s: _swapped(s, "g", "g_in"), "conv .*: g, g_in differ"),  # same size
+        ("_Norm", lambda s: _without(s, "eps"), "norm .*eps"),
+        ("_Norm", lambda s: _swapped(s, "by_g", "by_z"), "norm .*: by_g, by_z differ"),
+    ],
+)
+def test_a_struct_that_differs_from_its_mirror_is_refused_in_a_line(
+    mirror: str, changed: Any, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native(build("resnet8"))  # or skip
+    monkeypatch.setattr(plan, mirror, changed(getattr(plan, mirror)))
+    with pytest.raises(UnavailableError, match=named) as refused:
+        native_network(build("resnet8"), vectors=True)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_field_that_is_only_in_c_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native(build("resnet8"))  # or skip
+    for file in (Path(plan.__file__).parent).glob("*.[ch]"):
+        text = file.read_text(encoding="utf-8")
+        (tmp_path / file.name).write_text(text.replace("} Conv;", "long more;\n} Conv;"))
+    monkeypatch.setattr("resnet56.kernels.compiler.files", lambda package: tmp_path)
+    with pytest.raises(UnavailableError, match="its struct conv is not .*: sizeof differ"):
         native_network(build("resnet8"), vectors=True)

@@ -26,7 +26,7 @@ class UnavailableError(Exception):
 
 
 def compile_here(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Compile and load one of the C files in `kernels/`, which must have `int threads(void)`.
+    """Compile and load a C file of `kernels/`, which must have `int resnet56_threads(void)`.
 
     Nothing stays on the disk, so nothing can be stale or tampered with.
 
@@ -81,7 +81,7 @@ def _share_threads(library: ctypes.CDLL) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)
-        shared = library.threads() == before + 1
+        shared = library.resnet56_threads() == before + 1
     finally:
         torch.set_num_threads(before)
     if not shared:

@@ -2,7 +2,7 @@
  *
  * Operation by operation this takes PyTorch three kernels each way, all of them bound by memory.
  * Tensors are channels_last: `rows` = N * H * W positions of `channels` values, a multiple of
- * WIDE. Compile with -DREAL=float or, for bfloat16, with -DREAL=uint16_t -DBF16. All arithmetic
+ * LANES. Compile with -DREAL=float or, for bfloat16, with -DREAL=uint16_t -DBF16. All arithmetic
  * is in float; sums over more than BLOCK rows are in double.
  */
 #include <math.h>
@@ -10,27 +10,27 @@
 #include <stdint.h>
 #include <string.h>
 
-#define WIDE 16  /* floats in a vector: one AVX-512 register; compilers split it where need be */
+#define LANES 16  /* floats in a vector: one AVX-512 register; compilers split it where need be */
 #define BLOCK 64 /* rows at a time: they stay in the first-level cache */
 
-typedef float vec __attribute__((vector_size(4 * WIDE)));
-typedef int32_t ivec __attribute__((vector_size(4 * WIDE)));
-typedef uint32_t uvec __attribute__((vector_size(4 * WIDE)));
-typedef float any_vec __attribute__((vector_size(4 * WIDE), aligned(4)));
-typedef uint16_t any_half __attribute__((vector_size(2 * WIDE), aligned(2)));
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t any_bf16 __attribute__((vector_size(2 * LANES), aligned(2)));
 
 static inline vec floats(const float *p) { return *(const any_vec *)p; }
 
 #ifdef BF16
 static inline vec load(const REAL *p) {
-    return (vec)(__builtin_convertvector(*(const any_half *)p, uvec) << 16);
+    return (vec)(__builtin_convertvector(*(const any_bf16 *)p, uvec) << 16);
 }
 
 /* Rounds to the nearest, ties to even, as PyTorch does; a NaN stays one. */
 static inline void store(REAL *p, vec value) {
     uvec bits = (uvec)value, nan = (uvec)(value != value);
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *(any_half *)p = __builtin_convertvector((nan & 0x7fc0) | (~nan & bits), any_half);
+    *(any_bf16 *)p = __builtin_convertvector((nan & 0x7fc0) | (~nan & bits), any_bf16);
 }
 #else
 static inline vec load(const REAL *p) { return *(const any_vec *)p; }
@@ -43,14 +43,14 @@ static inline vec where_on(vec y, vec value) {
     return (vec)(~(ivec)(y <= zero) & (ivec)value);
 }
 
-static inline long smaller(long a, long b) { return a < b ? a : b; }
+static inline long min_long(long a, long b) { return a < b ? a : b; }
 
 /* The rows of this thread: whole blocks, always the same ones for as many threads. */
 static void my_rows(long rows, long *first, long *end) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long blocks = (rows + BLOCK - 1) / BLOCK;
     *first = blocks * thread / threads * BLOCK;
-    *end = smaller(blocks * (thread + 1) / threads * BLOCK, rows);
+    *end = min_long(blocks * (thread + 1) / threads * BLOCK, rows);
 }
 
 /* The sum over all threads; every one of them adds in the same order. */
@@ -61,23 +61,23 @@ static double over_threads(const double *sums, long stride) {
 }
 
 static void add(double *sums, vec values) {
-    for (int lane = 0; lane < WIDE; lane++) sums[lane] += values[lane];
+    for (int lane = 0; lane < LANES; lane++) sums[lane] += values[lane];
 }
 
 /* How many threads a call will run on; asked before use, to see that they are PyTorch's own. */
-int threads(void) { return omp_get_max_threads(); }
+int resnet56_threads(void) { return omp_get_max_threads(); }
 
 /* `residual` may be null. `running_*` are moved by `momentum`. `saved` receives four rows of
  * `channels`: mean, 1 / deviation, and scale and bias of
  * y = relu((x - mean) * scale + bias + residual).
  */
-void forward(const REAL *x, const REAL *residual, REAL *y, long rows, long channels,
-             const float *weight, const float *bias, float *running_mean, float *running_var,
-             float momentum, float eps, float *saved) {
+void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, long channels,
+                      const float *weight, const float *bias, float *running_mean,
+                      float *running_var, float momentum, float eps, float *saved) {
     double sums[omp_get_max_threads() * 2 * channels];
     float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels;
     float pivot[channels]; /* the first row: squares of distances to it do not cancel */
-    for (long c = 0; c < channels; c += WIDE) *(any_vec *)(pivot + c) = load(x + c);
+    for (long c = 0; c < channels; c += LANES) *(any_vec *)(pivot + c) = load(x + c);
     memcpy(saved + 3 * channels, bias, channels * sizeof *bias);
 #pragma omp parallel
     {
@@ -86,8 +86,8 @@ void forward(const REAL *x, const REAL *residual, REAL *y, long rows, long chann
         double *mine = sums + omp_get_thread_num() * stride;
         memset(mine, 0, stride * sizeof *mine);
         for (long block = first; block < end; block += BLOCK) {
-            long stop = smaller(block + BLOCK, end);
-            for (long c = 0; c < channels; c += WIDE) {
+            long stop = min_long(block + BLOCK, end);
+            for (long c = 0; c < channels; c += LANES) {
                 vec origin = floats(pivot + c), sum = {0}, squares = {0};
                 for (long row = block; row < stop; row++) {
                     vec distance = load(x + row * channels + c) - origin;
@@ -111,8 +111,8 @@ void forward(const REAL *x, const REAL *residual, REAL *y, long rows, long chann
             running_var[c] += momentum * (var * rows / (rows - 1) - running_var[c]);
         } /* all threads wait here */
         for (long block = first; block < end; block += BLOCK) {
-            long stop = smaller(block + BLOCK, end);
-            for (long c = 0; c < channels; c += WIDE) {
+            long stop = min_long(block + BLOCK, end);
+            for (long c = 0; c < channels; c += LANES) {
                 vec centre = floats(mean + c), a = floats(scale + c), b = floats(bias + c);
                 for (long row = block; row < stop; row++) {
                     long at = row * channels + c;
@@ -128,9 +128,9 @@ void forward(const REAL *x, const REAL *residual, REAL *y, long rows, long chann
 /* `y` and `residual_grad` are null where there was no residual: the sign is then computed anew,
  * which is cheaper than to read it.
  */
-void backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x_grad, REAL *residual_grad,
-              long rows, long channels, const float *saved, float *weight_grad,
-              float *bias_grad) {
+void resnet56_backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x_grad,
+                       REAL *residual_grad, long rows, long channels, const float *saved,
+                       float *weight_grad, float *bias_grad) {
     double sums[omp_get_max_threads() * 2 * channels];
     float by_x[channels], constant[channels];
     const float *mean = saved, *invstd = saved + channels;
@@ -142,8 +142,8 @@ void backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x_grad, RE
         double *mine = sums + omp_get_thread_num() * stride;
         memset(mine, 0, stride * sizeof *mine);
         for (long block = first; block < end; block += BLOCK) {
-            long stop = smaller(block + BLOCK, end);
-            for (long c = 0; c < channels; c += WIDE) {
+            long stop = min_long(block + BLOCK, end);
+            for (long c = 0; c < channels; c += LANES) {
                 vec centre = floats(mean + c), a = floats(scale + c), b = floats(bias + c);
                 vec sum = {0}, products = {0};
                 for (long row = block; row < stop; row++) {
@@ -169,8 +169,8 @@ void backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x_grad, RE
             constant[c] = -scale[c] * sum / rows;
         }
         for (long block = first; block < end; block += BLOCK) {
-            long stop = smaller(block + BLOCK, end);
-            for (long c = 0; c < channels; c += WIDE) {
+            long stop = min_long(block + BLOCK, end);
+            for (long c = 0; c < channels; c += LANES) {
                 vec centre = floats(mean + c), a = floats(scale + c), b = floats(bias + c);
                 vec g = floats(by_x + c), h = floats(constant + c);
                 for (long row = block; row < stop; row++) {

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from resnet56.kernels.compiler import UnavailableError, compile_here
 from resnet56.model import NormReLU, norm_relu
 
-WIDE = 16  # channels must be a multiple, as in fused.c
-MOST = 1024  # channels; the kernel's sums lie on the stack
+LANES = 16  # channels must be a multiple, as in fused.c
+MAX_CHANNELS = 1024  # channels; the kernel's sums lie on the stack
 REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
 
 
@@ -65,8 +65,8 @@ def _fits(x: Tensor, dtype: torch.dtype) -> bool:
     return (
         x.dtype == dtype
         and x.device.type == "cpu"
-        and channels % WIDE == 0
-        and channels <= MOST
+        and channels % LANES == 0
+        and channels <= MAX_CHANNELS
         and x.numel() > channels
     )
 
@@ -91,7 +91,7 @@ class _NormReLU(torch.autograd.Function):
         out = torch.empty_like(x)
         channels = x.shape[1]
         saved = torch.empty(4, channels, dtype=torch.float32, device=x.device)
-        library.forward(
+        library.resnet56_forward(
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             out.data_ptr(),
@@ -118,7 +118,7 @@ class _NormReLU(torch.autograd.Function):
         residual_grad = None if out is None else torch.empty_like(x)
         channels = x.shape[1]
         grads = torch.empty(2, channels, dtype=torch.float32, device=x.device)
-        ctx.library.backward(
+        ctx.library.resnet56_backward(
             out_grad.data_ptr(),
             x.data_ptr(),
             None if out is None else out.data_ptr(),
@@ -136,9 +136,17 @@ class _NormReLU(torch.autograd.Function):
 def _load(dtype: torch.dtype) -> ctypes.CDLL:
     library = compile_here("fused.c", REAL[dtype])
     pointer, size, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-    library.forward.argtypes = [*[pointer] * 3, size, size, *[pointer] * 4, real, real, pointer]
-    library.backward.argtypes = [*[pointer] * 5, size, size, *[pointer] * 3]
-    library.forward.restype = library.backward.restype = None
+    library.resnet56_forward.argtypes = [
+        *[pointer] * 3,
+        size,
+        size,
+        *[pointer] * 4,
+        real,
+        real,
+        pointer,
+    ]
+    library.resnet56_backward.argtypes = [*[pointer] * 5, size, size, *[pointer] * 3]
+    library.resnet56_forward.restype = library.resnet56_backward.restype = None
     return library
 
 

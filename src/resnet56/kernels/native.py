@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from resnet56.kernels.compiler import UnavailableError, compile_here
-from resnet56.kernels.plan import Plan
+from resnet56.kernels.plan import Plan, check_layouts
 from resnet56.model import ResNet, build
 
 
@@ -30,7 +30,8 @@ def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
             does not fit, or a kernel that does not agree with PyTorch.
     """
     library = compile_here("native.c")
-    unit = library.unit()
+    check_layouts(library)
+    unit = library.resnet56_matrix_unit()
     if unit == 0:
         raise UnavailableError("the system keeps the processor's matrix unit back")
     if unit == 1 and not vectors:

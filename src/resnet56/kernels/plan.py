@@ -14,8 +14,8 @@ from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet
 
 PIXELS, NORM, BLOCK, PLAIN = range(4)  # as in native.c
 NONE, SAME, PADDED, PROJECTED = range(4)
-MOST_CHANNELS = 256  # as in native.c
-MOST_TOGETHER = 32768  # values of a thread's images at a time: they stay in its caches
+MAX_CHANNELS = 256  # as in native.c
+MAX_GROUP_VALUES = 32768  # values of a thread's images at a time: they stay in its caches
 
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -46,6 +46,28 @@ class _Conv(ctypes.Structure):
         ("skip_take", _long),
         ("skip_channels", _long),
     ]  # fmt: skip
+
+
+class _Field(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("offset", _long))
+
+
+def check_layouts(library: ctypes.CDLL) -> None:
+    """UnavailableError unless the library's structs lie in memory as those above do."""
+    for mirror in (_Norm, _Conv):
+        name = mirror.__name__.removeprefix("_").lower()
+        entry = ctypes.pointer(_Field.in_dll(library, f"resnet56_{name}_fields"))
+        theirs = {}
+        for index in itertools.count():
+            if entry[index].name is None:
+                break
+            theirs[entry[index].name.decode()] = entry[index].offset
+        ours = {field.rstrip("_"): getattr(mirror, field).offset for field, *_ in mirror._fields_}
+        ours["sizeof"] = ctypes.sizeof(mirror)
+        if wrong := sorted(dict(theirs.items() ^ ours.items())):
+            raise UnavailableError(
+                f"its struct {name} is not the one of plan.py: {', '.join(wrong)} differ"
+            )
 
 
 @dataclass
@@ -105,8 +127,8 @@ class Plan:
         self._begin_with(join, self.last)
         self._arrange_gradients(first.conv, blocks)
         self._backward = [*(conv for convs in reversed(blocks) for conv in convs), first.conv]
-        library.scratch.restype = _long
-        scratch = max(library.scratch(ctypes.byref(conv)) for conv in self._backward)
+        library.resnet56_scratch_bytes.restype = _long
+        scratch = max(library.resnet56_scratch_bytes(ctypes.byref(conv)) for conv in self._backward)
         arena = self._keep(torch.zeros(threads * scratch, dtype=torch.uint8))
         self._threads = _long(threads)
         self._where = _pointer(arena), _long(scratch), self._threads  # the same in every call
@@ -180,12 +202,12 @@ class Plan:
             real, out, kernel, stride=stride * take, padding=kernel // 2, bias=False, device="meta"
         )
         if str(module) != str(like) or any(
-            n != 16 and (n % 32 or n > MOST_CHANNELS) for n in (inner, out)
+            n != 16 and (n % 32 or n > MAX_CHANNELS) for n in (inner, out)
         ):
             raise UnavailableError(f"it knows no such layer: {module}")
         positions = (height + kernel // 2) * (width + kernel // 2)
         group = min(
-            8, -(-self.images // self.threads), MOST_TOGETHER // (positions * max(inner, out))
+            8, -(-self.images // self.threads), MAX_GROUP_VALUES // (positions * max(inner, out))
         )
         z = torch.empty(self.images, height // stride, width // stride, out, dtype=torch.bfloat16)
         values = kernel * (kernel + 1) * max(inner, 32) * max(out, 32)  # at most, of the tiles
@@ -254,10 +276,10 @@ class Plan:
             layer.norm.momentum, layer.norm.eps = layer.statistics.momentum, layer.statistics.eps
         self.layers[0].conv.pixels = images.data_ptr()
         for layer in self.layers:
-            self._call(self.library.forward, layer.conv)
+            self._call(self.library.resnet56_forward, layer.conv)
         pooled = torch.empty(self.images, self.last.in_, dtype=torch.float32)
         to = _pointer(pooled.data_ptr())
-        self.library.pool_forward(ctypes.byref(self.last), to, self._threads)
+        self.library.resnet56_pool_forward(ctypes.byref(self.last), to, self._threads)
         return pooled
 
     def backward(self, pooled_grad: Tensor) -> list[Tensor]:
@@ -271,9 +293,9 @@ class Plan:
             layer.conv.weight_grad, layer.norm.weight_grad, layer.norm.bias_grad = (
                 grad.data_ptr() for grad in grads[-3:]
             )
-        self._call(self.library.pool_backward, self.last, _pointer(pooled_grad.data_ptr()))
+        self._call(self.library.resnet56_pool_backward, self.last, _pointer(pooled_grad.data_ptr()))
         for conv in self._backward:
-            self._call(self.library.backward, conv)
+            self._call(self.library.resnet56_backward, conv)
         return grads
 
     def _call(self, function: Callable[..., None], conv: _Conv, *more: object) -> None:

@@ -12,10 +12,26 @@
 
 enum { TILE = 512 }; /* values */
 
+/* Which tile register holds what; each is 16 rows of 64 bytes. Products are float32, factors
+ * bfloat16: [positions x inputs] times [pairs of inputs x outputs].
+ *
+ *   product_64x16                          product_32x32
+ *                     t4: 16 outputs                   t5: outputs 0-15  t6: 16-31
+ *   t5: positions 0-15    t0               t4: positions 0-15    t0           t1
+ *   t6:          16-31    t1               t7:          16-31    t2           t3
+ *   t7:          32-47    t2
+ *   t5:          48-63    t3
+ *
+ *   outer_1x5 (weights' gradient)          outer_2x2
+ *              t6  t7  t6  t7  t6: inputs               t5: inputs 0-15   t6: 16-31
+ *   t5: 16     t0  t1  t2  t3  t4          t4: outputs 0-15     t0           t1
+ *   outputs                                t7:         16-31    t2           t3
+ */
+
 #ifdef __AMX_BF16__
 
 /* What makes the products: 2 the matrix unit, 1 vectors, 0 a unit that the system keeps back. */
-int unit(void) {
+int resnet56_matrix_unit(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 2 : 0;
 }
@@ -27,12 +43,12 @@ struct config { /* Intel's layout */
 } __attribute__((aligned(64)));
 
 /* GCC's loads of tiles do not say that they read memory: what was stored must be there. */
-#define STORED __asm__ volatile("" ::: "memory")
+#define COMPILER_BARRIER __asm__ volatile("" ::: "memory")
 
 static void begin_tiles(struct config *before) {
     struct config mine = {.palette = 1};
     for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
-    STORED;
+    COMPILER_BARRIER;
     _tile_storeconfig(before); /* PyTorch's own kernels use the unit too */
     _tile_loadconfig(&mine);
 }
@@ -43,11 +59,11 @@ static void end_tiles(const struct config *before) {
 }
 
 /* 64 positions by 16 outputs: c[64][16] = sum over chunks of a[offsets[k]..] b[k]. */
-static void product_64x16(const half *a, long stride, const int32_t *offsets, long chunks,
-                          const half *b, float *c) {
+static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
+                          const bf16 *b, float *c) {
     const char *rows = (const char *)a;
     long step = 16 * stride;
-    STORED;
+    COMPILER_BARRIER;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long k = 0; k < chunks; k++) {
         const char *at = rows + 2 * offsets[k];
@@ -68,11 +84,11 @@ static void product_64x16(const half *a, long stride, const int32_t *offsets, lo
 }
 
 /* 32 positions by 32 outputs: c[32][32]; the second 16 outputs' tiles follow the first's. */
-static void product_32x32(const half *a, long stride, const int32_t *offsets, long chunks,
-                          const half *b, float *c) {
+static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, long chunks,
+                          const bf16 *b, float *c) {
     const char *rows = (const char *)a;
     long step = 16 * stride;
-    STORED;
+    COMPILER_BARRIER;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long k = 0; k < chunks; k++) {
         const char *at = rows + 2 * offsets[k];
@@ -93,13 +109,13 @@ static void product_32x32(const half *a, long stride, const int32_t *offsets, lo
 
 /* Up to five tiles of the weights' gradient, c[i] += planes (16 outputs by positions) times
  * pairs[i] (positions by 16 inputs), over `chunks` of 32 positions. */
-static void outer_1x5(const half *planes, long plane_bytes, const half *const *pairs,
+static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long tiles, long chunks, float *const *c, long c_bytes) {
     const char *b0 = (const char *)pairs[0], *b1 = (const char *)pairs[1];
     const char *b2 = (const char *)pairs[2], *b3 = (const char *)pairs[3];
     const char *b4 = (const char *)pairs[4];
     long step = 16 * pair_bytes;
-    STORED;
+    COMPILER_BARRIER;
     _tile_loadd(0, c[0], c_bytes);
     if (tiles > 1) _tile_loadd(1, c[1], c_bytes);
     if (tiles > 2) _tile_loadd(2, c[2], c_bytes);
@@ -123,13 +139,13 @@ static void outer_1x5(const half *planes, long plane_bytes, const half *const *p
 
 /* The same for 32 outputs by two times 16 inputs; the second outputs lie `plane_bytes` and
  * `c_bytes` times 16 further. */
-static void outer_2x2(const half *planes, long plane_bytes, const half *const *pairs,
+static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long chunks, float *const *c, long c_bytes) {
     const char *a = (const char *)planes, *a2 = a + 16 * plane_bytes;
     const char *b = (const char *)pairs[0], *b2 = (const char *)pairs[1];
     char *c0 = (char *)c[0], *c1 = (char *)c[1];
     long step = 16 * pair_bytes;
-    STORED;
+    COMPILER_BARRIER;
     _tile_loadd(0, c0, c_bytes);
     _tile_loadd(1, c1, c_bytes);
     _tile_loadd(2, c0 + 16 * c_bytes, c_bytes);
@@ -152,7 +168,7 @@ static void outer_2x2(const half *planes, long plane_bytes, const half *const *p
 
 #else
 
-int unit(void) { return 1; }
+int resnet56_matrix_unit(void) { return 1; }
 
 struct config {
     char nothing;
@@ -160,7 +176,7 @@ struct config {
 static void begin_tiles(struct config *before) { (void)before; }
 static void end_tiles(const struct config *before) { (void)before; }
 
-/* c[16][16] += a (16 rows of 32 halves) times b (16 rows of 16 pairs); steps are in bytes. */
+/* c[16][16] += a (16 rows of 32 values) times b (16 rows of 16 pairs); steps are in bytes. */
 static inline void multiply(const void *a, long a_step, const void *b, long b_step, __m512 *c) {
     for (int k = 0; k < 16; k++) {
         __m512bh row = (__m512bh)_mm512_loadu_si512((const char *)b + k * b_step);
@@ -182,29 +198,29 @@ static inline void store_tile(const __m512 *c, float *to, long bytes) {
 }
 
 /* One tile of products: 16 positions by 16 outputs. */
-static inline void product_16x16(const half *a, long stride, const int32_t *offsets, long chunks,
-                                 const half *b, float *to, long bytes) {
+static inline void product_16x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
+                                 const bf16 *b, float *to, long bytes) {
     __m512 c[16];
     for (int m = 0; m < 16; m++) c[m] = _mm512_setzero_ps();
     for (long k = 0; k < chunks; k++) multiply(a + offsets[k], stride, b + k * TILE, 64, c);
     store_tile(c, to, bytes);
 }
 
-static void product_64x16(const half *a, long stride, const int32_t *offsets, long chunks,
-                          const half *b, float *c) {
+static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
+                          const bf16 *b, float *c) {
     for (long i = 0; i < 4; i++)
         product_16x16(a + 8 * i * stride, stride, offsets, chunks, b, c + 256 * i, 64);
 }
 
-static void product_32x32(const half *a, long stride, const int32_t *offsets, long chunks,
-                          const half *b, float *c) {
+static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, long chunks,
+                          const bf16 *b, float *c) {
     for (long i = 0; i < 2; i++)
         for (long j = 0; j < 2; j++)
             product_16x16(a + 8 * i * stride, stride, offsets, chunks, b + j * chunks * TILE,
                           c + 512 * i + 16 * j, 128);
 }
 
-static void outer_1x5(const half *planes, long plane_bytes, const half *const *pairs,
+static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long tiles, long chunks, float *const *c, long c_bytes) {
     for (long i = 0; i < tiles; i++) {
         __m512 sums[16];
@@ -215,7 +231,7 @@ static void outer_1x5(const half *planes, long plane_bytes, const half *const *p
     }
 }
 
-static void outer_2x2(const half *planes, long plane_bytes, const half *const *pairs,
+static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long chunks, float *const *c, long c_bytes) {
     float *below[2] = {c[0] + 4 * c_bytes, c[1] + 4 * c_bytes};
     outer_1x5(planes, plane_bytes, pairs, pair_bytes, 2, chunks, c, c_bytes);

@@ -7,22 +7,22 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef uint16_t half; /* a bfloat16 */
+typedef uint16_t bf16; /* a bfloat16 */
 
-enum { WIDE = 16 }; /* floats in a vector */
+enum { LANES = 16 }; /* floats in a vector */
 
-static inline __m512 load(const half *p) {
+static inline __m512 load(const bf16 *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-static inline void store(half *p, __m512 v) {
+static inline void store(bf16 *p, __m512 v) {
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
 static inline __m512 floats(const float *p) { return _mm512_loadu_ps(p); }
 
-static inline void store_two(half *p, __m512 a, __m512 b) {
+static inline void store_two(bf16 *p, __m512 a, __m512 b) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
@@ -32,10 +32,10 @@ static inline __m512 relu(__m512 v) { /* a NaN stays one */
 
 static inline void add_to(float *p, __m512 v) { _mm512_storeu_ps(p, floats(p) + v); }
 
-static inline long smaller(long a, long b) { return a < b ? a : b; }
+static inline long min_long(long a, long b) { return a < b ? a : b; }
 
 /* 16 values of `a` and of `b`, side by side. */
-static inline __m512i pair(const half *a, const half *b) {
+static inline __m512i pair(const bf16 *a, const bf16 *b) {
     const __m512i order = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

@@ -1,0 +1,59 @@
+"""Both kernels under the address and undefined-behavior sanitizers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from requires_kernels import skip_without_kernel
+
+from resnet56.kernels.compiler import UnavailableError
+from resnet56.kernels.native import native_network
+from resnet56.model import build
+
+SANITIZED = "cc -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
+# Each compares itself with PyTorch, forward and backward, when it is loaded: the fused kernel on
+# short blocks, the native step on three networks with all shortcuts.
+PROGRAM = """
+import os
+
+del os.environ["LD_PRELOAD"]  # the compiler needs no sanitizer
+
+import torch
+from resnet56.kernels import compiler
+from resnet56.kernels.fused import fused_norm_relu
+from resnet56.kernels.native import native_network
+from resnet56.model import build
+
+compiler.FLAGS.remove("-O3")  # it would take a minute to compile
+torch.set_num_threads(3)
+for dtype in (torch.float32, torch.bfloat16):
+    fused_norm_relu(dtype)
+native_network(build("resnet8"), vectors=True)
+print("clean")
+"""
+
+
+def test_both_kernels_stay_within_their_memory() -> None:
+    try:
+        native_network(build("resnet8"), vectors=True)
+    except UnavailableError as reason:
+        skip_without_kernel(reason)
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        found = subprocess.run(
+            ["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if not Path(found).is_absolute():  # GCC answers with the bare name
+            pytest.skip(f"the compiler has no {name}")
+        libraries.append(found)
+    environment = os.environ | {
+        "CC": SANITIZED,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has until it ends
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "clean\n", done.stderr
