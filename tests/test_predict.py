@@ -182,7 +182,7 @@ def test_a_run_goes_by_its_directorys_name_and_knows_its_classes(predictor: Pred
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run at nothing and no shipped network of that name"):
+    with pytest.raises(RunError, match="nothing is neither a run nor a pretrained network"):
         resnet56.load("nothing")
     with pytest.raises(RunError, match=r"cannot read .*none\.onnx: No such file"):
         resnet56.load(tmp_path / "none.onnx")
@@ -233,7 +233,7 @@ def test_the_card_says_how_the_network_was_trained_and_how_good_it_is(
 
 
 def test_a_missing_name_lists_what_is_there(shelf: Path) -> None:
-    with pytest.raises(RunError, match=r"no shipped network of that name \(shipped: small\)"):
+    with pytest.raises(RunError, match=r"nor a pretrained network \(available: small\)"):
         resnet56.load("large")
     with pytest.raises(RunError, match="there is: small"):
         pretrained.load("../small")

@@ -141,7 +141,7 @@ def test_the_largest_image_can_be_set(
         (["x.png", "--json", "--csv"], 2, "not both"),
         (["x.png", "--top", "0"], 2, "--top must be at least 1"),
         (["x.png", "--max-pixels", "0"], 2, "--max-pixels must be at least 1"),
-        (["x.png", "--run", "nothing"], 1, "no run at nothing and no shipped network"),
+        (["x.png", "--run", "nothing"], 1, "nothing is neither a run nor a pretrained network"),
         (["x.png", "--run", "none.onnx"], 1, "cannot read none.onnx"),
     ],
 )

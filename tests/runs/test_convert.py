@@ -1,4 +1,4 @@
-"""Checkpoints as other projects write them become runs with the same outputs."""
+"""Checkpoints of other projects become runs with equal outputs."""
 
 import argparse
 import io
@@ -32,8 +32,8 @@ from resnet56.runs.directory import RunDirectory
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Padding(nn.Module):
-    """akamaster's shortcut A: every second pixel, zero channels around."""
+class PadBoth(nn.Module):
+    """Shortcut A of akamaster: every second pixel, zero channels before and after."""
 
     def forward(self, x: Tensor) -> Tensor:
         quarter = x.shape[1] // 2
@@ -41,26 +41,28 @@ class Padding(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block with the names that the foreign layouts share."""
+    """A residual block with the names that the layouts share."""
 
-    def __init__(self, inside: int, width: int, stride: int, layout: str) -> None:
+    def __init__(self, channels: int, width: int, stride: int, layout: str) -> None:
         super().__init__()
         bottleneck = layout == "torchvision"
-        outside = width * (4 if bottleneck else 1)
-        sizes = [(inside, width, 1 if bottleneck else 3)]
-        sizes += [(width, width, 3), (width, outside, 1)] if bottleneck else [(width, width, 3)]
+        channels_out = width * (4 if bottleneck else 1)
+        sizes = [(channels, width, 1 if bottleneck else 3)]
+        sizes += (
+            [(width, width, 3), (width, channels_out, 1)] if bottleneck else [(width, width, 3)]
+        )
         self.layers = len(sizes)
-        strided = 2 if bottleneck else 1  # which layer has the stride
+        strided = 2 if bottleneck else 1  # the layer with the stride
         for number, (a, b, side) in enumerate(sizes, start=1):
             step = stride if number == strided else 1
             setattr(self, f"conv{number}", nn.Conv2d(a, b, side, step, side // 2, bias=False))
             setattr(self, f"bn{number}", nn.BatchNorm2d(b))
-        changes = stride != 1 or inside != outside
+        changes_shape = stride != 1 or channels != channels_out
         if layout == "akamaster":
-            self.shortcut = Padding() if changes else nn.Sequential()
-        elif changes:
-            projection = nn.Conv2d(inside, outside, 1, stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outside))
+            self.shortcut = PadBoth() if changes_shape else nn.Sequential()
+        elif changes_shape:
+            projection = nn.Conv2d(channels, channels_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
         out = x
@@ -73,44 +75,44 @@ class Block(nn.Module):
 
 
 class Foreign(nn.Module):
-    """The network as another project writes it: its names, its own forward pass."""
+    """The network of another project, with its own names and forward pass."""
 
     def __init__(self, layout: str, blocks: int = 1, classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        inside = 16
+        channels = 16
         for stage, width in ((1, 16), (2, 32), (3, 64)):
             layer = nn.Sequential()
             for index in range(blocks):
                 stride = 2 if stage > 1 and index == 0 else 1
-                layer.append(Block(inside, width, stride, layout))
-                inside = width * (4 if layout == "torchvision" else 1)
+                layer.append(Block(channels, width, stride, layout))
+                channels = width * (4 if layout == "torchvision" else 1)
             setattr(self, f"layer{stage}", layer)
-        self.last = "linear" if layout == "akamaster" else "fc"
-        setattr(self, self.last, nn.Linear(inside, classes))
+        self.classifier = "linear" if layout == "akamaster" else "fc"
+        setattr(self, self.classifier, nn.Linear(channels, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        logits: Tensor = getattr(self, self.last)(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        logits: Tensor = getattr(self, self.classifier)(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return logits
 
 
-def lively_foreign(layout: str, **options: Any) -> Foreign:
+def random_foreign(layout: str, **options: Any) -> Foreign:
     torch.manual_seed(0)
     model = Foreign(layout, **options).eval()
-    liven(model, getattr(model, model.last))
+    liven(model, getattr(model, model.classifier))
     return model
 
 
-def same_outputs(model: nn.Module, run: Path) -> bool:
-    ours = resnet56.load(run, device="cpu").model
+def has_equal_outputs(model: nn.Module, run: Path) -> bool:
+    imported = resnet56.load(run, device="cpu").model
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        mine, theirs = ours(x), model(x)
-    assert theirs.std() > 0.1
-    return torch.allclose(mine, theirs, atol=1e-4)
+        actual, expected = imported(x), model(x)
+    assert expected.std() > 0.1
+    return torch.allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -125,21 +127,23 @@ def same_outputs(model: nn.Module, run: Path) -> bool:
         ("chenyaofo", 1, "resnet8-b", "_orig_mod.module.", "net"),
     ],
 )
-def test_each_layout_gives_the_same_outputs(
+def test_every_layout_gives_equal_outputs(
     layout: str, blocks: int, arch: str, prefix: str, wrapping: str | None, tmp_path: Path
 ) -> None:
-    model = lively_foreign(layout, blocks=blocks)
+    model = random_foreign(layout, blocks=blocks)
     state = OrderedDict((prefix + key, tensor) for key, tensor in model.state_dict().items())
     content = {wrapping: state, "best_prec1": 93.39, "epoch": 7} if wrapping else state
-    torch.save(content, tmp_path / "theirs.th")
-    command = ["import", str(tmp_path / "theirs.th"), "--out", str(tmp_path / "run")]
+    torch.save(content, tmp_path / "checkpoint.th")
+    command = ["import", str(tmp_path / "checkpoint.th"), "--out", str(tmp_path / "run")]
     assert cli.main([*command, "--arch", arch]) == 0
-    assert same_outputs(model, tmp_path / "run")
-    assert convert.read(tmp_path / "theirs.th").checkpoint.network.arch == arch  # told by itself
+    assert has_equal_outputs(model, tmp_path / "run")
+    assert (
+        convert.read(tmp_path / "checkpoint.th").checkpoint.network.arch == arch
+    )  # without --arch
 
 
-def test_the_averaged_weights_are_taken_where_there_are_two(tmp_path: Path) -> None:
-    model = lively_foreign("chenyaofo")
+def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
+    model = random_foreign("chenyaofo")
     raw = {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
     both = {
         "state_dict": raw,
@@ -149,20 +153,20 @@ def test_the_averaged_weights_are_taken_where_there_are_two(tmp_path: Path) -> N
     }
     torch.save(both, tmp_path / "both.pth")
     assert cli.main(["import", str(tmp_path / "both.pth"), "--out", str(tmp_path / "run")]) == 0
-    assert same_outputs(model, tmp_path / "run")
+    assert has_equal_outputs(model, tmp_path / "run")
 
 
-@pytest.mark.parametrize("form", ["half", "safetensors", "legacy", "no counters", "ours"])
-def test_other_forms_of_a_state_dict_are_read(form: str, tmp_path: Path) -> None:
-    model: nn.Module = lively_foreign("chenyaofo")
-    if form == "ours":
+@pytest.mark.parametrize("form", ["half", "safetensors", "legacy", "no counters", "own layout"])
+def test_every_form_of_a_state_dict_is_read(form: str, tmp_path: Path) -> None:
+    model: nn.Module = random_foreign("chenyaofo")
+    if form == "own layout":
         model = build("resnet8-b", seed=1).eval()
         liven(model, model.fc)
     state = dict(model.state_dict())
-    file = tmp_path / ("it.safetensors" if form == "safetensors" else "it.pth")
+    file = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pth")
     if form == "half":
         state = {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
-        model.load_state_dict(state)  # rounded alike
+        model.load_state_dict(state)  # round the reference, too
     if form == "no counters":
         state = {key: t for key, t in state.items() if "num_batches" not in key}
     if form == "safetensors":
@@ -170,12 +174,12 @@ def test_other_forms_of_a_state_dict_are_read(form: str, tmp_path: Path) -> None
     else:
         torch.save(state, file, _use_new_zipfile_serialization=form != "legacy")
     assert cli.main(["import", str(file), "--out", str(tmp_path / "run")]) == 0
-    assert same_outputs(model, tmp_path / "run")
+    assert has_equal_outputs(model, tmp_path / "run")
     parameters = resnet56.load(tmp_path / "run", device="cpu").model.parameters()
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
 
 
-def test_a_plain_networks_tensors_are_a_residual_ones_until_it_is_named(
+def test_a_plain_network_needs_arch_to_be_recognized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = build("plain8", seed=1).eval()
@@ -184,15 +188,15 @@ def test_a_plain_networks_tensors_are_a_residual_ones_until_it_is_named(
     torch.save(model.state_dict(), file)
     assert cli.main(["import", str(file), "--out", str(tmp_path / "guessed")]) == 0
     assert "assuming resnet8; plain8 has the same tensors" in capsys.readouterr().err
-    assert not same_outputs(model, tmp_path / "guessed")
+    assert not has_equal_outputs(model, tmp_path / "guessed")
     command = ["import", str(file), "--out", str(tmp_path / "named"), "--arch", "plain8"]
     assert cli.main(command) == 0
-    assert "assuming" not in capsys.readouterr().err
-    assert same_outputs(model, tmp_path / "named")
+    assert "assuming resnet8" not in capsys.readouterr().err
+    assert has_equal_outputs(model, tmp_path / "named")
 
 
 @pytest.mark.parametrize("arch", ["plain8", "resnet8-b"])
-def test_a_network_that_we_exported_states_what_it_is(arch: str, tmp_path: Path) -> None:
+def test_an_exported_network_declares_its_metadata(arch: str, tmp_path: Path) -> None:
     model = build(arch, classes=3).eval()
     liven(model, model.fc)
     network = Network(arch, ("a", "b", "c"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -203,17 +207,17 @@ def test_a_network_that_we_exported_states_what_it_is(arch: str, tmp_path: Path)
     command = ["import", str(hub / "model.safetensors"), "--out", str(tmp_path / "again")]
     assert cli.main(command) == 0
     assert RunDirectory(tmp_path / "again").load().network == network
-    assert same_outputs(model, tmp_path / "again")
+    assert has_equal_outputs(model, tmp_path / "again")
     file = hub / "model.safetensors"
-    found = convert.read(file, mean=(0.7, 0.7, 0.7)).checkpoint.network  # what is said wins
-    assert (found.mean, found.std) == ((0.7, 0.7, 0.7), network.std)
+    overridden = convert.read(file, mean=(0.7, 0.7, 0.7)).checkpoint.network
+    assert (overridden.mean, overridden.std) == ((0.7, 0.7, 0.7), network.std)
 
 
-def test_constants_are_the_authors_unless_given(
+def test_default_constants_are_those_of_the_authors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for layout in ("akamaster", "chenyaofo"):
-        torch.save(lively_foreign(layout).state_dict(), tmp_path / f"{layout}.pth")
+        torch.save(random_foreign(layout).state_dict(), tmp_path / f"{layout}.pth")
     akamaster = convert.read(tmp_path / "akamaster.pth").checkpoint.network
     assert (akamaster.mean, akamaster.std) == IMAGENET
     assert akamaster.classes == CIFAR10
@@ -227,12 +231,12 @@ def test_constants_are_the_authors_unless_given(
     assert (head["mean"], head["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     command = ["import", str(tmp_path / "akamaster.pth"), "--out", str(tmp_path / "b")]
     assert cli.main(command) == 0
-    assert "ImageNet's" in capsys.readouterr().err
+    assert "(ImageNet" in capsys.readouterr().err
 
 
-def test_classes_are_named_or_read_from_a_file(tmp_path: Path) -> None:
+def test_class_names_come_from_the_flag_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "three.pth"
-    torch.save(lively_foreign("chenyaofo", classes=3).state_dict(), file)
+    torch.save(random_foreign("chenyaofo", classes=3).state_dict(), file)
     command = ["import", str(file), "--mean", "0", "0", "0", "--std", "1", "1", "1"]
     names = tmp_path / "names.txt"
     names.write_text("a\nb b\nc\n")
@@ -243,50 +247,50 @@ def test_classes_are_named_or_read_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="3 classes needs --mean and --std"):
         convert.read(file)
     ones = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    with pytest.raises(UsageError, match="3 classes; name them with --classes"):
+    with pytest.raises(UsageError, match="3 classes; set --classes"):
         convert.read(file, **ones)
-    with pytest.raises(UsageError, match="2 names, the network 3 outputs"):
+    with pytest.raises(UsageError, match="2 different names, but the network has 3 outputs"):
         convert.read(file, classes=("a", "b"), **ones)
 
 
 @pytest.mark.parametrize("wrong", [{"std": "nan"}, {"std": "0"}, {"mean": "inf"}])
-def test_constants_that_would_make_no_numbers_are_refused(
+def test_invalid_constants_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, str]
 ) -> None:
     file = tmp_path / "any.pth"
-    torch.save(lively_foreign("chenyaofo").state_dict(), file)
+    torch.save(random_foreign("chenyaofo").state_dict(), file)
     given = {"mean": "0.5", "std": "0.2"} | wrong
     flags = [word for name, value in given.items() for word in (f"--{name}", ".5", value, ".5")]
     assert cli.main(["import", str(file), "--out", str(tmp_path / "run"), *flags]) == 2
-    assert re.fullmatch(r"resnet56: --mean must be numbers .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"resnet56: --(mean|std)\b.* numbers\b.*\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_does_not_fit_is_named_and_what_would_fit_is_told(
+def test_a_mismatch_names_the_tensors_and_the_matching_architecture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = lively_foreign("chenyaofo").state_dict()
-    torch.save(state, tmp_path / "it.pth")
-    command = ["import", str(tmp_path / "it.pth"), "--out", str(tmp_path / "run"), "--arch"]
+    state = random_foreign("chenyaofo").state_dict()
+    torch.save(state, tmp_path / "model.pth")
+    command = ["import", str(tmp_path / "model.pth"), "--out", str(tmp_path / "run"), "--arch"]
     assert cli.main([*command, "resnet8"]) == 1
-    shown = capsys.readouterr().err
-    assert "unexpected (stage2.0.shortcut.0.weight" in shown
-    assert shown.endswith("it fits --arch resnet8-b\n")
+    message = capsys.readouterr().err
+    assert "unexpected (stage2.0.shortcut.0.weight" in message
+    assert message.endswith("it matches --arch resnet8-b\n")
     assert cli.main([*command, "resnet14-b"]) == 1
     assert "missing (stage1.1.conv1.weight" in capsys.readouterr().err
     state["conv1.weight"] = torch.zeros(64, 3, 7, 7)  # an ImageNet stem
-    torch.save(state, tmp_path / "it.pth")
+    torch.save(state, tmp_path / "model.pth")
     assert cli.main([*command, "resnet8-b"]) == 1
     assert "conv1.weight is 64x3x7x7, not 16x3x3x3" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    state["layer1.99999999.x"] = torch.zeros(1)  # no network of that depth is built
-    torch.save(state, tmp_path / "it.pth")
-    with pytest.raises(RunError, match="fits no network of ours"):
-        convert.read(tmp_path / "it.pth")
+    state["layer1.99999999.x"] = torch.zeros(1)  # must not build a network of that depth
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(RunError, match="matches no supported network"):
+        convert.read(tmp_path / "model.pth")
 
 
 class Bomb:
-    """A pickle that would run a command when it is read."""
+    """An object whose pickle runs a command when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -296,31 +300,29 @@ class Bomb:
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", *range(6)])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not(
-    form: str | int, tmp_path: Path
-) -> None:
-    file, trace = tmp_path / "evil.pth", tmp_path / "trace"
-    content = {"state_dict": {"conv1.weight": torch.zeros(1)}, "extra": Bomb(trace)}
+def test_a_pickle_that_could_run_code_is_refused(form: str | int, tmp_path: Path) -> None:
+    file, marker = tmp_path / "evil.pth", tmp_path / "marker"
+    content = {"state_dict": {"conv1.weight": torch.zeros(1)}, "extra": Bomb(marker)}
     if isinstance(form, int):
-        file.write_bytes(pickle.dumps({"state_dict": Bomb(trace)}, protocol=form))
+        file.write_bytes(pickle.dumps({"state_dict": Bomb(marker)}, protocol=form))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(RunError, match="could run code: it was not read") as caught:
+    with pytest.raises(RunError, match="could run code: it was not loaded") as caught:
         convert.read(file)
     assert "\n" not in str(caught.value)
-    assert "weights_only" not in str(caught.value)  # no advice to do it all the same
-    assert not trace.exists()
-    pickle.load(io.BytesIO(pickle.dumps(Bomb(trace))))  # it is a live one
-    assert trace.exists()
+    assert "weights_only" not in str(caught.value)  # no advice to bypass the check
+    assert not marker.exists()
+    pickle.load(io.BytesIO(pickle.dumps(Bomb(marker))))  # the pickle does run code
+    assert marker.exists()
 
 
-def test_files_that_are_no_checkpoint_are_one_line(tmp_path: Path) -> None:
-    whole = io.BytesIO()
-    torch.save(lively_foreign("chenyaofo").state_dict(), whole)
+def test_an_invalid_checkpoint_is_a_one_line_error(tmp_path: Path) -> None:
+    valid = io.BytesIO()
+    torch.save(random_foreign("chenyaofo").state_dict(), valid)
     contents = {
         "empty.pth": b"",
         "text.pth": b"not a checkpoint",
-        "cut.pth": whole.getvalue()[:3000],
+        "truncated.pth": valid.getvalue()[:3000],
         "junk.safetensors": b"junk",
     }
     for name, content in contents.items():
@@ -330,52 +332,52 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(RunError, match=r"cannot read .*none\.pth"):
         convert.read(tmp_path / "none.pth")
-    for odd, says in (({"epoch": 3}, "in it is: epoch"), (torch.zeros(3), "a tensor")):
-        torch.save(odd, tmp_path / "odd.pth")
-        with pytest.raises(RunError, match=says):
-            convert.read(tmp_path / "odd.pth")
-    state = lively_foreign("chenyaofo").state_dict()
+    for other, message in (({"epoch": 3}, "its keys are: epoch"), (torch.zeros(3), "a tensor")):
+        torch.save(other, tmp_path / "other.pth")
+        with pytest.raises(RunError, match=message):
+            convert.read(tmp_path / "other.pth")
+    state = random_foreign("chenyaofo").state_dict()
     state["fc.bias"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
-    with pytest.raises(Error, match="fc.bias has values that are not finite"):
+    with pytest.raises(Error, match="fc.bias has non-finite values"):
         convert.read(tmp_path / "nan.pth")
 
 
-def test_a_dictionary_that_holds_itself_is_no_state_dict(tmp_path: Path) -> None:
+def test_a_self_referencing_dictionary_is_refused(tmp_path: Path) -> None:
     ring: dict[str, Any] = {"epoch\n1": 3}
     ring["state_dict"] = ring
     torch.save(ring, tmp_path / "ring.pth")
-    with pytest.raises(RunError, match="in it is: epoch 1, state_dict$"):
+    with pytest.raises(RunError, match="its keys are: epoch 1, state_dict$"):
         convert.read(tmp_path / "ring.pth")
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("convert_tensor", "message"),
     [
-        (lambda tensor: tensor.to("meta"), "not plain numbers: fc.weight"),
-        (lambda tensor: tensor.to_sparse(), "not plain numbers: fc.weight"),
-        (lambda tensor: tensor.to(torch.complex64), "not plain numbers: fc.weight"),
-        (lambda tensor: tensor.to(torch.int8), "fc.weight holds torch.int8, not floats"),
+        (lambda tensor: tensor.to("meta"), "complex or meta tensors: fc.weight"),
+        (lambda tensor: tensor.to_sparse(), "complex or meta tensors: fc.weight"),
+        (lambda tensor: tensor.to(torch.complex64), "complex or meta tensors: fc.weight"),
+        (lambda tensor: tensor.to(torch.int8), "fc.weight has type torch.int8, not floating point"),
     ],
     ids=["meta", "sparse", "complex", "integers"],
 )
-def test_tensors_that_are_no_weights_are_one_line(
-    change: Callable[[Tensor], Tensor], says: str, tmp_path: Path
+def test_unsupported_tensors_are_a_one_line_error(
+    convert_tensor: Callable[[Tensor], Tensor], message: str, tmp_path: Path
 ) -> None:
-    state = lively_foreign("chenyaofo").state_dict()
-    state["fc.weight"] = change(state["fc.weight"])
-    torch.save(state, tmp_path / "odd.pth")
-    with pytest.raises(RunError, match=says):
-        convert.read(tmp_path / "odd.pth")
+    state = random_foreign("chenyaofo").state_dict()
+    state["fc.weight"] = convert_tensor(state["fc.weight"])
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(RunError, match=message):
+        convert.read(tmp_path / "other.pth")
 
 
-def test_an_imported_run_is_evaluated_like_any_other(
+def test_an_imported_run_can_be_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save(lively_foreign("akamaster", classes=2).state_dict(), tmp_path / "it.th")
+    torch.save(random_foreign("akamaster", classes=2).state_dict(), tmp_path / "model.th")
     flags = ["--classes", "blue", "red", "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
     run = tmp_path / "run"
-    assert cli.main(["import", str(tmp_path / "it.th"), "--out", str(run), *flags]) == 0
+    assert cli.main(["import", str(tmp_path / "model.th"), "--out", str(run), *flags]) == 0
     for split in ("train", "test"):
         for name in ("blue", "red"):
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -392,16 +394,16 @@ def test_an_imported_run_is_evaluated_like_any_other(
     assert figures["accuracy"] == hits / 6
 
 
-B = build("resnet8-b", seed=4).state_dict()
+STATE = build("resnet8-b", seed=4).state_dict()
 
 
-def imported(content: object, tmp_path: Path, **options: Any) -> convert.Imported:
-    torch.save(content, tmp_path / "it.pth")
-    return convert.read(tmp_path / "it.pth", **options)
+def convert_content(content: object, tmp_path: Path, **options: Any) -> convert.Imported:
+    torch.save(content, tmp_path / "model.pth")
+    return convert.read(tmp_path / "model.pth", **options)
 
 
-def is_of(found: convert.Imported, state: dict[str, Tensor]) -> bool:
-    model = found.checkpoint.model
+def has_weights(imported: convert.Imported, state: dict[str, Tensor]) -> bool:
+    model = imported.checkpoint.model
     return all(torch.equal(model[key], state[key]) for key in state if "num_batches" not in key)
 
 
@@ -410,79 +412,84 @@ def is_of(found: convert.Imported, state: dict[str, Tensor]) -> bool:
 def test_a_network_is_found_under_any_prefix(
     prefix: str, path: tuple[str, ...], tmp_path: Path
 ) -> None:
-    content: dict[str, Any] = {prefix + key: tensor for key, tensor in B.items()}
+    content: dict[str, Any] = {prefix + key: tensor for key, tensor in STATE.items()}
     content["criterion.weight"] = torch.ones(10)
     for key in reversed(path):
         content = {key: content, "epoch": 3}
-    found = imported(content, tmp_path)
-    assert is_of(found, B)
-    assert any("criterion.weight" in remark for remark in found.remarks)
+    result = convert_content(content, tmp_path)
+    assert has_weights(result, STATE)
+    assert any("criterion.weight" in remark for remark in result.remarks)
 
 
-def test_what_may_be_a_part_of_the_network_is_not_left_out(tmp_path: Path) -> None:
+def test_unknown_tensors_of_the_network_are_not_ignored(tmp_path: Path) -> None:
     for key in ("stage1.0.se.weight", "attention.weight", "bn2.weight"):
         with pytest.raises(RunError, match=f"1 unexpected .{key}"):
-            imported({**B, key: torch.ones(3)}, tmp_path)
+            convert_content({**STATE, key: torch.ones(3)}, tmp_path)
 
 
 @pytest.mark.parametrize(
     "name", ["model_ema", "ema", "ema_state_dict", "state_dict_ema", "swa_model", "modelEMA",
              "averaged_model"]
 )  # fmt: skip
-def test_averaged_weights_are_taken_whatever_they_are_called(name: str, tmp_path: Path) -> None:
+def test_averaged_weights_are_recognized_by_their_name(name: str, tmp_path: Path) -> None:
     other = build("resnet8-b", seed=5).state_dict()
-    inside = {f"{name}.module.{key}": tensor for key, tensor in B.items()}
+    inside = {f"{name}.module.{key}": tensor for key, tensor in STATE.items()}
     inside |= {f"model.{key}": tensor for key, tensor in other.items()}
-    for content in ({"model": other, name: B}, {name: B, "model": other}, {"state_dict": inside}):
-        found = imported(content, tmp_path)
-        assert is_of(found, B)
-        assert any("averaged weights" in remark for remark in found.remarks)
+    for content in (
+        {"model": other, name: STATE},
+        {name: STATE, "model": other},
+        {"state_dict": inside},
+    ):
+        result = convert_content(content, tmp_path)
+        assert has_weights(result, STATE)
+        assert any("averaged weights" in remark for remark in result.remarks)
 
 
-def test_pytorch_s_own_averaged_model_is_known_by_its_count(tmp_path: Path) -> None:
+def test_the_averaged_model_of_pytorch_is_recognized_by_its_counter(tmp_path: Path) -> None:
     other = build("resnet8-b", seed=5).state_dict()
-    averaged = {f"second.module.{key}": tensor for key, tensor in B.items()}
+    averaged = {f"second.module.{key}": tensor for key, tensor in STATE.items()}
     averaged["second.n_averaged"] = torch.tensor(3)
     first = {f"first.{key}": tensor for key, tensor in other.items()}
-    assert is_of(imported({**first, **averaged}, tmp_path), B)
+    assert has_weights(convert_content({**first, **averaged}, tmp_path), STATE)
 
 
-def test_two_networks_are_not_chosen_from(tmp_path: Path) -> None:
+def test_several_networks_need_a_prefix(tmp_path: Path) -> None:
     other = build("resnet8-b", seed=5).state_dict()
-    both = {"student": other, "nets": {"teacher": B}}
+    both = {"student": other, "nets": {"teacher": STATE}}
     with pytest.raises(RunError, match=r"2 networks .student, nets\.teacher.; .*--prefix"):
-        imported(both, tmp_path)
-    assert is_of(imported(both, tmp_path, prefix="nets"), B)
-    assert is_of(imported(both, tmp_path, prefix="student."), other)
+        convert_content(both, tmp_path)
+    assert has_weights(convert_content(both, tmp_path, prefix="nets"), STATE)
+    assert has_weights(convert_content(both, tmp_path, prefix="student."), other)
     with pytest.raises(UsageError, match="--prefix x is not in"):
-        imported(both, tmp_path, prefix="x")
-    assert is_of(imported({"model": B, "state_dict": B}, tmp_path), B)  # one under two names
+        convert_content(both, tmp_path, prefix="x")
+    same_twice = {"model": STATE, "state_dict": STATE}
+    assert has_weights(convert_content(same_twice, tmp_path), STATE)
 
 
-def plus_one(form: str) -> Callable[[re.Match[str]], str]:
+def one_based(form: str) -> Callable[[re.Match[str]], str]:
     return lambda match: form.format(match[1], int(match[2]) + 1)
 
 
-# From our names to theirs.
-THEIRS: dict[str, tuple[str, list[tuple[str, Any]]]] = {
+# Rules from our names to those of other layouts.
+RULES: dict[str, tuple[str, list[tuple[str, Any]]]] = {
     "osmr": ("resnet14-b", [
-        (r"^stage(\d)\.(\d+)\.", plus_one("features.stage{}.unit{}.")),
+        (r"^stage(\d)\.(\d+)\.", one_based("features.stage{}.unit{}.")),
         (r"\.conv(\d)\.", r".body.conv\1.conv."), (r"\.bn(\d)\.", r".body.conv\1.bn."),
         (r"shortcut\.0\.", "identity_conv.conv."), (r"shortcut\.1\.", "identity_conv.bn."),
         (r"^conv1\.", "features.init_block.conv."), (r"^bn1\.", "features.init_block.bn."),
         (r"^fc\.", "output."),
     ]),
     "hysts": ("resnet14-b", [
-        (r"^stage(\d)\.(\d+)\.", plus_one("stage{}.block{}.")),
+        (r"^stage(\d)\.(\d+)\.", one_based("stage{}.block{}.")),
         (r"shortcut\.0\.", "shortcut.conv."), (r"shortcut\.1\.", "shortcut.bn."),
         (r"^conv1\.", "conv."), (r"^bn1\.", "bn."),
     ]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", THEIRS)
-def test_other_projects_names_are_known(layout: str, tmp_path: Path) -> None:
-    arch, rules = THEIRS[layout]
+@pytest.mark.parametrize("layout", RULES)
+def test_the_names_of_other_projects_are_recognized(layout: str, tmp_path: Path) -> None:
+    arch, rules = RULES[layout]
     ours = build(arch, seed=6).state_dict()
     theirs = {}
     for key, tensor in ours.items():
@@ -490,23 +497,23 @@ def test_other_projects_names_are_known(layout: str, tmp_path: Path) -> None:
             key = re.sub(pattern, name, key)
         theirs[key] = tensor
     assert not theirs.keys() & {"conv1.weight", "bn1.weight"}
-    found = imported({"state_dict": theirs}, tmp_path)
-    assert found.checkpoint.network.arch == arch
-    assert is_of(found, ours)
+    result = convert_content({"state_dict": theirs}, tmp_path)
+    assert result.checkpoint.network.arch == arch
+    assert has_weights(result, ours)
 
 
-class PadBehind(nn.Module):
-    """D-X-Y's shortcut A: all its zero channels are behind."""
+class PadAfter(nn.Module):
+    """Shortcut A of D-X-Y: all zero channels come after."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, ::2, ::2]
         return torch.cat((x, torch.zeros_like(x)), dim=1)
 
 
-def test_zero_channels_behind_give_the_same_outputs(tmp_path: Path) -> None:
-    model = lively_foreign("akamaster", blocks=2)
+def test_zero_channels_after_give_equal_outputs(tmp_path: Path) -> None:
+    model = random_foreign("akamaster", blocks=2)
     for stage in (model.layer2, model.layer3):
-        stage[0].shortcut = PadBehind()  # type: ignore[index, operator]
+        stage[0].shortcut = PadAfter()  # type: ignore[index, operator]
     rules = [
         (r"^layer(\d)\.", r"stage_\1."),
         (r"\.conv1\.", ".conv_a."),
@@ -524,21 +531,23 @@ def test_zero_channels_behind_give_the_same_outputs(tmp_path: Path) -> None:
         theirs[key] = tensor
     torch.save({"state_dict": theirs}, tmp_path / "dxy.pth")
     assert cli.main(["import", str(tmp_path / "dxy.pth"), "--out", str(tmp_path / "run")]) == 0
-    assert same_outputs(model, tmp_path / "run")
+    assert has_equal_outputs(model, tmp_path / "run")
 
 
-def test_what_fits_nothing_says_what_it_looks_like(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="it has 4 stages, where"):
-        imported({**B, "stage4.0.conv1.weight": torch.zeros(1)}, tmp_path)
-    with pytest.raises(RunError, match="its first convolution is 64x3x3x3, ours 16x3x3x3"):
-        imported({**B, "conv1.weight": torch.zeros(64, 3, 3, 3)}, tmp_path)
-    with pytest.raises(RunError, match="nearest is resnet8-b, but: 1 missing .bn1.bias"):
-        imported({key: tensor for key, tensor in B.items() if key != "bn1.bias"}, tmp_path)
+def test_a_mismatch_describes_the_network(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="it has 4 stages; ResNets"):
+        convert_content({**STATE, "stage4.0.conv1.weight": torch.zeros(1)}, tmp_path)
+    with pytest.raises(RunError, match="its first convolution has shape 64x3x3x3, not 16x3x3x3"):
+        convert_content({**STATE, "conv1.weight": torch.zeros(64, 3, 3, 3)}, tmp_path)
+    with pytest.raises(RunError, match="the closest is resnet8-b, except for 1 missing .bn1.bias"):
+        convert_content(
+            {key: tensor for key, tensor in STATE.items() if key != "bn1.bias"}, tmp_path
+        )
 
 
-def test_names_of_classes_are_those_of_a_data_set_or_a_run(tmp_path: Path) -> None:
+def test_class_names_can_come_from_a_data_set_or_a_run(tmp_path: Path) -> None:
     torch.save(build("resnet8-b", classes=100).state_dict(), tmp_path / "c100.pth")
-    torch.save(B, tmp_path / "c10.pth")
+    torch.save(STATE, tmp_path / "c10.pth")
     for name, flags, classes in (
         ("c100", [], CIFAR100),
         ("c100", ["cifar100"], CIFAR100),
@@ -552,12 +561,12 @@ def test_names_of_classes_are_those_of_a_data_set_or_a_run(tmp_path: Path) -> No
         assert resnet56.load(out).classes == classes
 
 
-def test_weights_whose_outputs_are_not_finite_are_refused(tmp_path: Path) -> None:
-    wild = {
+def test_weights_with_non_finite_outputs_are_refused(tmp_path: Path) -> None:
+    exploding = {
         key: torch.full_like(tensor, 1e30)
         if key.endswith("weight") and tensor.ndim == 1
         else tensor
-        for key, tensor in B.items()
+        for key, tensor in STATE.items()
     }
     with pytest.raises(RunError, match="the network's outputs are not finite"):
-        imported(wild, tmp_path)
+        convert_content(exploding, tmp_path)

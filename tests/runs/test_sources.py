@@ -1,4 +1,4 @@
-"""What the package writes, every command that takes a network reads: with the same answers."""
+"""Every command reads a network in every form that the package writes, with equal outputs."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ FORMS = ("run", "checkpoint folder", "checkpoint.json", "weights of the run", "h
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One network in every form in which the package writes it."""
+    """One network in every form that the package writes."""
     folder = tmp_path_factory.mktemp("written")
     run = RunDirectory(folder / "run")
     run.save(lively())
@@ -49,20 +49,24 @@ def noise(count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_answers(
+def test_every_form_gives_the_same_outputs(
     form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    want = resnet56.load(written["run"], device="cpu")
+    expected = resnet56.load(written["run"], device="cpu")
     loaded = resnet56.load(written[form], device="cpu")
     assert cli.main(["import", str(written[form]), "--out", str(tmp_path / "back")]) == 0
-    assert "as --" not in capsys.readouterr().err  # nothing had to be assumed
-    for got in (loaded, resnet56.load(tmp_path / "back", device="cpu")):
-        assert (got.classes, got.mean, got.std) == (want.classes, want.mean, want.std)
-        assert np.allclose(got.run(noise(4))[0], want.run(noise(4))[0], atol=1e-4)
+    assert "assuming" not in capsys.readouterr().err
+    for network in (loaded, resnet56.load(tmp_path / "back", device="cpu")):
+        assert (network.classes, network.mean, network.std) == (
+            expected.classes,
+            expected.mean,
+            expected.std,
+        )
+        assert np.allclose(network.run(noise(4))[0], expected.run(noise(4))[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["hub folder", "hub weights", "weights of the run", "onnx"])
-def test_every_form_is_evaluated(
+def test_every_form_can_be_evaluated(
     form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in CLASSES:
@@ -72,52 +76,52 @@ def test_every_form_is_evaluated(
             Image.fromarray(noise(9)[index].transpose(1, 2, 0)).save(folder / f"{index}.png")
     flags = ["--data", str(tmp_path / "data"), "--json"]
     assert cli.main(["evaluate", str(written["run"]), *flags]) == 0
-    want = json.loads(capsys.readouterr().out)
+    expected = json.loads(capsys.readouterr().out)
     assert cli.main(["evaluate", str(written[form]), *flags]) == 0
-    got = json.loads(capsys.readouterr().out)
-    assert got["accuracy"] == want["accuracy"]
-    assert got["loss"] == pytest.approx(want["loss"], abs=1e-4)
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["accuracy"] == expected["accuracy"]
+    assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-4)
 
 
-def test_a_file_of_the_package_s_own_weights_is_one_too(tmp_path: Path) -> None:
+def test_a_copy_of_pretrained_weights_opens_like_its_name(tmp_path: Path) -> None:
     file = pretrained.FOLDER / "resnet56.safetensors"
-    named, by_file = open_network("resnet56"), open_network(shutil.copy(file, tmp_path / "it"))
-    assert named.pretrained == "resnet56"
+    by_name, by_file = open_network("resnet56"), open_network(shutil.copy(file, tmp_path / "it"))
+    assert by_name.pretrained == "resnet56"
     assert by_file.pretrained is None
-    assert named.checkpoint.network == by_file.checkpoint.network
-    for key, tensor in named.checkpoint.model.items():
+    assert by_name.checkpoint.network == by_file.checkpoint.network
+    for key, tensor in by_name.checkpoint.model.items():
         assert torch.equal(tensor, by_file.checkpoint.model[key]) or "num_batches" in key
 
 
-def test_weights_that_do_not_state_their_classes_are_to_be_imported(tmp_path: Path) -> None:
+def test_weights_without_declared_classes_must_be_imported(tmp_path: Path) -> None:
     torch.save(dict(lively().model), tmp_path / "bare.pth")
-    with pytest.raises(RunError, match="does not state its classes and mean and std.* import"):
+    with pytest.raises(RunError, match="does not declare its classes and mean and std.* import"):
         open_network(tmp_path / "bare.pth")
-    with pytest.raises(RunError, match="no run at nowhere and no shipped"):
+    with pytest.raises(RunError, match="nowhere is neither a run nor a pretrained network"):
         open_network("nowhere")
 
 
-def test_the_training_state_of_a_run_is_not_its_weights(written: dict[str, Path]) -> None:
+def test_the_training_state_of_a_run_is_not_accepted_as_weights(written: dict[str, Path]) -> None:
     file = next(written["checkpoint folder"].glob("training-*"))
-    with pytest.raises(RunError, match="does not hold the weights of its run"):
+    with pytest.raises(RunError, match="does not contain the weights of its run"):
         open_network(file)
 
 
-def test_flags_that_contradict_the_file_are_taken_and_said(written: dict[str, Path]) -> None:
+def test_flags_override_the_file_with_a_remark(written: dict[str, Path]) -> None:
     for form in ("run", "hub weights", "onnx"):
         names = ("x", "y", "z")
-        found = import_network(written[form], mean=(0.1, 0.2, 0.3), classes=names)
-        assert found.checkpoint.network.mean == (0.1, 0.2, 0.3)
-        assert found.checkpoint.network.classes == names
-        assert sum("although" in remark for remark in found.remarks) == 2
+        imported = import_network(written[form], mean=(0.1, 0.2, 0.3), classes=names)
+        assert imported.checkpoint.network.mean == (0.1, 0.2, 0.3)
+        assert imported.checkpoint.network.classes == names
+        assert sum("although" in remark for remark in imported.remarks) == 2
 
 
-def test_a_foreign_folder_states_its_constants_in_its_config(tmp_path: Path) -> None:
+def test_the_config_of_a_hub_folder_declares_constants_and_classes(tmp_path: Path) -> None:
     torch.save(dict(lively("resnet8-b").model), tmp_path / "pytorch_model.bin")
-    stated = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "label_names": ["a", "b", "c"]}
+    declared = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "label_names": ["a", "b", "c"]}
     for config in (
-        {"architecture": "resnet56", "num_classes": 3, "pretrained_cfg": stated},
-        {**stated, "label_names": None, "id2label": {"0": "a", "1": "b", "2": "c"}},
+        {"architecture": "resnet56", "num_classes": 3, "pretrained_cfg": declared},
+        {**declared, "label_names": None, "id2label": {"0": "a", "1": "b", "2": "c"}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         network = open_network(tmp_path).checkpoint.network
@@ -135,7 +139,7 @@ def test_a_foreign_folder_states_its_constants_in_its_config(tmp_path: Path) -> 
     ],
     ids=lambda metadata: next(iter(metadata)),
 )  # fmt: skip
-def test_metadata_that_is_no_network_s_is_one_line(
+def test_invalid_onnx_metadata_is_one_line(
     metadata: dict[str, str], written: dict[str, Path], tmp_path: Path
 ) -> None:
     proto = onnx.load(written["onnx"])
@@ -147,7 +151,7 @@ def test_metadata_that_is_no_network_s_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_an_onnx_file_of_a_fixed_batch_is_one_line(
+def test_an_onnx_file_with_a_fixed_batch_size_is_one_line(
     written: dict[str, Path], tmp_path: Path
 ) -> None:
     proto = onnx.load(written["onnx"])
@@ -164,9 +168,11 @@ def test_loaded_weights_are_contiguous(written: dict[str, Path]) -> None:
         torch.nn.utils.parameters_to_vector(model.parameters())
 
 
-def test_a_run_whose_outputs_are_not_finite_is_not_loaded(tmp_path: Path) -> None:
-    whole = lively()
-    weights = {k: t * 1e30 if "bn" in k and "weight" in k else t for k, t in whole.model.items()}
-    RunDirectory(tmp_path).save(Checkpoint(whole.network, weights))
+def test_a_run_with_non_finite_outputs_is_refused(tmp_path: Path) -> None:
+    checkpoint = lively()
+    weights = {
+        k: t * 1e30 if "bn" in k and "weight" in k else t for k, t in checkpoint.model.items()
+    }
+    RunDirectory(tmp_path).save(Checkpoint(checkpoint.network, weights))
     with pytest.raises(RunError, match="outputs that are not finite"):
         resnet56.load(tmp_path, device="cpu")

@@ -1,4 +1,4 @@
-"""Files of tensors: told by content, read beside anything, and never the cause of a traceback."""
+"""Tensor files are recognized by content, and no file content causes a traceback."""
 
 import argparse
 import contextlib
@@ -40,20 +40,20 @@ def saved(content: object, **options: Any) -> bytes:
 
 
 class Unknown:
-    """A class that is not there when the file is read."""
+    """A class that is not available when the file is read."""
 
     def __init__(self) -> None:
         self.lr = 0.1
 
 
 class UnknownDict(dict):  # type: ignore[type-arg]
-    """A configuration, as EasyDict and yacs make them."""
+    """A configuration class like those of EasyDict and yacs."""
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
-    "beside",
+    "other",
     [
         np.float64(94.8),
         np.array([90.1, 94.8]),
@@ -70,21 +70,21 @@ class UnknownDict(dict):  # type: ignore[type-arg]
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_lies_beside_the_weights_does_not_matter(
-    beside: object, legacy: bool, protocol: int, tmp_path: Path
+def test_other_objects_next_to_the_weights_are_ignored(
+    other: object, legacy: bool, protocol: int, tmp_path: Path
 ) -> None:
-    content = {"state_dict": {"a": torch.arange(6.0).view(2, 3).T}, "beside": beside}
-    (tmp_path / "it.pth").write_bytes(
+    content = {"state_dict": {"a": torch.arange(6.0).view(2, 3).T}, "other": other}
+    (tmp_path / "model.pth").write_bytes(
         saved(content, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     )
-    with open_tensors(tmp_path / "it.pth") as contents:
+    with open_tensors(tmp_path / "model.pth") as contents:
         stored = contents.tree["state_dict"]["a"]  # type: ignore[index]
         assert stored.shape == (3, 2)
         assert torch.equal(stored.read(), content["state_dict"]["a"])  # type: ignore[index]
 
 
 class Subclass(torch.Tensor):
-    """A tensor of another class."""
+    """A subclass of torch.Tensor."""
 
 
 @pytest.mark.parametrize(
@@ -103,16 +103,16 @@ class Subclass(torch.Tensor):
     ids=str,
 )
 @pytest.mark.parametrize("legacy", [False, True])
-def test_tensors_have_the_values_that_pytorch_reads(
+def test_tensors_have_the_values_that_pytorch_loads(
     tensor: torch.Tensor, legacy: bool, tmp_path: Path
 ) -> None:
     content = saved([tensor], _use_new_zipfile_serialization=not legacy)
-    (tmp_path / "it.pth").write_bytes(content)
-    with open_tensors(tmp_path / "it.pth") as contents:
-        got = contents.tree[0].read()  # type: ignore[index]
-    want = tensor.detach()
-    assert (got.dtype, got.shape) == (want.dtype, want.shape)
-    assert bool((got.float() == want.float()).all())
+    (tmp_path / "model.pth").write_bytes(content)
+    with open_tensors(tmp_path / "model.pth") as contents:
+        actual = contents.tree[0].read()  # type: ignore[index]
+    expected = tensor.detach()
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    assert bool((actual.float() == expected.float()).all())
 
 
 OTHERS: dict[str, tuple[bytes, str]] = {
@@ -123,37 +123,37 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "keras.bin": (b"\x89HDF\r\n" + bytes(99), "HDF5"),
     "index.json": (b'{"weight_map": {}}', "JSON text"),
     "empty.pth": (b"", "is empty"),
-    "cut.safetensors": (struct.pack("<Q", 900) + b'{"a"', "ends before its header"),
+    "truncated.safetensors": (struct.pack("<Q", 900) + b'{"a"', "header is truncated"),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_file_is_told_by_its_content(name: str, tmp_path: Path) -> None:
-    content, says = OTHERS[name]
+def test_other_formats_are_recognized_by_content(name: str, tmp_path: Path) -> None:
+    content, message = OTHERS[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(RunError, match=f"{name}.*{says}") as caught:
+    with pytest.raises(RunError, match=f"{name}.*{message}") as caught:
         convert.read(tmp_path / name)
     assert "code" not in str(caught.value)
 
 
-def test_a_name_does_not_decide(tmp_path: Path) -> None:
+def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(safetensors.torch.save(STATE))
     (tmp_path / "model.safetensors").write_bytes(saved(STATE))
     for name in ("model.bin", "model.safetensors"):
         assert convert.read(tmp_path / name).checkpoint.network.arch == "resnet8-b"
 
 
-def test_zip_archives_that_are_no_checkpoint_say_what_they_are(tmp_path: Path) -> None:
-    np.savez(tmp_path / "it.npz", a=np.zeros(3))
-    with pytest.raises(RunError, match="a zip archive, but not a checkpoint"):
-        convert.read(tmp_path / "it.npz")
+def test_other_zip_archives_are_described(tmp_path: Path) -> None:
+    np.savez(tmp_path / "model.npz", a=np.zeros(3))
+    with pytest.raises(RunError, match="a zip archive, but not a PyTorch checkpoint"):
+        convert.read(tmp_path / "model.npz")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     with pytest.raises(RunError, match=r"whole module \(torch\.nn\.modules\.linear\.Linear\)"):
         convert.read(tmp_path / "module.pth")
 
 
-def header_of(**change: object) -> bytes:
-    """A safetensors file of which one tensor's entry is changed."""
+def with_header(**change: object) -> bytes:
+    """A safetensors file with a changed header entry for one tensor."""
     content = safetensors.torch.save(STATE)
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
@@ -165,21 +165,21 @@ def header_of(**change: object) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "C64", "X", 7])
-def test_types_that_few_know_are_one_line(dtype: object, tmp_path: Path) -> None:
-    (tmp_path / "it.safetensors").write_bytes(header_of(dtype=dtype))
-    with pytest.raises(RunError, match=r"it\.safetensors") as caught:
-        convert.read(tmp_path / "it.safetensors")
+def test_unsupported_types_are_a_one_line_error(dtype: object, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(with_header(dtype=dtype))
+    with pytest.raises(RunError, match=r"model\.safetensors") as caught:
+        convert.read(tmp_path / "model.safetensors")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_tensor_larger_than_its_storage_takes_no_memory(legacy: bool, tmp_path: Path) -> None:
+def test_a_tensor_larger_than_its_storage_allocates_no_memory(legacy: bool, tmp_path: Path) -> None:
     huge = dict(STATE)
-    huge["fc.bias"] = torch.ones(1).expand(2**40)  # as a file may claim, by a stride of zero
+    huge["fc.bias"] = torch.ones(1).expand(2**40)  # a stride of zero, as a file may claim
     huge["layer1." + "9" * 5000 + ".x"] = torch.zeros(1)
-    (tmp_path / "it.pth").write_bytes(saved(huge, _use_new_zipfile_serialization=not legacy))
-    with pytest.raises(RunError, match="fits no network"):
-        convert.read(tmp_path / "it.pth")
+    (tmp_path / "model.pth").write_bytes(saved(huge, _use_new_zipfile_serialization=not legacy))
+    with pytest.raises(RunError, match="matches no supported network"):
+        convert.read(tmp_path / "model.pth")
 
 
 def nested(depth: int) -> bytes:
@@ -192,7 +192,7 @@ def nested(depth: int) -> bytes:
     [
         nested(60),
         b"\x80\x04\x8f(" + nested(60)[3:-4] + b"\x90.",
-        # one string, encoded again and again
+        # one string, encoded many times
         b"\x80\x02X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000 + b"q\x00"
         + b"c_codecs\nencode\nq\x01X\x06\x00\x00\x00latin1q\x02"
         + b"]q\x03(" + b"h\x01h\x00h\x02\x86R" * 20_000 + b"e.",
@@ -202,12 +202,12 @@ def nested(depth: int) -> bytes:
     ],
     ids=["hash", "set", "encode", "codec", "slow codec", "objects"],
 )  # fmt: skip
-def test_a_small_pickle_cannot_take_much(content: bytes) -> None:
+def test_a_small_pickle_cannot_allocate_much_memory(content: bytes) -> None:
     tracemalloc.start()
     try:
-        with contextlib.suppress(ValueError):  # some are refused, some harmless
+        with contextlib.suppress(ValueError):  # some are refused, others harmless
             unpickle(io.BytesIO(content), numpy_or(refuse))
-        assert tracemalloc.get_traced_memory()[1] < 100_000_000  # unbounded, tens of gigabytes
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000  # tens of gigabytes without limits
     finally:
         tracemalloc.stop()
 
@@ -215,8 +215,8 @@ def test_a_small_pickle_cannot_take_much(content: bytes) -> None:
 # Mutations
 
 
-def zipped_again(pickled: bytes) -> bytes:
-    """A checkpoint with another index, whole as an archive."""
+def with_index(pickled: bytes) -> bytes:
+    """A checkpoint with another index, in an intact archive."""
     source = zipfile.ZipFile(io.BytesIO(saved(SMALL)))
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as archive:
@@ -234,22 +234,22 @@ def index_of(content: bytes) -> bytes:
 SMALL = {"state_dict": STATE, "args": argparse.Namespace(lr=0.1), "acc": np.float64(1)}
 LEGACY = saved(SMALL, _use_new_zipfile_serialization=False)
 SAFETENSORS = safetensors.torch.save(STATE)
-WHOLE: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
+VALID_FILES: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
     "zip": (saved(SMALL), bytes),
-    "index": (index_of(saved(SMALL)), zipped_again),
+    "index": (index_of(saved(SMALL)), with_index),
     "legacy": (LEGACY, bytes),
     "safetensors": (SAFETENSORS, bytes),
     "pickle": (pickle.dumps({"a": [1, "b", 2.5, {3}, (4, b"5")], "b": Unknown()}), bytes),
 }
-SPOT = 6_000  # bytes from either end, where a file's structure is
+EDGE = 6_000  # bytes at either end, which hold the structure of a file
 
 mutation = st.tuples(
     st.floats(-1, 1), st.sampled_from(["set", "insert", "delete", "copy"]), st.binary(max_size=9)
 )
 
 
-def complaint(file: Path) -> str:
-    """What is wrong with a file, in our words; any other exception passes."""
+def error_message(file: Path) -> str:
+    """The error message for a file, or ""; exceptions of other types propagate."""
     try:
         convert.read(file)
     except Error as error:
@@ -259,20 +259,20 @@ def complaint(file: Path) -> str:
 
 def mutated(content: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
     result = bytearray(content)
-    for place, how, new in changes:
-        at = int(place * min(SPOT, len(result))) % max(len(result), 1)
-        if how == "set":
+    for position, operation, new in changes:
+        at = int(position * min(EDGE, len(result))) % max(len(result), 1)
+        if operation == "set":
             result[at : at + len(new)] = new
-        elif how == "insert":
+        elif operation == "insert":
             result[at:at] = new
-        elif how == "delete":
+        elif operation == "delete":
             del result[at : at + 4 * len(new)]
         else:
             result[at:at] = result[at : at + 4 * len(new)]
     return bytes(result)
 
 
-@pytest.mark.parametrize("form", WHOLE)
+@pytest.mark.parametrize("form", VALID_FILES)
 @settings(
     max_examples=100, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -281,10 +281,10 @@ def mutated(content: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
 def test_mutated_files_raise_nothing_but_our_errors(
     form: str, tmp_path: Path, changes: list[tuple[float, str, bytes]]
 ) -> None:
-    content, wrap = WHOLE[form]
-    file = tmp_path / "it.pth"
+    content, wrap = VALID_FILES[form]
+    file = tmp_path / "model.pth"
     file.write_bytes(wrap(mutated(content, changes)))
-    assert "\n" not in complaint(file)
+    assert "\n" not in error_message(file)
 
 
 @settings(
@@ -295,8 +295,8 @@ def test_mutated_files_raise_nothing_but_our_errors(
 def test_mutated_onnx_files_raise_nothing_but_our_errors(
     exported: bytes, tmp_path: Path, changes: list[tuple[float, str, bytes]]
 ) -> None:
-    (tmp_path / "it.onnx").write_bytes(mutated(exported, changes))
-    assert "\n" not in complaint(tmp_path / "it.onnx")
+    (tmp_path / "model.onnx").write_bytes(mutated(exported, changes))
+    assert "\n" not in error_message(tmp_path / "model.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def exported() -> bytes:
     return export.to_onnx(lively(), checked=False)
 
 
-def test_stand_ins_do_nothing() -> None:
+def test_stand_ins_have_no_behavior() -> None:
     made = stand_in("a.b")(1, key=2)
     made.__setstate__({"x": 1})
     made.append(1)

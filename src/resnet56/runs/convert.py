@@ -1,9 +1,9 @@
-"""Checkpoints of other projects as ours: recognized by names and shapes, never executed.
+"""Conversion of checkpoints from other projects, without running any code in them.
 
-Read are state dicts, plain or inside anything, in our own layout and in those of
-akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models, torchvision, osmr/imgclsmob,
-hysts/pytorch_image_classification and D-X-Y/ResNeXt-DenseNet, and the files that this package
-exports.
+A state dict is recognized by its names and shapes, at any depth inside a file. Supported are the
+layouts of this package, akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models,
+torchvision, osmr/imgclsmob, hysts/pytorch_image_classification and D-X-Y/ResNeXt-DenseNet, and the
+files that this package exports.
 """
 
 import json
@@ -31,12 +31,13 @@ Constants = tuple[Triple, Triple]  # mean and standard deviation
 Rename = str | Callable[[re.Match[str]], str]
 
 MAX_CLASSES = 100_000
-MAX_DEPTH = 8  # of containers inside containers
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as hubs name them
+MAX_DEPTH = 8  # of nested containers
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # standard names in a hub folder
 SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl"}
 
 IMAGENET: Constants = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CIFAR: dict[int, Constants] = {  # as chenyaofo's models, and many others, have them
+
+CIFAR: dict[int, Constants] = {  # used by chenyaofo's models and many others
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
 }
@@ -44,7 +45,7 @@ CIFAR: dict[int, Constants] = {  # as chenyaofo's models, and many others, have 
 
 @dataclass(frozen=True)
 class Imported:
-    """A foreign checkpoint as one of ours, and what had to be assumed."""
+    """A converted checkpoint, with remarks on what was assumed or ignored."""
 
     checkpoint: Checkpoint
     remarks: tuple[str, ...]
@@ -55,28 +56,28 @@ class Imported:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a project names the same network."""
+    """The names that a project gives to the layers of the same network."""
 
-    stem: str  # the first convolution's weight
-    heads: tuple[str, ...]  # the classifier's, under one of these names
-    rules: tuple[tuple[str, Rename], ...]  # to our names, one after the other
-    constants: Mapping[int, Constants]  # by the number of classes
-    pads_behind: bool = False  # shortcut A adds all its zero channels behind
+    stem: str  # name of the first convolution's weight
+    heads: tuple[str, ...]  # possible names of the classifier's weight
+    rules: tuple[tuple[str, Rename], ...]  # regular expressions to our names, applied in order
+    constants: Mapping[int, Constants]  # by number of classes
+    pads_after: bool = False  # shortcut A appends all its zero channels
 
-    def renamed(self, key: str) -> str:
-        """A name as ours."""
+    def rename(self, key: str) -> str:
+        """Convert a name of this layout to ours."""
         for pattern, name in self.rules:
             key = re.sub(pattern, name, key)
         return key
 
 
-def _from_one(form: str) -> Callable[[re.Match[str]], str]:
-    """Stage and block, the latter counted from 1 there and from 0 here."""
+def _one_based(form: str) -> Callable[[re.Match[str]], str]:
+    """Format stage and block; blocks are counted from 1 in the layout and from 0 here."""
     return lambda match: form.format(match[1], int(match[2]) - 1)
 
 
 LAYOUTS = (
-    Layout(  # ours, akamaster's, chenyaofo's, torchvision's
+    Layout(  # this package, akamaster, chenyaofo, torchvision
         "conv1.weight",
         ("fc.weight", "linear.weight"),
         (
@@ -86,11 +87,11 @@ LAYOUTS = (
         ),
         CIFAR,
     ),
-    Layout(  # osmr's pytorchcv
+    Layout(  # osmr (pytorchcv)
         "features.init_block.conv.weight",
         ("output.weight",),
         (
-            (r"^features\.stage(\d)\.unit([1-9]\d{0,3})\.", _from_one("stage{}.{}.")),
+            (r"^features\.stage(\d)\.unit([1-9]\d{0,3})\.", _one_based("stage{}.{}.")),
             (r"\.body\.conv(\d)\.conv\.", r".conv\1."),
             (r"\.body\.conv(\d)\.bn\.", r".bn\1."),
             (r"\.identity_conv\.conv\.", ".shortcut.0."),
@@ -101,11 +102,11 @@ LAYOUTS = (
         ),
         CIFAR,
     ),
-    Layout(  # hysts', with the activation after the sum
+    Layout(  # hysts, with the activation after the addition
         "conv.weight",
         ("fc.weight",),
         (
-            (r"^stage(\d)\.block([1-9]\d{0,3})\.", _from_one("stage{}.{}.")),
+            (r"^stage(\d)\.block([1-9]\d{0,3})\.", _one_based("stage{}.{}.")),
             (r"\.shortcut\.conv\.", ".shortcut.0."),
             (r"\.shortcut\.bn\.", ".shortcut.1."),
             (r"^conv\.", "conv1."),
@@ -116,7 +117,7 @@ LAYOUTS = (
             100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         },
     ),
-    Layout(  # D-X-Y's, and the many that come of it
+    Layout(  # D-X-Y and its many forks
         "conv_1_3x3.weight",
         ("classifier.weight",),
         (
@@ -139,14 +140,14 @@ LAYOUTS = (
                 (68.2 / 255, 65.4 / 255, 70.4 / 255),
             ),
         },
-        pads_behind=True,
+        pads_after=True,
     ),
 )
 
-# What compilation and sharding put into the middle of names.
+# Inserted into names by compilation and sharding.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_AVERAGED = {"ema", "swa", "avg", "average", "averaged", "averaging", "polyak", "shadow"}
-# First parts of names that are of training, not of the network.
+_AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged", "averaging", "polyak", "shadow"}
+# First parts of names that belong to the training, not to the network.
 _AUXILIARY = re.compile(
     r"loss|criterion|metric|accuracy|(^|_)(acc|auc|auroc|f1|confmat)\d*($|_)|^(train|val|test)_"
     r"|n_averaged|initted|(^|_)(step|epoch|updates?|decay|temperature|centers?)($|_)"
@@ -156,14 +157,14 @@ _AUXILIARY = re.compile(
 
 @dataclass(frozen=True)
 class Candidate:
-    """Tensors in a file that may be a network, under our names."""
+    """Tensors in a file that may form a network, under our names."""
 
-    name: str  # where they are: "model_ema.module"
+    name: str  # path inside the file, such as "model_ema.module"
     layout: Layout
     tensors: Mapping[str, StoredTensor]
-    beside: tuple[str, ...]  # names of other tensors in the same container
+    siblings: tuple[str, ...]  # other tensors in the same container
     averaged: bool
-    head: str  # the classifier's name in the layout
+    head: str  # name of the classifier's weight in the layout
 
 
 def read(
@@ -174,49 +175,52 @@ def read(
     std: Triple | None = None,
     classes: Sequence[str] = (),
     prefix: str | None = None,
-    stated_only: bool = False,
+    require_declared: bool = False,
 ) -> Imported:
-    """The network in a file or a hub's folder.
+    """Read the network in a file or a hub folder.
 
-    What the file's metadata or the config.json beside it say is taken; what they do not say is
-    assumed, and `remarks` says so.
+    The file's metadata or the config.json next to it declare the architecture, the classes and the
+    normalization constants. Values that neither declares are assumed, with a remark.
 
     Args:
-        path: what `torch.save` wrote, safetensors, ONNX of this package, or a folder with one.
-        arch: its architecture; by default the one whose names and shapes fit.
-        mean, std: of its training images, in units of [0, 1]; by default those that are stated,
-            or that the layout's authors used.
-        classes: their names, in the order of the outputs; by default those that are stated, or
-            CIFAR-10's or CIFAR-100's.
-        prefix: where the network is in the file, if there are several.
-        stated_only: whether to refuse a file that does not state mean, std and classes.
+        path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this
+            package, or a folder that contains one of them.
+        arch: the architecture. By default, the one whose names and shapes match.
+        mean, std: normalization constants in units of [0, 1]. By default, the declared ones or
+            those of the layout's authors.
+        classes: class names in the order of the outputs. By default, the declared ones or those of
+            CIFAR-10 or CIFAR-100.
+        prefix: path of the network inside the file, if the file contains several.
+        require_declared: whether to refuse a file that does not declare mean, std and classes.
 
     Raises:
-        RunError: the file cannot be read, would run code, or fits no such network.
-        UsageError: mean, std or classes are missing or do not fit.
-        MissingExtraError: an ONNX file without the extra `onnx`.
+        RunError: the file cannot be read, could run code, or matches no supported network.
+        UsageError: mean, std or classes are missing or do not match.
+        MissingExtraError: the file is in ONNX format and the extra `onnx` is not installed.
     """
     file = weights_in(path) if path.is_dir() else path
     with open_tensors(file) as contents:
-        stated = _stated(file, contents)
-        if stated_only and (missing := stated.missing()):
+        declared = _declared(file, contents)
+        if require_declared and (missing := declared.missing()):
             raise RunError(
-                f"{file} does not state its {' and '.join(missing)}; make a run of it: resnet56 "
+                f"{file} does not declare its {' and '.join(missing)}; import it first: resnet56 "
                 f"import {file} --out RUN"
             )
-        candidate, fitting, remarks = _choose(file, contents, arch or stated.arch, prefix)
-        outputs = _outputs(candidate.tensors)
-        constants, more = _constants(mean, std, stated, outputs, _assumed(candidate, outputs))
-        names, said = _class_names(classes, stated, outputs)
-        network = Network(fitting, names, *constants)
-        model = _read(candidate, network, file)
-    if contents.passed_over:
-        remarks.append(f"left aside, as they are no tensors: {_some(contents.passed_over)}")
+        candidate, matching, remarks = _choose(file, contents, arch or declared.arch, prefix)
+        outputs = _num_outputs(candidate.tensors)
+        defaults = _default_constants(candidate, outputs)
+        constants, constant_remarks = _resolve_constants(mean, std, declared, outputs, defaults)
+        names, class_remarks = _resolve_classes(classes, declared, outputs)
+        network = Network(matching, names, *constants)
+        model = _load_weights(candidate, network, file)
+    if contents.ignored:
+        remarks.append(f"ignored objects that are not tensors: {_abbreviate(contents.ignored)}")
     notes = {"weights": "imported", "file": file.name}
-    return Imported(Checkpoint(network, model, notes=notes), (*remarks, *said, *more))
+    remarks += class_remarks + constant_remarks
+    return Imported(Checkpoint(network, model, notes=notes), tuple(remarks))
 
 
-def restated(
+def override(
     checkpoint: Checkpoint,
     name: str,
     arch: str | None,
@@ -224,43 +228,49 @@ def restated(
     std: Triple | None,
     classes: Sequence[str],
 ) -> Imported:
-    """A network of ours under the constants and classes that are given, if any are.
+    """Replace the constants and classes of one of our checkpoints by those that are given.
 
     Raises:
-        RunError: it is of another architecture.
-        UsageError: mean, std or classes do not fit.
+        RunError: the checkpoint has another architecture.
+        UsageError: mean, std or classes do not match.
     """
-    net = checkpoint.network
-    if arch not in (None, net.arch):
-        raise RunError(f"{name} is {net.arch}, not {arch}")
-    stated = Stated(net.arch, net.classes, net.mean, net.std, name)
-    constants, remarks = _constants(mean, std, stated, len(net.classes))
-    names, more = _class_names(classes, stated, len(net.classes))
+    old = checkpoint.network
+    if arch not in (None, old.arch):
+        raise RunError(f"{name} is {old.arch}, not {arch}")
+    declared = Declared(old.arch, old.classes, old.mean, old.std, name)
+    constants, remarks = _resolve_constants(mean, std, declared, len(old.classes))
+    names, class_remarks = _resolve_classes(classes, declared, len(old.classes))
     notes = {"weights": "imported", "file": Path(name).name}
-    network = Network(net.arch, names, *constants)
-    return Imported(Checkpoint(network, checkpoint.model, notes=notes), (*remarks, *more))
+    network = Network(old.arch, names, *constants)
+    remarks += class_remarks
+    return Imported(Checkpoint(network, checkpoint.model, notes=notes), tuple(remarks))
 
 
 def weights_in(folder: Path) -> Path:
-    """The file of weights in a hub's folder. Raises RunError unless there is one."""
+    """Return the weight file in a hub folder; RunError unless there is exactly one."""
     try:
         files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
     except OSError as error:
         raise RunError(f"cannot read {folder}: {error.strerror or error}") from None
-    named = [file for name in WEIGHTS for file in files if file.name == name]
-    if named or len(files) == 1:
-        return (named or files)[0]
+    standard = [file for name in WEIGHT_FILES for file in files if file.name == name]
+    if standard or len(files) == 1:
+        return (standard or files)[0]
     if files:
-        raise RunError(f"{folder} holds several checkpoints ({_some(files)}); name one")
-    raise RunError(f"{folder} holds no run and no weights; give a run, a file or a hub's folder")
+        raise RunError(
+            f"{folder} contains several checkpoints ({_abbreviate(files)}); give the path of one"
+        )
+    raise RunError(
+        f"{folder} contains neither a run nor weights; give a run directory, a checkpoint file or "
+        "a hub folder"
+    )
 
 
-# What files state
+# Metadata and config.json
 
 
 @dataclass(frozen=True)
-class Stated:
-    """What a file, or the config.json beside it, says of its network."""
+class Declared:
+    """What a file, or the config.json next to it, declares about its network."""
 
     arch: str | None = None
     classes: tuple[str, ...] | None = None
@@ -269,24 +279,24 @@ class Stated:
     file: str = ""
 
     def missing(self) -> list[str]:
-        """What is needed and not said."""
+        """Return the names of the required values that are not declared."""
         needed = {"classes": self.classes, "mean": self.mean, "std": self.std}
         return [name for name, value in needed.items() if value is None]
 
 
-def _stated(file: Path, contents: Contents) -> Stated:
+def _declared(file: Path, contents: Contents) -> Declared:
     if "arch" in contents.metadata and "classes" in contents.metadata:
         try:
             network = network_from(contents.metadata)
         except ValueError as error:
-            raise RunError(f"{file}: its metadata is damaged: {one_line(error)}") from None
-        return Stated(network.arch, network.classes, network.mean, network.std, file.name)
-    config = file.with_name("config.json")
-    return _config(config) if config.is_file() else Stated()
+            raise RunError(f"{file} has invalid metadata: {one_line(error)}") from None
+        return Declared(network.arch, network.classes, network.mean, network.std, file.name)
+    config_file = file.with_name("config.json")
+    return _read_hub_config(config_file) if config_file.is_file() else Declared()
 
 
-def _config(file: Path) -> Stated:
-    """A hub's config.json: ours, timm's, or of the Transformers library."""
+def _read_hub_config(file: Path) -> Declared:
+    """Read a config.json of this package, timm or Transformers."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -294,15 +304,15 @@ def _config(file: Path) -> Stated:
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is damaged: {one_line(error)}") from None
     if not isinstance(config, dict):
-        raise RunError(f"{file} is damaged: it holds no JSON object")
-    inner = config.get("pretrained_cfg")  # timm's
+        raise RunError(f"{file} is damaged: it is not a JSON object")
+    inner = config.get("pretrained_cfg")  # timm
     merged = {**config, **(inner if isinstance(inner, dict) else {})}
     arch = merged.get("architecture")
     ours = isinstance(arch, str) and re.fullmatch(
         r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?", arch
     )
-    return Stated(
-        # Elsewhere "resnet56" may be the one with projections: there the shapes decide.
+    return Declared(
+        # In other projects "resnet56" may have projections, so the shapes decide.
         arch if ours and "mean" in config and "id2label" in config else None,
         _labels(merged),
         _triple(merged.get("mean")),
@@ -312,7 +322,7 @@ def _config(file: Path) -> Stated:
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The classes' names, if they are there and all different."""
+    """Return the class names, if they are declared and distinct."""
     labels = config.get("label_names")
     numbered = config.get("id2label")
     if not isinstance(labels, list) and isinstance(numbered, dict):
@@ -333,47 +343,56 @@ def _triple(value: object) -> Triple | None:
     return first, second, third
 
 
-# The network among what is in a file
+# Choosing the network in a file
 
 
 def _choose(
     file: Path, contents: Contents, arch: str | None, prefix: str | None
 ) -> tuple[Candidate, str, list[str]]:
-    """The network, its architecture, and what should be said of the choice."""
+    """Return the network, its architecture, and remarks on the choice."""
     containers = list(_containers(contents.tree))
-    candidates = _distinct([found for place in containers for found in _candidates_in(*place)])
+    candidates = _distinct(
+        [candidate for item in containers for candidate in _candidates_in(*item)]
+    )
     if not candidates:
-        raise RunError(f"{file} {_instead(contents, containers)}")
+        raise RunError(f"{file} {_describe_content(contents, containers)}")
     if prefix is not None:
-        wanted = prefix.strip(".")
-        chosen = [c for c in candidates if f"{c.name}.".startswith(f"{wanted}." if wanted else "")]
+        start = prefix.strip(".")
+        chosen = [c for c in candidates if f"{c.name}.".startswith(f"{start}." if start else "")]
         if not chosen:
-            there = _some([found.name for found in candidates])
-            raise UsageError(f"--prefix {shown(prefix)} is not in {file}; there is: {there}")
+            names = _abbreviate([candidate.name for candidate in candidates])
+            raise UsageError(f"--prefix {shown(prefix)} is not in {file}; found: {names}")
         candidates = chosen
-    fits = [(found, name) for found in candidates if (name := _fitting(found, arch))]
-    if not fits:
-        raise RunError(_refusal(file, candidates[0], arch))
-    averaged = [pair for pair in fits if pair[0].averaged]
-    if len(fits) > 1 and not (len(averaged) == 1 and len(fits) == 2):
-        there = ", ".join(shown(found.name) or "the outermost" for found, _ in fits[:5])
-        raise RunError(f"{file} holds {len(fits)} networks ({there}); choose one with --prefix")
+    matches = [(c, matched) for c in candidates if (matched := _matching_arch(c, arch))]
+    if not matches:
+        raise RunError(_mismatch_message(file, candidates[0], arch))
+    averaged = [match for match in matches if match[0].averaged]
+    if len(matches) > 1 and not (len(averaged) == 1 and len(matches) == 2):
+        names = ", ".join(shown(c.name) or "top level" for c, _ in matches[:5])
+        raise RunError(
+            f"{file} contains {len(matches)} networks ({names}); choose one with --prefix"
+        )
     remarks = []
-    found, name = (averaged or fits)[0]
-    if len(fits) == 2:
-        other = next(pair[0] for pair in fits if pair[0] is not found)
-        remarks.append(f"the averaged weights, {shown(found.name)}, not {shown(other.name)}")
+    candidate, name = (averaged or matches)[0]
+    if len(matches) == 2:
+        other = next(c for c, _ in matches if c is not candidate)
+        remarks.append(
+            f"using the averaged weights {shown(candidate.name)}, not {shown(other.name)}"
+        )
     if arch is None and Architecture.parse(name).shortcut == "A":
         plain = name.replace("resnet", "plain")
-        remarks.append(f"assuming {name}; {plain} has the same tensors: choose it with --arch")
-    left = [*found.beside, *(key for key in found.tensors if key not in _expected_of(name, found))]
-    if left:
-        remarks.append(f"left out, as they are not the network's: {_some(left)}")
-    return found, name, remarks
+        remarks.append(
+            f"assuming {name}; {plain} has the same tensors, select it with --arch {plain}"
+        )
+    expected = _expected_of(name, candidate)
+    extra = [*candidate.siblings, *(key for key in candidate.tensors if key not in expected)]
+    if extra:
+        remarks.append(f"ignored tensors outside the network: {_abbreviate(extra)}")
+    return candidate, name, remarks
 
 
 def _containers(tree: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Every mapping in nested containers, outer ones first, with the keys that lead to it."""
+    """Yield every mapping in nested containers with its path, outer ones first."""
     level: list[tuple[str, object]] = [("", tree)]
     seen: set[int] = set()
     for _ in range(MAX_DEPTH):
@@ -386,18 +405,18 @@ def _containers(tree: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
             inside = list(value.items())
             if isinstance(value, StandIn) and isinstance(value.state, Mapping):
                 inside += value.state.items()  # attributes, as of argparse.Namespace
-            below += [(_joined(name, key), item) for key, item in inside if isinstance(key, str)]
+            below += [(_join(name, key), item) for key, item in inside if isinstance(key, str)]
         level = below
 
 
-def _joined(first: str, second: str) -> str:
+def _join(first: str, second: str) -> str:
     return f"{first}.{second}" if first and second else first or second
 
 
-def _candidates_in(place: str, container: Mapping[Any, Any]) -> Iterator[Candidate]:
-    """Networks in one container, each under a prefix that all its names share."""
+def _candidates_in(path: str, container: Mapping[Any, Any]) -> Iterator[Candidate]:
+    """Yield the networks in one container, each under a prefix that all its names share."""
     tensors = {
-        _unwrapped(key): value
+        _strip_wrappers(key): value
         for key, value in container.items()
         if isinstance(key, str) and isinstance(value, StoredTensor)
     }
@@ -410,277 +429,283 @@ def _candidates_in(place: str, container: Mapping[Any, Any]) -> Iterator[Candida
             if head is None:
                 continue
             inside = {key: value for key, value in tensors.items() if key.startswith(prefix)}
-            name = _joined(place, prefix.rstrip("."))
+            name = _join(path, prefix.rstrip("."))
             words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
             yield Candidate(
                 name,
                 layout,
-                {layout.renamed(key.removeprefix(prefix)): value for key, value in inside.items()},
+                {layout.rename(key.removeprefix(prefix)): value for key, value in inside.items()},
                 tuple(
                     key for key in tensors if key not in inside and not key.endswith("n_averaged")
                 ),
-                # PyTorch's AveragedModel keeps its count beside its module.
-                not _AVERAGED.isdisjoint(words)
+                # PyTorch's AveragedModel stores its counter next to its module.
+                not _AVERAGED_WORDS.isdisjoint(words)
                 or f"{prefix.removesuffix('module.')}n_averaged" in tensors,
                 head,
             )
 
 
-def _unwrapped(key: str) -> str:
+def _strip_wrappers(key: str) -> str:
     if "_" not in key:
         return key
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Without those that are the same numbers under another name."""
+    """Drop candidates that share the memory of an earlier one."""
     memories: list[dict[str, object]] = []
-    kept = []
-    for found in candidates:
-        memory = {key: tensor.memory for key, tensor in found.tensors.items()}
+    distinct = []
+    for candidate in candidates:
+        memory = {key: tensor.memory for key, tensor in candidate.tensors.items()}
         if memory not in memories:
             memories.append(memory)
-            kept.append(found)
-    return kept
+            distinct.append(candidate)
+    return distinct
 
 
-def _instead(contents: Contents, containers: Sequence[tuple[str, Mapping[Any, Any]]]) -> str:
-    """What a file is in which no network's first and last layer were found."""
+def _describe_content(
+    contents: Contents, containers: Sequence[tuple[str, Mapping[Any, Any]]]
+) -> str:
+    """Describe a file in which no first and last layer of a network were found."""
     for _, container in containers:
         if not isinstance(container, StandIn) or not isinstance(container.state, Mapping):
             continue
         if "_parameters" in container.state:
             return (
-                f"holds a whole module ({shown(container.name)}), which could run code: it was "
-                "not read; save its state dict alone"
+                f"contains a whole module ({shown(container.name)}), which could run code, so it "
+                "was not loaded; save its state dict instead"
             )
     tree = contents.tree
     if isinstance(tree, StoredTensor):
-        return "holds a tensor, not a state dict"
+        return "contains a tensor, not a state dict"
     if isinstance(tree, StandIn):
-        return f"holds {one_line(tree.name)}, whose weights need code that is not run"
+        return f"contains a {one_line(tree.name)}, which cannot be loaded without running its code"
     if not isinstance(tree, Mapping):
-        return f"holds a {type(tree).__name__}, not a state dict"
-    most: dict[str, StoredTensor] = {}
+        return f"contains a {type(tree).__name__}, not a state dict"
+    largest: list[str] = []
     for _, container in containers:
-        here = {str(k): v for k, v in container.items() if isinstance(v, StoredTensor)}
-        most = here if len(here) > len(most) else most
-    if not most:
-        keys = ", ".join(one_line(key) for key in list(tree)[:5]) or "nothing"
-        return f"holds no state dict; in it is: {keys}"
-    return f"fits no network of ours: it has {len(most)} tensors ({_some(list(most))})"
+        keys = [str(key) for key, item in container.items() if isinstance(item, StoredTensor)]
+        largest = max(largest, keys, key=len)
+    if not largest:
+        top_keys = ", ".join(one_line(key) for key in list(tree)[:5]) or "none"
+        return f"contains no state dict; its keys are: {top_keys}"
+    return f"matches no supported network: it has {len(largest)} tensors ({_abbreviate(largest)})"
 
 
-# The network that fits
+# Matching tensors to an architecture
 
 
-def _fitting(found: Candidate, arch: str | None) -> str | None:
-    """The architecture that the tensors are of; `arch` if that fits."""
-    names = [arch] if arch else _candidates(found.tensors)
-    return next((name for name in names if not _misfits(found.tensors, name)), None)
+def _matching_arch(candidate: Candidate, arch: str | None) -> str | None:
+    """Return the architecture that the tensors match, or None; only try `arch` if given."""
+    names = [arch] if arch else _possible_archs(candidate.tensors)
+    return next((name for name in names if not _mismatches(candidate.tensors, name)), None)
 
 
-def _candidates(state: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Architectures of as many blocks as the first stage has.
+def _possible_archs(state: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Yield the architectures with as many blocks per stage as the first stage has.
 
-    Not the plain one: its tensors are those of the network with shortcut A.
+    The plain network is omitted: it has the same tensors as the network with shortcut A.
     """
-    found = (re.match(r"stage1\.(\d{1,4})\.", key) for key in state)
-    numbers = [int(match[1]) for match in found if match]
+    matches = (re.match(r"stage1\.(\d{1,4})\.", key) for key in state)
+    numbers = [int(match[1]) for match in matches if match]
     blocks = 1 + max((number for number in numbers if number < len(state)), default=0)
     yield f"resnet{6 * blocks + 2}"
     yield f"resnet{6 * blocks + 2}-b"
     yield f"resnet{9 * blocks + 2}-bottleneck"
 
 
-def _refusal(file: Path, found: Candidate, arch: str | None) -> str:
-    """Why the tensors are no network, or not the one that is asked for."""
-    if odd := [key for key, tensor in found.tensors.items() if not tensor.plain]:
-        return f"{file} holds tensors that are not plain numbers: {_some(odd)}"
+def _mismatch_message(file: Path, candidate: Candidate, arch: str | None) -> str:
+    """Explain why the tensors match no architecture, or not the requested one."""
+    tensors = candidate.tensors
+    if special := [key for key, tensor in tensors.items() if not tensor.plain]:
+        names = _abbreviate(special)
+        return f"{file} contains sparse, quantized, complex or meta tensors: {names}"
     if arch is not None:
-        other = _fitting(found, None)
-        hint = f"; it fits --arch {other}" if other else ""
-        return f"{file} does not fit {arch}: {'; '.join(_misfits(found.tensors, arch))}{hint}"
-    stages = {match[1] for key in found.tensors if (match := re.match(r"stage(\d)\.", key))}
-    stem = found.tensors["conv1.weight"].shape
+        other = _matching_arch(candidate, None)
+        hint = f"; it matches --arch {other}" if other else ""
+        return f"{file} does not match {arch}: {'; '.join(_mismatches(tensors, arch))}{hint}"
+    stages = {match[1] for key in tensors if (match := re.match(r"stage(\d)\.", key))}
+    stem = tensors["conv1.weight"].shape
     if stages and stages != {"1", "2", "3"}:
-        looks = (
-            f"it has {len(stages)} stages, where ResNets for 32x32 images have 3 and those for "
-            "ImageNet 4"
+        reason = (
+            f"it has {len(stages)} stages; ResNets for 32x32 images have 3, those for ImageNet 4"
         )
     elif stem != (WIDTHS[0], 3, 3, 3):
-        looks = f"its first convolution is {_size(stem)}, ours {WIDTHS[0]}x3x3x3"
+        reason = f"its first convolution has shape {_shape_text(stem)}, not {WIDTHS[0]}x3x3x3"
     else:
-        near = min(_candidates(found.tensors), key=lambda name: _distance(found.tensors, name))
-        looks = f"nearest is {near}, but: {'; '.join(_misfits(found.tensors, near))}"
-    return f"{file} fits no network of ours: {looks}"
+        closest = min(_possible_archs(tensors), key=lambda name: _distance(tensors, name))
+        reason = f"the closest is {closest}, except for {'; '.join(_mismatches(tensors, closest))}"
+    return f"{file} matches no supported network: {reason}"
 
 
 def _distance(state: Mapping[str, StoredTensor], arch: str) -> int:
-    expected = _expected(arch, _outputs(state))
+    expected = _expected(arch, _num_outputs(state))
     differ = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     return len(expected.keys() ^ state.keys()) + len(differ)
 
 
 @lru_cache(maxsize=8)
 def _expected(arch: str, classes: int) -> dict[str, Tensor]:
-    """The network's state dict: names, shapes and types without values."""
+    """Return the state dict of an architecture on the meta device."""
     architecture = Architecture.parse(arch)
     with torch.device("meta"):
         model = ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)
     return model.state_dict()
 
 
-def _expected_of(arch: str, found: Candidate) -> dict[str, Tensor]:
-    return _expected(arch, _outputs(found.tensors))
+def _expected_of(arch: str, candidate: Candidate) -> dict[str, Tensor]:
+    return _expected(arch, _num_outputs(candidate.tensors))
 
 
-def _outputs(state: Mapping[str, StoredTensor]) -> int:
-    """The number of outputs, by the classifier's bias; 10 if that is no such."""
+def _num_outputs(state: Mapping[str, StoredTensor]) -> int:
+    """Return the number of outputs from the classifier's bias; 10 without a valid bias."""
     bias = state.get("fc.bias")
     if bias is None or len(bias.shape) != 1 or not 1 < bias.shape[0] <= MAX_CLASSES:
         return 10
     return bias.shape[0]
 
 
-def _misfits(state: Mapping[str, StoredTensor], arch: str) -> list[str]:
-    """What keeps the tensors from being that network's, in words; empty if nothing does."""
-    expected = _expected(arch, _outputs(state))
+def _mismatches(state: Mapping[str, StoredTensor], arch: str) -> list[str]:
+    """Describe the differences between the tensors and an architecture; empty if they match."""
+    expected = _expected(arch, _num_outputs(state))
     missing = [key for key in expected if key not in state and not _is_counter(key)]
     extra = [
         key for key in state if key not in expected and not _AUXILIARY.search(key.split(".")[0])
     ]
     shared = [key for key in expected if key in state and not _is_counter(key)]
     differ = [
-        f"{key} is {_size(state[key].shape)}, not {_size(expected[key].shape)}"
+        f"{key} is {_shape_text(state[key].shape)}, not {_shape_text(expected[key].shape)}"
         for key in shared
         if state[key].plain and state[key].shape != expected[key].shape
     ]
-    odd = [key for key in shared if not state[key].plain]
-    words = (
+    special = [key for key in shared if not state[key].plain]
+    problems = (
         ("missing", missing),
         ("unexpected", extra),
-        ("of another shape", differ),
-        ("not plain numbers", odd),
+        ("of a different shape", differ),
+        ("unsupported", special),
     )
-    return [f"{len(keys)} {what} ({_some(keys)})" for what, keys in words if keys]
+    return [f"{len(keys)} {problem} ({_abbreviate(keys)})" for problem, keys in problems if keys]
 
 
 def _is_counter(key: str) -> bool:
-    """Batch norm's count of steps, which old checkpoints lack and inference ignores."""
+    """Whether a key is batch norm's step counter: old checkpoints lack it, inference ignores it."""
     return key.endswith("num_batches_tracked")
 
 
-def _size(shape: Sequence[int]) -> str:
-    return one_line("x".join(map(str, shape))) if shape else "a number"
+def _shape_text(shape: Sequence[int]) -> str:
+    return one_line("x".join(map(str, shape))) if shape else "a scalar"
 
 
-def _some(words: Sequence[object]) -> str:
+def _abbreviate(words: Sequence[object]) -> str:
     return ", ".join([*map(one_line, words[:3]), *(["..."] if len(words) > 3 else [])])
 
 
-# Constants, names, numbers
+# Constants, class names and weights
 
 
-def _assumed(found: Candidate, outputs: int) -> tuple[Constants | None, str]:
-    """Mean and standard deviation that the layout's authors normalize with, and whose they are."""
-    projects = any(".shortcut." in key for key in found.tensors)
-    if found.head == "linear.weight" and not projects:
-        return IMAGENET, "ImageNet's, which akamaster's networks are trained with"
-    return found.layout.constants.get(outputs), f"CIFAR-{outputs}'s"
+def _default_constants(candidate: Candidate, outputs: int) -> tuple[Constants | None, str]:
+    """Return the constants that the layout's authors normalize with, and their origin."""
+    has_projections = any(".shortcut." in key for key in candidate.tensors)
+    if candidate.head == "linear.weight" and not has_projections:
+        return IMAGENET, "ImageNet, as in akamaster's training"
+    return candidate.layout.constants.get(outputs), f"CIFAR-{outputs}"
 
 
-def _constants(
+def _resolve_constants(
     mean: Triple | None,
     std: Triple | None,
-    stated: Stated,
+    declared: Declared,
     outputs: int,
-    assumed: tuple[Constants | None, str] = (None, ""),
+    defaults: tuple[Constants | None, str] = (None, ""),
 ) -> tuple[Constants, list[str]]:
-    """Mean and standard deviation: those given, else stated, else assumed; and remarks."""
+    """Return mean and std as given, else declared, else by default; and remarks."""
     remarks = []
-    for flag, given, said in (("--mean", mean, stated.mean), ("--std", std, stated.std)):
-        if given and said and not all(map(math.isclose, given, said)):
-            remarks.append(f"{flag} {given}, although {stated.file} says {said}")
-    mean, std = mean or stated.mean, std or stated.std
+    for flag, given, in_file in (("--mean", mean, declared.mean), ("--std", std, declared.std)):
+        if given and in_file and not all(map(math.isclose, given, in_file)):
+            remarks.append(f"using {flag} {given}, although {declared.file} declares {in_file}")
+    mean, std = mean or declared.mean, std or declared.std
     if mean is None or std is None:
-        constants, whose = assumed
+        constants, origin = defaults
         if constants is None:
-            raise UsageError(f"a network of {outputs} classes needs --mean and --std")
+            raise UsageError(f"a network with {outputs} classes needs --mean and --std")
         mean, std = mean or constants[0], std or constants[1]
-        remarks.append(f"mean {mean} and std {std}: {whose}, as --mean and --std do not say")
+        remarks.append(f"assuming mean {mean} and std {std} ({origin}); set --mean and --std")
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-        raise UsageError(f"--mean must be numbers and --std above 0, not {mean} and {std}")
+        raise UsageError(
+            f"--mean must be finite and --std finite and positive, not {mean} and {std}"
+        )
     return (mean, std), remarks
 
 
-def _class_names(
-    names: Sequence[str], stated: Stated, outputs: int
+def _resolve_classes(
+    names: Sequence[str], declared: Declared, outputs: int
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The classes: those given, else stated, else those of the data set with as many."""
+    """Return the class names as given, else declared, else of a data set with as many classes."""
     if names:
         if len(names) != outputs or len(set(names)) != outputs:
             raise UsageError(
-                f"--classes has {len(set(names))} names, the network {outputs} outputs"
+                f"--classes has {len(set(names))} different names, but the network has {outputs} "
+                "outputs"
             )
-        if stated.classes and tuple(names) != stated.classes:
-            return tuple(names), [f"--classes as given, although {stated.file} has other names"]
+        if declared.classes and tuple(names) != declared.classes:
+            return tuple(names), [f"using --classes, although {declared.file} declares other names"]
         return tuple(names), []
-    if stated.classes:
-        if len(stated.classes) != outputs:
+    if declared.classes:
+        if len(declared.classes) != outputs:
             raise RunError(
-                f"{stated.file} names {len(stated.classes)} classes, the network has {outputs} "
-                "outputs; name them with --classes"
+                f"{declared.file} declares {len(declared.classes)} classes, but the network has "
+                f"{outputs} outputs; set the names with --classes"
             )
-        return stated.classes, []
+        return declared.classes, []
     if outputs == len(CIFAR10):
         return CIFAR10, []
     if outputs == len(CIFAR100):
-        return CIFAR100, ["classes: CIFAR-100's, as --classes does not say"]
+        return CIFAR100, ["assuming the classes of CIFAR-100; set --classes"]
     raise UsageError(
-        f"the network has {outputs} classes; name them with --classes: names, a file of lines, "
-        "cifar10, cifar100, digits, or a run"
+        f"the network has {outputs} classes; set --classes to their names, a file with one name "
+        "per line, cifar10, cifar100, digits or a run"
     )
 
 
-def _read(found: Candidate, network: Network, file: Path) -> dict[str, Tensor]:
-    """The tensors' values in our order, types and channels."""
+def _load_weights(candidate: Candidate, network: Network, file: Path) -> dict[str, Tensor]:
+    """Read the tensors and convert them to our order, data types and channels."""
     model = {}
-    for key, like in _expected_of(network.arch, found).items():
+    for key, like in _expected_of(network.arch, candidate).items():
         if _is_counter(key):
             model[key] = torch.zeros((), dtype=torch.int64)
             continue
-        stored = found.tensors[key]
+        stored = candidate.tensors[key]
         try:
             values = stored.read()
             dtype = values.dtype
-            # A copy of its own memory, as two names may share a tensor in the file.
+            # Always copy: two names may share a tensor in the file.
             values = values.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
         except Exception as error:  # a damaged file can make a parser raise anything
             raise RunError(
-                f"{file} is damaged: {key}, of type {one_line(stored.type)}, cannot be read: "
+                f"{file} is damaged: {key} of type {one_line(stored.type)} cannot be read: "
                 f"{one_line(error)}"
             ) from None
         if values.shape != like.shape or not dtype.is_floating_point:
-            raise RunError(f"{file} is of no use: {key} holds {dtype}, not floats")
+            raise RunError(f"{file} is not usable: {key} has type {dtype}, not floating point")
         if not bool(values.isfinite().all()):
-            raise RunError(f"{file} is of no use: {key} has values that are not finite")
+            raise RunError(f"{file} is not usable: {key} has non-finite values")
         model[key] = values
-    if found.layout.pads_behind and Architecture.parse(network.arch).shortcut == "A":
-        _move_padding(model)
-    if not _answers(network, model):
-        raise RunError(f"{file} is of no use: the network's outputs are not finite")
+    if candidate.layout.pads_after and Architecture.parse(network.arch).shortcut == "A":
+        _center_padding(model)
+    if not _has_finite_outputs(network, model):
+        raise RunError(f"{file} is not usable: the network's outputs are not finite")
     return model
 
 
-def _move_padding(model: dict[str, Tensor]) -> None:
-    """Reorder channels so that shortcuts may pad before and behind instead of only behind.
+def _center_padding(model: dict[str, Tensor]) -> None:
+    """Permute channels in place, from shortcuts that pad after to shortcuts that pad both sides.
 
-    A shortcut A adds zero channels to those that it passes on; where they are does not matter, as
-    long as all layers around agree. The layers of a stage write to its channels (`conv2`, `bn2`)
-    and read from them (`conv1` of the next block, the classifier).
+    The position of the zero channels that shortcut A adds does not matter, as long as all
+    surrounding layers agree. `conv2` and `bn2` write the channels of a stage; `conv1` of the next
+    block, or the classifier, reads them.
     """
-    order = torch.arange(WIDTHS[0])  # our channel -> theirs
+    order = torch.arange(WIDTHS[0])  # our channel -> channel in the layout
     for stage, width in enumerate(WIDTHS, start=1):
         before = order
         added = torch.arange(len(order), width)
@@ -699,8 +724,8 @@ def _move_padding(model: dict[str, Tensor]) -> None:
 
 
 @torch.inference_mode()
-def _answers(network: Network, model: Mapping[str, Tensor]) -> bool:
-    """Whether the outputs for a plain picture and a noisy one are finite numbers."""
+def _has_finite_outputs(network: Network, model: Mapping[str, Tensor]) -> bool:
+    """Whether the outputs for a uniform image and a noise image are finite."""
     net = build(network.arch, classes=len(network.classes))
     net.load_state_dict(model)
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""A network by path or name: the one way by which every command opens one.
+"""Opening a network by path or name, for all commands.
 
-It may be a run, a file of a run's checkpoint, a network that comes with the package, a file that
-`resnet56 export` wrote, or a hub's folder.
+A source is a run directory, a file of its checkpoint, the name of a pretrained network, a file
+that `resnet56 export` wrote, or a hub folder.
 """
 
 from collections.abc import Sequence
@@ -21,32 +21,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A network, and where it comes from."""
+    """A network and its origin."""
 
     checkpoint: Checkpoint
-    run: RunDirectory | None = None  # where it is a run's
-    pretrained: str | None = None  # its name, where it comes with the package
+    run: RunDirectory | None = None  # if it belongs to a run
+    pretrained: str | None = None  # its name, if it is a pretrained network
 
 
-def open_network(what: str | Path) -> Source:
-    """The network at a path or of a name, if it states its classes and constants.
+def open_network(name_or_path: str | Path) -> Source:
+    """Open the network at a path or with a name.
 
-    What lies at the path goes before a network of the package that has the same name.
+    A run or a hub folder takes precedence over a pretrained network with the same name.
 
     Raises:
-        RunError: it is not there, damaged, or does not state what must be known to use it.
-        MissingExtraError: an ONNX file without the extra `onnx`.
+        RunError: the network does not exist, is damaged, or does not declare its classes and
+            normalization constants.
+        MissingExtraError: the file is in ONNX format and the extra `onnx` is not installed.
     """
-    source = _own(what)
+    source = _open_own(name_or_path)
     if source is None:
         from resnet56.runs import convert  # imports PyTorch
 
-        source = Source(convert.read(Path(what), stated_only=True).checkpoint)
+        source = Source(convert.read(Path(name_or_path), require_declared=True).checkpoint)
     return source
 
 
 def import_network(
-    what: str | Path,
+    name_or_path: str | Path,
     arch: str | None = None,
     *,
     mean: "Triple | None" = None,
@@ -54,39 +55,41 @@ def import_network(
     classes: Sequence[str] = (),
     prefix: str | None = None,
 ) -> "Imported":
-    """Like `open_network`, but also of files of other projects, as `convert.read` takes them."""
+    """Like `open_network`, but also for files of other projects; see `convert.read`."""
     from resnet56.runs import convert
 
-    source = _own(what)
+    source = _open_own(name_or_path)
     if source is None:
-        return convert.read(Path(what), arch, mean=mean, std=std, classes=classes, prefix=prefix)
-    return convert.restated(source.checkpoint, str(what), arch, mean, std, classes)
+        return convert.read(
+            Path(name_or_path), arch, mean=mean, std=std, classes=classes, prefix=prefix
+        )
+    return convert.override(source.checkpoint, str(name_or_path), arch, mean, std, classes)
 
 
-def _own(what: str | Path) -> Source | None:
-    """The run or the network of the package that `what` names; None for another file or folder."""
-    path = Path(what)
-    run = _run_of(path)
+def _open_own(name_or_path: str | Path) -> Source | None:
+    """Open a run or a pretrained network; None for any other file or folder."""
+    path = Path(name_or_path)
+    run = _find_run(path)
     if run is not None:
         return Source(run.load(), run=run)
     if path.is_dir() and _has_weights(path):
         return None
-    if str(what) in pretrained.names():
-        return Source(pretrained.load(str(what)), pretrained=str(what))
+    if str(name_or_path) in pretrained.names():
+        return Source(pretrained.load(str(name_or_path)), pretrained=str(name_or_path))
     if path.is_dir():
         run = RunDirectory(path)
-        return Source(run.load(), run=run)  # says what is missing
+        return Source(run.load(), run=run)  # raises: says name_or_path is missing
     if path.exists():
         return None
-    there = ", ".join(pretrained.names()) or "none"
+    available = ", ".join(pretrained.names()) or "none"
     raise RunError(
-        f"there is no run at {what} and no shipped network of that name (shipped: {there}); give "
-        "the directory of a training, or a file that resnet56 export wrote"
+        f"{name_or_path} is neither a run nor a pretrained network (available: {available}); give "
+        "a run directory or a file that resnet56 export wrote"
     )
 
 
-def _run_of(path: Path) -> RunDirectory | None:
-    """The run that a path names: its directory, its checkpoint's, or a file there."""
+def _find_run(path: Path) -> RunDirectory | None:
+    """Return the run that a path belongs to: a run directory, its checkpoint folder, or a file."""
     if RunDirectory(path).checkpoint_file.exists():
         return RunDirectory(path)
     folder = path if path.is_dir() else path.parent
@@ -100,7 +103,7 @@ def _run_of(path: Path) -> RunDirectory | None:
         files = read_json(run.checkpoint_file).get("files")
         model = files.get("model") if isinstance(files, dict) else None
         if not isinstance(model, dict) or model.get("name") != path.name:
-            raise RunError(f"{path} does not hold the weights of its run; give {run.path}")
+            raise RunError(f"{path} does not contain the weights of its run; give {run.path}")
     return run
 
 

@@ -1,8 +1,8 @@
-"""Files of tensors, told by their content and read without running code.
+"""Tensor files, recognized by their content and read without running code.
 
-Read are what `torch.save` writes (since 2017), safetensors, and the ONNX files of this package.
-A file is opened for its names and shapes; a tensor's values are read when they are asked for, so
-that a file cannot claim more memory than it fills.
+Supported are the formats of `torch.save` (since 2017), safetensors, and the ONNX files that this
+package exports. Opening a file reads only names and shapes. Values are read on demand, so a file
+cannot claim more memory than its own size.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from resnet56.data.pickles import (
 from resnet56.errors import MissingExtraError, RunError, one_line
 from resnet56.runs.pretrained import HEAD, begins_onnx
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch.save wrote before it wrote zip archives
+_MAGIC = 0x1950A86A20F9469CFC6C  # starts files that torch.save wrote before version 1.6
 _BN_EPS = 1e-5
 
-# What files begin with that are often taken for checkpoints.
+# Signatures of files that are often mistaken for checkpoints.
 _OTHERS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run git lfs pull"),
     (b"\x1f\x8b", "is compressed with gzip; unpack it first"),
@@ -42,9 +42,9 @@ _OTHERS = (
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it first"),
     (b"7z\xbc\xaf", "is a 7z archive; unpack it first"),
     (b"Rar!", "is a RAR archive; unpack it first"),
-    (b"\x89HDF", "is an HDF5 file, as Keras writes them; only PyTorch's weights are read"),
-    (b"\x93NUMPY", "is a NumPy array; give a state dict, as torch.save or safetensors write it"),
-    (b"{", "is JSON text, not a checkpoint; give the file of the weights"),
+    (b"\x89HDF", "is an HDF5 file, as written by Keras; only PyTorch weights are supported"),
+    (b"\x93NUMPY", "is a NumPy array; give a state dict written by torch.save or safetensors"),
+    (b"{", "is JSON text, not a checkpoint; give the weight file"),
 )
 
 _STORAGES = {
@@ -67,44 +67,44 @@ _STORAGES = {
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file: what is known of it before its values are read."""
+    """A tensor in a file, whose values are not read yet."""
 
     shape: tuple[int, ...]
-    type: str  # as PyTorch or the file names it
-    read: Callable[[], Tensor]  # raises anything, where the file is damaged
-    plain: bool = True  # real numbers in memory, one by one
-    memory: object = field(default_factory=object)  # equal for two names of the same numbers
+    type: str  # name of the data type, as in PyTorch or in the file
+    read: Callable[[], Tensor]  # can raise any exception if the file is damaged
+    plain: bool = True  # dense and real
+    memory: object = field(default_factory=object)  # equal for tensors that share memory
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a file: nested containers with `StoredTensor` leaves, and metadata."""
+    """The content of a file: nested containers with `StoredTensor` leaves, and metadata."""
 
     tree: object
     metadata: Mapping[str, str] = field(default_factory=dict)
-    passed_over: tuple[str, ...] = ()  # classes of objects that are not tensors
+    ignored: tuple[str, ...] = ()  # classes of objects that are not tensors
 
 
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[Contents]:
-    """The content of a file; its tensors can be read until the block ends.
+    """Open a file; its tensors can be read until the block ends.
 
     Raises:
-        RunError: it cannot be read, is something else, is damaged, or asks for code.
-        MissingExtraError: an ONNX file, and the extra `onnx` is not installed.
+        RunError: the file cannot be read, has another format, is damaged, or could run code.
+        MissingExtraError: the file is in ONNX format and the extra `onnx` is not installed.
     """
     with contextlib.ExitStack() as stack:
         try:
             if not file.is_file() and file.exists():
-                raise RunError(f"{file} is not a file; give a checkpoint")
+                raise RunError(f"{file} is not a regular file; give a checkpoint")
             stream = stack.enter_context(file.open("rb"))
             size = file.stat().st_size
             head = stream.read(HEAD)
             stream.seek(0)
         except OSError as error:
             raise RunError(f"cannot read {file}: {error.strerror or error}") from None
-        if other := _other(head):
-            raise RunError(f"{file} {other}")
+        if problem := _describe_other(head):
+            raise RunError(f"{file} {problem}")
         try:
             contents = _open(file, stream, head, size, stack)
         except RunError:
@@ -113,8 +113,8 @@ def open_tensors(file: Path) -> Iterator[Contents]:
             raise
         except UnsafePickleError as error:
             raise RunError(
-                f"{file} asks for {one_line(error)}, which could run code: it was not read; do "
-                "not trust it"
+                f"{file} refers to {one_line(error)}, which could run code: it was not loaded; "
+                "do not trust this file"
             ) from None
         except OSError as error:
             raise RunError(f"cannot read {file}: {error.strerror or error}") from None
@@ -123,15 +123,15 @@ def open_tensors(file: Path) -> Iterator[Contents]:
         yield contents
 
 
-def _other(head: bytes) -> str | None:
-    """What the file is, if it is none of ours."""
+def _describe_other(head: bytes) -> str | None:
+    """Describe a file of another format; None for a possible checkpoint."""
     if not head:
         return "is empty"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         return "is a web page, not a checkpoint; download the file itself"
     if head[257:262] == b"ustar":
         return "is a tar archive; unpack it first"
-    return next((words for begin, words in _OTHERS if head.startswith(begin)), None)
+    return next((text for signature, text in _OTHERS if head.startswith(signature)), None)
 
 
 def _open(
@@ -140,7 +140,7 @@ def _open(
     if head[8:9] == b"{":
         length = int.from_bytes(head[:8], "little")
         if length > size - 8:
-            raise RunError(f"{file} is damaged: it ends before its header does")
+            raise RunError(f"{file} is damaged: its header is truncated")
         return _safetensors(file, stack)
     if head.startswith(b"PK"):
         return _zip(file, stack.enter_context(zipfile.ZipFile(stream)), size)
@@ -155,7 +155,7 @@ def _open(
 def _safetensors(file: Path, stack: contextlib.ExitStack) -> Contents:
     opened = stack.enter_context(safetensors.safe_open(file, framework="pt"))
     tree = {}
-    for key in opened.keys():  # noqa: SIM118  # it is no mapping
+    for key in opened.keys():  # noqa: SIM118  # not a mapping
         part = opened.get_slice(key)
         tree[key] = StoredTensor(
             tuple(part.get_shape()), part.get_dtype(), partial(opened.get_tensor, key)
@@ -167,23 +167,23 @@ def _safetensors(file: Path, stack: contextlib.ExitStack) -> Contents:
 
 
 class _Storage:
-    """Numbers in a file; `raw` reads their bytes."""
+    """A storage in a file; `raw` reads its bytes."""
 
     def __init__(self, key: object, dtype: torch.dtype, count: int, raw: Any) -> None:
         self.key, self.dtype, self.count, self._raw = key, dtype, count, raw
 
-    def numbers(self, dtype: torch.dtype) -> Tensor:
-        """All of them, (N,)."""
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Read all values, (N,)."""
         return torch.frombuffer(self._raw(self), dtype=dtype, count=self.size // dtype.itemsize)
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.count * self.dtype.itemsize
 
 
 class _Rebuild:
-    """Stands in for PyTorch's functions that make a tensor of a storage."""
+    """Stands in for the functions of PyTorch that build a tensor from a storage."""
 
     def __new__(
         cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
@@ -192,40 +192,40 @@ class _Rebuild:
         return _view(storage, storage.dtype, offset, shape, stride)
 
     def __setstate__(self, state: object) -> None:
-        """Never an instance's."""
+        """Do nothing; `__new__` returns no instance of this class."""
 
 
 class _RebuildTyped(_Rebuild):
-    """The same for types that have no storage class of their own, such as float8."""
+    """The same for data types without a storage class, such as float8."""
 
     def __new__(
         cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
         _grad: object, _hooks: object, dtype: Any, *_: object,
     ) -> Any:  # fmt: skip
-        found = getattr(torch, str(dtype.name).removeprefix("torch."), None)
-        if not isinstance(found, torch.dtype):
-            raise ValueError(f"a tensor of type {dtype.name}")
-        return _view(storage, found, offset, shape, stride)
+        resolved = getattr(torch, str(dtype.name).removeprefix("torch."), None)
+        if not isinstance(resolved, torch.dtype):
+            raise ValueError(f"a tensor of unknown type {dtype.name}")
+        return _view(storage, resolved, offset, shape, stride)
 
 
 class _RebuildParameter(_Rebuild):
-    """A parameter is its tensor."""
+    """Returns the tensor of a parameter."""
 
     def __new__(cls, tensor: object, *_: object) -> Any:
         return tensor
 
 
 class _RebuildSubclass(_Rebuild):
-    """A subclass's tensor is made by another of these."""
+    """Builds the tensor of a subclass with another of these classes."""
 
     def __new__(cls, make: Any, _type: object, arguments: tuple[Any, ...], *_: object) -> Any:
         if not (isinstance(make, type) and issubclass(make, _Rebuild)):
-            raise ValueError("a tensor of an unknown kind")
+            raise ValueError("a tensor of an unknown class")
         return make(*arguments)
 
 
-class _RebuildOdd(_Rebuild):
-    """Tensors that are not plain: sparse, quantized, without values."""
+class _RebuildSpecial(_Rebuild):
+    """Stands in for sparse, quantized and meta tensors."""
 
     def __new__(cls, *_: object) -> Any:
         return StoredTensor((), "a special tensor", _unreadable, plain=False)
@@ -245,19 +245,19 @@ _REBUILDS = {
 
 
 def _unreadable() -> Tensor:
-    raise ValueError("it has no plain numbers")
+    raise ValueError("it is not a dense tensor")
 
 
 def _view(
     storage: _Storage, dtype: torch.dtype, offset: int, shape: object, stride: object
 ) -> StoredTensor:
-    """A tensor of a storage, if it lies inside."""
+    """Return a view of a storage; ValueError unless it lies inside."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple | list):
         raise ValueError("a tensor without a storage")
     if not isinstance(stride, tuple | list) or len(stride) != len(shape) or len(shape) > 64:
         raise ValueError("a tensor without a shape")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *stride)):
-        raise ValueError("a tensor whose shape is not of numbers")
+        raise ValueError("a tensor with an invalid shape")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if math.prod(shape) and last >= storage.size // dtype.itemsize:
         raise ValueError("a tensor outside its storage")
@@ -265,71 +265,71 @@ def _view(
     return StoredTensor(
         sizes,
         str(dtype),
-        lambda: storage.numbers(dtype).as_strided(sizes, tuple(stride), offset),
+        lambda: storage.values(dtype).as_strided(sizes, tuple(stride), offset),
         plain=not dtype.is_complex,
         memory=(storage.key, offset, sizes, tuple(stride)),
     )
 
 
 class _TorchPickle:
-    """Unpickles what torch.save wrote; notes which other classes it names."""
+    """Unpickles a file of torch.save and records the names of other classes."""
 
     def __init__(self, raw: Callable[[_Storage], Any]) -> None:
         self.raw = raw
         self.storages: dict[object, _Storage] = {}
-        self.named: set[str] = set()
+        self.other_classes: set[str] = set()
 
     def load(self, stream: BinaryIO) -> Any:
-        """The next object."""
-        # Python 2's strings as Latin-1: keys are ASCII, and anything else is not looked at.
+        """Read the next object."""
+        # Strings of Python 2 are read as Latin-1: keys are ASCII, other strings are not used.
         return unpickle(stream, self._find, self._storage, encoding="latin-1")
 
     def contents(self, tree: object) -> Contents:
-        """What was read, and what of it is not tensors."""
-        return Contents(tree, passed_over=tuple(sorted(self.named)))
+        """Return what was read, with the classes of objects that are not tensors."""
+        return Contents(tree, ignored=tuple(sorted(self.other_classes)))
 
     def _find(self, name: str) -> type:
         if name in _REBUILDS:
             return _REBUILDS[name]
         if name.startswith("torch._utils._rebuild_"):
-            return _RebuildOdd
-        if name.startswith("torch."):  # a storage's class, a type, a shape, a device
+            return _RebuildSpecial
+        if name.startswith("torch."):  # a storage class, a data type, a shape, a device
             return stand_in(name)
-        self.named.add(name)
+        self.other_classes.add(name)
         return numpy_or(refuse_dangerous)(name)
 
     def _storage(self, pid: Any) -> object:
-        """What a persistent id stands for: a storage, or in old files a module's class."""
+        """Resolve a persistent id: a storage or, in old files, the class of a module."""
         if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":
             return pid[1]
-        kind, made, key, _, count, *view = pid
-        name = made.name.rpartition(".")[2].removesuffix("Storage")
-        if kind != "storage" or name not in _STORAGES or any(part is not None for part in view):
-            raise ValueError(f"a storage of an unknown kind, {one_line(name)}")
+        tag, storage_class, key, _, count, *view = pid
+        name = storage_class.name.rpartition(".")[2].removesuffix("Storage")
+        if tag != "storage" or name not in _STORAGES or any(part is not None for part in view):
+            raise ValueError(f"a storage of unknown type {one_line(name)}")
         if type(count) is not int or not 0 <= count < 2**60 or not isinstance(key, str | int):
-            raise ValueError("a storage of no size")
+            raise ValueError("a storage without a valid size")
         storage = _Storage(key, _STORAGES[name], count, self.raw)
         known = self.storages.setdefault(key, storage)
         return known if (known.dtype, known.count) == (storage.dtype, count) else storage
 
 
 def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
-    """What torch.save has written since 1.6: a pickle, and an entry a storage."""
+    """Read a file of torch.save since 1.6: a zip archive of a pickle and one entry per storage."""
     names = set(archive.namelist())
     index = next((name for name in names if name.split("/")[1:] == ["data.pkl"]), None)
     if index is None:
-        raise RunError(f"{file} is a zip archive, but not a checkpoint of PyTorch")
+        raise RunError(f"{file} is a zip archive, but not a PyTorch checkpoint")
     folder = index.removesuffix("data.pkl")
     if f"{folder}constants.pkl" in names:
         raise RunError(
-            f"{file} is TorchScript, a program, which could run code: it was not read; save the "
-            "state dict alone"
+            f"{file} is a TorchScript program, which could run code: it was not loaded; save the "
+            "state dict instead"
         )
     cache: dict[object, bytearray] = {}
 
     def read(name: str) -> bytes:
         entry = archive.getinfo(name)
-        # PyTorch does not compress; entries that overlap could name the same bytes many times.
+        # PyTorch does not compress. Overlapping entries could refer to the same bytes many times.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
             raise ValueError(f"{one_line(name)} is compressed or larger than the file")
         return archive.read(entry)
@@ -338,37 +338,37 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
         if storage.key not in cache:
             cache[storage.key] = bytearray(read(f"{folder}data/{storage.key}"))
             if sum(map(len, cache.values())) > size:
-                raise ValueError("its entries overlap")
+                raise ValueError("entries of the archive overlap")
         if len(cache[storage.key]) < storage.size:
-            raise ValueError("a storage is cut short")
+            raise ValueError("a storage is truncated")
         return cache[storage.key]
 
     if f"{folder}byteorder" in names and read(f"{folder}byteorder") != b"little":
-        raise RunError(f"{file} is in big-endian byte order, which is not read")
+        raise RunError(f"{file} is in big-endian byte order, which is not supported")
     loader = _TorchPickle(raw)
     return loader.contents(loader.load(io.BytesIO(read(index))))
 
 
 def _legacy(stream: BinaryIO, size: int) -> Contents:
-    """What torch.save wrote before 1.6: pickles, then the storages; or a pickle alone."""
-    places: dict[object, int] = {}
+    """Read a file of torch.save before 1.6 (pickles, then the storages) or a single pickle."""
+    offsets: dict[object, int] = {}
 
     def raw(storage: _Storage) -> bytearray:
-        if storage.key not in places or places[storage.key] + storage.size > size:
-            raise ValueError("a storage is cut short")
-        stream.seek(places[storage.key])
+        if storage.key not in offsets or offsets[storage.key] + storage.size > size:
+            raise ValueError("a storage is truncated")
+        stream.seek(offsets[storage.key])
         return bytearray(stream.read(storage.size))
 
     loader = _TorchPickle(raw)
     tree = loader.load(stream)
     if tree != _MAGIC:
         return loader.contents(tree)
-    loader.load(stream)  # the version
-    loader.load(stream)  # the machine
+    loader.load(stream)  # protocol version
+    loader.load(stream)  # system information
     tree = loader.load(stream)
     for key in loader.load(stream):
-        stream.seek(8, io.SEEK_CUR)  # the count, which the pickle has told
-        places[key] = stream.tell()
+        stream.seek(8, io.SEEK_CUR)  # the count, already known from the pickle
+        offsets[key] = stream.tell()
         stream.seek(loader.storages[key].size, io.SEEK_CUR)
     return loader.contents(tree)
 
@@ -377,27 +377,27 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
 
 
 def _onnx(file: Path, content: bytes) -> Contents:
-    """The weights of a file that `resnet56 export` wrote, under their names in PyTorch.
+    """Read the weights of a file that `resnet56 export` wrote, under their PyTorch names.
 
-    There each batch norm is folded into the convolution before it, whose bias is what is left of
-    it; here it becomes a batch norm that adds that bias.
+    The export folds each batch norm into the preceding convolution. Here the bias of the
+    convolution becomes a batch norm that only adds this bias.
     """
     try:
         import onnx
         from onnx import numpy_helper
     except ImportError:
-        raise MissingExtraError("what reads ONNX", "onnx") from None
+        raise MissingExtraError("onnx, which reads ONNX files,", "onnx") from None
     model = onnx.load_model_from_string(content)
     values = {}
     for entry in model.graph.initializer:
-        if entry.external_data:  # another file, which this one must not choose
-            raise RunError(f"{file} keeps its weights in other files; export it as one file")
+        if entry.external_data:  # could name any file on this machine
+            raise RunError(f"{file} stores its weights in other files; export it as one file")
         values[entry.name] = torch.from_numpy(numpy_helper.to_array(entry).copy())
     parts = ("weight", "bias", "running_mean", "running_var")
     tree = {
         name: value
         for name, value in values.items()
-        # A shortcut that pads is a convolution of zeros and ones there.
+        # The export writes a padding shortcut as a convolution with zeros and ones.
         if name.rpartition(".")[2] in parts and not name.endswith(".shortcut.weight")
     }
     for node in model.graph.node:
