@@ -1,4 +1,4 @@
-"""The report: every number is its file's, any name is harmless, nothing leaves the page."""
+"""Reports: numbers equal those in the files, names are escaped, pages are self-contained."""
 
 import html
 import json
@@ -31,7 +31,7 @@ EVIL = ("<script>alert(1)</script>", "猫 & \"Hund\" $x_1$ | `b` 'c'")
 
 
 class Page(HTMLParser):
-    """What a browser would see: text by id, tables as cells, attributes, tags."""
+    """A page as parsed by a browser: text by id, tables as cells, attributes, tags."""
 
     VOID = ("meta", "link", "br", "img", "path", "rect", "circle", "use")
 
@@ -50,18 +50,18 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        found = {name: value or "" for name, value in attrs}
-        self.attributes += [(tag, name, value) for name, value in found.items()]
-        if "id" in found:
-            self.ids.append(found["id"])
+        attributes = {name: value or "" for name, value in attrs}
+        self.attributes += [(tag, name, value) for name, value in attributes.items()]
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
         if tag == "table":
-            self.table = self.tables[found.get("id", f"table-{len(self.tables)}")] = []
+            self.table = self.tables[attributes.get("id", f"table-{len(self.tables)}")] = []
         elif tag == "tr" and self.table is not None:
             self.table.append([])
         elif tag in ("td", "th") and self.table is not None:
             self.table[-1].append("")
         if tag not in self.VOID:
-            self.open.append((tag, found.get("id")))
+            self.open.append((tag, attributes.get("id")))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -90,7 +90,7 @@ def page_of(run: Path, **options: Any) -> Page:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all there can be, and its page."""
+    """A run with all optional files, and its report."""
     recipe = replace(BEST, holdout=500)
     run = make_run(tmp_path_factory.mktemp("full") / "run", recipe, extras=True)
     write_report([run])
@@ -105,7 +105,7 @@ def page(full: Path) -> Page:
 # One run's page
 
 
-def test_the_headline_is_the_evaluation(full: Path, page: Page) -> None:
+def test_the_headline_equals_the_evaluation(full: Path, page: Page) -> None:
     evaluation = read_json(full / "evaluation.json")
     test, train = evaluation["test"], evaluation["train"]
     low, high = test["accuracy_interval"]
@@ -121,7 +121,7 @@ def test_the_headline_is_the_evaluation(full: Path, page: Page) -> None:
     assert page.by_id["brier"] == f"{test['calibration']['brier']:.4f}"
 
 
-def test_the_tables_are_the_evaluation(full: Path, page: Page) -> None:
+def test_the_tables_equal_the_evaluation(full: Path, page: Page) -> None:
     test = read_json(full / "evaluation.json")["test"]
     head, *rows = page.tables["confusion"]
     assert head[1:] == list(CIFAR)
@@ -133,7 +133,7 @@ def test_the_tables_are_the_evaluation(full: Path, page: Page) -> None:
         assert row == [name, *expected, f"{scores['support']:.0f}"]
 
 
-def test_all_that_was_measured_is_shown(page: Page) -> None:
+def test_all_measurements_are_shown(page: Page) -> None:
     assert PARITY["comparisons"][0]["verdict"] in page.text
     assert "73.25 % on average" in page.text
     assert "4.732" in page.text
@@ -143,7 +143,7 @@ def test_all_that_was_measured_is_shown(page: Page) -> None:
     assert "was not measured" not in page.text
 
 
-def test_the_page_is_well_formed_and_stands_alone(full: Path, page: Page) -> None:
+def test_the_page_is_well_formed_and_self_contained(full: Path, page: Page) -> None:
     text = (full / "report.html").read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")
     assert "http://" not in text
@@ -159,7 +159,7 @@ def test_the_page_is_well_formed_and_stands_alone(full: Path, page: Page) -> Non
     used = re.findall(r"url\(#([^)]*)\)", text)
     assert used
     assert set(used) <= set(page.ids)
-    assert not re.search(r"#0[1-4]0[0-4]0[0-7]\b", text)  # every stand-in became a variable
+    assert not re.search(r"#0[1-4]0[0-4]0[0-7]\b", text)  # all placeholders were replaced
 
 
 def test_the_same_run_gives_the_same_bytes(full: Path, tmp_path: Path) -> None:
@@ -171,14 +171,14 @@ def test_a_plain_network_is_not_described_as_residual(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain56", "resnet56")]
     plain, residual = (page_of(run) for run in runs)
     assert plain.text.count("Plain-56") >= 2
-    for said in ("residual", "shortcut takes", "ResNet-56"):
+    for sentence in ("residual", "shortcut takes", "ResNet-56"):
         assert said not in plain.text
-        assert said in residual.text
+        assert sentence in residual.text
     markdown = write_report([runs[0]], format="md").read_text(encoding="utf-8")
     assert "in basic blocks without shortcuts." in markdown
 
 
-def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_reported_as_unfinished(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", done=3, tested=False)
     page = page_of(run)
     assert "after 3 of 200 epochs" in page.text
@@ -187,8 +187,8 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "loss-figure_1" in page.ids
 
 
-def test_figures_of_earlier_weights_are_not_these_weights_figures(tmp_path: Path) -> None:
-    """It was measured, and then trained on."""
+def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
+    """The run was trained further after its evaluation."""
     run = make_run(tmp_path / "run", extras=True)
     evaluation = read_json(run / "evaluation.json")
     write_json(run / "evaluation.json", evaluation | {"epoch": 3, "step": 390 * 3})
@@ -199,28 +199,30 @@ def test_figures_of_earlier_weights_are_not_these_weights_figures(tmp_path: Path
     assert "test-accuracy" not in page.by_id
     for comparison in parity:
         assert comparison["verdict"] not in page.text
-    assert "their predicted class" not in page.text  # their mistakes, neither
+    assert "their predicted class" not in page.text  # nor their errors
     other = make_run(tmp_path / "other")
     compared = Page(write_report([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
     assert [row[1] for row in compared.tables["runs"][1:]] == ["other", "run"]
     assert "no two tested runs" in compared.text
 
 
-def test_a_run_that_was_not_trained_here_says_what_measures_it(tmp_path: Path) -> None:
+def test_an_imported_run_suggests_an_evaluation(tmp_path: Path) -> None:
     run = make_run(tmp_path / "theirs", tested=False)
     (run / "recipe.json").unlink()
     with pytest.raises(RunError, match="was not trained here.*resnet56 evaluate .*--data DIR"):
         write_report([run])
 
 
-def test_a_report_is_not_written_over_a_folder(full: Path, tmp_path: Path) -> None:
+def test_a_folder_as_output_is_refused(full: Path, tmp_path: Path) -> None:
     for form in ("html", "md"):
-        with pytest.raises(UsageError, match=rf"is a folder; choose a file, as .*report\.{form}"):
+        with pytest.raises(
+            UsageError, match=rf"is a folder; choose a file such as .*report\.{form}"
+        ):
             write_report([full], tmp_path, format=form)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_seed_that_occurs_twice_counts_once(tmp_path: Path) -> None:
+def test_a_repeated_seed_counts_once(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / name, replace(BEST, seed=seed), accuracy=share, seed=number)
         for number, (name, seed, share) in enumerate((("a", 0, 0.9), ("b", 0, 0.8), ("c", 1, 0.7)))
@@ -230,7 +232,7 @@ def test_a_seed_that_occurs_twice_counts_once(tmp_path: Path) -> None:
     assert f"{50 * sum(shares):.2f}" in " ".join(page.tables["seed-groups"][1])
 
 
-def test_a_run_before_its_first_epoch_says_so(tmp_path: Path) -> None:
+def test_a_run_before_its_first_epoch_has_no_curves(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", done=0, tested=False)
     (run / "metrics.jsonl").unlink()
     (run / "environment.json").unlink()
@@ -240,11 +242,11 @@ def test_a_run_before_its_first_epoch_says_so(tmp_path: Path) -> None:
     assert "figure_1" not in " ".join(page.ids)
 
 
-def test_two_classes_one_epoch_and_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
+def test_class_names_with_markup_are_escaped(tmp_path: Path) -> None:
     recipe = replace(BEST, epochs=1)
     run = make_run(tmp_path / "run", recipe, EVIL, images=200, extras=True)
     page = page_of(run)
-    assert page.tags.count("script") == 1  # the page's own
+    assert page.tags.count("script") == 1  # the script of the page itself
     assert page.tables["per-class"][1][0] == EVIL[0]
     assert page.tables["confusion"][2][0] == EVIL[1]
     titles = [value for tag, name, value in page.attributes if name == "title"]
@@ -252,7 +254,7 @@ def test_two_classes_one_epoch_and_names_that_mean_something_elsewhere(tmp_path:
     assert "One epoch is not enough for a trend." in page.text
 
 
-def test_a_hundred_classes_and_all_pictures_stay_below_three_megabytes(tmp_path: Path) -> None:
+def test_a_report_of_100_classes_is_smaller_than_3_mb(tmp_path: Path) -> None:
     classes = tuple(f"class number {i:02} $x_{i}$" for i in range(100))
     run = make_run(tmp_path / "run", classes=classes, accuracy=0.6, images=5000)
     np.savez_compressed(run / "samples.npz", **samples(classes, mistakes=100))
@@ -264,7 +266,7 @@ def test_a_hundred_classes_and_all_pictures_stay_below_three_megabytes(tmp_path:
     assert [[int(cell) for cell in row[1:]] for row in rows] == matrix
 
 
-def test_very_many_classes_get_a_picture_for_a_matrix(tmp_path: Path) -> None:
+def test_more_than_150_classes_get_a_confusion_chart(tmp_path: Path) -> None:
     classes = tuple(f"{i}" for i in range(151))
     page = page_of(make_run(tmp_path / "run", classes=classes))
     assert "confusion" not in page.tables
@@ -275,7 +277,7 @@ def test_very_many_classes_get_a_picture_for_a_matrix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "sentence"),
     [
         ("evaluation.json", "{}", r"evaluation\.json is damaged: test is missing"),
         ("evaluation.json", "[", r"evaluation\.json is damaged"),
@@ -292,17 +294,17 @@ def test_very_many_classes_get_a_picture_for_a_matrix(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(
-    tmp_path: Path, file: str, text: str, said: str
+    tmp_path: Path, file: str, text: str, sentence: str
 ) -> None:
     run = make_run(tmp_path / "run", images=100)
     (run / file).write_text(text)
-    with pytest.raises(RunError, match=said) as caught:
+    with pytest.raises(RunError, match=sentence) as caught:
         write_report([run])
     assert "\n" not in str(caught.value)
     assert not (run / "report.html").exists()
 
 
-def test_pictures_that_do_not_fit_together_are_damage(tmp_path: Path) -> None:
+def test_inconsistent_sample_arrays_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=100)
     for change in (
         {"mistake_true": np.full(24, 10)},
@@ -314,7 +316,7 @@ def test_pictures_that_do_not_fit_together_are_damage(tmp_path: Path) -> None:
             write_report([run])
 
 
-def test_an_evaluation_of_other_classes_is_damage(tmp_path: Path) -> None:
+def test_an_evaluation_of_other_classes_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=100)
     evaluation = read_json(run / "evaluation.json")
     evaluation["test"]["confusion_matrix"] = [[1, 2], [3, 4]]
@@ -323,19 +325,19 @@ def test_an_evaluation_of_other_classes_is_damage(tmp_path: Path) -> None:
         write_report([run])
 
 
-def test_no_run_and_nowhere_to_write(tmp_path: Path) -> None:
+def test_missing_runs_and_unwritable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one"):
         write_report([])
     with pytest.raises(RunError, match="there is no run at"):
         write_report([tmp_path / "none"])
     run = make_run(tmp_path / "run", done=0, tested=False)
     file = tmp_path / "file"
-    file.write_text("mine")
+    file.write_text("content")
     for format_ in ("html", "md"):
         with pytest.raises(RunError, match="cannot write") as caught:
             write_report([run], file / "report.html", format=format_)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
-    assert file.read_text() == "mine"
+    assert file.read_text() == "content"
 
 
 def test_importing_the_report_does_not_import_matplotlib() -> None:
@@ -346,7 +348,7 @@ def test_importing_the_report_does_not_import_matplotlib() -> None:
 # Markdown
 
 
-def test_markdown_has_the_files_it_shows_and_its_names_are_text(tmp_path: Path) -> None:
+def test_markdown_links_existing_images_and_escapes_names(tmp_path: Path) -> None:
     recipe = replace(BEST, epochs=2, holdout=10)
     run = make_run(tmp_path / "a run", recipe, EVIL, images=200, extras=True)
     out = write_report([run], tmp_path / "out of #1, 9%.md", format="md")
@@ -368,7 +370,7 @@ def test_markdown_has_the_files_it_shows_and_its_names_are_text(tmp_path: Path) 
         assert len(cells) == 1, lines
 
 
-def test_markdown_lies_beside_the_run_by_default_and_is_deterministic(tmp_path: Path) -> None:
+def test_markdown_is_written_to_the_run_by_default_and_is_deterministic(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", replace(BEST, epochs=2), done=0, images=100)
     out = write_report([run], format="md")
     assert out == run / "report.md"
@@ -400,7 +402,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return runs
 
 
-def test_a_comparison_ranks_groups_and_tells_apart(
+def test_a_comparison_ranks_runs_and_groups_seeds(
     several: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -482,7 +484,7 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     same = [make_run(tmp_path / name, images=100, fingerprint=name[0]) for name in ("ab", "ac")]
     other = make_run(tmp_path / "b", images=100, fingerprint="b")
     page = Page(write_report([*same, other], tmp_path / "e.html").read_text(encoding="utf-8"))
-    assert "do not all use the same images" in page.text  # though they are called the same
+    assert "do not all use the same images" in page.text  # despite equal names
     assert len(page.tables["pairs"][1:]) == 1
     c = make_run(tmp_path / "c", done=0, tested=False)
     d = make_run(tmp_path / "d", done=0, tested=False)
@@ -491,7 +493,7 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     assert "All recipes are the same." in page.text
 
 
-def test_runs_that_held_images_out_are_chosen_by_those(tmp_path: Path) -> None:
+def test_runs_with_a_validation_set_are_ranked_by_it(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / name, replace(BEST, holdout=500, lr=lr), accuracy=share, seed=seed)
         for name, lr, share, seed in (("low", 0.01, 0.8, 1), ("high", 0.1, 0.9, 2))
@@ -524,22 +526,24 @@ def only(sentences: list[str]) -> str:
     return sentences[0]
 
 
-def test_the_gap_is_called_what_it_is() -> None:
+def test_the_gap_is_classified() -> None:
     gap = story.gap
-    said = only(gap(0.9998, 0.9303, (0.9251, 0.9351), augmented=True))
-    assert said.startswith("Overfitting: training accuracy is 99.98 % and test accuracy 93.03 %.")
-    assert "6.95 points" in said
-    assert said.endswith("Augmentation did not prevent it.")
-    said = only(gap(0.90, 0.80, (0.79, 0.81), augmented=False))
-    assert said.startswith("Some overfitting")
-    assert "a gap of 10.00 points. The training used no augmentation" in said
+    sentence = only(gap(0.9998, 0.9303, (0.9251, 0.9351), augmented=True))
+    assert sentence.startswith(
+        "Overfitting: training accuracy is 99.98 % and test accuracy 93.03 %."
+    )
+    assert "6.95 points" in sentence
+    assert sentence.endswith("Augmentation did not prevent it.")
+    sentence = only(gap(0.90, 0.80, (0.79, 0.81), augmented=False))
+    assert sentence.startswith("Some overfitting")
+    assert "a gap of 10.00 points. The training used no augmentation" in sentence
     assert only(gap(0.95, 0.935, (0.93, 0.94), augmented=True)).startswith("Little overfitting")
     assert only(gap(0.95, 0.94, (0.93, 0.96), augmented=True)).startswith(
         "No significant overfitting"
     )
-    said = only(gap(0.93, 0.95, (0.94, 0.96), augmented=True))
-    assert said.startswith("No sign of overfitting")
-    assert "2.00 points higher on images" in said
+    sentence = only(gap(0.93, 0.95, (0.94, 0.96), augmented=True))
+    assert sentence.startswith("No sign of overfitting")
+    assert "2.00 points higher on images" in sentence
     assert only(gap(1.0, 1.0, (0.99, 1.0), augmented=True)).startswith("No significant overfitting")
 
 
@@ -550,9 +554,9 @@ def test_a_result_at_chance_level_is_stated() -> None:
     assert "includes 50.00 %" in only(story.against_chance((0.48, 0.52), 2))
 
 
-def rows(*losses: float, held: tuple[float, ...] = ()) -> list[dict[str, Any]]:
+def rows(*losses: float, validation: tuple[float, ...] = ()) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = [{"epoch": i, "train_loss": x} for i, x in enumerate(losses, 1)]
-    for row, share in zip(made, held, strict=False):
+    for row, share in zip(made, validation, strict=False):
         row["holdout_accuracy"] = share
     return made
 
@@ -561,9 +565,9 @@ def test_the_trend_of_the_last_epochs() -> None:
     step, cosine = Recipe(epochs=1), Recipe(epochs=1, schedule="cosine")
     assert story.trend([], step) == []
     assert story.trend(rows(2.0), step) == ["One epoch is not enough for a trend."]
-    said = only(story.trend(rows(1.0, 0.9), step))
-    assert "still falling at the end, from 1.0000 to 0.9000 in the last epoch" in said
-    assert "More epochs may help" in said
+    sentence = only(story.trend(rows(1.0, 0.9), step))
+    assert "still falling at the end, from 1.0000 to 0.9000 in the last epoch" in sentence
+    assert "More epochs may help" in sentence
     assert "More epochs may help" not in only(story.trend(rows(1.0, 0.9), cosine))
     assert "leveled off" in only(story.trend(rows(1.0, 0.96), step))
     assert "rising" in only(story.trend(rows(1.0, 1.2), step))
@@ -574,9 +578,9 @@ def test_the_trend_of_the_last_epochs() -> None:
     # Twenty epochs: the last two (mean 0.55) against the two before (0.95).
     many = rows(*[1.0] * 17, 0.9, 0.6, 0.5)
     assert "from 0.9500 to 0.5500 over the last 2 epochs" in only(story.trend(many, step))
-    peak = story.trend(rows(1.0, 1.0, 1.0, held=(0.5, 0.7, 0.6)), step)
+    peak = story.trend(rows(1.0, 1.0, 1.0, validation=(0.5, 0.7, 0.6)), step)
     assert "highest after epoch 2 (70.00 %) and was 60.00 % after the last" in peak[1]
-    end = story.trend(rows(1.0, 1.0, held=(0.5, 0.7)), step)
+    end = story.trend(rows(1.0, 1.0, validation=(0.5, 0.7)), step)
     assert "highest at the end: 70.00 % after epoch 2" in end[1]
 
 
@@ -585,10 +589,10 @@ def per_class(**f1: float) -> dict[str, dict[str, float]]:
 
 
 def test_the_best_and_the_worst_class() -> None:
-    said = only(story.best_and_worst(per_class(cat=0.8, dog=0.9, frog=0.95)))
-    assert said == "“frog” has the highest F1 score (0.9500) and “cat” the lowest (0.8000)."
-    said = only(story.best_and_worst(per_class(a=1.0, b=1.0, c=0.5)))
-    assert "“a” and “b” have the highest F1 score" in said
+    sentence = only(story.best_and_worst(per_class(cat=0.8, dog=0.9, frog=0.95)))
+    assert sentence == "“frog” has the highest F1 score (0.9500) and “cat” the lowest (0.8000)."
+    sentence = only(story.best_and_worst(per_class(a=1.0, b=1.0, c=0.5)))
+    assert "“a” and “b” have the highest F1 score" in sentence
     assert "All 2 classes have the same F1 score" in only(
         story.best_and_worst(per_class(a=1.0, b=1.0))
     )
@@ -625,16 +629,18 @@ def test_confidence_is_judged_by_the_interval() -> None:
     assert "neither" in only(story.confidence(calibration, 0.78, (0.7, 0.85)))
 
 
-def test_robustness_hardware_and_what_is_unfinished() -> None:
+def test_robustness_hardware_and_unfinished_runs() -> None:
     assert story.robustness(None) == []
     figures = {
         "clean_accuracy": 0.9,
         "mean_accuracy": 0.7,
         "corruptions": {"fog": [0.8, 0.6], "motion_blur": [0.7, 0.9]},
     }
-    said = only(story.robustness(figures))
-    assert "70.00 % on average, 20.00 points lower" in said
-    assert "It is lowest for “fog” (mean 70.00 %) and highest for “motion blur” (80.00 %)" in said
+    sentence = only(story.robustness(figures))
+    assert "70.00 % on average, 20.00 points lower" in sentence
+    assert (
+        "It is lowest for “fog” (mean 70.00 %) and highest for “motion blur” (80.00 %)" in sentence
+    )
     assert story.hardware([]) == []
     assert story.hardware(PARITY["comparisons"]) == [PARITY["comparisons"][0]["verdict"]]
     assert story.unfinished(5, 5, tested=True) == []
@@ -643,7 +649,7 @@ def test_robustness_hardware_and_what_is_unfinished() -> None:
     assert "it was tested after 1 of 5" in only(story.unfinished(1, 5, tested=True))
 
 
-def test_recipes_in_words() -> None:
+def test_descriptions_of_recipes() -> None:
     schedule = recipe_words.schedule
     assert schedule(RECIPES["he2015"]) == (
         "The learning rate starts at 0.1 and is multiplied by 0.1 after epochs 82 and 123."
@@ -656,13 +662,15 @@ def test_recipes_in_words() -> None:
     assert "over the first epoch, then falls linearly to zero" in schedule(RECIPES["quick"])
     bare = Recipe(padding=0, flip=True)
     assert recipe_words.augmentation(bare, mirrors=False) == "Training images are not augmented."
-    assert "right half of the time" in recipe_words.augmentation(bare, mirrors=True)
+    assert "flipped horizontally with probability 0.5" in recipe_words.augmentation(
+        bare, mirrors=True
+    )
     turns = recipe_words.augmentation(Recipe(alternate_flip=True), mirrors=True)
-    assert "mirrored left to right in every other epoch" in turns
+    assert "flipped horizontally in every other epoch" in turns
     grown = recipe_words.augmentation(Recipe(sizes=(16, 16, 24)), mirrors=True)
-    assert "shrunk: to 16 \N{MULTIPLICATION SIGN} 16 for 2 epochs and to 24" in grown
+    assert "downscaled to 16 \N{MULTIPLICATION SIGN} 16 for 2 epochs and to 24" in grown
     trivial = Recipe(padding=0, trivial_augment=True)
-    assert "place or colour" in recipe_words.augmentation(trivial, mirrors=False)
+    assert "geometry or color" in recipe_words.augmentation(trivial, mirrors=False)
     assert recipe_words.is_augmented(trivial, mirrors=False)
     assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)
     mixed = Recipe(mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, plain_tail=15)
@@ -675,7 +683,7 @@ def test_recipes_in_words() -> None:
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))
 
 
-def test_numbers_in_words() -> None:
+def test_number_formats() -> None:
     assert words.points(0.0657, sign=True) == "+6.57 points"
     assert words.points(-0.01, sign=True) == "−1.00 points"  # noqa: RUF001 - a true minus
     assert words.points(-0.000001, sign=True) == "0.00 points"
@@ -735,7 +743,7 @@ def profile(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH")
-def test_in_a_browser_nothing_scrolls_sideways_on_a_phone(
+def test_no_page_scrolls_horizontally_on_a_phone(
     full: Path, several: list[Path], tmp_path: Path, profile: Path
 ) -> None:
     evil = make_run(tmp_path / "evil", replace(BEST, epochs=2), EVIL, images=200, extras=True)
@@ -754,8 +762,10 @@ def test_in_a_browser_nothing_scrolls_sideways_on_a_phone(
     widths = json.loads(html.unescape(found[1]))
     assert len(widths) == 3
     for name, (wide, inside, _) in widths.items():
-        assert inside <= 390  # less a scroll bar, where it takes room
+        assert inside <= 390  # the scroll bar can take some width
         assert wide == inside, f"{name} is {wide} pixels wide"
     assert "CONSOLE" not in done.stderr, done.stderr
     scores = read_json(full / "evaluation.json")["test"]["per_class"]
-    assert widths["full"][2] == max(scores, key=lambda key: scores[key]["f1"])  # it was sorted
+    assert widths["full"][2] == max(
+        scores, key=lambda key: scores[key]["f1"]
+    )  # the table was sorted

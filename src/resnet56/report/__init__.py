@@ -1,6 +1,6 @@
-"""A report from run directories: one HTML file, or Markdown with a folder of pictures.
+"""Reports from run directories, as one HTML file or as Markdown with a folder of images.
 
-Reads what a training and an evaluation left on disk; needs neither the data set nor a GPU.
+A report needs only the files of the run, neither the data set nor a GPU.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ def write_report(
 
     Args:
         runs: run directories; at least one.
-        out: the file to write. By default report.html (or .md) in the run's own directory, and
-            for several runs comparison.html (or .md) in the current one. Markdown's pictures go
-            into a folder beside it, named after it: report-files.
-        format: "html" is one file that needs nothing else; "md" is GitHub-flavoured Markdown.
+        out: the file to write. By default, report.html (or .md) in the run directory for one run,
+            and comparison.html (or .md) in the current directory for several. The images of a
+            Markdown report are written to a folder next to it, such as report-files.
+        format: "html" for one self-contained file, "md" for GitHub-flavored Markdown.
 
     Returns:
-        The file written.
+        The path of the written file.
 
     Raises:
-        UsageError: no runs, a folder as `out`, or a recipe.json that says what no recipe can say.
-        RunError: a run that is missing or damaged, or a file that cannot be written.
+        UsageError: there are no runs, `out` is a folder, or a recipe.json has invalid values.
+        RunError: a run is missing or damaged, or a file cannot be written.
     """
     from resnet56.report import comparison, page, render
     from resnet56.report.read import read_run
@@ -40,7 +40,7 @@ def write_report(
     if not runs:
         raise UsageError("a report needs at least one run directory")
     if out is not None and out.is_dir():
-        raise UsageError(f"{out} is a folder; choose a file, as {out / f'report.{format}'}")
+        raise UsageError(f"{out} is a folder; choose a file such as {out / f'report.{format}'}")
     facts = [read_run(Path(path)) for path in runs]
     if len(facts) == 1:
         content, template = page.content(facts[0]), "page"

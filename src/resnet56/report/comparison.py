@@ -1,4 +1,4 @@
-"""Several runs on one page: a table, curves, differences, and which of them are significant."""
+"""Content of the comparison of several runs, for the templates."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
 from resnet56.runs.schema import Metrics
 
-MOST_PAIRS = 5  # runs up to which every pair is compared; beyond, each with the best
+MAX_PAIRS = 5  # number of runs up to which all pairs are compared; beyond, each with the best
 
 Interval = tuple[float, float]
 
@@ -29,7 +29,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Difference:
-    """Test accuracy of `better` minus that of `other`, with its 95 % interval; shares."""
+    """Test accuracy of `better` minus that of `other`, with its 95 % interval, in [0, 1]."""
 
     better: Entry
     other: Entry
@@ -38,7 +38,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.interval[0] > 0 or self.interval[1] < 0
 
 
@@ -52,7 +52,7 @@ class Group:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds, in rising order."""
+        """The seeds in ascending order."""
         return sorted(entry.facts.recipe.seed for entry in self.entries)
 
 
@@ -74,7 +74,7 @@ def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
 
 
 def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
-    """The best test accuracy first; untested runs last, in the order given."""
+    """Sort by test accuracy, best first; untested runs come last, in the given order."""
     order = sorted(runs, key=lambda run: -run.test["accuracy"] if run.test else math.inf)
     names = [run.name for run in runs]
     return [
@@ -94,38 +94,38 @@ def title(entries: Sequence[Entry]) -> str:
 
 def states(entries: Sequence[Entry]) -> list[str]:
     """What prevents a fair comparison."""
-    said = []
+    sentences = []
     for entry in entries:
         facts = entry.facts
         for sentence in story.unfinished(
             facts.position.epoch, facts.recipe.epochs, tested=facts.test is not None
         ):
-            said.append(f"{entry.label}: {sentence}")
-    if len({facts_key(entry) for entry in entries}) > 1:
-        said.append(
+            sentences.append(f"{entry.label}: {sentence}")
+    if len({data_key(entry) for entry in entries}) > 1:
+        sentences.append(
             "These runs do not all use the same images, so their accuracies are not directly "
             "comparable."
         )
-    held = [(held["accuracy"], entry.label) for entry in entries if (held := entry.facts.holdout)]
-    alike = len({(facts_key(entry), entry.facts.recipe.holdout) for entry in entries}) == 1
-    if len(held) == len(entries) and alike:
-        best_first = sorted(held, reverse=True)
+    validated = [(v["accuracy"], entry.label) for entry in entries if (v := entry.facts.holdout)]
+    same_split = len({(data_key(entry), entry.facts.recipe.holdout) for entry in entries}) == 1
+    if len(validated) == len(entries) and same_split:
+        best_first = sorted(validated, reverse=True)
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
-        said.append(
+        sentences.append(
             f"To choose between these runs, use their validation accuracy: {listed}. Choosing by "
             "test accuracy would make the test accuracy of the chosen run too optimistic."
         )
-    return said
+    return sentences
 
 
-def facts_key(entry: Entry) -> tuple[Any, ...]:
-    """What two runs must share to be comparable: images and classes."""
+def data_key(entry: Entry) -> tuple[Any, ...]:
+    """Images and classes, which must be equal for two runs to be comparable."""
     facts = entry.facts
     return facts.images or facts.source, facts.classes
 
 
 def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """The recipe's fields in which the runs differ: name -> a value for each entry."""
+    """The fields in which the recipes differ: name -> one value per entry."""
     recipes = [entry.facts.recipe.to_json() for entry in entries]
     return {
         name: [plain(recipe[name]) for recipe in recipes]
@@ -135,17 +135,17 @@ def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
 
 
 def seed_groups(entries: Sequence[Entry]) -> list[Group]:
-    """Two or more tested, finished runs that share all but the seed; the better one of a seed's."""
-    alike: dict[tuple[Any, ...], dict[int, Entry]] = {}
+    """Groups of tested, finished runs that differ only in the seed; the best run for each seed."""
+    by_recipe: dict[tuple[Any, ...], dict[int, Entry]] = {}
     for entry in entries:
         facts = entry.facts
         if facts.test and facts.finished:
             recipe = facts.recipe.to_json()
             seedless = tuple((name, str(recipe[name])) for name in recipe if name != "seed")
-            members = alike.setdefault((seedless, facts_key(entry)), {})
+            members = by_recipe.setdefault((seedless, data_key(entry)), {})
             members.setdefault(facts.recipe.seed, entry)
     groups = []
-    for members in alike.values():
+    for members in by_recipe.values():
         if len(members) > 1:
             shares = [
                 entry.facts.test["accuracy"] for entry in members.values() if entry.facts.test
@@ -156,18 +156,18 @@ def seed_groups(entries: Sequence[Entry]) -> list[Group]:
 
 
 def differences(entries: Sequence[Entry]) -> list[Difference]:
-    """Differences of test accuracies, of all pairs or with many runs of each to the best."""
+    """Differences in test accuracy: between all pairs, or to the best of many runs."""
     tested = [entry for entry in entries if entry.facts.test]
     pairs = list(combinations(tested, 2))
-    if len(tested) > MOST_PAIRS:
+    if len(tested) > MAX_PAIRS:
         pairs = [(tested[0], other) for other in tested[1:]]
-    found = []
+    result = []
     for better, other in pairs:
         a, b = better.facts.test, other.facts.test
-        if a and b and facts_key(better) == facts_key(other):
+        if a and b and data_key(better) == data_key(other):
             interval = newcombe(_with_interval(a), _with_interval(b))
-            found.append(Difference(better, other, a["accuracy"] - b["accuracy"], interval))
-    return found
+            result.append(Difference(better, other, a["accuracy"] - b["accuracy"], interval))
+    return result
 
 
 def _with_interval(test: Metrics) -> tuple[float, float, float]:
@@ -176,10 +176,10 @@ def _with_interval(test: Metrics) -> tuple[float, float, float]:
 
 
 def newcombe(a: tuple[float, float, float], b: tuple[float, float, float]) -> Interval:
-    """95 % interval of the difference of two independent shares (Newcombe 1998, method 10).
+    """95 % interval of the difference of two independent proportions (Newcombe 1998, method 10).
 
     Args:
-        a, b: share, and the lower and upper end of its Wilson interval.
+        a, b: proportion, and the lower and upper bound of its Wilson interval.
     """
     difference = a[0] - b[0]
     below = math.hypot(a[0] - a[1], b[2] - b[0])
@@ -206,24 +206,24 @@ def significance(pairs: Sequence[Difference]) -> str:
 
 
 def error_charts(entries: Sequence[Entry]) -> list[Chart]:
-    """Training error and test or validation error over epochs, where a run recorded either."""
-    drawn, measured = [], set()
+    """Training error with test or validation error over epochs, if any run recorded one."""
+    curves, measured = [], set()
     for entry in entries:
         rows = entry.facts.rows
         if not rows:
             continue
         label = f"{entry.rank}  {entry.label}"
         other = None
-        for key, images in (("test_accuracy", "test"), ("holdout_accuracy", "held-out")):
-            if other is None and (found := [row for row in rows if key in row]):
-                other = _error(label, found, key)
+        for key, images in (("test_accuracy", "test"), ("holdout_accuracy", "validation")):
+            if other is None and (measured_rows := [row for row in rows if key in row]):
+                other = _error(label, measured_rows, key)
                 measured.add(images)
-        drawn.append((_error(label, rows, "train_accuracy"), other))
+        curves.append((_error(label, rows, "train_accuracy"), other))
     if not measured:
         return []
     name = f"Training error (dashed) and {' or '.join(sorted(measured))} error (solid)"
-    alt = f"{name} against epochs of {words.plural(len(drawn), 'run')}."
-    return [plots.errors("error", name, alt, drawn)]
+    alt = f"{name} over epochs for {words.plural(len(curves), 'run')}."
+    return [plots.errors("error", name, alt, curves)]
 
 
 def _error(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
@@ -232,14 +232,14 @@ def _error(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
 
 def charts(entries: Sequence[Entry]) -> list[Chart]:
     """Curves of all runs; the numbers in the legend are the ranks in the table."""
-    wanted = (
+    plotted = (
         ("train_loss", "Training loss", "cross-entropy, nats", False),
         ("train_accuracy", "Training accuracy", "accuracy, %", True),
         ("holdout_accuracy", "Validation accuracy", "accuracy, %", True),
         ("lr", "Learning rate", "learning rate", False),
     )
     drawn = []
-    for key, name, label, percent in wanted:
+    for key, name, label, percent in plotted:
         lines = []
         for entry in entries:
             rows: list[Mapping[str, Any]] = [row for row in entry.facts.rows if key in row]
@@ -247,7 +247,7 @@ def charts(entries: Sequence[Entry]) -> list[Chart]:
                 epochs, values = [row["epoch"] for row in rows], [row[key] for row in rows]
                 lines.append(Line(f"{entry.rank}  {entry.label}", epochs, values))
         if lines:
-            alt = f"{name} against epochs of {words.plural(len(lines), 'run')}."
+            alt = f"{name} over epochs for {words.plural(len(lines), 'run')}."
             identifier = key.replace("_", "-")
             drawn.append(plots.curves(identifier, name, alt, lines, label, percent=percent))
     return drawn

@@ -1,4 +1,4 @@
-"""One run's page: what the templates are given."""
+"""Content of the report of one run, for the templates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from resnet56.report import pictures, plots, recipe_words, story, words
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
 
-MOST_SAMPLES, MOST_VERSIONS, MOST_MISTAKES = 10, 8, 48  # images shown, to limit the file size
+MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 48  # images shown, to limit the file size
 # The parts of the conclusion, in order. Without a test, most of them are empty.
 PARTS = (
     *("state", "result", "gap", "trend", "classes", "confusions", "confidence"),
     *("robustness", "hardware"),
 )
-MOST_CELLS = 150  # classes up to which the confusion matrix is a table
+MAX_CELLS = 150  # classes up to which the confusion matrix is a table
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that was classified wrongly."""
+    """A misclassified test image."""
 
     picture: Picture
     index: int
@@ -46,7 +46,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the confusion matrix: its count and the step of its colour."""
+    """A cell of the confusion matrix: its count and its shade."""
 
     count: int
     shade: str  # "z" for none; "d1" to "d5" on the diagonal, "e1" to "e5" off it
@@ -64,7 +64,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "means": means(facts),
         "reliability": reliability(facts),
         "robustness": robustness(facts),
-        "confusion": confusion_table(facts) if len(facts.classes) <= MOST_CELLS else None,
+        "confusion": confusion_table(facts) if len(facts.classes) <= MAX_CELLS else None,
         "confusion_picture": confusion_picture(facts),
         "originals": originals(facts),
         "sheet": sample_sheet(facts),
@@ -96,8 +96,8 @@ def title(facts: RunFacts) -> str:
 def stories(facts: RunFacts) -> dict[str, list[str]]:
     """The page's sentences, by section."""
     test, train, recipe = facts.test, facts.train, facts.recipe
-    told: dict[str, list[str]] = {part: [] for part in PARTS}
-    told |= {
+    sentences: dict[str, list[str]] = {part: [] for part in PARTS}
+    sentences |= {
         "state": story.unfinished(facts.position.epoch, recipe.epochs, tested=test is not None),
         "trend": story.trend(facts.rows, recipe),
         "schedule": [recipe_words.schedule(recipe)],
@@ -109,7 +109,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
         interval = (test["accuracy_interval"][0], test["accuracy_interval"][1])
         augmented = recipe_words.is_augmented(recipe, mirrors=facts.mirrors)
         robust = facts.evaluation.get("robustness") if facts.evaluation else None
-        told |= {
+        sentences |= {
             "result": [
                 story.result(test),
                 *story.against_chance(interval, len(facts.classes)),
@@ -122,8 +122,8 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
             "confidence": story.confidence(test["calibration"], test["accuracy"], interval),
             "robustness": story.robustness(robust),
         }
-    told["takeaways"] = [sentence for part in PARTS for sentence in told[part]]
-    return told
+    sentences["takeaways"] = [sentence for part in PARTS for sentence in sentences[part]]
+    return sentences
 
 
 def training_charts(facts: RunFacts) -> list[Chart]:
@@ -133,7 +133,7 @@ def training_charts(facts: RunFacts) -> list[Chart]:
         return []
     last = rows[-1]
     ends = f"after epoch {last['epoch']}"
-    held = [row for row in rows if "holdout_accuracy" in row]
+    validated = [row for row in rows if "holdout_accuracy" in row]
     losses, accuracies = (
         [_line("training", rows, "train_loss")],
         [_line("training", rows, "train_accuracy")],
@@ -141,17 +141,17 @@ def training_charts(facts: RunFacts) -> list[Chart]:
     loss_alt = f"Training loss {words.loss(rows[0]['train_loss'])} in epoch {rows[0]['epoch']}, "
     loss_alt += f"{words.loss(last['train_loss'])} in epoch {last['epoch']}."
     accuracy_alt = f"Training accuracy {words.percent(last['train_accuracy'])} {ends}."
-    if held:
-        losses.append(_line("held out", held, "holdout_loss"))
-        accuracies.append(_line("held out", held, "holdout_accuracy"))
-        accuracy_alt += f" Held out: {words.percent(held[-1]['holdout_accuracy'])}."
+    if validated:
+        losses.append(_line("validation", validated, "holdout_loss"))
+        accuracies.append(_line("validation", validated, "holdout_accuracy"))
+        accuracy_alt += f" Validation: {words.percent(validated[-1]['holdout_accuracy'])}."
     if facts.test and facts.evaluation:
         epoch = [float(facts.evaluation.get("epoch", last["epoch"]))]
         losses.append(Line("test", epoch, [facts.test["loss"]]))
         accuracies.append(Line("test", epoch, [facts.test["accuracy"]]))
         accuracy_alt += f" Test: {words.percent(facts.test['accuracy'])}."
     rates = [_line("learning rate", rows, "lr")]
-    speeds = [_line("speed", rows, "images_per_second")]
+    speeds = [_line("throughput", rows, "images_per_second")]
     return [
         plots.curves("loss", "Loss", loss_alt, losses, "cross-entropy, nats"),
         plots.curves("accuracy", "Accuracy", accuracy_alt, accuracies, "accuracy, %", percent=True),
@@ -164,7 +164,7 @@ def training_charts(facts: RunFacts) -> list[Chart]:
         ),
         plots.curves(
             "speed",
-            "Speed",
+            "Throughput",
             f"{last['images_per_second']:.0f} images/s in epoch {last['epoch']}.",
             speeds,
             "training images/s",
@@ -177,7 +177,7 @@ def _line(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
 
 
 def means(facts: RunFacts) -> list[tuple[str, str]]:
-    """The rows below the classes: their keys in the metrics, and what they are called."""
+    """The rows below the classes: keys of the metrics and their labels."""
     if not facts.test:
         return []
     rows = facts.test["per_class"].values()
@@ -200,16 +200,16 @@ def reliability(facts: RunFacts) -> Chart | None:
 
 def robustness(facts: RunFacts) -> Chart | None:
     """Accuracy under each corruption, where it was measured."""
-    figures = facts.evaluation.get("robustness") if facts.evaluation else None
-    corruptions = {k: v for k, v in figures["corruptions"].items() if v} if figures else {}
-    if figures is None or not corruptions:
+    metrics = facts.evaluation.get("robustness") if facts.evaluation else None
+    corruptions = {k: v for k, v in metrics["corruptions"].items() if v} if metrics else {}
+    if metrics is None or not corruptions:
         return None
-    alt = f"Mean accuracy over all corruptions {words.percent(figures['mean_accuracy'])}."
+    alt = f"Mean accuracy over all corruptions {words.percent(metrics['mean_accuracy'])}."
     return plots.robustness("robustness", corruptions, alt)
 
 
 def shade(share: float, *, diagonal: bool) -> str:
-    """The colour step of a cell, by its share of the true class."""
+    """Return the shade of a cell from its share of the true class."""
     steps = (0.5, 0.75, 0.9, 0.95) if diagonal else (0.005, 0.01, 0.02, 0.05)
     return ("d" if diagonal else "e") + str(1 + sum(share >= step for step in steps))
 
@@ -245,39 +245,42 @@ def originals(facts: RunFacts) -> list[tuple[Picture, list[Picture]]]:
     if facts.samples is None:
         return []
     shown = []
-    kept = facts.samples
-    for i, image in enumerate(kept.originals[:MOST_SAMPLES]):
-        label = facts.classes[int(kept.original_labels[i])]
+    samples = facts.samples
+    for i, image in enumerate(samples.originals[:MAX_SAMPLES]):
+        label = facts.classes[int(samples.original_labels[i])]
         versions = [
             Picture(f"sample-{i + 1}-{j + 1}", pictures.png(version), f"{label}, augmented")
-            for j, version in enumerate(kept.augmented[i, :MOST_VERSIONS])
+            for j, version in enumerate(samples.augmented[i, :MAX_VERSIONS])
         ]
         shown.append((Picture(f"sample-{i + 1}", pictures.png(image), label), versions))
     return shown
 
 
 def sample_sheet(facts: RunFacts) -> Picture | None:
-    """All sample images in one picture: a row each, the augmented versions to the right."""
+    """All sample images in one image: one per row, with augmented versions to the right."""
     if facts.samples is None or not len(facts.samples.originals):
         return None
-    versions = facts.samples.augmented[:MOST_SAMPLES, :MOST_VERSIONS]
-    firsts = facts.samples.originals[:MOST_SAMPLES, None]
+    versions = facts.samples.augmented[:MAX_SAMPLES, :MAX_VERSIONS]
+    firsts = facts.samples.originals[:MAX_SAMPLES, None]
     rows = np.concatenate((firsts, versions), axis=1)
-    return Picture("samples", pictures.sheet(rows), "Training images")
+    return Picture("samples", pictures.grid(rows), "Training images")
 
 
 def mistakes(facts: RunFacts) -> list[Mistake]:
     """The most confident wrong predictions."""
     if facts.samples is None:
         return []
-    kept, names = facts.samples, facts.classes
+    samples, names = facts.samples, facts.classes
     shown = []
-    for i, image in enumerate(kept.mistakes[:MOST_MISTAKES]):
-        index = int(kept.mistake_index[i])
-        true, predicted = names[int(kept.mistake_true[i])], names[int(kept.mistake_predicted[i])]
+    for i, image in enumerate(samples.mistakes[:MAX_MISTAKES]):
+        index = int(samples.mistake_index[i])
+        true, predicted = (
+            names[int(samples.mistake_true[i])],
+            names[int(samples.mistake_predicted[i])],
+        )
         label = f"Test image {index}, {true} classified as {predicted}"
         picture = Picture(f"mistake-{i + 1:02}", pictures.png(image), label)
-        shown.append(Mistake(picture, index, true, predicted, float(kept.mistake_confidence[i])))
+        shown.append(Mistake(picture, index, true, predicted, float(samples.mistake_confidence[i])))
     return shown
 
 
@@ -310,7 +313,7 @@ def system_table(environment: Mapping[str, Any]) -> dict[str, str]:
         ("memory_gb", "memory", gigabytes),
         ("system", "system", str),
         ("device", "device", str),
-        ("precision", "arithmetic", str),
+        ("precision", "precision", str),
         ("processes", "processes", str),
         ("python", "Python", str),
     )

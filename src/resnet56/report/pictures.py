@@ -1,4 +1,4 @@
-"""Images of the data set as PNG files."""
+"""Encoding of data set images as PNG files."""
 
 import io
 from typing import Any
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def png(image: npt.NDArray[Any], zoom: int = 1) -> bytes:
-    """(3, H, W) uint8 -> a PNG file, each pixel `zoom` wide and high."""
+    """Encode an image, (3, H, W) uint8, as PNG; each pixel becomes a square of side `zoom`."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0), dtype=np.uint8)
     pixels = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
     buffer = io.BytesIO()
@@ -17,11 +17,12 @@ def png(image: npt.NDArray[Any], zoom: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-def sheet(rows: npt.NDArray[Any], zoom: int = 3, space: int = 2) -> bytes:
-    """(K, V, 3, H, W) uint8 -> one PNG with K rows of V images on white."""
-    k, v, _, height, width = rows.shape
-    page = np.full((3, k * (height + space) - space, v * (width + space) - space), 255, np.uint8)
-    for i, j in np.ndindex(k, v):
-        top, left = i * (height + space), j * (width + space)
-        page[:, top : top + height, left : left + width] = rows[i, j]
-    return png(page, zoom)
+def grid(images: npt.NDArray[Any], zoom: int = 3, space: int = 2) -> bytes:
+    """Encode images, (rows, columns, 3, H, W) uint8, as one PNG on a white background."""
+    rows, columns, _, height, width = images.shape
+    size = rows * (height + space) - space, columns * (width + space) - space
+    canvas = np.full((3, *size), 255, np.uint8)
+    for row, column in np.ndindex(rows, columns):
+        top, left = row * (height + space), column * (width + space)
+        canvas[:, top : top + height, left : left + width] = images[row, column]
+    return png(canvas, zoom)

@@ -1,7 +1,7 @@
-"""Charts with matplotlib: as SVG whose colours are the page's CSS variables, or as PNG.
+"""Matplotlib charts, as PNG or as SVG with the CSS variables of the page as colors.
 
-Matplotlib is imported only when a chart is drawn. Text is never parsed as mathematics, since
-names of classes and runs may hold any character.
+Matplotlib is imported only when a chart is drawn. Text is never parsed as math, because the names
+of classes and runs can contain any character.
 """
 
 import base64
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 4.0, 2.7  # inches; at 72 points each, a chart is legible 300 pixels wide
+WIDTH, HEIGHT = 4.0, 2.7  # inches; at 72 points per inch, legible at a width of 300 pixels
 PNG_DPI = 200
-FEW = 3  # curves whose legend fits among them
+FEW = 3  # maximum number of curves with a legend inside the axes
 
 
 @dataclass(frozen=True)
 class Ink:
-    """The colours a chart is drawn with."""
+    """The colors of a chart."""
 
     text: str
     grid: str
@@ -36,15 +36,15 @@ class Ink:
     faint: str
 
 
-# Stand-ins that no other part of a chart uses; `svg` puts CSS variables in their place.
+# Unique placeholder colors, which `svg` replaces by CSS variables.
 CSS = Ink("#010101", "#020202", tuple(f"#0300{i:02x}" for i in range(8)), "#040404")
 VARIABLES = {
     CSS.text: "var(--ink-2)",
     CSS.grid: "var(--line)",
     CSS.faint: "var(--faint)",
-    **{colour: f"var(--s{i})" for i, colour in enumerate(CSS.series)},
+    **{color: f"var(--s{i})" for i, color in enumerate(CSS.series)},
 }
-# The light theme's colours (page.css), for pictures that stand alone on white.
+# Colors of the light theme in page.css, for PNG files on a white background.
 PAPER = Ink(
     "#4a505a",
     "#dcdee2",
@@ -58,45 +58,45 @@ Draw = Callable[["Figure", Ink], None]
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart before it is drawn: what it is called, says and shows."""
+    """A chart that is not drawn yet."""
 
-    name: str  # an identifier, unique on its page, and the PNG's file name
+    name: str  # identifier, unique on its page, and stem of the PNG file
     title: str
-    alt: str  # what it shows, for those who do not see it
+    alt: str  # alternative text
     draw: Draw
     size: tuple[float, float] = (WIDTH, HEIGHT)
 
     def svg(self) -> str:
-        """Inline SVG for an HTML page: no declaration, no namespaces, ids of its own."""
+        """Draw inline SVG for an HTML page, without declaration and namespaces, with unique ids."""
         buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with _style(CSS):
-            self._figure(CSS).savefig(buffer, format="svg", transparent=True, metadata=nothing)
+            self._figure(CSS).savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.S)
-        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # texts repeated as comments
+        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # comments that repeat the text
         text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", text, count=1)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = text.replace("url(#", f"url(#{self.name}-")
         text = text.replace('xlink:href="#', f'href="#{self.name}-')
-        for stand_in, variable in VARIABLES.items():
-            text = text.replace(stand_in, variable)
+        for placeholder, variable in VARIABLES.items():
+            text = text.replace(placeholder, variable)
         return text
 
     def png(self) -> bytes:
-        """A picture on white."""
+        """Draw a PNG image on a white background."""
         return self._file("png", {"Software": None})
 
     def svg_file(self) -> bytes:
-        """An SVG file that stands alone, on white."""
+        """Draw a self-contained SVG file on a white background."""
         return self._file("svg", dict.fromkeys(("Date", "Creator", "Format", "Type")))
 
-    def _file(self, kind: str, metadata: Mapping[str, None]) -> bytes:
+    def _file(self, format: str, metadata: Mapping[str, None]) -> bytes:
         buffer = io.BytesIO()
         with _style(PAPER):
             figure = self._figure(PAPER)
-            figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=dict(metadata))
+            figure.savefig(buffer, format=format, dpi=PNG_DPI, metadata=dict(metadata))
         return buffer.getvalue()
 
     def _figure(self, ink: Ink) -> "Figure":
@@ -109,10 +109,10 @@ class Chart:
 
 @contextmanager
 def _style(ink: Ink) -> Iterator[None]:
-    """The charts' look, whatever the user's matplotlibrc says."""
+    """Apply the style of the charts, independent of the user's matplotlibrc."""
     matplotlib = import_matplotlib()
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box, in a PNG
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
@@ -146,22 +146,22 @@ def _style(ink: Ink) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; a single point is drawn as a dot."""
+    """A curve; a single point is drawn as a dot."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
 
 
-def dash(index: int, lines: int) -> str:
-    """Few curves differ in their dashes too; of many, those that share a colour do."""
+def line_style(index: int, lines: int) -> str:
+    """Return a style that differs for each of a few curves, or for curves of the same color."""
     return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
 
 
 def curves(
     name: str, title: str, alt: str, lines: Sequence[Line], label: str, *, percent: bool = False
 ) -> Chart:
-    """Curves against epochs. Shares are drawn in percent if `percent`."""
+    """Plot curves over epochs; `percent` converts fractions to percent."""
 
     def draw(figure: "Figure", ink: Ink) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -173,14 +173,14 @@ def curves(
                 line.x,
                 [100 * y for y in line.y] if percent else line.y,
                 color=ink.series[i % len(ink.series)],
-                linestyle=dash(i, len(lines)) if len(line.x) > 1 else "",
+                linestyle=line_style(i, len(lines)) if len(line.x) > 1 else "",
                 marker="o" if len(line.x) == 1 else "",
                 markersize=4,
             )
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-        # Down to zero, where that does not squeeze the curve: lengths can then be compared.
+        # Start losses, rates and speeds at zero, so that heights are comparable.
         if not percent and all(y >= 0 for line in lines for y in line.y):
             axes.set_ylim(bottom=0)
         axes.margins(x=0.02)
@@ -207,7 +207,7 @@ class Panel:
 
 
 def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
-    """Quantities against the number of the layer, two panels side by side; one common legend."""
+    """Plot quantities over the index of the layer, in rows of two panels with a common legend."""
     rows = (len(panels) + 1) // 2
     labels = [line.label for line in panels[0].lines]
 
@@ -217,21 +217,21 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
         grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
         handles: list[Any] = []
         for axes, panel in zip(grid.flat, panels, strict=False):
-            # A logarithmic axis has no place for zero, as of a gradient that underflows.
+            # A logarithmic axis cannot show zero, such as a gradient that underflows.
             log = panel.log and any(y > 0 for line in panel.lines for y in line.y)
             handles = [
                 axes.plot(
                     line.x,
                     line.y,
                     color=ink.series[i % len(ink.series)],
-                    linestyle=dash(i, len(panel.lines)),
+                    linestyle=line_style(i, len(panel.lines)),
                     linewidth=1.2,
                 )[0]
                 for i, line in enumerate(panel.lines)
             ]
             if log:
                 axes.set_yscale("log")
-                # The default formatters write powers as mathematics.
+                # The default formatters write powers as math.
                 axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 axes.yaxis.set_minor_formatter(NullFormatter())
             else:
@@ -248,17 +248,17 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
 
 
 def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | None]]) -> Chart:
-    """Error against epochs in the manner of He et al. 2015, figure 6.
+    """Plot errors over epochs, in the style of He et al. 2015, figure 6.
 
     Args:
-        name: an identifier, unique on its page.
-        title: the chart's title.
-        alt: what it shows.
-        runs: of each run its training error (drawn dashed) and its test or validation error
-            (solid), as shares.
+        name: identifier, unique on its page.
+        title: title of the chart.
+        alt: alternative text.
+        runs: for each run, the training error (drawn dashed) and the test or validation error
+            (drawn solid), in [0, 1].
     """
     last = [line.y[-1] for pair in runs for line in pair if line is not None]
-    # The first epochs would squeeze what the curves are compared by, so they run out of the top.
+    # Clip the first epochs, so that the differences between the final errors remain visible.
     top = max(20.0, 150 * max(last))
 
     def draw(figure: "Figure", ink: Ink) -> None:
@@ -293,15 +293,15 @@ def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | No
 
 
 def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart:
-    """Accuracy against confidence, and below it how many images each bin has."""
-    filled = [one for one in bins if one["count"]]
+    """Plot accuracy over confidence, and the number of images per bin below."""
+    filled = [item for item in bins if item["count"]]
 
     def draw(figure: "Figure", ink: Ink) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.plot((0, 100), (0, 100), color=ink.text, linewidth=0.9, linestyle="--")
         upper.plot(
-            [100 * one["confidence"] for one in filled],
-            [100 * one["accuracy"] for one in filled],
+            [100 * item["confidence"] for item in filled],
+            [100 * item["accuracy"] for item in filled],
             color=ink.series[0],
             marker="o",
             markersize=4,
@@ -309,9 +309,9 @@ def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart
         upper.set_ylabel("accuracy, %")
         upper.set_ylim(0, 103)
         lower.bar(
-            [100 * one["from"] for one in filled],
-            [one["count"] for one in filled],
-            width=[100 * (one["to"] - one["from"]) * 0.92 for one in filled],
+            [100 * item["from"] for item in filled],
+            [item["count"] for item in filled],
+            width=[100 * (item["to"] - item["from"]) * 0.92 for item in filled],
             align="edge",
             color=ink.series[0],
         )
@@ -324,20 +324,20 @@ def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart
 
 
 def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) -> Chart:
-    """Mean accuracy of each corruption as a bar, and each severity as a dot."""
+    """Plot the mean accuracy of each corruption as a bar and each severity as a dot."""
     order = sorted(corruptions, key=lambda key: sum(corruptions[key]) / len(corruptions[key]))
 
     def draw(figure: "Figure", ink: Ink) -> None:
         axes = figure.subplots()
-        places = range(len(order))
+        positions = range(len(order))
         means = [100 * sum(corruptions[key]) / len(corruptions[key]) for key in order]
-        axes.barh(places, means, height=0.62, color=ink.faint)
-        for place, key in zip(places, order, strict=True):
+        axes.barh(positions, means, height=0.62, color=ink.faint)
+        for position, key in zip(positions, order, strict=True):
             values = [100 * value for value in corruptions[key]]
             axes.plot(
-                values, [place] * len(values), "o", color=ink.series[0], markersize=3, zorder=3
+                values, [position] * len(values), "o", color=ink.series[0], markersize=3, zorder=3
             )
-        axes.set_yticks(list(places), [key.replace("_", " ") for key in order])
+        axes.set_yticks(list(positions), [key.replace("_", " ") for key in order])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 100)
@@ -347,14 +347,14 @@ def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) 
 
 
 def confusion(name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Chart:
-    """The confusion matrix as a picture; with many classes their numbers stand for the names."""
+    """Plot the confusion matrix; more than 20 classes are labeled by index instead of name."""
     counts = np.asarray(matrix, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = len(classes) <= 20
 
     def draw(figure: "Figure", ink: Ink) -> None:
         axes: Axes = figure.subplots()
-        # The square root, so that a few per cent of mistakes do not look like none.
+        # The square root makes a few percent of errors visible.
         axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
         axes.grid(visible=False)
         axes.set_xlabel("predicted")
@@ -377,5 +377,5 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]
 
 
 def data_uri(png: bytes) -> str:
-    """A picture as a URL that holds it."""
+    """Return a data URI with the image."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

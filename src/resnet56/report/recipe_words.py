@@ -1,4 +1,4 @@
-"""A recipe in words: what a table of its fields does not show at a glance."""
+"""Descriptions of a recipe in sentences."""
 
 from itertools import groupby
 
@@ -9,7 +9,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def schedule(recipe: Recipe) -> str:
-    """How the learning rate goes, in a sentence."""
+    """Describe the learning-rate schedule."""
     start = (
         f"The learning rate rises linearly to {recipe.lr:g} over the first "
         f"{_epochs(recipe.warmup_epochs)}, then "
@@ -28,36 +28,40 @@ def schedule(recipe: Recipe) -> str:
 
 
 def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
-    """What happens to a training image before the network sees it, in a sentence."""
+    """Describe the augmentation of training images."""
     steps = []
     if recipe.trivial_augment:
-        steps.append("changed in place or colour, in one of fourteen ways (TrivialAugment)")
+        steps.append(
+            "transformed by one of fourteen operations on geometry or color (TrivialAugment)"
+        )
     if recipe.padding:
         steps.append(
             f"padded with {plural(recipe.padding, 'black pixel')} on each side and cropped to "
-            f"32 {TIMES} 32 at a random place"
+            f"32 {TIMES} 32 at a random position"
         )
     if mirrors:
-        when = "in every other epoch" if recipe.alternate_flip else "half of the time"
-        steps.append(f"mirrored left to right {when}")
+        when = "in every other epoch" if recipe.alternate_flip else "with probability 0.5"
+        steps.append(f"flipped horizontally {when}")
     if recipe.cutout:
         steps.append(
-            f"covered by a {recipe.cutout} {TIMES} {recipe.cutout} square of the mean colour at a "
-            "random place (Cutout)"
+            f"covered by a {recipe.cutout} {TIMES} {recipe.cutout} square of the mean color at a "
+            "random position (Cutout)"
         )
     if steps:
-        sentence = f"In training, every image is {listed(steps)}, anew in each epoch."
+        sentence = f"In each epoch, every training image is {listed(steps)}."
     else:
         sentence = "Training images are not augmented."
     sentence = " ".join([sentence, *_mixing(recipe)])
     runs = [(size, len(list(epochs))) for size, epochs in groupby(recipe.sizes) if size != 32]
     if not runs:
         return sentence
-    shrunk = [f"to {size} {TIMES} {size} for {plural(epochs, 'epoch')}" for size, epochs in runs]
-    return f"{sentence} In the beginning it is shrunk: {listed(shrunk)}."
+    downscaled = [
+        f"to {size} {TIMES} {size} for {plural(epochs, 'epoch')}" for size, epochs in runs
+    ]
+    return f"{sentence} At first, images are downscaled {listed(downscaled)}."
 
 
-MIXED = {
+MIX_EFFECTS = {
     "cutmix": "a random rectangle of each image is replaced by that of another image (CutMix)",
     "mixup": "each image is blended with another image (mixup)",
     "ricap": "each image is composed of random crops of four images (RICAP), instead of a padded "
@@ -66,48 +70,48 @@ MIXED = {
 
 
 def _mixing(recipe: Recipe) -> list[str]:
-    """How images are mixed, and when they no longer are, in sentences."""
+    """Describe how images are mixed and when mixing ends."""
     sentences = []
     if recipe.mix != "none":
         share = f"{100 * recipe.mix_probability:g} % of" if recipe.mix_probability < 1 else "all"
         without = ", without Cutout" if recipe.cutout else ""
         sentences.append(
-            f"In {share} batches, {MIXED[recipe.mix]}{without}; the shares follow a beta "
-            f"distribution with \N{GREEK SMALL LETTER ALPHA} = {recipe.mix_alpha:g}, and the "
-            "targets are probabilities in the same shares. Training accuracy then counts the "
-            "share of the predicted class."
+            f"In {share} batches, {MIX_EFFECTS[recipe.mix]}{without}. The proportions follow a "
+            f"beta distribution with \N{GREEK SMALL LETTER ALPHA} = {recipe.mix_alpha:g}, and the "
+            "targets are mixed in the same proportions. Training accuracy is then the mean target "
+            "probability of the predicted class."
         )
     if recipe.plain_tail and (recipe.mix != "none" or recipe.cutout or recipe.trivial_augment):
         sentences.append(
-            f"In the last {_epochs(recipe.plain_tail)} there are only crops and flips."
+            f"In the last {_epochs(recipe.plain_tail)}, augmentation is limited to crops and flips."
         )
     return sentences
 
 
 def is_augmented(recipe: Recipe, *, mirrors: bool) -> bool:
-    """Whether training images are changed at random at all."""
+    """Whether training images are augmented at all."""
     return bool(
         recipe.padding or mirrors or recipe.cutout or recipe.trivial_augment or recipe.mix != "none"
     )
 
 
 def optimizer(recipe: Recipe) -> str:
-    """Optimizer, momentum, decay and what else acts on the weights, in sentences."""
+    """Describe the optimizer, weight decay, label smoothing and EMA."""
     momentum = f"momentum {recipe.momentum:g}" if recipe.momentum else "no momentum"
     if recipe.nesterov:
         momentum = f"Nesterov {momentum}"
     sentences = [
-        f"Stochastic gradient descent with {momentum} in batches of "
-        f"{plural(recipe.batch_size, 'image')}, for {plural(recipe.epochs, 'epoch')}."
+        f"Stochastic gradient descent with {momentum} and a batch size of {recipe.batch_size:,}, "
+        f"for {plural(recipe.epochs, 'epoch')}."
     ]
     if recipe.weight_decay:
-        spared = "" if recipe.decay_norm else ", batch norm and biases excepted"
-        sentences.append(f"Weights decay with {recipe.weight_decay:g}{spared}.")
+        exempt = "" if recipe.decay_norm else ", not applied to batch norm and biases"
+        sentences.append(f"Weight decay is {recipe.weight_decay:g}{exempt}.")
     if recipe.label_smoothing:
-        sentences.append(f"Targets are smoothed by {recipe.label_smoothing:g}.")
+        sentences.append(f"Label smoothing is {recipe.label_smoothing:g}.")
     if recipe.ema_decay:
         sentences.append(
-            f"The weights that count are a moving average over the steps (decay "
+            f"The final weights are an exponential moving average over the steps (decay "
             f"{recipe.ema_decay:g})."
         )
     return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""Templates to files: HTML in one piece, Markdown with its pictures beside it."""
+"""Rendering of templates to HTML, or to Markdown with separate image files."""
 
 import re
 from collections.abc import Callable
@@ -14,21 +14,20 @@ from resnet56.report import words
 from resnet56.report.plots import Chart
 
 HERE = Path(__file__).parent
-MARKDOWN_MEANS = re.compile(r"([\\`*_\[\]|$~])")  # wherever it stands; the rest only in places
-
+MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]|$~])")  # special anywhere in a line
 UNBREAKABLE = re.compile(r"(\d[\d.,]* %|\d+(?: \N{MULTIPLICATION SIGN} \d+)+)")
 
 
 def escape_markdown(text: str) -> str:
-    """Plain text as Markdown that shows it: no markup, no HTML, no mathematics, one line."""
+    """Escape plain text to one line of Markdown without markup, HTML and math."""
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = MARKDOWN_MEANS.sub(r"\\\1", text)
+    text = MARKDOWN_SPECIAL.sub(r"\\\1", text)
     return re.sub(r"^([#+=-])", r"\\\1", text)
 
 
 def unbroken(text: str) -> Markup:
-    """Plain text as HTML in which no line ends inside "93.03 %" or the size of an image."""
+    """Convert plain text to HTML without line breaks inside "93.03 %" and image sizes."""
     parts = re.split(UNBREAKABLE, text)
     marked = (
         Markup('<span class="nb">{}</span>').format(part) if i % 2 else escape(part)
@@ -38,7 +37,7 @@ def unbroken(text: str) -> Markup:
 
 
 def write_html(out: Path, template: str, content: dict[str, Any]) -> None:
-    """Write the page; RunError if it cannot be written."""
+    """Render a template as HTML and write it; RunError if that fails."""
     environment = _environment(autoescape=True)
     environment.filters["unbroken"] = unbroken
     environment.filters["svg"] = lambda chart: Markup(chart.svg())
@@ -48,7 +47,7 @@ def write_html(out: Path, template: str, content: dict[str, Any]) -> None:
 
 
 def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
-    """Write the pictures, then the text that shows them; RunError if it cannot be written."""
+    """Write the images, then the Markdown that shows them; RunError if that fails."""
     folder = out.with_name(f"{out.stem}-files")
     files: dict[str, bytes] = {}
 
@@ -59,7 +58,7 @@ def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
     environment = _environment(autoescape=False)
     environment.finalize = _finalize
     environment.filters["chart"] = lambda chart: _chart(chart, picture)
-    environment.filters["picture"] = lambda one: picture(one.name, one.png)
+    environment.filters["picture"] = lambda image: picture(image.name, image.png)
     text = environment.get_template(f"{template}.md.j2").render(content)
     for name, png in files.items():
         write_bytes(folder / name, png)
@@ -72,7 +71,7 @@ def _chart(chart: Chart, picture: Callable[[str, bytes], Markup]) -> Markup:
 
 
 def _finalize(value: Any) -> Any:
-    """Escape every text a template shows, but for what is Markdown already."""
+    """Escape every text in a template, except for Markdown."""
     if isinstance(value, Markup):
         return str(value)
     return escape_markdown(value) if isinstance(value, str) else value

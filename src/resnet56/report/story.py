@@ -1,7 +1,6 @@
-"""What a run's numbers mean, as sentences: pure functions from numbers to plain text.
+"""Interpretation of the metrics of a run, as pure functions from numbers to sentences.
 
-Every sentence states only what its numbers support. Where they decide nothing, it says so. The
-thresholds are named constants, so that they are easy to find and change.
+A sentence states only what its numbers support, and says so if they are inconclusive.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ from resnet56.recipe import Recipe
 from resnet56.report.words import count, listed, loss, percent, plural, points, quoted
 from resnet56.runs.schema import ClassMetrics
 
-LARGE_GAP = 0.02  # a gap outside the interval counts as large from here on
-MEMORIZED = 0.99  # training accuracy from which almost nothing is left to learn
+LARGE_GAP = 0.02  # a gap outside the interval is large from this value on
+MEMORIZED = 0.99  # training accuracy above which the training images count as memorized
 STILL_FALLING = 0.05  # relative drop of the loss over the last epochs that counts as a trend
 TAIL = 10  # the trend compares the last tenth of the epochs with the tenth before it
 
@@ -44,7 +43,7 @@ def against_chance(accuracy_interval: Interval, classes: int) -> list[str]:
 
 
 def gap(train: float, test: float, test_interval: Interval, *, augmented: bool) -> list[str]:
-    """Training accuracy (without augmentation) against test accuracy: overfitting or not."""
+    """Compare training accuracy (without augmentation) with test accuracy."""
     difference = train - test
     low, high = test_interval
     numbers = f"training accuracy is {percent(train)} and test accuracy {percent(test)}"
@@ -64,7 +63,7 @@ def gap(train: float, test: float, test_interval: Interval, *, augmented: bool) 
     if train >= MEMORIZED:
         return [
             f"Overfitting: {numbers}. The network has almost memorized its training images, and "
-            f"{points(difference)} of its accuracy do not generalize to new images. {helped}."
+            f"{points(difference)} of this accuracy do not generalize to new images. {helped}."
         ]
     return [
         f"Some overfitting: {numbers}, a gap of {points(difference)}. {helped}. With a training "
@@ -107,11 +106,11 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
 
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The epoch with the highest validation accuracy, if there are validation images."""
-    held = [row for row in rows if "holdout_accuracy" in row]
-    if not held:
+    validated = [row for row in rows if "holdout_accuracy" in row]
+    if not validated:
         return []
-    best = max(held, key=lambda row: float(row["holdout_accuracy"]))
-    last = held[-1]
+    best = max(validated, key=lambda row: float(row["holdout_accuracy"]))
+    last = validated[-1]
     if best["holdout_accuracy"] <= last["holdout_accuracy"]:
         return [
             "Validation accuracy was highest at the end: "
@@ -170,13 +169,13 @@ def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def mean_confidence(bins: Sequence[Mapping[str, Any]]) -> float:
     """The mean confidence of all predictions, from the calibration bins."""
-    filled = [one for one in bins if one["count"]]
-    total = sum(one["count"] for one in filled)
-    return float(sum(one["count"] * one["confidence"] for one in filled) / total)
+    filled = [item for item in bins if item["count"]]
+    total = sum(item["count"] for item in filled)
+    return float(sum(item["count"] * item["confidence"] for item in filled) / total)
 
 
 def confidence(calibration: Mapping[str, Any], accuracy: float, interval: Interval) -> list[str]:
-    """Overconfident, underconfident, or neither within the interval."""
+    """Whether the network is overconfident, underconfident, or neither within the interval."""
     mean = mean_confidence(calibration["bins"])
     low, high = interval
     numbers = f"mean confidence is {percent(mean)} and accuracy {percent(accuracy)}"
@@ -192,16 +191,16 @@ def confidence(calibration: Mapping[str, Any], accuracy: float, interval: Interv
     ]
 
 
-def robustness(figures: Mapping[str, Any] | None) -> list[str]:
+def robustness(metrics: Mapping[str, Any] | None) -> list[str]:
     """Accuracy on corrupted images, and which corruption lowers it most."""
-    if not figures or not figures.get("corruptions"):
+    if not metrics or not metrics.get("corruptions"):
         return []
-    means = {name: sum(v) / len(v) for name, v in figures["corruptions"].items() if v}
+    means = {name: sum(v) / len(v) for name, v in metrics["corruptions"].items() if v}
     worst = min(means, key=lambda name: means[name])
     mildest = max(means, key=lambda name: means[name])
     sentence = (
-        f"On corrupted images, accuracy is {percent(figures['mean_accuracy'])} on average, "
-        f"{points(figures['clean_accuracy'] - figures['mean_accuracy'])} lower than on the clean "
+        f"On corrupted images, accuracy is {percent(metrics['mean_accuracy'])} on average, "
+        f"{points(metrics['clean_accuracy'] - metrics['mean_accuracy'])} lower than on the clean "
         "images"
     )
     if len(means) < 2:
@@ -218,8 +217,8 @@ def spaced(name: str) -> str:
 
 
 def hardware(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The verdicts of the measured comparisons of devices and precisions, if any."""
-    return [str(one["verdict"]) for one in comparisons]
+    """The results of comparing devices and precisions, if measured."""
+    return [str(comparison["verdict"]) for comparison in comparisons]
 
 
 def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:

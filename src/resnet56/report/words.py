@@ -1,4 +1,4 @@
-"""Formatting of numbers. Shares are in [0, 1], times in seconds."""
+"""Formatting of numbers. Fractions are in [0, 1], times in seconds."""
 
 from collections.abc import Sequence
 
@@ -36,12 +36,12 @@ def loss(nats: float) -> str:
 
 
 def score(value: float | None) -> str:
-    """0.87234 -> '0.8723'; a dash where there is none."""
+    """0.87234 -> '0.8723'; None -> a dash."""
     return "\N{EN DASH}" if value is None else f"{value:.4f}"
 
 
 def points(share: float, *, sign: bool = False) -> str:
-    """A difference of two shares: 0.0657 -> '6.57 points'; with `sign`, '+6.57 points'."""
+    """Format a difference of fractions: 0.0657 -> '6.57 points'; with `sign`, '+6.57 points'."""
     value = round(100 * share, 2) + 0.0  # -0.0 + 0.0 is 0.0
     number = f"{value:+.2f}" if sign and value else f"{value:.2f}"
     return number.replace("-", "\N{MINUS SIGN}") + " points"
@@ -58,5 +58,5 @@ def listed(items: Sequence[str]) -> str:
 
 
 def quoted(name: str) -> str:
-    """A class name inside a sentence."""
+    """Quote a class name inside a sentence."""
     return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
