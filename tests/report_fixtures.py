@@ -1,4 +1,4 @@
-"""Made-up run directories for the report: seeded, and right in themselves."""
+"""Synthetic run directories for the report: seeded and internally consistent."""
 
 import json
 import math
@@ -18,13 +18,13 @@ CIFAR = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
-ALIKE = {3: 5, 5: 3, 0: 8, 8: 0, 1: 9, 9: 1, 2: 4, 4: 2}  # cat and dog, airplane and ship, ...
+SIMILAR = {3: 5, 5: 3, 0: 8, 8: 0, 1: 9, 9: 1, 2: 4, 4: 2}  # cat and dog, airplane and ship, ...
 
 
 def figures(
     classes: tuple[str, ...], images: int, accuracy: float, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics of made-up logits with about that accuracy."""
+    """Metrics of synthetic logits with approximately this accuracy."""
     generator = np.random.default_rng(seed)
     count = len(classes)
     labels = np.arange(images) % count
@@ -32,8 +32,8 @@ def figures(
     wrong = generator.random(images) > accuracy
     other = (labels + generator.integers(1, max(count, 2), images)) % count
     if count == 10:
-        alike = np.array([ALIKE.get(i, (i + 1) % count) for i in range(count)])
-        other = np.where(generator.random(images) < 0.5, alike[labels], other)
+        similar = np.array([SIMILAR.get(i, (i + 1) % count) for i in range(count)])
+        other = np.where(generator.random(images) < 0.5, similar[labels], other)
     predicted[wrong] = other[wrong]
     logits = generator.normal(0, 1, (images, count))
     margin = np.where(wrong, generator.exponential(2, images), generator.exponential(7, images))
@@ -57,7 +57,7 @@ def evaluation(
 
 
 def epochs(recipe: Recipe, done: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl that look like a training."""
+    """Lines of metrics.jsonl for a plausible training run."""
     generator = np.random.default_rng(seed)
     rows = []
     for epoch in range(1, done + 1):
@@ -93,7 +93,7 @@ def make_run(
     seed: int = 0,
     fingerprint: str | None = None,
 ) -> Path:
-    """Write a run directory; with `extras`, everything that is optional too."""
+    """Write a run directory, with `extras` including all optional files."""
     run = RunDirectory(path)
     path.mkdir(parents=True)
     done = recipe.epochs if done is None else done
@@ -134,15 +134,15 @@ def make_run(
 
 
 def samples(classes: tuple[str, ...], seed: int = 0, mistakes: int = 24) -> dict[str, Any]:
-    """Pictures: a blob of a colour for each class, with a little noise."""
+    """Sample images: a colored blob per class, with a little noise."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:32, 0:32]
 
     def blob(label: int) -> Any:
-        centre = generator.integers(10, 22, 2)
-        round_ = np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / 60)
-        colour = np.array([(label * 67) % 200, (label * 131) % 200, (label * 29) % 200]) + 55
-        image = 90 + (colour[:, None, None] - 90) * round_ + generator.normal(0, 9, (3, 32, 32))
+        center = generator.integers(10, 22, 2)
+        mask = np.exp(-((x - center[0]) ** 2 + (y - center[1]) ** 2) / 60)
+        color = np.array([(label * 67) % 200, (label * 131) % 200, (label * 29) % 200]) + 55
+        image = 90 + (color[:, None, None] - 90) * mask + generator.normal(0, 9, (3, 32, 32))
         return image.clip(0, 255).astype(np.uint8)
 
     labels = np.arange(6) % len(classes)

@@ -171,9 +171,9 @@ def test_a_plain_network_is_not_described_as_residual(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain56", "resnet56")]
     plain, residual = (page_of(run) for run in runs)
     assert plain.text.count("Plain-56") >= 2
-    for sentence in ("residual", "shortcut takes", "ResNet-56"):
-        assert said not in plain.text
-        assert sentence in residual.text
+    for phrase in ("residual", "shortcut takes", "ResNet-56"):
+        assert phrase not in plain.text
+        assert phrase in residual.text
     markdown = write_report([runs[0]], format="md").read_text(encoding="utf-8")
     assert "in basic blocks without shortcuts." in markdown
 
@@ -277,7 +277,7 @@ def test_more_than_150_classes_get_a_confusion_chart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "sentence"),
+    ("file", "text", "message"),
     [
         ("evaluation.json", "{}", r"evaluation\.json is damaged: test is missing"),
         ("evaluation.json", "[", r"evaluation\.json is damaged"),
@@ -294,11 +294,11 @@ def test_more_than_150_classes_get_a_confusion_chart(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(
-    tmp_path: Path, file: str, text: str, sentence: str
+    tmp_path: Path, file: str, text: str, message: str
 ) -> None:
     run = make_run(tmp_path / "run", images=100)
     (run / file).write_text(text)
-    with pytest.raises(RunError, match=sentence) as caught:
+    with pytest.raises(RunError, match=message) as caught:
         write_report([run])
     assert "\n" not in str(caught.value)
     assert not (run / "report.html").exists()
@@ -431,7 +431,7 @@ def test_a_comparison_ranks_runs_and_groups_seeds(
     assert f"Not significant, because the interval includes zero: {ranked[0]} and" in page.text
 
 
-def test_errors_over_epochs_are_drawn_as_the_paper_draws_them(tmp_path: Path) -> None:
+def test_errors_over_epochs_are_plotted(tmp_path: Path) -> None:
     """He et al. 2015, figure 6: a dashed and a solid curve of one color per run."""
     runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain20", "resnet20")]
     page = Page(write_report(runs, tmp_path / "before.html").read_text(encoding="utf-8"))
@@ -456,11 +456,11 @@ def test_errors_over_epochs_are_drawn_as_the_paper_draws_them(tmp_path: Path) ->
         assert list(line.get_ydata()) == pytest.approx(expected)
     text = write_report(runs, tmp_path / "after.md", format="md").read_text(encoding="utf-8")
     assert "Training error (dashed) and test error (solid)" in text
-    assert "no epoch and no setting was chosen by it" in text
+    assert "it was not used to select an epoch or a setting" in text
     held = [make_run(tmp_path / name, replace(BEST, holdout=500)) for name in "ab"]
     page = Page(write_report(held, tmp_path / "held.html").read_text(encoding="utf-8"))
-    assert "Training error (dashed) and held-out error (solid)" in page.text
-    assert "was chosen by it" not in page.text
+    assert "Training error (dashed) and validation error (solid)" in page.text
+    assert "was not used to select" not in page.text
 
 
 def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
@@ -698,15 +698,13 @@ def test_number_formats() -> None:
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
-def test_images_are_said_to_be_mirrored_where_the_run_recorded_it(
-    tmp_path: Path, mirrored: bool
-) -> None:
+def test_flips_are_described_if_the_run_recorded_them(tmp_path: Path, mirrored: bool) -> None:
     run = make_run(tmp_path / "run", done=1, tested=False)
     environment = read_json(run / "environment.json")
     environment["data"]["mirrored"] = mirrored
     write_json(run / "environment.json", environment)
-    shown = page_of(run).text
-    assert ("mirrored left to right" in shown) == mirrored
+    text = page_of(run).text
+    assert ("flipped horizontally" in text) == mirrored
 
 
 # In a browser
