@@ -235,7 +235,7 @@ def test_the_card_says_how_the_network_was_trained_and_how_good_it_is(
 def test_a_missing_name_lists_what_is_there(shelf: Path) -> None:
     with pytest.raises(RunError, match=r"nor a pretrained network \(available: small\)"):
         resnet56.load("large")
-    with pytest.raises(RunError, match="there is: small"):
+    with pytest.raises(RunError, match="available: small"):
         pretrained.load("../small")
 
 

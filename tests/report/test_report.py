@@ -674,11 +674,11 @@ def test_descriptions_of_recipes() -> None:
     assert recipe_words.is_augmented(trivial, mirrors=False)
     assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)
     mixed = Recipe(mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, plain_tail=15)
-    told = recipe_words.augmentation(mixed, mirrors=False)
-    assert "In 50 % of batches, each image is composed of random crops of four images" in told
-    assert "without Cutout" in told
-    assert "= 0.3, and the targets are probabilities" in told
-    assert told.endswith("In the last 15 epochs there are only crops and flips.")
+    sentence = recipe_words.augmentation(mixed, mirrors=False)
+    assert "In 50 % of batches, each image is composed of random crops of four images" in sentence
+    assert "without Cutout" in sentence
+    assert "= 0.3, and the targets are mixed" in sentence
+    assert sentence.endswith("In the last 15 epochs, augmentation is limited to crops and flips.")
     assert recipe_words.is_augmented(Recipe(padding=0, mix="mixup"), mirrors=False)
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))
 

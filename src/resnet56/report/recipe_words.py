@@ -101,8 +101,8 @@ def optimizer(recipe: Recipe) -> str:
     if recipe.nesterov:
         momentum = f"Nesterov {momentum}"
     sentences = [
-        f"Stochastic gradient descent with {momentum} and a batch size of {recipe.batch_size:,}, "
-        f"for {plural(recipe.epochs, 'epoch')}."
+        f"The network is trained by stochastic gradient descent with {momentum} and a batch size "
+        f"of {recipe.batch_size:,}, for {plural(recipe.epochs, 'epoch')}."
     ]
     if recipe.weight_decay:
         exempt = "" if recipe.decay_norm else ", not applied to batch norm and biases"
