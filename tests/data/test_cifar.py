@@ -1,6 +1,6 @@
-"""What claims to be CIFAR against what was published, in all its forms, and damaged in all ways.
+"""Published, modified and damaged files of CIFAR in all forms.
 
-The sets here are small: the sizes and checksums that the reader knows are replaced by theirs.
+The data sets are small. Their sizes and checksums replace the published ones.
 """
 
 import gzip
@@ -28,15 +28,15 @@ FOLDERS = [layout.folder for layout in cifar.LAYOUTS]
 
 
 def records(name: str, file: int) -> np.ndarray:
-    """The records of one file of the binary form, every class as often as any other."""
+    """Return the records of one file of the binary form, with equally many images per class."""
     count = ROWS[name][file]
-    ahead = 1 if name == "cifar10" else 2
-    rng = np.random.default_rng(100 * ahead + file)
-    made = rng.integers(0, 256, (count, ahead + 3072), dtype=np.uint8)
-    fine = rng.permutation(count) % (10 if ahead == 1 else 100)
-    made[:, 0] = fine // 5
-    made[:, ahead - 1] = fine
-    return made
+    label_bytes = 1 if name == "cifar10" else 2
+    rng = np.random.default_rng(100 * label_bytes + file)
+    content = rng.integers(0, 256, (count, label_bytes + 3072), dtype=np.uint8)
+    fine = rng.permutation(count) % (10 if label_bytes == 1 else 100)
+    content[:, 0] = fine // 5
+    content[:, label_bytes - 1] = fine
+    return content
 
 
 def names_of(name: str) -> tuple[str, ...]:
@@ -44,17 +44,17 @@ def names_of(name: str) -> tuple[str, ...]:
 
 
 def write(layout: "cifar._Layout", root: Path) -> Path:
-    """The made set in one form."""
+    """Write the data set in one form."""
     folder = root / layout.folder
     folder.mkdir(parents=True)
     for number, file in enumerate((*layout.train, layout.test)):
-        made = records(layout.name, number)
-        pixels = np.ascontiguousarray(made[:, layout.label_bytes :])
-        labels = {layout.labels: made[:, layout.label_bytes - 1]}
+        content = records(layout.name, number)
+        pixels = np.ascontiguousarray(content[:, layout.label_bytes :])
+        labels = {layout.labels: content[:, layout.label_bytes - 1]}
         if layout.name == "cifar100":
-            labels["coarse_labels"] = made[:, 0]
+            labels["coarse_labels"] = content[:, 0]
         if layout.form == "binary":
-            made.tofile(folder / file)
+            content.tofile(folder / file)
         else:
             lists = {key: value.tolist() for key, value in labels.items()}
             (folder / file).write_bytes(pickle.dumps({"data": pixels, **lists}, 2))
@@ -67,8 +67,8 @@ def write(layout: "cifar._Layout", root: Path) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
-    """Sets of 100 to 300 images."""
+def small_data_sets() -> Iterator[None]:
+    """Use data sets of 100 to 300 images."""
     published = {
         name: tuple(
             hashlib.sha1(records(name, file).tobytes()).hexdigest() for file in range(len(rows))
@@ -77,22 +77,24 @@ def small() -> Iterator[None]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cifar, "_PUBLISHED", published)
-        patch.setattr(cifar, "_read_files", sized(cifar._read_files))
+        patch.setattr(cifar, "_read_files", with_small_sizes(cifar._read_files))
         yield
 
 
-def sized(read: object) -> object:
-    def read_sized(layout: object, files: list[Path], total: int, pool: object) -> object:
+def with_small_sizes(read: object) -> object:
+    def read_with_small_sizes(
+        layout: object, files: list[Path], total: int, pool: object
+    ) -> object:
         rows = ROWS[layout.name]  # type: ignore[attr-defined]
-        total = rows[-1] if total == cifar._TEST else sum(rows[:-1])
+        total = rows[-1] if total == cifar._TEST_SIZE else sum(rows[:-1])
         return read(layout, files, total, pool)  # type: ignore[operator]
 
-    return read_sized
+    return read_with_small_sizes
 
 
 @pytest.fixture(scope="module")
-def made(small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("made")
+def folders(small_data_sets: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("folders")
     return {layout.folder: write(layout, root) for layout in cifar.LAYOUTS}
 
 
@@ -105,48 +107,48 @@ def layout_of(folder: Path) -> "cifar._Layout":
 
 
 @pytest.mark.parametrize("form", FOLDERS)
-def test_every_form_of_the_published_images_is_known_as_such(
-    made: dict[str, Path], form: str
-) -> None:
-    loaded = load_folder(made[form])
+def test_published_images_are_recognized_in_every_form(folders: dict[str, Path], form: str) -> None:
+    loaded = load_folder(folders[form])
     assert loaded.source.endswith("the published split")
     assert loaded.remarks == ()
     assert loaded.classes == names_of(loaded.name)
-    whole = np.concatenate([records(loaded.name, n) for n in range(len(ROWS[loaded.name]))])
-    ahead = 1 if loaded.name == "cifar10" else 2
-    both = np.concatenate([split.images.numpy() for split in (loaded.train, loaded.test)])
-    assert np.array_equal(both.reshape(-1, 3072), whole[:, ahead:])
+    expected = np.concatenate([records(loaded.name, n) for n in range(len(ROWS[loaded.name]))])
+    label_bytes = 1 if loaded.name == "cifar10" else 2
+    actual = np.concatenate([split.images.numpy() for split in (loaded.train, loaded.test)])
+    assert np.array_equal(actual.reshape(-1, 3072), expected[:, label_bytes:])
     labels = np.concatenate([split.labels.numpy() for split in (loaded.train, loaded.test)])
-    assert np.array_equal(labels, whole[:, ahead - 1])
+    assert np.array_equal(labels, expected[:, label_bytes - 1])
 
 
 @pytest.mark.parametrize("form", ["cifar-10-batches-bin", "cifar-100-binary"])
-def test_a_few_other_bytes_are_remarked_on(
-    made: dict[str, Path], tmp_path: Path, form: str
+def test_minor_differences_cause_a_remark(
+    folders: dict[str, Path], tmp_path: Path, form: str
 ) -> None:
-    folder = copy(made[form], tmp_path)
+    folder = copy(folders[form], tmp_path)
     file = folder / layout_of(folder).test
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     loaded = load_folder(folder)
-    assert loaded.source.endswith(f"but not its bytes in {file.name}")
-    assert f"{file.name} differs" in loaded.remarks[0]
+    assert loaded.source.endswith(f"with differences in {file.name}")
+    assert f"differs from the published data set in {file.name}" in loaded.remarks[0]
 
 
-def test_other_class_names_are_remarked_on(made: dict[str, Path], tmp_path: Path) -> None:
-    folder = copy(made["cifar-10-batches-bin"], tmp_path)
+def test_different_class_names_cause_a_remark(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(folders["cifar-10-batches-bin"], tmp_path)
     (folder / "batches.meta.txt").write_text("\n".join(reversed(cifar.CIFAR10)))
-    assert "batches.meta.txt differs" in load_folder(folder).remarks[0]
+    assert (
+        "differs from the published data set in batches.meta.txt" in load_folder(folder).remarks[0]
+    )
 
 
 @pytest.mark.parametrize("form", FOLDERS)
 @pytest.mark.parametrize("value", [0, 255])
-def test_images_of_one_color_are_refused_in_every_form(
-    made: dict[str, Path], tmp_path: Path, form: str, value: int, monkeypatch: pytest.MonkeyPatch
+def test_images_of_one_color_are_rejected_in_every_form(
+    folders: dict[str, Path], tmp_path: Path, form: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of a file is what a broken copy leaves; here the labels are whole."""
-    layout = layout_of(made[form])
+    """Half of the images are missing, as after an incomplete copy, but all labels are present."""
+    layout = layout_of(folders[form])
     original = records
 
     def damaged(name: str, file: int) -> np.ndarray:
@@ -162,10 +164,10 @@ def test_images_of_one_color_are_refused_in_every_form(
 
 
 @pytest.mark.parametrize("form", FOLDERS)
-def test_a_class_of_another_count_is_refused_in_every_form(
-    made: dict[str, Path], tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_class_count_is_rejected_in_every_form(
+    folders: dict[str, Path], tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = layout_of(made[form])
+    layout = layout_of(folders[form])
     original = records
 
     def damaged(name: str, file: int) -> np.ndarray:
@@ -180,8 +182,8 @@ def test_a_class_of_another_count_is_refused_in_every_form(
 
 
 @pytest.mark.parametrize("form", FOLDERS)
-def test_a_damaged_form_raises_nothing_but_our_errors(made: dict[str, Path], form: str) -> None:
-    folder = made[form]
+def test_damaged_files_raise_only_package_errors(folders: dict[str, Path], form: str) -> None:
+    folder = folders[form]
     layout = layout_of(folder)
     files = [layout.train[0], layout.test, layout.meta]
 
@@ -189,17 +191,17 @@ def test_a_damaged_form_raises_nothing_but_our_errors(made: dict[str, Path], for
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     def damage(data: st.DataObject) -> None:
         with TemporaryDirectory() as root:
-            broken = copy(folder, Path(root))
-            file = broken / data.draw(st.sampled_from(files))
+            damaged = copy(folder, Path(root))
+            file = damaged / data.draw(st.sampled_from(files))
             content = bytearray(file.read_bytes())
             for _ in range(data.draw(st.integers(1, 4))):
-                where = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(content) - 1)))
-                content[min(where, len(content) - 1)] = data.draw(st.integers(0, 255))
+                offset = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(content) - 1)))
+                content[min(offset, len(content) - 1)] = data.draw(st.integers(0, 255))
             if data.draw(st.booleans()):
                 del content[data.draw(st.integers(0, len(content) - 1)) :]
             file.write_bytes(content)
             try:
-                assert isinstance(load_folder(broken), Dataset)
+                assert isinstance(load_folder(damaged), Dataset)
             except Error as error:
                 assert str(error).isprintable()  # noqa: PT017
 
@@ -207,10 +209,10 @@ def test_a_damaged_form_raises_nothing_but_our_errors(made: dict[str, Path], for
 
 
 @pytest.mark.parametrize("name", list(cifar.ARCHIVES))
-def test_an_archive_is_unpacked_beside_itself(
-    made: dict[str, Path], tmp_path: Path, name: str
+def test_an_archive_is_unpacked_into_its_own_folder(
+    folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    folder = made[cifar.ARCHIVES[name]]
+    folder = folders[cifar.ARCHIVES[name]]
     with tarfile.open(tmp_path / name, "w:gz", compresslevel=1) as tar:
         tar.add(folder, folder.name)
     loaded = load_folder(tmp_path / name)
@@ -221,7 +223,7 @@ def test_an_archive_is_unpacked_beside_itself(
     assert load_folder(tmp_path / name).fingerprint() == loaded.fingerprint()
 
 
-def test_an_archive_that_is_none_is_one_line(tmp_path: Path) -> None:
+def test_invalid_archives_raise_one_line_errors(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("../evil"))
@@ -233,18 +235,23 @@ def test_an_archive_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "says"),
+    ("file", "message"),
     [
         (
             "cifar-10-batches-mat/data_batch_1.mat",
-            "MATLAB files, which are not read: take the binary",
+            "MATLAB files, which are not supported; use the binary",
         ),
-        ("cifar-10-matlab.tar.gz", "MATLAB files, which are not read"),
-        ("plain_text/train-00000-of-00001.parquet", "Parquet files, which are not read: save the"),
+        ("cifar-10-matlab.tar.gz", "MATLAB files, which are not supported"),
+        (
+            "plain_text/train-00000-of-00001.parquet",
+            "Parquet files, which are not supported; save the",
+        ),
     ],
 )
-def test_forms_that_are_not_read_name_a_way(tmp_path: Path, file: str, says: str) -> None:
+def test_errors_about_unsupported_formats_suggest_an_alternative(
+    tmp_path: Path, file: str, message: str
+) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         load_folder(tmp_path)

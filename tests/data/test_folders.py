@@ -1,4 +1,4 @@
-"""Image folders in the orders that people keep them in, and what must not pass in silence."""
+"""Image folders in common layouts, and the errors and remarks about them."""
 
 import os
 import shutil
@@ -38,14 +38,14 @@ def values(images: torch.Tensor) -> list[int]:
     return sorted(images[:, 0, 0, 0].tolist())
 
 
-# Which part is which
+# Training and test parts
 
 
 @pytest.mark.parametrize("train", ["train", "Training", "TRAIN_SET"])
 @pytest.mark.parametrize(
     "test", ["test", "val", "Valid", "validation", "dev", "eval", "testing", "test-images"]
 )
-def test_the_folder_beside_train_is_the_test_part(tmp_path: Path, train: str, test: str) -> None:
+def test_the_folder_next_to_train_is_the_test_part(tmp_path: Path, train: str, test: str) -> None:
     fill(tmp_path / train, "a", "b", first=0)
     fill(tmp_path / test, "a", "b", first=100, count=2)
     loaded = load_folder(tmp_path)
@@ -54,7 +54,7 @@ def test_the_folder_beside_train_is_the_test_part(tmp_path: Path, train: str, te
     assert "80/20" not in loaded.source
 
 
-def test_a_validation_folder_beside_test_is_told(tmp_path: Path) -> None:
+def test_an_unused_validation_folder_causes_a_remark(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / "test", "a", "b", first=100)
     fill(tmp_path / "val", "a", "b", count=3)
@@ -64,9 +64,7 @@ def test_a_validation_folder_beside_test_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["holdout", "gallery", "Zoo"])
-def test_no_folder_of_the_same_classes_is_passed_over_in_silence(
-    tmp_path: Path, other: str
-) -> None:
+def test_an_unused_folder_of_the_same_classes_is_an_error(tmp_path: Path, other: str) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / other, "B")
     message = error_of(tmp_path)
@@ -77,30 +75,30 @@ def test_no_folder_of_the_same_classes_is_passed_over_in_silence(
     assert "80/20" in load_folder(tmp_path).source
 
 
-def test_two_folders_that_may_be_meant_are_a_question(tmp_path: Path) -> None:
+def test_two_folders_of_the_same_role_are_an_error(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / "val", "a")
     fill(tmp_path / "dev", "a")
-    assert "has dev/ and val/: rename the one to test on" in error_of(tmp_path)
+    assert "has dev/ and val/; rename the one for testing" in error_of(tmp_path)
     fill(tmp_path / "Train", "a")
-    if len(list(tmp_path.iterdir())) == 4:  # the file system tells cases apart
-        assert "has Train/ and train/: keep one" in error_of(tmp_path)
+    if len(list(tmp_path.iterdir())) == 4:  # the file system is case-sensitive
+        assert "has Train/ and train/; keep one" in error_of(tmp_path)
 
 
-def test_class_folders_alone_are_split(tmp_path: Path) -> None:
+def test_class_folders_without_a_test_part_are_split(tmp_path: Path) -> None:
     fill(tmp_path, "a", "b", count=10)
     (tmp_path / "docs").mkdir()
     fill(tmp_path / "@eaDir", "thumbs")
     loaded = load_folder(tmp_path)
     assert loaded.classes == ("a", "b")
-    assert (len(loaded.train), len(loaded.test), loaded.divided) == (16, 4, False)
+    assert (len(loaded.train), len(loaded.test), loaded.predefined_split) == (16, 4, False)
     assert "docs/" in loaded.remarks[0]
 
 
-def test_data_sets_side_by_side_are_no_classes(tmp_path: Path) -> None:
+def test_adjacent_data_sets_are_not_classes(tmp_path: Path) -> None:
     for name in ("cats", "dogs"):
         fill(tmp_path / name / "train", "a", "b")
-    assert "cats looks like a data set of its own" in error_of(tmp_path)
+    assert "cats looks like a separate data set" in error_of(tmp_path)
 
 
 # A table of labels
@@ -122,30 +120,30 @@ def test_a_table_labels_the_images_of_one_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "says"),
+    ("table", "message"),
     [
         ("id,label\n1,a\n", "has no row for 1 of the 2 images"),
-        ("id,label\n1,a\n2\n", "line 3 lacks a column"),
-        ("id,label\n1,a\n1,b\n2,a\n", "line 3 gives 1 a second label"),
-        ("id,label\n1,a\n2,a\n", "expected two or more classes, found 1"),
-        ("id,label\n1,a\n2,\x1b[2J\n", "cannot name a class"),
-        ("name,size\n1,2\n", "images without class folders"),
+        ("id,label\n1,a\n2\n", "line 3 has too few columns"),
+        ("id,label\n1,a\n1,b\n2,a\n", "line 3 gives 1 another label"),
+        ("id,label\n1,a\n2,a\n", "expected at least two classes, found 1"),
+        ("id,label\n1,a\n2,\x1b[2J\n", "is not a valid class name"),
+        ("name,size\n1,2\n", "images outside class folders"),
         ('id,label\n1,"a\n', "has no row for"),
         ("id,label\n1,a\n2," + "b" * 200_000, "field larger than field limit"),
     ],
 )
-def test_a_table_that_does_not_fit_is_one_line(tmp_path: Path, table: str, says: str) -> None:
+def test_an_invalid_table_is_a_one_line_error(tmp_path: Path, table: str, message: str) -> None:
     for number in (1, 2):
         save(tmp_path / "train" / f"{number}.png", number)
     (tmp_path / "labels.csv").write_text(table)
-    assert says in error_of(tmp_path)
+    assert message in error_of(tmp_path)
 
 
 # Names
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="the file system has one form")
-def test_a_class_has_one_name_in_whichever_form_it_is_written(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system normalizes names")
+def test_class_names_are_normalized(tmp_path: Path) -> None:
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     fill(tmp_path / "train", decomposed, "tea")
     fill(tmp_path / "test", composed, "tea ", first=100)
@@ -156,45 +154,45 @@ def test_a_class_has_one_name_in_whichever_form_it_is_written(tmp_path: Path) ->
     assert loaded.remarks == ()
 
 
-def test_names_that_differ_in_case_are_matched_and_told(tmp_path: Path) -> None:
+def test_names_that_differ_in_case_are_matched_with_a_remark(tmp_path: Path) -> None:
     fill(tmp_path / "train", "Cat", "dog")
     fill(tmp_path / "test", "cat", "dog", first=100)
     loaded = load_folder(tmp_path)
     assert loaded.classes == ("Cat", "dog")
     assert loaded.test.labels.tolist() == [0] * 5 + [1] * 5
-    assert "cat is taken as the class Cat" in loaded.remarks[0]
+    assert "treating cat as the class Cat" in loaded.remarks[0]
 
 
-def test_letters_of_both_cases_stay_two_classes() -> None:
+def test_class_names_can_differ_only_in_case() -> None:
     assert match_classes(("a", "A"), ("A", "a")) == ({"a": "a", "A": "A"}, [])
-    assert match_classes(("ß",), ("SS", "ss"))[0] == {}  # two would fit
-    known, remarks = match_classes(("x",), ("y",))
-    assert (known, remarks) == ({}, [])
+    assert match_classes(("ß",), ("SS", "ss"))[0] == {}  # two candidates
+    matches, remarks = match_classes(("x",), ("y",))
+    assert (matches, remarks) == ({}, [])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems do not allow such names")
 @pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "a\rb", "\x9b31m", "a\u2028b"])
-def test_a_name_that_could_write_to_the_terminal_is_refused(tmp_path: Path, name: str) -> None:
+def test_class_names_with_control_characters_are_rejected(tmp_path: Path, name: str) -> None:
     fill(tmp_path / "train", "a", name)
-    assert "cannot name a class" in error_of(tmp_path)
+    assert "is not a valid class name" in error_of(tmp_path)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
-def test_no_message_about_a_folder_writes_to_the_terminal(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems do not allow such names")
+def test_folder_names_in_errors_are_printable(tmp_path: Path) -> None:
     root = tmp_path / "a\x1b[2J\nresnet56: done"
-    for wanted in (
+    for message in (
         "does not exist",
         "is empty",
-        "no known layout",
-        "two or more",
-        "holds no images",
+        "unknown layout",
+        "at least two",
+        "contains no images",
     ):
-        assert wanted in error_of(root)
+        assert message in error_of(root)
         if not root.exists():
             root.mkdir()
-        elif wanted == "is empty":
+        elif message == "is empty":
             (root / "notes").touch()
-        elif wanted == "no known layout":
+        elif message == "unknown layout":
             fill(root / "train", "x")
         else:
             (root / "train" / "y").mkdir(exist_ok=True)
@@ -207,7 +205,7 @@ def test_no_message_about_a_folder_writes_to_the_terminal(tmp_path: Path) -> Non
 # Broken images
 
 
-def test_all_broken_images_are_named_the_first_ten_and_a_count(tmp_path: Path) -> None:
+def test_an_error_lists_ten_broken_images_and_counts_the_others(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b", count=20)
     broken = [tmp_path / "train" / "a" / f"{number}.png" for number in range(12)]
     for file in broken:
@@ -219,21 +217,21 @@ def test_all_broken_images_are_named_the_first_ten_and_a_count(tmp_path: Path) -
     assert "--skip-broken" in message
     loaded = load_folder(tmp_path, skip_broken=True)
     assert len(loaded.train) + len(loaded.test) == 28
-    assert "left out 12 images" in loaded.remarks[0]
+    assert "skipped 12 images" in loaded.remarks[0]
 
 
-def test_a_class_of_broken_images_alone_is_no_class(tmp_path: Path) -> None:
+def test_a_class_of_only_broken_images_is_an_error(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b", count=3)
     for file in (tmp_path / "train" / "a").iterdir():
         file.write_bytes(b"\x89PNG")
-    with pytest.raises(DataError, match="no image that can be read"):
+    with pytest.raises(DataError, match="no readable images"):
         load_folder(tmp_path, skip_broken=True)
 
 
-# To be measured only
+# Evaluation
 
 
-def test_test_images_alone_can_be_measured(tmp_path: Path) -> None:
+def test_a_test_part_alone_can_be_evaluated(tmp_path: Path) -> None:
     fill(tmp_path / "only" / "test", "cat")
     (tmp_path / "only" / "test" / "dog").mkdir()
     error_of(tmp_path / "only")
@@ -242,25 +240,25 @@ def test_test_images_alone_can_be_measured(tmp_path: Path) -> None:
     save(tmp_path / "one" / "Cat" / "x.png")
     loaded = load_folder(tmp_path / "one", evaluation=True).for_classes(("dog", "cat"))
     assert loaded.test.labels.tolist() == [1]
-    assert "upper and lower case" in loaded.remarks[-1]
+    assert "differs only in case" in loaded.remarks[-1]
 
 
-def test_all_images_of_undivided_folders_are_measured_by_name(tmp_path: Path) -> None:
+def test_all_images_without_a_predefined_split_are_evaluated(tmp_path: Path) -> None:
     fill(tmp_path, "bird", "cat", "horse", count=10)
     loaded = load_folder(tmp_path, evaluation=True)
-    measured = loaded.for_classes(("cat", "dog", "bird"))
-    assert values(measured.test.images) == list(range(20))
+    evaluated = loaded.for_classes(("cat", "dog", "bird"))
+    assert values(evaluated.test.images) == list(range(20))
     pairs = zip(
-        measured.test.images[:, 0, 0, 0].tolist(), measured.test.labels.tolist(), strict=True
+        evaluated.test.images[:, 0, 0, 0].tolist(), evaluated.test.labels.tolist(), strict=True
     )
     assert all(label == (2 if value < 10 else 0) for value, label in pairs)
-    assert "does not have the class horse" in measured.remarks[-1]
+    assert "skipped the images of horse" in evaluated.remarks[-1]
     with pytest.raises(UsageError, match="no class of the data"):
         loaded.for_classes(("x", "y"))
 
 
-def test_what_a_run_was_trained_on_is_the_same_to_be_measured(tmp_path: Path) -> None:
-    """Else `evaluate` would not know a run's own images."""
+def test_training_and_evaluation_load_the_same_data(tmp_path: Path) -> None:
+    """`evaluate` recognizes the data of a run by the fingerprint."""
     fill(tmp_path / "plain", "a", "b")
     fill(tmp_path / "train only" / "train", "a", "b")
     for folder in tmp_path.iterdir():
@@ -268,7 +266,7 @@ def test_what_a_run_was_trained_on_is_the_same_to_be_measured(tmp_path: Path) ->
         assert load_folder(folder, evaluation=True).fingerprint() == trained.fingerprint()
 
 
-def test_classes_that_train_lacks_can_be_measured(tmp_path: Path) -> None:
+def test_classes_missing_from_train_can_be_evaluated(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a")
     fill(tmp_path / "test", "a", "b", first=100)
     loaded = load_folder(tmp_path, evaluation=True)
@@ -276,7 +274,7 @@ def test_classes_that_train_lacks_can_be_measured(tmp_path: Path) -> None:
     assert loaded.test.labels.tolist() == [0] * 5 + [1] * 5
 
 
-def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "pets", "a", "b")
     monkeypatch.setenv("HOME", os.fspath(tmp_path))
     monkeypatch.setenv("USERPROFILE", os.fspath(tmp_path))

@@ -1,4 +1,4 @@
-"""Which files of a folder are taken as images, against folders made here."""
+"""Image files that are found in a folder, and those that are skipped."""
 
 import os
 import sys
@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from resnet56.data.image_files import SUFFIXES, find_images, remark_on
+from resnet56.data.image_files import SUFFIXES, describe_skipped, find_images
 from resnet56.data.images import read_image
 
-needs_links = pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+needs_links = pytest.mark.skipif(
+    sys.platform == "win32", reason="creating links requires privileges on Windows"
+)
 
 
-def save(file: Path, kind: str = "PNG") -> Path:
+def save(file: Path, format: str = "PNG") -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 4)).save(file, kind)
+    Image.new("RGB", (4, 4)).save(file, format)
     return file
 
 
@@ -23,29 +25,27 @@ def names(folder: Path) -> list[str]:
     return [file.relative_to(folder).as_posix() for file in find_images(folder).files]
 
 
-@pytest.mark.parametrize(
-    "machine", ["@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"]
-)
+@pytest.mark.parametrize("system", ["@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"])
 @pytest.mark.parametrize("depth", ["", "a/", "a/b/"])
-def test_folders_of_machines_are_not_looked_into(tmp_path: Path, machine: str, depth: str) -> None:
+def test_system_folders_are_ignored(tmp_path: Path, system: str, depth: str) -> None:
     save(tmp_path / "a" / "b" / "x.png")
-    for spelled in (machine, machine.upper(), machine.lower()):
-        save(tmp_path / depth / spelled / "x.png" / "THUMB.jpg")
+    for name in (system, system.upper(), system.lower()):
+        save(tmp_path / depth / name / "x.png" / "THUMB.jpg")
     save(tmp_path / depth / ".cache" / "y.png")
     save(tmp_path / depth / "._z.png")
     assert names(tmp_path) == ["a/b/x.png"]
-    assert remark_on(find_images(tmp_path).passed_over) is None
+    assert describe_skipped(find_images(tmp_path).skipped) is None
 
 
 @needs_links
-def test_linked_folders_are_entered_once_and_no_circle_is_followed(tmp_path: Path) -> None:
+def test_linked_folders_are_visited_once(tmp_path: Path) -> None:
     for name in ("data/cat/0", "data/dog/1", "pool/2", "pool/deep/3"):
         save(tmp_path / f"{name}.png")
     cat = tmp_path / "data" / "cat"
     for name, target in (
         ("more", tmp_path / "pool"),
         ("again", tmp_path / "pool"),
-        ("up", tmp_path / "data"),  # it holds the dogs
+        ("up", tmp_path / "data"),  # contains the dogs
         ("round", cat),
         ("file.png", tmp_path / "pool" / "2.png"),
     ):
@@ -56,8 +56,8 @@ def test_linked_folders_are_entered_once_and_no_circle_is_followed(tmp_path: Pat
 
 
 @needs_links
-def test_a_lattice_of_links_is_walked_in_no_time(tmp_path: Path) -> None:
-    for level in range(40):  # 2**40 ways
+def test_a_lattice_of_links_is_visited_in_linear_time(tmp_path: Path) -> None:
+    for level in range(40):  # 2**40 paths
         (tmp_path / f"{level}").mkdir()
     for level in range(39):
         for side in "ab":
@@ -66,14 +66,14 @@ def test_a_lattice_of_links_is_walked_in_no_time(tmp_path: Path) -> None:
     assert len(find_images(tmp_path / "0").files) == 1
 
 
-def test_every_suffix_that_is_taken_is_read(tmp_path: Path) -> None:
-    """AVIF where this Pillow has it."""
-    kinds = {"jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "tif": "TIFF"}
-    kinds |= {"pgm": "PPM"}
+def test_every_supported_suffix_is_read(tmp_path: Path) -> None:
+    """Includes AVIF if Pillow supports it."""
+    formats = {"jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "tif": "TIFF"}
+    formats |= {"pgm": "PPM"}
     for suffix in sorted(SUFFIXES):
-        kind = kinds.get(suffix[1:], suffix[1:].upper())
+        format = formats.get(suffix[1:], suffix[1:].upper())
         try:
-            save(tmp_path / f"x{suffix.upper()}", kind)
+            save(tmp_path / f"x{suffix.upper()}", format)
         except (KeyError, OSError):
             assert suffix == ".avif"
     for file in find_images(tmp_path).files:
@@ -81,14 +81,14 @@ def test_every_suffix_that_is_taken_is_read(tmp_path: Path) -> None:
     assert len(find_images(tmp_path).files) >= len(SUFFIXES) - 1
 
 
-def test_what_is_passed_over_is_counted_by_name_and_by_content(tmp_path: Path) -> None:
-    save(tmp_path / "bare")  # no suffix: taken by its content
+def test_skipped_images_are_counted(tmp_path: Path) -> None:
+    save(tmp_path / "bare")  # no suffix: recognized by its content
     save(tmp_path / "x.png.bak")
     save(tmp_path / "y.heic", "JPEG")
     (tmp_path / "z.JP2").write_bytes(b"")
     (tmp_path / "nosuffix").write_bytes(b"\0\0\0\x18ftypheic")
     for other in ("notes.txt", "README", "labels.csv", "Thumbs.db"):
-        (tmp_path / other).write_text("MM is no TIFF")
+        (tmp_path / other).write_text("MM is not a TIFF")
     if sys.platform != "win32":
         (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
         os.mkfifo(tmp_path / "pipe.png")
@@ -98,15 +98,15 @@ def test_what_is_passed_over_is_counted_by_name_and_by_content(tmp_path: Path) -
     expected = {".bak": 1, ".heic": 2, ".jp2": 1}
     if sys.platform != "win32":
         expected["broken link"] = 1
-    assert found.passed_over == expected
-    remark = remark_on(found.passed_over) or ""
-    assert remark.startswith(f"{sum(expected.values())} image files passed over: 2 .heic, ")
+    assert found.skipped == expected
+    remark = describe_skipped(found.skipped) or ""
+    assert remark.startswith(f"skipped {sum(expected.values())} image files: 2 .heic, ")
     assert "convert HEIC" in remark
 
 
-def test_a_remark_names_a_few_kinds_and_is_printable() -> None:
+def test_a_remark_lists_a_few_suffixes_and_is_printable() -> None:
     from collections import Counter
 
-    remark = remark_on(Counter({f".\x1b{number}": number for number in range(1, 9)})) or ""
+    remark = describe_skipped(Counter({f".\x1b{number}": number for number in range(1, 9)})) or ""
     assert remark.isprintable()
     assert remark.endswith(", ...")

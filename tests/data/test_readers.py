@@ -1,4 +1,4 @@
-"""The readers against files made here byte by byte, numpy, scikit-learn and Pillow."""
+"""Readers, compared with hand-written files, NumPy, scikit-learn and Pillow."""
 
 import os
 import pickle
@@ -39,7 +39,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def batch(seed: int) -> np.ndarray:
-    """10,000 random records of the binary format: label, 1,024 red, green and blue bytes."""
+    """Return 10,000 random records of the binary form: label, then red, green and blue bytes."""
     records = np.random.default_rng(seed).integers(0, 256, (10_000, 3073), dtype=np.uint8)
     records[:, 0] = np.random.default_rng(seed).permutation(10_000) % 10
     return records
@@ -53,7 +53,7 @@ def python2_pickle(
     dtype: bytes = b"u1",
     key: bytes = b"labels",
 ) -> bytes:
-    """A batch as Python 2's cPickle wrote it, opcode by opcode: strings are bytes."""
+    """Return a batch as Python 2's cPickle writes it, with strings as bytes."""
     return b"".join(
         [
             b"\x80\x02}(U\x04data",
@@ -70,7 +70,7 @@ def python2_pickle(
 
 
 def link(source: Path, target: Path) -> Path:
-    """The folder again, its files shared; unlink one before writing it."""
+    """Copy a folder with hard links. Unlink a file before writing to it."""
     return Path(shutil.copytree(source, target / source.name, copy_function=os.link))
 
 
@@ -80,8 +80,8 @@ def replace(file: Path, content: bytes) -> None:
 
 
 @pytest.fixture(autouse=True)
-def tidy(tmp_path: Path) -> Iterator[None]:
-    """These tests write files of 30 MB, and pytest would keep them."""
+def remove_files(tmp_path: Path) -> Iterator[None]:
+    """Remove the large files of these tests, which pytest would keep."""
     yield
     shutil.rmtree(tmp_path)
 
@@ -99,7 +99,7 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def pickled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The same images, each file written by another protocol."""
+    """The same images, with another pickle protocol per file."""
     folder = tmp_path_factory.mktemp("root") / "cifar-10-batches-py"
     folder.mkdir()
     for seed, name in enumerate(PY):
@@ -126,7 +126,7 @@ def pickled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def small_python_folder(parent: Path) -> Path:
-    """Looks complete; only data_batch_1, which is read first, is left to write."""
+    """Create a folder in which all files are empty. data_batch_1 is read first."""
     folder = parent / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name in PY:
@@ -138,13 +138,13 @@ def small_python_folder(parent: Path) -> Path:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_binary_batches_are_read_byte_for_byte(binary: Path, inside: bool) -> None:
+def test_binary_batches_are_read_exactly(binary: Path, inside: bool) -> None:
     loaded = load_folder(binary if inside else binary.parent)
     assert (loaded.name, loaded.mirror) == ("cifar10", True)
     assert loaded.classes == tuple(NAMES[::-1])
     assert "50,000" in loaded.source
     assert binary.name in loaded.source
-    assert str(binary.parent) not in loaded.source, "reports are shown around"
+    assert str(binary.parent) not in loaded.source, "users share reports"
     assert loaded.train.images.shape == (50_000, 3, 32, 32)
     assert (loaded.train.images.dtype, loaded.train.labels.dtype) == (torch.uint8, torch.int64)
     assert (len(loaded.train), len(loaded.test)) == (50_000, 10_000)
@@ -156,21 +156,21 @@ def test_binary_batches_are_read_byte_for_byte(binary: Path, inside: bool) -> No
         assert np.array_equal(part.images[rows].numpy().reshape(10_000, 3072), records[:, 1:])
 
 
-def test_pickles_of_every_protocol_hold_the_same_data(binary: Path, pickled: Path) -> None:
+def test_pickles_of_every_protocol_contain_the_same_data(binary: Path, pickled: Path) -> None:
     assert load_folder(pickled.parent).fingerprint() == load_folder(binary).fingerprint()
 
 
-def test_standard_class_names_serve_when_their_file_is_absent(binary: Path, tmp_path: Path) -> None:
+def test_missing_class_names_have_a_default(binary: Path, tmp_path: Path) -> None:
     folder = link(binary, tmp_path)
     (folder / "batches.meta.txt").unlink()
     assert load_folder(folder).classes == tuple(NAMES)
 
 
-def test_a_renamed_folder_is_known_by_its_files(binary: Path, tmp_path: Path) -> None:
+def test_a_renamed_folder_is_recognized_by_its_files(binary: Path, tmp_path: Path) -> None:
     assert load_folder(link(binary, tmp_path).rename(tmp_path / "mine")).name == "cifar10"
 
 
-def test_cifar100_binary_gives_fine_labels_in_little_memory(tmp_path: Path) -> None:
+def test_cifar100_binary_has_fine_labels_and_needs_little_memory(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-100-binary"
     folder.mkdir()
     last = bytes([3, 99]) + bytes(range(256)) * 12
@@ -191,7 +191,7 @@ def test_cifar100_binary_gives_fine_labels_in_little_memory(tmp_path: Path) -> N
     loaded = load_folder(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 50e6  # beside the images themselves, which torch allocates
+    assert peak < 50e6  # without the images, which PyTorch allocates
     assert (loaded.name, loaded.classes) == ("cifar100", tuple(names))
     for split in (loaded.train, loaded.test):
         assert split.labels[[0, -1]].tolist() == [0, 99]
@@ -200,7 +200,7 @@ def test_cifar100_binary_gives_fine_labels_in_little_memory(tmp_path: Path) -> N
         assert bytes(split.images[-1].numpy().tobytes()) == last[2:]
 
 
-def test_cifar100_python_gives_fine_labels(tmp_path: Path) -> None:
+def test_cifar100_python_has_fine_labels(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     pixels = np.zeros((50_000, 3072), np.uint8)
@@ -209,7 +209,7 @@ def test_cifar100_python_gives_fine_labels(tmp_path: Path) -> None:
     labels = [number % 100 for number in range(50_000)]
     content = {"data": pixels, "fine_labels": labels, "coarse_labels": [1] * 50_000}
     (folder / "train").write_bytes(pickle.dumps(content, 4))
-    # Protocol 5 as numpy 1 wrote it.
+    # Protocol 5 as written by NumPy 1.
     (folder / "test").write_bytes(
         b"\x80\x05}(\x8c\x04datacnumpy.core.numeric\n_frombuffer\n"
         + b"(B"
@@ -232,7 +232,7 @@ def test_cifar100_python_gives_fine_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
-def test_a_missing_batch_is_named(binary: Path, tmp_path: Path, name: str) -> None:
+def test_a_missing_batch_is_reported(binary: Path, tmp_path: Path, name: str) -> None:
     folder = link(binary, tmp_path)
     (folder / name).unlink()
     assert f"{folder / name} is missing" in error_of(tmp_path)
@@ -242,7 +242,7 @@ def test_a_missing_batch_is_named(binary: Path, tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("size", [0, 30_729_999, 30_733_073])
-def test_a_batch_of_the_wrong_size_is_refused(binary: Path, tmp_path: Path, size: int) -> None:
+def test_a_batch_of_the_wrong_size_is_rejected(binary: Path, tmp_path: Path, size: int) -> None:
     folder = link(binary, tmp_path)
     replace(folder / "data_batch_1.bin", b"")
     os.truncate(folder / "data_batch_1.bin", size)
@@ -251,30 +251,32 @@ def test_a_batch_of_the_wrong_size_is_refused(binary: Path, tmp_path: Path, size
     assert f"expected 30,730,000 bytes, found {size:,};" in message
 
 
-def test_a_label_out_of_range_is_refused_with_its_record(binary: Path, tmp_path: Path) -> None:
+def test_a_label_out_of_range_is_rejected(binary: Path, tmp_path: Path) -> None:
     folder = link(binary, tmp_path)
     records = batch(0)
     records[[9_999, 1_234], 0] = 10
     replace(folder / "data_batch_1.bin", records.tobytes())
     message = error_of(tmp_path)
-    assert "data_batch_1.bin: record 1234 (the first is 0) has label 10, expected 0 to 9" in message
+    assert "data_batch_1.bin: record 1234 (counted from 0) has label 10, expected 0 to 9" in message
 
 
 @pytest.mark.parametrize("text", [b"", b"a b c d e f g h i", b"a a b c d e f g h i", b"\xff" * 99])
-def test_wrong_class_names_are_refused(binary: Path, tmp_path: Path, text: bytes) -> None:
+def test_wrong_class_names_are_rejected(binary: Path, tmp_path: Path, text: bytes) -> None:
     folder = link(binary, tmp_path)
     replace(folder / "batches.meta.txt", text)
-    assert "batches.meta.txt does not hold 10 class names" in error_of(tmp_path)
+    assert "batches.meta.txt does not contain 10 class names" in error_of(tmp_path)
 
 
-def test_wrong_class_names_in_a_pickle_are_refused(pickled: Path, tmp_path: Path) -> None:
+def test_wrong_class_names_in_a_pickle_are_rejected(pickled: Path, tmp_path: Path) -> None:
     folder = link(pickled, tmp_path)
     for names in (NAMES[:9], "airplane", [*NAMES[:9], 1], None):
         replace(folder / "batches.meta", pickle.dumps({"label_names": names}))
-        assert "batches.meta does not hold 10 class names" in error_of(tmp_path)
+        assert "batches.meta does not contain 10 class names" in error_of(tmp_path)
 
 
-def test_an_unreadable_file_is_a_data_error(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_raises_a_data_error(
+    binary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -283,11 +285,11 @@ def test_an_unreadable_file_is_a_data_error(binary: Path, monkeypatch: pytest.Mo
     assert message == f"cannot read {binary / 'batches.meta.txt'}: Permission denied"
 
 
-# Pickles that are not what they should be
+# Invalid and malicious pickles
 
 
 class Call:
-    """Pickles as a call."""
+    """Pickled as a function call."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = function, arguments
@@ -297,7 +299,9 @@ class Call:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_runs_a_command_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
+def test_a_pickle_that_runs_a_command_is_rejected_and_not_executed(
+    tmp_path: Path, protocol: int
+) -> None:
     folder, flag = small_python_folder(tmp_path), tmp_path / "flag"
     attack = pickle.dumps({"data": Call(os.system, f"touch {flag}")}, protocol)
     (folder / "data_batch_1").write_bytes(attack)
@@ -305,48 +309,50 @@ def test_a_pickle_that_runs_a_command_is_refused_and_not_run(tmp_path: Path, pro
     assert not flag.exists()
     assert "data_batch_1 tries to call" in message
     assert f"{os.system.__module__}.system" in message
-    assert "it was not run" in message
-    assert pickle.loads(attack) == {"data": 0}  # the attack is a real one
+    assert "it was not executed" in message
+    assert pickle.loads(attack) == {"data": 0}  # the attack works with the standard library
     assert flag.exists()
 
 
-def test_an_unsafe_pickle_of_class_names_is_refused(pickled: Path, tmp_path: Path) -> None:
+def test_an_unsafe_pickle_of_class_names_is_rejected(pickled: Path, tmp_path: Path) -> None:
     folder = link(pickled, tmp_path)
     replace(folder / "batches.meta", pickle.dumps(Call(eval, "1/0")))
     assert "batches.meta tries to call 'builtins.eval'" in error_of(folder)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
-        (b"\x80\x02K\x01Q.", "outside itself"),
-        (b"Pname\n.", "outside itself"),
+        (b"\x80\x02K\x01Q.", "external objects"),
+        (b"Pname\n.", "external objects"),
         (b"\x80\x02cnumpy\nload\n.", "'numpy.load'"),
         (b"\x80\x04\x8c\x05numpy\x8c\x0cndarray.base\x93.", "'numpy.ndarray.base'"),
-        (b"\x80\x04\x8c\x05a\nb\n\xc3\x8c\x01c\x93.", "not a whole pickle"),
+        (b"\x80\x04\x8c\x05a\nb\n\xc3\x8c\x01c\x93.", "not a valid pickle"),
         (b"\x80\x04\x8c\x04a\nb\n\x8c\x01c\x93.", r"'a\nb\n.c'"),
-        (b"\x80\x02\x82\x01.", "not a whole pickle"),  # the extension registry
-        (b"\x80\x05\x97.", "not a whole pickle"),  # a buffer from outside
-        (b"", "not a whole pickle"),
-        (b"\x80\x02}", "not a whole pickle"),
-        (b"\x80\xff}.", "not a whole pickle"),
-        (b"PK\x03\x04", "not a whole pickle"),
-        (b"\x80\x02K\x01.", "no dictionary"),
+        (b"\x80\x02\x82\x01.", "not a valid pickle"),  # the extension registry
+        (b"\x80\x05\x97.", "not a valid pickle"),  # an out-of-band buffer
+        (b"", "not a valid pickle"),
+        (b"\x80\x02}", "not a valid pickle"),
+        (b"\x80\xff}.", "not a valid pickle"),
+        (b"PK\x03\x04", "not a valid pickle"),
+        (b"\x80\x02K\x01.", "does not contain a dictionary"),
         (b"\x80\x02}.", "'data' is not"),
         (b"\x80\x02}U\x04datacnumpy\nndarray\n)\x81s.", "'data' is not"),  # without __init__
         (b"\x80\x02}U\x04datacnumpy\nndarray\ns.", "'data' is not"),  # the class itself
-        # Attributes set on what may be named: an array's class, dtype's, the encoder.
-        (b"\x80\x02cnumpy\nndarray\n}U\x05shapeK\x01sb.", "not a whole pickle"),
-        (b"\x80\x02cnumpy\ndtype\nN}\x8c\x04codeK\x01s\x86b.", "not a whole pickle"),
-        (b"\x80\x02c_codecs\nencode\nN}\x8c\x07__doc__K\x01s\x86b.", "not a whole pickle"),
+        # Attributes set on allowed names: the classes of arrays and dtypes, and the encoder.
+        (b"\x80\x02cnumpy\nndarray\n}U\x05shapeK\x01sb.", "not a valid pickle"),
+        (b"\x80\x02cnumpy\ndtype\nN}\x8c\x04codeK\x01s\x86b.", "not a valid pickle"),
+        (b"\x80\x02c_codecs\nencode\nN}\x8c\x07__doc__K\x01s\x86b.", "not a valid pickle"),
     ],
 )
-def test_a_pickle_that_is_not_a_batch_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_pickle_that_is_not_a_batch_is_rejected(
+    tmp_path: Path, content: bytes, expected: str
+) -> None:
     folder = small_python_folder(tmp_path)
     (folder / "data_batch_1").write_bytes(content)
     message = error_of(folder)
     assert "data_batch_1" in message
-    assert said in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
@@ -357,11 +363,11 @@ def test_a_pickle_that_is_not_a_batch_is_refused(tmp_path: Path, content: bytes,
         b"\x80\x02T\x00\x00\x00\x10.",  # a string of 256 MB
     ],
 )
-def test_a_pickle_cannot_claim_memory_it_does_not_fill(tmp_path: Path, content: bytes) -> None:
+def test_a_pickle_cannot_allocate_more_than_its_size(tmp_path: Path, content: bytes) -> None:
     folder = small_python_folder(tmp_path)
     (folder / "data_batch_1").write_bytes(content)
     tracemalloc.start()
-    assert "not a whole pickle" in error_of(folder)
+    assert "not a valid pickle" in error_of(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10e6
@@ -371,60 +377,60 @@ ONES = [1] * 10_000
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"pixels": bytes(10_000 * 3072 - 1)}, "'data' is not a uint8 array of 10,000 x 3,072"),
         ({"pixels": b""}, "'data' is not"),
         ({"shape": (3072, 10_000)}, "'data' is not"),
         ({"dtype": b"i1"}, "'data' is not"),
-        ({"labels": ONES[1:]}, "10,000 images but 9,999 labels"),
-        ({"labels": [*ONES[1:], 10]}, "record 9999 (the first is 0) has label 10"),
+        ({"labels": ONES[1:]}, "10,000 images, but 9,999 labels"),
+        ({"labels": [*ONES[1:], 10]}, "record 9999 (counted from 0) has label 10"),
         ({"key": b"label"}, "'labels' is not a list"),
     ],
 )
-def test_a_python2_batch_of_the_wrong_shape_is_refused(
-    tmp_path: Path, change: dict[str, Any], said: str
+def test_an_invalid_python2_batch_is_rejected(
+    tmp_path: Path, change: dict[str, Any], expected: str
 ) -> None:
     folder = small_python_folder(tmp_path)
-    right = {"pixels": bytes(10_000 * 3072), "labels": ONES}
-    (folder / "data_batch_1").write_bytes(python2_pickle(**right | change))
-    assert f"data_batch_1: {said}" in error_of(folder)
+    valid = {"pixels": bytes(10_000 * 3072), "labels": ONES}
+    (folder / "data_batch_1").write_bytes(python2_pickle(**valid | change))
+    assert f"data_batch_1: {expected}" in error_of(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
-        ({"labels": ["1"] * 10_000}, "'labels' is not a list of whole numbers"),
-        ({"labels": [*ONES[1:], 10**5000]}, "'labels' is not a list of whole numbers"),
-        ({"labels": [True] * 10_000}, "'labels' is not a list of whole numbers"),
+        ({"labels": ["1"] * 10_000}, "'labels' is not a list of integers"),
+        ({"labels": [*ONES[1:], 10**5000]}, "'labels' is not a list of integers"),
+        ({"labels": [True] * 10_000}, "'labels' is not a list of integers"),
         ({"labels": np.ones(10_000, np.uint8)}, "'labels' is not a list"),
-        ({"labels": [*ONES[1:], -1]}, "record 9999 (the first is 0) has label -1"),
+        ({"labels": [*ONES[1:], -1]}, "record 9999 (counted from 0) has label -1"),
         ({"data": np.zeros((10_000, 3072), np.float16)}, "'data' is not"),
         ({"data": np.zeros((10_000, 3, 1024), np.uint8)}, "'data' is not"),
         ({"data": bytes(10_000 * 3072)}, "'data' is not"),
     ],
 )
-def test_a_batch_of_the_wrong_shape_is_refused(
-    tmp_path: Path, change: dict[str, Any], said: str
+def test_an_invalid_batch_is_rejected(
+    tmp_path: Path, change: dict[str, Any], expected: str
 ) -> None:
     folder = small_python_folder(tmp_path)
-    right = {"data": np.zeros((10_000, 3072), np.uint8), "labels": ONES}
-    (folder / "data_batch_1").write_bytes(pickle.dumps(right | change, 5))
-    assert f"data_batch_1: {said}" in error_of(folder)
+    valid = {"data": np.zeros((10_000, 3072), np.uint8), "labels": ONES}
+    (folder / "data_batch_1").write_bytes(pickle.dumps(valid | change, 5))
+    assert f"data_batch_1: {expected}" in error_of(folder)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_damaged_pickles_raise_nothing_but_data_errors(tmp_path: Path, protocol: int) -> None:
-    chance = random.Random(protocol)
+def test_damaged_pickles_raise_only_data_errors(tmp_path: Path, protocol: int) -> None:
+    rng = random.Random(protocol)
     folder = small_python_folder(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5), dtype=np.uint8)
-    whole = pickle.dumps({"data": pixels, "labels": [1, 2, 3], "x": [{1.5, "y"}]}, protocol)
+    original = pickle.dumps({"data": pixels, "labels": [1, 2, 3], "x": [{1.5, "y"}]}, protocol)
     for _ in range(150):
-        damaged = bytearray(whole)
-        for _ in range(chance.randint(1, 3)):
-            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
-        if chance.random() < 0.2:
-            del damaged[chance.randrange(len(damaged)) :]
+        damaged = bytearray(original)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del damaged[rng.randrange(len(damaged)) :]
         (folder / "data_batch_1").write_bytes(damaged)
         error_of(folder)
 
@@ -432,13 +438,13 @@ def test_damaged_pickles_raise_nothing_but_data_errors(tmp_path: Path, protocol:
 # Image folders
 
 
-def save(file: Path, colour: object = "red", size: tuple[int, int] = (4, 4)) -> Path:
+def save(file: Path, color: object = "red", size: tuple[int, int] = (4, 4)) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(file)
+    Image.new("RGB", size, color).save(file)
     return file
 
 
-def test_an_image_folder_is_read_by_its_class_folders(tmp_path: Path) -> None:
+def test_images_are_read_from_class_folders(tmp_path: Path) -> None:
     root = tmp_path / "pets"
     save(root / "train" / "dog" / "b.PNG", (1, 2, 3), (9, 5))
     pixels = noise(32, 32, 3)
@@ -461,22 +467,22 @@ def test_an_image_folder_is_read_by_its_class_folders(tmp_path: Path) -> None:
     assert "3 training and 1 test" in loaded.source
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
-def test_a_class_whose_name_is_no_utf_8_is_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems do not allow such names")
+def test_a_class_name_that_is_not_utf_8_is_rejected(tmp_path: Path) -> None:
     for name in (b"cat", b"caf\xe9"):
         save(tmp_path / "train" / os.fsdecode(name) / "x.png")
-    assert r"caf\udce9' cannot name a class: it is empty, not Unicode" in error_of(tmp_path)
+    assert r"caf\udce9' is not a valid class name: it is empty, not Unicode" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", "png jpg jpeg bmp gif webp tif tiff ppm pgm".split())  # noqa: SIM905
-def test_every_promised_format_is_read(tmp_path: Path, suffix: str) -> None:
+def test_every_documented_format_is_read(tmp_path: Path, suffix: str) -> None:
     for folder in ("train/a", "train/b", "test/a"):
         save(tmp_path / folder / f"image.{suffix}", (200, 200, 200))
     image = load_folder(tmp_path).test.images[0].int()
-    assert (image - 200).abs().max() <= 3  # jpg and webp lose a little
+    assert (image - 200).abs().max() <= 3  # JPEG and WebP are lossy
 
 
-def test_without_a_test_folder_a_fixed_stratified_fifth_is_split_off(tmp_path: Path) -> None:
+def test_without_a_test_folder_a_stratified_fifth_is_split_off(tmp_path: Path) -> None:
     for index in range(20):
         save(tmp_path / "train" / "many" / f"{index}.png", (index, 0, 0))
     for index in range(5):
@@ -485,17 +491,17 @@ def test_without_a_test_folder_a_fixed_stratified_fifth_is_split_off(tmp_path: P
     assert loaded.train.labels.bincount().tolist() == [16, 4]
     assert loaded.test.labels.bincount().tolist() == [4, 1]
     assert "80/20" in loaded.source
-    shown = [split.images[:, 0, 0, 0].tolist() for split in (loaded.train, loaded.test)]
-    assert sorted(shown[0] + shown[1]) == [*range(20), *range(100, 105)]
+    values = [split.images[:, 0, 0, 0].tolist() for split in (loaded.train, loaded.test)]
+    assert sorted(values[0] + values[1]) == [*range(20), *range(100, 105)]
     assert load_folder(tmp_path).fingerprint() == loaded.fingerprint()
 
 
-def test_paths_that_hold_no_data_set_are_refused(tmp_path: Path) -> None:
+def test_paths_without_a_data_set_are_rejected(tmp_path: Path) -> None:
     assert "does not exist" in error_of(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
     assert "is not a folder" in error_of(tmp_path / "file")
     message = error_of(tmp_path)
-    assert "no known layout" in message
+    assert "unknown layout" in message
     for layout in ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-100-binary", "train/<"):
         assert layout in message
     (tmp_path / "empty").mkdir()
@@ -510,10 +516,10 @@ def pets(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_broken_images_are_named(pets: Path) -> None:
-    whole = (pets / "train" / "cat" / "0.png").read_bytes()
-    Image.new("RGB", (4, 4)).save(pets / "other.pcx")  # Pillow reads it, this package does not
-    for content in (b"", b"junk", whole[:45], (pets / "other.pcx").read_bytes()):
+def test_broken_images_are_reported(pets: Path) -> None:
+    original = (pets / "train" / "cat" / "0.png").read_bytes()
+    Image.new("RGB", (4, 4)).save(pets / "other.pcx")  # supported by Pillow but not by this package
+    for content in (b"", b"junk", original[:45], (pets / "other.pcx").read_bytes()):
         (pets / "train" / "dog" / "1.png").write_bytes(content)
         message = error_of(pets)
         assert str(pets / "train" / "dog" / "1.png") in message
@@ -521,7 +527,7 @@ def test_broken_images_are_named(pets: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("two\nlines"), ValueError()])
-def test_whatever_a_decoder_raises_becomes_one_line(
+def test_any_decoder_error_becomes_one_line(
     pets: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(_: object) -> None:
@@ -531,8 +537,10 @@ def test_whatever_a_decoder_raises_becomes_one_line(
     assert ("two lines" if str(error) == "two\nlines" else "ValueError") in error_of(pets)
 
 
-@pytest.mark.parametrize("pixels", [200, 300])  # Pillow warns from one size on, refuses from two
-def test_a_decompression_bomb_is_refused(
+@pytest.mark.parametrize(
+    "pixels", [200, 300]
+)  # Pillow warns above its limit and raises above twice its limit
+def test_a_decompression_bomb_is_rejected(
     pets: Path, monkeypatch: pytest.MonkeyPatch, pixels: int
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128)
@@ -542,21 +550,21 @@ def test_a_decompression_bomb_is_refused(
     assert "decompression bomb" in message
 
 
-def test_class_folders_that_make_no_classes_are_refused(pets: Path) -> None:
+def test_invalid_class_folders_are_rejected(pets: Path) -> None:
     (pets / "train" / "empty").mkdir()
-    assert f"{pets / 'train' / 'empty'} holds no images" in error_of(pets)
+    assert f"{pets / 'train' / 'empty'} contains no images" in error_of(pets)
     (pets / "train" / "empty").rmdir()
     (pets / "test").mkdir()
     assert "test has no class folders" in error_of(pets)
     save(pets / "test" / "fish" / "0.png")
-    assert "fish is a class that train/ lacks" in error_of(pets)
+    assert "fish is not a class in train/" in error_of(pets)
     shutil.rmtree(pets / "test")
     (pets / "train" / "dog" / "0.png").unlink()
-    assert "dog has one image, too few" in error_of(pets)
+    assert "dog has only one image, too few" in error_of(pets)
     shutil.rmtree(pets / "train" / "dog")
-    assert "two or more class folders, found 1;" in error_of(pets)
+    assert "at least two class folders, found 1;" in error_of(pets)
     shutil.rmtree(pets / "train" / "cat")
-    assert "two or more class folders, found 0;" in error_of(pets)
+    assert "at least two class folders, found 0;" in error_of(pets)
     (pets / "test").touch()
     save(pets / "train" / "cat" / "0.png")
     save(pets / "train" / "dog" / "0.png")
@@ -564,16 +572,16 @@ def test_class_folders_that_make_no_classes_are_refused(pets: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif", "tif", "jpg", "webp", "ppm"])
-def test_damaged_images_raise_nothing_but_data_errors(pets: Path, suffix: str) -> None:
-    chance = random.Random(suffix)
+def test_damaged_images_raise_only_data_errors(pets: Path, suffix: str) -> None:
+    rng = random.Random(suffix)
     file = save(pets / "train" / "dog" / f"damaged.{suffix}", size=(8, 8))
-    whole = file.read_bytes()
+    original = file.read_bytes()
     for _ in range(30):
-        damaged = bytearray(whole)
-        for _ in range(chance.randint(1, 3)):
-            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
-        if chance.random() < 0.2:
-            del damaged[chance.randrange(len(damaged)) :]
+        damaged = bytearray(original)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del damaged[rng.randrange(len(damaged)) :]
         file.write_bytes(damaged)
         try:
             load_folder(pets)
@@ -584,7 +592,7 @@ def test_damaged_images_raise_nothing_but_data_errors(pets: Path, suffix: str) -
 # One image
 
 
-def test_a_32x32_rgb_image_passes_bit_for_bit() -> None:
+def test_a_32x32_rgb_image_is_unchanged() -> None:
     pixels = noise(32, 32, 3)
     result = to_32x32(Image.fromarray(pixels))
     assert np.array_equal(result, pixels)
@@ -594,13 +602,13 @@ def test_a_32x32_rgb_image_passes_bit_for_bit() -> None:
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels = noise(32, 32, 3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the picture is the right edge of the stored one
+    exif[0x0112] = 6  # the top of the stored image is shown at the right
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     with Image.open(tmp_path / "turned.png") as image:
         assert np.array_equal(to_32x32(image), np.rot90(pixels, -1))
 
 
-def test_the_centre_square_is_cropped() -> None:
+def test_the_central_square_is_cropped() -> None:
     pixels = noise(32, 100, 3)
     assert np.array_equal(to_32x32(Image.fromarray(pixels)), pixels[:, 34:66])
     assert np.array_equal(
@@ -609,14 +617,14 @@ def test_the_centre_square_is_cropped() -> None:
     )
 
 
-def test_shrinking_averages_instead_of_picking_pixels() -> None:
+def test_downsampling_is_antialiased() -> None:
     board = np.indices((320, 320)).sum(axis=0) % 2 * np.uint8(255)
     result = to_32x32(Image.fromarray(board.astype(np.uint8)))
     assert np.abs(result.astype(int) - 127).max() <= 2
 
 
-def test_the_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+def test_the_first_frame_of_an_animation_is_used(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / "a.gif") as image:
         image.seek(1)
@@ -624,7 +632,7 @@ def test_the_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0, 255), (255, 100), (51, 224)])
-def test_transparency_is_laid_on_white(alpha: int, expected: int) -> None:
+def test_transparent_images_are_composited_on_white(alpha: int, expected: int) -> None:
     for image in (
         Image.new("RGBA", (5, 5), (100, 100, 100, alpha)),
         Image.new("LA", (5, 5), (100, alpha)),
@@ -647,7 +655,7 @@ def test_a_transparent_palette_entry_is_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
-def test_16_bit_greys_are_scaled_not_cut_off(dtype: str) -> None:
+def test_16_bit_grayscale_is_scaled(dtype: str) -> None:
     values = np.linspace(0, 65535, 1024).reshape(32, 32).astype(dtype)
     image = Image.frombytes(
         {"<u2": "I;16", ">u2": "I;16B", "<i4": "I"}[dtype], (32, 32), values.tobytes()
@@ -663,7 +671,7 @@ def test_a_16_bit_png_is_scaled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    ("mode", "color", "expected"),
     [
         ("L", 77, [77, 77, 77]),
         ("1", 1, [255, 255, 255]),
@@ -675,8 +683,8 @@ def test_a_16_bit_png_is_scaled(tmp_path: Path) -> None:
         ("I", 2**31 - 1, [255, 255, 255]),
     ],
 )
-def test_other_modes_become_rgb(mode: str, colour: object, expected: list[int]) -> None:
-    result = to_32x32(Image.new(mode, (1, 3), colour))
+def test_other_modes_become_rgb(mode: str, color: object, expected: list[int]) -> None:
+    result = to_32x32(Image.new(mode, (1, 3), color))
     assert result.shape == (32, 32, 3)
     assert np.unique(result.reshape(-1, 3), axis=0).tolist() == [expected]
 
@@ -684,7 +692,7 @@ def test_other_modes_become_rgb(mode: str, colour: object, expected: list[int]) 
 # Digits
 
 
-def test_digits_are_scikit_learns_enlarged() -> None:
+def test_digits_are_upsampled_from_scikit_learn() -> None:
     from sklearn import datasets, model_selection
 
     loaded = load_digits()
@@ -702,16 +710,16 @@ def test_digits_are_scikit_learns_enlarged() -> None:
         assert split.labels.tolist() == labels.tolist()
         assert split.images.dtype == torch.uint8
         assert (split.images == split.images[:, :1]).all()
-        # Averaged back to 8x8 they are the originals, a little blurred.
-        shrunk = split.images[:, 0].reshape(-1, 8, 4, 8, 4).double().mean(dim=(2, 4)).numpy()
-        assert np.abs(shrunk / 255 - images / 16).mean() < 0.06
-        assert np.corrcoef(shrunk.ravel(), images.ravel())[0, 1] > 0.99
+        # Averaged to 8x8, they are slightly blurred originals.
+        downsampled = split.images[:, 0].reshape(-1, 8, 4, 8, 4).double().mean(dim=(2, 4)).numpy()
+        assert np.abs(downsampled / 255 - images / 16).mean() < 0.06
+        assert np.corrcoef(downsampled.ravel(), images.ravel())[0, 1] > 0.99
 
 
-# The real thing
+# The published CIFAR-10
 
 
-def test_the_real_cifar10_is_as_published(cifar10: Dataset) -> None:
+def test_cifar10_has_the_published_classes(cifar10: Dataset) -> None:
     assert cifar10.classes == tuple(NAMES)
     assert cifar10.train.labels.bincount().tolist() == [5000] * 10
     assert cifar10.test.labels.bincount().tolist() == [1000] * 10
@@ -719,18 +727,18 @@ def test_the_real_cifar10_is_as_published(cifar10: Dataset) -> None:
     assert cifar10.classes[int(cifar10.test.labels[0])] == "cat"
 
 
-def test_the_real_cifar10_has_its_well_known_statistics(cifar10: Dataset) -> None:
+def test_cifar10_has_the_well_known_statistics(cifar10: Dataset) -> None:
     mean, std = channel_statistics(cifar10.train.images)
     assert [round(value, 4) for value in mean] == [0.4914, 0.4822, 0.4465]
     assert [round(value, 4) for value in std] == [0.2470, 0.2435, 0.2616]
 
 
-def test_the_real_cifar10_splits_evenly(cifar10: Dataset) -> None:
-    kept, held = hold_out(cifar10.train, 5000)
-    assert kept.labels.bincount().tolist() == [4500] * 10
-    assert held.labels.bincount().tolist() == [500] * 10
+def test_cifar10_is_split_evenly(cifar10: Dataset) -> None:
+    rest, selected = hold_out(cifar10.train, 5000)
+    assert rest.labels.bincount().tolist() == [4500] * 10
+    assert selected.labels.bincount().tolist() == [500] * 10
 
 
-def test_the_real_cifar10_is_published_to_the_byte(cifar10: Dataset) -> None:
+def test_cifar10_matches_the_published_checksums(cifar10: Dataset) -> None:
     assert cifar10.source.endswith("the published split")
     assert cifar10.remarks == ()

@@ -110,7 +110,7 @@ def run(arguments: list[str]) -> int:
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
     """The pictures that the arguments name, and how many of them name none."""
-    from resnet56.data.image_files import find_images, remark_on
+    from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0
     for argument in arguments:
@@ -121,7 +121,7 @@ def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
             # Not what --cam wrote beside the pictures the last time.
             found = find_images(path)
             files = [file for file in found.files if not file.name.endswith(MAP)]
-            if remark := remark_on(found.passed_over):
+            if remark := describe_skipped(found.skipped):
                 say(f"{shown(str(path))}: {remark}")
             if not files:
                 _complain(ImageError(f"{shown(str(path))} holds no pictures"))

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 in the forms they are published in, compared with what was published.
+"""Read CIFAR-10 and CIFAR-100 in their published forms and verify their checksums.
 
-The formats are described at https://www.cs.toronto.edu/~kriz/cifar.html. Whatever the form, a file
-is read as the records of the binary one, so that one checksum serves all.
+The formats are described at https://www.cs.toronto.edu/~kriz/cifar.html. Files of all forms are
+read as records of the binary form, so that one checksum covers all of them.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ import numpy.typing as npt
 import torch
 
 from resnet56.data.class_names import CIFAR10, PUBLISHED
-from resnet56.data.dataset import Dataset, Split, class_name
+from resnet56.data.dataset import Dataset, Split, normalize_class_name
 from resnet56.data.pickles import PickledArray, read_pickle, text
 from resnet56.errors import DataError, shown
 
 Bytes = npt.NDArray[np.uint8]
 
 _PIXELS = 3 * 32 * 32
-_BLOCK = 1_000  # images handled at a time, to bound memory
-_AGAIN = "unpack the archive again"
-# SHA-1 of each file of the binary form: the training files and the test file. Apache MXNet's
-# gluon.data.vision pins the same ones.
+_BLOCK = 1_000  # images to process at once, to limit memory
+_ADVICE = "unpack the archive again"
+# SHA-1 of each file of the binary form: the training files, then the test file. Apache MXNet's
+# gluon.data.vision uses the same values.
 _PUBLISHED = {
     "cifar10": (
         "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
@@ -41,17 +41,17 @@ _PUBLISHED = {
         "8fb6623e830365ff53cf14adec797474f5478006",
     ),
 }
-_TRAINING, _TEST = 50_000, 10_000  # images of each set
-_LEAST_DISTINCT = 0.99  # of a split's images; of the published ones 0.9997 and more are
+_TRAIN_SIZE, _TEST_SIZE = 50_000, 10_000
+_MIN_DISTINCT = 0.99  # fraction of a split; at least 0.9997 in the published ones
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """One published form of CIFAR: its files, and where they keep labels and class names.
+    """One published form of CIFAR: its files and the location of labels and class names.
 
-    A record of the binary form has `label_bytes` bytes, the last of them the label, and 3,072 of
-    pixels (1,024 red, green, blue; rows from the top). The other form is pickled dictionaries, with
-    labels and names under the keys `labels` and `names`.
+    A record of the binary form has `label_bytes` label bytes, the last of which is the label, and
+    3,072 pixel bytes (1,024 each of red, green and blue, row by row from the top). The pickle form
+    consists of dictionaries with the labels and names under the keys `labels` and `names`.
     """
 
     name: str
@@ -66,11 +66,11 @@ class _Layout:
 
     @property
     def label_bytes(self) -> int:
-        """Bytes before the pixels: CIFAR-100 has a coarse label before the fine one."""
+        """Bytes before the pixels. In CIFAR-100, a coarse label precedes the fine one."""
         return 1 if self.name == "cifar10" else 2
 
-    def fits(self, folder: Path) -> bool:
-        """Whether `folder` looks like this layout, complete or not."""
+    def matches(self, folder: Path) -> bool:
+        """Return whether `folder` has this layout, even if files are missing."""
         if folder.name == self.folder and folder.is_dir():
             return True
         return any((folder / file).is_file() for file in self.train)
@@ -90,7 +90,7 @@ LAYOUTS = (
             meta="meta", classes=100, form="pickle", labels="fine_labels",
             names="fine_label_names"),
 )
-# The archives that hold these folders, by their published names.
+# The published archives and the folders that they contain.
 ARCHIVES = {
     "cifar-10-binary.tar.gz": "cifar-10-batches-bin",
     "cifar-10-python.tar.gz": "cifar-10-batches-py",
@@ -100,54 +100,55 @@ ARCHIVES = {
 # fmt: on
 
 
-def layout_in(path: Path) -> tuple[_Layout, Path] | None:
-    """The layout of `path`, or of a folder of its usual name in it, and where it lies."""
+def find_layout(path: Path) -> tuple[_Layout, Path] | None:
+    """Find a layout in `path` or in its subfolder of the usual name. Return layout and folder."""
     for layout in LAYOUTS:
         for folder in (path, path / layout.folder):
-            if layout.fits(folder):
+            if layout.matches(folder):
                 return layout, folder
     return None
 
 
 def load_cifar(layout: _Layout, folder: Path) -> Dataset:
-    """The data set in `folder`. Raises DataError if it cannot be what was published."""
+    """Load the data set in `folder`. Raises DataError if it is not the published one."""
     needed = [*layout.train, layout.test]
-    if layout.classes != len(CIFAR10):  # only CIFAR-10's names are known without their file
+    if layout.classes != len(CIFAR10):  # only CIFAR-10 has default names
         needed.append(layout.meta)
     for file in needed:
         if not (folder / file).is_file():
-            raise DataError(f"{shown(str(folder / file))} is missing: {_AGAIN}")
+            raise DataError(f"{shown(str(folder / file))} is missing; {_ADVICE}")
     classes = _class_names(layout, folder / layout.meta)
-    with ThreadPoolExecutor(1) as pool:  # checksums are computed beside the reading
-        train, sums = _read_files(layout, [folder / file for file in layout.train], _TRAINING, pool)
-        test, test_sums = _read_files(layout, [folder / layout.test], _TEST, pool)
+    with ThreadPoolExecutor(1) as pool:  # computes checksums during reading
+        train, sums = _read_files(
+            layout, [folder / file for file in layout.train], _TRAIN_SIZE, pool
+        )
+        test, test_sums = _read_files(layout, [folder / layout.test], _TEST_SIZE, pool)
     files = (*layout.train, layout.test)
     published = _PUBLISHED[layout.name]
-    differ = [
+    different = [
         file
-        for file, found, right in zip(files, [*sums, *test_sums], published, strict=True)
-        if found != right
+        for file, actual, expected in zip(files, [*sums, *test_sums], published, strict=True)
+        if actual != expected
     ]
-    if differ:
+    if different:
         _check_split(layout, folder, train, classes, "training")
         _check_split(layout, folder, test, classes, "test")
     if classes != PUBLISHED[layout.name]:
-        differ.append(layout.meta)
-    how = "the published split"
+        different.append(layout.meta)
+    description = "the published split"
     remarks: tuple[str, ...] = ()
-    if differ:
-        how = f"the published split, but not its bytes in {', '.join(differ)}"
-        remarks = (
-            f"{shown(str(folder))} is not the published data set to the byte: "
-            f"{', '.join(differ)} differ{'s' * (len(differ) == 1)}",
-        )
+    if different:
+        names = ", ".join(different)
+        description = f"the published split with differences in {names}"
+        remarks = (f"{shown(str(folder))} differs from the published data set in {names}",)
     return Dataset(
         name=layout.name,
         classes=classes,
         train=train,
         test=test,
         mirror=True,
-        source=f"{layout.folder}: {len(train):,} training and {len(test):,} test images, {how}",
+        source=f"{layout.folder}: {len(train):,} training and {len(test):,} test images, "
+        f"{description}",
         origin=str(folder.resolve()),
         remarks=remarks,
     )
@@ -156,7 +157,7 @@ def load_cifar(layout: _Layout, folder: Path) -> Dataset:
 def _check_split(
     layout: _Layout, folder: Path, split: Split, classes: tuple[str, ...], kind: str
 ) -> None:
-    """Raise DataError if these cannot be the published images, damaged a little at most."""
+    """Raise DataError unless these can be the published images, apart from minor damage."""
     total = len(split)
     counts = split.labels.bincount(minlength=layout.classes)
     expected = total // layout.classes
@@ -164,13 +165,13 @@ def _check_split(
         worst = int((counts - expected).abs().argmax())
         raise DataError(
             f"{shown(str(folder))} is not the published data set: {int(counts[worst]):,} {kind} "
-            f"images have the label {shown(classes[worst])}, expected {expected:,}; {_AGAIN}"
+            f"images have the label {shown(classes[worst])}, expected {expected:,}; {_ADVICE}"
         )
     distinct = len({hash(image.tobytes()) for image in split.images.numpy()})
-    if distinct < _LEAST_DISTINCT * total:
+    if distinct < _MIN_DISTINCT * total:
         raise DataError(
             f"{shown(str(folder))} is not the published data set: {total - distinct:,} of its "
-            f"{total:,} {kind} images are copies of others, as of a file copied in part; {_AGAIN}"
+            f"{total:,} {kind} images are duplicates, as in an incomplete file; {_ADVICE}"
         )
 
 
@@ -185,14 +186,14 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
     if isinstance(names, list):
         decoded = tuple(text(name) for name in names if isinstance(name, str | bytes))
         if len(names) == len(set(decoded)) == layout.classes:
-            return tuple(map(class_name, decoded))
-    raise DataError(f"{shown(str(file))} does not hold {layout.classes} class names: {_AGAIN}")
+            return tuple(map(normalize_class_name, decoded))
+    raise DataError(f"{shown(str(file))} does not contain {layout.classes} class names; {_ADVICE}")
 
 
 def _read_files(
     layout: _Layout, files: list[Path], total: int, pool: ThreadPoolExecutor
 ) -> tuple[Split, list[str]]:
-    """Read `total` images, as many from each of `files`; returns the files' SHA-1 sums, too."""
+    """Read `total` images, equally many from each file. Return them and the files' SHA-1 sums."""
     split = empty_split(total)
     rows = total // len(files)
     images = split.images.view(len(files), rows, _PIXELS).numpy()
@@ -204,7 +205,7 @@ def _read_files(
         start = 0
         for records in _records(layout, file, rows):
             if pending:
-                pending.result()  # one block at a time, to bound memory
+                pending.result()  # at most one pending block, to limit memory
             pending = pool.submit(digest.update, records.data)
             block = slice(start, start + len(records))
             file_images[block] = records[:, layout.label_bytes :]
@@ -218,7 +219,7 @@ def _read_files(
 
 
 def _records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
-    """The `count` records of a file in blocks, (n, label_bytes + 3072), as in the binary form."""
+    """Yield `count` records of a file in blocks (n, label_bytes + 3072), as in the binary form."""
     if layout.form == "binary":
         yield from _binary_records(layout, file, count)
     else:
@@ -235,66 +236,66 @@ def _records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
 
 def _binary_records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
     record = layout.label_bytes + _PIXELS
-    expected, found = count * record, file.stat().st_size
-    if found != expected:
+    expected, actual = count * record, file.stat().st_size
+    if actual != expected:
         raise DataError(
-            f"{shown(str(file))} has the wrong size: expected {expected:,} bytes, found {found:,}; "
-            f"{_AGAIN}"
+            f"{shown(str(file))} has the wrong size: "
+            f"expected {expected:,} bytes, found {actual:,}; {_ADVICE}"
         )
     with file.open("rb") as stream:
         for start in range(0, count, _BLOCK):
-            wanted = min(_BLOCK, count - start) * record
-            records = np.fromfile(stream, np.uint8, wanted)
-            if len(records) != wanted:  # it became shorter meanwhile
-                raise DataError(f"{shown(str(file))} ended early: {_AGAIN}")
+            size = min(_BLOCK, count - start) * record
+            records = np.fromfile(stream, np.uint8, size)
+            if len(records) != size:  # truncated since the check
+                raise DataError(f"{shown(str(file))} is truncated; {_ADVICE}")
             yield records.reshape(-1, record)
 
 
-_Batch = tuple[Bytes, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]  # pixels, labels, coarse ones
+_Batch = tuple[Bytes, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]  # pixels, labels, coarse labels
 
 
 def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> _Batch:
-    """A pickled dictionary of `count` images (N, 3072) and labels (N,)."""
+    """Read a pickled dictionary of `count` images (N, 3072) and labels (N,)."""
     batch = read_pickle(file)
     data = batch.get("data")
     if not isinstance(data, PickledArray) or (pixels := data.pixels((count, _PIXELS))) is None:
         raise DataError(f"{shown(str(file))}: 'data' is not a uint8 array of {count:,} x 3,072")
     labels = _labels(batch.get(layout.labels), file, layout.labels, count, layout.classes)
-    # Those of the twenty coarse classes serve for the checksum alone.
-    other = batch.get(coarse) if coarse else None
-    found = labels if other is None else _labels(other, file, coarse or "", count, 256)
-    return pixels, labels, found
+    # Coarse labels are needed only for the checksum.
+    stored = batch.get(coarse) if coarse else None
+    coarse_labels = labels if stored is None else _labels(stored, file, coarse or "", count, 256)
+    return pixels, labels, coarse_labels
 
 
 def _labels(values: object, file: Path, key: str, count: int, classes: int) -> Bytes:
-    """A list of whole numbers as bytes; DataError if it is anything else."""
+    """Convert a list of integers to bytes. Raises DataError for anything else."""
     if not isinstance(values, list) or not all(
         type(value) is int and value.bit_length() < 64 for value in values
     ):
-        raise DataError(f"{shown(str(file))}: {key!r} is not a list of whole numbers")
+        raise DataError(f"{shown(str(file))}: {key!r} is not a list of integers")
     if len(values) != count:
-        raise DataError(f"{shown(str(file))}: {count:,} images but {len(values):,} labels")
-    wide = np.array(values, dtype=np.int64)
-    _refuse_labels(file, np.flatnonzero((wide < 0) | (wide >= classes)), wide, classes)
-    return wide.astype(np.uint8)
+        raise DataError(f"{shown(str(file))}: {count:,} images, but {len(values):,} labels")
+    array = np.array(values, dtype=np.int64)
+    _reject_labels(file, np.flatnonzero((array < 0) | (array >= classes)), array, classes)
+    return array.astype(np.uint8)
 
 
 def _check_labels(file: Path, labels: npt.NDArray[np.int64], layout: _Layout) -> None:
-    wrong = np.flatnonzero((labels < 0) | (labels >= layout.classes))
-    _refuse_labels(file, wrong, labels, layout.classes)
+    invalid = np.flatnonzero((labels < 0) | (labels >= layout.classes))
+    _reject_labels(file, invalid, labels, layout.classes)
 
 
-def _refuse_labels(
-    file: Path, wrong: npt.NDArray[np.intp], labels: npt.NDArray[np.int64], classes: int
+def _reject_labels(
+    file: Path, invalid: npt.NDArray[np.intp], labels: npt.NDArray[np.int64], classes: int
 ) -> None:
-    if len(wrong):
+    if len(invalid):
         raise DataError(
-            f"{shown(str(file))}: record {wrong[0]} (the first is 0) has label {labels[wrong[0]]}, "
-            f"expected 0 to {classes - 1}; {_AGAIN}"
+            f"{shown(str(file))}: record {invalid[0]} (counted from 0) has "
+            f"label {labels[invalid[0]]}, expected 0 to {classes - 1}; {_ADVICE}"
         )
 
 
 def empty_split(count: int) -> Split:
-    """A split of `count` images to be filled in."""
+    """Return an uninitialized split of `count` images."""
     images = torch.empty((count, 3, 32, 32), dtype=torch.uint8)
     return Split(images, torch.empty(count, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""What a data set is: images and labels in memory, and what can be asked of them."""
+"""Data sets of images and labels in memory, with their statistics and splits."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from resnet56.errors import DataError, UsageError, shown
 
 Triple = tuple[float, float, float]
 
-_BLOCK = 1_000  # images handled at a time, to bound memory
+_BLOCK = 1_000  # images to process at once, to limit memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,15 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test split over the same classes; labels index `classes`.
+    """A training and a test split with the same classes. Labels index `classes`.
 
-    `mirror` says whether a mirrored image still shows its class; `source` is a line for people:
-    what was read, from where and how it was split; `origin` loads it again: a folder, or "digits";
-    `remarks` are lines on what was passed over or looks odd. `divided` is false where the images
-    lay in class folders alone, so that nothing but this package calls some of them test images.
+    Attributes:
+        mirror: whether a mirrored image still belongs to its class.
+        source: one line for users: what was read, from where and how it was split.
+        origin: where to load the data from again: a folder, or "digits".
+        remarks: one line each about skipped or unusual data.
+        predefined_split: whether the data define the test images. False if there are only class
+            folders, so that this package chose the test images.
     """
 
     name: str
@@ -46,10 +49,10 @@ class Dataset:
     source: str
     origin: str
     remarks: tuple[str, ...] = ()
-    divided: bool = True
+    predefined_split: bool = True
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the classes, shapes, images and labels: equal for equal data."""
+        """Return the SHA-256 (hex) of the classes, shapes, images and labels."""
         splits = (self.train, self.test)
         shapes = [list(split.images.shape) for split in splits]
         digest = hashlib.sha256(json.dumps([self.classes, shapes]).encode())
@@ -59,28 +62,30 @@ class Dataset:
         return digest.hexdigest()
 
     def for_classes(self, classes: Sequence[str]) -> "Dataset":
-        """The images of those `classes` of another data set or network, labeled as its are.
+        """Return the data set with labels that index `classes`, those of another data set or model.
 
-        Classes go by their names, see `match_classes`; images of other classes are left out with
-        a remark. All images of a set that is not `divided` are test images of the result.
-        Raises UsageError when no class is among `classes`.
+        Classes are matched by name, see `match_classes`. Images of other classes are skipped with a
+        remark. Without a predefined split, all images become test images.
+
+        Raises:
+            UsageError: no class of this data set is in `classes`.
         """
-        known, remarks = match_classes(self.classes, classes)
-        if not known:
+        matches, remarks = match_classes(self.classes, classes)
+        if not matches:
             raise UsageError(
-                f"no class of the data ({_some(self.classes)}) is one of the network's "
-                f"({_some(classes)}); choose --data"
+                f"the model has no class of the data ({_some(self.classes)}), only "
+                f"{_some(classes)}; choose other data with --data"
             )
-        others = [name for name in self.classes if name not in known]
+        others = [name for name in self.classes if name not in matches]
         if others:
             remarks.append(
-                f"the network does not have the class{'es' * (len(others) > 1)} {_some(others)}: "
-                "their images are left out"
+                f"skipped the images of {_some(others)}: the model does not have the "
+                f"class{'es' * (len(others) > 1)}"
             )
-        index = [classes.index(known[name]) if name in known else -1 for name in self.classes]
+        index = [classes.index(matches[name]) if name in matches else -1 for name in self.classes]
         labels = torch.tensor(index, dtype=torch.int64)
         train, test = self.train, self.test
-        if not self.divided:
+        if not self.predefined_split:
             images = torch.cat((train.images, test.images))
             test = Split(images, torch.cat((train.labels, test.labels)))
             train = Split(images[:0], test.labels[:0])
@@ -99,110 +104,112 @@ def _some(names: Sequence[str]) -> str:
 
 def _relabel(split: Split, new: torch.Tensor) -> Split:
     labels = new[split.labels]
-    kept = labels >= 0
-    if bool(kept.all()):
+    valid = labels >= 0
+    if bool(valid.all()):
         return Split(split.images, labels)
-    return Split(split.images[kept], labels[kept])
+    return Split(split.images[valid], labels[valid])
 
 
-def class_name(name: str) -> str:
-    """A class's name in the one form that is kept: composed (NFC), without outer blanks.
+def normalize_class_name(name: str) -> str:
+    """Return a class name in NFC form without leading and trailing whitespace.
 
-    A folder's name is decomposed where macOS wrote it. Raises DataError for a name that no file or
-    terminal can show: one with control characters, of no Unicode, or empty.
+    Folder names from macOS can be in decomposed form. Raises DataError for a name that is empty,
+    not valid Unicode, or contains control characters.
     """
     composed = unicodedata.normalize("NFC", name).strip()
-    kinds = {unicodedata.category(character) for character in composed}
-    if not composed or kinds & {"Cc", "Cs", "Zl", "Zp"}:
+    categories = {unicodedata.category(character) for character in composed}
+    if not composed or categories & {"Cc", "Cs", "Zl", "Zp"}:
         raise DataError(
-            f"{name!a} cannot name a class: it is empty, not Unicode, or has control "
+            f"{name!a} is not a valid class name: it is empty, not Unicode, or contains control "
             "characters; rename it"
         )
     return composed
 
 
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Which of `classes` each of `names` is, where it is one; and remarks on loose matches.
+    """Match names to `classes`. Return a mapping of the matched names, and remarks.
 
-    Names are compared in their NFC form without outer blanks; where that finds none, without
-    regard to case, if exactly one is equal then.
+    Names are compared in NFC form without surrounding whitespace. A name without a match is
+    compared again without case, and matches if exactly one class is then equal.
     """
 
-    def plain(name: str) -> str:
+    def normalized(name: str) -> str:
         return unicodedata.normalize("NFC", name).strip()
 
-    exact = {plain(name): name for name in reversed(classes)}
-    loose: dict[str, list[str]] = {}
+    exact = {normalized(name): name for name in reversed(classes)}
+    case_insensitive: dict[str, list[str]] = {}
     for name in classes:
-        loose.setdefault(plain(name).casefold(), []).append(name)
-    known: dict[str, str] = {}
+        case_insensitive.setdefault(normalized(name).casefold(), []).append(name)
+    matches: dict[str, str] = {}
     remarks = []
     for name in names:
-        same = loose.get(plain(name).casefold(), [])
-        if plain(name) in exact:
-            known[name] = exact[plain(name)]
-        elif len(same) == 1:
-            known[name] = same[0]
+        candidates = case_insensitive.get(normalized(name).casefold(), [])
+        if normalized(name) in exact:
+            matches[name] = exact[normalized(name)]
+        elif len(candidates) == 1:
+            matches[name] = candidates[0]
             remarks.append(
-                f"{shown(name)} is taken as the class {shown(same[0])}: they differ in upper and "
-                "lower case only"
+                f"treating {shown(name)} as the class {shown(candidates[0])}, which differs only "
+                "in case"
             )
-    return known, remarks
+    return matches, remarks
 
 
 def hold_out(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
-    """Split off `count` images: (kept, held out), each in its old order.
+    """Split a data set into (rest, `count` images), stratified by class and in the original order.
 
-    Classes keep their proportions, with at least one image on both sides (a class of one image
-    stays whole in the kept part). Depends on nothing but the arguments. Raises UsageError for a
-    count that leaves too few images on one side, or a seed outside 0..2**32-1.
+    Each part has at least one image of every class. A class of one image stays in the first part.
+    The result depends only on the arguments.
+
+    Raises:
+        UsageError: `count` leaves too few images in one part, or `seed` is not in 0..2**32-1.
     """
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed} is out of range: choose 0 to {2**32 - 1}")
     total = len(split)
     _, classes, sizes = np.unique(split.labels.numpy(), return_inverse=True, return_counts=True)
-    most = sizes - 1
-    held = np.minimum(1, most)
-    low, high = max(1, int(held.sum())), int(most.sum())
+    maximum = sizes - 1
+    selected = np.minimum(1, maximum)
+    low, high = max(1, int(selected.sum())), int(maximum.sum())
     if not low <= count <= high:
-        advice = f"choose {low:,} to {high:,}" if high else "no class has two"
+        advice = f"choose {low:,} to {high:,}" if high else "no class has two images"
         raise UsageError(
-            f"cannot hold out {count:,} of {total:,} images: {advice} "
-            "(every class needs an image on both sides)"
+            f"cannot split {count:,} from {total:,} images: {advice} "
+            "(each part needs an image of every class)"
         )
-    for _ in range(count - int(held.sum())):
-        deficit = count * sizes - total * held  # in images of the class, times total
-        held[np.where(held < most, deficit, -(total**2)).argmax()] += 1
-    # RandomState, unlike a Generator, promises the same stream in every numpy to come.
+    for _ in range(count - int(selected.sum())):
+        deficit = count * sizes - total * selected  # in images, times total
+        selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
+    # NumPy guarantees the stream of RandomState across versions, but not that of Generator.
     order = np.random.RandomState(seed).permutation(total)
-    chosen = np.zeros(total, dtype=bool)
-    for index, size in enumerate(held):
-        chosen[order[classes[order] == index][:size]] = True
-    mask = torch.from_numpy(chosen)
+    mask = np.zeros(total, dtype=bool)
+    for index, size in enumerate(selected):
+        mask[order[classes[order] == index][:size]] = True
+    chosen = torch.from_numpy(mask)
     return (
-        Split(split.images[~mask], split.labels[~mask]),
-        Split(split.images[mask], split.labels[mask]),
+        Split(split.images[~chosen], split.labels[~chosen]),
+        Split(split.images[chosen], split.labels[chosen]),
     )
 
 
 def training_split(dataset: Dataset, holdout: int) -> tuple[Split, Split | None]:
-    """What a run trains on, and the `holdout` images it keeps apart: none of them for 0."""
+    """Return the training images and `holdout` validation images, or None if `holdout` is 0."""
     if holdout == 0:
         return dataset.train, None
     return hold_out(dataset.train, holdout)
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
-    """Exact mean and standard deviation per channel of (N, 3, H, W) uint8, in units of [0, 1].
+    """Return the mean and standard deviation per channel of (N, 3, H, W) uint8 scaled to [0, 1].
 
-    A constant channel gets the deviation 1.0, since images are divided by it. Sums are integers
-    over a histogram of the 256 values, so no wider copy of the images is made.
-    Raises DataError when there are no images.
+    The standard deviation of a constant channel is 1.0, so that images can be divided by it. Sums
+    are exact: they are integers over a histogram, which also avoids a copy of the images in a wider
+    type. Raises DataError if there are no images.
     """
     if not images.numel():
-        raise DataError("no images to take the channel statistics of")
+        raise DataError("no images to compute the channel statistics of")
     histogram = np.zeros((3, 256), dtype=np.int64)
-    for start in range(0, len(images), _BLOCK):  # bincount widens to 8 bytes a value
+    for start in range(0, len(images), _BLOCK):  # bincount converts to 8 bytes per value
         block = images[start : start + _BLOCK]
         for channel in range(3):
             histogram[channel] += np.bincount(block[:, channel].numpy().ravel(), minlength=256)
@@ -211,9 +218,9 @@ def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
 
 
 def _mean_std(counts: list[int]) -> tuple[float, float]:
-    """Mean and deviation, over 255, of the values 0..255 that occur `counts` times."""
+    """Return the mean and standard deviation, over 255, of the values 0..255 with these counts."""
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))
-    spread = total * second - first * first  # the variance times total squared, exactly
-    return first / (255 * total), math.sqrt(spread) / (255 * total) or 1.0
+    scaled_variance = total * second - first * first  # exact; times total squared
+    return first / (255 * total), math.sqrt(scaled_variance) / (255 * total) or 1.0

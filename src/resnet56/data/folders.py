@@ -1,4 +1,4 @@
-"""Image folders as data sets: a folder per class, or one folder and a table of labels."""
+"""Image folders as data sets: one folder per class, or one folder and a table of labels."""
 
 import csv
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from resnet56.data.dataset import Dataset, Split, class_name, hold_out, match_classes
-from resnet56.data.image_files import find_images, is_visible, remark_on, visible_folders
+from resnet56.data.dataset import Dataset, Split, hold_out, match_classes, normalize_class_name
+from resnet56.data.image_files import describe_skipped, find_images, is_visible, visible_folders
 from resnet56.data.images import read_pixels
 from resnet56.errors import DataError, ImageError, one_line, shown
 
@@ -31,40 +31,40 @@ _ID_COLUMNS = (
     "path",
 )
 _LABEL_COLUMNS = ("label", "class", "category", "target", "labels", "class_name")
-_MOST_NAMED = 10  # broken images in one message
-_TABLE_BYTES = 1 << 28
+_MAX_LISTED = 10  # broken images in one message
+_MAX_TABLE_BYTES = 1 << 28
 
-Files = dict[str, list[Path]]  # the images of each class
+Files = dict[str, list[Path]]  # class -> images
 
 
 @dataclass
 class _Reader:
-    """What the parts of one data set share: remarks, and what to do about broken images."""
+    """Reads the parts of one data set, collects remarks and handles broken images."""
 
     path: Path
     skip_broken: bool
     evaluation: bool
-    passed_over: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
 
-    def files_of(self, root: Path) -> Files:
-        """The image files of each class folder in `root`, classes sorted by name."""
-        found: Files = {}
+    def find_files(self, root: Path) -> Files:
+        """Find the image files of each class folder in `root`, sorted by class name."""
+        files: Files = {}
         for folder in visible_folders(root):
-            name = class_name(folder.name)
+            name = normalize_class_name(folder.name)
             images = find_images(folder)
-            self.passed_over += images.passed_over
+            self.skipped += images.skipped
             if images.files:
-                found.setdefault(name, []).extend(images.files)
+                files.setdefault(name, []).extend(images.files)
             elif not self.evaluation:
                 raise DataError(
-                    f"{shown(str(folder))} holds no images: add some, or remove the folder"
-                    + _in_brackets(remark_on(images.passed_over))
+                    f"{shown(str(folder))} contains no images; add some, or remove the folder"
+                    + _in_parentheses(describe_skipped(images.skipped))
                 )
-        return dict(sorted(found.items()))
+        return dict(sorted(files.items()))
 
     def read(self, files: Files, classes: Sequence[str]) -> Split:
-        """The images of each class. Raises DataError naming those that cannot be read."""
+        """Read the images of each class. Raises DataError if any of them is broken."""
         index = {name: number for number, name in enumerate(classes)}
         labeled = [(file, index[name]) for name in files for file in files[name]]
         images = torch.empty((len(labeled), 3, 32, 32), dtype=torch.uint8)
@@ -79,29 +79,35 @@ class _Reader:
             images[len(labels)] = torch.from_numpy(pixels)
             labels.append(label)
         if broken:
-            self._tell_broken(broken)
+            self._report_broken(broken)
         return Split(images[: len(labels)], torch.tensor(labels, dtype=torch.int64))
 
-    def _tell_broken(self, broken: list[str]) -> None:
-        named = "; ".join(broken[:_MOST_NAMED])
-        more = f"; and {len(broken) - _MOST_NAMED:,} more" if len(broken) > _MOST_NAMED else ""
+    def _report_broken(self, broken: list[str]) -> None:
+        listed = "; ".join(broken[:_MAX_LISTED])
+        more = f"; and {len(broken) - _MAX_LISTED:,} more" if len(broken) > _MAX_LISTED else ""
         if self.skip_broken:
-            them = f"{len(broken):,} image{'s' * (len(broken) > 1)}"
-            self.remarks.append(f"left out {them} that cannot be read: {named}{more}")
+            count = f"{len(broken):,} image{'s' * (len(broken) > 1)}"
+            self.remarks.append(f"skipped {count} that cannot be read: {listed}{more}")
             return
-        them = "it" if len(broken) == 1 else "them"
+        pronoun = "it" if len(broken) == 1 else "them"
         count = "" if len(broken) == 1 else f"{len(broken):,} images: "
         raise DataError(
-            f"cannot read {count}{named}{more}; repair or remove {them}, or leave {them} out with "
-            "--skip-broken"
+            f"cannot read {count}{listed}{more}; repair or remove {pronoun}, or skip {pronoun} "
+            "with --skip-broken"
         )
 
     def dataset(
-        self, classes: Sequence[str], train: Split, test: Split, how: str, *, divided: bool = True
+        self,
+        classes: Sequence[str],
+        train: Split,
+        test: Split,
+        description: str,
+        *,
+        predefined_split: bool = True,
     ) -> Dataset:
         name = self.path.resolve().name
-        if passed_over := remark_on(self.passed_over):
-            self.remarks.append(passed_over)
+        if remark := describe_skipped(self.skipped):
+            self.remarks.append(remark)
         return Dataset(
             name=name,
             classes=tuple(classes),
@@ -109,92 +115,97 @@ class _Reader:
             test=test,
             mirror=True,
             source=f"images in {shown(name)}: {len(train):,} training and {len(test):,} test "
-            f"images, {how}",
+            f"images, {description}",
             origin=str(self.path.resolve()),
             remarks=tuple(self.remarks),
-            divided=divided,
+            predefined_split=predefined_split,
         )
 
 
 def load_image_folder(
     path: Path, *, evaluation: bool = False, skip_broken: bool = False
 ) -> Dataset | None:
-    """The images below `path`; None if they lie in no order that is known.
+    """Load the images below `path`. Return None if the layout of the folder is unknown.
 
-    Known are `train/<class>/*`, with `test/<class>/*` or, where there is none, `val/<class>/*` as
-    the test part; a `train/` of images without folders and a table of their labels (.csv); and
-    `<class>/*`. What has no test part is split: a fixed stratified fifth becomes one.
+    Known layouts are `train/<class>/*` with a test part in `test/<class>/*` or else in
+    `val/<class>/*`; images in `train/` with a table of their labels (.csv); and `<class>/*`.
+    Without a test part, a fixed stratified fifth of the images becomes the test part.
 
     Args:
         path: an existing folder.
-        evaluation: the images are to be measured, not trained on: a test part alone will do, one
-            class, classes that train/ lacks, and empty class folders.
-        skip_broken: leave out images that cannot be read, with a remark, instead of raising.
+        evaluation: load for evaluation only. This also accepts a test part alone, a single class,
+            classes that are not in train/, and empty class folders.
+        skip_broken: skip images that cannot be read, with a remark, instead of raising an error.
 
     Raises:
-        DataError: an image cannot be read, or it is not clear which images are which.
+        DataError: an image cannot be read, or the purpose of a folder is ambiguous.
         OSError: a folder cannot be read.
     """
     reader = _Reader(path, skip_broken, evaluation)
-    parts = {role: _parts(path, role) for role in _ROLES}
+    parts = {role: _find_parts(path, role) for role in _ROLES}
     if len(parts["train"]) > 1:
-        raise DataError(f"{shown(str(path))} has {_names(parts['train'])}: keep one of them")
+        raise DataError(f"{shown(str(path))} has {_join_names(parts['train'])}; keep one of them")
     if parts["train"]:
         [train] = parts["train"]
-        files = reader.files_of(train)
+        files = reader.find_files(train)
         if not files and (table := _labels_table(path, train)):
             return _load_table(reader, train, table, parts)
         return _load_parts(reader, train, files, parts)
     if evaluation and (parts["test"] or parts["validation"]):
-        test = _one_of(path, parts["test"] or parts["validation"])
-        files = reader.files_of(test)
+        test = _single(path, parts["test"] or parts["validation"])
+        files = reader.find_files(test)
         classes = tuple(files)
         images = reader.read(files, classes)
         if not len(images):
-            raise DataError(f"{shown(str(test))} has no class folders with images: fill it")
-        return reader.dataset(classes, _none_of(images), images, f"{test.name}/ alone")
+            raise DataError(f"{shown(str(test))} has no class folders with images; add some")
+        return reader.dataset(classes, _empty_like(images), images, f"{test.name}/ only")
     return _load_classes(reader)
 
 
 def _load_parts(
     reader: _Reader, train: Path, files: Files, parts: dict[str, list[Path]]
 ) -> Dataset:
-    """train/<class>/* with a test part beside it, or without one."""
+    """Load train/<class>/*, with or without a test part next to train/."""
     classes = tuple(files)
     if len(classes) < 2 and not reader.evaluation:
         raise DataError(
-            f"{shown(str(train))}: expected two or more class folders, found {len(classes)}; "
-            "put the images of each class in a folder of their own"
+            f"{shown(str(train))}: expected at least two class folders, found {len(classes)}; "
+            "put the images of each class in their own folder"
         )
     choices = parts["test"] or parts["validation"]
     if not choices:
-        _refuse_unused(reader.path, train, classes)
-        return _split_off(
+        _reject_ambiguous(reader.path, train, classes)
+        return _split_test_part(
             reader, files, f"no test/ folder, so a fixed stratified 80/20 split of {train.name}/"
         )
-    test = _one_of(reader.path, choices)
-    test_files = reader.files_of(test)
+    test = _single(reader.path, choices)
+    test_files = reader.find_files(test)
     if not test_files:
-        raise DataError(f"{shown(str(test))} has no class folders: fill it, or remove it")
+        raise DataError(f"{shown(str(test))} has no class folders; add some, or remove it")
     if parts["test"]:
         for unused in parts["validation"]:
             count = sum(len(find_images(folder).files) for folder in visible_folders(unused))
             reader.remarks.append(f"{shown(unused.name)}/ is not used ({count:,} images)")
-    known, remarks = match_classes(tuple(test_files), classes)
+    matches, remarks = match_classes(tuple(test_files), classes)
     reader.remarks += remarks
-    others = [name for name in test_files if name not in known]
+    others = [name for name in test_files if name not in matches]
     if others and not reader.evaluation:
-        raise DataError(f"{shown(str(test / others[0]))} is a class that {train.name}/ lacks")
+        raise DataError(
+            f"{shown(str(test / others[0]))} is not a class in {train.name}/; add it there, or "
+            "remove it"
+        )
     classes = (*classes, *others)
     renamed: Files = {}
     for name, images in test_files.items():
-        renamed.setdefault(known.get(name, name), []).extend(images)
-    how = "split by its folders" if parts["test"] else f"the test images from {test.name}/"
-    return reader.dataset(classes, reader.read(files, classes), reader.read(renamed, classes), how)
+        renamed.setdefault(matches.get(name, name), []).extend(images)
+    description = "split by folder" if parts["test"] else f"test images from {test.name}/"
+    return reader.dataset(
+        classes, reader.read(files, classes), reader.read(renamed, classes), description
+    )
 
 
 def _load_classes(reader: _Reader) -> Dataset | None:
-    """<class>/*: no folder says which images are for what."""
+    """Load <class>/*, where no folder defines a split."""
     nested = [
         folder.name
         for folder in visible_folders(reader.path)
@@ -202,59 +213,63 @@ def _load_classes(reader: _Reader) -> Dataset | None:
     ]
     if nested:
         raise DataError(
-            f"{shown(str(reader.path / nested[0]))} looks like a data set of its own: give that "
-            "folder"
+            f"{shown(str(reader.path / nested[0]))} looks like a separate data set; use that "
+            "folder instead"
         )
-    lenient = _Reader(reader.path, reader.skip_broken, evaluation=True)  # others may lie there, too
-    files = lenient.files_of(reader.path)
-    reader.passed_over = lenient.passed_over
+    lenient = _Reader(reader.path, reader.skip_broken, evaluation=True)  # other folders are allowed
+    files = lenient.find_files(reader.path)
+    reader.skipped = lenient.skipped
     if len(files) < (1 if reader.evaluation else 2):
         return None
-    empty = [f.name for f in visible_folders(reader.path) if class_name(f.name) not in files]
+    empty = [
+        f.name for f in visible_folders(reader.path) if normalize_class_name(f.name) not in files
+    ]
     if empty:
-        reader.remarks.append(f"{_quoted(empty)}: no images there, so no class")
-    how = "no train/ folder, so a fixed stratified 80/20 split of its classes"
-    return _split_off(reader, files, how, divided=False)
+        reader.remarks.append(f"skipped {_list_folders(empty)}: no images")
+    description = "no train/ folder, so a fixed stratified 80/20 split of the classes"
+    return _split_test_part(reader, files, description, predefined_split=False)
 
 
 def _load_table(reader: _Reader, train: Path, table: Path, parts: dict[str, list[Path]]) -> Dataset:
-    """A folder of images and a table of their labels, as Kaggle hands them out."""
+    """Load a folder of images and a table of their labels, a common layout on Kaggle."""
     labels = _read_table(table)
     found = find_images(train)
-    reader.passed_over += found.passed_over
+    reader.skipped += found.skipped
     files: Files = {}
-    unnamed = []
+    unlabeled = []
     for file in found.files:
         keys = (file.relative_to(train).as_posix(), file.name, file.stem)
         label = next((labels[key] for key in keys if key in labels), None)
         if label is None:
-            unnamed.append(file)
+            unlabeled.append(file)
         else:
-            files.setdefault(class_name(label), []).append(file)
-    if unnamed:
+            files.setdefault(normalize_class_name(label), []).append(file)
+    if unlabeled:
         raise DataError(
-            f"{shown(table.name)} has no row for {len(unnamed):,} of the {len(found.files):,} "
-            f"images in {train.name}/, the first {shown(unnamed[0].name)}: add the rows, or move "
-            "the images away"
+            f"{shown(table.name)} has no row for {len(unlabeled):,} of the {len(found.files):,} "
+            f"images in {train.name}/, for example {shown(unlabeled[0].name)}; add the rows, or "
+            "remove the images"
         )
     if len(labels) > len(found.files):
         reader.remarks.append(
-            f"{len(labels) - len(found.files):,} rows of {shown(table.name)} name no image in "
-            f"{train.name}/"
+            f"{len(labels) - len(found.files):,} rows of {shown(table.name)} do not match an image "
+            f"in {train.name}/"
         )
     reader.remarks += [
-        f"{shown(folder.name)}/ is not used: {shown(table.name)} has labels for {train.name}/ alone"
+        f"{shown(folder.name)}/ is not used: {shown(table.name)} has labels only for {train.name}/"
         for folder in (*parts["test"], *parts["validation"])
     ]
     files = dict(sorted(files.items()))
     if len(files) < 2:
-        raise DataError(f"{shown(str(table))}: expected two or more classes, found {len(files)}")
-    how = f"labels from {shown(table.name)}, a fixed stratified 80/20 split of {train.name}/"
-    return _split_off(reader, files, how)
+        raise DataError(f"{shown(str(table))}: expected at least two classes, found {len(files)}")
+    description = (
+        f"labels from {shown(table.name)}, a fixed stratified 80/20 split of {train.name}/"
+    )
+    return _split_test_part(reader, files, description)
 
 
 def _labels_table(path: Path, train: Path) -> Path | None:
-    """The table of labels beside or in train/; None if it holds no images without a folder."""
+    """Find the table of labels next to or in train/. Return None if train/ has no images."""
     if not find_images(train).files:
         return None
     tables = [
@@ -264,14 +279,16 @@ def _labels_table(path: Path, train: Path) -> Path | None:
         and "submission" not in table.name.lower()
         and _columns(_header(table)) is not None
     ]
-    of_training = [table for table in tables if "train" in table.name.lower()]
-    tables = of_training or tables
+    train_tables = [table for table in tables if "train" in table.name.lower()]
+    tables = train_tables or tables
     if len(tables) > 1:
-        raise DataError(f"{shown(str(path))} has several tables of labels: keep {_names(tables)}")
+        raise DataError(
+            f"{shown(str(path))} has several tables of labels, {_join_names(tables)}; keep one"
+        )
     if not tables:
         raise DataError(
-            f"{shown(str(train))} holds images without class folders: put those of each class in a "
-            "folder of their own, or a table (.csv) with the columns id and label beside it"
+            f"{shown(str(train))} contains images outside class folders; put the images of each "
+            "class in their own folder, or add a table (.csv) with the columns id and label"
         )
     return tables[0]
 
@@ -283,17 +300,17 @@ def _header(table: Path) -> list[str]:
 
 
 def _columns(header: Sequence[str]) -> tuple[int, int] | None:
-    """Where a table has the images' names and their labels."""
+    """Return the indices of the columns of image names and labels, or None if one is missing."""
     names = [header.index(name) for name in _ID_COLUMNS if name in header]
     labels = [header.index(name) for name in _LABEL_COLUMNS if name in header]
     return (names[0], labels[0]) if names and labels and names[0] != labels[0] else None
 
 
 def _read_table(table: Path) -> dict[str, str]:
-    if table.stat().st_size > _TABLE_BYTES:
+    if table.stat().st_size > _MAX_TABLE_BYTES:
         raise DataError(f"{shown(str(table))} is too large for a table of labels")
     columns = _columns(_header(table))
-    assert columns is not None, "chosen by its header"
+    assert columns is not None, "the table is chosen by its header"
     labels: dict[str, str] = {}
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
@@ -305,59 +322,63 @@ def _read_table(table: Path) -> dict[str, str]:
                 name, label = (row[column].strip() for column in columns)
                 if labels.setdefault(name, label) != label:
                     raise DataError(
-                        f"{shown(str(table))}: line {rows.line_num} gives {shown(name)} a second "
+                        f"{shown(str(table))}: line {rows.line_num} gives {shown(name)} another "
                         "label"
                     )
     except IndexError:
-        raise DataError(f"{shown(str(table))}: line {rows.line_num} lacks a column") from None
+        raise DataError(f"{shown(str(table))}: line {rows.line_num} has too few columns") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {shown(str(table))}: {one_line(error)}") from error
     return labels
 
 
-def _split_off(reader: _Reader, files: Files, how: str, *, divided: bool = True) -> Dataset:
-    """A fixed stratified fifth becomes the test part."""
+def _split_test_part(
+    reader: _Reader, files: Files, description: str, *, predefined_split: bool = True
+) -> Dataset:
+    """Split off a fixed stratified fifth as the test part."""
     classes = tuple(files)
     images = reader.read(files, classes)
     counts = images.labels.bincount(minlength=len(classes))
     if not reader.evaluation:
         for name, count in zip(classes, counts.tolist(), strict=True):
             if count < 2:
-                kept = "one image" if count else "no image that can be read"
+                found = "only one image" if count else "no readable images"
                 raise DataError(
-                    f"{shown(str(files[name][0].parent))} has {kept}, too few to split off a test "
-                    "part: add images, or a test/ folder"
+                    f"{shown(str(files[name][0].parent))} has {found}, too few to split off a test "
+                    "part; add images or a test/ folder"
                 )
-    if not bool((counts > 1).any()):  # to be measured: too few for two parts
-        return reader.dataset(classes, _none_of(images), images, "all of them", divided=divided)
-    most = int((counts - 1).clamp(min=0).sum())
-    train, test = hold_out(images, min(most, max(len(classes), len(images) // 5)))
-    return reader.dataset(classes, train, test, how, divided=divided)
+    if not bool((counts > 1).any()):  # for evaluation; too few for two parts
+        return reader.dataset(
+            classes, _empty_like(images), images, "not split", predefined_split=predefined_split
+        )
+    largest = int((counts - 1).clamp(min=0).sum())
+    train, test = hold_out(images, min(largest, max(len(classes), len(images) // 5)))
+    return reader.dataset(classes, train, test, description, predefined_split=predefined_split)
 
 
-def _refuse_unused(path: Path, train: Path, classes: Sequence[str]) -> None:
-    """Raise DataError if a folder of the same classes lies beside train/ and is not used."""
+def _reject_ambiguous(path: Path, train: Path, classes: Sequence[str]) -> None:
+    """Raise DataError if an unused folder next to train/ has the same classes."""
     for folder in visible_folders(path):
         if folder == train:
             continue
         names = [inner.name for inner in visible_folders(folder)]
         if match_classes(names, classes)[0]:
             raise DataError(
-                f"{shown(str(folder))} has the classes of {train.name}/, and it is not clear what "
-                "for: rename it to test/ to test on it, or move it away"
+                f"{shown(str(folder))} has the classes of {train.name}/, but its purpose is "
+                "unclear; rename it to test/ to use it for testing, or move it elsewhere"
             )
 
 
-def _one_of(path: Path, folders: Sequence[Path]) -> Path:
+def _single(path: Path, folders: Sequence[Path]) -> Path:
     if len(folders) > 1:
         raise DataError(
-            f"{shown(str(path))} has {_names(folders)}: rename the one to test on to test/"
+            f"{shown(str(path))} has {_join_names(folders)}; rename the one for testing to test/"
         )
     return folders[0]
 
 
-def _parts(path: Path, role: str) -> list[Path]:
-    """The folders in `path` of that role, however they are spelled."""
+def _find_parts(path: Path, role: str) -> list[Path]:
+    """Find the folders in `path` with a role, in any spelling."""
     found = []
     for entry in sorted(path.iterdir()):
         if is_visible(entry.name) and _role(entry.name) == role:
@@ -369,23 +390,23 @@ def _parts(path: Path, role: str) -> list[Path]:
 
 
 def _role(name: str) -> str | None:
-    """What a folder's name says it is for: 'Training_Set' is train."""
-    plain = re.sub(r"[\s_-]", "", name.casefold())
-    plain = re.sub(r"(set|images|data|split)$", "", plain)
-    return next((role for role, names in _ROLES.items() if plain in names), None)
+    """Return the role that a folder's name implies: 'Training_Set' means train."""
+    base = re.sub(r"[\s_-]", "", name.casefold())
+    base = re.sub(r"(set|images|data|split)$", "", base)
+    return next((role for role, names in _ROLES.items() if base in names), None)
 
 
-def _none_of(split: Split) -> Split:
+def _empty_like(split: Split) -> Split:
     return Split(split.images[:0], split.labels[:0])
 
 
-def _names(paths: Sequence[Path]) -> str:
+def _join_names(paths: Sequence[Path]) -> str:
     return " and ".join(shown(path.name) + "/" * path.is_dir() for path in paths)
 
 
-def _quoted(names: Sequence[str]) -> str:
+def _list_folders(names: Sequence[str]) -> str:
     return ", ".join(f"{shown(name)}/" for name in names[:3]) + ", ..." * (len(names) > 3)
 
 
-def _in_brackets(text: str | None) -> str:
+def _in_parentheses(text: str | None) -> str:
     return f" ({text})" if text else ""

@@ -215,7 +215,7 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: object, /) -> Any:
         if self._persistent is None:
-            raise UnsafePickleError("refers to objects outside itself")
+            raise UnsafePickleError("refers to external objects")
         return self._persistent(pid)
 
     dispatch = {  # noqa: RUF012  # the base class's way
@@ -289,14 +289,14 @@ def read_pickle(file: Path) -> dict[str, object]:
         unpickled = unpickle(io.BytesIO(content), numpy_or(refuse), encoding="bytes")
     except UnsafePickleError as error:
         raise DataError(
-            f"{file} {error}, which no data set needs: it was not run; do not trust this file"
+            f"{file} {error}, which no data set needs; it was not executed, do not trust this file"
         ) from error
     except Exception as error:  # garbage can make an unpickler raise anything
         raise DataError(
-            f"{file} is not a whole pickle ({one_line(error)}): unpack the archive again"
+            f"{file} is not a valid pickle ({one_line(error)}); unpack the archive again"
         ) from error
     if not isinstance(unpickled, dict):
-        raise DataError(f"{file} holds no dictionary: unpack the archive again")
+        raise DataError(f"{file} does not contain a dictionary; unpack the archive again")
     return {text(key): value for key, value in unpickled.items() if isinstance(key, str | bytes)}
 
 

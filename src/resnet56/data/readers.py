@@ -1,7 +1,7 @@
-"""Read a data set: CIFAR-10 and CIFAR-100 in all forms, image folders, scikit-learn's digits.
+"""Load data sets: CIFAR-10 and CIFAR-100 in all forms, image folders, scikit-learn's digits.
 
-Everything becomes one `Dataset` of 32x32 RGB bytes held in memory. Files are taken as hostile or
-damaged until they have shown otherwise: whatever is wrong with them is a one-line `DataError`.
+Each data set becomes a `Dataset` of 32x32 RGB images in memory. Files are untrusted: any damaged or
+malicious file raises a one-line `DataError`.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from resnet56.data.archives import UnpackError, unpack
-from resnet56.data.cifar import ARCHIVES, LAYOUTS, layout_in, load_cifar
+from resnet56.data.cifar import ARCHIVES, LAYOUTS, find_layout, load_cifar
 from resnet56.data.class_names import DIGITS
 from resnet56.data.dataset import Dataset, Split
 from resnet56.data.folders import load_image_folder
@@ -19,49 +19,50 @@ from resnet56.errors import DataError, one_line, shown
 
 
 def load_digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 greys to 32x32 RGB.
+    """Load scikit-learn's 1,797 handwritten digits, upsampled from 8x8 grayscale to 32x32 RGB.
 
-    They come with the package, so this works offline. A fixed stratified fifth is the test split.
+    scikit-learn includes the images, so this works offline. The test split is a fixed stratified
+    fifth.
     """
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
-    greys = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # ink is 0..16
-    images = torch.empty((len(greys), 3, 32, 32), dtype=torch.uint8)
-    for index, grey in enumerate(greys):
-        large = Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC)
-        images[index] = torch.from_numpy(np.array(large))
+    grays = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # pixel values are 0..16
+    images = torch.empty((len(grays), 3, 32, 32), dtype=torch.uint8)
+    for index, gray in enumerate(grays):
+        upsampled = Image.fromarray(gray).resize((32, 32), Image.Resampling.BICUBIC)
+        images[index] = torch.from_numpy(np.array(upsampled))
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    kept, held = model_selection.train_test_split(
+    train, test = model_selection.train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=0, stratify=digits.target
     )
     return Dataset(
         name="digits",
         classes=DIGITS,
-        train=Split(images[kept], labels[kept]),
-        test=Split(images[held], labels[held]),
+        train=Split(images[train], labels[train]),
+        test=Split(images[test], labels[test]),
         mirror=False,
-        source=f"scikit-learn's digits: {len(kept):,} training and {len(held):,} test images, "
+        source=f"scikit-learn's digits: {len(train):,} training and {len(test):,} test images, "
         "a fixed stratified 80/20 split",
         origin="digits",
     )
 
 
 def load_folder(path: Path, *, evaluation: bool = False, skip_broken: bool = False) -> Dataset:
-    """The data set in `path`, or in the folder of a CIFAR archive's usual name inside it.
+    """Load the data set in `path`, or in its subfolder with the usual name of a CIFAR folder.
 
-    Read are CIFAR-10 and CIFAR-100 (with its fine labels) in their binary and Python forms, as
-    folders or as the published archives, which are unpacked beside themselves; and images in
-    folders, see `folders.load_image_folder`. The images of CIFAR are compared with the published
-    ones: what cannot be them is refused, and a small difference is remarked on.
+    Supported are CIFAR-10 and CIFAR-100 (with fine labels) in their binary and Python forms, as
+    folders or as the published archives, which are unpacked into their own folder. Image folders
+    are also supported, see `folders.load_image_folder`. CIFAR is compared with the published data:
+    a minor difference causes a remark, a major one an error.
 
     Args:
-        path: a folder or an archive; a leading ~ is the home directory.
-        evaluation: the images are to be measured only, so that test images alone will do.
-        skip_broken: leave out images that cannot be read, with a remark, instead of raising.
+        path: a folder or an archive. A leading ~ is expanded.
+        evaluation: load for evaluation only, which requires only test images.
+        skip_broken: skip images that cannot be read, with a remark, instead of raising an error.
 
     Raises:
-        DataError: anything cannot be read; the message names it and says what to do.
+        DataError: the data set cannot be read. The message says why and what to do.
     """
     path = Path(path).expanduser() if str(path).startswith("~") else Path(path)
     name = shown(str(path))
@@ -69,11 +70,11 @@ def load_folder(path: Path, *, evaluation: bool = False, skip_broken: bool = Fal
         if path.name in ARCHIVES and path.is_file():
             return _load_archive(path)
         if not path.is_dir():
-            what = "is not a folder" if path.exists() else "does not exist"
-            raise DataError(f"{name} {what}: give the folder that holds the data set")
+            problem = "is not a folder" if path.exists() else "does not exist"
+            raise DataError(f"{name} {problem}; specify the folder of the data set")
         if next(path.iterdir(), None) is None:
-            raise DataError(f"{name} is empty: give the folder that holds the data set")
-        if found := layout_in(path):
+            raise DataError(f"{name} is empty; specify the folder of the data set")
+        if found := find_layout(path):
             return load_cifar(*found)
         dataset = load_image_folder(path, evaluation=evaluation, skip_broken=skip_broken)
         if dataset is not None:
@@ -82,29 +83,29 @@ def load_folder(path: Path, *, evaluation: bool = False, skip_broken: bool = Fal
             if (path / archive).is_file():
                 return _load_archive(path / archive)
         if any(path.rglob("*.mat")) or any(path.glob("*-matlab.tar.gz")):
-            # SciPy's reader, the one at hand, ends the whole process on some damaged files.
+            # SciPy's reader crashes the process on some damaged files.
             raise DataError(
-                f"{name} holds MATLAB files, which are not read: take the binary form "
+                f"{name} contains MATLAB files, which are not supported; use the binary form "
                 "(resnet56 data fetch)"
             )
         if any(path.rglob("*.parquet")):
             raise DataError(
-                f"{name} holds Parquet files, which are not read: save the images as "
+                f"{name} contains Parquet files, which are not supported; save the images as "
                 "train/<class>/*.png and test/<class>/*.png (with pyarrow or datasets)"
             )
     except OSError as error:
         reason = error.strerror or one_line(error)
-        where = shown(str(error.filename or path))
-        raise DataError(f"cannot read {where}: {reason}") from error
-    known = ", ".join(layout.folder for layout in LAYOUTS)
+        source = shown(str(error.filename or path))
+        raise DataError(f"cannot read {source}: {reason}") from error
+    layouts = ", ".join(layout.folder for layout in LAYOUTS)
     raise DataError(
-        f"{name} has no known layout: expected {known}, one of their archives, or images in "
+        f"{name} has an unknown layout; expected {layouts}, one of their archives, or images in "
         "train/<class>/ or <class>/"
     )
 
 
 def _load_archive(archive: Path) -> Dataset:
-    """Unpack a published archive beside itself, if its folder is not there yet, and read that."""
+    """Load a published archive, after unpacking it if its folder is missing."""
     folder = archive.with_name(ARCHIVES[archive.name])
     if not folder.is_dir():
         try:
@@ -114,7 +115,7 @@ def _load_archive(archive: Path) -> Dataset:
             raise DataError(
                 f"{shown(str(archive))} cannot be unpacked: {error}; download it again"
             ) from error
-    found = layout_in(folder)
+    found = find_layout(folder)
     if found is None:
-        raise DataError(f"{shown(str(archive))} holds no {folder.name}: download it again")
+        raise DataError(f"{shown(str(archive))} does not contain {folder.name}; download it again")
     return load_cifar(*found)
