@@ -1,7 +1,8 @@
-"""The networks for torch.hub: torch.hub.load("OWNER/resnet56", "resnet56").
+"""Networks for torch.hub: torch.hub.load("OWNER/resnet56", "resnet56").
 
-Each takes (N, 3, 32, 32) images, normalised with its own `mean` and `std` (in units of [0, 1]),
-and returns (N, 10) logits in the order of its `classes`.
+A network takes (N, 3, 32, 32) images, normalized with its attributes `mean` and `std` (in units of
+[0, 1]), and returns (N, 10) logits in the order of its attribute `classes`. These attributes exist
+only with pretrained weights.
 """
 
 import sys
@@ -26,11 +27,11 @@ def resnet56_bottleneck(pretrained: bool = True) -> nn.Module:
 
 def _network(name: str, pretrained: bool) -> nn.Module:
     from resnet56.model import build
-    from resnet56.runs import pretrained
+    from resnet56.runs.pretrained import load
 
     model = build(name)
     if pretrained:
-        checkpoint = pretrained.load(name)
+        checkpoint = load(name)
         model.load_state_dict(checkpoint.model)
         network = checkpoint.network
         model.mean, model.std, model.classes = network.mean, network.std, network.classes

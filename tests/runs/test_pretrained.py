@@ -7,6 +7,7 @@ import torch
 
 from resnet56.data.dataset import Dataset
 from resnet56.evaluation import Subject, subject_of
+from resnet56.model import build
 from resnet56.runs import pretrained
 
 CPU = torch.device("cpu")
@@ -61,6 +62,12 @@ def test_accuracy_matches_the_card(name: str, cifar10: Dataset) -> None:
     expected = pretrained.card(name)["evaluation"]["test"]["accuracy"]
     error = (expected * (1 - expected) / len(labels)) ** 0.5
     assert abs(correct.mean().item() - expected) < 3 * error
+
+
+def test_torch_hub_builds_a_network_without_pretrained_weights() -> None:
+    repository = str(Path(__file__).parents[2])
+    model = torch.hub.load(repository, "resnet56", source="local", pretrained=False)
+    assert torch.equal(model.conv1.weight, build("resnet56").conv1.weight)
 
 
 @pytest.mark.parametrize("name", NAMES)
