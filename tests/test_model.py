@@ -1,4 +1,4 @@
-"""The networks against the paper's numbers, the best-known port's shortcut and a plain forward."""
+"""Networks match the numbers of the paper, a widely used port and a functional reference."""
 
 import math
 from typing import Any
@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnet56.errors import UsageError
 from resnet56.model import Architecture, PadShortcut, ResNet, blocks_a_stage, build, describe
 
-SMALL = ["resnet14", "resnet14-b", "resnet20-bottleneck", "plain14"]  # two blocks a stage
-LAYERS = {"": 2, "-b": 2, "-bottleneck": 3}  # convolutions a block
+SMALL = ["resnet14", "resnet14-b", "resnet20-bottleneck", "plain14"]  # two blocks per stage
+LAYERS = {"": 2, "-b": 2, "-bottleneck": 3}  # convolutions per block
 
 
 def images(count: int = 2, seed: int = 0) -> Tensor:
@@ -45,22 +45,20 @@ def test_resnet56_has_the_published_number_of_parameters(name: str, count: int) 
     ("depth", "millions", "digits"),
     [(20, 0.27, 2), (32, 0.46, 2), (44, 0.66, 2), (56, 0.85, 2), (110, 1.7, 1)],
 )
-def test_parameters_are_those_of_the_papers_table_6(
-    depth: int, millions: float, digits: int
-) -> None:
+def test_parameters_match_table_6_of_the_paper(depth: int, millions: float, digits: int) -> None:
     assert round(describe(f"resnet{depth}").parameters / 1e6, digits) == millions
 
 
 @pytest.mark.parametrize(
     "name", ["resnet56", "resnet56-b", "resnet56-bottleneck", "resnet8", "plain56"]
 )
-def test_multiply_accumulates_are_half_of_pytorchs_own_count_of_flops(name: str) -> None:
+def test_multiply_accumulates_are_half_the_flops_of_pytorch(name: str) -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build(name)(torch.empty(1, 3, 32, 32))
     counts = counter.get_flop_counts()
-    network = describe(name)
-    assert counter.get_total_flops() == 2 * network.macs
-    for part in network.parts:
+    description = describe(name)
+    assert counter.get_total_flops() == 2 * description.macs
+    for part in description.parts:
         assert sum(counts[f"ResNet.{part.name}"].values()) == 2 * part.macs
 
 
@@ -73,7 +71,7 @@ def test_multiply_accumulates_are_half_of_pytorchs_own_count_of_flops(name: str)
         ("plain56", 9, (16, 32, 64)),
     ],
 )
-def test_layers_are_counted_to_56_over_stages_of_falling_size(
+def test_stages_have_the_layers_and_sizes_of_the_paper(
     name: str, blocks: int, widths: tuple[int, ...]
 ) -> None:
     one, two, three = widths
@@ -85,7 +83,7 @@ def test_layers_are_counted_to_56_over_stages_of_falling_size(
         ("stage3", "38-55", blocks, (three, 8, 8)),
         ("fc", "56", 0, (10,)),
     ]
-    # Weighted layers, by the kinds of modules; projections do not count.
+    # Projections do not count as weighted layers.
     weighted = [
         key
         for key, module in build(name).named_modules()
@@ -95,18 +93,18 @@ def test_layers_are_counted_to_56_over_stages_of_falling_size(
 
 
 @pytest.mark.parametrize("depth", [8, 20, 56, 110])
-def test_a_plain_network_is_the_residual_one_without_its_additions(depth: int) -> None:
-    """Same names, shapes, initial weights, parameters and multiply-adds."""
+def test_a_plain_network_has_the_weights_of_the_residual_one(depth: int) -> None:
+    """Names, shapes, initial weights, parameters and multiply-adds are equal."""
     plain, residual = describe(f"plain{depth}"), describe(f"resnet{depth}")
     assert plain.shortcut == "none"
     assert plain.parts == residual.parts
-    ours = build(f"plain{depth}", seed=3).state_dict()
-    theirs = build(f"resnet{depth}", seed=3).state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    plain_state = build(f"plain{depth}", seed=3).state_dict()
+    residual_state = build(f"resnet{depth}", seed=3).state_dict()
+    assert list(plain_state) == list(residual_state)
+    assert all(torch.equal(plain_state[key], residual_state[key]) for key in plain_state)
 
 
-def test_a_description_counts_the_classifier_of_its_classes() -> None:
+def test_a_description_depends_on_the_number_of_classes() -> None:
     assert describe("resnet20", classes=100).parts[-1].parameters == 64 * 100 + 100
     assert describe("resnet20", classes=100).parts[-1].output == (100,)
 
@@ -130,7 +128,7 @@ def test_a_description_counts_the_classifier_of_its_classes() -> None:
         (10, "bottleneck", (11,)),
     ],
 )
-def test_a_depth_that_fits_no_formula_is_refused_with_the_nearest_that_do(
+def test_an_invalid_depth_is_refused_with_the_nearest_valid_ones(
     depth: int, block: Any, nearest: tuple[int, ...]
 ) -> None:
     step = {"basic": 6, "bottleneck": 9}[block]
@@ -140,7 +138,7 @@ def test_a_depth_that_fits_no_formula_is_refused_with_the_nearest_that_do(
     with pytest.raises(UsageError) as caught:
         ResNet(depth, block)
     message = str(caught.value)
-    assert message.startswith(f"depth {depth} is not {step}n + 2")
+    assert message.startswith(f"depth {depth} is not of the form {step}n + 2")
     assert message.endswith(" and ".join(map(str, nearest)))
 
 
@@ -151,19 +149,19 @@ def test_a_depth_that_fits_no_formula_is_refused_with_the_nearest_that_do(
         *("plain", "Plain56", "plain56-c", "plain56\n"),
     ],
 )
-def test_an_unknown_name_is_refused_and_the_known_ones_told(name: str) -> None:
+def test_an_unknown_name_is_refused_with_the_known_names(name: str) -> None:
     with pytest.raises(UsageError, match="resnet56-bottleneck") as caught:
         build(name)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["plain56-b", "plain56-bottleneck", "plain57-bottleneck"])
-def test_a_plain_network_of_other_blocks_is_refused_in_a_line(name: str) -> None:
-    with pytest.raises(UsageError, match="basic blocks and no shortcut: choose plain5[67]$"):
+def test_a_plain_network_with_another_block_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="basic blocks and no shortcut; choose plain5[67]$"):
         describe(name)
 
 
-def test_a_plain_depth_that_fits_no_formula_is_refused() -> None:
+def test_an_invalid_plain_depth_is_refused() -> None:
     with pytest.raises(UsageError, match="the nearest are 56 and 62"):
         build("plain57")
 
@@ -177,34 +175,34 @@ def test_a_plain_depth_that_fits_no_formula_is_refused() -> None:
         ("resnet29-bottleneck", (29, "bottleneck", "B")),
     ],
 )
-def test_a_name_says_depth_block_and_shortcut(name: str, expected: tuple[Any, ...]) -> None:
+def test_a_name_determines_depth_block_and_shortcut(name: str, expected: tuple[Any, ...]) -> None:
     architecture = Architecture.parse(name)
     assert (architecture.depth, architecture.block, architecture.shortcut) == expected
 
 
 @pytest.mark.parametrize("classes", [-1, 0, 1, 1_000_001, 10**20])
-def test_a_number_of_classes_out_of_range_is_refused(classes: int) -> None:
+def test_an_invalid_number_of_classes_is_refused(classes: int) -> None:
     with pytest.raises(UsageError, match="2 to 1,000,000 classes"):
         build("resnet8", classes=classes)
 
 
 @pytest.mark.parametrize("classes", [2, 100])
-def test_there_is_a_logit_for_every_image_and_class(classes: int) -> None:
+def test_logits_have_one_entry_per_image_and_class(classes: int) -> None:
     assert build("resnet8", classes=classes)(images(3)).shape == (3, classes)
 
 
-# What it computes
+# Forward pass
 
 
 @pytest.mark.parametrize(("channels_in", "planes"), [(16, 32), (32, 64)])
-def test_shortcut_a_is_the_best_known_ports(channels_in: int, planes: int) -> None:
+def test_shortcut_a_matches_the_port(channels_in: int, planes: int) -> None:
     x = torch.randn(2, channels_in, 16, 16, generator=torch.Generator().manual_seed(1))
     port = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, planes // 4, planes // 4), "constant", 0)
     assert torch.equal(PadShortcut(channels_in, planes, 2)(x), port)
 
 
-def plain_forward(weights: dict[str, Tensor], x: Tensor, name: str, blocks: int) -> Tensor:
-    """The paper's section 4.2 without modules, in evaluation mode."""
+def functional_forward(weights: dict[str, Tensor], x: Tensor, name: str, blocks: int) -> Tensor:
+    """The network of section 4.2 of the paper, without modules, in evaluation mode."""
 
     def conv_norm(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
         kernel = weights[f"{conv}.weight"]
@@ -217,15 +215,15 @@ def plain_forward(weights: dict[str, Tensor], x: Tensor, name: str, blocks: int)
     x = conv_norm(x, "conv1", "bn1").relu()
     for stage in (1, 2, 3):
         for block in range(blocks):
-            at = f"stage{stage}.{block}"
+            prefix = f"stage{stage}.{block}"
             stride = 2 if stage > 1 and block == 0 else 1
             out = x
             for layer in range(1, layers + 1):
-                here = stride if layer == layers - 1 else 1  # the first 3x3 convolution
-                out = conv_norm(out, f"{at}.conv{layer}", f"{at}.bn{layer}", here)
+                step = stride if layer == layers - 1 else 1  # on the first 3x3 convolution
+                out = conv_norm(out, f"{prefix}.conv{layer}", f"{prefix}.bn{layer}", step)
                 out = out.relu() if layer < layers else out
-            if f"{at}.shortcut.0.weight" in weights:
-                x = conv_norm(x, f"{at}.shortcut.0", f"{at}.shortcut.1", stride)
+            if f"{prefix}.shortcut.0.weight" in weights:
+                x = conv_norm(x, f"{prefix}.shortcut.0", f"{prefix}.shortcut.1", stride)
             elif name.startswith("plain"):
                 x = torch.zeros_like(out)
             elif stride == 2:
@@ -236,20 +234,20 @@ def plain_forward(weights: dict[str, Tensor], x: Tensor, name: str, blocks: int)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_network_computes_what_the_paper_writes(name: str) -> None:
+def test_the_forward_pass_matches_a_functional_reference(name: str) -> None:
     model = build(name, seed=3).double().eval()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            if tensor.ndim == 1:  # batch norm as it never starts: all of it must matter
+            if tensor.ndim == 1:  # no initial values in batch norm, so that every parameter matters
                 tensor.copy_(torch.rand(len(tensor), generator=generator) + 0.5)
         x = images().double()
-        expected = plain_forward(model.state_dict(), x, name, blocks=2)
+        expected = functional_forward(model.state_dict(), x, name, blocks=2)
         torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("name", SMALL[:3])
-def test_a_block_whose_last_norm_is_zero_is_its_shortcut_and_a_relu(name: str) -> None:
+def test_a_block_with_zero_last_norm_is_its_shortcut_with_relu(name: str) -> None:
     model = build(name)
     last = f"bn{LAYERS[suffix(name)]}"
     checked = 0
@@ -264,7 +262,7 @@ def test_a_block_whose_last_norm_is_zero_is_its_shortcut_and_a_relu(name: str) -
                 half = channels // 2
                 expected = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half)).relu()
             elif isinstance(block.shortcut, nn.Sequential):
-                continue  # a projection is no identity
+                continue  # a projection is not the identity
             else:
                 expected = x.relu()
             assert torch.equal(block(x), expected)
@@ -273,20 +271,20 @@ def test_a_block_whose_last_norm_is_zero_is_its_shortcut_and_a_relu(name: str) -
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_names_of_the_weights_are_those_of_every_checkpoint_so_far(name: str) -> None:
+def test_the_names_of_the_weights_do_not_change(name: str) -> None:
     layers = LAYERS[suffix(name)]
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     expected = ["conv1.weight", *(f"bn1.{key}" for key in norm)]
     for stage in (1, 2, 3):
         for block in (0, 1):
-            at = f"stage{stage}.{block}"
+            prefix = f"stage{stage}.{block}"
             for layer in range(1, layers + 1):
-                expected += [f"{at}.conv{layer}.weight"]
-                expected += [f"{at}.bn{layer}.{key}" for key in norm]
-            grows = stage > 1 or name.endswith("-bottleneck")
-            if "-" in name and block == 0 and grows:
-                expected += [f"{at}.shortcut.0.weight"]
-                expected += [f"{at}.shortcut.1.{key}" for key in norm]
+                expected += [f"{prefix}.conv{layer}.weight"]
+                expected += [f"{prefix}.bn{layer}.{key}" for key in norm]
+            changes_shape = stage > 1 or name.endswith("-bottleneck")
+            if "-" in name and block == 0 and changes_shape:
+                expected += [f"{prefix}.shortcut.0.weight"]
+                expected += [f"{prefix}.shortcut.1.{key}" for key in norm]
     expected += ["fc.weight", "fc.bias"]
     assert list(build(name).state_dict()) == expected
 
@@ -294,7 +292,7 @@ def test_the_names_of_the_weights_are_those_of_every_checkpoint_so_far(name: str
 # Weights
 
 
-def test_weights_are_a_function_of_the_seed_alone() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(1)
     first = build("resnet8", seed=5).state_dict()
     torch.manual_seed(2)
@@ -304,22 +302,24 @@ def test_weights_are_a_function_of_the_seed_alone() -> None:
     assert not any(torch.equal(first[key], other[key]) for key in kernels)
 
 
-def test_building_leaves_pytorchs_random_state_alone() -> None:
+def test_building_does_not_change_the_random_state() -> None:
     before = torch.get_rng_state()
     build("resnet8", seed=7)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet20-b", "resnet20-bottleneck"])
-def test_convolutions_start_with_he_et_als_deviation(name: str) -> None:
+def test_convolutions_have_the_initial_deviation_of_he_et_al(name: str) -> None:
     for key, module in build(name).named_modules():
         if isinstance(module, nn.Conv2d):
             expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
-            error = 5 / math.sqrt(2 * module.weight.numel())  # 5 sigma of a sample's deviation
+            error = 5 / math.sqrt(
+                2 * module.weight.numel()
+            )  # 5 standard errors of a sample deviation
             assert float(module.weight.detach().std()) == pytest.approx(expected, rel=error), key
 
 
-def test_norms_start_as_identities_and_the_classifier_nearly_undecided() -> None:
+def test_norms_start_as_identity_and_the_classifier_near_zero() -> None:
     model = build("resnet20")
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -330,7 +330,7 @@ def test_norms_start_as_identities_and_the_classifier_nearly_undecided() -> None
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_gradient_reaches_every_parameter(name: str) -> None:
+def test_every_parameter_receives_a_gradient(name: str) -> None:
     model = build(name)
     F.cross_entropy(model(images(4)), torch.arange(4)).backward()
     for key, parameter in model.named_parameters():

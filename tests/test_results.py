@@ -1,4 +1,4 @@
-"""docs/results.md says what the files in results/ say."""
+"""docs/results.md matches the files in results/."""
 
 import json
 import re
@@ -15,7 +15,7 @@ DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 RUNS = sorted((ROOT / "results").iterdir())
 
 
-def test_the_tables_are_those_that_the_files_give() -> None:
+def test_the_tables_match_the_files() -> None:
     command = [sys.executable, str(ROOT / "tools" / "results.py")]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     tables = done.stdout.strip().split("\n\n")
@@ -31,7 +31,7 @@ def test_the_tables_are_those_that_the_files_give() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_accuracies_are_those_of_the_confusion_matrices(run: Path) -> None:
+def test_accuracies_match_the_confusion_matrices(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     totals = {"test": 10_000, "train": 50_000 - recipe["holdout"], "holdout": recipe["holdout"]}
@@ -40,27 +40,27 @@ def test_accuracies_are_those_of_the_confusion_matrices(run: Path) -> None:
             continue
         matrix = evaluation[split]["confusion_matrix"]
         assert sum(map(sum, matrix)) == total
-        hits = sum(matrix[i][i] for i in range(10))
-        assert evaluation[split]["accuracy"] == pytest.approx(hits / total)
+        correct = sum(matrix[i][i] for i in range(10))
+        assert evaluation[split]["accuracy"] == pytest.approx(correct / total)
     rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(rows) == recipe["epochs"]
     assert re.search(rf"\b{run.name}\b", DOC), "docs/results.md does not name it"
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_no_machine_s_paths_are_kept(run: Path) -> None:
+def test_results_contain_no_local_paths(run: Path) -> None:
     for file in run.iterdir():
         assert not re.search(r'"/|[ "](/tmp|/home|/root|[A-Z]:\\)', file.read_text("utf-8")), file
 
 
 @pytest.mark.parametrize("name", pretrained.names())
-def test_what_ships_is_one_of_them(name: str) -> None:
-    """Half precision may move a few images, not more."""
+def test_pretrained_networks_match_a_run(name: str) -> None:
+    """Half precision changes the predictions of at most a few images."""
     card = pretrained.card(name)
     for run in RUNS:
         if json.loads((run / "recipe.json").read_text("utf-8")) == card["recipe"]:
-            kept = json.loads((run / "evaluation.json").read_text("utf-8"))
-            mine = card["evaluation"]["test"]["accuracy"]
-            assert abs(kept["test"]["accuracy"] - mine) < 0.001
+            evaluation = json.loads((run / "evaluation.json").read_text("utf-8"))
+            accuracy = card["evaluation"]["test"]["accuracy"]
+            assert abs(evaluation["test"]["accuracy"] - accuracy) < 0.001
             return
-    pytest.fail(f"{name}'s recipe is none of those in results/")
+    pytest.fail(f"{name}'s recipe is not in results/")

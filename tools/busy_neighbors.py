@@ -1,8 +1,9 @@
-"""What a training yields beside busy programs: python tools/busy_neighbors.py [SECONDS] [MODE ...]
+"""Measure training next to busy programs: python tools/busy_neighbors.py [SECONDS] [MODE ...]
 
-Training steps of ResNet-56 on random images beside none, one and two programs that keep a core
-busy, in turns: on one thread, on all threads, and as `resnet56 train` chooses them. Every ratio is
-to one thread beside the same programs. For each MODE of eager, fused and native; by default all.
+The tool runs training steps of ResNet-56 on random images next to zero, one and two programs that
+keep a core busy: with one thread, with all threads, and with the number that `resnet56 train`
+chooses. Ratios are relative to one thread next to the same programs. MODE is eager, fused or
+native; the default is all three.
 """
 
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
-from probes import stepper
+from probes import training_step
 
 from resnet56.errors import UsageError
 from resnet56.runtime import resolve_precision
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def neighbors(count: int) -> Iterator[None]:
-    """So many busy programs, for the duration of the block."""
+    """Run a number of busy programs for the duration of the block."""
     running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
     try:
         yield
@@ -35,33 +36,35 @@ def neighbors(count: int) -> Iterator[None]:
             process.wait()
 
 
-def throughput(once: Callable[[], None], threads: int | None, seconds: float) -> tuple[float, int]:
-    """Images per second, and the threads at the end; `threads` None lets the control choose."""
+def throughput(
+    run_step: Callable[[], None], threads: int | None, seconds: float
+) -> tuple[float, int]:
+    """Return images/s and the final number of threads; with None, ThreadControl chooses it."""
     with ThreadControl(threads) as control:
         control.begin(0)
-        once()
+        run_step()
         steps, begun = 0, time.perf_counter()
-        while (passed := time.perf_counter() - begun) < seconds:
-            once()
+        while (elapsed := time.perf_counter() - begun) < seconds:
+            run_step()
             steps += 1
             control.after_step(steps)
-        return steps * BATCH / passed, control.threads
+        return steps * BATCH / elapsed, control.threads
 
 
 def main(seconds: float, modes: list[str]) -> None:
-    """Print a row for each mode and number of neighbors."""
-    every = torch.get_num_threads()
-    print(f"| mode | busy programs | 1 thread | {every} threads | chosen | ratios |")
+    """Print one row per mode and number of busy programs."""
+    all_threads = torch.get_num_threads()
+    print(f"| mode | busy programs | 1 thread | {all_threads} threads | chosen | ratios |")
     print("|---|---|---|---|---|---|")
     for mode in modes:
-        with suppress(UsageError):  # a mode that this machine does not have
+        with suppress(UsageError):  # not available on this machine
             precision = resolve_precision("auto", CPU)
-            once = stepper("resnet56", BATCH, torch.channels_last, precision, mode)
+            run_step = training_step("resnet56", BATCH, torch.channels_last, precision, mode)
             for count in (0, 1, 2):
                 with neighbors(count):
-                    one, _ = throughput(once, 1, seconds)
-                    full, _ = throughput(once, every, seconds)
-                    chosen, threads = throughput(once, None, seconds)
+                    one, _ = throughput(run_step, 1, seconds)
+                    full, _ = throughput(run_step, all_threads, seconds)
+                    chosen, threads = throughput(run_step, None, seconds)
                 print(
                     f"| {mode} | {count} | {one:.0f} images/s | {full:.0f} images/s | "
                     f"{chosen:.0f} images/s on {threads} | {full / one:.2f}x, "

@@ -1,7 +1,7 @@
-"""What errors in test code cost: python tools/mistakes.py DIR [RUN|NAME]
+"""Measure the effect of common errors in test code: python tools/mistakes.py DIR [RUN|NAME]
 
-Tests one trained network on the CIFAR-10 test images, correctly and with common errors, and prints
-a table. Nothing is trained.
+The tool tests a trained network on the CIFAR-10 test images, correctly and with common errors, and
+prints a table. Nothing is trained.
 """
 
 import copy
@@ -28,8 +28,8 @@ USAGE = "usage: python tools/mistakes.py DIR [RUN|NAME]"
 
 
 @torch.inference_mode()
-def by_batch_statistics(model: ResNet, images: Tensor, network: Network) -> Tensor:
-    """Logits of a network left in training mode, in batches of 32."""
+def predict_with_batch_statistics(model: ResNet, images: Tensor, network: Network) -> Tensor:
+    """Compute the logits of a network left in training mode, in batches of 32."""
     model = copy.deepcopy(model).train()
     mean, std = torch.tensor(network.mean), torch.tensor(network.std)
     return torch.cat([model(normalize(part, mean, std)) for part in images.split(32)])
@@ -39,41 +39,41 @@ def test_procedures(
     model: ResNet, split: Split, network: Network
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield a description, logits (N, C) and labels (N,) for each procedure."""
-    images, labels, own = split.images, split.labels, (network.mean, network.std)
-    yield "correctly", predict_logits(model, images, *own), labels
-    yield "in bf16 instead of fp32", predict_logits(model, images, *own, "bf16"), labels
+    images, labels, constants = split.images, split.labels, (network.mean, network.std)
+    yield "correctly", predict_logits(model, images, *constants), labels
+    yield "in bf16 instead of fp32", predict_logits(model, images, *constants, "bf16"), labels
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    mixed, ordered = labels[shuffled], labels.sort(stable=True).indices
-    by_batch = by_batch_statistics(model, images[shuffled], network)
-    yield "in training mode, batches of 32, shuffled", by_batch, mixed
-    by_class = by_batch_statistics(model, images[ordered], network)
-    yield "the same, images sorted by class", by_class, labels[ordered]
+    shuffled_labels, sorted_indices = labels[shuffled], labels.sort(stable=True).indices
+    shuffled_logits = predict_with_batch_statistics(model, images[shuffled], network)
+    yield "in training mode, batches of 32, shuffled", shuffled_logits, shuffled_labels
+    sorted_logits = predict_with_batch_statistics(model, images[sorted_indices], network)
+    yield "the same, images sorted by class", sorted_logits, labels[sorted_indices]
     yield "normalized with ImageNet's constants", predict_logits(model, images, *IMAGENET), labels
     yield "not normalized, values from 0 to 1", predict_logits(model, images, *NONE), labels
     yield (
         "channels in the order blue, green, red",
-        predict_logits(model, images.flip(1), *own),
+        predict_logits(model, images.flip(1), *constants),
         labels,
     )
     draws = draw(len(images), Augmentation(), torch.Generator().manual_seed(0))
     augmented = crop_and_flip(images, draws, 4)
     yield (
         "cropped and flipped at random, as in training",
-        predict_logits(model, augmented, *own),
+        predict_logits(model, augmented, *constants),
         labels,
     )
 
 
-def main(folder: str, what: str = "resnet56") -> None:
+def main(folder: str, source: str = "resnet56") -> None:
     """Print the table."""
-    checkpoint = open_network(what).checkpoint
+    checkpoint = open_network(source).checkpoint
     model, split = restore(checkpoint, CPU), load_folder(Path(folder)).test
-    print(f"| how `{what}` is tested | accuracy, % | points |\n|---|---|---|")
-    right = None
+    print(f"| how `{source}` is tested | accuracy, % | points |\n|---|---|---|")
+    reference = None
     for name, logits, labels in test_procedures(model, split, checkpoint.network):
         accuracy = 100 * (logits.argmax(dim=1) == labels).double().mean().item()
-        right = accuracy if right is None else right
-        print(f"| {name} | {accuracy:.2f} | {accuracy - right:+.2f} |", flush=True)
+        reference = accuracy if reference is None else reference
+        print(f"| {name} | {accuracy:.2f} | {accuracy - reference:+.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What each change to the training step gains: python tools/probes.py [ARCH] [BATCH] [ROUNDS]
+"""Measure each optimization of the training step: python tools/probes.py [ARCH] [BATCH] [ROUNDS]
 
-One step on random images, in turns, by this machine's PyTorch: first as PyTorch does it, then
-with one change after another. Then where the time of the last one goes, by PyTorch's profiler.
+The first table compares training steps on random images, from plain PyTorch to the step with all
+optimizations, measured alternately. The second shows where the last step spends its time,
+according to the PyTorch profiler.
 """
 
 import contextlib
@@ -21,13 +22,13 @@ from resnet56.step import Trainer, make_forward
 
 CPU = torch.device("cpu")
 USAGE = "usage: python tools/probes.py [ARCH] [BATCH] [ROUNDS]"
-PROFILED = 10  # steps
+PROFILED_STEPS = 10
 
 
-def stepper(
+def training_step(
     arch: str, batch: int, layout: torch.memory_format, precision: Resolved, execution: str
 ) -> Callable[[], None]:
-    """A step on the same random images again and again."""
+    """Return a function that runs one step, always on the same random images."""
     model = build(arch)
     model.to(memory_format=layout)  # type: ignore[call-overload]
     forward = make_forward(model.train(), execution, precision)
@@ -38,63 +39,63 @@ def stepper(
     return lambda: trainer.step(images, labels, 0.02, 0)
 
 
-def shares(once: Callable[[], object]) -> Counter[str]:
-    """The time that each kind of operation takes; Python's between them is not counted."""
-    once()
+def time_by_category(run_once: Callable[[], object]) -> Counter[str]:
+    """Measure the time per category of operation, without the overhead of Python."""
+    run_once()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(PROFILED):
-            once()
+        for _ in range(PROFILED_STEPS):
+            run_once()
     events = profiler.key_averages()
-    kinds: Counter[str] = Counter()
+    categories: Counter[str] = Counter()
     for event in events:
         name = event.key.lower()
         if name in ("_features", "_featuresbackward"):
-            kind = "the native step"
+            category = "native step"
         elif "convolution" in name or "conv2d" in name or "mkldnn" in name:
-            kind = "convolutions"
+            category = "convolutions"
         elif "normrelu" in name:
-            kind = "the fused kernel"
+            category = "fused kernel"
         elif "batch_norm" in name:
-            kind = "batch norm"
+            category = "batch norm"
         elif "sgd" in name:
-            kind = "the optimizer"
+            category = "optimizer"
         elif name in ("aten::copy_", "aten::to", "aten::_to_copy"):
-            kind = "casts and copies"
+            category = "casts and copies"
         elif name in ("aten::add", "aten::add_"):
-            kind = "sums"
+            category = "additions"
         else:
-            kind = "the rest"
-        kinds[kind] += event.self_cpu_time_total
-    return kinds
+            category = "other"
+        categories[category] += event.self_cpu_time_total
+    return categories
 
 
 def main(arch: str, batch: int, rounds: int) -> None:
-    """Print both tables."""
-    plain, last = torch.contiguous_format, torch.channels_last
+    """Measure and print both tables."""
+    nchw, nhwc = torch.contiguous_format, torch.channels_last
     fast = resolve_precision("auto", CPU)
     changes: dict[str, tuple[torch.memory_format, Resolved, str]] = {
-        "fp32, NCHW, eager": (plain, "fp32", "eager"),
-        "channels_last": (last, "fp32", "eager"),
-        fast: (last, fast, "eager"),
-        "the fused kernel": (last, fast, "fused"),
-        "everything in C instead": (last, fast, "native"),
+        "fp32, NCHW, eager": (nchw, "fp32", "eager"),
+        "channels_last": (nhwc, "fp32", "eager"),
+        fast: (nhwc, fast, "eager"),
+        "the fused kernel": (nhwc, fast, "fused"),
+        "native step in C instead": (nhwc, fast, "native"),
     }
     runners = []
-    for name, how in changes.items():
-        with contextlib.suppress(UsageError):  # a way that this machine has not
-            runners.append(Contestant(name, stepper(arch, batch, *how), CPU))
+    for name, options in changes.items():
+        with contextlib.suppress(UsageError):  # not available on this machine
+            runners.append(Contestant(name, training_step(arch, batch, *options), CPU))
     take_turns(runners, rounds, 1.0)
-    print(f"| {arch}, batch {batch} | ms | ratio to the first | least to most |\n|---|---|---|---|")
+    print(f"| {arch}, batch {batch} | ms | speed-up | range |\n|---|---|---|---|")
     for row in compared(runners, batch, stock="fp32, NCHW"):
         print(
             f"| {'+ ' if row['name'] != runners[0].name else ''}{row['name']} | "
             f"{row['milliseconds']:.0f} | {row['ratio']:.2f}x | "
             f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f} |"
         )
-    kinds = shares(runners[-1].once)
-    print(f"\n| what the operations of a step with {runners[-1].name} take | share |\n|---|---|")
-    for kind, time in kinds.most_common():
-        print(f"| {kind} | {time / kinds.total():.0%} |")
+    categories = time_by_category(runners[-1].once)
+    print(f"\n| time of a step with {runners[-1].name} | share |\n|---|---|")
+    for category, time in categories.most_common():
+        print(f"| {category} | {time / categories.total():.0%} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Keep the small files of runs in results/, and generate the tables of docs/results.md from them.
+"""Keep the small files of runs in results/, and generate the tables of docs/results.md.
 
 python tools/results.py keep RUN NAME    copy the files to results/NAME, without local paths
 python tools/results.py                  print the tables of docs/results.md
@@ -33,26 +33,26 @@ TRIAL_HEAD = ("command", "seed", "validation, %", "training, %", "corrupted test
 
 
 def keep(run: RunDirectory, name: str) -> None:
-    """Copy what is small and says how the run was made and how good it is; not the weights."""
+    """Copy the small files of a run, without weights, and remove local paths."""
     origin = run.data_origin() or "digits"
     files = [run.recipe_file, run.environment_file, run.metrics_file, run.evaluation_file]
     if run.parity_file.exists():
         files.append(run.parity_file)
     for file in files:
         text = file.read_text(encoding="utf-8")
-        # The command may name the folder itself or the one around it; the longer name goes first.
+        # The command can name the folder or its parent. Replace the longer path first.
         for path in (origin, str(Path(origin).parent)) if "/" in origin else ():
             text = text.replace(path, "DIR")
         write_text(RESULTS / name / file.name, text)
 
 
 def nearest(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """The named recipe that differs least, and the fields in which `recipe` differs from it."""
-    mine = recipe.to_json()
+    """Return the named recipe that differs least, and the fields in which `recipe` differs."""
+    fields = recipe.to_json()
     differing = {
         name: {
             key: value
-            for key, value in mine.items()
+            for key, value in fields.items()
             if key != "seed" and value != base.to_json()[key]
         }
         for name, base in RECIPES.items()
@@ -62,7 +62,7 @@ def nearest(recipe: Recipe) -> tuple[str, dict[str, Any]]:
 
 
 def command(recipe: Recipe) -> str:
-    """What trains by `recipe` today."""
+    """Return the command that trains with this recipe."""
     name, differing = nearest(recipe)
     words = ["resnet56", "train", name, "--data", "DIR"]
     for key, value in differing.items():
@@ -71,80 +71,80 @@ def command(recipe: Recipe) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             values = value if isinstance(value, list) else [value]
-            words += [f"--{flag}", *(f"{each:g}" if type(each) is float else str(each)
-                                     for each in values)]  # fmt: skip
+            words += [f"--{flag}", *(f"{item:g}" if type(item) is float else str(item)
+                                     for item in values)]  # fmt: skip
     return shlex.join(words)
 
 
 def percent(values: list[float]) -> str:
-    """One value, or their mean and sample standard deviation."""
+    """Format one value, or the mean and sample standard deviation of several."""
     if len(values) == 1:
         return f"{100 * values[0]:.2f}"
     return f"{100 * statistics.fmean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
 
 
 def machine(facts: dict[str, Any]) -> str:
-    """What it ran on: the GPU, or threads and processor."""
+    """Describe the machine: the GPU, or threads and processor."""
     threads, cores = facts["threads"], facts["cores"]
     share = f"{cores} cores" if threads == cores else f"{threads} of {cores} cores"
     processor = facts["processor"].replace("(R)", "").removesuffix(" Processor")
     return f"{facts.get('gpu') or f'{share}, {processor}'}, {facts['precision']}"
 
 
-def kept() -> list[tuple[Recipe, RunDirectory]]:
-    """All runs in results/, with their recipes."""
+def kept_runs() -> list[tuple[Recipe, RunDirectory]]:
+    """Return all runs in results/ with their recipes."""
     runs = [RunDirectory(folder) for folder in sorted(RESULTS.iterdir())]
     return [(from_fields(read_json(run.recipe_file), str(run.recipe_file)), run) for run in runs]
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """All seeds of a recipe on a machine."""
+    """All runs of a recipe on a machine, one per seed."""
 
     recipe: Recipe
-    where: str
+    machine: str
     seeds: list[int]
     figures: list[dict[str, Any]]
     times: list[float]
 
     def accuracies(self, split: str) -> list[float]:
-        """One for each seed."""
-        return [each[split]["accuracy"] for each in self.figures]
+        """Return the accuracy for each seed."""
+        return [metrics[split]["accuracy"] for metrics in self.figures]
 
     def test_accuracy(self) -> str:
-        """With its 95 % interval."""
+        """Format the test accuracy with its 95 % confidence interval."""
         accuracies = self.accuracies("test")
-        # All seeds are tested on the same images, so these say no more together than once.
+        # All seeds are tested on the same images, so more seeds do not narrow the interval.
         images = self.figures[0]["test"]["n"]
         low, high = wilson_interval(images * statistics.fmean(accuracies), images)
         return f"{percent(accuracies)} ({100 * low:.2f} to {100 * high:.2f})"
 
 
 def groups() -> list[Group]:
-    """Of all runs that held nothing out, the best first within an architecture."""
+    """Group all runs without validation set, sorted by architecture and test accuracy."""
     runs: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
-    for recipe, run in kept():
+    for recipe, run in kept_runs():
         if not recipe.holdout:
-            where = machine(read_json(run.environment_file))
-            runs[dataclasses.replace(recipe, seed=0), where].append((recipe.seed, run))
+            host = machine(read_json(run.environment_file))
+            runs[dataclasses.replace(recipe, seed=0), host].append((recipe.seed, run))
     found = []
-    for (recipe, where), pairs in runs.items():
+    for (recipe, host), pairs in runs.items():
         pairs.sort(key=lambda pair: pair[0])
         figures = [read_json(run.evaluation_file) for _, run in pairs]
         times = [sum(row["seconds"] for row in run.read_metrics()) for _, run in pairs]
-        found.append(Group(recipe, where, [seed for seed, _ in pairs], figures, times))
+        found.append(Group(recipe, host, [seed for seed, _ in pairs], figures, times))
     return sorted(
         found, key=lambda group: (group.recipe.arch, -statistics.fmean(group.accuracies("test")))
     )
 
 
 def changed(recipe: Recipe) -> bool:
-    """Whether it is a variation on a named recipe, not that for a network or a length of time."""
+    """Whether a recipe differs from a named one in more than architecture and epochs."""
     return not nearest(recipe)[1].keys() <= {"arch", "epochs"}
 
 
 def rows() -> list[tuple[str, ...]]:
-    """What the named recipes give."""
+    """Return one row per named recipe and architecture."""
     return [
         (
             f"`{group.recipe.arch}`",
@@ -153,7 +153,7 @@ def rows() -> list[tuple[str, ...]]:
             group.test_accuracy(),
             percent(group.accuracies("train")),
             duration(statistics.fmean(group.times)),
-            group.where,
+            group.machine,
         )
         for group in groups()
         if not changed(group.recipe)
@@ -161,32 +161,37 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def variations() -> dict[str, list[tuple[str, ...]]]:
-    """For each named recipe of which variations were run: those, and the recipe itself."""
+    """Return, for each named recipe with variations, the rows of the recipe and its variations."""
     found: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     varied = {nearest(group.recipe)[0] for group in groups() if changed(group.recipe)}
     for group in groups():
         if (name := nearest(group.recipe)[0]) not in varied:
             continue
         test, train = group.accuracies("test"), group.accuracies("train")
-        errors = [each["test"]["calibration"]["ece"] for each in group.figures]
+        errors = [metrics["test"]["calibration"]["ece"] for metrics in group.figures]
         row = (
             f"`{command(group.recipe)}`",
             ", ".join(map(str, group.seeds)),
             group.test_accuracy(),
             percent(train),
-            percent([theirs - mine for mine, theirs in zip(test, train, strict=True)]),
+            percent(
+                [
+                    train_accuracy - test_accuracy
+                    for test_accuracy, train_accuracy in zip(test, train, strict=True)
+                ]
+            ),
             f"{statistics.fmean(errors):.3f}",
             duration(statistics.fmean(group.times)),
-            group.where,
+            group.machine,
         )
         found[name].append(row)
     return found
 
 
 def trials() -> list[tuple[str, ...]]:
-    """A row for each run with images held out, the best on those first."""
+    """Return one row per run with a validation set, the best first."""
     found = []
-    for recipe, run in kept():
+    for recipe, run in kept_runs():
         if not recipe.holdout:
             continue
         figures = read_json(run.evaluation_file)
@@ -204,48 +209,48 @@ def trials() -> list[tuple[str, ...]]:
 
 
 def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """A table in Markdown."""
+    """Format a Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A row of the table of docs/results.md that sets ours among others."""
+    """A row in the table of published results in docs/results.md."""
 
     name: str
     accuracy: float  # in %
-    interval: list[float]  # its ends, in %; of ours only
-    chosen: bool  # whether by the test set
+    interval: list[float]  # bounds in %; empty for results of others
+    selected_on_test: bool  # whether the weights were selected on the test set
 
 
 def published() -> list[Published]:
-    """That table, the best last."""
+    """Parse the table of published results, the best last."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     lines = text[text.index("| source |") :].partition("\n\n")[0].splitlines()[2:]
     found = []
     for line in lines:
         source, network, accuracy, weights = line.replace("*", "").strip("| ").split(" | ")
         name = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", source).replace("`", "")
-        figures = [float(figure) for figure in re.findall(r"\d\d\.\d+", accuracy)]
-        interval = figures[-2:] if "(" in accuracy else []
-        chosen = weights.startswith("best on the test set")
-        found.append(Published(f"{name} ({network})", figures[0], interval, chosen))
+        numbers = [float(number) for number in re.findall(r"\d\d\.\d+", accuracy)]
+        interval = numbers[-2:] if "(" in accuracy else []
+        selected = weights.startswith("best on the test set")
+        found.append(Published(f"{name} ({network})", numbers[0], interval, selected))
     return sorted(found, key=lambda row: row.accuracy)
 
 
 def draw(figure: "Figure", ink: Ink) -> None:
-    """One dot per result, hollow where it was selected on the test set; ours with intervals."""
+    """Draw one dot per result, hollow if selected on the test set, and our intervals."""
     axes = figure.subplots()
     rows = published()
     ours, theirs = ink.series[0], ink.text
-    for height, row in enumerate(rows):
+    for position, row in enumerate(rows):
         color = ours if row.interval else theirs
-        axes.plot(row.interval, [height] * len(row.interval), color=color, linewidth=2)
-        face = "white" if row.chosen else color
-        axes.plot(row.accuracy, height, "o", color=color, markerfacecolor=face)
+        axes.plot(row.interval, [position] * len(row.interval), color=color, linewidth=2)
+        face = "white" if row.selected_on_test else color
+        axes.plot(row.accuracy, position, "o", color=color, markerfacecolor=face)
         axes.annotate(
             f"{row.accuracy:.2f}",
-            (row.accuracy, height),
+            (row.accuracy, position),
             (0, 5),
             textcoords="offset points",
             ha="center",

@@ -1,4 +1,4 @@
-"""Ship a run's weights with the package: python tools/ship.py RUN NAME DIR
+"""Add the weights of a run to the package: python tools/ship.py RUN NAME DIR
 
 Writes src/resnet56/weights/NAME.safetensors (half precision), its card NAME.json, and the
 directory's README.md, which is generated from the cards. The accuracy on a card is that of the
@@ -30,8 +30,9 @@ Python, `resnet56 predict` and `resnet56 serve` use `resnet56` by default, and `
 NAME --data DIR` measures one again. `tools/ship.py` writes all files in this directory.
 
 **Data.** The networks were trained on the 50,000 training images of CIFAR-10, of which 72 were
-re-encoded as JPEG; the figures below are measured on the original images. Each network is a single
-training whose recipe was fixed beforehand. Nothing was selected on the test images.
+re-encoded as JPEG; the numbers below are measured on the original images. Each network is the
+result of a single training run with a recipe that was fixed beforehand. Nothing was selected on the
+test images.
 
 **Limits.** Each network knows ten classes and answers with one of them for any image. They were
 trained on centered objects in 32x32 pixels; larger images are cropped to the central square and
@@ -40,8 +41,8 @@ resized.
 
 
 def main(run: Path, name: str, folder: Path) -> None:
-    """Write the files and print the accuracy."""
-    # Check everything that can fail first, so that no card without measurements stays behind.
+    """Write all files and print the test accuracy."""
+    # Check everything that can fail first, so that no card is left without measurements.
     dataset = load_folder(folder)
     directory = RunDirectory(run)
     if dataset.classes != directory.load().network.classes:
@@ -64,7 +65,7 @@ def write_readme() -> None:
 
 
 def section(name: str) -> str:
-    """The card of `name` as Markdown."""
+    """Format the card of a network as Markdown."""
     card = pretrained.card(name)
     recipe, evaluation = from_fields(card["recipe"], name), card["evaluation"]
     test, train = evaluation["test"], evaluation["train"]
@@ -92,7 +93,7 @@ def section(name: str) -> str:
 
 
 def table_row(label: str, row: dict[str, Any]) -> str:
-    """Precision, recall and F1 of a class."""
+    """Format precision, recall and F1 of a class."""
     numbers = (f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1"))
     return f"| {label} | {' | '.join(numbers)} |"
 

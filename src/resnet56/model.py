@@ -1,8 +1,8 @@
 """ResNet for 32x32 images (He et al. 2015, "Deep Residual Learning", section 4.2).
 
-A 3x3 convolution, then three stages of residual blocks on maps of 32x32, 16x16 and 8x8 with
-16, 32 and 64 filters, then global average pooling and one linear layer. The paper's plain networks
-are the same without the shortcuts.
+The network consists of a 3x3 convolution, three stages of residual blocks with 16, 32 and 64
+filters on feature maps of 32x32, 16x16 and 8x8, global average pooling, and a linear layer. The
+plain networks of the paper are the same without the shortcuts.
 """
 
 import re
@@ -19,34 +19,34 @@ from resnet56.errors import UsageError
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "none"]
 
-MAX_CLASSES = 1_000_000  # more is a mistake, and would not fit into memory
+MAX_CLASSES = 1_000_000  # a larger number is a mistake and would exhaust memory
 WIDTHS = (16, 32, 64)  # filters of stages 1 to 3
 LAYERS_A_BLOCK = {"basic": 2, "bottleneck": 3}
-EXPANSION = {"basic": 1, "bottleneck": 4}  # a block's output channels over its width
+EXPANSION = {"basic": 1, "bottleneck": 4}  # output channels of a block / width
 
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """3x3 convolution that keeps the map's size, but for its stride."""
+    """3x3 convolution with padding 1 and no bias."""
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
 
 
 def conv1x1(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution."""
+    """1x1 convolution without bias."""
     return nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
 
 
 class NormReLU(Protocol):
-    """How a network computes relu(norm(x) + residual)."""
+    """An implementation of relu(norm(x) + residual)."""
 
     def __call__(self, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), and a residual like it -> (N, C, H, W)."""
+        """(N, C, H, W), and a residual of the same shape -> (N, C, H, W)."""
         ...
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual) by PyTorch's own operations.
+    """Compute relu(norm(x) + residual) with PyTorch operations.
 
-    Only the norm needs its input again for the gradient, so the rest is done in place.
+    Addition and ReLU run in place, since only the norm needs its input for the backward pass.
     """
     out: Tensor = norm(x)
     if residual is not None:
@@ -55,10 +55,10 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 class PadShortcut(nn.Module):
-    """Option A: the identity, subsampled, with zero channels added; it has no parameters.
+    """Option A: subsampled identity with added zero channels, without parameters.
 
-    Half of the zero channels go before and half behind, as in the best-known PyTorch port, so
-    that its published weights give the same outputs here.
+    Half of the zero channels come before and half after the input channels. This matches the most
+    widely used PyTorch port, so its published weights give the same outputs.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
@@ -74,14 +74,14 @@ class PadShortcut(nn.Module):
 
 
 def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    """Option B: a 1x1 convolution and batch norm, where the shape changes."""
+    """Option B: a 1x1 convolution with batch norm, where the shape changes."""
     return nn.Sequential(conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the shortcut around them (the paper's figure 5, left).
+    """Two 3x3 convolutions with a shortcut (figure 5 of the paper, left).
 
-    With `shortcut` None, nothing is added: a plain network's two layers.
+    If `shortcut` is None, the block is that of a plain network and adds nothing.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1 to `width`, 3x3, 1x1 to four times `width` (the paper's figure 5, right).
+    """1x1 to `width`, 3x3, 1x1 to 4 * `width`, with a shortcut (figure 5 of the paper, right).
 
-    The stride sits on the 3x3 convolution, as every current implementation has it; the paper's
-    first 1x1 would skip three quarters of its input.
+    The stride is on the 3x3 convolution, as in all current implementations. On the first 1x1
+    convolution, as in the paper, it would skip three quarters of the input.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class BottleneckBlock(nn.Module):
 
 
 def _residual(shortcut: nn.Module | None, x: Tensor) -> Tensor | None:
-    """What a block adds to its layers' output: its input through the shortcut, or nothing."""
+    """Return the tensor that a block adds to the output of its layers, or None."""
     return None if shortcut is None else shortcut(x)
 
 
@@ -141,18 +141,18 @@ BLOCKS: dict[str, Callable[[int, int, int, nn.Module | None], nn.Module]] = {
 
 
 class ResNet(nn.Module):
-    """The paper's CIFAR network.
+    """The CIFAR network of the paper.
 
     Args:
-        depth: weighted layers, 6n + 2 with basic blocks and 9n + 2 with bottleneck blocks;
-            projection shortcuts are not counted.
+        depth: number of weighted layers: 6n + 2 with basic blocks, 9n + 2 with bottleneck blocks.
+            Projection shortcuts are not counted.
         block: "basic" (two layers) or "bottleneck" (three).
-        shortcut: "A" (zero-padded identity) or "B" (projection) where the shape changes, with
-            the identity elsewhere; "none" for a plain network, which adds nothing anywhere.
+        shortcut: "A" (zero-padded identity) or "B" (projection) where the shape changes, and the
+            identity elsewhere. "none" for a plain network without shortcuts.
         classes: number of outputs.
 
     Raises:
-        UsageError: the depth fits no n, or the number of classes is out of range.
+        UsageError: the depth is not valid for the block, or the number of classes is out of range.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class ResNet(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """He et al. 2015b for the convolutions; a small normal for the classifier."""
+        """Initialize convolutions as in He et al. 2015b, and the classifier from N(0, 0.01²)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -181,32 +181,32 @@ class ResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def use(self, norm_relu: NormReLU) -> None:
-        """Compute every batch norm with its ReLU by another implementation."""
+        """Set the implementation of batch norm with ReLU for all layers."""
         for module in self.modules():
             if isinstance(module, ResNet | BasicBlock | BottleneckBlock):
                 module.norm_relu = norm_relu
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalised images -> (N, C, 8, 8), the last stage's maps."""
+        """Feature maps of the last stage: (N, 3, 32, 32) normalized images -> (N, C, 8, 8)."""
         x = self.norm_relu(self.bn1, self.conv1(x))
         return self.stage3(self.stage2(self.stage1(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalised images -> (N, classes) logits."""
+        """(N, 3, 32, 32) normalized images -> (N, classes) logits."""
         pooled = self.features(x).mean(dim=(2, 3), dtype=self.fc.weight.dtype)
         return self.fc(pooled)  # type: ignore[no-any-return]
 
     def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and the class activation maps that they come from (Zhou et al. 2016).
+        """Compute logits and class activation maps (Zhou et al. 2016).
 
-        Pooling and the linear layer change places freely, so the classifier applied to every
-        place of the last maps is exact: a map's mean, plus the class's bias, is its logit.
+        The maps are exact, because pooling and the linear layer commute: the mean of a map plus
+        the bias of its class is the logit.
 
         Args:
-            x: (N, 3, 32, 32) normalised images.
+            x: (N, 3, 32, 32) normalized images.
 
         Returns:
-            (N, classes) logits and (N, classes, 8, 8) maps.
+            (N, classes) logits and (N, classes, 8, 8) class activation maps.
         """
         features = self.features(x).to(self.fc.weight.dtype)
         maps = F.conv2d(features, self.fc.weight[:, :, None, None])
@@ -216,22 +216,22 @@ class ResNet(nn.Module):
 def _stage(
     channels: int, width: int, stride: int, blocks: int, block: Block, shortcut: Shortcut
 ) -> tuple[nn.Sequential, int]:
-    """A stage of `blocks` blocks, the first of which has the stride; and its output channels."""
+    """Return a stage, whose first block has the stride, and its number of output channels."""
     channels_out = width * EXPANSION[block]
     stage = nn.Sequential()
     for index in range(blocks):
         first = index == 0
-        link: nn.Module | None = None if shortcut == "none" else nn.Identity()
-        if link is not None and first and (stride != 1 or channels != channels_out):
+        connection: nn.Module | None = None if shortcut == "none" else nn.Identity()
+        if connection is not None and first and (stride != 1 or channels != channels_out):
             make = PadShortcut if shortcut == "A" else projection_shortcut
-            link = make(channels, channels_out, stride)
-        stage.append(BLOCKS[block](channels, width, stride if first else 1, link))
+            connection = make(channels, channels_out, stride)
+        stage.append(BLOCKS[block](channels, width, stride if first else 1, connection))
         channels = channels_out
     return stage, channels
 
 
 def blocks_a_stage(depth: int, block: Block) -> int:
-    """n of depth = 6n + 2 (basic) or 9n + 2 (bottleneck); UsageError for any other depth."""
+    """Return n in depth = 6n + 2 (basic) or 9n + 2 (bottleneck); UsageError for other depths."""
     step = 3 * LAYERS_A_BLOCK[block]
     n, rest = divmod(depth - 2, step)
     if rest == 0 and n >= 1:
@@ -239,13 +239,13 @@ def blocks_a_stage(depth: int, block: Block) -> int:
     below, above = max(n, 1) * step + 2, max(n + 1, 1) * step + 2
     nearest = f"are {below} and {above}" if below != above else f"is {below}"
     raise UsageError(
-        f"depth {depth} is not {step}n + 2, as {block} blocks need; the nearest {nearest}"
+        f"depth {depth} is not of the form {step}n + 2 for {block} blocks; the nearest {nearest}"
     )
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a name such as `resnet56-bottleneck` stands for."""
+    """The architecture behind a name such as `resnet56-bottleneck`."""
 
     depth: int
     block: Block
@@ -253,23 +253,23 @@ class Architecture:
 
     @classmethod
     def parse(cls, name: str) -> "Architecture":
-        """`resnetD` (basic, option A), `resnetD-b` (basic, B), `resnetD-bottleneck` or `plainD`.
+        """Parse `resnetD` (basic, A), `resnetD-b` (basic, B), `resnetD-bottleneck` or `plainD`.
 
         Raises:
-            UsageError: a name of another form, or a depth that fits no formula.
+            UsageError: the name has another form, or the depth is not valid for the block.
         """
         match = re.fullmatch(r"(resnet|plain)([0-9]{1,4})(-b|-bottleneck)?", name)
         if match is None:
             raise UsageError(
-                f"unknown architecture {name!r}; the names are resnet56 (basic blocks, "
+                f"unknown architecture {name!r}; choose resnet56 (basic blocks, "
                 "shortcut A), resnet56-b (shortcut B), resnet56-bottleneck, plain56 (no "
-                "shortcuts), and other depths"
+                "shortcuts), or another depth"
             )
         family, depth, variant = match.groups()
         if family == "plain" and variant is not None:
             raise UsageError(
                 f"unknown architecture {name!r}; plain networks have basic blocks and no "
-                f"shortcut: choose plain{depth}"
+                f"shortcut; choose plain{depth}"
             )
         block: Block = "bottleneck" if variant == "-bottleneck" else "basic"
         shortcut: Shortcut = "none" if family == "plain" else "A" if variant is None else "B"
@@ -279,7 +279,7 @@ class Architecture:
 
 
 def build(name: str, *, classes: int = 10, seed: int = 0) -> ResNet:
-    """The named network with freshly initialised weights: a pure function of its arguments."""
+    """Build the named network, with initial weights that depend only on the arguments."""
     architecture = Architecture.parse(name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -288,19 +288,19 @@ def build(name: str, *, classes: int = 10, seed: int = 0) -> ResNet:
 
 @dataclass(frozen=True)
 class Part:
-    """One row of a network's description."""
+    """One row in the description of a network."""
 
     name: str
-    layers: str  # "2-19", counted from the image to the classifier
+    layers: str  # such as "2-19", counted from the image to the classifier
     blocks: int
     output: tuple[int, ...]  # (C, H, W), or (classes,)
     parameters: int
-    macs: int  # multiply-accumulates of convolutions and the linear layer, for one image
+    macs: int  # multiply-accumulates of convolutions and the linear layer, per image
 
 
 @dataclass(frozen=True)
 class Description:
-    """A network in numbers: the paper's table, computed from the model itself."""
+    """Sizes and costs of a network, computed from the model."""
 
     arch: str
     depth: int
@@ -313,9 +313,9 @@ class Description:
 
 
 def describe(name: str, classes: int = 10) -> Description:
-    """Stages, blocks, layers, output sizes, parameters and multiply-accumulates of `name`."""
+    """Compute layers, blocks, output shapes, parameters and multiply-accumulates of a network."""
     architecture = Architecture.parse(name)
-    with torch.device("meta"):  # shapes only: no memory, no arithmetic
+    with torch.device("meta"):  # shapes only, without memory and arithmetic
         model = ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)
         image = torch.empty(1, 3, 32, 32)
     macs = dict.fromkeys(model.modules(), 0)

@@ -180,7 +180,7 @@ def test_the_command_prints_tables_and_writes_json(
         (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: there is no such"),
         (["--json", "."], "--json . is a folder; choose a file"),
         (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--arch", "resnet57"], "depth 57 is not 6n + 2"),
+        (["--arch", "resnet57"], "depth 57 is not of the form 6n + 2"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(
