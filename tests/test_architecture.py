@@ -45,7 +45,6 @@ ARROWS: dict[str, set[str]] = {
     },
     # model
     "model": {"errors"},
-    "inference": {"model", "runtime"},
     "inspection": {"model"},
     # kernels
     "kernels.compiler": set(),
@@ -66,6 +65,7 @@ ARROWS: dict[str, set[str]] = {
         "errors", "files", "runs.checkpoint", "runs.convert", "runs.directory", "runs.pretrained",
     },
     # step and evaluation
+    "inference": {"errors", "model", "runs.checkpoint", "runtime"},
     "metrics": {"runs.schema"},
     "samples": {"data.augment", "data.dataset", "data.mixing", "metrics"},
     "evaluation": {
@@ -145,10 +145,10 @@ ARROWS: dict[str, set[str]] = {
     "cli.common": {"data.download", "data.readers", "distributed", "errors", "progress"},
     "cli.data": {"cli.arguments", "cli.common", "errors"},
     "cli.import_": {
-        "cli.arguments", "cli.common", "data.class_names", "errors", "runs.directory",
+        "cli.arguments", "cli.common", "data.class_names", "errors", "inference", "runs.directory",
         "runs.sources",
     },
-    "cli.report": {"cli.arguments", "errors", "report"},
+    "cli.report": {"cli.arguments", "cli.common", "errors", "report"},
     "cli.train": {
         "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
         "recipe", "report", "runs.directory", "runtime", "threads", "training",

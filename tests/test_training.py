@@ -301,6 +301,42 @@ def test_nothing_to_resume_is_said(tiny: Dataset, small: Recipe, tmp_path: Path)
         train(small, tiny, tmp_path / "none", resume=True)
 
 
+@pytest.mark.parametrize("holdout", [0, 6])
+def test_a_running_variance_that_is_not_finite_does_not_replace_the_checkpoint(
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: int
+) -> None:
+    """As after a learning rate that is far too high: losses and parameters are finite."""
+    take = Trainer.step
+
+    def poisoned(self: Trainer, images: torch.Tensor, *rest: Any) -> None:
+        take(self, images, *rest)
+        if rest[-1] == 8:
+            self.model.bn1.running_var[3] = torch.nan
+
+    recipe = dataclasses.replace(small, holdout=holdout)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", poisoned)
+        said = r"diverged at step \d+: .*not finite.*; the last good checkpoint stays in"
+        with pytest.raises(TrainingError, match=said):
+            train(recipe, tiny, out, device="cpu")
+    assert RunDirectory(out).load(training=True).position.epoch == 1
+    resumed = train(recipe, tiny, out, device="cpu", resume=True)
+    straight = train(recipe, tiny, tmp_path / "straight", device="cpu")
+    assert resumed["test"] == straight["test"]
+
+
+def test_a_full_disk_before_the_first_checkpoint_advises_no_resuming(
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise RunError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("resnet56.runs.checkpoint.write_bytes", full)
+    with pytest.raises(RunError, match="start the training again"):
+        train(small, tiny, tmp_path / "run", device="cpu")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

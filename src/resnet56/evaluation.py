@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from resnet56.data.augment import PLAIN_CROPS, Augmentation, normalize
 from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evenly_spaced
 from resnet56.data.dataset import Dataset, Split, training_split
-from resnet56.errors import RunError
-from resnet56.inference import InferenceForm, restore
+from resnet56.errors import NotFiniteError, RunError
+from resnet56.inference import UNUSABLE, InferenceForm, restore
 from resnet56.metrics import measure
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Checkpoint, Network
@@ -70,7 +70,7 @@ def predict_logits(
         tick(len(chunk))
     logits = torch.cat(parts).cpu()
     if not bool(logits.isfinite().all()):
-        raise RunError("the network gives outputs that are not finite: its weights are of no use")
+        raise NotFiniteError(UNUSABLE)
     return logits
 
 

@@ -178,10 +178,12 @@ def write_hub_folder(
         evaluation: the content of evaluation.json, where the network has one.
 
     Raises:
-        RunError: the folder is in the way, or cannot be written.
+        RunError: the folder is in the way, or cannot be written, or the weights do not fit.
+        NotFiniteError: the network gives outputs that are not finite.
     """
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise RunError(f"{folder} is in the way; choose another --out")
+    restore(checkpoint, CPU)  # refuses what gives no answers
     model = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
     # The hub's libraries read no file whose "format" is not the framework that its tensors are of.
     metadata = metadata_of(checkpoint.network) | {"format": "pt"}

@@ -1,28 +1,52 @@
 """A checkpoint's network, and the form in which it predicts fastest."""
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from resnet56.errors import NotFiniteError
 from resnet56.model import ResNet, build, norm_relu
+from resnet56.runs.checkpoint import Checkpoint, require_fit
 from resnet56.runtime import DTYPES, Resolved
 
-if TYPE_CHECKING:
-    from resnet56.runs.checkpoint import Checkpoint
+UNUSABLE = "the network gives outputs that are not finite: its weights are of no use"
 
 
-def restore(checkpoint: "Checkpoint", device: torch.device) -> ResNet:
+def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
     """The checkpoint's network with its weights, on `device`, in evaluation mode.
 
     Its parameters are contiguous, as PyTorch's tools expect them; `InferenceForm` makes a copy in
     the memory format in which convolutions are fastest.
+
+    Raises:
+        RunError: the weights are not those of such a network.
+        NotFiniteError: its outputs are not finite, as with a negative variance.
+        UsageError: the architecture is not known.
     """
-    model = build(checkpoint.network.arch, classes=len(checkpoint.network.classes))
+    net = checkpoint.network
+    with torch.device("meta"):  # no memory and no initialization before the weights are checked
+        model = build(net.arch, classes=len(net.classes))
+    what = f"the weights do not fit {net.arch} with {len(net.classes)} classes"
+    require_fit(checkpoint.model, model.state_dict(), what)
+    model.to_empty(device=device)
     model.load_state_dict(checkpoint.model)
-    return model.to(device).eval()
+    model.eval()
+    _require_finite_outputs(model, net.mean, net.std)
+    return model
+
+
+@torch.inference_mode()
+def _require_finite_outputs(
+    model: ResNet, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> None:
+    """Try a black image and one of noise."""
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images[0] = 0
+    images = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    if not bool(model(images.to(next(model.parameters()).device)).isfinite().all()):
+        raise NotFiniteError(UNUSABLE)
 
 
 class InferenceForm(nn.Module):

@@ -212,10 +212,6 @@ class Trainer:
             fine = torch.isfinite(loss) | (self.bad_step >= 0)
             self.bad_step = torch.where(fine, self.bad_step, step)
 
-    def is_finite(self) -> bool:
-        """Whether every weight is a finite number; waits for the device."""
-        return bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
-
     def weights(self) -> Mapping[str, Tensor]:
         """The weights that the run is about: the averaged ones where there are any."""
         return self.average.tensors if self.average is not None else self.model.state_dict()

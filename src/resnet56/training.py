@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -23,15 +23,15 @@ from resnet56.distributed import (
     synchronize_batch_norm,
     total,
 )
-from resnet56.errors import RunError, TrainingError, UsageError
+from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError
 from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.files import read_json, write_json
 from resnet56.model import build
 from resnet56.progress import TrainingProgress
 from resnet56.recipe import Recipe, from_fields
-from resnet56.runs.checkpoint import Checkpoint, Network, Position
+from resnet56.runs.checkpoint import Checkpoint, Network, Position, require_fit
 from resnet56.runs.directory import RunDirectory
-from resnet56.runs.schema import Evaluation
+from resnet56.runs.schema import Environment, Evaluation
 from resnet56.runtime import (
     Resolved,
     environment,
@@ -311,19 +311,17 @@ class TrainingLoop:
         net = self.network
         model = build(net.arch, classes=len(net.classes)).to(self.device)
         model.load_state_dict(self.trainer.weights())
-        figures = evaluate(model, split, net.classes, net.mean, net.std, self.precision)
+        try:
+            figures = evaluate(model, split, net.classes, net.mean, net.std, self.precision)
+        except NotFiniteError as error:
+            raise self._diverged(error) from error
         return {f"{name}_loss": figures["loss"], f"{name}_accuracy": figures["accuracy"]}
 
     def save(self) -> None:
-        """Write the checkpoint; TrainingError if the weights are not finite."""
+        """Write the checkpoint; TrainingError if a value in it is not finite."""
         self.cadence.saved()
         if not self.dist.is_first:
             return
-        if not self.trainer.is_finite():
-            raise TrainingError(
-                f"the weights are not finite after step {self.position.step}; the last good "
-                f"checkpoint stays in {self.run_directory.path}; try a lower --lr"
-            )
         notes = {
             "resnet56": metadata.version("resnet56"),
             "data": self.fingerprint,
@@ -336,12 +334,23 @@ class TrainingLoop:
         weights, state = self.trainer.weights(), self.trainer.state()
         try:
             self.run_directory.save(Checkpoint(self.network, weights, state, self.position, notes))
+        except NotFiniteError as error:
+            raise self._diverged(error) from error
         except RunError as error:
-            raise RunError(f"{error}; continue with --resume") from error
+            begun = self.run_directory.checkpoint_file.exists()
+            remedy = "continue with --resume" if begun else "then start the training again"
+            raise RunError(f"{error}; {remedy}") from error
 
-    def facts(self, dataset: Dataset) -> dict[str, Any]:
+    def _diverged(self, error: NotFiniteError) -> TrainingError:
+        return TrainingError(
+            f"the training has diverged at step {self.position.step:,}: {error}; the last good "
+            f"checkpoint stays in {self.run_directory.path}; try a lower --lr or a longer "
+            "--warmup-epochs"
+        )
+
+    def facts(self, dataset: Dataset) -> Environment:
         """What environment.json holds."""
-        facts = environment(self.device, self.precision) | {
+        facts: dict[str, Any] = environment(self.device, self.precision) | {
             "threads": self.cadence.threads.threads,
             "processes": self.dist.world_size,
             "data": {
@@ -351,11 +360,16 @@ class TrainingLoop:
             },
             "execution": self.forward.execution,
         }
-        return facts | ({"execution_reason": self.forward.reason} if self.forward.reason else {})
+        if self.forward.reason:
+            facts["execution_reason"] = self.forward.reason
+        return cast(Environment, facts)
 
     def _restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint."""
         self.position = saved.position
+        what = f"{self.run_directory.checkpoint_file} does not fit the recipe"
+        require_fit(saved.model, self.trainer.weights(), what)
+        require_fit(saved.training, self.trainer.state(), what)
         self.trainer.restore(saved.model, saved.training)
         if self.trainer.scaler.is_enabled() and saved.notes.get("loss_scale"):
             self.trainer.scaler.load_state_dict(dict(saved.notes["loss_scale"]))
@@ -416,21 +430,21 @@ def _load_resumed(run: RunDirectory, recipe: Recipe, source: str, fingerprint: s
 
 
 def _prepare(
-    run: RunDirectory, recipe: Recipe, facts: dict[str, Any], saved: Checkpoint | None
+    run: RunDirectory, recipe: Recipe, facts: Environment, saved: Checkpoint | None
 ) -> None:
     """Write what is known before the first step."""
     if saved is not None:
         run.rewind_metrics(saved.position.epoch)
-        before = read_json(run.environment_file) if run.environment_file.exists() else facts
-        earlier = before.get("resumed", [])
-        facts = before | {
+        before = run.read_environment() or facts
+        facts = {
+            **before,
             "data": facts["data"],  # the same images, perhaps from another folder
-            "resumed": [*(earlier if isinstance(earlier, list) else []), facts],
+            "resumed": [*before.get("resumed", []), facts],
         }
     else:
-        run.rewind_metrics(0)
+        run.metrics_file.unlink(missing_ok=True)
         write_json(run.recipe_file, recipe.to_json())
-    write_json(run.environment_file, facts)
+    run.write_environment(facts)
 
 
 def _log_scalars(scalars: Scalars | None, row: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from report_fixtures import CIFAR, PARITY, make_run, samples
 
+from resnet56 import cli
 from resnet56.errors import RunError, UsageError
 from resnet56.files import read_json, write_json
 from resnet56.recipe import RECIPES, Recipe
@@ -302,6 +303,26 @@ def test_a_damaged_file_is_named_in_one_line(
         write_report([run])
     assert "\n" not in str(caught.value)
     assert not (run / "report.html").exists()
+
+
+def test_one_damaged_run_does_not_stop_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        make_run(tmp_path / name, images=100)
+    (tmp_path / "b" / "evaluation.json").write_text('{"test": 5}')
+    (tmp_path / "d").mkdir()
+    assert cli.main(["report", "a", "b", "c", "d"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert said[0].startswith("resnet56: b/evaluation.json is damaged: test is 5, expected")
+    assert said[1].startswith("resnet56: d has no checkpoint")
+    assert said[2] == "resnet56: 2 of 4 runs are left out"
+    assert (tmp_path / "comparison.html").exists()
+    assert cli.main(["report", "b", "d"]) == 1
+    with pytest.raises(RunError, match="test is 5"):
+        write_report([tmp_path / "a", tmp_path / "b"])
 
 
 def test_inconsistent_sample_arrays_are_refused(tmp_path: Path) -> None:

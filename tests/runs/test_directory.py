@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from resnet56.errors import Error, RunError
+from resnet56.errors import Error, NotFiniteError, RunError
 from resnet56.files import next_free, read_json, to_json, write_json, write_text
 from resnet56.metrics import measure
 from resnet56.runs.checkpoint import Checkpoint, Network, Position
@@ -69,6 +69,40 @@ def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
         "model-00000008.safetensors",
         "training-00000008.safetensors",
     ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("part", "name"), [("model", "w"), ("training", "momentum.w")])
+def test_a_value_that_is_not_finite_does_not_replace_a_good_checkpoint(
+    tmp_path: Path, part: str, name: str, value: float
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.save(checkpoint(step=7))
+    bad = checkpoint(step=8)
+    getattr(bad, part)[name][0, 1] = value
+    with pytest.raises(NotFiniteError, match=f"not finite in {name}"):
+        run.save(bad)
+    assert run.load(training=True).position.step == 7
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 3
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: after checkpoint.json is read, and before its tensors are."""
+    run = RunDirectory(tmp_path)
+    run.save(checkpoint(step=7))
+    steps, read_bytes = [8, 9], Path.read_bytes
+
+    def replacing(path: Path) -> bytes:
+        if steps and path.suffix == ".safetensors":
+            run.save(checkpoint(step=steps.pop(0)))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", replacing)
+    loaded = run.load(training=True)
+    assert loaded.position.step == 9
+    assert loaded.model["n"] == 9
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 2])
@@ -135,7 +169,7 @@ def test_a_checkpoint_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> N
     head["files"]["model"]["name"] = "../../outside.safetensors"
     run.checkpoint_file.write_text(json.dumps(head))
     (tmp_path / "outside.safetensors").write_bytes(b"x")
-    with pytest.raises(RunError, match=r"cannot read .*checkpoint.outside\.safetensors"):
+    with pytest.raises(RunError, match=r"files\.model\.name"):
         run.load()
 
 

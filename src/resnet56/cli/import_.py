@@ -43,6 +43,9 @@ class ImportOptions:
 def run(arguments: list[str]) -> int:
     """resnet56 import FILE --out RUN."""
     options = parse(ImportOptions, arguments, "resnet56 import")
+    import torch
+
+    from resnet56.inference import restore
     from resnet56.runs.directory import RunDirectory
     from resnet56.runs.sources import import_network
 
@@ -60,6 +63,7 @@ def run(arguments: list[str]) -> int:
         std=options.std,
         classes=_names(options.classes),
     )
+    restore(imported.checkpoint, torch.device("cpu"))  # refuses what gives no answers
     directory.create()
     directory.save(imported.checkpoint)
     for remark in imported.remarks:

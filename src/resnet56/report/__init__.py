@@ -3,11 +3,11 @@
 A report needs only the files of the run, neither the data set nor a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from resnet56.errors import UsageError
+from resnet56.errors import Error, UsageError
 
 __all__ = ["write_report"]
 
@@ -17,6 +17,7 @@ def write_report(
     out: Path | None = None,
     *,
     format: Literal["html", "md"] = "html",
+    leave_out: Callable[[Error], None] | None = None,
 ) -> Path:
     """Write the report of one run, or the comparison of several.
 
@@ -26,6 +27,8 @@ def write_report(
             and comparison.html (or .md) in the current directory for several. The images of a
             Markdown report are written to a folder next to it, such as report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown.
+        leave_out: called with the error of each of several runs that cannot be read, which the
+            comparison then leaves out; without it, such an error is raised.
 
     Returns:
         The path of the written file.
@@ -41,8 +44,18 @@ def write_report(
         raise UsageError("a report needs at least one run directory")
     if out is not None and out.is_dir():
         raise UsageError(f"{out} is a folder; choose a file such as {out / f'report.{format}'}")
-    facts = [read_run(Path(path)) for path in runs]
-    if len(facts) == 1:
+    facts, last = [], None
+    for path in runs:
+        try:
+            facts.append(read_run(Path(path)))
+        except Error as error:
+            if leave_out is None or len(runs) == 1:
+                raise
+            leave_out(error)
+            last = error
+    if last is not None and not facts:
+        raise last
+    if len(runs) == 1:
         content, template = page.content(facts[0]), "page"
         out = out or facts[0].path / f"report.{format}"
     else:

@@ -97,6 +97,7 @@ class EpochMetrics(TypedDict):
     holdout_accuracy: NotRequired[Share]
     test_loss: NotRequired[Loss]
     test_accuracy: NotRequired[Share]
+    threads: NotRequired[Ordinal]
 
 
 # evaluation.json
@@ -285,10 +286,15 @@ def check(content: object, expected: type[T], file: str) -> T:
         expected: a TypedDict, for which `content` itself is returned, or a dataclass.
         file: for the message; may include a line number.
     """
+    plain = content
     try:
-        made = msgspec.convert(content, expected)
+        try:
+            made = msgspec.convert(plain, expected)
+        except UnicodeEncodeError:  # msgspec takes names of files that are not UTF-8 only in places
+            plain = _encodable(content)
+            made = msgspec.convert(plain, expected)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise RunError(f"{file} is damaged: {_explained(error, content, expected)}") from None
+        raise RunError(f"{file} is damaged: {_explained(error, plain, expected)}") from None
     return cast(T, content) if isinstance(made, dict) else made
 
 
@@ -382,6 +388,17 @@ def _check_arrays(
             raise RunError(f"{where} has values that are not finite")
         if high > expected.most or (low < 0 and not expected.signed):
             raise RunError(f"{where} has values from {low:g} to {high:g}, out of range")
+
+
+def _encodable(content: Any) -> Any:
+    """A copy with escapes in place of what no encoding knows."""
+    if isinstance(content, Mapping):
+        return {_encodable(key): _encodable(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_encodable(value) for value in content]
+    if isinstance(content, str):
+        return content.encode("utf-8", "backslashreplace").decode()
+    return content
 
 
 # Messages
