@@ -86,13 +86,13 @@ def main(arch: str, batch: int, rounds: int) -> None:
             runners.append(Contestant(name, training_step(arch, batch, *options), CPU))
     take_turns(runners, rounds, 1.0)
     print(f"| {arch}, batch {batch} | ms | speed-up | range |\n|---|---|---|---|")
-    for row in compared(runners, batch, stock="fp32, NCHW"):
+    for row in compared(runners, batch, baseline="fp32, NCHW"):
         print(
             f"| {'+ ' if row['name'] != runners[0].name else ''}{row['name']} | "
             f"{row['milliseconds']:.0f} | {row['ratio']:.2f}x | "
             f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f} |"
         )
-    categories = time_by_category(runners[-1].once)
+    categories = time_by_category(runners[-1].run_once)
     print(f"\n| time of a step with {runners[-1].name} | share |\n|---|---|")
     for category, time in categories.most_common():
         print(f"| {category} | {time / categories.total():.0%} |")

@@ -1,1 +1,1 @@
-"""The training and inference speed of this package against the usual loop."""
+"""Training and inference speed of this package, compared with a conventional loop."""

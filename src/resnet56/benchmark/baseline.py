@@ -1,8 +1,8 @@
-"""The training loop that people write, to measure ours against; nothing else uses it.
+"""A conventional training loop, used only as the baseline of the benchmark.
 
-It does what the best-known ResNet-56 repositories do: a `Dataset` of PIL images, a random crop,
-a flip, a conversion and a normalisation image by image, a `DataLoader`, fp32, NCHW, one
-operation at a time, `loss.item()` and the accuracy on every step.
+It follows the most widely used ResNet-56 repositories: a `Dataset` of PIL images with a random
+crop, a flip, conversion and normalization per image, a `DataLoader`, fp32, NCHW, eager execution,
+and `loss.item()` and accuracy in every step.
 """
 
 import random
@@ -21,12 +21,12 @@ from resnet56.model import build
 PADDING = 4
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Images as arrays; each access makes a PIL image and augments it.
+class AugmentedImages(Dataset[tuple[Tensor, int]]):
+    """Data set that decodes and augments a PIL image on each access.
 
     Args:
         split: images and labels.
-        mean, std: of the images, in units of [0, 1].
+        mean, std: normalization constants, in units of [0, 1].
     """
 
     def __init__(self, split: Split, mean: Triple, std: Triple) -> None:
@@ -39,17 +39,17 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture = ImageOps.expand(Image.fromarray(self.images[index]), PADDING)
+        image = ImageOps.expand(Image.fromarray(self.images[index]), PADDING)
         left, top = random.randint(0, 2 * PADDING), random.randint(0, 2 * PADDING)
-        picture = picture.crop((left, top, left + 32, top + 32))
+        image = image.crop((left, top, left + 32, top + 32))
         if random.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return (tensor.float().div(255) - self.mean) / self.std, self.labels[index]
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual), as those repositories write it: only the addition in place."""
+    """Compute relu(norm(x) + residual) as in those repositories: only the addition is in place."""
     out: Tensor = norm(x)
     if residual is not None:
         out += residual
@@ -57,21 +57,21 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 class StockLoop:
-    """Endless training by the plain loop.
+    """Endless conventional training.
 
     Args:
-        arch: a name that `build` knows.
-        pictures: what to train on.
-        batch: images a step.
-        device: where to train.
-        workers: processes that load; they start with the first step and end with `close`.
-        classes: of the images.
+        arch: name of an architecture; see `build`.
+        dataset: training images.
+        batch: batch size.
+        device: device of the training.
+        workers: number of loader processes. They start with the first step and end with `close`.
+        classes: number of classes.
     """
 
     def __init__(
         self,
         arch: str,
-        pictures: Pictures,
+        dataset: AugmentedImages,
         batch: int,
         device: torch.device,
         workers: int,
@@ -85,7 +85,7 @@ class StockLoop:
             self.model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4
         )
         self.loader = DataLoader(
-            pictures,
+            dataset,
             batch_size=batch,
             shuffle=True,
             num_workers=workers,
@@ -101,10 +101,10 @@ class StockLoop:
             yield from self.loader
 
     def step(self) -> None:
-        """One step, and the numbers that such loops print."""
+        """Run one step and update the running loss and accuracy."""
         images, labels = next(self.batches)
         images, labels = images.to(self.device), labels.to(self.device)
-        # TF32, PyTorch's default on CUDA, is ours to switch off but not its.
+        # Keep TF32, the default of PyTorch on CUDA, which this package switches off for itself.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             logits = self.model(images)
             loss = self.criterion(logits, labels)
@@ -115,6 +115,6 @@ class StockLoop:
         self.correct += (logits.argmax(dim=1) == labels).sum().item()
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self.batches.close()  # type: ignore[attr-defined]
         self.loader._iterator = None

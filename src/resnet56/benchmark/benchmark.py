@@ -1,4 +1,4 @@
-"""Ours against the loop people write: whole training steps on real images, in turns."""
+"""Benchmark of complete training steps on real images against a conventional loop."""
 
 import contextlib
 import itertools
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet56.benchmark.baseline import Pictures, StockLoop
-from resnet56.benchmark.baseline import norm_relu as stock_norm_relu
+from resnet56.benchmark.baseline import AugmentedImages, StockLoop
+from resnet56.benchmark.baseline import norm_relu as baseline_norm_relu
 from resnet56.benchmark.interleave import Contestant, compared, take_turns
 from resnet56.benchmark.roofline import floor, machine_limits
 from resnet56.cadence import READ_LOSS_EVERY
@@ -42,27 +42,27 @@ from resnet56.runtime import (
 )
 from resnet56.step import Trainer, learning_rate, make_forward
 
-STARTS = 3  # of each command whose start-up is timed
+START_REPEATS = 3  # repetitions of each timed start-up
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Course:
-    """Where the contest runs, and on what."""
+    """Data, device and precision of a benchmark."""
 
     split: Split  # training images
     mean: Triple
     std: Triple
     device: torch.device
     precision: Resolved
-    classes: int = 10  # of the images: the outputs of all contestants
+    classes: int = 10  # number of classes, and of outputs of all networks
 
-    def pictures(self) -> Pictures:
-        """The same images, as the stock loop has them."""
-        return Pictures(self.split, self.mean, self.std)
+    def augmented_images(self) -> AugmentedImages:
+        """Return the same images for the baseline loop."""
+        return AugmentedImages(self.split, self.mean, self.std)
 
     def our_step(self, arch: str, batch: int, execution: str) -> Callable[[], None]:
-        """One step as `resnet56 train` makes it, with its data and its readings of the loss."""
+        """Return a function that runs one step of `resnet56 train`, with data and loss readings."""
         recipe = Recipe(arch=arch, batch_size=batch, execution=execution)  # type: ignore[arg-type]
         model = build(arch, classes=self.classes)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -79,136 +79,136 @@ class Course:
             itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
         )
 
-        def once() -> None:
+        def run_once() -> None:
             step, (images, labels) = next(steps)
             trainer.step(images, labels, learning_rate(recipe, step, batches.steps), step)
             if step % READ_LOSS_EVERY == 0:
                 trainer.sums.tolist()
 
-        return once
+        return run_once
 
 
-def executions(device: torch.device, precision: Resolved, compiled: bool) -> list[str]:
-    """The ways to run a step that this machine has, in the order of their daring."""
-    ways = ["compiled", "eager"] if compiled else ["eager"]
-    for way in ("fused", "native"):
+def available_modes(device: torch.device, precision: Resolved, compiled: bool) -> list[str]:
+    """Return the execution modes that are available on this machine."""
+    modes = ["compiled", "eager"] if compiled else ["eager"]
+    for mode in ("fused", "native"):
         with contextlib.suppress(UsageError):
-            make_forward(build("resnet8").to(device), way, precision)
-            ways.append(way)
-    return ways
+            make_forward(build("resnet8").to(device), mode, precision)
+            modes.append(mode)
+    return modes
 
 
 def bench_training(
-    course: Course, arch: str, batch: int, ways: Sequence[str], rounds: int, seconds: float
+    setup: Course, arch: str, batch: int, modes: Sequence[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Stock loops with 0 and 2 workers against every way in `ways` to run our step."""
-    stocks = {
-        f"stock, {workers} workers": StockLoop(
-            arch, course.pictures(), batch, course.device, workers, course.classes
+    """Compare baseline loops with 0 and 2 workers and our step in each execution mode."""
+    loops = {
+        f"baseline, {workers} workers": StockLoop(
+            arch, setup.augmented_images(), batch, setup.device, workers, setup.classes
         )
         for workers in (0, 2)
     }
-    contestants = [Contestant(n, loop.step, course.device) for n, loop in stocks.items()]
-    for way in ways:
-        once = course.our_step(arch, batch, way)
-        contestants.append(Contestant(f"ours, {way}", once, course.device))
+    contestants = [Contestant(n, loop.step, setup.device) for n, loop in loops.items()]
+    for mode in modes:
+        run_once = setup.our_step(arch, batch, mode)
+        contestants.append(Contestant(f"ours, {mode}", run_once, setup.device))
     try:
         take_turns(contestants, rounds, seconds)
     finally:
-        for loop in stocks.values():
+        for loop in loops.values():
             loop.close()
-    return compared(contestants, batch, stock="stock")
+    return compared(contestants, batch, baseline="baseline")
 
 
 def bench_inference(
-    course: Course, arch: str, batch: int, rounds: int, seconds: float
+    setup: Course, arch: str, batch: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """The plain network in evaluation mode against the inference form, and ONNX Runtime."""
-    pixels = course.split.images[torch.arange(batch) % len(course.split)]
-    images = pixels.float().to(course.device) / 255
-    stock = build(arch).to(course.device).eval()
-    stock.use(stock_norm_relu)
-    runners: dict[str, nn.Module] = {"stock": stock, "ours, fp32": InferenceForm(stock)}
-    if course.precision != "fp32":
-        runners[f"ours, {course.precision}"] = InferenceForm(stock, course.precision)
+    """Compare the network in evaluation mode with the inference form and ONNX Runtime."""
+    pixels = setup.split.images[torch.arange(batch) % len(setup.split)]
+    images = pixels.float().to(setup.device) / 255
+    model = build(arch).to(setup.device).eval()
+    model.use(baseline_norm_relu)
+    runners: dict[str, nn.Module] = {"baseline": model, "ours, fp32": InferenceForm(model)}
+    if setup.precision != "fp32":
+        runners[f"ours, {setup.precision}"] = InferenceForm(model, setup.precision)
 
-    def once(runner: nn.Module) -> None:
+    def run_once(runner: nn.Module) -> None:
         with torch.inference_mode():
             runner(images).argmax(dim=1).tolist()
 
     contestants = [
-        Contestant(name, lambda runner=runner: once(runner), course.device)  # type: ignore[misc]
+        Contestant(name, lambda runner=runner: run_once(runner), setup.device)  # type: ignore[misc]
         for name, runner in runners.items()
     ]
-    if course.device.type == "cpu":
-        with contextlib.suppress(MissingExtraError):  # optional: one row less without it
-            network = Network(arch, tuple("0123456789"), course.mean, course.std)
-            checkpoint = Checkpoint(network, stock.state_dict())
+    if setup.device.type == "cpu":
+        with contextlib.suppress(MissingExtraError):  # one row fewer without the optional package
+            network = Network(arch, tuple("0123456789"), setup.mean, setup.std)
+            checkpoint = Checkpoint(network, model.state_dict())
             content = to_onnx(checkpoint, checked=False)
             exported = OnnxBackend(content, arch, torch.get_num_threads())
             array = pixels.numpy()
             contestants.append(
                 Contestant(
-                    "ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), course.device
+                    "ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), setup.device
                 )
             )
     take_turns(contestants, rounds, seconds)
-    return compared(contestants, batch, stock="stock")
+    return compared(contestants, batch, baseline="baseline")
 
 
-def peak_of(course: Course, arch: str, batch: int, way: str) -> float:
-    """Peak memory in MB of a few steps in a process of their own, without the data set."""
-    if way.startswith("stock"):
-        pictures = course.pictures()
-        once = StockLoop(arch, pictures, batch, course.device, 0, course.classes).step
+def _peak_memory(setup: Course, arch: str, batch: int, mode: str) -> float:
+    """Run a few steps and return the peak memory of this process in MB."""
+    if mode.startswith("baseline"):
+        images = setup.augmented_images()
+        run_once = StockLoop(arch, images, batch, setup.device, 0, setup.classes).step
     else:
-        once = course.our_step(arch, batch, way)
+        run_once = setup.our_step(arch, batch, mode)
     for _ in range(3):
-        once()
-    return peak_memory_mb(course.device)
+        run_once()
+    return peak_memory_mb(setup.device)
 
 
-def peaks(course: Course, arch: str, batch: int, ways: Sequence[str]) -> dict[str, float]:
-    """Peak memory of each of `ways`, and of the stock loop without workers."""
-    few = slice(0, 4 * batch)  # cloned: a slice would take the whole storage along
-    split = Split(course.split.images[few].clone(), course.split.labels[few].clone())
-    course = replace(course, split=split)
-    found = {}
-    for way in ("stock", *ways):
+def peak_memory(setup: Course, arch: str, batch: int, modes: Sequence[str]) -> dict[str, float]:
+    """Measure the peak memory of the baseline loop and each execution mode, in new processes."""
+    few = slice(0, 4 * batch)  # cloned, since pickling a view would copy the whole storage
+    split = Split(setup.split.images[few].clone(), setup.split.labels[few].clone())
+    setup = replace(setup, split=split)
+    peaks = {}
+    for mode in ("baseline", *modes):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            found[way] = pool.submit(peak_of, course, arch, batch, way).result()
-    return found
+            peaks[mode] = pool.submit(_peak_memory, setup, arch, batch, mode).result()
+    return peaks
 
 
-def bench_rest(course: Course, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """What is not training, in seconds: start-up, data, a checkpoint, an evaluation."""
+def bench_rest(setup: Course, dataset: Dataset, load_seconds: float) -> dict[str, float]:
+    """Time everything else, in seconds: start-up, loading data, a checkpoint, an evaluation."""
 
-    def started(*arguments: str) -> float:
+    def start_time(*arguments: str) -> float:
         times = []
-        for _ in range(STARTS):
-            begun = time.perf_counter()
+        for _ in range(START_REPEATS):
+            started = time.perf_counter()
             subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - started)
         return statistics.median(times)
 
-    model = build("resnet56").to(course.device)
+    model = build("resnet56").to(setup.device)
     trainer = Trainer(model, model, Recipe(), "fp32")
-    network = Network("resnet56", dataset.classes, course.mean, course.std)
+    network = Network("resnet56", dataset.classes, setup.mean, setup.std)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder))
-        begun = time.perf_counter()
+        started = time.perf_counter()
         run.save(Checkpoint(network, trainer.weights(), trainer.state(), Position(), {}))
-        saved = time.perf_counter() - begun
-    begun = time.perf_counter()
-    predict_logits(model.eval(), dataset.test.images, course.mean, course.std, course.precision)
-    evaluated = time.perf_counter() - begun
+        saved = time.perf_counter() - started
+    started = time.perf_counter()
+    predict_logits(model.eval(), dataset.test.images, setup.mean, setup.std, setup.precision)
+    evaluated = time.perf_counter() - started
     return {
-        "resnet56 --help": started("-m", "resnet56", "--help"),
-        "import resnet56": started("-c", "import resnet56"),
-        "import torch": started("-c", "import torch"),
+        "resnet56 --help": start_time("-m", "resnet56", "--help"),
+        "import resnet56": start_time("-c", "import resnet56"),
+        "import torch": start_time("-c", "import torch"),
         f"load {len(dataset.train) + len(dataset.test):,} images": load_seconds,
         "write a checkpoint": saved,
-        f"evaluate {len(dataset.test):,} images in {course.precision}": evaluated,
+        f"evaluate {len(dataset.test):,} images in {setup.precision}": evaluated,
     }
 
 
@@ -224,58 +224,60 @@ def bench(
     seconds: float = 1.5,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure everything.
+    """Run all benchmarks.
 
     Args:
-        load: reads the data set; it is timed too.
-        archs: architectures.
-        batches: batch sizes in training.
+        load: function that loads the data set; it is timed, too.
+        archs: names of architectures.
+        batches: batch sizes for training.
         device: "auto", "cpu", "cuda", ...
-        precision: of our side: "auto", "fp32", "bf16" or "fp16".
-        compiled: also measure torch.compile, which needs a minute for each comparison.
-        rounds: turns that each contestant takes.
-        seconds: how long a turn is.
-        say: is told what is being measured.
+        precision: precision of this package: "auto", "fp32", "bf16" or "fp16".
+        compiled: whether to include torch.compile, which adds a minute per comparison.
+        rounds: number of rounds per comparison.
+        seconds: duration of one measurement per round.
+        say: called with a description of each measurement.
 
     Returns:
-        machine, limits, training, inference and rest, ready for JSON.
+        machine, limits, training, inference and rest, serializable as JSON.
     """
-    where = resolve_device(device)
-    resolved = resolve_precision(precision, where)
-    begun = time.perf_counter()
+    resolved_device = resolve_device(device)
+    resolved_precision = resolve_precision(precision, resolved_device)
+    started = time.perf_counter()
     dataset = load()
-    load_seconds = time.perf_counter() - begun
+    load_seconds = time.perf_counter() - started
     if max(batches) > len(dataset.train):
         raise UsageError(
-            f"a batch of {max(batches)} is more than the {len(dataset.train)} training images; "
-            "choose a smaller --batch or other --data"
+            f"batch size {max(batches)} exceeds the {len(dataset.train)} training images; choose a "
+            "smaller --batch or other --data"
         )
     mean, std = channel_statistics(dataset.train.images)
-    course = Course(dataset.train, mean, std, where, resolved, len(dataset.classes))
-    say("the machine's limits")
-    limits = machine_limits(where, resolved)
-    ways = executions(where, resolved, compiled)
+    setup = Course(
+        dataset.train, mean, std, resolved_device, resolved_precision, len(dataset.classes)
+    )
+    say("limits of the machine")
+    limits = machine_limits(resolved_device, resolved_precision)
+    modes = available_modes(resolved_device, resolved_precision, compiled)
     training, inference = [], []
     for arch, batch in itertools.product(archs, batches):
         say(f"training {arch}, batch {batch}")
-        rows = bench_training(course, arch, batch, ways, rounds, seconds)
-        memory = peaks(course, arch, batch, ways)
-        least = floor(arch, batch, resolved, limits)
+        rows = bench_training(setup, arch, batch, modes, rounds, seconds)
+        memory = peak_memory(setup, arch, batch, modes)
+        least_time = floor(arch, batch, resolved_precision, limits)
         for row in rows:
-            way = row["name"].removeprefix("ours, ").replace("stock, 0 workers", "stock")
-            row["peak_memory_mb"] = memory.get(way)
-        training.append({"arch": arch, "batch": batch, "floor": least, "rows": rows})
+            mode = row["name"].removeprefix("ours, ").replace("baseline, 0 workers", "baseline")
+            row["peak_memory_mb"] = memory.get(mode)
+        training.append({"arch": arch, "batch": batch, "floor": least_time, "rows": rows})
     for arch, batch in itertools.product(archs, (1, 256)):
         say(f"inference {arch}, batch {batch}")
-        rows = bench_inference(course, arch, batch, rounds, seconds / 3)
+        rows = bench_inference(setup, arch, batch, rounds, seconds / 3)
         inference.append({"arch": arch, "batch": batch, "rows": rows})
-    say("the rest of the time")
+    say("start-up, data and evaluation")
     return {
-        "machine": environment(where, resolved),
+        "machine": environment(resolved_device, resolved_precision),
         "data": dataset.source,
         "rounds": rounds,
         "limits": limits,
         "training": training,
         "inference": inference,
-        "rest": bench_rest(course, dataset, load_seconds),
+        "rest": bench_rest(setup, dataset, load_seconds),
     }

@@ -1,8 +1,7 @@
-"""Contestants that take turns, and how much faster one is than another.
+"""Interleaved timing of several functions in one process.
 
-They live side by side in one process and take turns of about a second, A B C A B C, so that
-whatever else the machine does falls on all of them. A ratio is the median over the rounds of the
-ratio within a round.
+The functions run alternately for about a second each, A B C A B C, so that other load on the
+machine affects all of them. A reported ratio is the median of the ratios within each round.
 """
 
 import statistics
@@ -16,41 +15,43 @@ import torch
 
 @dataclass
 class Contestant:
-    """Something that repeats: a step, or a forward pass."""
+    """A function to time, such as a training step or a forward pass."""
 
     name: str
-    once: Callable[[], object]
+    run_once: Callable[[], object]
     device: torch.device
-    seconds: list[float] = field(default_factory=list)  # for one repetition, a round each
+    seconds: list[float] = field(default_factory=list)  # per call, one value per round
 
-    def turn(self, repeats: int) -> float:
-        """Seconds that one of `repeats` repetitions takes."""
+    def time(self, repeats: int) -> float:
+        """Return the mean time per call over `repeats` calls, in seconds."""
         synchronize(self.device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(repeats):
-            self.once()
+            self.run_once()
         synchronize(self.device)
-        return (time.perf_counter() - begun) / repeats
+        return (time.perf_counter() - start) / repeats
 
 
 def take_turns(contestants: Sequence[Contestant], rounds: int, seconds: float) -> None:
-    """Let each one warm up, then `rounds` times run for about `seconds`, one after another."""
+    """Warm up all contestants, then run each for about `seconds` in every round."""
     repeats = {}
     for contestant in contestants:
-        contestant.turn(3)  # allocators, thread pools, compilers
-        repeats[contestant.name] = max(2, round(seconds / contestant.turn(2)))
+        contestant.time(3)  # allocators, thread pools, compilers
+        repeats[contestant.name] = max(2, round(seconds / contestant.time(2)))
     for _ in range(rounds):
         for contestant in contestants:
-            contestant.seconds.append(contestant.turn(repeats[contestant.name]))
+            contestant.seconds.append(contestant.time(repeats[contestant.name]))
 
 
-def compared(contestants: Sequence[Contestant], images: int, *, stock: str) -> list[dict[str, Any]]:
-    """A row for each: medians, and its ratio to the fastest whose name begins with `stock`."""
-    plain = [c for c in contestants if c.name.startswith(stock)]
-    base = min(plain, key=lambda c: statistics.median(c.seconds))
+def compared(
+    contestants: Sequence[Contestant], images: int, *, baseline: str
+) -> list[dict[str, Any]]:
+    """Return one row each: medians, and ratios to the fastest whose name starts with `baseline`."""
+    baselines = [c for c in contestants if c.name.startswith(baseline)]
+    fastest = min(baselines, key=lambda c: statistics.median(c.seconds))
     rows = []
     for contestant in contestants:
-        ratios = [b / s for b, s in zip(base.seconds, contestant.seconds, strict=True)]
+        ratios = [b / s for b, s in zip(fastest.seconds, contestant.seconds, strict=True)]
         median = statistics.median(contestant.seconds)
         rows.append(
             {
@@ -60,14 +61,14 @@ def compared(contestants: Sequence[Contestant], images: int, *, stock: str) -> l
                 "ratio": statistics.median(ratios),
                 "ratio_least": min(ratios),
                 "ratio_most": max(ratios),
-                "baseline": contestant is base,
+                "baseline": contestant is fastest,
             }
         )
     return rows
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

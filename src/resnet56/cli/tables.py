@@ -140,7 +140,7 @@ def show_bench(found: dict[str, Any]) -> None:
         bound = "arithmetic" if least == floor["arithmetic_ms"] else "memory"
         table = _table("step", "ms", "images/s", "ratio", "least", "most", "floor", "peak MB")
         for row in contest["rows"]:
-            ours = not row["name"].startswith("stock")
+            ours = not row["name"].startswith("baseline")
             share = f"{row['milliseconds'] / least:.1f}x" if ours else ""
             peak = row["peak_memory_mb"]
             table.add_row(*_speeds(row), share, f"{peak:,.0f}" if peak else "")
