@@ -72,13 +72,14 @@ ARROWS: dict[str, set[str]] = {
         "data.augment", "data.corruptions", "data.dataset", "errors", "inference", "metrics",
         "model", "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "samples",
     },
+    "ema": {"runtime"},
     "step": {
-        "errors", "kernels.compiler", "kernels.fused", "kernels.native", "model", "recipe",
+        "ema", "errors", "kernels.compiler", "kernels.fused", "kernels.native", "model", "recipe",
         "runtime",
     },
     # training and prediction
     "training": {
-        "cadence", "data.augment", "data.batches", "data.dataset", "distributed", "errors",
+        "cadence", "data.augment", "data.batches", "data.dataset", "distributed", "ema", "errors",
         "evaluation", "files", "model", "progress", "recipe", "runs.checkpoint", "runs.directory",
         "runs.schema", "runtime", "step", "threads",
     },

@@ -258,7 +258,10 @@ def test_a_damaged_shipped_file_is_one_line(shelf: Path) -> None:
 def test_what_cannot_be_shipped_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     checkpoint = run.load()
     large = {"fc.bias": torch.full((3,), 1e6), "conv1.weight": torch.zeros(2_000_000)}
-    for keys, says in (({"fc.bias"}, "half precision"), ({"conv1.weight"}, "too large for a pretrained")):
+    for keys, says in (
+        ({"fc.bias"}, "half precision"),
+        ({"conv1.weight"}, "too large for a pretrained"),
+    ):
         other = RunDirectory(tmp_path / says)
         model = dict(checkpoint.model) | {key: large[key] for key in keys}
         other.save(dataclasses.replace(checkpoint, model=model))

@@ -32,7 +32,7 @@ def test_report_is_the_reports_training() -> None:
     assert (report.arch, report.epochs, report.batch_size) == ("resnet56-bottleneck", 40, 32)
     assert (report.lr, report.momentum, report.nesterov) == (0.02, 0.9, False)
     assert (report.schedule, report.drop_epochs, report.drop_factor) == ("step", (10, 20, 30), 0.5)
-    assert (report.warmup_epochs, report.label_smoothing, report.ema_decay) == (0, 0, 0)
+    assert (report.warmup_epochs, report.label_smoothing, report.ema_decay) == (0, 0, ())
 
 
 def test_he2015_is_section_4_2_of_the_paper() -> None:
@@ -147,6 +147,11 @@ def test_an_unknown_field_is_told_the_nearest_or_all(wrong: str, meant: str | No
 # Values
 
 
+def test_several_emas_need_validation_images() -> None:
+    assert "holdout above 0" in refusal(lambda: Recipe(ema_decay=(0.9, 0.99)))
+    assert Recipe(ema_decay=(0.9, 0.99), holdout=10).ema_decay == (0.9, 0.99)
+
+
 BAD: list[tuple[str, Any]] = [
     ("arch", 56),
     ("arch", None),
@@ -208,8 +213,11 @@ BAD: list[tuple[str, Any]] = [
     ("mix_probability", 1.1),
     ("plain_tail", -1),
     ("plain_tail", 41),
-    ("ema_decay", 1),
-    ("ema_decay", -0.5),
+    ("ema_decay", 0.999),
+    ("ema_decay", (1,)),
+    ("ema_decay", (0,)),
+    ("ema_decay", (0.999, 0.99)),
+    ("ema_decay", (0.9, 0.9)),
     ("precision", "fp8"),
     ("holdout", -1),
     ("seed", -1),

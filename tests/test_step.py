@@ -10,11 +10,12 @@ from requires_kernels import skip_without_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet56.ema import EMA, reestimate_batch_norm
 from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.runs.checkpoint import not_finite
-from resnet56.step import Average, Trainer, learning_rate, make_forward, make_optimizer
+from resnet56.step import Trainer, learning_rate, make_forward, make_optimizer
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -321,7 +322,7 @@ def test_training_learns_a_batch_by_heart() -> None:
 
 @pytest.mark.parametrize("decay", [0.2, 0.999])  # the first is reached at step 2
 def test_averaged_weights_are_a_naive_loops(decay: float) -> None:
-    plan = recipe(ema_decay=decay)
+    plan = recipe(ema_decay=(decay,))
     mine = trainer(plan)
     shadow = {name: t.double() for name, t in copy(mine.model.state_dict()).items()}
     for step in range(5):
@@ -340,17 +341,56 @@ def test_averaged_weights_are_a_naive_loops(decay: float) -> None:
 
 
 def test_averaging_does_not_touch_the_training() -> None:
-    plain, averaged = trainer(recipe()), trainer(recipe(ema_decay=0.9))
+    plain, averaged = trainer(recipe()), trainer(recipe(ema_decay=(0.9,)))
     assert run(plain, range(3)) == run(averaged, range(3))
     assert_equal(plain.model.state_dict(), averaged.model.state_dict())
 
 
 def test_an_average_of_constant_weights_is_these_weights() -> None:
     model = build("resnet8")
-    average = Average(model, 0.99)
+    average = EMA(model, 0.99)
     for step in range(3):
-        average.update(model, step)
+        average.update(model.state_dict(), step)
     assert_equal(average.tensors, model.state_dict())
+
+
+def test_several_averages_are_those_of_trainings_with_one_each() -> None:
+    several = trainer(recipe(ema_decay=(0.3, 0.9), holdout=1))
+    run(several, range(4))
+    for ema in several.emas:
+        single = trainer(recipe(ema_decay=(ema.decay,)))
+        run(single, range(4))
+        assert_equal(ema.tensors, single.weights())
+    assert_equal(several.weights(), several.emas[0].tensors)
+
+
+def test_reestimated_statistics_are_the_means_over_the_batches_of_what_each_norm_sees() -> None:
+    model = build("resnet8-b", seed=0)
+    run(Trainer(model, model, recipe(), "fp32"), range(2))
+    before = copy(model.state_dict())
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(name, []).append(args[0].double())
+            )
+    batches = [batch(step)[0] for step in range(5, 8)]
+    reestimate_batch_norm(model, batches)
+    assert not model.training
+    after = model.state_dict()
+    assert len(seen) == 9
+    for name, inputs in seen.items():
+        assert len(inputs) == 3
+        mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
+        var = torch.stack([x.var(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
+        torch.testing.assert_close(
+            after[f"{name}.running_mean"].double(), mean, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(after[f"{name}.running_var"].double(), var, rtol=1e-4, atol=1e-5)
+        assert int(after[f"{name}.num_batches_tracked"]) == 2
+    assert {n for n in after if not torch.equal(after[n], before[n])} == {
+        f"{name}.{statistic}" for name in seen for statistic in ("running_mean", "running_var")
+    }
 
 
 # Going on
@@ -359,7 +399,12 @@ def test_an_average_of_constant_weights_is_these_weights() -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"ema_decay": 0.9}, {"momentum": 0.0}, {"nesterov": True, "ema_decay": 0.9}],
+    [
+        {},
+        {"ema_decay": (0.9,)},
+        {"momentum": 0.0},
+        {"nesterov": True, "ema_decay": (0.3, 0.9), "holdout": 1},
+    ],
     ids=lambda fields: "-".join(fields) or "plain",
 )
 def test_three_steps_and_two_after_a_restart_are_five(

@@ -34,7 +34,7 @@ STEPS = 6  # an epoch: 50 images in batches of 8
 def straight(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run, with averaged weights."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    train(dataclasses.replace(small, ema_decay=0.9), tiny, out, device="cpu")
+    train(dataclasses.replace(small, ema_decay=(0.9,)), tiny, out, device="cpu")
     return out
 
 
@@ -116,7 +116,7 @@ def test_accuracies_are_those_of_the_weights_on_the_disk(straight: Path, tiny: D
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
-    again = dataclasses.replace(small, ema_decay=0.9)
+    again = dataclasses.replace(small, ema_decay=(0.9,))
     train(again, tiny, tmp_path / "again", device="cpu")
     assert_same_run(straight, tmp_path / "again")
     train(dataclasses.replace(again, seed=1), tiny, tmp_path / "other", device="cpu")
@@ -139,7 +139,7 @@ def test_ctrl_c_is_heard_where_an_epoch_is_one_step(
 def test_ctrl_c_and_resume_give_the_uninterrupted_run(
     straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path, steps: list[int]
 ) -> None:
-    recipe, out = dataclasses.replace(small, ema_decay=0.9), tmp_path / "run"
+    recipe, out = dataclasses.replace(small, ema_decay=(0.9,)), tmp_path / "run"
     for index, step in enumerate(steps):
         run_until(out, step, recipe, tiny, resume=index > 0)
         assert not (out / "evaluation.json").exists()
@@ -201,7 +201,7 @@ def test_kill_and_resume_give_the_uninterrupted_run(
 ) -> None:
     import pickle  # only between this test and its own child
 
-    recipe, out = dataclasses.replace(small, ema_decay=0.9), tmp_path / "run"
+    recipe, out = dataclasses.replace(small, ema_decay=(0.9,)), tmp_path / "run"
     victim = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(VICTIM)],
         input=pickle.dumps((recipe, tiny, out, step, moment)),
@@ -260,7 +260,7 @@ def test_a_run_of_another_recipe_or_other_images_is_not_resumed(
 ) -> None:
     before = (straight / "checkpoint" / "checkpoint.json").read_bytes()
     with pytest.raises(
-        RunError, match=r"another recipe \(lr 0\.05 -> 0\.1, ema_decay 0\.9 -> 0\.0\)"
+        RunError, match=r"another recipe \(lr 0\.05 -> 0\.1, ema_decay \[0\.9\] -> \[\]\)"
     ):
         train(dataclasses.replace(small, lr=0.1), tiny, straight, resume=True)
     with pytest.raises(RunError, match="another recipe .*arch resnet8 -> resnet14"):
@@ -402,6 +402,38 @@ def test_images_are_mirrored_only_where_the_data_allows_it_and_the_run_says_so(
     train(dataclasses.replace(small, epochs=1), dataset, tmp_path / "run", device="cpu")
     assert drawn == [mirror]
     assert read_run(tmp_path / "run").mirrors == mirror
+
+
+def test_the_ema_that_is_best_on_validation_images_is_used_and_resuming_changes_nothing(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    decays = (0.2, 0.9, 0.9999)  # the last with re-estimated statistics
+    several = dataclasses.replace(small, lr=0.02, ema_decay=decays, holdout=11)
+    train(several, tiny, tmp_path / "straight", device="cpu")
+    run_until(tmp_path / "run", STEPS + 1, several, tiny)
+    figures = train(several, tiny, tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+    chosen = RunDirectory(tmp_path / "run").load()
+    best = figures["ema_decay"]
+    assert chosen.notes["ema_decay"] == best
+    candidates = figures["ema_candidates"]
+    assert [(one["decay"], one["reestimated"]) for one in candidates] == [
+        (0.2, False), (0.9, False), (0.9999, True),
+    ]  # fmt: skip
+    top = max(one["holdout_accuracy"] for one in candidates)
+    assert figures["holdout"]["accuracy"] == top
+    assert RunDirectory(tmp_path / "run").read_metrics()[-1]["holdout_accuracy"] == top
+    for one in candidates:
+        single = dataclasses.replace(several, ema_decay=(one["decay"],))
+        out = tmp_path / str(one["decay"])
+        alone = train(single, tiny, out, device="cpu")
+        assert alone["ema_decay"] == one["decay"]
+        assert one["holdout_accuracy"] == alone["holdout"]["accuracy"]
+        assert one["holdout_loss"] == pytest.approx(alone["holdout"]["loss"], abs=1e-6)
+        if one["decay"] == best:
+            theirs = RunDirectory(out).load().model
+            assert all(torch.equal(theirs[name], chosen.model[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "ricap"])

@@ -172,6 +172,9 @@ def evaluate_run(
         "precision": precision,
         "data": dataset.source,
     }
+    for key in ("ema_decay", "ema_candidates"):
+        if key in checkpoint.notes:
+            result[key] = checkpoint.notes[key]
     before = None
     with suppress(RunError):  # a damaged file is about to be replaced
         before = run.read_evaluation(checkpoint.position.step)

@@ -104,8 +104,10 @@ class Recipe:
     plain_tail: int = 0
     """Last epochs with crops and flips only: no mixing, Cutout or TrivialAugment."""
 
-    ema_decay: float = 0.0
-    """Decay a step of the averaged weights, which are then the run's weights; 0 for none."""
+    ema_decay: tuple[float, ...] = ()
+    """Decay per step of an exponential moving average (EMA) of the weights, which are then the
+    run's weights; nothing for none. Of several decays, the one with the highest accuracy on the
+    validation images (`holdout`) is chosen after the last epoch."""
 
     precision: Precision = "auto"
     """Arithmetic: auto is the fastest that the device has in hardware."""
@@ -169,11 +171,19 @@ class Recipe:
             self.plain_tail,
             f"from 0 to the {self.epochs} epochs",
         )
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        _require(
+            all(0 < decay < 1 for decay in self.ema_decay)
+            and list(self.ema_decay) == sorted(set(self.ema_decay)),
+            "ema_decay",
+            self.ema_decay,
+            "in (0, 1) and rising",
+        )
         _require(0 <= self.holdout < 10**9, "holdout", self.holdout, "at least 0 and below 10^9")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
+        if len(self.ema_decay) > 1 and self.holdout == 0:
+            raise UsageError("several ema_decay need a holdout above 0, to choose one of them by")
         if self.alternate_flip and not self.flip:
             raise UsageError("alternate_flip needs flip")
 
@@ -291,7 +301,7 @@ BEST = Recipe(
     warmup_epochs=5,
     alternate_flip=True,
     cutout=16,
-    ema_decay=0.999,
+    ema_decay=(0.999,),
 )
 
 # The shortest way to about 90 % on two processor cores that was found: small images first, which

@@ -1,4 +1,4 @@
-"""One training step, and what it is made of: optimizer, schedule, averaged weights."""
+"""One training step, and what it is made of: optimizer, schedule, EMA."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet56.ema import EMA
 from resnet56.errors import UsageError
 from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.fused import fused_norm_relu
@@ -125,30 +126,6 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     return optimizer
 
 
-class Average:
-    """An exponential moving average of a model's weights and running statistics.
-
-    The decay grows as (1 + step) / (10 + step) up to the recipe's, so that the average of a
-    young run does not remember its random start.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
-
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the model's tensors after step `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        mine, theirs = [], []
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                mine.append(self.tensors[name])
-                theirs.append(tensor)
-            else:
-                self.tensors[name].copy_(tensor)
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
-
-
 class Trainer:
     """A model in training: takes steps and keeps the sums of the epoch, all on the device.
 
@@ -169,7 +146,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
+        self.emas = [EMA(model, decay) for decay in recipe.ema_decay]
         self.begin_sums()
         self.bad_step = torch.tensor(-1, device=self.device)  # the first without a finite loss
 
@@ -200,8 +177,9 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
-            self.average.update(self.model, step)
+        tensors = self.model.state_dict() if self.emas else {}
+        for ema in self.emas:
+            ema.update(tensors, step)
         with torch.no_grad():
             predicted = logits.argmax(dim=1)
             if targets.is_floating_point():
@@ -213,30 +191,43 @@ class Trainer:
             self.bad_step = torch.where(fine, self.bad_step, step)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights that the run is about: the averaged ones where there are any."""
-        return self.average.tensors if self.average is not None else self.model.state_dict()
+        """The weights to use: the EMA of the first decay where there is one."""
+        return self.emas[0].tensors if self.emas else self.model.state_dict()
 
     def state(self) -> dict[str, Tensor]:
-        """What resuming needs besides `weights`: momentum, and the raw weights under an average."""
+        """What resuming needs besides `weights`: momentum, and the raw weights beside an EMA.
+
+        Where there are several EMAs, all of them.
+        """
         state = {
             f"momentum.{name}": self.optimizer.state[parameter]["momentum_buffer"]
             for name, parameter in self.model.named_parameters()
             if self.optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
         }
-        if self.average is not None:
+        if self.emas:
             state |= {f"raw.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if len(self.emas) > 1:
+            for i, ema in enumerate(self.emas):
+                state |= {f"ema.{i}.{name}": tensor for name, tensor in ema.tensors.items()}
         return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """The inverse of `weights` and `state`."""
-        raw = {name[4:]: tensor for name, tensor in state.items() if name.startswith("raw.")}
-        self.model.load_state_dict(raw if self.average is not None else weights)
-        if self.average is not None:
-            for name, tensor in self.average.tensors.items():
-                tensor.copy_(weights[name])
+        self.model.load_state_dict(_part(state, "raw.") if self.emas else weights)
+        for i, ema in enumerate(self.emas):
+            ema.restore(_part(state, f"ema.{i}.") if len(self.emas) > 1 else weights)
         for name, parameter in self.model.named_parameters():
             momentum = state.get(f"momentum.{name}")
             if momentum is not None:
                 # In the parameter's memory layout, or the next step would round differently.
                 buffer = torch.empty_like(parameter).copy_(momentum)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }

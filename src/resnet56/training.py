@@ -1,15 +1,18 @@
 """The story of a training: data -> model -> epochs -> checkpoint -> evaluation."""
 
 import contextlib
+import itertools
+import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet56.cadence import Cadence, StopRequest, stop_requests
@@ -23,6 +26,7 @@ from resnet56.distributed import (
     synchronize_batch_norm,
     total,
 )
+from resnet56.ema import LONG_DECAY, REESTIMATED_ON, reestimate_batch_norm
 from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError
 from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.files import read_json, write_json
@@ -207,6 +211,8 @@ class TrainingLoop:
             self.say(
                 f"training is slower than it could be: {self.forward.reason}; {self.forward.remedy}"
             )
+        self.chosen: Mapping[str, Tensor] | None = None  # of several EMAs, after the last epoch
+        self.ema_notes: dict[str, Any] = {}
         if saved is not None:
             self._restore(saved)
 
@@ -224,9 +230,11 @@ class TrainingLoop:
         while self.position.epoch < self.recipe.epochs:
             lr = self.train_epoch()
             row = self.summary(lr)
-            for name, split in measured.items():
-                row |= self.measure(name, split) if split is not None else {}
             if self.dist.is_first:
+                if self.position.epoch + 1 == self.recipe.epochs:
+                    self.choose_ema()
+                for name, split in measured.items():
+                    row |= self.measure(name, split, self.weights()) if split is not None else {}
                 self.run_directory.append_metrics(row)  # before the checkpoint: resuming removes it
                 _log_scalars(scalars, row)
             self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
@@ -306,16 +314,53 @@ class TrainingLoop:
             "threads": self.cadence.threads.threads,
         }
 
-    def measure(self, name: str, split: Split) -> dict[str, float]:
-        """Loss and accuracy of the present weights on `split`."""
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights to use."""
+        return self.trainer.weights() if self.chosen is None else self.chosen
+
+    def measure(self, name: str, split: Split, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Loss and accuracy of the network with `weights` on `split`."""
         net = self.network
         model = build(net.arch, classes=len(net.classes)).to(self.device)
-        model.load_state_dict(self.trainer.weights())
+        model.load_state_dict(weights)
         try:
             figures = evaluate(model, split, net.classes, net.mean, net.std, self.precision)
         except NotFiniteError as error:
             raise self._diverged(error) from error
         return {f"{name}_loss": figures["loss"], f"{name}_accuracy": figures["accuracy"]}
+
+    def choose_ema(self) -> None:
+        """After the last epoch, take the EMA with the highest validation accuracy, if any."""
+        candidates: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
+        for ema in self.trainer.emas:
+            reestimated = ema.decay > LONG_DECAY
+            weights = self._reestimated(ema.tensors) if reestimated else ema.tensors
+            figures: dict[str, Any] = {"decay": ema.decay, "reestimated": reestimated}
+            if self.validation is not None:
+                figures |= self.measure("holdout", self.validation, weights)
+            candidates.append((figures, weights))
+        if candidates:
+            # Of equal accuracies the lower loss counts; a single EMA need not be measured.
+            best, self.chosen = max(
+                candidates,
+                key=lambda one: (one[0].get("holdout_accuracy", 0), -one[0].get("holdout_loss", 0)),
+            )
+            tried = [figures for figures, _ in candidates]
+            self.ema_notes = {"ema_decay": best["decay"], "ema_candidates": tried}
+            if len(candidates) > 1:
+                self.say(f"of the EMAs, decay {best['decay']:g} is best on the validation images")
+
+    def _reestimated(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`weights` with batch norm's statistics as the last epoch's images give them."""
+        model = build(self.network.arch, classes=len(self.network.classes))
+        model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.load_state_dict(weights)
+        # By one process, whole batches.
+        batches = replace(self.batches, rank=0, world_size=1)
+        enough = math.ceil(REESTIMATED_ON / batches.global_batch)
+        images = (images for images, _ in batches.epoch(self.recipe.epochs - 1))
+        reestimate_batch_norm(model, itertools.islice(images, enough), self.precision)
+        return model.state_dict()
 
     def save(self) -> None:
         """Write the checkpoint; TrainingError if a value in it is not finite."""
@@ -325,13 +370,14 @@ class TrainingLoop:
         notes = {
             "resnet56": metadata.version("resnet56"),
             "data": self.fingerprint,
-            "weights": "averaged" if self.trainer.average is not None else "last",
+            "weights": "averaged" if self.trainer.emas else "last",
             "precision": self.precision,
             "execution": self.forward.execution,
             "loss_scale": self.trainer.scaler.state_dict() or None,
             "threads": self.cadence.threads.state(),
+            **self.ema_notes,
         }
-        weights, state = self.trainer.weights(), self.trainer.state()
+        weights, state = self.weights(), self.trainer.state()
         try:
             self.run_directory.save(Checkpoint(self.network, weights, state, self.position, notes))
         except NotFiniteError as error:

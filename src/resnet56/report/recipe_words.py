@@ -110,9 +110,16 @@ def optimizer(recipe: Recipe) -> str:
     if recipe.label_smoothing:
         sentences.append(f"Label smoothing is {recipe.label_smoothing:g}.")
     if recipe.ema_decay:
+        decays = listed([f"{decay:g}" for decay in recipe.ema_decay])
+        word = "decay" if len(recipe.ema_decay) == 1 else "decays"
+        chosen = (
+            "; the best of them on the validation images is used"
+            if len(recipe.ema_decay) > 1
+            else ""
+        )
         sentences.append(
-            f"The final weights are an exponential moving average over the steps (decay "
-            f"{recipe.ema_decay:g})."
+            "The final weights are an exponential moving average over the steps "
+            f"({word} {decays}){chosen}."
         )
     return " ".join(sentences)
 

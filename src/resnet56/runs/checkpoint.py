@@ -16,7 +16,17 @@ from msgspec import Meta
 
 from resnet56.errors import NotFiniteError, RunError, one_line
 from resnet56.files import read_json, write_bytes, write_json
-from resnet56.runs.schema import LARGEST, Amount, Count, Loss, Ordinal, Text, check
+from resnet56.runs.schema import (
+    LARGEST,
+    Amount,
+    Count,
+    EmaCandidate,
+    Loss,
+    Ordinal,
+    Share,
+    Text,
+    check,
+)
 
 if TYPE_CHECKING:  # what reads no tensors starts without PyTorch
     from torch import Tensor
@@ -79,6 +89,8 @@ class Notes(TypedDict, total=False):
     resnet56: Text  # the version that wrote it
     data: Text | None  # the fingerprint of the images
     weights: Text  # "averaged", "last", "shipped" or "imported"
+    ema_decay: Share  # of the weights, once the training is finished
+    ema_candidates: list[EmaCandidate]  # what it was chosen from
     precision: Text
     execution: Text
     loss_scale: LossScale | None

@@ -192,6 +192,15 @@ class Robustness(TypedDict):
     corruptions: dict[str, list[Share]]  # a value for each severity
 
 
+class EmaCandidate(TypedDict):
+    """One of the EMAs of a training."""
+
+    decay: Share
+    reestimated: bool  # whether batch norm's statistics were re-estimated for it
+    holdout_loss: NotRequired[Loss]
+    holdout_accuracy: NotRequired[Share]
+
+
 class Evaluation(TypedDict):
     """How good a run's weights are: evaluation.json, and the result of `train`."""
 
@@ -199,6 +208,8 @@ class Evaluation(TypedDict):
     train: NotRequired[Metrics]  # without augmentation
     holdout: NotRequired[Metrics]
     weights: Text
+    ema_decay: NotRequired[Share]  # of the weights, which are an EMA
+    ema_candidates: NotRequired[list[EmaCandidate]]  # what it was chosen from
     epoch: Count
     step: Count
     device: Text
