@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from resnet56.data.images import Bytes, Floats, fit, read_image, reading, upright
+from resnet56.data.images import Bytes, Floats, fit, image_errors, read_image, upright
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
 from resnet56.libraries import import_onnxruntime
 from resnet56.metrics import softmax
@@ -328,7 +328,7 @@ def _prepared(picture: Picture) -> Bytes | ImageError:
     """A picture as the network takes it, or what is wrong with it, whatever that is."""
     name = shown(str(picture)) if isinstance(picture, str | Path) else "the image"
     try:
-        with reading(name):
+        with image_errors(name):
             return fit(to_image(picture))
     except ImageError as error:
         return error

@@ -1,4 +1,4 @@
-"""Small files that would cost a decoder minutes or gigabytes are refused by their headers."""
+"""Small files that would cost a decoder minutes or gigabytes are rejected by their headers."""
 
 import io
 from collections.abc import Callable
@@ -8,24 +8,24 @@ import pytest
 from hostile_images import HOSTILE, overlapping_exif, png_chunk
 from PIL import Image
 
-from resnet56.data.image_headers import excess, exif_excess
+from resnet56.data.image_headers import exif_overlaps, find_excess
 from resnet56.data.images import read_image
 from resnet56.errors import ImageError
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_file_beyond_a_bound_never_reaches_a_decoder(
+def test_files_that_exceed_a_limit_are_not_decoded(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(*_: object, **__: object) -> None:
         raise AssertionError("a decoder was called")
 
     monkeypatch.setattr(Image, "open", decode)
-    with pytest.raises(ImageError, match="^it (is|has) .*: save it anew$"):
+    with pytest.raises(ImageError, match="^it (is|has) .*; save it again$"):
         read_image(HOSTILE[name](), name="it")
 
 
-def gif_of_many_comments() -> bytes:
+def gif_with_many_comments() -> bytes:
     stream = io.BytesIO()
     Image.new("L", (9, 9)).save(stream, "GIF", comment=b"comment " * 20_000)
     return stream.getvalue()
@@ -45,30 +45,30 @@ def saved(mode: str, size: tuple[int, int], format: str, **options: object) -> b
         pytest.param(lambda: saved("RGB", (99, 9), "JPEG", icc_profile=bytes(9**6)), id="profile"),
         pytest.param(lambda: saved("RGB", (99, 9), "JPEG", comment=b"x" * 60_000), id="comment"),
         pytest.param(lambda: saved("RGB", (999, 999), "PNG", compress_level=0), id="chunks"),
-        pytest.param(gif_of_many_comments, id="GIF"),
+        pytest.param(gif_with_many_comments, id="GIF"),
         pytest.param(lambda: b"P3 # one\n# two\n2 1 #\n255\n1 2 3 # four\n4 5 6\n", id="PPM"),
         pytest.param(lambda: b"P4 800 800\n" + b"#" * 80_000, id="PBM"),
     ],
 )
-def test_what_encoders_write_is_read(content: Callable[[], bytes]) -> None:
+def test_ordinary_files_are_read(content: Callable[[], bytes]) -> None:
     assert read_image(content())
 
 
-def test_no_cut_off_header_raises() -> None:
-    """What cannot be parsed is left to the decoder."""
+def test_truncated_headers_do_not_raise() -> None:
+    """The decoder reports invalid headers."""
     for make in HOSTILE.values():
         content = make()[:3000]
         for length in range(0, len(content), 7):
-            excess(io.BytesIO(content[:length]))
-            exif_excess(content[:length])
+            find_excess(io.BytesIO(content[:length]))
+            exif_overlaps(content[:length])
 
 
-def test_exif_data_that_overlap_are_passed_over_or_refused() -> None:
+def test_overlapping_exif_data_are_ignored_or_rejected() -> None:
     exif = overlapping_exif(20_000)
-    assert exif_excess(b"Exif\0\0" + exif)
-    whole = saved("RGB", (8, 8), "PNG")
+    assert exif_overlaps(b"Exif\0\0" + exif)
+    original = saved("RGB", (8, 8), "PNG")
     header = 8 + 12 + 13
-    content = whole[:header] + png_chunk(b"eXIf", exif) + whole[header:]
+    content = original[:header] + png_chunk(b"eXIf", exif) + original[header:]
     assert np.asarray(read_image(content)).max() == 0
-    assert not exif_excess(b"")
-    assert not exif_excess(Image.Exif().tobytes())
+    assert not exif_overlaps(b"")
+    assert not exif_overlaps(Image.Exif().tobytes())

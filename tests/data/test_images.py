@@ -1,4 +1,4 @@
-"""Any picture in, 32x32 bytes out; whatever is wrong with one is one line."""
+"""Conversion of image files to 32x32 RGB, and errors about invalid files."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def pixel(image: Image.Image) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("picture", "seen"),
+    ("image", "expected"),
     [
         (Image.new("RGBA", (40, 40), (200, 0, 0, 0)), [255, 255, 255]),
         (Image.new("LA", (40, 40), (7, 255)), [7, 7, 7]),
@@ -46,32 +46,32 @@ def pixel(image: Image.Image) -> list[int]:
     ],
     ids=lambda value: getattr(value, "mode", ""),
 )
-def test_every_mode_is_read(picture: Image.Image, seen: list[int]) -> None:
-    assert pixel(read_image(encoded(picture))) == seen
+def test_every_mode_is_read(image: Image.Image, expected: list[int]) -> None:
+    assert pixel(read_image(encoded(image))) == expected
 
 
-def test_the_first_frame_of_an_animation_is_taken() -> None:
-    red, blue = (Image.new("RGB", (34, 34), colour) for colour in ("red", "blue"))
+def test_the_first_frame_of_an_animation_is_used() -> None:
+    red, blue = (Image.new("RGB", (34, 34), color) for color in ("red", "blue"))
     content = encoded(red, "GIF", save_all=True, append_images=[blue])
     assert pixel(read_image(io.BytesIO(content))) == [255, 0, 0]
 
 
-def test_a_photo_taken_sideways_is_turned_once() -> None:
+def test_the_exif_orientation_is_applied_once() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:4] = 255  # the top, in the file; the right, as it is seen
+    pixels[:4] = 255  # the top of the stored image, shown at the right
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encoded(Image.fromarray(pixels), "TIFF", exif=exif.tobytes())
-    seen = prepare(read_image(content))
-    assert seen[:, :, -4:].min() == 255
-    assert seen[:, :, :-4].max() == 0
+    result = prepare(read_image(content))
+    assert result[:, :, -4:].min() == 255
+    assert result[:, :, :-4].max() == 0
 
 
 @pytest.mark.parametrize("exif", [b"\0\x08\0\x02junk", b"II", b""], ids=repr)
-def test_a_whole_picture_with_damaged_exif_is_read(exif: bytes) -> None:
-    whole = encoded(Image.new("RGB", (40, 40), (9, 8, 7)))
+def test_an_image_with_damaged_exif_is_read(exif: bytes) -> None:
+    original = encoded(Image.new("RGB", (40, 40), (9, 8, 7)))
     header = 8 + 12 + 13  # the signature, and IHDR
-    content = whole[:header] + png_chunk(b"eXIf", exif) + whole[header:]
+    content = original[:header] + png_chunk(b"eXIf", exif) + original[header:]
     assert pixel(read_image(content)) == [9, 8, 7]
 
 
@@ -80,7 +80,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def huge_png(side: int) -> bytes:
-    """A header that promises `side` x `side` pixels, and hardly any data."""
+    """Return a PNG with a header for `side` x `side` pixels and little data."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 1000)
     return (
@@ -92,10 +92,10 @@ def huge_png(side: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
-        (b"", "cannot read .*: it is not an image in a format"),
-        (b"some text", "cannot read .*: it is not an image in a format"),
+        (b"", "cannot read .*: it is not an image in a supported format"),
+        (b"some text", "cannot read .*: it is not an image in a supported format"),
         (encoded(Image.effect_noise((90, 90), 50))[:2000], "cannot read .*truncated"),
         (huge_png(9_500), "9,500 x 9,500 pixels, more than the 89,478,485 allowed"),
         (huge_png(100_000), "decompression bomb"),
@@ -103,42 +103,42 @@ def huge_png(side: int) -> bytes:
     ],
     ids=["empty", "text", "truncated", "large", "bomb", "postscript"],
 )
-def test_what_is_no_whole_picture_is_one_line(content: bytes, says: str, tmp_path: Path) -> None:
+def test_invalid_images_raise_one_line_errors(content: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "odd.png"
     file.write_bytes(content)
     for source in (content, file):
-        with pytest.raises(ImageError, match=says) as caught:
+        with pytest.raises(ImageError, match=message) as caught:
             read_image(source)
         assert "\n" not in str(caught.value)
-        assert "0x" not in str(caught.value)  # no object's address
+        assert "0x" not in str(caught.value)  # no address of an object
     assert str(file) in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", ["PNG", "GIF", "TIFF", "JPEG", "WEBP", "BMP", "PPM"])
-def test_what_plain_pillow_refuses_is_refused(suffix: str) -> None:
-    """A flipped bit or a missing end: no decoder's error is passed over."""
-    chance = random.Random(suffix)
+def test_images_that_pillow_rejects_are_rejected(suffix: str) -> None:
+    """Decoder errors about flipped bits or a missing end are not ignored."""
+    rng = random.Random(suffix)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
     options = {"exif": b"Exif\0\0junk"} if suffix in ("PNG", "JPEG", "WEBP") else {}
-    whole = encoded(noise, suffix, **options)
-    refused = 0
+    original = encoded(noise, suffix, **options)
+    rejected = 0
     for _ in range(60):
-        damaged = bytearray(whole)
-        damaged[chance.randrange(len(whole) // 4, len(whole))] ^= 1 << chance.randrange(8)
-        if chance.random() < 0.3:
-            del damaged[chance.randrange(len(whole) // 4, len(whole)) :]
+        damaged = bytearray(original)
+        damaged[rng.randrange(len(original) // 4, len(original))] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.3:
+            del damaged[rng.randrange(len(original) // 4, len(original)) :]
         try:
             with Image.open(io.BytesIO(damaged), formats=[suffix]) as image:
                 image.load()
-        except Exception:  # Pillow raises whatever it trips over
-            refused += 1
+        except Exception:  # Pillow can raise anything
+            rejected += 1
             with pytest.raises(ImageError):
                 read_image(bytes(damaged))
-    assert refused >= 10
+    assert rejected >= 10
 
 
-def test_a_damaged_png_is_refused_like_any_other(tmp_path: Path) -> None:
-    """Its getexif() decodes the pixels: that error is not one about EXIF."""
+def test_a_damaged_png_is_rejected(tmp_path: Path) -> None:
+    """getexif() decodes a PNG, so its errors are not only about EXIF data."""
     content = bytearray(encoded(Image.effect_noise((60, 60), 50).convert("RGB")))
     content[len(content) // 2] ^= 4
     with pytest.raises(ImageError, match="cannot read the image"):
@@ -149,59 +149,61 @@ def progressive() -> bytes:
     return encoded(Image.effect_noise((64, 64), 50), "JPEG", progressive=True)
 
 
-def test_a_jpeg_of_scans_without_end_is_refused(tmp_path: Path) -> None:
+def test_a_jpeg_with_many_scans_is_rejected(tmp_path: Path) -> None:
     content = progressive()
     assert read_image(content).size == (64, 64)
     scan = content[content.rindex(b"\xff\xda") : -2]
     many = content[:-2] + 100 * scan + content[-2:]
     (tmp_path / "it").write_bytes(many)
     for source in (many, tmp_path / "it", io.BytesIO(many)):
-        with pytest.raises(ImageError, match="it is a JPEG of more than 100 scans"):
+        with pytest.raises(ImageError, match="it is a JPEG with more than 100 scans"):
             read_image(source, name="it")
     junk = content[:-2] + 100 * (b"junk\xff\x00\xff\x01\xff\xff" + scan) + content[-2:]
-    with pytest.raises(ImageError, match="it is a JPEG of more than 100 scans"):
-        read_image(junk, name="it")  # decoders pass over what is between two scans
+    with pytest.raises(ImageError, match="it is a JPEG with more than 100 scans"):
+        read_image(junk, name="it")  # decoders skip data between scans
 
 
-def test_what_is_no_scan_of_a_jpeg_does_not_count() -> None:
-    """Phones put a short film behind the picture, cameras a thumbnail before it."""
-    content, film = progressive(), 200 * b"\xff\xda\x00\x08 film"
-    notes = b"\xff\xe4" + (len(film) + 2).to_bytes(2, "big") + film
-    plain = read_image(content).tobytes()
-    assert read_image(content + film).tobytes() == plain
-    assert read_image(content[:2] + notes + content[2:]).tobytes() == plain
+def test_data_outside_the_image_are_not_counted_as_scans() -> None:
+    """Phones append a short video to the image, and cameras prepend a thumbnail."""
+    content, extra = progressive(), 200 * b"\xff\xda\x00\x08 film"
+    segment = b"\xff\xe4" + (len(extra) + 2).to_bytes(2, "big") + extra
+    expected = read_image(content).tobytes()
+    assert read_image(content + extra).tobytes() == expected
+    assert read_image(content[:2] + segment + content[2:]).tobytes() == expected
 
 
-def test_a_jpeg_beyond_the_bound_is_decoded_at_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_jpegs_are_decoded_at_one_eighth_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     content = encoded(Image.linear_gradient("L").resize((400, 320)).convert("RGB"), "JPEG")
-    whole = read_pixels(content)
-    for bound, pillow_refuses in ((100_000, False), (40_000, True)):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
-        if pillow_refuses:
+    original = read_pixels(content)
+    for limit, pillow_raises in ((100_000, False), (40_000, True)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        if pillow_raises:
             with pytest.raises(Image.DecompressionBombError):
                 Image.open(io.BytesIO(content))
         assert read_image(content).size == (50, 40)
-        assert np.abs(read_pixels(content).astype(int) - whole).max() <= 8
+        assert np.abs(read_pixels(content).astype(int) - original).max() <= 8
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
-    with pytest.raises(ImageError, match="more than the 50,000 allowed"):  # a bound of one's own
+    with pytest.raises(ImageError, match="more than the 50,000 allowed"):  # an explicit limit
         read_image(content, max_pixels=50_000)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)  # more than four times as many
-    with pytest.raises(ImageError, match=r"more than the 30,000 allowed: .*--max-pixels"):
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 30_000
+    )  # the image has more than four times as many
+    with pytest.raises(ImageError, match=r"more than the 30,000 allowed, .*--max-pixels"):
         read_image(content)
 
 
-def test_formats_can_be_limited() -> None:
+def test_formats_can_be_restricted() -> None:
     content = encoded(Image.new("RGB", (9, 9)), "TIFF")
     assert read_image(content).size == (9, 9)
-    with pytest.raises(ImageError, match=r"not an image in a format accepted here \(PNG, JPEG"):
+    with pytest.raises(ImageError, match=r"not an image in a supported format \(PNG, JPEG"):
         read_image(content, formats=BROWSER_FORMATS)
 
 
 @pytest.mark.parametrize("format", BROWSER_FORMATS)
-def test_every_format_is_read(format: str) -> None:
+def test_every_format_is_supported(format: str) -> None:
     content = encoded(Image.new("RGB", (40, 40), (200, 30, 90)), format)
-    seen = pixel(read_image(content, formats=BROWSER_FORMATS))
-    assert np.abs(np.array(seen) - [200, 30, 90]).max() <= 6
+    actual = pixel(read_image(content, formats=BROWSER_FORMATS))
+    assert np.abs(np.array(actual) - [200, 30, 90]).max() <= 6
 
 
 def ramp(dtype: str, top: float) -> Image.Image:
@@ -219,42 +221,42 @@ def ramp(dtype: str, top: float) -> Image.Image:
         (ramp("uint16", 65535), {}),
         (ramp("uint16", 4095), {"tiffinfo": {281: 4095}}),
     ],
-    ids=["0..1", "0..255", "int32 of a byte", "int32 of 16 bits", "16 bits", "12 bits"],
+    ids=["0..1", "0..255", "int32, 8 bits", "int32, 16 bits", "16 bits", "12 bits"],
 )
-def test_greys_of_any_scale_keep_their_brightness(
+def test_grayscale_of_any_range_keeps_its_brightness(
     image: Image.Image, options: dict[str, object]
 ) -> None:
     expected = np.rint(np.linspace(0, 255, 32 * 32)).reshape(32, 32)
-    seen = read_pixels(encoded(image, "TIFF", **options)).astype(int)
-    assert np.abs(seen - expected).max() <= 1
+    actual = read_pixels(encoded(image, "TIFF", **options)).astype(int)
+    assert np.abs(actual - expected).max() <= 1
 
 
-def test_greys_that_come_out_black_or_are_no_numbers_are_told(
+def test_nearly_black_images_cause_a_warning_and_nan_an_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     read_image(encoded(ramp("uint16", 3000), "TIFF"), name="deep.tif")
     assert caplog.messages == [
-        "deep.tif is nearly black: do its values span the range of its type?"
+        "deep.tif is nearly black; check that its values use the range of their type"
     ]
     read_image(encoded(ramp("uint16", 60_000), "TIFF"))
     assert len(caplog.messages) == 1
     values = np.zeros((9, 9), np.float32)
     values[3, 3] = np.nan
-    with pytest.raises(ImageError, match="some of its pixels are not finite numbers"):
+    with pytest.raises(ImageError, match="some pixels are not finite"):
         read_image(encoded(Image.fromarray(values), "TIFF"))
 
 
-def test_a_file_is_turned_upright_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    turned = []
+def test_upright_is_called_once_per_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
     upright = images.upright
-    monkeypatch.setattr(images, "upright", lambda image: turned.append(1) or upright(image))
+    monkeypatch.setattr(images, "upright", lambda image: calls.append(1) or upright(image))
     content = encoded(Image.new("RGB", (40, 40)))
     read_pixels(content)
     overlay(read_image(content), np.zeros((8, 8), np.float32))
-    assert len(turned) == 2  # of two readings
+    assert len(calls) == 2
 
 
-def test_a_stream_that_cannot_go_back_is_read() -> None:
+def test_a_stream_without_seek_is_read() -> None:
     content = progressive()
     reader, writer = os.pipe()
     os.write(writer, content)
@@ -263,7 +265,7 @@ def test_a_stream_that_cannot_go_back_is_read() -> None:
         assert read_image(stream).tobytes() == read_image(content).tobytes()
 
 
-def test_a_smaller_bound_can_be_set_and_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_lower_pixel_limit_and_a_missing_file_raise_image_errors(tmp_path: Path) -> None:
     content = encoded(Image.new("RGB", (20, 20)))
     assert read_image(content, max_pixels=400).size == (20, 20)
     with pytest.raises(ImageError, match="it has 20 x 20 pixels, more than the 399 allowed"):
@@ -272,24 +274,24 @@ def test_a_smaller_bound_can_be_set_and_a_missing_file_is_named(tmp_path: Path) 
         read_image(tmp_path / "none.png")
 
 
-def test_reading_in_threads_leaves_the_warning_filters_as_they_were() -> None:
+def test_reading_in_threads_restores_the_warning_filters() -> None:
     content = encoded(Image.effect_noise((64, 64), 50))
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
-        seen = list(pool.map(read_image, [content] * 200))
+        results = list(pool.map(read_image, [content] * 200))
     assert warnings.filters == before
-    assert len({image.tobytes() for image in seen}) == 1
+    assert len({image.tobytes() for image in results}) == 1
 
 
-def test_the_map_lies_on_the_central_square_and_the_rest_is_darkened() -> None:
+def test_the_overlay_covers_the_central_square_and_darkens_the_rest() -> None:
     evidence = np.full((8, 8), -1.0, np.float32)
-    evidence[:, 6:] = 2.0  # the square's right quarter
-    picture = Image.new("RGB", (160, 80), (100, 100, 100))
-    result = np.asarray(overlay(picture, evidence)).astype(int)
+    evidence[:, 6:] = 2.0  # right quarter of the square
+    image = Image.new("RGB", (160, 80), (100, 100, 100))
+    result = np.asarray(overlay(image, evidence)).astype(int)
     assert result.shape == (80, 160, 3)
-    assert (result[:, :40] < 50).all()  # outside
+    assert (result[:, :40] < 50).all()  # outside the square
     assert (result[:, 120:] < 50).all()
-    assert (result[:, 45:80] == 100).all()  # seen, but no evidence
+    assert (result[:, 45:80] == 100).all()  # inside the square, without evidence
     assert (result[5:75, 112:118, 0] > 180).all()
-    flat = np.asarray(overlay(picture, np.full((8, 8), -1.0, np.float32)))
-    assert (flat[:, 40:120] == 100).all()
+    without_evidence = np.asarray(overlay(image, np.full((8, 8), -1.0, np.float32)))
+    assert (without_evidence[:, 40:120] == 100).all()

@@ -1,9 +1,9 @@
-"""Bounds on image files, checked in their headers before a decoder runs.
+"""Limits on image files, checked in the headers before decoding.
 
-Pillow walks over segments, chunks, comments and directories in Python, and sizes buffers by what
-a header claims. A small file can hold millions of these, or claim a buffer of gigabytes. The
-bounds lie far above what encoders write; a file beyond them is damaged or an attack. What cannot
-be parsed here is left to the decoder, which says better what is wrong.
+Pillow iterates over segments, chunks, comments and directories in Python, and allocates buffers of
+the size in a header. A small file can contain millions of them, or request a buffer of gigabytes.
+The limits are far above what encoders write, so a file that exceeds one is damaged or malicious.
+Headers that cannot be parsed here are left to the decoder, whose errors are more specific.
 """
 
 import io
@@ -12,29 +12,29 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# Each scan of a progressive JPEG goes over the whole image, and a few bytes make one. Encoders
-# write about ten; libtiff, too, stops at 100.
-_SCANS = 100
-_SEGMENTS = 1_000  # of a JPEG; an ICC profile has up to 255, a depth map some hundreds
-_PADDING = 4_096  # bytes between a JPEG's segments, which Pillow reads one at a time
-_CHUNKS = 1_000  # of a PNG, beyond those of pixels
-_CHUNK = 256  # bytes of a PNG for each chunk of pixels; encoders write 8 KiB and more
-_BLOCKS = 20_000  # of a GIF before the first frame, 255 bytes each
-_TAGS = 1_000  # of a TIFF
-_ROWS = 65_535  # of a TIFF: libtiff reports each damaged row on stderr
-_PLANES = 6  # samples per pixel that Pillow decodes
-_TILE = 4_096 * 4_096  # pixels of a TIFF's tile, where the image itself is smaller
-_COMMENTS = 1_000  # of a PPM; Pillow copies a megabyte for each
-_PPM_HEADER = 65_536  # bytes, which Pillow reads one at a time
+# A scan of a progressive JPEG needs only a few bytes, but the decoder processes the whole image for
+# each. Encoders write about ten; libtiff also stops at 100.
+_MAX_SCANS = 100
+_MAX_SEGMENTS = 1_000  # of a JPEG; an ICC profile has up to 255, a depth map several hundred
+_MAX_PADDING = 4_096  # bytes between the segments of a JPEG, which Pillow reads one by one
+_MAX_CHUNKS = 1_000  # of a PNG, without pixel data
+_MIN_CHUNK = 256  # bytes of a PNG file per chunk of pixels; encoders write at least 8 KiB
+_MAX_BLOCKS = 20_000  # of a GIF before the first frame, at most 255 bytes each
+_MAX_TAGS = 1_000  # of a TIFF
+_MAX_ROWS = 65_535  # of a TIFF: libtiff reports each damaged row on stderr
+_MAX_PLANES = 6  # samples per pixel that Pillow supports
+_MAX_TILE = 4_096 * 4_096  # pixels of a TIFF tile that is larger than the image
+_MAX_COMMENTS = 1_000  # of a PPM; Pillow copies a megabyte per comment
+_MAX_PPM_HEADER = 65_536  # bytes, which Pillow reads one by one
 
-# A JPEG's markers: what follows 0xFF, but for stuffing, restarts and padding (T.81, table B.1).
+# JPEG markers: a byte after 0xFF, except for stuffing, restarts and padding (T.81, table B.1).
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _TEM, _EOI, _SOS, _APP1 = b"\x01", b"\xd9", b"\xda", b"\xe1"
 _EXIF = b"Exif\0\0"
-# Blank space and comments, then a token, as often as the format has numbers in its header.
+# Whitespace and comments, then a token. Repeated for each number in the header.
 _PPM_TOKEN = rb"(?:\s|#[^\r\n]*+[\r\n])++[^\s#]++"
 
-# A TIFF's tags, and the bytes of its types.
+# TIFF tags, and the sizes of TIFF types in bytes.
 _WIDTH, _LENGTH, _SAMPLES, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 277, 322, 323
 _STRIP_OFFSETS, _TILE_OFFSETS = 273, 324
 _TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), start=1)) | {
@@ -42,8 +42,8 @@ _TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), start=1)) 
 }  # fmt: skip
 
 
-def excess(stream: BinaryIO) -> str | None:
-    """What goes beyond a bound, worded to follow the file's name; None for an ordinary file."""
+def find_excess(stream: BinaryIO) -> str | None:
+    """Describe how an image file exceeds a limit, as a predicate. Return None if it does not."""
     stream.seek(0)
     start = stream.read(8)
     try:
@@ -58,40 +58,44 @@ def excess(stream: BinaryIO) -> str | None:
             return _tiff_excess(stream)
         if start[:1] == b"P":
             return _ppm_excess(stream)
-    except (struct.error, IndexError, OverflowError):  # cut off, or nonsense: the decoder says so
+    except (
+        struct.error,
+        IndexError,
+        OverflowError,
+    ):  # truncated or invalid, which the decoder reports
         pass
     return None
 
 
 def _jpeg_excess(content: bytes) -> str | None:
-    """Of a JPEG, without its first two bytes.
+    """Check a JPEG without its first two bytes.
 
-    Goes from marker to marker as decoders do, up to the end of the image: what lies behind it, as
-    phones put a film there, or in a segment, as a thumbnail, is not counted.
+    This follows the markers up to the end of the image, as decoders do. It does not count data
+    after the image, such as a video from a phone, or within a segment, such as a thumbnail.
     """
-    scans = segments = padding = at = 0
+    scans = segments = padding = offset = 0
     exif = []
-    while (marker := _MARKER.search(content, at)) and marker[1] != _EOI:
-        padding += 0 if scans else marker.start() - at
-        at = marker.end()
-        if marker[1] != _TEM:  # all others begin a segment, which says how long it is
-            length = max(2, int.from_bytes(content[at : at + 2], "big"))
-            if marker[1] == _APP1 and content.startswith(_EXIF, at + 2):
-                exif.append(content[at + 2 + len(_EXIF) : at + length])
-            at += length
+    while (marker := _MARKER.search(content, offset)) and marker[1] != _EOI:
+        padding += 0 if scans else marker.start() - offset
+        offset = marker.end()
+        if marker[1] != _TEM:  # all others start a segment with its length
+            length = max(2, int.from_bytes(content[offset : offset + 2], "big"))
+            if marker[1] == _APP1 and content.startswith(_EXIF, offset + 2):
+                exif.append(content[offset + 2 + len(_EXIF) : offset + length])
+            offset += length
         scans += marker[1] == _SOS
         segments += 1
-        if scans > _SCANS:
-            return f"is a JPEG of more than {_SCANS} scans"
-        if segments > _SEGMENTS:
-            return f"is a JPEG of more than {_SEGMENTS:,} segments"
-        if padding > _PADDING:
+        if scans > _MAX_SCANS:
+            return f"is a JPEG with more than {_MAX_SCANS} scans"
+        if segments > _MAX_SEGMENTS:
+            return f"is a JPEG with more than {_MAX_SEGMENTS:,} segments"
+        if padding > _MAX_PADDING:
             break
-    padding += 0 if scans else len(content) - at if marker is None else 0
-    if padding > _PADDING:
-        return f"is a JPEG with more than {_PADDING:,} bytes between its segments"
-    if exif_excess(b"".join(exif)):
-        return "has EXIF data whose parts overlap"
+    padding += 0 if scans else len(content) - offset if marker is None else 0
+    if padding > _MAX_PADDING:
+        return f"is a JPEG with more than {_MAX_PADDING:,} bytes between its segments"
+    if exif_overlaps(b"".join(exif)):
+        return "has overlapping EXIF data"
     return None
 
 
@@ -106,89 +110,90 @@ def _png_excess(stream: BinaryIO) -> str | None:
         chunks += 1
         others += kind not in (b"IDAT", b"fcTL", b"fdAT")
         profiles += kind == b"iCCP"
-        if profiles > 1:  # the standard allows one; each may unpack to a megabyte
-            return "is a PNG of more than one color profile"
-        if others > _CHUNKS or chunks > _CHUNKS + size // _CHUNK:
-            return f"is a PNG of more than {max(others, chunks) - 1:,} chunks"
+        if profiles > 1:  # the standard allows one, and each can decompress to a megabyte
+            return "is a PNG with more than one color profile"
+        if others > _MAX_CHUNKS or chunks > _MAX_CHUNKS + size // _MIN_CHUNK:
+            return f"is a PNG with more than {max(others, chunks) - 1:,} chunks"
         stream.seek(length + 4, 1)
     return None
 
 
 def _gif_excess(stream: BinaryIO) -> str | None:
-    """Of a GIF, up to its first frame; after it, the decoder does not go over blocks in Python."""
+    """Check a GIF up to its first frame. Pillow does not iterate over later blocks in Python."""
     stream.seek(10)
     flags = stream.read(3)[0]
     if flags & 128:
         stream.seek(3 << (flags & 7) + 1, 1)  # the palette
     blocks = 0
     while (kind := stream.read(1)) not in (b",", b";", b""):
-        blocks += 1  # an extension, or a stray byte, which decoders pass over
+        blocks += 1  # an extension, or a stray byte, which decoders skip
         if kind == b"!":
             stream.seek(1, 1)
-            while (length := stream.read(1)[0]) and blocks <= _BLOCKS:
+            while (length := stream.read(1)[0]) and blocks <= _MAX_BLOCKS:
                 stream.seek(length, 1)
                 blocks += 1
-        if blocks > _BLOCKS:
-            return f"is a GIF of more than {_BLOCKS:,} blocks before its first frame"
+        if blocks > _MAX_BLOCKS:
+            return f"is a GIF with more than {_MAX_BLOCKS:,} blocks before its first frame"
     return None
 
 
 def _ppm_excess(stream: BinaryIO) -> str | None:
     stream.seek(0)
-    start = stream.read(_PPM_HEADER)
-    numbers = 2 if start[1:2] in (b"1", b"4") else 3  # width and height, and the largest value
+    start = stream.read(_MAX_PPM_HEADER)
+    numbers = 2 if start[1:2] in (b"1", b"4") else 3  # width, height and maximum value
     header = re.compile(rb"P[^\s#]*+" + b"(?:%b){%d}" % (_PPM_TOKEN, numbers), re.DOTALL)
-    if len(start) == _PPM_HEADER and not header.match(start):
-        return f"is a PPM whose header is longer than {_PPM_HEADER:,} bytes"
-    if start[1:2] in (b"1", b"2", b"3"):  # plain: pixels as text, with comments between them
+    if len(start) == _MAX_PPM_HEADER and not header.match(start):
+        return f"is a PPM with a header of more than {_MAX_PPM_HEADER:,} bytes"
+    if start[1:2] in (b"1", b"2", b"3"):  # pixels as text, with possible comments
         comments = start.count(b"#")
-        while comments <= _COMMENTS and (block := stream.read(2**20)):
+        while comments <= _MAX_COMMENTS and (block := stream.read(2**20)):
             comments += block.count(b"#")
-        if comments > _COMMENTS:
-            return f"is a PPM of more than {_COMMENTS:,} comments"
+        if comments > _MAX_COMMENTS:
+            return f"is a PPM with more than {_MAX_COMMENTS:,} comments"
     return None
 
 
 def _tiff_excess(stream: BinaryIO) -> str | None:
     size = stream.seek(0, 2)
-    found: dict[int, tuple[int, int]] = {}
+    tags: dict[int, tuple[int, int]] = {}
     total = 0
-    for place, (tag, count, value, length) in enumerate(_entries(stream)):
-        if place >= _TAGS:
-            return f"is a TIFF of more than {_TAGS:,} tags"
-        found[tag] = count, value
+    for index, (tag, count, value, length) in enumerate(_entries(stream)):
+        if index >= _MAX_TAGS:
+            return f"is a TIFF with more than {_MAX_TAGS:,} tags"
+        tags[tag] = count, value
         total += length
     if total > size:
-        return "is a TIFF whose tags overlap"
-    width, rows = (found.get(tag, (1, 0))[1] for tag in (_WIDTH, _LENGTH))
-    if rows > _ROWS:
-        return f"is a TIFF of more than {_ROWS:,} rows"
-    tile_width, tile_length = (found.get(tag, (1, 0))[1] for tag in (_TILE_WIDTH, _TILE_LENGTH))
-    if tile_width * tile_length > max(_TILE, width * rows):
+        return "is a TIFF with overlapping tags"
+    width, rows = (tags.get(tag, (1, 0))[1] for tag in (_WIDTH, _LENGTH))
+    if rows > _MAX_ROWS:
+        return f"is a TIFF with more than {_MAX_ROWS:,} rows"
+    tile_width, tile_length = (tags.get(tag, (1, 0))[1] for tag in (_TILE_WIDTH, _TILE_LENGTH))
+    if tile_width * tile_length > max(_MAX_TILE, width * rows):
         return f"is a TIFF with a tile of {tile_width:,} x {tile_length:,} pixels"
-    planes = min(max(1, found.get(_SAMPLES, (1, 1))[1]), _PLANES)
-    strips, tiles = (found.get(tag, (0, 0))[0] for tag in (_STRIP_OFFSETS, _TILE_OFFSETS))
-    fit = -(-width // max(1, tile_width)) * -(-rows // max(1, tile_length))
-    if strips > rows * planes or tiles > fit * planes:
-        return "is a TIFF of more strips or tiles than it has room for"
+    planes = min(max(1, tags.get(_SAMPLES, (1, 1))[1]), _MAX_PLANES)
+    strips, tiles = (tags.get(tag, (0, 0))[0] for tag in (_STRIP_OFFSETS, _TILE_OFFSETS))
+    max_tiles = -(-width // max(1, tile_width)) * -(-rows // max(1, tile_length))
+    if strips > rows * planes or tiles > max_tiles * planes:
+        return "is a TIFF with more strips or tiles than its size allows"
     return None
 
 
-def exif_excess(exif: bytes) -> bool:
-    """Whether EXIF data claim more bytes than there are; Pillow copies them for every tag."""
+def exif_overlaps(exif: bytes) -> bool:
+    """Return whether EXIF tags overlap. Pillow copies the bytes of each tag."""
     total = 0
     try:
         for *_, length in _entries(io.BytesIO(exif.removeprefix(_EXIF))):
             total += length
-    except (struct.error, IndexError):  # nonsense, which Pillow refuses
+    except (struct.error, IndexError):  # invalid, which Pillow rejects
         pass
     return total > len(exif)
 
 
 def _entries(stream: BinaryIO) -> Iterator[tuple[int, int, int, int]]:
-    """The first directory of a TIFF: each entry's tag, count, first value, and bytes elsewhere.
+    """Yield tag, count, first value and external size of each entry in the first TIFF directory.
 
-    The value is 0 where it does not lie in the entry itself, but for a single integer.
+    The value is 0 unless it is an integer that is stored in the entry itself. The external size is
+    the number of bytes outside the entry.
     """
     stream.seek(0)
     start = stream.read(16)
@@ -202,8 +207,8 @@ def _entries(stream: BinaryIO) -> Iterator[tuple[int, int, int, int]]:
         entry = stream.read(20 if big else 12)
         tag, kind, count = struct.unpack(order + ("HHQ" if big else "HHL"), entry[:-inline])
         length = count * _TYPE_BYTES.get(kind, 0)
-        form = {1: "B", 3: "H", 4: "L", 16: "Q"}.get(kind)
+        code = {1: "B", 3: "H", 4: "L", 16: "Q"}.get(kind)
         value = 0
-        if form and length <= inline:
-            [value] = struct.unpack_from(order + form, entry, len(entry) - inline)
+        if code and length <= inline:
+            [value] = struct.unpack_from(order + code, entry, len(entry) - inline)
         yield tag, count, value, length if length > inline else 0

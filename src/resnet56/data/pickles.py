@@ -1,8 +1,8 @@
-"""Pickles read without the power to run code: CIFAR's batches, and other projects' checkpoints.
+"""Read pickles without executing code: CIFAR batches and checkpoints of other projects.
 
-A pickle is a program. This unpickler knows containers, numbers and strings; every class or
-function that a file names becomes a stand-in that keeps what it is given and does nothing. What
-it builds is in proportion to the file: no length, index, key or encoding can ask for more.
+A pickle is a program. This unpickler supports containers, numbers and strings. It replaces every
+class or function that a file names with a stand-in that stores its content and does nothing. Memory
+is proportional to the size of the file: no length, index, key or encoding can request more.
 """
 
 import io
@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from resnet56.errors import DataError, one_line
 
-MAX_OPCODES = 2_000_000  # CIFAR-100's training batch has 0.4 million, a checkpoint's index 0.1
+MAX_OPCODES = 2_000_000  # CIFAR-100's training batch has 0.4 million, the index of a checkpoint 0.1
 
-# A file that names one of these is not to be trusted, although nothing of it is called.
+# A file that names one of these is not trustworthy, although nothing is called.
 _DANGEROUS_MODULES = {
     "ctypes", "importlib", "nt", "os", "pdb", "posix", "pty", "runpy", "shutil", "socket",
     "subprocess", "sys", "webbrowser",
@@ -29,27 +29,27 @@ _DANGEROUS_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "i
 
 
 class UnsafePickleError(Exception):
-    """A pickle that asks for more than data; the message says for what."""
+    """A pickle requests more than data. The message says what."""
 
 
 class StandIn(dict[Any, Any]):
-    """An object of a class or function that is not loaded; it keeps what the file says of it.
+    """Stands in for an object of a class or function that is not loaded, and stores its content.
 
-    It is a dictionary because many configuration classes are; `state` is what a pickle would
-    restore its attributes from.
+    It is a dictionary, since many configuration classes are. `state` is the state from which a
+    pickle restores attributes.
     """
 
-    name = ""  # of the class, as the file has it
+    name = ""  # of the class, as in the file
     state: object = None
 
     def __new__(cls, *_args: object, **_kwargs: object) -> "StandIn":
-        """Whatever the arguments: they are not looked at."""
+        """Ignore the arguments."""
         return super().__new__(cls)
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         super().__init__()
 
-    # Identity, as the content may be anything.
+    # Compares by identity, since the content can be anything.
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
@@ -57,18 +57,18 @@ class StandIn(dict[Any, Any]):
         self.state = state
 
     def append(self, _item: object) -> None:
-        """What a subclass of list or set holds is of no use."""
+        """Ignore the items of subclasses of list or set."""
 
     extend = add = append
 
 
 def stand_in(name: str) -> type[StandIn]:
-    """A new stand-in class for `name`."""
+    """Create a stand-in class for `name`."""
     return type("StandIn", (StandIn,), {"name": name})
 
 
-class Items(dict[Any, Any]):
-    """Stands in for OrderedDict and its like."""
+class DictStandIn(dict[Any, Any]):
+    """Stands in for OrderedDict and similar classes."""
 
     def __init__(self, items: object = (), *_: object) -> None:
         super().__init__()
@@ -78,11 +78,11 @@ class Items(dict[Any, Any]):
                 self[key] = value
 
     def __setstate__(self, state: object) -> None:
-        """Attributes of a dictionary, such as a state dict's versions: not needed."""
+        """Ignore attributes, such as the versions in a state dict."""
 
 
 class _Dtype:
-    """Stands in for numpy's dtype while unpickling: remembers its code and does nothing."""
+    """Stands in for NumPy's dtype and stores its code."""
 
     code: object = None
 
@@ -90,29 +90,29 @@ class _Dtype:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment, which mean nothing for bytes."""
+        """Ignore byte order and alignment, which do not apply to bytes."""
 
 
 class PickledArray:
-    """Stands in for numpy's ndarray, and `_reconstruct`, which makes an empty one.
+    """Stands in for NumPy's ndarray and for `_reconstruct`, which creates an empty array.
 
-    Remembers what it is given, unchecked until `pixels`.
+    The content is stored without checks. `pixels` checks it.
     """
 
-    # Defaults on the class, because a pickle may make one without calling __init__.
+    # Class attributes, since a pickle can create an instance without calling __init__.
     shape: object = None
     dtype: object = None
     data: object = None
     fortran: object = False
 
     def __init__(self, *_: object) -> None:
-        """The arguments say nothing yet; the state does."""
+        """Ignore the arguments, since the state defines the array."""
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
         _, self.shape, self.dtype, self.fortran, self.data = state
 
     def pixels(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
-        """The array, if it is one of bytes and of this shape."""
+        """Return the array, or None unless its type is uint8 and its shape is `shape`."""
         if not isinstance(self.dtype, _Dtype) or self.dtype.code not in ("u1", b"u1"):
             return None
         if not isinstance(self.data, bytes | bytearray) or self.shape != shape:
@@ -124,20 +124,20 @@ class PickledArray:
 
 
 class _Buffer(PickledArray):
-    """Stands in for numpy's `_frombuffer`, which makes the arrays of protocol 5."""
+    """Stands in for NumPy's `_frombuffer`, which creates the arrays of protocol 5."""
 
     def __init__(self, data: object, dtype: object, shape: object, order: object) -> None:
         self.__setstate__((1, shape, dtype, order == "F", data))
 
 
-# A pickle can also set attributes on what it names, so there is no plain function here: these
-# classes have a __setstate__ that comes first.
+# These are classes rather than functions, since a pickle can set attributes on anything that it
+# names. Their __setstate__ prevents that.
 _NUMPY: dict[str, type] = {
     "numpy.ndarray": PickledArray,
     "numpy.dtype": _Dtype,
     **{
         f"numpy.{core}.{name}": stand_in
-        for core in ("core", "_core")  # numpy 1 and 2
+        for core in ("core", "_core")  # NumPy 1 and 2
         for name, stand_in in (
             ("multiarray._reconstruct", PickledArray),
             ("numeric._frombuffer", _Buffer),
@@ -147,37 +147,38 @@ _NUMPY: dict[str, type] = {
 
 
 def _encoder() -> type:
-    """A stand-in for `_codecs.encode`, by which Python 3 writes bytes in protocols 0 to 2.
+    """Create a stand-in for `_codecs.encode`, which Python 3 uses for bytes in protocols 0 to 2.
 
-    Only for Latin-1, which it uses; other codecs take quadratic time or make much of little. A
-    string is encoded once, however often a file asks: else a long one could be made many times.
+    It supports only Latin-1, the encoding in use, since other codecs can need quadratic time or
+    produce a large output. Results are cached, so that a file cannot encode a long string many
+    times.
     """
-    known: dict[str, bytes] = {}
+    cache: dict[str, bytes] = {}
 
     class Encode:
         def __new__(cls, text: str, encoding: str) -> Any:
             if encoding not in ("latin1", b"latin1"):
-                raise ValueError(f"bytes in the encoding {str(encoding)[:20]!a}")
-            if text not in known:
-                known[text] = text.encode("latin-1")
-            return known[text]
+                raise ValueError(f"unsupported encoding {str(encoding)[:20]!a}")
+            if text not in cache:
+                cache[text] = text.encode("latin-1")
+            return cache[text]
 
         def __setstate__(self, state: object) -> None:
-            """Never an instance's."""
+            """Ignore the state. There are no instances."""
 
     return Encode
 
 
 def check_key(key: object) -> None:
-    """ValueError for a key that could take long to hash: nested tuples, huge numbers."""
+    """Raise ValueError for a key that is slow to hash: a nested tuple or a large integer."""
     parts = key if isinstance(key, tuple) else (key,)
     for part in parts:
         if isinstance(part, tuple | frozenset) or (isinstance(part, int) and abs(part) >= 2**64):
-            raise ValueError(f"a key that is a {type(part).__name__} inside or of more than 64 bit")
+            raise ValueError(f"a key contains a nested or large {type(part).__name__}")
 
 
 def _with_checked_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
-    """The standard library's handler of `opcode`, after `check_key` for a part of the stack."""
+    """Wrap the standard handler of `opcode` to check the `keys` on the stack first."""
     handle: Callable[[Any], None] = pickle._Unpickler.dispatch[opcode[0]]
 
     def checked(unpickler: Any) -> None:
@@ -189,10 +190,10 @@ def _with_checked_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Unpickles containers, numbers, strings and stand-ins; never runs foreign code.
+    """Unpickles containers, numbers, strings and stand-ins without executing code from the file.
 
-    It is the standard library's own in Python, not the one in C, as that cannot be asked to look
-    at keys before it hashes them.
+    It extends the Python implementation in the standard library, since the one in C cannot check
+    keys before it hashes them.
     """
 
     def __init__(
@@ -205,26 +206,26 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(stream, encoding=encoding)
         self._find = find
         self._persistent = persistent
-        self._known: dict[str, type] = {"_codecs.encode": _encoder()}
+        self._classes: dict[str, type] = {"_codecs.encode": _encoder()}
 
     def find_class(self, module: str, name: str, /) -> Any:
         full = f"{module}.{name}"
-        if full not in self._known:
-            self._known[full] = self._find(full)
-        return self._known[full]
+        if full not in self._classes:
+            self._classes[full] = self._find(full)
+        return self._classes[full]
 
     def persistent_load(self, pid: object, /) -> Any:
         if self._persistent is None:
             raise UnsafePickleError("refers to external objects")
         return self._persistent(pid)
 
-    dispatch = {  # noqa: RUF012  # the base class's way
+    dispatch = {  # noqa: RUF012  # as in the base class
         **pickle._Unpickler.dispatch,
         **{
             opcode[0]: _with_checked_keys(opcode, keys)
             for opcode, keys in (
                 (pickle.SETITEM, slice(-2, -1)),
-                (pickle.SETITEMS, slice(None, None, 2)),  # the stack begins at the mark
+                (pickle.SETITEMS, slice(None, None, 2)),  # the stack starts at the mark
                 (pickle.DICT, slice(None, None, 2)),
                 (pickle.ADDITEMS, slice(None)),
                 (pickle.FROZENSET, slice(None)),
@@ -239,42 +240,42 @@ def unpickle(
     persistent: Callable[[Any], object] | None = None,
     encoding: str = "utf-8",
 ) -> Any:
-    """The next pickle in a stream.
+    """Read the next pickle in a stream.
 
     Args:
-        stream: seekable; afterwards it stands behind the pickle.
-        find: gives the stand-in for a class or function, by its full name.
-        persistent: gives what a persistent id stands for; none are allowed by default.
-        encoding: of strings that Python 2 wrote; "bytes" to keep them as they are.
+        stream: seekable stream. Its position is then at the end of the pickle.
+        find: returns the stand-in for a class or function with a given full name.
+        persistent: returns the object with a given persistent ID. By default there are none.
+        encoding: encoding of strings from Python 2, or "bytes" to return them as bytes.
 
     Raises:
-        UnsafePickleError: it asks for more than data.
-        Exception: any, if it is damaged.
+        UnsafePickleError: the pickle requests more than data.
+        Exception: any exception, if the pickle is damaged.
     """
-    begin = stream.tell()
-    # The unpickler allocates what lengths and memo indices say before it looks further;
-    # a damaged one can say gigabytes. genops reads lengths against what is there.
+    start = stream.tell()
+    # The unpickler allocates memory for lengths and memo indices before it reads further, which can
+    # be gigabytes in a damaged file. genops checks lengths against the available bytes.
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
             raise ValueError("memo index out of range")
         if count == MAX_OPCODES:
             raise ValueError(f"more than {MAX_OPCODES:,} operations")
-    stream.seek(begin)
+    stream.seek(start)
     return _Unpickler(stream, find, persistent, encoding).load()
 
 
-def numpy_or(find: Callable[[str], type]) -> Callable[[str], type]:
-    """The stand-ins for numpy's arrays, and `find` for everything else."""
+def with_numpy(find: Callable[[str], type]) -> Callable[[str], type]:
+    """Return a `find` that adds the stand-ins for NumPy arrays to `find`."""
     return lambda name: _NUMPY[name] if name in _NUMPY else find(name)
 
 
-def refuse(name: str) -> type:
-    """The strictest `find`: no other class or function belongs in the file."""
+def reject_all(name: str) -> type:
+    """Reject every class or function, as the strictest `find`."""
     raise UnsafePickleError(f"tries to call {name[:80]!a}")
 
 
-def refuse_dangerous(name: str) -> type[StandIn]:
-    """A stand-in for anything but what only an attack has use for."""
+def reject_dangerous(name: str) -> type[StandIn]:
+    """Return a stand-in for `name`. Raises UnsafePickleError if only an attack would use it."""
     module, _, attribute = name.rpartition(".")
     builtin = module in ("builtins", "__builtin__") and attribute in _DANGEROUS_BUILTINS
     if builtin or module.partition(".")[0] in _DANGEROUS_MODULES:
@@ -283,15 +284,15 @@ def refuse_dangerous(name: str) -> type[StandIn]:
 
 
 def read_pickle(file: Path) -> dict[str, object]:
-    """The dictionary pickled in `file`, written by Python 2 or 3. Raises DataError."""
+    """Read a pickled dictionary that Python 2 or 3 wrote. Raises DataError."""
     content = file.read_bytes()
     try:
-        unpickled = unpickle(io.BytesIO(content), numpy_or(refuse), encoding="bytes")
+        unpickled = unpickle(io.BytesIO(content), with_numpy(reject_all), encoding="bytes")
     except UnsafePickleError as error:
         raise DataError(
             f"{file} {error}, which no data set needs; it was not executed, do not trust this file"
         ) from error
-    except Exception as error:  # garbage can make an unpickler raise anything
+    except Exception as error:  # the unpickler can raise anything on damaged data
         raise DataError(
             f"{file} is not a valid pickle ({one_line(error)}); unpack the archive again"
         ) from error
@@ -301,5 +302,5 @@ def read_pickle(file: Path) -> dict[str, object]:
 
 
 def text(value: str | bytes) -> str:
-    """A string, which Python 2 pickled as bytes."""
+    """Return a string, decoding those that Python 2 pickled as bytes."""
     return value if isinstance(value, str) else value.decode("utf-8", "replace")

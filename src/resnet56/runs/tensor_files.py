@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from resnet56.data.pickles import (
-    Items,
+    DictStandIn,
     UnsafePickleError,
-    numpy_or,
-    refuse_dangerous,
+    reject_dangerous,
     stand_in,
     unpickle,
+    with_numpy,
 )
 from resnet56.errors import MissingExtraError, RunError, one_line
 from resnet56.runs.pretrained import HEAD, begins_onnx
@@ -239,8 +239,8 @@ _REBUILDS = {
     "torch._utils._rebuild_parameter_with_state": _RebuildParameter,
     "torch._tensor._rebuild_from_type_v2": _RebuildSubclass,
     "torch._tensor._rebuild_from_type": _RebuildSubclass,
-    "collections.OrderedDict": Items,
-    "collections.defaultdict": Items,
+    "collections.OrderedDict": DictStandIn,
+    "collections.defaultdict": DictStandIn,
 }
 
 
@@ -296,7 +296,7 @@ class _TorchPickle:
         if name.startswith("torch."):  # a storage class, a data type, a shape, a device
             return stand_in(name)
         self.other_classes.add(name)
-        return numpy_or(refuse_dangerous)(name)
+        return with_numpy(reject_dangerous)(name)
 
     def _storage(self, pid: Any) -> object:
         """Resolve a persistent id: a storage or, in old files, the class of a module."""
