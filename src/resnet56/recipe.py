@@ -161,7 +161,8 @@ class Recipe:
             f"fewer than the {self.epochs} epochs, so that the last ones see 32x32",
         )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
-        _require(self.mix_alpha > 0, "mix_alpha", self.mix_alpha, "above 0")
+        most = f"above 0 and at most {LARGEST:,}"
+        _require(0 < self.mix_alpha <= LARGEST, "mix_alpha", self.mix_alpha, most)
         _require(
             0 < self.mix_probability <= 1, "mix_probability", self.mix_probability, "in (0, 1]"
         )

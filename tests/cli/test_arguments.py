@@ -24,6 +24,7 @@ COMMANDS = {
     "import": ["import", "none.pt", "--out", "none"],
     "export": ["export", "none"],
     "report": ["report", "none"],
+    "inspect": ["inspect", "resnet8"],
     "describe": ["describe"],
     "bench": ["bench"],
     "data": ["data", "fetch"],

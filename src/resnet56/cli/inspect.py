@@ -71,6 +71,8 @@ def run(arguments: list[str]) -> int:
         raise UsageError("which network? resnet56 inspect RUN|ARCH ...; see --help")
     if options.images < 1:
         raise UsageError(f"--images must be at least 1, not {options.images}")
+    if not 0 <= options.seed < 2**32:
+        raise UsageError(f"--seed must be from 0 to {2**32 - 1}, not {options.seed}")
     if options.out is not None and options.out.suffix.lower() not in PICTURES:
         raise UsageError(f"--out wants a file named {' or '.join(PICTURES)}, not {options.out}")
     from resnet56.files import to_json
