@@ -36,7 +36,7 @@ class MissingExtraError(Error):
         super().__init__(f"{dependency} is not installed; pip install 'resnet56[{extra}]'")
 
 
-class NotFiniteError(Error):
+class NotFiniteError(RunError):
     """Weights, or a network's outputs, that are not finite numbers."""
 
 

@@ -302,9 +302,7 @@ def load(
     where = resolve_device(device)
     network = checkpoint.network
     backend = TorchBackend(restore(checkpoint, where), network, where)
-    predictor = Predictor(path.resolve().name, network, backend)
-    predictor.run(np.full((1, 3, 32, 32), 128, np.uint8))  # refuses weights that are of no use
-    return predictor
+    return Predictor(path.resolve().name, network, backend)
 
 
 def likeliest(

@@ -237,7 +237,8 @@ def test_arrays_of_other_types(
     for key, array in arrays.items():
         for other in (
             np.array(3), array.astype(str), array.astype(np.float64) * np.nan,
-            array.astype(np.int64) - 10**9, array[..., None], np.array([{}]), array[:1].repeat(3, axis=0),
+            array.astype(np.int64) - 10**9, array[..., None], np.array([{}]),
+            array[:1].repeat(3, axis=0),
         ):  # fmt: skip
             np.savez(file, **{**arrays, key: other})
             with contextlib.suppress(RunError):
