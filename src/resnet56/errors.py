@@ -30,14 +30,14 @@ class RunError(Error):
 
 
 class MissingExtraError(Error):
-    """A dependency is missing that only an optional extra of this package installs."""
+    """A dependency of an optional extra is missing."""
 
     def __init__(self, dependency: str, extra: str) -> None:
         super().__init__(f"{dependency} is not installed; pip install 'resnet56[{extra}]'")
 
 
 class NotFiniteError(RunError):
-    """Weights, or a network's outputs, that are not finite numbers."""
+    """Weights or model outputs are not finite."""
 
 
 class TrainingError(Error):

@@ -30,7 +30,7 @@ def create_temporary(folder: Path) -> tuple[BufferedRandom, Path]:
     """Create a file with an unpredictable name in `folder` and open it for writing.
 
     Another user could place a link at a predictable name. Unlike a file from `mkstemp`, this one
-    has the permissions of the user's umask. Raises OSError.
+    follows the user's umask. Raises OSError.
     """
     path = folder / f".{secrets.token_hex(8)}.tmp"
     return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, 0o666), "r+b"), path

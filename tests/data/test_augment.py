@@ -1,4 +1,4 @@
-"""Augmentation against numpy and loops over pixels."""
+"""Augmentation compared with NumPy and loops over pixels."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(count: int) -> Tensor:
+def random_images(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator())
 
 
@@ -46,9 +46,9 @@ def erased(image: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
 
 
 def every_crop(padding: int) -> Draws:
-    """All offsets, plain and mirrored."""
-    places = range(2 * padding + 1)
-    grid = torch.tensor([(r, c, f) for r in places for c in places for f in (0, 1)])
+    """Return draws of all crop offsets, with and without flip."""
+    offsets = range(2 * padding + 1)
+    grid = torch.tensor([(r, c, f) for r in offsets for c in offsets for f in (0, 1)])
     draws = draw(len(grid), Augmentation(padding=padding, flip=True), generator())
     return draws._replace(rows=grid[:, 0], cols=grid[:, 1], flips=grid[:, 2].bool())
 
@@ -56,7 +56,7 @@ def every_crop(padding: int) -> Draws:
 @pytest.mark.parametrize("padding", [0, 2, 4])
 def test_every_crop_is_a_slice_of_the_padded_image(padding: int) -> None:
     draws = every_crop(padding)
-    images = pictures(len(draws.rows))
+    images = random_images(len(draws.rows))
     result = crop_and_flip(images, draws, padding)
     assert result.dtype == torch.uint8
     assert len(result) == 2 * (2 * padding + 1) ** 2
@@ -65,25 +65,25 @@ def test_every_crop_is_a_slice_of_the_padded_image(padding: int) -> None:
         np.testing.assert_array_equal(result[index].numpy(), expected)
 
 
-def test_without_padding_and_mirroring_the_images_stay_as_they_are() -> None:
-    images = pictures(20)
+def test_images_are_unchanged_without_padding_and_flips() -> None:
+    images = random_images(20)
     draws = draw(20, Augmentation(padding=0, flip=False), generator())
     assert torch.equal(crop_and_flip(images, draws, 0), images)
 
 
-def test_all_crops_and_both_directions_are_equally_likely() -> None:
+def test_crops_and_flips_are_uniform() -> None:
     count = 81 * 2 * 100
     draws = draw(count, Augmentation(padding=4, flip=True), generator(1))
     cells = (draws.rows * 9 + draws.cols) * 2 + draws.flips
     observed = torch.bincount(cells, minlength=162).numpy()
-    assert len(observed) == 162  # none outside
+    assert len(observed) == 162  # no value is out of range
     assert stats.chisquare(observed).pvalue > 1e-3
-    centres = torch.bincount(draws.centers[:, 0] * 32 + draws.centers[:, 1], minlength=1024).numpy()
-    assert len(centres) == 1024
-    assert stats.chisquare(centres).pvalue > 1e-3
+    centers = torch.bincount(draws.centers[:, 0] * 32 + draws.centers[:, 1], minlength=1024).numpy()
+    assert len(centers) == 1024
+    assert stats.chisquare(centers).pvalue > 1e-3
 
 
-def test_without_mirroring_no_image_is_mirrored_and_the_crops_are_the_same() -> None:
+def test_disabling_flips_keeps_the_crops() -> None:
     mirrored = draw(500, Augmentation(padding=4, flip=True), generator(2))
     plain = draw(500, Augmentation(padding=4, flip=False), generator(2))
     assert not plain.flips.any()
@@ -91,7 +91,7 @@ def test_without_mirroring_no_image_is_mirrored_and_the_crops_are_the_same() -> 
     assert torch.equal(plain.cols, mirrored.cols)
 
 
-def test_draws_come_from_the_given_generator_only() -> None:
+def test_draws_depend_only_on_the_generator() -> None:
     before = torch.get_rng_state()
     first = draw(50, Augmentation(padding=4, flip=True), generator(3))
     again = draw(50, Augmentation(padding=4, flip=True), generator(3))
@@ -101,23 +101,23 @@ def test_draws_come_from_the_given_generator_only() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_crops_lie_in_memory_with_the_channels_last() -> None:
+def test_crops_are_channels_last() -> None:
     draws = draw(5, Augmentation(padding=4, flip=True), generator())
-    batch = crop_and_flip(pictures(5), draws, 4)
+    batch = crop_and_flip(random_images(5), draws, 4)
     assert batch.shape == (5, 3, 32, 32)
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("side", [0, 8])
-def test_augmented_images_lie_in_memory_with_the_channels_last(side: int) -> None:
+def test_augmented_images_are_channels_last(side: int) -> None:
     draws = draw(5, Augmentation(padding=4, flip=True), generator())
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    batch = augment(pictures(5), draws, *scale, Augmentation(cutout=side))
+    batch = augment(random_images(5), draws, *scale, Augmentation(cutout=side))
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_normalisation_is_numpys_in_double_precision() -> None:
-    images = pictures(4)
+def test_normalization_matches_numpy_in_double_precision() -> None:
+    images = random_images(4)
     result = normalize(images, torch.tensor(MEAN), torch.tensor(STD))
     mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
     expected = (images.numpy().astype(np.float64) / 255 - mean) / std
@@ -126,12 +126,12 @@ def test_normalisation_is_numpys_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize("side", [1, 2, 5, 16, 32])
-def test_cutout_erases_the_square_and_nothing_else(side: int) -> None:
-    centres = [(r, c) for r in (0, 1, 7, 16, 24, 31) for c in (0, 2, 8, 16, 30, 31)]
-    images = torch.rand(len(centres), 3, 32, 32, generator=generator()) + 1
+def test_cutout_erases_only_the_square(side: int) -> None:
+    centers = [(r, c) for r in (0, 1, 7, 16, 24, 31) for c in (0, 2, 8, 16, 30, 31)]
+    images = torch.rand(len(centers), 3, 32, 32, generator=generator()) + 1
     before = images.clone()
-    result = cutout(images, torch.tensor(centres), side).numpy()
-    for index, (row, col) in enumerate(centres):
+    result = cutout(images, torch.tensor(centers), side).numpy()
+    for index, (row, col) in enumerate(centers):
         expected = erased(before[index].numpy(), row, col, side)
         np.testing.assert_array_equal(result[index], expected)
         if (row, col) == (16, 16):
@@ -140,8 +140,8 @@ def test_cutout_erases_the_square_and_nothing_else(side: int) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 7, 16])
-def test_augmenting_is_to_crop_mirror_normalise_and_erase(side: int) -> None:
-    images = pictures(30)
+def test_augment_crops_flips_normalizes_and_erases(side: int) -> None:
+    images = random_images(30)
     draws = draw(30, Augmentation(padding=4, flip=True), generator(5))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
     result = augment(images, draws, *scale, Augmentation(cutout=side)).numpy()
@@ -152,8 +152,8 @@ def test_augmenting_is_to_crop_mirror_normalise_and_erase(side: int) -> None:
         np.testing.assert_allclose(result[index], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_part_of_a_batch_is_augmented_as_within_the_whole() -> None:
-    images, part = pictures(12), slice(4, 9)
+def test_a_part_of_a_batch_is_augmented_like_the_whole_batch() -> None:
+    images, part = random_images(12), slice(4, 9)
     draws = draw(12, Augmentation(padding=4, flip=True), generator(6)).to(torch.device("cpu"))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
     whole = augment(images, draws, *scale, Augmentation(cutout=8))
@@ -161,8 +161,8 @@ def test_a_part_of_a_batch_is_augmented_as_within_the_whole() -> None:
     assert torch.equal(whole[part], alone)
 
 
-def test_trivial_augment_comes_before_the_crop() -> None:
-    images = pictures(30)
+def test_trivial_augment_precedes_the_crop() -> None:
+    images = random_images(30)
     draws = draw(30, Augmentation(padding=4, flip=True), generator(7))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
     result = augment(images, draws, *scale, Augmentation(cutout=8, trivial_augment=True))
@@ -172,8 +172,8 @@ def test_trivial_augment_comes_before_the_crop() -> None:
 
 
 @pytest.mark.parametrize("side", [16, 24, 28])
-def test_shrinking_is_what_pillow_does(side: int) -> None:
-    images = pictures(2).float().contiguous(memory_format=torch.channels_last)
+def test_shrink_matches_pillow(side: int) -> None:
+    images = random_images(2).float().contiguous(memory_format=torch.channels_last)
     small = shrink(images, side)
     assert small.is_contiguous(memory_format=torch.channels_last)
     for image, found in zip(images, small, strict=True):
@@ -183,6 +183,6 @@ def test_shrinking_is_what_pillow_does(side: int) -> None:
             np.testing.assert_allclose(channel.numpy(), expected, atol=1e-3)
 
 
-def test_an_image_of_the_right_size_is_not_touched() -> None:
-    images = pictures(2).float()
+def test_shrink_does_not_copy_images_of_the_right_size() -> None:
+    images = random_images(2).float()
     assert shrink(images, 32) is images

@@ -1,4 +1,4 @@
-"""Batches of images that carry their own number: which are seen, when, and by whom."""
+"""Order, augmentation and distribution of batches, with images that encode their index."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,11 +14,11 @@ from resnet56.data.batches import Batches, derived_seed
 from resnet56.data.dataset import Split
 from resnet56.errors import UsageError
 
-BLACK, UNIT = torch.zeros(3), torch.full((3,), 1 / 255)  # normalising to the bytes themselves
+BLACK, UNIT = torch.zeros(3), torch.full((3,), 1 / 255)  # keeps pixel values unchanged
 
 
 def numbered(count: int) -> Split:
-    """Image i is all i, and so is its label; count <= 256."""
+    """Return a split in which pixels and label of image i are i. `count` is at most 256."""
     numbers = torch.arange(count)
     return Split(numbers.byte()[:, None, None, None].expand(-1, 3, 32, 32).contiguous(), numbers)
 
@@ -56,7 +56,7 @@ def same(some: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]])
     )
 
 
-def test_an_epoch_shows_all_images_but_a_remainder_once_with_their_labels() -> None:
+def test_an_epoch_has_each_image_at_most_once_with_its_label() -> None:
     batches = plain(70, 16)
     seen = []
     for images, numbers in batches.epoch(0):
@@ -73,12 +73,12 @@ def test_an_epoch_shows_all_images_but_a_remainder_once_with_their_labels() -> N
 
 
 @pytest.mark.parametrize("cutout", [0, 8])
-def test_augmented_batches_lie_in_memory_with_the_channels_last(cutout: int) -> None:
+def test_augmented_batches_are_channels_last(cutout: int) -> None:
     for images, _ in augmented(40, 8, replace(EVERYTHING, cutout=cutout)).epoch(0):
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_images_that_are_left_out_are_others_in_each_epoch() -> None:
+def test_the_dropped_images_differ_between_epochs() -> None:
     batches = plain(70, 16)
     left_out = [frozenset(range(70)) - frozenset(labels(batches, epoch)) for epoch in range(8)]
     assert all(len(few) == 6 for few in left_out)
@@ -86,17 +86,17 @@ def test_the_images_that_are_left_out_are_others_in_each_epoch() -> None:
     assert not frozenset.intersection(*left_out)
 
 
-def test_a_set_that_fills_its_batches_is_seen_whole() -> None:
+def test_full_batches_contain_all_images() -> None:
     assert sorted(labels(plain(64, 16), 5)) == list(range(64))
 
 
-def test_the_order_is_shuffled_and_differs_by_epoch_and_by_seed() -> None:
+def test_the_order_depends_on_epoch_and_seed() -> None:
     orders = [labels(plain(64, 16, seed=seed), epoch) for seed in range(3) for epoch in range(3)]
     assert len({tuple(order) for order in orders}) == 9
     assert sorted(orders[0]) not in orders
 
 
-def test_the_same_seed_and_epoch_give_the_same_batches_whatever_was_drawn_before() -> None:
+def test_batches_depend_only_on_seed_and_epoch() -> None:
     torch.manual_seed(1)
     first = list(augmented(40, 8).epoch(2))
     torch.manual_seed(2)
@@ -105,14 +105,14 @@ def test_the_same_seed_and_epoch_give_the_same_batches_whatever_was_drawn_before
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_same_image_is_augmented_otherwise_in_each_epoch() -> None:
+def test_augmentation_differs_between_epochs() -> None:
     batches = augmented(8, 8, replace(EVERYTHING, cutout=0))
     per_epoch = []
     for epoch in range(6):
         ((images, numbers),) = batches.epoch(epoch)
         per_epoch.append(images[numbers.argsort()])
     changed = [(a != b).flatten(1).any(dim=1) for a, b in pairwise(per_epoch)]
-    # Two of the 162 views coincide once in a while, not more.
+    # Two of the 162 crops and flips coincide occasionally.
     assert torch.stack(changed).float().mean() > 0.9
 
 
@@ -125,7 +125,7 @@ def mirrored(batches: Batches, epoch: int) -> dict[int, bool]:
     }
 
 
-def test_flips_in_turn_show_every_image_both_ways_in_two_epochs() -> None:
+def test_alternating_flips_show_both_orientations_in_two_epochs() -> None:
     ramp = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32).contiguous()
     split = Split(ramp, torch.arange(200))
     turns = Augmentation(padding=0, alternate_flip=True)
@@ -144,9 +144,7 @@ MIXED = replace(EVERYTHING, mix="cutmix", mix_probability=0.5)
 
 @pytest.mark.parametrize("augmentation", [EVERYTHING, MIXED])
 @pytest.mark.parametrize("start", [0, 1, 3, 5])
-def test_starting_at_a_step_is_skipping_the_steps_before(
-    start: int, augmentation: Augmentation
-) -> None:
+def test_starting_at_a_step_skips_the_earlier_steps(start: int, augmentation: Augmentation) -> None:
     batches = augmented(44, 8, augmentation)
     assert same(list(batches.epoch(1, start=start)), list(batches.epoch(1))[start:])
 
@@ -154,7 +152,7 @@ def test_starting_at_a_step_is_skipping_the_steps_before(
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("mix", ["none", "cutmix", "mixup", "ricap"])
-def test_the_processes_parts_together_are_one_processs_batch(
+def test_the_parts_of_all_processes_form_the_batch_of_one_process(
     world_size: int, start: int, mix: str
 ) -> None:
     how = replace(EVERYTHING, mix=mix, mix_probability=0.7)
@@ -214,7 +212,7 @@ def test_batches_that_are_not_mixed_are_as_they_would_be_without_mixing() -> Non
         assert same([one], [other]) == is_hard
 
 
-def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
+def test_a_split_smaller_than_a_batch_is_one_batch() -> None:
     batches = plain(10, 32)
     assert (batches.steps, batches.global_batch) == (1, 10)
     assert sorted(labels(batches)) == list(range(10))
@@ -224,7 +222,7 @@ def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), [(64, 30, 4), (10, 32, 4)])
-def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
+def test_a_batch_that_is_not_divisible_by_the_processes_is_rejected(
     count: int, batch_size: int, world_size: int
 ) -> None:
     with pytest.raises(UsageError, match=f"{world_size} processes") as caught:
@@ -232,7 +230,7 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
     assert f"batch of {min(count, batch_size)} " in str(caught.value)
 
 
-def test_flip_and_padding_say_what_happens_to_the_images() -> None:
+def test_flip_and_padding_are_applied() -> None:
     row = torch.arange(32).byte().expand(64, 3, 32, 32).contiguous()
     one_batch = partial(Batches, Split(row, torch.arange(64)), BLACK, UNIT, batch_size=64, seed=0)
     ((straight, _),) = one_batch(augmentation=Augmentation(padding=0, flip=False)).epoch(0)
@@ -244,17 +242,17 @@ def test_flip_and_padding_say_what_happens_to_the_images() -> None:
     assert set(moved[:, 0, 16, 16].round().int().tolist()) == {14, 15, 16, 17, 18}
 
 
-def test_derived_seeds_are_63_bit_and_differ_by_value_and_place() -> None:
+def test_derived_seeds_are_63_bit_and_distinct() -> None:
     seeds = {derived_seed(seed, epoch) for seed in range(40) for epoch in range(40)}
     assert len(seeds) == 1600
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62
 
 
-def test_the_first_epochs_may_be_of_smaller_images() -> None:
+def test_the_first_epochs_can_have_smaller_images() -> None:
     batches = augmented(24, 8, replace(EVERYTHING, sizes=(16, 24)))
     assert [next(batches.epoch(epoch))[0].shape[-1] for epoch in range(3)] == [16, 24, 32]
     full = list(augmented(24, 8).epoch(0))
     for (small, numbers), (images, same_numbers) in zip(batches.epoch(0), full, strict=True):
-        assert torch.equal(numbers, same_numbers)  # the same images, cut at the same places
+        assert torch.equal(numbers, same_numbers)  # same images and crops
         assert torch.allclose(small.mean(), images.mean(), atol=0.01)

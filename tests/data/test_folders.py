@@ -253,7 +253,7 @@ def test_all_images_without_a_predefined_split_are_evaluated(tmp_path: Path) -> 
     )
     assert all(label == (2 if value < 10 else 0) for value, label in pairs)
     assert "skipped the images of horse" in evaluated.remarks[-1]
-    with pytest.raises(UsageError, match="no class of the data"):
+    with pytest.raises(UsageError, match="no class in common"):
         loaded.for_classes(("x", "y"))
 
 

@@ -1,4 +1,4 @@
-"""TrivialAugment's fourteen changes against Pillow, whose they are."""
+"""The fourteen operations of TrivialAugment, compared with Pillow."""
 
 import math
 from collections.abc import Callable
@@ -23,15 +23,15 @@ def warp(*coefficients: float) -> Callable[[Picture], Picture]:
 
 
 def by_pillow(kind: str, level: int) -> Callable[[Picture], Picture]:
-    """The change in the paper's wide space; `level` in thirtieths."""
-    strength, places = level / LEVELS, math.trunc(32 * level / LEVELS)
+    """Return an operation of the paper's wide space at `level` / 30."""
+    strength, offset = level / LEVELS, math.trunc(32 * level / LEVELS)
     factor = 1 + 0.99 * strength
     return {
         "identity": lambda picture: picture,
         "shear x": warp(1, 0.99 * strength, 0, 0, 1, 0),
         "shear y": warp(1, 0, 0, 0.99 * strength, 1, 0),
-        "translate x": warp(1, 0, places, 0, 1, 0),
-        "translate y": warp(1, 0, 0, 0, 1, places),
+        "translate x": warp(1, 0, offset, 0, 1, 0),
+        "translate y": warp(1, 0, 0, 0, 1, offset),
         "rotate": lambda picture: picture.rotate(-135 * strength),
         "brightness": lambda picture: ImageEnhance.Brightness(picture).enhance(factor),
         "color": lambda picture: ImageEnhance.Color(picture).enhance(factor),
@@ -44,8 +44,8 @@ def by_pillow(kind: str, level: int) -> Callable[[Picture], Picture]:
     }[kind]
 
 
-def scenes(count: int) -> Tensor:
-    """Soft blobs of limited range with some noise: something between a picture and noise."""
+def smooth_images(count: int) -> Tensor:
+    """Return smooth images of limited range with some noise, similar to natural images."""
     generator = torch.Generator().manual_seed(56)
     coarse = 40 + 150 * torch.rand(count, 3, 5, 5, generator=generator)
     soft = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic")
@@ -54,9 +54,9 @@ def scenes(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_change_is_what_pillow_does(kind: str) -> None:
+def test_operations_match_pillow(kind: str) -> None:
     levels = torch.arange(-LEVELS, LEVELS + 1)
-    images = scenes(len(levels))
+    images = smooth_images(len(levels))
     kinds = torch.full((len(levels),), list(CHANGES).index(kind))
     result = trivial_augment(images, kinds, levels)
     assert result.dtype == torch.uint8
@@ -69,13 +69,13 @@ def test_a_change_is_what_pillow_does(kind: str) -> None:
             # diagonals do, else hardly any.
             assert (off > 0).any(axis=0).sum() <= (32 if abs(level) == 30 else 5), level
         else:
-            assert off.max() <= 1, level  # where rounding decides
+            assert off.max() <= 1, level  # rounding differences
             assert (off > 0).mean() <= 0.05, level
 
 
 @pytest.mark.parametrize("kind", sorted(CHANGES.keys() - {"identity", "autocontrast", "equalize"}))
-def test_strength_zero_changes_nothing_and_more_changes_more(kind: str) -> None:
-    images = scenes(3)
+def test_the_change_increases_with_the_strength(kind: str) -> None:
+    images = smooth_images(3)
     kinds = torch.full((3,), list(CHANGES).index(kind))
     result = trivial_augment(images, kinds, torch.tensor([0, LEVELS // 3, LEVELS]))
     none, some, most = (result.float() - images.float()).abs().mean(dim=(1, 2, 3)).tolist()
@@ -85,15 +85,15 @@ def test_strength_zero_changes_nothing_and_more_changes_more(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("value", [0, 7, 255])
-def test_a_picture_of_one_colour_is_no_trouble(kind: str, value: int) -> None:
+def test_images_of_one_color_are_unchanged(kind: str, value: int) -> None:
     images = torch.full((2, 3, 32, 32), value, dtype=torch.uint8)
     kinds = torch.full((2,), list(CHANGES).index(kind))
     result = trivial_augment(images, kinds, torch.tensor([0, 0]))
     assert torch.equal(result, images)
 
 
-def test_each_image_is_changed_in_its_own_way_and_the_given_ones_stay() -> None:
-    images = scenes(120)
+def test_images_are_transformed_independently_and_not_in_place() -> None:
+    images = smooth_images(120)
     draws = draw(120, Augmentation(), torch.Generator().manual_seed(1))
     before = images.clone()
     together = trivial_augment(images, draws.changes, draws.levels)
@@ -106,7 +106,7 @@ def test_each_image_is_changed_in_its_own_way_and_the_given_ones_stay() -> None:
     assert len(draws.changes.unique()) == len(CHANGES)
 
 
-def test_kinds_and_strengths_are_equally_likely() -> None:
+def test_operations_and_strengths_are_uniform() -> None:
     generator = torch.Generator().manual_seed(2)
     draws = draw(14 * 31 * 100, Augmentation(), generator)
     cells = torch.bincount(draws.changes * 31 + draws.levels.abs(), minlength=14 * 31).numpy()

@@ -17,7 +17,7 @@ class UnpackError(Exception):
 
 
 def unpack(archive: BinaryIO, root: Path, folder: str) -> Path:
-    """Unpack the gzipped tar in `archive` to `root/folder` in one atomic step.
+    """Unpack the gzipped tar in `archive` to `root/folder` atomically.
 
     Args:
         archive: open for reading, at any position.

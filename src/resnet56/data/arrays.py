@@ -12,7 +12,7 @@ import torch
 from resnet56.data.dataset import Split
 from resnet56.errors import DataError, one_line, shown
 
-# Names, without suffix, of an images file and of its labels file.
+# Name patterns of an images file and its labels file, without suffix.
 _PAIRS = (
     ("{}_data", "{}_labels"),
     ("{}_images", "{}_labels"),
@@ -31,7 +31,7 @@ def is_benchmark(path: Path) -> bool:
 
 
 def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
-    """Yield the name and the images of each test set in a folder of .npy files.
+    """Yield the name and the split of each test set in a folder of .npy files.
 
     CIFAR-10-C consists of `labels.npy` and one uint8 array (50,000, 32, 32, 3) per corruption, with
     its five severities in order. CIFAR-10.1 consists of `NAME_data.npy` and `NAME_labels.npy`.

@@ -101,7 +101,7 @@ ARCHIVES = {
 
 
 def find_layout(path: Path) -> tuple[_Layout, Path] | None:
-    """Find a layout in `path` or in its subfolder of the usual name. Return layout and folder."""
+    """Return the layout of `path` or of its usual subfolder, and the folder with that layout."""
     for layout in LAYOUTS:
         for folder in (path, path / layout.folder):
             if layout.matches(folder):

@@ -1,8 +1,8 @@
 """Common corruptions of 32x32 images, after Hendrycks & Dietterich 2019 (CIFAR-10-C).
 
 This module implements ten of the benchmark's nineteen corruptions: those that need only arithmetic
-and Pillow. Each severity is as strong as in CIFAR-10-C. Noise comes from a given seed, so results
-are reproducible. They are close to those on CIFAR-10-C, but the images are not identical.
+and Pillow. The severities match those of CIFAR-10-C. Results are reproducible for a given seed and
+close to those on CIFAR-10-C, although the images are not identical.
 """
 
 import io
@@ -143,8 +143,8 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
     """
     generator = torch.Generator().manual_seed(seed)
     out = CORRUPTIONS[name](images.float() / 255, severity, generator)
-    # Truncated rather than rounded, as in the benchmark's script. The offset keeps values that are
-    # whole bytes apart from rounding errors.
+    # Truncated rather than rounded, as in the benchmark's script. The offset prevents
+    # rounding errors from decreasing values that are exact integers.
     return (out.clamp(0, 1) * 255 + 1e-3).floor().to(torch.uint8)
 
 

@@ -62,7 +62,7 @@ class Dataset:
         return digest.hexdigest()
 
     def for_classes(self, classes: Sequence[str]) -> "Dataset":
-        """Return the data set with labels that index `classes`, those of another data set or model.
+        """Return the data set relabeled to `classes`, those of another data set or model.
 
         Classes are matched by name, see `match_classes`. Images of other classes are skipped with a
         remark. Without a predefined split, all images become test images.
@@ -73,8 +73,8 @@ class Dataset:
         matches, remarks = match_classes(self.classes, classes)
         if not matches:
             raise UsageError(
-                f"the model has no class of the data ({_some(self.classes)}), only "
-                f"{_some(classes)}; choose other data with --data"
+                "the data and the model have no class in common (data: "
+                f"{_some(self.classes)}; model: {_some(classes)}); choose other data with --data"
             )
         others = [name for name in self.classes if name not in matches]
         if others:
@@ -158,8 +158,8 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[st
 def hold_out(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
     """Split a data set into (rest, `count` images), stratified by class and in the original order.
 
-    Each part has at least one image of every class. A class of one image stays in the first part.
-    The result depends only on the arguments.
+    Each part has at least one image of every class, except that a class of one image stays in the
+    first part. The result depends only on the arguments.
 
     Raises:
         UsageError: `count` leaves too few images in one part, or `seed` is not in 0..2**32-1.
@@ -178,7 +178,7 @@ def hold_out(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
             "(each part needs an image of every class)"
         )
     for _ in range(count - int(selected.sum())):
-        deficit = count * sizes - total * selected  # in images, times total
+        deficit = count * sizes - total * selected  # number of images, multiplied by total
         selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
     # NumPy guarantees the stream of RandomState across versions, but not that of Generator.
     order = np.random.RandomState(seed).permutation(total)
@@ -222,5 +222,5 @@ def _mean_std(counts: list[int]) -> tuple[float, float]:
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))
-    scaled_variance = total * second - first * first  # exact; times total squared
+    scaled_variance = total * second - first * first  # exact variance, multiplied by total squared
     return first / (255 * total), math.sqrt(scaled_variance) / (255 * total) or 1.0

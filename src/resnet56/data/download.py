@@ -30,7 +30,7 @@ Progress = Callable[[int, int | None], None]
 _RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt per URL
 _REPORT_INTERVAL = 0.2  # seconds between calls of `progress` and between attempts to lock
 _BLOCK = 1 << 18  # bytes to read at once
-_MIN_RATE = (1_000, 60.0)  # bytes per seconds; a slower connection is closed
+_MIN_RATE = (1_000, 60.0)  # bytes, seconds; a slower connection is closed
 _HEADER_TIMEOUTS = 4  # time limit for the response headers, as a multiple of the timeout
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNREACHABLE_ERRNOS = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
@@ -108,7 +108,7 @@ def _expand_user(folder: str) -> Path:
         return Path(folder).expanduser()
     except RuntimeError:  # no HOME, and no entry in the password database
         raise DownloadError(
-            f"cannot expand {folder}: set HOME, or set RESNET56_DATA to a folder for data sets"
+            f"cannot expand {folder}; set HOME, or set RESNET56_DATA to a folder for data sets"
         ) from None
 
 
@@ -160,7 +160,7 @@ def fetch(
                 time.sleep(_REPORT_INTERVAL)
             if not final.is_dir():  # otherwise the other process has created it
                 _download_and_unpack(archive, urls, part, root, timeout, report)
-    except OSError as err:  # a file error, since network errors are handled before
+    except OSError as err:  # a file error; network errors are handled elsewhere
         reason = "the disk is full" if err.errno in _DISK_FULL_ERRNOS else _reason(err)
         path = err.filename or root
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
@@ -222,7 +222,7 @@ def _redact(url: str) -> str:
 
 
 def _request(url: str) -> Request:
-    """Create a request for the URL. Credentials become a header that only its host receives."""
+    """Create a request for the URL. Credentials are sent in a header, only to its host."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     request = Request(urlunsplit(parts._replace(netloc=host)), headers={"User-Agent": "resnet56"})

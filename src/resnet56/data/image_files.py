@@ -42,8 +42,8 @@ class ImageFiles:
 def find_images(folder: Path) -> ImageFiles:
     """Find all images in `folder` and its subfolders. Raises OSError if one cannot be read.
 
-    Images are recognized by their suffix, or without one by their first bytes. Each folder is
-    visited once, even if several links lead to it. Parents of `folder` are not visited.
+    Images are recognized by suffix, and files without a suffix by content. Each folder is visited
+    once, even if several links lead to it. Parents of `folder` are not visited.
     """
     found = ImageFiles()
     parents = {_identity(parent) for parent in folder.resolve().parents}

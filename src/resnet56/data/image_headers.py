@@ -1,9 +1,10 @@
 """Limits on image files, checked in the headers before decoding.
 
 Pillow iterates over segments, chunks, comments and directories in Python, and allocates buffers of
-the size in a header. A small file can contain millions of them, or request a buffer of gigabytes.
-The limits are far above what encoders write, so a file that exceeds one is damaged or malicious.
-Headers that cannot be parsed here are left to the decoder, whose errors are more specific.
+the size that a header specifies. A small file can contain millions of them, or request a buffer of
+gigabytes. The limits are far above what encoders write, so a file that exceeds one is damaged or
+malicious. Headers that cannot be parsed here are left to the decoder, whose errors are more
+specific.
 """
 
 import io
@@ -43,7 +44,7 @@ _TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), start=1)) 
 
 
 def find_excess(stream: BinaryIO) -> str | None:
-    """Describe how an image file exceeds a limit, as a predicate. Return None if it does not."""
+    """Return the limit that an image file exceeds, as words to follow its name, or None."""
     stream.seek(0)
     start = stream.read(8)
     try:

@@ -2,7 +2,7 @@
 
 A pickle is a program. This unpickler supports containers, numbers and strings. It replaces every
 class or function that a file names with a stand-in that stores its content and does nothing. Memory
-is proportional to the size of the file: no length, index, key or encoding can request more.
+use is proportional to the size of the file: no length, index, key or encoding can request more.
 """
 
 import io
@@ -265,12 +265,12 @@ def unpickle(
 
 
 def with_numpy(find: Callable[[str], type]) -> Callable[[str], type]:
-    """Return a `find` that adds the stand-ins for NumPy arrays to `find`."""
+    """Extend `find` with the stand-ins for NumPy arrays."""
     return lambda name: _NUMPY[name] if name in _NUMPY else find(name)
 
 
 def reject_all(name: str) -> type:
-    """Reject every class or function, as the strictest `find`."""
+    """Reject every class or function. This is the strictest `find`."""
     raise UnsafePickleError(f"tries to call {name[:80]!a}")
 
 
@@ -290,7 +290,7 @@ def read_pickle(file: Path) -> dict[str, object]:
         unpickled = unpickle(io.BytesIO(content), with_numpy(reject_all), encoding="bytes")
     except UnsafePickleError as error:
         raise DataError(
-            f"{file} {error}, which no data set needs; it was not executed, do not trust this file"
+            f"{file} {error}, which no data set needs (it was not executed); do not trust this file"
         ) from error
     except Exception as error:  # the unpickler can raise anything on damaged data
         raise DataError(

@@ -51,9 +51,9 @@ def load_digits() -> Dataset:
 def load_folder(path: Path, *, evaluation: bool = False, skip_broken: bool = False) -> Dataset:
     """Load the data set in `path`, or in its subfolder with the usual name of a CIFAR folder.
 
-    Supported are CIFAR-10 and CIFAR-100 (with fine labels) in their binary and Python forms, as
-    folders or as the published archives, which are unpacked into their own folder. Image folders
-    are also supported, see `folders.load_image_folder`. CIFAR is compared with the published data:
+    This function supports CIFAR-10 and CIFAR-100 (fine labels) in their binary and Python forms, as
+    folders or as the published archives, which are unpacked into their own folder. It also supports
+    image folders, see `folders.load_image_folder`. CIFAR is compared with the published data:
     a minor difference causes a remark, a major one an error.
 
     Args:
