@@ -134,8 +134,8 @@ ARROWS: dict[str, set[str]] = {
         "serve.meter", "serve.schema", "serve.uploads",
     },
     "serve.app": {
-        "__init__", "serve.batching", "serve.docs", "serve.middleware", "serve.limits", "serve.meter",
-        "serve.schema", "serve.service", "serve.uploads",
+        "__init__", "serve.batching", "serve.docs", "serve.limits", "serve.meter",
+        "serve.middleware", "serve.schema", "serve.service", "serve.uploads",
     },
     "serve.server": {"errors", "serve.app", "serve.batching", "serve.limits"},
     # cli

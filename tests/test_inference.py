@@ -1,4 +1,4 @@
-"""The inference form against the network it was made from."""
+"""InferenceForm compared with the model that it copies."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from resnet56.inference import InferenceForm
 from resnet56.model import ResNet, build
 
 
-def lived_in(arch: str) -> ResNet:
-    """A network whose batch norms are far from the identity, as after a training."""
+def model_with_statistics(arch: str) -> ResNet:
+    """Return a model whose batch norms differ from the identity, as after training."""
     model = build(arch)
     generator = torch.Generator().manual_seed(0)
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -25,8 +25,8 @@ IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("arch", ["resnet14", "resnet14-b", "resnet20-bottleneck", "plain14"])
-def test_folding_changes_nothing_but_rounding(arch: str) -> None:
-    model = lived_in(arch)
+def test_folded_model_is_equal_up_to_rounding(arch: str) -> None:
+    model = model_with_statistics(arch)
     form = InferenceForm(model)
     with torch.inference_mode():
         assert torch.allclose(form(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
@@ -34,16 +34,16 @@ def test_folding_changes_nothing_but_rounding(arch: str) -> None:
     assert not [m for m in form.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def test_the_network_itself_stays_as_it_was() -> None:
-    model = lived_in("resnet8").train()
+def test_original_model_is_not_modified() -> None:
+    model = model_with_statistics("resnet8").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     InferenceForm(model, "bf16")(IMAGES)
     assert model.training
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-def test_bf16_is_near_and_its_logits_are_float32() -> None:
-    model = lived_in("resnet14")
+def test_bf16_logits_are_close_and_float32() -> None:
+    model = model_with_statistics("resnet14")
     with torch.inference_mode():
         logits, exact = InferenceForm(model, "bf16")(IMAGES), model(IMAGES)
     assert logits.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""A trained network for other programs: an ONNX file, or a folder as model hubs expect it."""
+"""Export a trained model to ONNX or to a folder for model hubs."""
 
 import contextlib
 import io
@@ -29,13 +29,13 @@ from resnet56.runs.checkpoint import Checkpoint, Network
 from resnet56.runs.pretrained import metadata_of
 from resnet56.runs.schema import Metrics
 
-TOLERANCE = 1e-4  # of logits
-CHECKED = 256  # images on which an exported file must agree with PyTorch
+TOLERANCE = 1e-4  # of the logits
+CHECK_IMAGES = 256  # on which the exported file must match PyTorch
 CPU = torch.device("cpu")
 
 
-class _FromPixels(nn.Module):
-    """The network with its normalisation inside: whoever runs the file cannot get it wrong."""
+class _WithNormalization(nn.Module):
+    """A model that normalizes its input, so that users of the file do not have to."""
 
     def __init__(self, model: ResNet, network: Network) -> None:
         super().__init__()
@@ -49,29 +49,31 @@ class _FromPixels(nn.Module):
 
 
 def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
-    """The content of an ONNX file that gives the same answers as PyTorch.
+    """Export a checkpoint to ONNX, and return the content of the file.
 
-    Its input `images` is (N, 3, 32, 32) uint8 RGB, its outputs are `logits` (N, C) and `maps`
-    (N, C, 8, 8), for any N. The metadata hold arch, classes, mean and std, as JSON.
+    The input `images` is (N, 3, 32, 32) uint8 RGB. The outputs are `logits` (N, C) and `maps`
+    (N, C, 8, 8). The batch size N is dynamic. The metadata contain arch, classes, mean and std as
+    JSON.
 
     Args:
-        checkpoint: the network and its weights.
-        checked: whether to compare; left out where only the speed matters, not the answers.
+        checkpoint: the model to export.
+        checked: whether to compare the outputs with PyTorch. Speed measurements skip this.
 
     Raises:
         MissingExtraError: the extra `onnx` is not installed.
-        Error: the exported network differs from PyTorch's on `CHECKED` images.
+        Error: the outputs differ from PyTorch on the `CHECK_IMAGES` images.
     """
     try:
-        import_onnxruntime()  # what checks it
-        import onnxscript  # noqa: F401  # what PyTorch writes it with
+        import_onnxruntime()  # for the check
+        import onnxscript  # noqa: F401  # torch.onnx.export requires it
     except ImportError:
-        raise MissingExtraError("what writes ONNX", "onnx") from None
-    pixels = _FromPixels(_convolved(restore(checkpoint, CPU)), checkpoint.network)
+        raise MissingExtraError("the ONNX exporter", "onnx") from None
+    model = _replace_padding(restore(checkpoint, CPU))
+    wrapped = _WithNormalization(model, checkpoint.network)
     example = (torch.zeros(2, 3, 32, 32, dtype=torch.uint8),)
-    with _quiet():
+    with _silence_exporter():
         program = torch.onnx.export(
-            pixels.eval(),
+            wrapped.eval(),
             example,
             dynamo=True,
             input_names=["images"],
@@ -79,7 +81,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
             dynamic_shapes=({0: torch.export.Dim("N")},),
             verbose=False,
         )
-    assert program is not None  # it is None only when it writes the file itself
+    assert program is not None  # None only if torch.onnx.export writes the file itself
     proto = program.model_proto
     for key, value in metadata_of(checkpoint.network).items():
         proto.metadata_props.add(key=key, value=value)
@@ -89,11 +91,11 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
     return content
 
 
-def _convolved(model: ResNet) -> ResNet:
-    """The network with its padded shortcuts as 1x1 convolutions of zeros and ones: exactly equal.
+def _replace_padding(model: ResNet) -> ResNet:
+    """Replace padded shortcuts by equivalent 1x1 convolutions with weights of zero and one.
 
-    Programs keep channels in blocks between convolutions; a slice and a pad break those up, and
-    with them the fusing of each later block's sum. ONNX Runtime takes 7 to 9 % longer over them.
+    Inference engines use a blocked channel layout between convolutions. A slice and a pad break
+    this layout and prevent the fusion of later additions, which makes ONNX Runtime 7 to 9 % slower.
     """
     for block in model.modules():
         if isinstance(block, BasicBlock) and isinstance(pad := block.shortcut, PadShortcut):
@@ -106,8 +108,8 @@ def _convolved(model: ResNet) -> ResNet:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PyTorch's remarks to its own developers, which come by three ways."""
+def _silence_exporter() -> Iterator[None]:
+    """Suppress the exporter's messages, which use warnings, logging and stdout."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -118,94 +120,100 @@ def _quiet() -> Iterator[None]:
 
 
 def check(content: bytes, checkpoint: Checkpoint) -> None:
-    """Error unless the ONNX file and PyTorch agree: same classes, logits within `TOLERANCE`."""
+    """Check that an ONNX file matches PyTorch.
+
+    Raises:
+        Error: a predicted class differs, or logits by more than `TOLERANCE`.
+    """
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randint(0, 256, (CHECKED // 2, 3, 8, 8), generator=generator)
-    fine = torch.randint(0, 256, (CHECKED // 2, 3, 32, 32), generator=generator)
+    coarse = torch.randint(0, 256, (CHECK_IMAGES // 2, 3, 8, 8), generator=generator)
+    fine = torch.randint(0, 256, (CHECK_IMAGES // 2, 3, 32, 32), generator=generator)
     patches = coarse.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     images = torch.cat((patches, fine)).to(torch.uint8).numpy()
-    ours = TorchBackend(restore(checkpoint, CPU), checkpoint.network, CPU).run(images)
-    theirs = OnnxBackend(content, "the exported file").run(images)
-    worst = float(np.abs(ours[0] - theirs[0]).max())
-    changed = int((ours[0].argmax(axis=1) != theirs[0].argmax(axis=1)).sum())
-    apart = float(np.abs(ours[1] - theirs[1]).max())
-    if not (changed == 0 and worst <= TOLERANCE and apart <= 10 * TOLERANCE):
+    backend = TorchBackend(restore(checkpoint, CPU), checkpoint.network, CPU)
+    logits, maps = backend.run(images)
+    onnx_logits, onnx_maps = OnnxBackend(content, "the exported file").run(images)
+    logit_error = float(np.abs(logits - onnx_logits).max())
+    changed = int((logits.argmax(axis=1) != onnx_logits.argmax(axis=1)).sum())
+    map_error = float(np.abs(maps - onnx_maps).max())
+    if not (changed == 0 and logit_error <= TOLERANCE and map_error <= 10 * TOLERANCE):
         raise Error(
-            f"the exported network is not the same: {changed} of {len(images)} images change "
-            f"their class, logits differ by up to {worst:.2g}, maps by {apart:.2g}; nothing is "
-            "written"
+            f"the exported model does not match PyTorch: the class of {changed} of {len(images)} "
+            f"images changes, logits differ by up to {logit_error:.2g}, maps by {map_error:.2g}; "
+            "no file is written"
         )
 
 
-class Exported:
-    """A network as `to_onnx` writes it, to be measured beside PyTorch's."""
+class OnnxModel:
+    """A model in ONNX Runtime, for evaluation."""
 
     def __init__(self, backend: OnnxBackend) -> None:
         self.backend = backend
         self.network = backend.network
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, threads: int | None = None) -> "Exported":
-        """The checkpoint's network, exported."""
+    def from_checkpoint(cls, checkpoint: Checkpoint, threads: int | None = None) -> "OnnxModel":
+        """Export a checkpoint."""
         return cls(OnnxBackend(to_onnx(checkpoint), "the exported file", threads))
 
     def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = lambda count: None) -> Tensor:
-        """(N, 3, 32, 32) uint8 -> (N, C) float32."""
-        parts = []
+        """(N, 3, 32, 32) uint8 images -> (N, C) float32 logits."""
+        logits = []
         for chunk in images.cpu().split(batch):
-            parts.append(torch.from_numpy(self.backend.run(chunk.numpy())[0]))
+            logits.append(torch.from_numpy(self.backend.run(chunk.numpy())[0]))
             tick(len(chunk))
-        return torch.cat(parts)
+        return torch.cat(logits)
 
     def figures(self, split: Split, tick: Tick = lambda count: None) -> Metrics:
-        """Metrics on `split`, as an entry of evaluation.json."""
+        """Return the metrics on a split, in the format of evaluation.json."""
         return figures_of(self.logits(split.images, tick=tick), split, self.network.classes)
 
 
 def write_onnx(checkpoint: Checkpoint, path: Path) -> None:
-    """Write `to_onnx`'s file, whole or not at all."""
+    """Write the result of `to_onnx` atomically."""
     write_bytes(path, to_onnx(checkpoint))
 
 
 def write_hub_folder(
     checkpoint: Checkpoint, folder: Path, evaluation: Mapping[str, Any] | None = None
 ) -> None:
-    """Write config.json, model.safetensors and README.md with front matter, all or nothing.
+    """Write config.json, model.safetensors and a model card atomically.
 
     Args:
-        checkpoint: the network.
-        folder: to make; it must not be there, or be empty.
-        evaluation: the content of evaluation.json, where the network has one.
+        checkpoint: the model to export.
+        folder: the folder to create. It must not exist, or must be empty.
+        evaluation: the content of evaluation.json, if available.
 
     Raises:
-        RunError: the folder is in the way, or cannot be written, or the weights do not fit.
-        NotFiniteError: the network gives outputs that are not finite.
+        RunError: the folder already exists and is not empty, or the weights do not fit the
+            architecture.
+        NotFiniteError: the outputs of the model are not finite.
     """
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise RunError(f"{folder} is in the way; choose another --out")
-    restore(checkpoint, CPU)  # refuses what gives no answers
-    model = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
-    # The hub's libraries read no file whose "format" is not the framework that its tensors are of.
+        raise RunError(f"{folder} already exists; choose another --out")
+    restore(checkpoint, CPU)  # rejects unusable weights
+    state_dict = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
+    # Hub libraries require the framework of the tensors in "format".
     metadata = metadata_of(checkpoint.network) | {"format": "pt"}
-    weights = safetensors.torch.save(model, metadata=metadata)
+    weights = safetensors.torch.save(state_dict, metadata=metadata)
     card = hub_card(checkpoint.network, folder.name, evaluation)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_bytes(made / "model.safetensors", weights)
+        write_bytes(temporary / "model.safetensors", weights)
         config = json.dumps(hub_config(checkpoint.network), indent=2)
-        write_bytes(made / "config.json", f"{config}\n".encode())
-        write_bytes(made / "README.md", card.encode())
-        made.chmod(0o755)  # mkdtemp's is the owner's alone
+        write_bytes(temporary / "config.json", f"{config}\n".encode())
+        write_bytes(temporary / "README.md", card.encode())
+        temporary.chmod(0o755)  # mkdtemp creates folders for the owner only
         if folder.exists():
             folder.rmdir()
-        made.replace(folder)
+        temporary.replace(folder)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def hub_config(network: Network) -> dict[str, Any]:
-    """The network's facts under the names that hubs and their libraries look for."""
+    """Return the content of config.json, with the keys that hub libraries expect."""
     return {
         "architecture": network.arch,
         "num_classes": len(network.classes),
@@ -218,22 +226,23 @@ def hub_config(network: Network) -> dict[str, Any]:
 
 
 def hub_card(network: Network, name: str, evaluation: Mapping[str, Any] | None) -> str:
-    """A model card: front matter, what it is, how good, how to use it."""
+    """Return a model card: front matter, description, accuracy and usage."""
     test = (evaluation or {}).get("test")
-    front: dict[str, Any] = {
+    front_matter: dict[str, Any] = {
         "library_name": "resnet56",
         "pipeline_tag": "image-classification",
         "tags": ["resnet", network.arch, "pytorch", "32x32"],
         "metrics": ["accuracy"],
     }
-    measured = "It comes without a measurement."
+    accuracy = "It has not been evaluated."
     if evaluation and test:
         low, high = (100 * bound for bound in test["accuracy_interval"])
-        measured = (
-            f"Test accuracy {100 * test['accuracy']:.2f} % (95 % interval {low:.2f} to {high:.2f}) "
-            f"on {test['n']:,} images: {evaluation['data']}."
+        accuracy = (
+            f"Test accuracy: {100 * test['accuracy']:.2f} % "
+            f"(95 % interval {low:.2f} to {high:.2f}) "
+            f"on {test['n']:,} images ({evaluation['data']})."
         )
-        front["model-index"] = [
+        front_matter["model-index"] = [
             {
                 "name": name,
                 "results": [
@@ -245,9 +254,11 @@ def hub_card(network: Network, name: str, evaluation: Mapping[str, Any] | None) 
                 ],
             }
         ]
-    lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())  # JSON is YAML
+    lines = "\n".join(
+        f"{key}: {json.dumps(value)}" for key, value in front_matter.items()
+    )  # JSON is YAML
     return _CARD.format(
-        front=lines,
+        front_matter=lines,
         name=name,
         arch=network.arch,
         family="plain" if Architecture.parse(network.arch).shortcut == "none" else "residual",
@@ -255,24 +266,24 @@ def hub_card(network: Network, name: str, evaluation: Mapping[str, Any] | None) 
         count=len(network.classes),
         mean=list(network.mean),
         std=list(network.std),
-        measured=measured,
+        accuracy=accuracy,
     )
 
 
 _CARD = """\
 ---
-{front}
+{front_matter}
 ---
 
 # {name}
 
-`{arch}`, a {family} network for 32x32 images (He et al. 2015, section 4.2). Its classes are
+`{arch}` is a {family} network for 32x32 images (He et al. 2015, section 4.2). Its classes are
 {classes}.
 
-{measured}
+{accuracy}
 
-Images are cropped to the central square, resized to 32x32 with antialiasing, scaled to [0, 1]
-and normalised with the mean {mean} and the standard deviation {std}.
+Preprocessing: crop the center square, resize to 32x32 with antialiasing, scale to [0, 1], and
+normalize with mean {mean} and standard deviation {std}.
 
 ```python
 from resnet56 import build
@@ -283,5 +294,5 @@ model.load_state_dict(load_file("model.safetensors"))
 model.eval()
 ```
 
-Pictures of anything else get one of the classes, too: the network knows no other.
+The model always predicts one of its classes, even for an unrelated image.
 """

@@ -1,6 +1,6 @@
-"""The one way from pictures to answers: a run, a shipped network or an ONNX file.
+"""Predict the classes of images with a run, a pretrained model or an ONNX file.
 
-An ONNX file runs through ONNX Runtime; PyTorch is not imported for it.
+An ONNX file runs in ONNX Runtime, without importing PyTorch.
 """
 
 import os
@@ -29,29 +29,32 @@ if TYPE_CHECKING:
 
     from resnet56.model import ResNet
 
-BATCH = 64  # pictures at a time: bounds memory, and keeps answers coming
+BATCH = 64  # images per batch; limits memory, and the delay of the first result
 
-# A path, the bytes of an image file, an open one, a Pillow image, an array (H, W), (H, W, 3 or 4)
-# or a tensor (1, 3 or 4, H, W); arrays and tensors are bytes, or floats from 0 to 1.
-Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any] | torch.Tensor"
+# A path, the bytes of an image file, an open image file, a Pillow image, an array of shape (H, W),
+# (H, W, 3) or (H, W, 4), or a tensor of shape (1, H, W), (3, H, W) or (4, H, W). Arrays and tensors
+# are uint8, or floating point from 0 to 1.
+ImageLike: TypeAlias = (
+    "str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any] | torch.Tensor"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a network sees in a picture."""
+    """The prediction for one image."""
 
     label: str
     """The most probable class."""
     probability: float
-    """Its probability, the softmax of the logits."""
+    """Softmax probability of `label`."""
     probabilities: Mapping[str, float]
-    """Of the classes, the most probable first."""
+    """Probability of each class, in descending order."""
     map: Floats | None = None
-    """(8, 8): what each place of the central square says for `label`; where it was asked for."""
+    """(8, 8) class activation map of `label` over the center square, if requested."""
 
 
 class Backend(Protocol):
-    """Runs a network on prepared images."""
+    """Runs a model on preprocessed images."""
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
@@ -59,7 +62,7 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """PyTorch, on any device."""
+    """Runs a model in PyTorch, on any device."""
 
     def __init__(self, model: "ResNet", network: Network, device: "torch.device") -> None:
         import torch
@@ -85,11 +88,16 @@ class TorchBackend:
 
 
 class OnnxBackend:
-    """ONNX Runtime, on the CPU, for a file that `resnet56 export` wrote."""
+    """Runs a file from `resnet56 export` in ONNX Runtime, on the CPU."""
 
     @classmethod
-    def of(cls, path: Path, threads: int | None = None) -> "OnnxBackend":
-        """The network in a file. Raises RunError, or MissingExtraError without ONNX Runtime."""
+    def from_file(cls, path: Path, threads: int | None = None) -> "OnnxBackend":
+        """Load a file.
+
+        Raises:
+            RunError: the file cannot be read or is not an export of this package.
+            MissingExtraError: ONNX Runtime is not installed.
+        """
         try:
             return cls(path.read_bytes(), str(path), threads)
         except OSError as error:
@@ -104,38 +112,38 @@ class OnnxBackend:
             raise MissingExtraError("ONNX Runtime", "onnx") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: one per core
-        options.log_severity_level = 3  # errors; it remarks on graphs that need no remark
+        options.log_severity_level = 3  # errors only; it warns about valid graphs
         try:
             self.session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # ONNX Runtime's own, which have no common base
-            raise RunError(f"{name} is no whole ONNX file: {one_line(error)}") from None
-        again = "write it with resnet56 export"
+        except Exception as error:  # ONNX Runtime raises several unrelated types
+            raise RunError(f"{name} is not a valid ONNX file: {one_line(error)}") from None
+        hint = "create it with resnet56 export"
         try:
             self.network = network_from(self.session.get_modelmeta().custom_metadata_map)
         except ValueError as error:
             raise RunError(
-                f"{name} does not say what its network is: {one_line(error)}; {again}"
+                f"{name} has no valid model metadata: {one_line(error)}; {hint}"
             ) from None
         for count in (1, 2):
-            if fault := self._fault(count):
-                raise RunError(f"{name} {fault}; {again}")
+            if problem := self._check(count):
+                raise RunError(f"{name} {problem}; {hint}")
 
-    def _fault(self, count: int) -> str | None:
-        """What keeps the file from answering so many images, if anything does."""
+    def _check(self, count: int) -> str | None:
+        """Run a random batch of `count` images, and return what is wrong with the outputs."""
         classes = len(self.network.classes)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         try:
-            answers = self.run(images)
-            shapes = tuple(np.shape(part) for part in answers)
-            finite = all(np.isfinite(part).all() for part in answers)
-        except Exception:  # as above
-            return f"does not answer {count} images, bytes (N, 3, 32, 32)"
+            outputs = self.run(images)
+            shapes = tuple(np.shape(output) for output in outputs)
+            finite = all(np.isfinite(output).all() for output in outputs)
+        except Exception:  # ONNX Runtime raises several unrelated types
+            return f"fails on a uint8 batch of shape {images.shape}"
         if shapes != ((count, classes), (count, classes, 8, 8)):
-            return f"does not give logits and maps of its {classes} classes"
-        return None if finite else "gives outputs that are not finite"
+            return f"does not return logits and maps for its {classes} classes"
+        return None if finite else "returns outputs that are not finite"
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
@@ -144,10 +152,7 @@ class OnnxBackend:
 
 
 class Predictor:
-    """A network ready to be used: pictures in, classes and evidence out.
-
-    Safe to use from several threads.
-    """
+    """A model that is ready for inference. It is thread-safe."""
 
     def __init__(self, name: str, network: Network, backend: Backend) -> None:
         self.name = name
@@ -156,66 +161,78 @@ class Predictor:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the logits."""
+        """Names of the classes, in the order of the logits."""
         return self.network.classes
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Of the training images' channels, in units of [0, 1]."""
+        """Channel means of the training images, scaled to [0, 1]."""
         return self.network.mean
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Their standard deviations."""
+        """Channel standard deviations of the training images, scaled to [0, 1]."""
         return self.network.std
 
     @property
     def model(self) -> "ResNet":
-        """The PyTorch module, in evaluation mode; UsageError where an ONNX file runs.
+        """The PyTorch module, in evaluation mode.
 
-        Predictions come from a copy in inference form: what is changed here does not reach them.
+        Predictions use an optimized copy, so changes to this module do not affect them.
+
+        Raises:
+            UsageError: the model is an ONNX file.
         """
         if not isinstance(self.backend, TorchBackend):
-            raise UsageError(f"{self.name} runs in ONNX Runtime: it has no PyTorch module")
+            raise UsageError(f"{self.name} runs in ONNX Runtime and has no PyTorch module")
         return self.backend.model
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
-        """Prepared images to logits and class activation maps (Zhou et al. 2016).
+        """Compute logits and class activation maps (Zhou et al. 2016) of preprocessed images.
 
         Args:
-            images: (N, 3, 32, 32) uint8, as `images.prepare` makes them.
+            images: (N, 3, 32, 32) uint8, as returned by `images.prepare`.
 
         Returns:
-            (N, C) logits and (N, C, 8, 8) maps, float32; a map's mean and the class's bias make
-            its logit.
+            (N, C) logits and (N, C, 8, 8) maps, float32. The mean of a map plus the bias of its
+            class is the logit.
+
+        Raises:
+            UsageError: the images have another type or shape.
+            RunError: the logits are not finite.
         """
         if images.dtype != np.uint8 or images.shape[1:] != (3, 32, 32):
             raise UsageError(
-                f"expected bytes of the shape (N, 3, 32, 32), not {images.dtype} {images.shape}"
+                f"expected uint8 of shape (N, 3, 32, 32), not {images.dtype} {images.shape}"
             )
         logits, maps = self.backend.run(np.ascontiguousarray(images))
         if not np.isfinite(logits).all():
             raise RunError(
-                f"{self.name} gives outputs that are not finite: its weights are of no use"
+                f"{self.name} returns outputs that are not finite; its weights are unusable"
             )
         return logits, maps
 
     def predict(
-        self, images: "Picture | Iterable[Picture]", *, top: int | None = None, maps: bool = False
+        self,
+        images: "ImageLike | Iterable[ImageLike]",
+        *,
+        top: int | None = None,
+        maps: bool = False,
     ) -> list[Prediction]:
-        """What is in each picture.
+        """Predict the classes of each image.
 
         Args:
-            images: pictures, or one: paths, bytes of image files, Pillow images, arrays or
-                tensors, of any size; a batch of arrays or tensors is taken as its images.
-            top: classes to name; all by default.
-            maps: whether to give class activation maps.
+            images: one or more images of any size: paths, bytes of image files, Pillow images,
+                arrays or tensors. A 4-dimensional array or tensor is a batch.
+            top: number of classes to return; by default all.
+            maps: whether to return class activation maps.
 
         Returns:
-            A prediction for each picture, in their order.
+            One prediction per image, in the same order.
 
         Raises:
-            ImageError: a picture cannot be read.
+            ImageError: an image cannot be read.
+            UsageError: `top` is less than 1.
         """
         predictions = []
         for prediction in self.stream(images, top=top, maps=maps):
@@ -225,149 +242,156 @@ class Predictor:
         return predictions
 
     def stream(
-        self, images: "Picture | Iterable[Picture]", *, top: int | None = None, maps: bool = False
+        self,
+        images: "ImageLike | Iterable[ImageLike]",
+        *,
+        top: int | None = None,
+        maps: bool = False,
     ) -> Iterator[Prediction | ImageError]:
-        """Like `predict`, one after the other; a picture that cannot be read yields its error.
+        """Yield the predictions one by one, and an error in place of an unreadable image.
 
-        Holds one batch at a time, so there may be any number of pictures.
+        Takes the arguments of `predict`. Only one batch is in memory at a time, so `images` may be
+        of any length.
         """
         if top is not None and top < 1:
             raise UsageError(f"top must be at least 1, not {top}")
-        pictures = iter(_each(images))
-        # Decoding large photographs takes longer than the network; Pillow lets threads do it.
+        iterator = iter(_as_iterable(images))
+        # Decoding large photos takes longer than inference. Pillow releases the GIL meanwhile.
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            while batch := list(islice(pictures, BATCH)):
-                yield from self._answer(list(pool.map(_prepared, batch)), top, maps)
+            while batch := list(islice(iterator, BATCH)):
+                yield from self._predict_batch(list(pool.map(_preprocess, batch)), top, maps)
 
-    def _answer(
-        self, prepared: list[Bytes | ImageError], top: int | None, maps: bool
+    def _predict_batch(
+        self, batch: list[Bytes | ImageError], top: int | None, maps: bool
     ) -> Iterator[Prediction | ImageError]:
-        """Answers for one batch, errors in their places."""
-        whole = [image for image in prepared if not isinstance(image, ImageError)]
-        answers = iter(self.explain(np.stack(whole), top=top, maps=maps) if whole else [])
-        for image in prepared:
-            yield image if isinstance(image, ImageError) else next(answers)
+        """Yield the predictions of one batch, with the errors at their positions."""
+        valid = [image for image in batch if not isinstance(image, ImageError)]
+        predictions = iter(self._predict_valid(np.stack(valid), top, maps) if valid else [])
+        for image in batch:
+            yield image if isinstance(image, ImageError) else next(predictions)
 
-    def explain(
-        self, images: Bytes, *, top: int | None = None, maps: bool = False
-    ) -> list[Prediction]:
-        """`run`, in words: a prediction for each of the prepared images."""
-        logits, evidence = self.run(images)
+    def _predict_valid(self, images: Bytes, top: int | None, maps: bool) -> list[Prediction]:
+        """Return one prediction per preprocessed image."""
+        logits, class_maps = self.run(images)
         predictions = []
-        for shares, places in zip(softmax(logits), evidence, strict=True):
-            order = likeliest(shares, top)
-            named = {self.classes[index]: float(shares[index]) for index in order}
+        for probabilities, image_maps in zip(softmax(logits), class_maps, strict=True):
+            order = top_classes(probabilities, top)
             best = order[0]
             predictions.append(
                 Prediction(
                     label=self.classes[best],
-                    probability=float(shares[best]),
-                    probabilities=named,
-                    map=places[best] if maps else None,
+                    probability=float(probabilities[best]),
+                    probabilities={self.classes[i]: float(probabilities[i]) for i in order},
+                    map=image_maps[best] if maps else None,
                 )
             )
         return predictions
 
 
 def load(
-    what: str | Path = "resnet56", device: str = "auto", *, threads: int | None = None
+    source: str | Path = "resnet56", device: str = "auto", *, threads: int | None = None
 ) -> Predictor:
-    """A network ready to be used.
+    """Load a model for inference.
 
     Args:
-        what: a run's directory, a shipped network's name, or what `resnet56 export` wrote: an
-            ONNX file (PyTorch is then not imported), or a hub's folder or its weights.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps"; an ONNX file runs on the CPU.
-        threads: CPU threads, of PyTorch as a whole or of the ONNX file's session; by default one
-            per core.
+        source: a run directory, the name of a pretrained model, or the output of
+            `resnet56 export`: an ONNX file (loaded without importing PyTorch), a model hub folder,
+            or the weights file in such a folder.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
+        threads: CPU threads, of PyTorch as a whole or of the ONNX session; by default one per core.
 
     Raises:
-        RunError: it is not there, or damaged.
-        UsageError: no such device, or so many threads.
-        MissingExtraError: an ONNX file without ONNX Runtime.
+        RunError: the model does not exist or is damaged.
+        UsageError: the device or the number of threads is not available.
+        MissingExtraError: the model is an ONNX file and ONNX Runtime is not installed.
     """
-    path = Path(what)
+    path = Path(source)
     if is_onnx(path):
         if device not in ("auto", "cpu"):
-            raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}")
-        onnx = OnnxBackend.of(path, threads)
+            raise UsageError(f"an ONNX file runs on the CPU only, not on {device!r}")
+        onnx = OnnxBackend.from_file(path, threads)
         return Predictor(path.stem, onnx.network, onnx)
-    checkpoint = open_network(what).checkpoint
+    checkpoint = open_network(source).checkpoint
 
     from resnet56.inference import restore
     from resnet56.runtime import resolve_device
 
     if threads is not None:
         set_threads(threads)
-    where = resolve_device(device)
+    torch_device = resolve_device(device)
     network = checkpoint.network
-    backend = TorchBackend(restore(checkpoint, where), network, where)
+    backend = TorchBackend(restore(checkpoint, torch_device), network, torch_device)
     return Predictor(path.resolve().name, network, backend)
 
 
-def likeliest(
+def top_classes(
     probabilities: npt.NDArray[np.float64], top: int | None = None
 ) -> npt.NDArray[np.intp]:
-    """(C,) -> the indices of the `top` likeliest classes, likeliest first; equal ones in order."""
+    """(C,) -> indices of the `top` most probable classes, in descending order; ties by index."""
     order: npt.NDArray[np.intp] = np.argsort(-probabilities, kind="stable")[:top]
     return order
 
 
-def _each(images: Any) -> Iterable[Picture]:
-    """One picture as a list of itself; a batch of arrays or tensors as its images."""
-    alone = isinstance(images, str | Path | bytes | Image.Image) or hasattr(images, "read")
-    if alone or getattr(images, "ndim", 4) < 4:
+def _as_iterable(images: Any) -> Iterable[ImageLike]:
+    """Wrap a single image in a list. A batch of arrays or tensors already is an iterable."""
+    single = isinstance(images, str | Path | bytes | Image.Image) or hasattr(images, "read")
+    if single or getattr(images, "ndim", 4) < 4:
         return [images]
-    every: Iterable[Picture] = images
-    return every
+    iterable: Iterable[ImageLike] = images
+    return iterable
 
 
-def _prepared(picture: Picture) -> Bytes | ImageError:
-    """A picture as the network takes it, or what is wrong with it, whatever that is."""
-    name = shown(str(picture)) if isinstance(picture, str | Path) else "the image"
+def _preprocess(image: ImageLike) -> Bytes | ImageError:
+    """Convert any image to (3, 32, 32), or return why it cannot be read."""
+    name = shown(str(image)) if isinstance(image, str | Path) else "the image"
     try:
         with image_errors(name):
-            return fit(to_image(picture))
+            return fit(to_pil(image))
     except ImageError as error:
         return error
     except MemoryError:
-        return ImageError(f"cannot read {name}: there is not enough memory for it")
+        return ImageError(f"cannot read {name}: not enough memory")
 
 
-def to_image(picture: Picture) -> Image.Image:
-    """Whatever holds a picture, upright and RGB. Raises ImageError, or what Pillow raises."""
-    if isinstance(picture, Image.Image):
-        if 0 in picture.size:
+def to_pil(image: ImageLike) -> Image.Image:
+    """Convert any image to an upright RGB Pillow image.
+
+    Raises:
+        ImageError: the image is empty or of an unsupported type, or the file cannot be read.
+        Exception: whatever Pillow raises for other faults.
+    """
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
             raise ImageError("the image has no pixels")
-        return upright(picture)
-    if isinstance(picture, str | Path):
-        return read_image(Path(picture))
-    if isinstance(picture, bytes) or hasattr(picture, "read"):
-        return read_image(picture)  # type: ignore[arg-type]
-    if isinstance(picture, np.ndarray):
-        return upright(_image_from(picture))
-    if hasattr(picture, "detach"):  # a tensor, told without importing PyTorch
-        tensor = picture.detach().cpu()
+        return upright(image)
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, bytes) or hasattr(image, "read"):
+        return read_image(image)  # type: ignore[arg-type]
+    if isinstance(image, np.ndarray):
+        return upright(_array_to_pil(image))
+    if hasattr(image, "detach"):  # a tensor; this check does not import PyTorch
+        tensor = image.detach().cpu()
         pixels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        return upright(_image_from(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels))
-    raise ImageError(f"cannot read a picture from {type(picture).__name__}")
+        return upright(_array_to_pil(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels))
+    raise ImageError(f"cannot read an image from type {type(image).__name__}")
 
 
-def _image_from(pixels: npt.NDArray[Any]) -> Image.Image:
-    """(H, W) or (H, W, 1, 3 or 4), bytes or floats from 0 to 1."""
+def _array_to_pil(pixels: npt.NDArray[Any]) -> Image.Image:
+    """(H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or floating point from 0 to 1."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if 0 in pixels.shape or not (
         pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
     ):
         raise ImageError(
-            f"an array of the shape {pixels.shape} is no picture: expected (H, W) or (H, W, 3), "
-            "and for tensors (3, H, W)"
+            f"an array of shape {pixels.shape} is not an image: expected (H, W) or (H, W, 3), "
+            "or (3, H, W) for a tensor"
         )
     if pixels.dtype.kind == "f":
-        if not (pixels.min() >= 0 and pixels.max() <= 1):  # nor NaN
-            raise ImageError("a picture of floats has values from 0 to 1; these lie outside")
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true for NaN
+            raise ImageError("floating-point pixels must be from 0 to 1")
         pixels = np.rint(pixels * 255).astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise ImageError(f"a picture is of bytes or of floats from 0 to 1, not {pixels.dtype}")
+        raise ImageError(f"pixels must be uint8 or floating point, not {pixels.dtype}")
     return Image.fromarray(np.ascontiguousarray(pixels))

@@ -147,7 +147,7 @@ def test_help_on_a_terminal_without_unicode(monkeypatch: pytest.MonkeyPatch) -> 
         (["evaluate"], "missing RUN|NAME"),
         (["export"], "missing RUN|NAME"),
         (["import"], "--out RUN (run directory to make)"),
-        (["predict"], "which pictures?"),
+        (["predict"], "no images given"),
         (["report"], "which run?"),
         (["describe", "--classes"], "--classes: a value is missing"),
         (["train", "quick", "--data-dir"], "--data: a value is missing"),

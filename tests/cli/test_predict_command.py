@@ -1,4 +1,4 @@
-"""`resnet56 predict`, as a shell sees it."""
+"""The command `resnet56 predict`."""
 
 import csv
 import dataclasses
@@ -32,41 +32,41 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures of several sizes, one of them deeper, a broken one, and a text."""
+    """Create a folder with three images of different sizes, a truncated image and a text file."""
     folder = tmp_path_factory.mktemp("album")
-    chance = np.random.default_rng(0)
-    (folder / "deep").mkdir()
-    for name, size in (("a.png", (40, 60)), ("c.jpg", (50, 50)), ("deep/a.png", (33, 90))):
-        pixels = chance.integers(0, 256, (*size, 3), np.uint8)
+    generator = np.random.default_rng(0)
+    (folder / "nested").mkdir()
+    for name, size in (("a.png", (40, 60)), ("c.jpg", (50, 50)), ("nested/a.png", (33, 90))):
+        pixels = generator.integers(0, 256, (*size, 3), np.uint8)
         Image.fromarray(pixels).save(folder / name)
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:900])
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
-def test_a_broken_picture_is_reported_and_the_rest_go_on(
+def test_unreadable_image_is_reported_and_the_others_are_classified(
     run: Path, album: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["predict", "--run", str(run), str(album), "--json"]) == 1
-    shown = capsys.readouterr()
-    answers = [json.loads(line) for line in shown.out.splitlines()]
-    names = [str(album / name) for name in ("a.png", "c.jpg", "deep/a.png")]
-    assert [answer["image"] for answer in answers] == names
-    for answer, prediction in zip(answers, resnet56.load(run).predict(names), strict=True):
-        assert answer["label"] == prediction.label
-        assert answer["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-6)
-    first, second = shown.err.splitlines()
+    output = capsys.readouterr()
+    rows = [json.loads(line) for line in output.out.splitlines()]
+    names = [str(album / name) for name in ("a.png", "c.jpg", "nested/a.png")]
+    assert [row["image"] for row in rows] == names
+    for row, prediction in zip(rows, resnet56.load(run).predict(names), strict=True):
+        assert row["label"] == prediction.label
+        assert row["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-6)
+    first, second = output.err.splitlines()
     assert first.startswith(f"resnet56: cannot read {album / 'b.png'}: ")
-    assert second == "resnet56: 1 could not be read"
+    assert second == "resnet56: 1 input could not be read"
 
 
-def test_text_and_csv_name_the_top_classes(
+def test_text_and_csv_print_the_top_classes(
     run: Path, album: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = [str(album / "a.png"), str(album / "c.jpg")]
-    assert cli.main(["predict", "--run", str(run), *pictures, "--top", "2"]) == 0
+    images = [str(album / "a.png"), str(album / "c.jpg")]
+    assert cli.main(["predict", "--run", str(run), *images, "--top", "2"]) == 0
     text = capsys.readouterr().out.splitlines()
-    assert cli.main(["predict", "--run", str(run), *pictures, "--top", "2", "--csv"]) == 0
+    assert cli.main(["predict", "--run", str(run), *images, "--top", "2", "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert list(rows[0]) == ["image", "label_1", "probability_1", "label_2", "probability_2"]
     for line, row in zip(text, rows, strict=True):
@@ -78,12 +78,12 @@ def test_text_and_csv_name_the_top_classes(
         assert {row["label_1"], row["label_2"]} <= set(CLASSES)
 
 
-def test_maps_are_written_at_the_pictures_size_and_none_over_another(
+def test_maps_have_the_image_size_and_unique_names(
     run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {file: file.read_bytes() for file in album.rglob("*.png")}
-    command = ["predict", "--run", str(run), str(album / "a.png"), str(album / "deep/a.png")]
-    for _ in range(2):  # the second time around, the first one's maps are no pictures
+    command = ["predict", "--run", str(run), str(album / "a.png"), str(album / "nested/a.png")]
+    for _ in range(2):  # the second call ignores the maps of the first
         assert cli.main([*command, str(album), "--cam", str(album)]) == 1
     maps = {file.relative_to(album).as_posix() for file in album.rglob("*.cam.png")}
     sizes = {name: read_image(album / name).size for name in maps}
@@ -94,13 +94,13 @@ def test_maps_are_written_at_the_pictures_size_and_none_over_another(
         "a-2.cam.png": (90, 33),
         "a-3.cam.png": (60, 40),
         "c.cam.png": (50, 50),
-        "deep/a.cam.png": (90, 33),
+        "nested/a.cam.png": (90, 33),
     }
     assert {file: file.read_bytes() for file in album.rglob("*.png")} == before
 
 
-@pytest.mark.skipif(os.name == "nt", reason="pipes have no path on Windows")
-def test_a_picture_comes_through_a_pipe_with_a_path(
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in the file system")
+def test_image_from_a_named_pipe(
     run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe = tmp_path / "cat"
@@ -112,22 +112,24 @@ def test_a_picture_comes_through_a_pipe_with_a_path(
     assert read_image(tmp_path / "cat.cam.png").size == (60, 40)
 
 
-def test_a_picture_comes_through_a_pipe(run: Path, album: Path) -> None:
-    done = subprocess.run(
+def test_image_from_stdin(run: Path, album: Path) -> None:
+    completed = subprocess.run(
         [sys.executable, "-m", "resnet56", "predict", "-", "--run", str(run), "--json"],
         input=(album / "a.png").read_bytes(),
         capture_output=True,
     )
-    answer = json.loads(done.stdout)
-    assert answer["image"] == "-"
-    assert answer["label"] == resnet56.load(run).predict(album / "a.png")[0].label
-    assert (done.returncode, done.stderr) == (0, b"")
+    row = json.loads(completed.stdout)
+    assert row["image"] == "-"
+    assert row["label"] == resnet56.load(run).predict(album / "a.png")[0].label
+    assert (completed.returncode, completed.stderr) == (0, b"")
 
 
-def test_the_largest_image_can_be_set(
+def test_max_pixels(
     run: Path, album: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # to restore it
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS
+    )  # restored after the test
     command = ["predict", str(album / "a.png"), "--run", str(run), "--max-pixels"]
     assert cli.main([*command, "100"]) == 1
     assert "more than the 100 allowed" in capsys.readouterr().err
@@ -135,41 +137,41 @@ def test_the_largest_image_can_be_set(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "message"),
     [
-        ([], 2, "which pictures"),
-        (["x.png", "--json", "--csv"], 2, "not both"),
+        ([], 2, "no images given"),
+        (["x.png", "--json", "--csv"], 2, "cannot be combined"),
         (["x.png", "--top", "0"], 2, "--top must be at least 1"),
         (["x.png", "--max-pixels", "0"], 2, "--max-pixels must be at least 1"),
         (["x.png", "--run", "nothing"], 1, "nothing is neither a run nor a pretrained network"),
         (["x.png", "--run", "none.onnx"], 1, "cannot read none.onnx"),
     ],
 )
-def test_a_wrong_call_is_one_line(
-    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+def test_usage_error_is_one_line(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["predict", *arguments]) == code
-    shown = capsys.readouterr()
-    assert says in shown.err
-    assert shown.err.count("\n") == 1
-    assert shown.out == ""
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert output.out == ""
 
 
-def test_a_folder_without_pictures_is_said(
+def test_folder_without_images_is_an_error(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["predict", "--run", str(run), str(tmp_path)]) == 1
-    assert f"{tmp_path} holds no pictures" in capsys.readouterr().err
+    assert f"{tmp_path} contains no images" in capsys.readouterr().err
 
 
-def test_a_shipped_name_stands_where_a_run_does(
+def test_pretrained_name_is_accepted_in_place_of_a_run(
     run: Path,
     album: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Predict takes resnet56 without being told; evaluate measures it and writes nothing."""
+    """predict uses resnet56 by default; evaluate accepts it and writes no files."""
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
     pretrained.save(RunDirectory(run), "resnet56", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
@@ -187,37 +189,36 @@ def test_a_shipped_name_stands_where_a_run_does(
     assert cli.main(["evaluate", "resnet56"]) == 2
     assert "choose --data" in capsys.readouterr().err
     assert cli.main(["evaluate", "resnet56", "--data", "data", "--json"]) == 0
-    shown = capsys.readouterr()
-    assert json.loads(shown.out)["n"] == 6
-    both = ["evaluate", "resnet56", "--data", "data", "--parity", "fp32,bf16", "--device", "cpu"]
-    assert cli.main(both) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 6
+    parity = ["evaluate", "resnet56", "--data", "data", "--parity", "fp32,bf16", "--device", "cpu"]
+    assert cli.main(parity) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "weights"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
-def test_a_name_that_would_deceive_a_terminal_is_shown_in_escapes(
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such names")
+def test_control_characters_in_file_names_are_escaped(
     run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = (b"a\nb.png", b"no utf-8 \xff.png", b"\x1b[2J.png")
+    names = (b"a\nb.png", b"not utf-8 \xff.png", b"\x1b[2J.png")
     for name in names:
         (tmp_path / os.fsdecode(name)).write_bytes((album / "a.png").read_bytes())
-    (tmp_path / "\x1b[2J broken.png").write_bytes(b"no picture")
-    for form in ([], ["--json"], ["--csv"]):
-        assert cli.main(["predict", "--run", str(run), str(tmp_path), *form]) == 1
-        shown = capsys.readouterr()
-        assert len(shown.err.splitlines()) == 2
-        assert "\x1b" not in shown.err
-        if "--csv" in form:  # which quotes them
-            assert len(list(csv.DictReader(io.StringIO(shown.out)))) == 3
+    (tmp_path / "\x1b[2J broken.png").write_bytes(b"not an image")
+    for flags in ([], ["--json"], ["--csv"]):
+        assert cli.main(["predict", "--run", str(run), str(tmp_path), *flags]) == 1
+        output = capsys.readouterr()
+        assert len(output.err.splitlines()) == 2
+        assert "\x1b" not in output.err
+        if "--csv" in flags:  # CSV quotes the names
+            assert len(list(csv.DictReader(io.StringIO(output.out)))) == 3
         else:
-            assert len(shown.out.splitlines()) == 3
-            assert "\x1b" not in shown.out
+            assert len(output.out.splitlines()) == 3
+            assert "\x1b" not in output.out
 
 
-def test_a_class_that_would_deceive_a_terminal_is_shown_in_escapes(
+def test_control_characters_in_class_names_are_escaped(
     album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its name may come from another's file."""
+    """Class names can come from an untrusted file."""
     evil = "a\nb.png: cat 99 %\x1b[2J"
     checkpoint = lively()
     names = tuple(f"{evil}{number}" for number in range(len(CLASSES)))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from resnet56.data.dataset import Dataset, Split
     from resnet56.evaluation import Subject
-    from resnet56.export import Exported
+    from resnet56.export import OnnxModel
     from resnet56.runs.checkpoint import Checkpoint
     from resnet56.runs.directory import RunDirectory
     from resnet56.runtime import Resolved
@@ -130,7 +130,7 @@ def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
 def _measure_onnx(options: EvaluateOptions) -> int:
     """An ONNX file in ONNX Runtime, on the images that `--data` names."""
     from resnet56.cli.tables import show_figures
-    from resnet56.export import Exported
+    from resnet56.export import OnnxModel
     from resnet56.files import to_json
     from resnet56.predict import OnnxBackend
 
@@ -140,7 +140,7 @@ def _measure_onnx(options: EvaluateOptions) -> int:
         raise UsageError("an ONNX file runs on the CPU in fp32; leave --device and --precision out")
     if options.data is None:
         raise UsageError(f"{options.run} is not a run; on which images? choose --data")
-    exported = Exported(OnnxBackend.of(Path(options.run), options.threads))
+    exported = OnnxModel(OnnxBackend.from_file(Path(options.run), options.threads))
     if _is_benchmark(options.data):
         _measure_benchmark(exported, options)
         return 0
@@ -156,7 +156,7 @@ def _measure_onnx(options: EvaluateOptions) -> int:
     return 0
 
 
-def _measure_benchmark(subject: "Subject | Exported", options: EvaluateOptions) -> None:
+def _measure_benchmark(subject: "Subject | OnnxModel", options: EvaluateOptions) -> None:
     """CIFAR-10-C's or 10.1's arrays, one after the other."""
     from resnet56.cli.tables import show_accuracies
     from resnet56.data.arrays import load_benchmark
@@ -224,10 +224,10 @@ def _compare(
     subjects: list[Measured] = []
     for side in sides.split(","):
         if side == "onnx":
-            from resnet56.export import Exported
+            from resnet56.export import OnnxModel
 
             names.append("ONNX Runtime")
-            subjects.append(Exported.of(checkpoint, options.threads))
+            subjects.append(OnnxModel.from_checkpoint(checkpoint, options.threads))
             continue
         is_device = side != "torch" and side not in runtime.DTYPES
         on = runtime.resolve_device(side) if is_device else device

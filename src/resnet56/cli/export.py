@@ -13,16 +13,16 @@ from resnet56.errors import UsageError
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write a network for other programs."""
+    """Export a model to ONNX or to a model hub folder."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
-    """A run's directory, a network that comes with the package, or a file that export wrote."""
+    """Run directory, name of a pretrained model, or exported file."""
 
     format: Literal["onnx", "hub"] = "onnx"
-    """One ONNX file, or a folder with config.json, model.safetensors and README.md."""
+    """An ONNX file, or a folder with config.json, model.safetensors and README.md."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=("--output",), metavar="PATH")] = None
-    """Where to; by default NAME.onnx, or the folder NAME-hub, here."""
+    """Output path; by default NAME.onnx or NAME-hub in the current directory."""
 
 
 def run(arguments: list[str]) -> int:
@@ -36,21 +36,21 @@ def run(arguments: list[str]) -> int:
     path = Path(options.run).resolve()
     name = path.stem if path.is_file() else path.name
 
-    from resnet56.export import CHECKED, TOLERANCE, write_hub_folder, write_onnx
+    from resnet56.export import CHECK_IMAGES, TOLERANCE, write_hub_folder, write_onnx
 
     if options.format == "onnx":
         out = options.out or Path(f"{name}.onnx")
         if out.is_dir():
-            raise UsageError(f"--out {out} is a folder; choose a file, as {name}.onnx")
+            raise UsageError(f"--out {out} is a folder; choose a file, such as {name}.onnx")
         write_onnx(checkpoint, out)
-        say(f"the same classes as PyTorch on {CHECKED} images, logits within {TOLERANCE:g}")
+        say(f"matches PyTorch on {CHECK_IMAGES} images: same classes, logits within {TOLERANCE:g}")
     else:
         out = options.out or Path(f"{name}-hub")
-        measured = None
+        evaluation = None
         if source.pretrained is not None:
-            measured = pretrained.card(source.pretrained).get("evaluation")
+            evaluation = pretrained.card(source.pretrained).get("evaluation")
         elif source.run is not None:
-            measured = source.run.read_evaluation(checkpoint.position.step)
-        write_hub_folder(checkpoint, out, measured)
+            evaluation = source.run.read_evaluation(checkpoint.position.step)
+        write_hub_folder(checkpoint, out, evaluation)
     print(out)
     return 0

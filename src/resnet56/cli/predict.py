@@ -19,39 +19,39 @@ if TYPE_CHECKING:
     from resnet56.data.images import Floats
     from resnet56.predict import Prediction
 
-MAP = ".cam.png"  # how the name of a picture under its map ends
-LONG = 64  # pictures from which on a bar is worth its while
+MAP_SUFFIX = ".cam.png"
+PROGRESS_THRESHOLD = 64  # images above which a progress bar is shown
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Say what is in pictures of any size: each one's most probable classes."""
+    """Print the most probable classes of images of any size."""
 
     images: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE|FOLDER|- [...]")
     ]
-    """Files, folders of them, or - for one picture on stdin."""
+    """Image files, folders of images, or - for one image on stdin."""
 
     run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE")] = "resnet56"
-    """Network: a run's directory, one that comes with the package, or a file that export wrote."""
+    """Run directory, name of a pretrained model, or exported file."""
 
     top: int = 3
-    """Classes to name."""
+    """Number of classes to print."""
 
     json: bool = False
-    """Print a JSON object a line."""
+    """Print one JSON object per line."""
 
     csv: bool = False
-    """Print comma-separated values under a header."""
+    """Print comma-separated values with a header."""
 
     cam: Path | None = None
-    """Folder for class activation maps over the pictures, NAME.cam.png: where the class is seen."""
+    """Folder for the images overlaid with their class activation maps, as NAME.cam.png."""
 
     max_pixels: int | None = None
-    """Largest image to read; by default 89 million pixels, for a JPEG four times as many."""
+    """Maximum pixels per image; by default 89 million, and four times as many for a JPEG."""
 
     device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:N, mps."""
+    """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
     """CPU threads; by default one per core."""
@@ -59,20 +59,20 @@ class PredictOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """A picture to look at."""
+    """An image to classify."""
 
     name: str
-    picture: Path | bytes
-    map_name: str  # of its map's file, in --cam
+    image: Path | bytes
+    map_name: str  # relative path in the --cam folder, without suffix
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 predict IMAGE ...; 1 if a picture could not be read, after all the others."""
+    """resnet56 predict IMAGE ...: classify all images; return 1 if any could not be read."""
     options = parse(PredictOptions, arguments, "resnet56 predict")
     if not options.images:
-        raise UsageError("which pictures? resnet56 predict IMAGE|FOLDER|- ...; see --help")
+        raise UsageError("no images given; use resnet56 predict IMAGE|FOLDER|- ...")
     if options.json and options.csv:
-        raise UsageError("--json or --csv, not both")
+        raise UsageError("--json and --csv cannot be combined")
     if options.top < 1:
         raise UsageError(f"--top must be at least 1, not {options.top}")
     if options.max_pixels is not None:
@@ -86,30 +86,31 @@ def run(arguments: list[str]) -> int:
     predictor = load(options.run, options.device, threads=options.threads)
     sources, failed = _sources(options.images)
     top = min(options.top, len(predictor.classes))
-    show = _writer("json" if options.json else "csv" if options.csv else "text", top)
-    taken: set[str] = set()
-    answers = predictor.stream(
-        (source.picture for source in sources), top=top, maps=options.cam is not None
+    write = _writer("json" if options.json else "csv" if options.csv else "text", top)
+    used_names: set[str] = set()
+    results = predictor.stream(
+        (source.image for source in sources), top=top, maps=options.cam is not None
     )
-    with _bar(len(sources)) as tick:
-        for source, answer in zip(sources, answers, strict=True):
+    with _progress_bar(len(sources)) as tick:
+        for source, result in zip(sources, results, strict=True):
             try:
-                if isinstance(answer, ImageError):
-                    raise answer
-                if options.cam is not None and answer.map is not None:
-                    _write_map(source, answer.map, options.cam, taken)
-                show(source.name, answer)
+                if isinstance(result, ImageError):
+                    raise result
+                if options.cam is not None and result.map is not None:
+                    _write_map(source, result.map, options.cam, used_names)
+                write(source.name, result)
             except ImageError as error:
-                _complain(error)
+                _print_error(error)
                 failed += 1
             tick(1)
     if failed:
-        say(f"resnet56: {failed:,} could not be read")
+        inputs = "input" if failed == 1 else "inputs"
+        say(f"resnet56: {failed:,} {inputs} could not be read")
     return 1 if failed else 0
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
-    """The pictures that the arguments name, and how many of them name none."""
+    """Return the images that the arguments name, and the number of folders without images."""
     from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0
@@ -118,82 +119,90 @@ def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
         if argument == "-":
             sources.append(Source("-", sys.stdin.buffer.read(), "stdin"))
         elif path.is_dir():
-            # Not what --cam wrote beside the pictures the last time.
+            # An earlier call with --cam may have written maps into the same folder.
             found = find_images(path)
-            files = [file for file in found.files if not file.name.endswith(MAP)]
+            files = [file for file in found.files if not file.name.endswith(MAP_SUFFIX)]
             if remark := describe_skipped(found.skipped):
                 say(f"{shown(str(path))}: {remark}")
             if not files:
-                _complain(ImageError(f"{shown(str(path))} holds no pictures"))
+                _print_error(ImageError(f"{shown(str(path))} contains no images"))
                 failed += 1
             for file in files:
-                inside = file.relative_to(path).with_suffix("").as_posix()
-                sources.append(Source(str(file), file, inside))
-        elif path.is_fifo():  # as <(curl ...), which can be read once only
+                map_name = file.relative_to(path).with_suffix("").as_posix()
+                sources.append(Source(str(file), file, map_name))
+        elif path.is_fifo():  # such as <(curl ...), which can be read only once
             sources.append(Source(argument, path.read_bytes(), path.stem))
         else:
             sources.append(Source(argument, path, path.stem))
     return sources, failed
 
 
-def _complain(error: Error) -> None:
+def _print_error(error: Error) -> None:
     say(f"resnet56: {error}")
 
 
-def _writer(form: str, top: int) -> Callable[[str, "Prediction"], None]:
-    """A function that prints a picture's answer."""
-    if form == "json":
+def _writer(output_format: str, top: int) -> Callable[[str, "Prediction"], None]:
+    """Return a function that prints the prediction for an image."""
+    if output_format == "json":
         from resnet56.files import to_json
 
-        return lambda name, answer: print(
+        return lambda name, prediction: print(
             to_json(
                 {
                     "image": name,
-                    "label": answer.label,
-                    "probability": answer.probability,
-                    "probabilities": dict(answer.probabilities),
+                    "label": prediction.label,
+                    "probability": prediction.probability,
+                    "probabilities": dict(prediction.probabilities),
                 }
             )
         )
-    if form == "csv":
+    if output_format == "csv":
         table = csv.writer(sys.stdout, lineterminator="\n")
-        numbers = range(1, top + 1)
-        table.writerow(["image", *(f"{x}_{n}" for n in numbers for x in ("label", "probability"))])
+        header = ["image"]
+        for rank in range(1, top + 1):
+            header += [f"label_{rank}", f"probability_{rank}"]
+        table.writerow(header)
 
-        def write(name: str, answer: "Prediction") -> None:
-            pairs = answer.probabilities.items()
-            table.writerow([name, *(x for label, share in pairs for x in (label, f"{share:.6f}"))])
+        def write_row(name: str, prediction: "Prediction") -> None:
+            row = [name]
+            for label, probability in prediction.probabilities.items():
+                row += [label, f"{probability:.6f}"]
+            table.writerow(row)
 
-        return write
+        return write_row
 
-    def tell(name: str, answer: "Prediction") -> None:
-        shares = (
-            f"{shown(label)} {100 * share:.1f} %" for label, share in answer.probabilities.items()
+    def write_line(name: str, prediction: "Prediction") -> None:
+        classes = (
+            f"{shown(label)} {100 * probability:.1f} %"
+            for label, probability in prediction.probabilities.items()
         )
-        print(f"{shown(name)}: {', '.join(shares)}")
+        print(f"{shown(name)}: {', '.join(classes)}")
 
-    return tell
+    return write_line
 
 
-def _write_map(source: Source, evidence: "Floats", folder: Path, taken: set[str]) -> None:
-    """The picture under its class activation map; it is read again, as large ones are not kept."""
+def _write_map(source: Source, class_map: "Floats", folder: Path, used_names: set[str]) -> None:
+    """Write the image with its class activation map.
+
+    This reads the image again, because keeping the originals in memory could take too much.
+    """
     from resnet56.data.images import overlay, read_image
     from resnet56.files import write_bytes
 
     name, number = source.map_name, 1
-    while name in taken:  # pictures of one name from several folders
+    while name in used_names:  # images with the same name from several folders
         number += 1
         name = f"{source.map_name}-{number}"
-    taken.add(name)
+    used_names.add(name)
     content = io.BytesIO()
-    overlay(read_image(source.picture), evidence).save(content, "PNG")
-    write_bytes(folder / f"{name}{MAP}", content.getvalue())
+    overlay(read_image(source.image), class_map).save(content, "PNG")
+    write_bytes(folder / f"{name}{MAP_SUFFIX}", content.getvalue())
 
 
 @contextlib.contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, when it takes long enough to look at; nothing elsewhere."""
-    if total <= LONG or not sys.stderr.isatty():
+def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal if there are many images, and nothing otherwise."""
+    if total <= PROGRESS_THRESHOLD or not sys.stderr.isatty():
         yield lambda count: None
         return
     from resnet56.progress import looking

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from resnet56.data.images import Bytes, Floats
 from resnet56.metrics import softmax
-from resnet56.predict import likeliest
+from resnet56.predict import top_classes
 from resnet56.serve.batching import Batcher, Predictor
 from resnet56.serve.decoding import Decoders, StallDetector
 from resnet56.serve.limits import Limits, RequestLimiter, too_busy
@@ -103,6 +103,6 @@ def _prediction(
                 probability=round(float(probabilities[index]), DECIMALS),
                 map=None if maps is None else maps[index].astype(float).round(DECIMALS).tolist(),
             )
-            for index in likeliest(probabilities, top)
+            for index in top_classes(probabilities, top)
         ]
     )
