@@ -36,7 +36,7 @@ EVERYTHING = Augmentation(cutout=8, trivial_augment=True)
 def augmented(
     count: int, batch_size: int, augmentation: Augmentation = EVERYTHING, **rest: Any
 ) -> Batches:
-    """With everything that is random, on images of many colors."""
+    """Return batches of noise images with all random augmentations."""
     generator = torch.Generator().manual_seed(9)
     noise = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
@@ -117,7 +117,7 @@ def test_augmentation_differs_between_epochs() -> None:
 
 
 def mirrored(batches: Batches, epoch: int) -> dict[int, bool]:
-    """Of each image in `epoch`, whether it was mirrored; images grow brighter to the right."""
+    """Return whether each image is mirrored in `epoch`. Images are brighter on the right."""
     return {
         int(number): bool(image[0, 0, 0] > image[0, 0, -1])
         for images, numbers in batches.epoch(epoch)
@@ -169,10 +169,12 @@ def test_the_parts_of_all_processes_form_the_batch_of_one_process(
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "ricap"])
-def test_mixed_batches_hold_the_shares_that_their_targets_say(mix: str) -> None:
-    """Of flat images that are as bright as their labels: the mean is the target's."""
-    how = Augmentation(padding=0, flip=False, cutout=16, mix=mix)
-    batches = Batches(numbered(30), BLACK, UNIT, batch_size=8, seed=1, augmentation=how, classes=30)
+def test_targets_match_the_shares_of_mixed_images(mix: str) -> None:
+    """Each image has the color of its label, so its mean is the mean label of its target."""
+    augmentation = Augmentation(padding=0, flip=False, cutout=16, mix=mix)
+    batches = Batches(
+        numbered(30), BLACK, UNIT, batch_size=8, seed=1, augmentation=augmentation, classes=30
+    )
     for images, targets in batches.epoch(2):
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert targets.shape == (8, 30)

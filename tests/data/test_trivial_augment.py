@@ -65,8 +65,8 @@ def test_operations_match_pillow(kind: str) -> None:
         expected = np.asarray(by_pillow(kind, level)(picture)).transpose(2, 0, 1)
         off = np.abs(found.numpy().astype(int) - expected)
         if kind in ("shear x", "shear y", "rotate"):
-            # Whose middle falls on the edge between two, rounding decides: at 135 degrees two
-            # diagonals do, else hardly any.
+            # Rounding decides for pixels whose source lies between two pixels: two diagonals at
+            # 135 degrees, few pixels otherwise.
             assert (off > 0).any(axis=0).sum() <= (32 if abs(level) == 30 else 5), level
         else:
             assert off.max() <= 1, level  # rounding differences

@@ -1,11 +1,11 @@
-"""Augmentations that mix images: CutMix, mixup and RICAP, a whole batch at a time.
+"""Augmentations that mix the images of a batch: CutMix, mixup and RICAP.
 
-Each image of a batch is mixed with others of the same batch, and its target becomes the
-probabilities of their classes, in the shares in which it shows them. As in the published methods,
-one draw of shares and places holds for all images of a batch.
+Each image is mixed with other images of its batch. Its target becomes a distribution over their
+classes, weighted by their shares of the mixed image. As in the published methods, all images of a
+batch have the same shares and positions.
 
-`draw_mixes` makes one epoch's random numbers; `mix_images` and `mix_labels` apply them on any
-device, without waiting for it.
+`draw_mixes` draws the random numbers of an epoch. `mix_images` and `mix_labels` apply them on any
+device without synchronization.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SIDE = 32  # pixels of an image
+SIDE = 32  # height and width of an image
 
 
 class Patch(NamedTuple):
@@ -33,35 +33,35 @@ class Patch(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """How the B images of one batch are mixed."""
+    """The parameters for mixing the B images of one batch."""
 
-    partners: Tensor  # (K, B) int64: each image's partners, by their positions in the batch
-    shares: tuple[float, ...]  # of the image itself and its K partners; they sum to 1
-    patches: tuple[Patch, ...] = ()  # the rest is the image itself; without any, images are blended
+    partners: Tensor  # (K, B) int64, the batch indices of the partners of each image
+    shares: tuple[float, ...]  # of the image and its K partners; the sum is 1
+    patches: tuple[Patch, ...] = ()  # on top of the image; if empty, images are blended
 
 
 def draw_mixes(
     method: str, alpha: float, probability: float, *, steps: int, batch: int, seed: int
 ) -> list[Mix | None]:
-    """One epoch's random numbers.
+    """Draw the random numbers of one epoch.
 
     Args:
         method: "none" or one of `METHODS`.
-        alpha: both parameters of the beta distribution of the shares; the lower it is, the
-            closer mixed images are to one of the originals.
-        probability: of mixing a batch at all.
-        steps: batches.
-        batch: images in each.
-        seed: of the epoch.
+        alpha: both parameters of the beta distribution of the shares. With a low value, mixed
+            images are close to one of the originals.
+        probability: probability of mixing a batch.
+        steps: number of batches.
+        batch: batch size.
+        seed: seed of the epoch.
 
     Returns:
-        For each batch a `Mix`, or None where it stays as it is.
+        A `Mix` for each batch, or None for a batch that is not mixed.
     """
     if method == "none":
         return [None] * steps
     draw = METHODS[method]
     generator = np.random.default_rng(seed)
-    # Drawn for every batch, so that a batch does not depend on which others are mixed.
+    # Drawn for every batch, so that a batch does not depend on whether others are mixed.
     mixes = [
         (generator.random() < probability, draw(generator, alpha, batch)) for _ in range(steps)
     ]
@@ -73,15 +73,15 @@ def _partners(generator: np.random.Generator, count: int, batch: int) -> Tensor:
 
 
 def _mixup(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
-    """Zhang et al. 2018 (arXiv:1710.09412): the image and a partner, blended."""
+    """Zhang et al. 2018 (arXiv:1710.09412): a blend of the image and a partner."""
     share = float(generator.beta(alpha, alpha))
     return Mix(_partners(generator, 1, batch), (share, 1 - share))
 
 
 def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
-    """Yun et al. 2019 (arXiv:1905.04899): a partner's rectangle, at the place where it was.
+    """Yun et al. 2019 (arXiv:1905.04899): a rectangle of a partner, at its original position.
 
-    Its center is uniform and the edge clips it; the shares are those of the clipped rectangle.
+    The center is uniform. The rectangle is clipped at the edges, and its clipped area is the share.
     """
     side = int(SIDE * math.sqrt(1 - generator.beta(alpha, alpha)))
     row, column = (int(center) for center in generator.integers(0, SIDE, 2))
@@ -96,12 +96,12 @@ def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
 def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
     """Takahashi et al. 2018 (arXiv:1811.09030): random crops of four images around one point.
 
-    They fill the upper left, upper right, lower left and lower right.
+    The order is upper left, upper right, lower left, lower right.
     """
     width, height = (round(SIDE * share) for share in generator.beta(alpha, alpha, 2))
     patches = []
     for image, (top, left) in enumerate([(0, 0), (0, width), (height, 0), (height, width)]):
-        # Where the point lies on an edge, two of the four are empty.
+        # If the point is on an edge, two of the crops are empty.
         high = SIDE - height if image >= 2 else height
         wide = SIDE - width if image % 2 else width
         from_top = int(generator.integers(0, SIDE - high + 1))
@@ -119,15 +119,15 @@ METHODS: dict[str, Callable[[np.random.Generator, float, int], Mix]] = {
 
 
 def mix_images(images: Sequence[Tensor], mix: Mix) -> Tensor:
-    """Mix a batch.
+    """Mix the images of a batch.
 
     Args:
-        images: the batch, and each image's partners in the order of `mix.partners`; each
-            (B, 3, 32, 32) float32.
-        mix: how.
+        images: the batch, followed by the partners in the order of `mix.partners`, each of shape
+            (B, 3, 32, 32) and type float32.
+        mix: parameters of the batch.
 
     Returns:
-        (B, 3, 32, 32) float32, in the memory format of the first.
+        (B, 3, 32, 32) float32, in the memory format of the batch.
     """
     if not mix.patches:
         return sum(share * image for share, image in zip(mix.shares, images, strict=True))  # type: ignore[return-value]
@@ -140,15 +140,15 @@ def mix_images(images: Sequence[Tensor], mix: Mix) -> Tensor:
 
 
 def mix_labels(labels: Sequence[Tensor], mix: Mix, classes: int) -> Tensor:
-    """The mixed images' targets.
+    """Return the targets of the mixed images.
 
     Args:
-        labels: of the batch, and of the partners; each (B,) int64.
-        mix: how.
-        classes: C.
+        labels: labels of the batch, followed by those of the partners, each (B,) int64.
+        mix: parameters of the batch.
+        classes: number of classes C.
 
     Returns:
         (B, C) float32 probabilities.
     """
-    one_hot = [F.one_hot(each, classes).float() for each in labels]
-    return sum(share * each for share, each in zip(mix.shares, one_hot, strict=True))  # type: ignore[return-value]
+    one_hot = [F.one_hot(part, classes).float() for part in labels]
+    return sum(share * target for share, target in zip(mix.shares, one_hot, strict=True))  # type: ignore[return-value]
