@@ -155,10 +155,10 @@ def test_starting_at_a_step_skips_the_earlier_steps(start: int, augmentation: Au
 def test_the_parts_of_all_processes_form_the_batch_of_one_process(
     world_size: int, start: int, mix: str
 ) -> None:
-    how = replace(EVERYTHING, mix=mix, mix_probability=0.7)
-    alone = list(augmented(44, 8, how).epoch(1, start))
+    augmentation = replace(EVERYTHING, mix=mix, mix_probability=0.7)
+    alone = list(augmented(44, 8, augmentation).epoch(1, start))
     ranks = [
-        augmented(44, 8, how, rank=rank, world_size=world_size).epoch(1, start)
+        augmented(44, 8, augmentation, rank=rank, world_size=world_size).epoch(1, start)
         for rank in range(world_size)
     ]
     together = [
@@ -191,17 +191,19 @@ def test_targets_match_the_shares_of_mixed_images(mix: str) -> None:
 def test_ricap_is_not_cropped_from_padded_images() -> None:
     white = Split(torch.full((16, 3, 32, 32), 255, dtype=torch.uint8), torch.arange(16) % 4)
     for mix, black in (("ricap", False), ("cutmix", True)):
-        how = Augmentation(mix=mix)
-        batches = Batches(white, BLACK, UNIT, batch_size=16, seed=0, augmentation=how, classes=4)
+        augmentation = Augmentation(mix=mix)
+        batches = Batches(
+            white, BLACK, UNIT, batch_size=16, seed=0, augmentation=augmentation, classes=4
+        )
         ((images, _),) = batches.epoch(0)
         assert bool((images == 0).any()) == black
 
 
 def test_the_last_epochs_are_crops_and_flips_only() -> None:
-    how = Augmentation(cutout=8, trivial_augment=True, mix="mixup", plain_from=2)
-    tail, crops = augmented(24, 8, how), augmented(24, 8, Augmentation())
+    augmentation = Augmentation(cutout=8, trivial_augment=True, mix="mixup", plain_from=2)
+    tail, crops = augmented(24, 8, augmentation), augmented(24, 8, Augmentation())
     assert same(list(tail.epoch(2)), list(crops.epoch(2)))
-    before = replace(how, plain_from=None)
+    before = replace(augmentation, plain_from=None)
     assert same(list(tail.epoch(1)), list(augmented(24, 8, before).epoch(1)))
 
 

@@ -1,4 +1,4 @@
-"""Mixed images against loops over pixels, and their random numbers against their distributions."""
+"""Mixed images, compared with loops over pixels, and the distribution of their parameters."""
 
 import itertools
 from typing import Any, get_args
@@ -30,7 +30,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def pixel_by_pixel(
     images: np.ndarray, labels: np.ndarray, mix: Mix, i: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image `i` as the papers describe it; its target counts the pixels of each class."""
+    """Return image `i` mixed as in the papers, and a target from the pixel counts of classes."""
     sources = [i, *(int(partners[i]) for partners in mix.partners)]
     result, target = np.zeros((3, 32, 32)), np.zeros(4)
     if not mix.patches:

@@ -171,7 +171,7 @@ def _check_split(
     if distinct < _MIN_DISTINCT * total:
         raise DataError(
             f"{shown(str(folder))} is not the published data set: {total - distinct:,} of its "
-            f"{total:,} {kind} images are duplicates, as in an incomplete file; {_ADVICE}"
+            f"{total:,} {kind} images are duplicates, so a file may be incomplete; {_ADVICE}"
         )
 
 

@@ -130,7 +130,7 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[st
     """Match names to `classes`. Return a mapping of the matched names, and remarks.
 
     Names are compared in NFC form without surrounding whitespace. A name without a match is
-    compared again without case, and matches if exactly one class is then equal.
+    compared again case-insensitively, and matches if exactly one class is then equal.
     """
 
     def normalized(name: str) -> str:

@@ -202,7 +202,7 @@ def upright(image: Image.Image) -> Image.Image:
 
     This uses the first frame of an animation, applies the EXIF orientation, and composites
     transparent images on white, since colors under transparent pixels are arbitrary. Grayscale of
-    more than 8 bits is scaled, see `_to_8_bit`. Raises what Pillow raises.
+    more than 8 bits is scaled, see `_to_8_bit`. Raises the exceptions of Pillow.
     """
     image.seek(0)
     image.load()  # before getexif(), which decodes a PNG and whose errors are ignored
@@ -264,7 +264,7 @@ def to_32x32(image: Image.Image) -> Bytes:
     """Convert any Pillow image to a (32, 32, 3) uint8 RGB array. A 32x32 RGB image is unchanged.
 
     The image is made upright, cropped to the central square and resized with antialiasing. Raises
-    what Pillow raises.
+    the exceptions of Pillow.
     """
     return _resized_square(upright(image))
 

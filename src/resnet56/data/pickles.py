@@ -243,7 +243,7 @@ def unpickle(
     """Read the next pickle in a stream.
 
     Args:
-        stream: seekable stream. Its position is then at the end of the pickle.
+        stream: seekable stream. Afterward, its position is at the end of the pickle.
         find: returns the stand-in for a class or function with a given full name.
         persistent: returns the object with a given persistent ID. By default there are none.
         encoding: encoding of strings from Python 2, or "bytes" to return them as bytes.
