@@ -18,7 +18,7 @@ from resnet56.files import read_json, write_bytes, write_text
 from resnet56.metrics import wilson_interval
 from resnet56.progress import duration
 from resnet56.recipe import RECIPES, Recipe, from_fields
-from resnet56.report.plots import Chart, Ink
+from resnet56.report.plots import Chart, Palette
 from resnet56.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Group:
 
 
 def groups() -> list[Group]:
-    """Group all runs without validation set, sorted by architecture and test accuracy."""
+    """Group all runs without a validation set, sorted by architecture and test accuracy."""
     runs: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
     for recipe, run in kept_runs():
         if not recipe.holdout:
@@ -238,11 +238,11 @@ def published() -> list[Published]:
     return sorted(found, key=lambda row: row.accuracy)
 
 
-def draw(figure: "Figure", ink: Ink) -> None:
+def draw(figure: "Figure", palette: Palette) -> None:
     """Draw one dot per result, hollow if selected on the test set, and our intervals."""
     axes = figure.subplots()
     rows = published()
-    ours, theirs = ink.series[0], ink.text
+    ours, theirs = palette.series[0], palette.text
     for position, row in enumerate(rows):
         color = ours if row.interval else theirs
         axes.plot(row.interval, [position] * len(row.interval), color=color, linewidth=2)

@@ -34,9 +34,8 @@ re-encoded as JPEG; the numbers below are measured on the original images. Each 
 result of a single training run with a recipe that was fixed beforehand. Nothing was selected on the
 test images.
 
-**Limits.** Each network knows ten classes and answers with one of them for any image. They were
-trained on centered objects in 32x32 pixels; larger images are cropped to the central square and
-resized.
+**Limits.** Each network predicts one of ten classes for any image. The networks were trained on
+centered objects in 32x32 pixels; larger images are cropped to the central square and resized.
 """
 
 

@@ -176,9 +176,9 @@ def test_the_command_prints_tables_and_writes_json(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--batch", "32,x"], "--batch wants whole numbers above 0"),
-        (["--batch", "0"], "--batch wants whole numbers above 0"),
-        (["--seconds", "nan"], "--rounds must"),
+        (["--batch", "32,x"], "--batch: expected an integer"),
+        (["--batch", "0"], "--batch must be from 1 to 1,000,000"),
+        (["--seconds", "nan"], "--seconds: expected a finite number"),
         (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: there is no such"),
         (["--json", "."], "--json . is a folder; choose a file"),
         (["--rounds", "0"], "--rounds must be from 1"),

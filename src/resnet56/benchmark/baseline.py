@@ -22,7 +22,7 @@ PADDING = 4
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Data set that decodes and augments a PIL image on each access.
+    """Data set that creates and augments a PIL image on each access.
 
     Args:
         split: images and labels.
@@ -57,7 +57,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 class StockLoop:
-    """Endless conventional training.
+    """Conventional training, one step per call.
 
     Args:
         arch: name of an architecture; see `build`.

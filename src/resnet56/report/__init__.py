@@ -27,8 +27,8 @@ def write_report(
             and comparison.html (or .md) in the current directory for several. The images of a
             Markdown report are written to a folder next to it, such as report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown.
-        leave_out: called with the error of each of several runs that cannot be read, which the
-            comparison then leaves out; without it, such an error is raised.
+        leave_out: called with the error of each run that cannot be read, if there are several runs.
+            The comparison omits these runs. By default, the error is raised.
 
     Returns:
         The path of the written file.

@@ -57,7 +57,7 @@ class Group:
 
 
 def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
-    """Everything that the page of several runs shows."""
+    """Return the content of the comparison of several runs."""
     entries = ranked(runs)
     pairs = differences(entries)
     return {
@@ -84,7 +84,7 @@ def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
 
 
 def title(entries: Sequence[Entry]) -> str:
-    """How many runs, and the best result among them."""
+    """Return the headline: the number of runs and the best result."""
     best = entries[0].facts.test
     runs = words.plural(len(entries), "run")
     if best is None:
@@ -93,7 +93,7 @@ def title(entries: Sequence[Entry]) -> str:
 
 
 def states(entries: Sequence[Entry]) -> list[str]:
-    """What prevents a fair comparison."""
+    """Return warnings about an unfair comparison, and the validation accuracies."""
     sentences = []
     for entry in entries:
         facts = entry.facts
@@ -188,7 +188,7 @@ def newcombe(a: tuple[float, float, float], b: tuple[float, float, float]) -> In
 
 
 def significance(pairs: Sequence[Difference]) -> str:
-    """One line about the differences that are not significant."""
+    """Summarize which differences are not significant."""
     if not pairs:
         return "There are no two tested runs on the same images to compare."
     unclear = [pair for pair in pairs if not pair.significant]

@@ -54,7 +54,7 @@ class Cell:
 
 
 def content(facts: RunFacts) -> dict[str, Any]:
-    """Everything that the page of one run shows."""
+    """Return the content of the report of one run."""
     return {
         "facts": facts,
         "title": title(facts),
@@ -83,7 +83,7 @@ def network_name(facts: RunFacts) -> str:
 
 
 def title(facts: RunFacts) -> str:
-    """The result, or that there is none yet."""
+    """Return the headline: the result or the state of the training."""
     arch = network_name(facts)
     if facts.test:
         share, n = words.percent(facts.test["accuracy"]), words.count(facts.test["n"])
@@ -94,7 +94,7 @@ def title(facts: RunFacts) -> str:
 
 
 def stories(facts: RunFacts) -> dict[str, list[str]]:
-    """The page's sentences, by section."""
+    """Return the sentences of the page by section."""
     test, train, recipe = facts.test, facts.train, facts.recipe
     sentences: dict[str, list[str]] = {part: [] for part in PARTS}
     sentences |= {
@@ -285,7 +285,7 @@ def mistakes(facts: RunFacts) -> list[Mistake]:
 
 
 def recipe_table(facts: RunFacts) -> dict[str, str]:
-    """The recipe's fields as text."""
+    """Return the fields of the recipe as text."""
     return {name: plain(value) for name, value in facts.recipe.to_json().items()}
 
 

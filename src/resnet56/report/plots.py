@@ -27,7 +27,7 @@ FEW = 3  # maximum number of curves with a legend inside the axes
 
 
 @dataclass(frozen=True)
-class Ink:
+class Palette:
     """The colors of a chart."""
 
     text: str
@@ -37,7 +37,7 @@ class Ink:
 
 
 # Unique placeholder colors, which `svg` replaces by CSS variables.
-CSS = Ink("#010101", "#020202", tuple(f"#0300{i:02x}" for i in range(8)), "#040404")
+CSS = Palette("#010101", "#020202", tuple(f"#0300{i:02x}" for i in range(8)), "#040404")
 VARIABLES = {
     CSS.text: "var(--ink-2)",
     CSS.grid: "var(--line)",
@@ -45,7 +45,7 @@ VARIABLES = {
     **{color: f"var(--s{i})" for i, color in enumerate(CSS.series)},
 }
 # Colors of the light theme in page.css, for PNG files on a white background.
-PAPER = Ink(
+PAPER = Palette(
     "#4a505a",
     "#dcdee2",
     ("#0b5fa5", "#c2570c", "#00795c", "#8a3f8f", "#806000", "#5f6b7a", "#b3261e", "#1b7f9e"),
@@ -53,7 +53,7 @@ PAPER = Ink(
 )
 DASHES = ("-", "--", ":", "-.")
 
-Draw = Callable[["Figure", Ink], None]
+Draw = Callable[["Figure", Palette], None]
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ class Chart:
             figure.savefig(buffer, format=format, dpi=PNG_DPI, metadata=dict(metadata))
         return buffer.getvalue()
 
-    def _figure(self, ink: Ink) -> "Figure":
+    def _figure(self, palette: Palette) -> "Figure":
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=self.size, layout="constrained")
-        self.draw(figure, ink)
+        self.draw(figure, palette)
         return figure
 
 
 @contextmanager
-def _style(ink: Ink) -> Iterator[None]:
+def _style(palette: Palette) -> Iterator[None]:
     """Apply the style of the charts, independent of the user's matplotlibrc."""
     matplotlib = import_matplotlib()
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -121,23 +121,23 @@ def _style(ink: Ink) -> Iterator[None]:
                 "text.parse_math": False,
                 "font.family": "sans-serif",
                 "font.size": 8.5,
-                "text.color": ink.text,
-                "axes.labelcolor": ink.text,
-                "axes.edgecolor": ink.grid,
+                "text.color": palette.text,
+                "axes.labelcolor": palette.text,
+                "axes.edgecolor": palette.grid,
                 "axes.labelsize": 8.5,
                 "axes.spines.top": False,
                 "axes.spines.right": False,
                 "axes.grid": True,
                 "axes.axisbelow": True,
-                "grid.color": ink.grid,
+                "grid.color": palette.grid,
                 "grid.linewidth": 0.6,
-                "xtick.color": ink.grid,
-                "ytick.color": ink.grid,
-                "xtick.labelcolor": ink.text,
-                "ytick.labelcolor": ink.text,
+                "xtick.color": palette.grid,
+                "ytick.color": palette.grid,
+                "xtick.labelcolor": palette.text,
+                "ytick.labelcolor": palette.text,
                 "legend.frameon": False,
                 "legend.fontsize": 8.5,
-                "legend.labelcolor": ink.text,
+                "legend.labelcolor": palette.text,
                 "lines.linewidth": 1.6,
             }
         )
@@ -154,7 +154,7 @@ class Line:
 
 
 def line_style(index: int, lines: int) -> str:
-    """Return a style that differs for each of a few curves, or for curves of the same color."""
+    """Return a line style, distinct for each of a few curves or for curves of equal color."""
     return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
 
 
@@ -163,7 +163,7 @@ def curves(
 ) -> Chart:
     """Plot curves over epochs; `percent` converts fractions to percent."""
 
-    def draw(figure: "Figure", ink: Ink) -> None:
+    def draw(figure: "Figure", palette: Palette) -> None:
         from matplotlib.ticker import MaxNLocator
 
         axes = figure.subplots()
@@ -172,7 +172,7 @@ def curves(
             handles += axes.plot(
                 line.x,
                 [100 * y for y in line.y] if percent else line.y,
-                color=ink.series[i % len(ink.series)],
+                color=palette.series[i % len(palette.series)],
                 linestyle=line_style(i, len(lines)) if len(line.x) > 1 else "",
                 marker="o" if len(line.x) == 1 else "",
                 markersize=4,
@@ -211,7 +211,7 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
     rows = (len(panels) + 1) // 2
     labels = [line.label for line in panels[0].lines]
 
-    def draw(figure: "Figure", ink: Ink) -> None:
+    def draw(figure: "Figure", palette: Palette) -> None:
         from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
         grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
@@ -223,7 +223,7 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
                 axes.plot(
                     line.x,
                     line.y,
-                    color=ink.series[i % len(ink.series)],
+                    color=palette.series[i % len(palette.series)],
                     linestyle=line_style(i, len(panel.lines)),
                     linewidth=1.2,
                 )[0]
@@ -261,13 +261,13 @@ def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | No
     # Clip the first epochs, so that the differences between the final errors remain visible.
     top = max(20.0, 150 * max(last))
 
-    def draw(figure: "Figure", ink: Ink) -> None:
+    def draw(figure: "Figure", palette: Palette) -> None:
         from matplotlib.ticker import MaxNLocator
 
         axes = figure.subplots()
         handles: list[Any] = []
         for i, (training, other) in enumerate(runs):
-            color = ink.series[i % len(ink.series)]
+            color = palette.series[i % len(palette.series)]
             for line, style, width in ((training, "--", 1.0), (other, "-", 1.6)):
                 if line is not None:
                     [handle] = axes.plot(
@@ -296,13 +296,13 @@ def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart
     """Plot accuracy over confidence, and the number of images per bin below."""
     filled = [item for item in bins if item["count"]]
 
-    def draw(figure: "Figure", ink: Ink) -> None:
+    def draw(figure: "Figure", palette: Palette) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        upper.plot((0, 100), (0, 100), color=ink.text, linewidth=0.9, linestyle="--")
+        upper.plot((0, 100), (0, 100), color=palette.text, linewidth=0.9, linestyle="--")
         upper.plot(
             [100 * item["confidence"] for item in filled],
             [100 * item["accuracy"] for item in filled],
-            color=ink.series[0],
+            color=palette.series[0],
             marker="o",
             markersize=4,
         )
@@ -313,7 +313,7 @@ def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart
             [item["count"] for item in filled],
             width=[100 * (item["to"] - item["from"]) * 0.92 for item in filled],
             align="edge",
-            color=ink.series[0],
+            color=palette.series[0],
         )
         lower.set_ylabel("images")
         lower.set_xlabel("confidence, %")
@@ -327,15 +327,20 @@ def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) 
     """Plot the mean accuracy of each corruption as a bar and each severity as a dot."""
     order = sorted(corruptions, key=lambda key: sum(corruptions[key]) / len(corruptions[key]))
 
-    def draw(figure: "Figure", ink: Ink) -> None:
+    def draw(figure: "Figure", palette: Palette) -> None:
         axes = figure.subplots()
         positions = range(len(order))
         means = [100 * sum(corruptions[key]) / len(corruptions[key]) for key in order]
-        axes.barh(positions, means, height=0.62, color=ink.faint)
+        axes.barh(positions, means, height=0.62, color=palette.faint)
         for position, key in zip(positions, order, strict=True):
             values = [100 * value for value in corruptions[key]]
             axes.plot(
-                values, [position] * len(values), "o", color=ink.series[0], markersize=3, zorder=3
+                values,
+                [position] * len(values),
+                "o",
+                color=palette.series[0],
+                markersize=3,
+                zorder=3,
             )
         axes.set_yticks(list(positions), [key.replace("_", " ") for key in order])
         axes.tick_params(axis="y", length=0)
@@ -352,7 +357,7 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = len(classes) <= 20
 
-    def draw(figure: "Figure", ink: Ink) -> None:
+    def draw(figure: "Figure", palette: Palette) -> None:
         axes: Axes = figure.subplots()
         # The square root makes a few percent of errors visible.
         axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
@@ -370,7 +375,7 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]
                     ha="center",
                     va="center",
                     fontsize=6.5,
-                    color="white" if shares[row, column] > 0.4 else ink.text,
+                    color="white" if shares[row, column] > 0.4 else palette.text,
                 )
 
     return Chart(name, "Confusion matrix", "Counts by true and predicted class.", draw, (5.0, 5.0))

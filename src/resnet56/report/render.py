@@ -13,7 +13,7 @@ from resnet56.files import write_bytes, write_text
 from resnet56.report import words
 from resnet56.report.plots import Chart
 
-HERE = Path(__file__).parent
+TEMPLATE_DIR = Path(__file__).parent
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]|$~])")  # special anywhere in a line
 UNBREAKABLE = re.compile(r"(\d[\d.,]* %|\d+(?: \N{MULTIPLICATION SIGN} \d+)+)")
 
@@ -41,7 +41,7 @@ def write_html(out: Path, template: str, content: dict[str, Any]) -> None:
     environment = _environment(autoescape=True)
     environment.filters["unbroken"] = unbroken
     environment.filters["svg"] = lambda chart: Markup(chart.svg())
-    css = Markup((HERE / "page.css").read_text(encoding="utf-8"))
+    css = Markup((TEMPLATE_DIR / "page.css").read_text(encoding="utf-8"))
     text = environment.get_template(f"{template}.html.j2").render(content, css=css)
     write_text(out, re.sub(r"\n\s*\n+", "\n", text))
 
@@ -79,7 +79,7 @@ def _finalize(value: Any) -> Any:
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
+        loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
         autoescape=autoescape,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -619,7 +619,7 @@ def _resolve_constants(
     outputs: int,
     defaults: tuple[Constants | None, str] = (None, ""),
 ) -> tuple[Constants, list[str]]:
-    """Return mean and std as given, else declared, else by default; and remarks."""
+    """Return mean and std (given, declared or default, in this order) and remarks."""
     remarks = []
     for flag, given, in_file in (("--mean", mean, declared.mean), ("--std", std, declared.std)):
         if given and in_file and not all(map(math.isclose, given, in_file)):
@@ -630,7 +630,9 @@ def _resolve_constants(
         if constants is None:
             raise UsageError(f"a network with {outputs} classes needs --mean and --std")
         mean, std = mean or constants[0], std or constants[1]
-        remarks.append(f"assuming mean {mean} and std {std} ({origin}); set --mean and --std")
+        remarks.append(
+            f"assuming mean {mean} and std {std} ({origin}); override with --mean and --std"
+        )
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise UsageError(
             f"--mean must be finite and --std finite and positive, not {mean} and {std}"
@@ -641,7 +643,7 @@ def _resolve_constants(
 def _resolve_classes(
     names: Sequence[str], declared: Declared, outputs: int
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Return the class names as given, else declared, else of a data set with as many classes."""
+    """Return class names (given, declared or of a CIFAR data set, in this order) and remarks."""
     if names:
         if len(names) != outputs or len(set(names)) != outputs:
             raise UsageError(
@@ -661,7 +663,7 @@ def _resolve_classes(
     if outputs == len(CIFAR10):
         return CIFAR10, []
     if outputs == len(CIFAR100):
-        return CIFAR100, ["assuming the classes of CIFAR-100; set --classes"]
+        return CIFAR100, ["assuming the classes of CIFAR-100; override with --classes"]
     raise UsageError(
         f"the network has {outputs} classes; set --classes to their names, a file with one name "
         "per line, cifar10, cifar100, digits or a run"

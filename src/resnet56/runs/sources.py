@@ -78,7 +78,7 @@ def _open_own(name_or_path: str | Path) -> Source | None:
         return Source(pretrained.load(str(name_or_path)), pretrained=str(name_or_path))
     if path.is_dir():
         run = RunDirectory(path)
-        return Source(run.load(), run=run)  # raises: says name_or_path is missing
+        return Source(run.load(), run=run)  # raises and says what is missing
     if path.exists():
         return None
     available = ", ".join(pretrained.names()) or "none"
