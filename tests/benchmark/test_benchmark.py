@@ -120,7 +120,7 @@ def test_our_step_is_the_step_of_training(
 def test_peak_memory_grows_with_the_batch(tiny: Dataset) -> None:
     """With 48 instead of 2 images, memory grows by at least the activations for backward."""
     setup = Course(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
-    few, many = (benchmark.peaks(setup, "resnet8", batch, ["eager"]) for batch in (2, 48))
+    few, many = (benchmark.peak_memory(setup, "resnet8", batch, ["eager"]) for batch in (2, 48))
     # Outputs of convolutions and norms: 3 with 16 channels, 2 with 32 and 2 with 64.
     values = 2 * (3 * 16 * 32**2 + 2 * 32 * 16**2 + 2 * 64 * 8**2)
     for mode in ("baseline", "eager"):
