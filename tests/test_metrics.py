@@ -170,13 +170,13 @@ def test_any_number_of_classes_becomes_plain_json(classes: int) -> None:
 def test_the_most_confused_pairs_come_first_and_ties_in_the_order_of_classes() -> None:
     matrix = np.array([[50, 3, 0, 1], [3, 60, 0, 0], [0, 7, 0, 0], [0, 0, 0, 9]])
     kept = matrix.copy()
-    pairs = most_confused(matrix, ("A", "B", "C", "D"), most=3)
+    pairs = most_confused(matrix, ("A", "B", "C", "D"), limit=3)
     assert [(p["true"], p["predicted"], p["count"], p["share"]) for p in pairs] == [
         ("C", "B", 7, 1.0),
         ("A", "B", 3, pytest.approx(3 / 54)),
         ("B", "A", 3, pytest.approx(3 / 63)),
     ]
-    assert len(most_confused(matrix, ("A", "B", "C", "D"))) == 4  # pairs that occur, no others
+    assert len(most_confused(matrix, ("A", "B", "C", "D"))) == 4  # only pairs that occur
     assert np.array_equal(matrix, kept)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's network, and the form in which it predicts fastest."""
+"""Restore the model of a checkpoint, and optimize it for inference."""
 
 import copy
 
@@ -11,25 +11,25 @@ from resnet56.model import ResNet, build, norm_relu
 from resnet56.runs.checkpoint import Checkpoint, require_fit
 from resnet56.runtime import DTYPES, Resolved
 
-UNUSABLE = "the network gives outputs that are not finite: its weights are of no use"
+UNUSABLE = "the network returns outputs that are not finite; its weights are unusable"
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
-    """The checkpoint's network with its weights, on `device`, in evaluation mode.
+    """Return the model of a checkpoint on `device`, in evaluation mode.
 
-    Its parameters are contiguous, as PyTorch's tools expect them; `InferenceForm` makes a copy in
-    the memory format in which convolutions are fastest.
+    Its parameters are contiguous. `InferenceForm` uses the channels-last format instead, in which
+    convolutions are faster.
 
     Raises:
-        RunError: the weights are not those of such a network.
-        NotFiniteError: its outputs are not finite, as with a negative variance.
-        UsageError: the architecture is not known.
+        RunError: the weights do not fit the architecture.
+        NotFiniteError: the outputs are not finite, for example because of a negative variance.
+        UsageError: the architecture is unknown.
     """
     net = checkpoint.network
-    with torch.device("meta"):  # no memory and no initialization before the weights are checked
+    with torch.device("meta"):  # check the weights before allocating and initializing
         model = build(net.arch, classes=len(net.classes))
-    what = f"the weights do not fit {net.arch} with {len(net.classes)} classes"
-    require_fit(checkpoint.model, model.state_dict(), what)
+    message = f"the weights do not fit {net.arch} with {len(net.classes)} classes"
+    require_fit(checkpoint.model, model.state_dict(), message)
     model.to_empty(device=device)
     model.load_state_dict(checkpoint.model)
     model.eval()
@@ -41,7 +41,7 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
 def _require_finite_outputs(
     model: ResNet, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> None:
-    """Try a black image and one of noise."""
+    """Run the model on a black image and on noise, and raise NotFiniteError if it fails."""
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images[0] = 0
     images = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
@@ -50,15 +50,15 @@ def _require_finite_outputs(
 
 
 class InferenceForm(nn.Module):
-    """A copy of `model` with each batch norm folded into the convolution before it.
+    """A copy of a model with each batch norm folded into the preceding convolution.
 
-    In evaluation batch norm is a fixed scale and shift, which the convolution can apply itself
-    (Jacob et al. 2018, section 3.2): the same function, up to rounding. The convolutions run in
-    `precision`, without the casts that autocast makes on each call; the last layer stays fp32.
+    In evaluation mode, batch norm is a fixed scale and shift that the convolution can apply (Jacob
+    et al. 2018, section 3.2). The outputs are equal up to rounding. The convolutions run in
+    `precision`, without the casts of autocast. The last layer stays in fp32.
 
     Args:
-        model: stays as it is.
-        precision: of the convolutions.
+        model: the model to copy.
+        precision: precision of the convolutions.
     """
 
     def __init__(self, model: ResNet, precision: Resolved = "fp32") -> None:
@@ -74,26 +74,26 @@ class InferenceForm(nn.Module):
         self.requires_grad_(False)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalised images -> (N, C, 8, 8), the last stage's maps."""
+        """(N, 3, 32, 32) normalized images -> (N, C, 8, 8) features of the last stage."""
         return self.net.features(x.to(self.dtype, memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalised images -> (N, classes) float32 logits."""
+        """(N, 3, 32, 32) normalized images -> (N, classes) float32 logits."""
         return self.net(x.to(self.dtype, memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
     def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, 32, 32) normalised images -> logits and maps, as `ResNet.explain` gives them."""
+        """(N, 3, 32, 32) normalized images -> logits and maps, as in `ResNet.explain`."""
         return self.net.explain(x.to(self.dtype, memory_format=torch.channels_last))
 
 
 def _fold(parent: nn.Module) -> None:
-    """Fold the batch norms directly below `parent`: `bnN` into `convN`, or one into its elder."""
+    """Fold the batch norms among the children of `parent` into the preceding child."""
     children = dict(parent.named_children())
-    elder = ""
+    previous = ""
     for name, child in children.items():
         if isinstance(child, nn.BatchNorm2d):
-            conv = getattr(parent, elder)
+            conv = getattr(parent, previous)
             assert isinstance(conv, nn.Conv2d)
-            setattr(parent, elder, fuse_conv_bn_eval(conv, child))
+            setattr(parent, previous, fuse_conv_bn_eval(conv, child))
             setattr(parent, name, nn.Identity())
-        elder = name
+        previous = name

@@ -1,7 +1,7 @@
-"""Logits and labels in, numbers out.
+"""Metrics of classification, computed from logits and labels.
 
-Accuracy with an interval, per-class precision, recall and F1, the confusion matrix, top-k, and
-calibration. All shares are in [0, 1], losses in nats.
+They include accuracy with a confidence interval, precision, recall and F1 per class, the confusion
+matrix, top-k accuracy, and calibration. Fractions are in [0, 1], and losses in nats.
 """
 
 import math
@@ -15,22 +15,22 @@ from resnet56.runs.schema import Calibration, ConfusedPair, Metrics
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
 
-Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
-BINS = 15  # of the reliability curve, as in Guo et al. 2017
+Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+BINS = 15  # of the reliability diagram, as in Guo et al. 2017
 
 
 def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metrics:
-    """Measure predictions.
+    """Compute all metrics of a set of predictions.
 
-    A class without images has no scores (None), and the means are over the other classes.
+    The scores of a class without images are None, and the averages exclude the class.
 
     Args:
         logits: (N, C) finite floats, N >= 1.
         labels: (N,) integers in [0, C).
-        classes: the C names.
+        classes: names of the C classes.
 
     Returns:
-        A dictionary whose keys are attributes, too.
+        A dictionary whose keys are also attributes.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
     from sklearn.utils import Bunch
@@ -38,10 +38,10 @@ def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metri
     log_probabilities = log_softmax(logits)
     probabilities = np.exp(log_probabilities)
     predicted = logits.argmax(axis=1)
-    every = np.arange(len(classes))
-    matrix = confusion_matrix(labels, predicted, labels=every)
-    # A class that is never predicted has no precision; it counts as 0, as is usual.
-    columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)
+    indices = np.arange(len(classes))
+    matrix = confusion_matrix(labels, predicted, labels=indices)
+    # The precision of a class that is never predicted is undefined; 0 is the convention.
+    columns = precision_recall_fscore_support(labels, predicted, labels=indices, zero_division=0.0)
     precision, recall, f1, support = (np.asarray(column) for column in columns)
     scores = {"precision": precision, "recall": recall, "f1": f1}
     present = support > 0
@@ -89,63 +89,67 @@ def softmax(logits: Floats) -> npt.NDArray[np.float64]:
 
 
 def wilson_interval(hits: float, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927), exact enough at 0 and 1 too.
+    """Return the 95 % Wilson score interval of a proportion (Wilson 1927).
 
-    `hits` may be a mean over several networks on the same n images.
+    Unlike the normal approximation, it is also accurate near 0 and 1. `hits` may be an average over
+    several models on the same n images.
     """
-    share = hits / n
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    proportion = hits / n
+    center = (proportion + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = (
+        Z95 * math.sqrt(proportion * (1 - proportion) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
+    )
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def top_k(logits: Floats, labels: Integers, k: int) -> float:
-    """The share of images whose class is among the k largest logits."""
+    """Return the fraction of images whose class is among the k largest logits."""
     k = min(k, logits.shape[1])
-    # Stable, so that of equal logits the first counts, as it does for the accuracy.
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(axis=1).mean())
+    # A stable sort resolves ties in favor of the first class, as argmax does for the accuracy.
+    predicted = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return float((predicted == labels[:, None]).any(axis=1).mean())
 
 
-def most_confused(matrix: Integers, classes: tuple[str, ...], most: int = 10) -> list[ConfusedPair]:
-    """The (true, predicted) pairs off the diagonal with the most images, most first."""
-    off = matrix.copy()
-    np.fill_diagonal(off, 0)
-    order = np.argsort(-off, axis=None, kind="stable")[:most]
-    pairs = zip(*np.unravel_index(order, off.shape), strict=True)
+def most_confused(
+    matrix: Integers, classes: tuple[str, ...], limit: int = 10
+) -> list[ConfusedPair]:
+    """Return the most frequent errors as (true, predicted) pairs, in descending order."""
+    errors = matrix.copy()
+    np.fill_diagonal(errors, 0)
+    order = np.argsort(-errors, axis=None, kind="stable")[:limit]
+    pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
     return [
         {
             "true": classes[true],
             "predicted": classes[predicted],
-            "count": int(off[true, predicted]),
-            "share": float(off[true, predicted] / matrix[true].sum()),
+            "count": int(errors[true, predicted]),
+            "share": float(errors[true, predicted] / matrix[true].sum()),
         }
         for true, predicted in pairs
-        if off[true, predicted] > 0
+        if errors[true, predicted] > 0
     ]
 
 
 def calibration(probabilities: Floats, labels: Integers) -> Calibration:
-    """Does the confidence mean what it says? (Guo et al. 2017; Brier 1950.)
+    """Measure how well the confidence matches the accuracy.
 
     Returns:
-        `ece`: the mean distance of confidence and accuracy over 15 equal bins of confidence,
-        weighted by their images; `brier`: the mean squared distance of the probabilities from
-        the one-hot truth, summed over classes (0 to 2); `bins`: count, confidence and accuracy
-        of each bin, None where it is empty.
+        `ece`: expected calibration error (Guo et al. 2017) over 15 equal-width bins; `brier`: Brier
+        score (Brier 1950), summed over classes, from 0 to 2; `bins`: count, confidence and accuracy
+        of each bin. Confidence and accuracy of an empty bin are None.
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    # Bins are (lower, upper], so that a confidence of exactly 1 is in the last.
+    # Bins are (lower, upper], so the last bin includes a confidence of exactly 1.
     index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     counts = np.bincount(index, minlength=BINS)
     confidences = np.bincount(index, confidence, minlength=BINS)
     hits = np.bincount(index, correct, minlength=BINS)
-    truth = np.zeros_like(probabilities)
-    truth[np.arange(len(labels)), labels] = 1
+    one_hot = np.zeros_like(probabilities)
+    one_hot[np.arange(len(labels)), labels] = 1
     return {
         "ece": float(np.abs(confidences - hits).sum() / len(labels)),
-        "brier": float(np.square(probabilities - truth).sum(axis=1).mean()),
+        "brier": float(np.square(probabilities - one_hot).sum(axis=1).mean()),
         "bins": [
             {
                 "from": i / BINS,

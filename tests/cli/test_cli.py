@@ -138,7 +138,7 @@ def test_what_was_held_out_is_what_settings_are_chosen_by(
     assert f"accuracy {100 * held['accuracy']:.2f} %" in capsys.readouterr().out
     before = (run / "evaluation.json").read_bytes()
     assert cli.main(["evaluate", str(run), "--split", "holdout"]) == 2
-    assert "held no images out" in capsys.readouterr().err
+    assert "has no validation images" in capsys.readouterr().err
     assert (run / "evaluation.json").read_bytes() == before
     assert cli.main(["evaluate", "resnet56", "--data", "digits", "--split", "holdout"]) == 2
 
@@ -261,7 +261,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
     [
         (["train", "quick", "--data", "./none"], "none"),
         (["train", "quick", "--resume", "--out", "none"], "there is no run at none"),
-        (["evaluate", "none"], "there is no run at none"),
+        (["evaluate", "none"], "none is neither a run nor a pretrained network"),
     ],
 )
 def test_what_is_not_there_is_one_line_and_exit_code_1(

@@ -24,37 +24,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a run's weights on this machine; on its own data, write it down in the run."""
+    """Evaluate a model. Results of a run on its own data are saved in the run directory."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
-    """A run's directory, a network that comes with the package, or a file that export wrote."""
+    """Run directory, name of a pretrained model, or exported file."""
 
     data: Data = None
-    """Other images than the run's own: a name, a folder, or CIFAR-10-C's or 10.1's .npy files."""
+    """Data set, image folder, or CIFAR-10-C or 10.1 .npy files; by default the data of the run."""
 
     split: Literal["test", "train", "holdout"] = "test"
-    """Which images to show; of a run on its own data all are measured."""
+    """Split to print. For a run on its own data, all splits are evaluated."""
 
     skip_broken: bool = False
-    """Leave out images that cannot be read, with a remark, instead of stopping."""
+    """Skip unreadable images with a warning, instead of stopping."""
 
     device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:N, mps."""
+    """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """CPU threads; by default as many as other programs leave cores free."""
+    """CPU threads; by default the number of cores that other programs leave free."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass."""
+    """Precision of the forward pass."""
 
     robustness: int = 500
-    """Test images to corrupt in ten ways and five severities, of a run on its own data; 0: none."""
+    """Test images for the robustness test (ten corruptions, five severities); 0 to skip it."""
 
     parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
-    """Only compare devices (cpu,cuda), precisions (fp32,bf16) or torch,onnx on the test images."""
+    """Compare devices (cpu,cuda), precisions (fp32,bf16) or torch,onnx on the test images."""
 
     json: bool = False
-    """Print everything as JSON."""
+    """Print all results as JSON."""
 
 
 def run(arguments: list[str]) -> int:
@@ -80,12 +80,12 @@ def run(arguments: list[str]) -> int:
     checkpoint, run = source.checkpoint, source.run
     if _is_benchmark(options.data):
         if options.parity is not None:
-            raise UsageError("--parity compares on one set of images; leave --data out")
+            raise UsageError("--parity does not support this --data; choose a data set or a folder")
         _measure_benchmark(subject_of(checkpoint, device, precision), options)
         return 0
 
     if run is None and options.data is None:
-        raise UsageError(f"{options.run} is not a run; on which images? choose --data")
+        raise UsageError(f"{options.run} is not a run and has no data; choose --data")
     net = checkpoint.network
     dataset = load_data(
         options.data,
@@ -97,10 +97,10 @@ def run(arguments: list[str]) -> int:
     if not own:
         dataset = for_classes(dataset, net.classes)
         if run is not None:
-            say("these are not the images of the run: nothing is written")
+            say("the images are not those of the run; the results are not saved")
     title = f"{net.arch} on the {options.split} images; {dataset.source}"
     if options.parity is not None:
-        _compare(checkpoint, dataset.test, options, device, keep_in=run if own else None)
+        _compare(checkpoint, dataset.test, options, device, save_to=run if own else None)
     elif own and run is not None:
         _measure_run(run, dataset, options, device, precision, title)
     else:
@@ -118,46 +118,46 @@ def _is_benchmark(data: str | None) -> bool:
 
 
 def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
-    """The images to measure, where they are not a run's own data."""
+    """Return the split to evaluate of data that are not the run's own."""
     if options.split == "holdout":
-        raise UsageError("held-out images are part of a run's own data; leave --data out")
+        raise UsageError("validation images are part of the run's own data; omit --data")
     split = dataset.test if options.split == "test" else dataset.train
     if not len(split):
-        raise UsageError(f"no {options.split} images of the network's classes; choose --split")
+        raise UsageError(
+            f"no {options.split} images of the model's classes; choose another --split"
+        )
     return split
 
 
 def _measure_onnx(options: EvaluateOptions) -> int:
-    """An ONNX file in ONNX Runtime, on the images that `--data` names."""
+    """Evaluate an ONNX file in ONNX Runtime on the images of `--data`."""
     from resnet56.cli.tables import show_figures
     from resnet56.export import OnnxModel
     from resnet56.files import to_json
     from resnet56.predict import OnnxBackend
 
     if options.parity is not None:
-        raise UsageError("--parity compares a network of PyTorch; give the run")
+        raise UsageError("--parity requires a PyTorch model, not an ONNX file")
     if options.device not in ("auto", "cpu") or options.precision not in ("auto", "fp32"):
-        raise UsageError("an ONNX file runs on the CPU in fp32; leave --device and --precision out")
+        raise UsageError("an ONNX file runs on the CPU in fp32; omit --device and --precision")
     if options.data is None:
-        raise UsageError(f"{options.run} is not a run; on which images? choose --data")
-    exported = OnnxModel(OnnxBackend.from_file(Path(options.run), options.threads))
+        raise UsageError(f"{options.run} is not a run and has no data; choose --data")
+    model = OnnxModel(OnnxBackend.from_file(Path(options.run), options.threads))
     if _is_benchmark(options.data):
-        _measure_benchmark(exported, options)
+        _measure_benchmark(model, options)
         return 0
     dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
-    dataset = for_classes(dataset, exported.network.classes)
+    dataset = for_classes(dataset, model.network.classes)
     split = _other_split(dataset, options)
     with show(f"{len(split):,} images", len(split)) as tick:
-        figures = exported.figures(split, tick)
-    title = (
-        f"{exported.network.arch} in ONNX Runtime on the {options.split} images; {dataset.source}"
-    )
+        figures = model.figures(split, tick)
+    title = f"{model.network.arch} in ONNX Runtime on the {options.split} images; {dataset.source}"
     print(to_json(figures)) if options.json else show_figures(figures, title)
     return 0
 
 
 def _measure_benchmark(subject: "Subject | OnnxModel", options: EvaluateOptions) -> None:
-    """CIFAR-10-C's or 10.1's arrays, one after the other."""
+    """Evaluate on the arrays of CIFAR-10-C or CIFAR-10.1."""
     from resnet56.cli.tables import show_accuracies
     from resnet56.data.arrays import load_benchmark
     from resnet56.files import to_json
@@ -177,7 +177,7 @@ def _measure_run(
     precision: "Resolved",
     title: str,
 ) -> None:
-    """A run on its own images: everything, and it is written down."""
+    """Evaluate a run on its own data, and save the results in the run directory."""
     from resnet56.cli import tables
     from resnet56.evaluation import evaluate_run, measure_extras
     from resnet56.files import read_json, to_json
@@ -185,7 +185,7 @@ def _measure_run(
 
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
     if options.split == "holdout" and recipe.holdout == 0:
-        raise UsageError(f"{run.path} held no images out (resnet56 train --holdout N)")
+        raise UsageError(f"{run.path} has no validation images (resnet56 train --holdout N)")
     evaluate_run(
         run,
         dataset,
@@ -211,9 +211,9 @@ def _compare(
     split: "Split",
     options: EvaluateOptions,
     device: "torch.device",
-    keep_in: "RunDirectory | None",
+    save_to: "RunDirectory | None",
 ) -> None:
-    """`--parity A,B`: measure on both sides."""
+    """Compare the model in the two configurations of `--parity`."""
     from resnet56 import runtime
     from resnet56.cli.tables import show_comparison
     from resnet56.evaluation import Measured, compare, subject_of
@@ -230,15 +230,17 @@ def _compare(
             subjects.append(OnnxModel.from_checkpoint(checkpoint, options.threads))
             continue
         is_device = side != "torch" and side not in runtime.DTYPES
-        on = runtime.resolve_device(side) if is_device else device
-        precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", on)
-        names.append(f"{on} {precision}")
-        subjects.append(subject_of(checkpoint, on, precision))
+        side_device = runtime.resolve_device(side) if is_device else device
+        precision = runtime.resolve_precision(
+            side if side in runtime.DTYPES else "fp32", side_device
+        )
+        names.append(f"{side_device} {precision}")
+        subjects.append(subject_of(checkpoint, side_device, precision))
     if len(names) != 2:
         raise UsageError(
-            f"--parity wants two sides, as in cpu,cuda, fp32,bf16 or torch,onnx, not {sides!r}"
+            f"--parity requires two sides, such as cpu,cuda, fp32,bf16 or torch,onnx, not {sides!r}"
         )
-    found = compare(subjects[0], subjects[1], (names[0], names[1]), split, show)
-    if keep_in is not None:
-        keep_in.keep_comparison(found, checkpoint.position.step)
-    print(to_json(found)) if options.json else show_comparison(found)
+    comparison = compare(subjects[0], subjects[1], (names[0], names[1]), split, show)
+    if save_to is not None:
+        save_to.keep_comparison(comparison, checkpoint.position.step)
+    print(to_json(comparison)) if options.json else show_comparison(comparison)

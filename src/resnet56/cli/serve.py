@@ -13,34 +13,34 @@ from resnet56.errors import MissingExtraError, UsageError
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Answer over HTTP what is in pictures, for programs and, at /, for people."""
+    """Classify images over HTTP, with a demo page at /."""
 
     run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE")] = "resnet56"
-    """Network: a run's directory, one that comes with the package, or a file that export wrote."""
+    """Run directory, name of a pretrained model, or exported file."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, without password or encryption."""
+    """Address to listen on; 0.0.0.0 admits other machines, without authentication or encryption."""
 
     port: int = 8056
-    """Port to listen on; 0 for any free one."""
+    """Port to listen on; 0 for any free port."""
 
     all_formats: bool = False
-    """Whether to read every image format, not only those that browsers show."""
+    """Accept all image formats, not only those that browsers display."""
 
     drain: float = 30.0
-    """Seconds to answer what has begun, after Ctrl-C or SIGTERM."""
+    """Seconds to finish requests in flight after Ctrl-C or SIGTERM."""
 
     device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:N, mps."""
+    """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
     """CPU threads; by default one per core."""
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 serve [--run RUN]; ends with Ctrl-C or SIGTERM, once what has begun is answered."""
+    """resnet56 serve [--run RUN]: serve until Ctrl-C or SIGTERM, then finish requests in flight."""
     options = parse(ServeOptions, arguments, "resnet56 serve")
-    if not 0 <= options.drain <= 3600:  # nor NaN
+    if not 0 <= options.drain <= 3600:  # also true for NaN
         raise UsageError(f"--drain must be from 0 to 3600 seconds, not {options.drain:g}")
     try:
         from resnet56.serve.limits import Limits
