@@ -73,15 +73,16 @@ ARROWS: dict[str, set[str]] = {
         "model", "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "samples",
     },
     "ema": {"runtime"},
+    "distillation": {"data.batches", "errors", "inference", "runs.checkpoint", "runtime"},
     "step": {
-        "ema", "errors", "kernels.compiler", "kernels.fused", "kernels.native", "model", "recipe",
-        "runtime",
+        "distillation", "ema", "errors", "kernels.compiler", "kernels.fused", "kernels.native",
+        "model", "recipe", "runtime",
     },
     # training and prediction
     "training": {
-        "cadence", "data.augment", "data.batches", "data.dataset", "distributed", "ema", "errors",
-        "evaluation", "files", "model", "progress", "recipe", "runs.checkpoint", "runs.directory",
-        "runs.schema", "runtime", "step", "threads",
+        "cadence", "data.augment", "data.batches", "data.dataset", "distillation", "distributed",
+        "ema", "errors", "evaluation", "files", "model", "progress", "recipe", "runs.checkpoint",
+        "runs.directory", "runs.schema", "runs.sources", "runtime", "step", "threads",
     },
     "predict": {
         "data.augment", "data.images", "errors", "inference", "libraries", "metrics",

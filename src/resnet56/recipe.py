@@ -109,6 +109,19 @@ class Recipe:
     run's weights; nothing for none. Of several decays, the one with the highest accuracy on the
     validation images (`holdout`) is chosen after the last epoch."""
 
+    teacher: tuple[str, ...] = ()
+    """Networks to distill from: runs, or names of pretrained networks. Several form an ensemble.
+    They must not have been trained on the validation images."""
+
+    teacher_weight: float = 1.0
+    """Weight of the distillation loss; the loss of the labels has the rest of 1."""
+
+    teacher_temperature: float = 1.0
+    """Temperature that softens the predictions of teacher and student in the distillation loss."""
+
+    teacher_random: bool = False
+    """Ask one random teacher per step, not all: cheaper, with the same gradient on average."""
+
     precision: Precision = "auto"
     """Arithmetic: auto is the fastest that the device has in hardware."""
 
@@ -183,6 +196,10 @@ class Recipe:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
+        _require(0 < self.teacher_weight <= 1, "teacher_weight", self.teacher_weight, "in (0, 1]")
+        _require(
+            self.teacher_temperature > 0, "teacher_temperature", self.teacher_temperature, "above 0"
+        )
         if len(self.ema_decay) > 1 and self.holdout == 0:
             raise UsageError("several ema_decay need a holdout above 0, to choose one of them by")
         if self.alternate_flip and not self.flip:

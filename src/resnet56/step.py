@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet56.distillation import Teachers, distillation_loss
 from resnet56.ema import EMA
 from resnet56.errors import UsageError
 from resnet56.kernels.compiler import UnavailableError
@@ -134,11 +135,18 @@ class Trainer:
         wrapped: what runs forward: the same model, or it inside DistributedDataParallel.
         recipe: how to train.
         precision: resolved, of the forward and backward pass.
+        teachers: to distill from.
     """
 
     def __init__(
-        self, model: nn.Module, wrapped: nn.Module, recipe: Recipe, precision: Resolved
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        recipe: Recipe,
+        precision: Resolved,
+        teachers: Teachers | None = None,
     ) -> None:
+        self.teachers = teachers
         self.model = model
         self.wrapped = wrapped
         self.recipe = recipe
@@ -173,6 +181,10 @@ class Trainer:
             logits = self.wrapped(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+        if self.teachers is not None:
+            weight = self.recipe.teacher_weight
+            distilled = self._distillation_loss(self.teachers, images, logits, step)
+            loss = distilled if weight == 1 else (1 - weight) * loss + weight * distilled
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -189,6 +201,14 @@ class Trainer:
             self.sums += torch.stack((loss.detach() * len(targets), hits))
             fine = torch.isfinite(loss) | (self.bad_step >= 0)
             self.bad_step = torch.where(fine, self.bad_step, step)
+
+    def _distillation_loss(
+        self, teachers: Teachers, images: Tensor, logits: Tensor, step: int
+    ) -> Tensor:
+        recipe = self.recipe
+        member = teachers.random_member(recipe.seed, step) if recipe.teacher_random else None
+        probabilities = teachers.probabilities(images, recipe.teacher_temperature, member)
+        return distillation_loss(logits, probabilities, recipe.teacher_temperature)
 
     def weights(self) -> Mapping[str, Tensor]:
         """The weights to use: the EMA of the first decay where there is one."""

@@ -19,6 +19,8 @@ from resnet56.cadence import Cadence, StopRequest, stop_requests
 from resnet56.data.augment import Augmentation
 from resnet56.data.batches import Batches
 from resnet56.data.dataset import Dataset, Split, channel_statistics, training_split
+from resnet56.distillation import Teachers
+from resnet56.distillation import fingerprint as weights_fingerprint
 from resnet56.distributed import (
     Distributed,
     highest,
@@ -36,6 +38,7 @@ from resnet56.recipe import Recipe, from_fields
 from resnet56.runs.checkpoint import Checkpoint, Network, Position, require_fit
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import Environment, Evaluation
+from resnet56.runs.sources import open_network
 from resnet56.runtime import (
     Resolved,
     environment,
@@ -189,8 +192,14 @@ class TrainingLoop:
         training, self.validation = training_split(dataset, recipe.holdout)
         mean, std = channel_statistics(training.images)
         self.network = Network(recipe.arch, dataset.classes, mean, std)
+        teachers = {name: open_network(name).checkpoint for name in recipe.teacher}
+        self.teachers = [
+            {"teacher": name, "arch": one.network.arch, "sha256": weights_fingerprint(one)}
+            for name, one in teachers.items()
+        ]
+        ensemble = Teachers(teachers, self.network, device, self.precision) if teachers else None
         self.trainer, self.forward = _trainer(
-            recipe, len(dataset.classes), device, self.precision, dist
+            recipe, len(dataset.classes), device, self.precision, dist, ensemble
         )
         self.batches = Batches(
             Split(training.images.to(device), training.labels.to(device)),
@@ -376,6 +385,7 @@ class TrainingLoop:
             "loss_scale": self.trainer.scaler.state_dict() or None,
             "threads": self.cadence.threads.state(),
             **self.ema_notes,
+            **({"teachers": self.teachers} if self.teachers else {}),
         }
         weights, state = self.weights(), self.trainer.state()
         try:
@@ -406,12 +416,20 @@ class TrainingLoop:
             },
             "execution": self.forward.execution,
         }
+        if self.teachers:
+            facts["teachers"] = self.teachers
         if self.forward.reason:
             facts["execution_reason"] = self.forward.reason
         return cast(Environment, facts)
 
     def _restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint."""
+        before = [one["sha256"] for one in saved.notes.get("teachers", [])]
+        if before != [one["sha256"] for one in self.teachers]:
+            raise RunError(
+                f"{self.run_directory.path} was distilled from other weights than "
+                f"{', '.join(self.recipe.teacher)} has now; choose another --out"
+            )
         self.position = saved.position
         what = f"{self.run_directory.checkpoint_file} does not fit the recipe"
         require_fit(saved.model, self.trainer.weights(), what)
@@ -429,14 +447,19 @@ class TrainingLoop:
 
 
 def _trainer(
-    recipe: Recipe, classes: int, device: torch.device, precision: Resolved, dist: Distributed
+    recipe: Recipe,
+    classes: int,
+    device: torch.device,
+    precision: Resolved,
+    dist: Distributed,
+    teachers: Teachers | None,
 ) -> tuple[Trainer, Forward]:
     """The network on its device with its optimizer, and how its steps run."""
     model = build(recipe.arch, classes=classes, seed=recipe.seed)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dist.world_size == 1:
         forward = make_forward(model, recipe.execution, precision)
-        return Trainer(model, forward.module, recipe, precision), forward
+        return Trainer(model, forward.module, recipe, precision, teachers), forward
     if recipe.execution not in ("auto", "eager"):
         raise UsageError(f"several processes run eager, not {recipe.execution}")
     model = synchronize_batch_norm(model)  # type: ignore[assignment]
@@ -446,7 +469,7 @@ def _trainer(
     # release of PyTorch.)
     wrapped.broadcast_buffers = False
     forward = Forward(wrapped, "eager", "several processes share their batch norm")
-    return Trainer(model, wrapped, recipe, precision), forward
+    return Trainer(model, wrapped, recipe, precision, teachers), forward
 
 
 def _costs(recipe: Recipe) -> list[float]:

@@ -694,6 +694,11 @@ def test_descriptions_of_recipes() -> None:
     assert "geometry or color" in recipe_words.augmentation(trivial, mirrors=False)
     assert recipe_words.is_augmented(trivial, mirrors=False)
     assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)
+    several = Recipe(ema_decay=(0.999, 0.9995), holdout=1, teacher=("a", "b"), teacher_weight=0.9)
+    told = recipe_words.optimizer(several)
+    assert "decays 0.999 and 0.9995); the best of them on the validation images is used" in told
+    assert "distilled from an ensemble of 2 trained networks" in told
+    assert "with weight 0.9 beside the labels" in told
     mixed = Recipe(mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, plain_tail=15)
     sentence = recipe_words.augmentation(mixed, mirrors=False)
     assert "In 50 % of batches, each image is composed of random crops of four images" in sentence

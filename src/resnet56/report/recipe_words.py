@@ -109,6 +109,22 @@ def optimizer(recipe: Recipe) -> str:
         sentences.append(f"Weight decay is {recipe.weight_decay:g}{exempt}.")
     if recipe.label_smoothing:
         sentences.append(f"Label smoothing is {recipe.label_smoothing:g}.")
+    if recipe.teacher:
+        network = (
+            "a trained network"
+            if len(recipe.teacher) == 1
+            else (f"an ensemble of {len(recipe.teacher)} trained networks")
+        )
+        one = ", one random member per step" if recipe.teacher_random else ""
+        rest = (
+            f" with weight {recipe.teacher_weight:g} beside the labels"
+            if recipe.teacher_weight < 1
+            else " instead of the labels"
+        )
+        sentences.append(
+            f"The network is distilled from {network}{one}: it learns their probabilities on the "
+            f"same augmented images at temperature {recipe.teacher_temperature:g}{rest}."
+        )
     if recipe.ema_decay:
         decays = listed([f"{decay:g}" for decay in recipe.ema_decay])
         word = "decay" if len(recipe.ema_decay) == 1 else "decays"

@@ -24,6 +24,7 @@ from resnet56.runs.schema import (
     Loss,
     Ordinal,
     Share,
+    Teacher,
     Text,
     check,
 )
@@ -91,6 +92,7 @@ class Notes(TypedDict, total=False):
     weights: Text  # "averaged", "last", "shipped" or "imported"
     ema_decay: Share  # of the weights, once the training is finished
     ema_candidates: list[EmaCandidate]  # what it was chosen from
+    teachers: list[Teacher]
     precision: Text
     execution: Text
     loss_scale: LossScale | None

@@ -54,6 +54,14 @@ class GitState(TypedDict):
     changed: bool  # whether files differ from the commit
 
 
+class Teacher(TypedDict):
+    """A network that a run was distilled from."""
+
+    teacher: Text  # as the recipe names it
+    arch: Text
+    sha256: Text  # of its weights
+
+
 class Environment(TypedDict, total=False):
     """What the numbers of a run depend on besides its recipe and images: environment.json."""
 
@@ -76,6 +84,7 @@ class Environment(TypedDict, total=False):
     data: Origin
     execution: Text
     execution_reason: Text
+    teachers: list[Teacher]
     resumed: "list[Environment]"  # the environment of each resumption
 
 
