@@ -59,7 +59,7 @@ def test_mean_of_map_plus_bias_is_the_logit(predictor: Predictor) -> None:
 
 
 def test_map_equals_grad_cam(predictor: Predictor) -> None:
-    """Grad-CAM at the last stage, computed with autograd, is equal for global average pooling."""
+    """With global average pooling, the map equals Grad-CAM at the last stage."""
     x = torch.rand(1, 3, 32, 32)
     features = predictor.model.features(x).detach().requires_grad_()
     logits = predictor.model.fc(features.mean(dim=(2, 3)))

@@ -1,4 +1,4 @@
-"""Metrics of classification, computed from logits and labels.
+"""Classification metrics, computed from logits and labels.
 
 They include accuracy with a confidence interval, precision, recall and F1 per class, the confusion
 matrix, top-k accuracy, and calibration. Fractions are in [0, 1], and losses in nats.

@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
     checkpoint, run = source.checkpoint, source.run
     if _is_benchmark(options.data):
         if options.parity is not None:
-            raise UsageError("--parity does not support this --data; choose a data set or a folder")
+            raise UsageError("--parity does not support CIFAR-10-C or 10.1; choose other --data")
         _measure_benchmark(subject_of(checkpoint, device, precision), options)
         return 0
 
@@ -118,7 +118,7 @@ def _is_benchmark(data: str | None) -> bool:
 
 
 def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
-    """Return the split to evaluate of data that are not the run's own."""
+    """Return the split to evaluate when the data are not the run's own."""
     if options.split == "holdout":
         raise UsageError("validation images are part of the run's own data; omit --data")
     split = dataset.test if options.split == "test" else dataset.train

@@ -11,7 +11,7 @@ from resnet56.data.images import BROWSER_FORMATS
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that normal use does not reach, but that contain mistakes and attacks."""
+    """Limits above normal use, which protect the server from mistakes and attacks."""
 
     images: int = 32  # per request
     pixels: int = 25_000_000  # per image; phone cameras stay below it by default

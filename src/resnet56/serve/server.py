@@ -60,7 +60,7 @@ class _Server(uvicorn.Server):
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that closes connections which send no complete request or read no response.
+    """HTTP/1.1 protocol that closes connections without complete requests or read responses.
 
     Uvicorn applies its timeout only between a response and the next request. Without this class, a
     client could hold a connection forever by sending the head of a request byte by byte, by sending

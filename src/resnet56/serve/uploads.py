@@ -141,7 +141,7 @@ async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[
 def _parse(content: bytes, limits: Limits) -> PredictRequest:
     """Parse a JSON body. A body with too many values is rejected before it is parsed.
 
-    Base64 contains no commas, so a valid body has one comma less than it has images.
+    Base64 contains no commas, so a valid body has one comma fewer than it has images.
     """
     if content.count(b",") > limits.images:
         raise _too_many(limits)
