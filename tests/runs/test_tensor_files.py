@@ -100,7 +100,17 @@ class Subclass(torch.Tensor):
         torch.tensor(7),
         torch.tensor([True, False]),
     ],
-    ids=str,
+    ids=[
+        "strided",
+        "channels_last",
+        "expanded",
+        "bfloat16",
+        "float8",
+        "parameter",
+        "subclass",
+        "scalar",
+        "bool",
+    ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
 def test_tensors_have_the_values_that_pytorch_loads(
