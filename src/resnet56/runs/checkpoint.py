@@ -17,7 +17,7 @@ from msgspec import Meta
 from resnet56.errors import NotFiniteError, RunError, one_line
 from resnet56.files import read_json, write_bytes, write_json
 from resnet56.runs.schema import (
-    LARGEST,
+    MAX_INTEGER,
     Amount,
     Count,
     EmaCandidate,
@@ -116,7 +116,7 @@ class _TensorFiles:
 class _Head:
     """The content of checkpoint.json."""
 
-    format: Annotated[int, Meta(ge=1, le=LARGEST)]
+    format: Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
     network: Network
     position: Position
     notes: Notes

@@ -1,9 +1,9 @@
-"""The files of a run: what each of them holds, checked whenever one is read or written.
+"""The typed schema of a run's files, checked on every read and write.
 
-The types are those that Python users see, for example as the result of `train` and `evaluate`:
-JSON objects are dictionaries, typed as TypedDict. A field that is missing, of another type or out
-of range ends in one line: the file, the field, what was found and what is expected. Fields that a
-type does not name are kept.
+JSON objects are dictionaries with TypedDict types. Python users see the same types, for example in
+the results of `train` and `evaluate`. A field that is missing, has the wrong type or is out of
+range raises a one-line RunError with the file, the field, the value and what is expected. Unknown
+fields are preserved.
 """
 
 import math
@@ -24,12 +24,12 @@ from resnet56.files import read_json, to_json, write_arrays, write_json
 
 T = TypeVar("T")
 
-LARGEST = 2**53  # whole numbers above are not exact in every JSON reader
-MOST_ARRAY_BYTES = 1 << 30  # of an .npz file, unpacked
+MAX_INTEGER = 2**53  # not every JSON reader represents larger integers exactly
+MAX_ARRAY_BYTES = 1 << 30  # uncompressed size of an .npz file
 
-Count = Annotated[int, Meta(ge=0, le=LARGEST)]
-Ordinal = Annotated[int, Meta(ge=1, le=LARGEST)]
-# A mean of shares may exceed 1 in its last digit, and a loss fall below 0.
+Count = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
+Ordinal = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
+# Rounding can push a mean of shares slightly above 1, and a loss slightly below 0.
 Share = Annotated[float, Meta(ge=0, le=1 + 1e-9)]
 Loss = Annotated[float, Meta(ge=-1e-6, le=1e300)]  # in nats
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
@@ -40,51 +40,51 @@ Text = Annotated[str, Meta(max_length=100_000)]
 
 
 class Origin(TypedDict):
-    """The images of a run."""
+    """The data set of a run."""
 
-    origin: Text  # what `--data` takes to load them again
-    source: Text  # a sentence: what was read, from where and how it was split
-    mirrored: NotRequired[bool]  # whether training images were mirrored
+    origin: Text  # the value of `--data` that loads the data set again
+    source: Text  # a sentence that describes the data set, its source and its split
+    mirrored: NotRequired[bool]  # whether training images were flipped horizontally
 
 
 class GitState(TypedDict):
-    """The checkout that the package ran from."""
+    """The git checkout of the package."""
 
-    commit: Text
+    commit: Text  # the full hash of the commit
     changed: bool  # whether files differ from the commit
 
 
 class Teacher(TypedDict):
-    """A network that a run was distilled from."""
+    """A teacher of knowledge distillation."""
 
-    teacher: Text  # as the recipe names it
-    arch: Text
-    sha256: Text  # of its weights
+    teacher: Text  # run or pretrained model, as in the recipe
+    arch: Text  # name of the architecture
+    sha256: Text  # SHA-256 of the weights
 
 
 class Environment(TypedDict, total=False):
-    """What the numbers of a run depend on besides its recipe and images: environment.json."""
+    """environment.json: the machine, software and data set of a run."""
 
-    processor: Text
-    cores: Count | None
-    threads: Count
-    memory_gb: Amount
-    system: Text
-    device: Text
-    precision: Text
-    gpu: Text
-    gpu_memory_gb: Amount
-    cuda: Text | None
-    cudnn: Count | None
-    python: Text
-    versions: dict[str, Text]
-    command: Text
-    git: GitState | None
-    processes: Ordinal
-    data: Origin
-    execution: Text
-    execution_reason: Text
-    teachers: list[Teacher]
+    processor: Text  # the name of the CPU
+    cores: Count | None  # physical CPU cores, or null if unknown
+    threads: Count  # CPU threads of PyTorch
+    memory_gb: Amount  # main memory in GB
+    system: Text  # operating system and version
+    device: Text  # PyTorch device, such as cpu or cuda:0
+    precision: Text  # fp32, bf16 or fp16
+    gpu: Text  # the name of the GPU
+    gpu_memory_gb: Amount  # GPU memory in GB
+    cuda: Text | None  # CUDA version of PyTorch
+    cudnn: Count | None  # cuDNN version, as a number
+    python: Text  # Python version
+    versions: dict[str, Text]  # version of each package, by name
+    command: Text  # the command line that started the run
+    git: GitState | None  # null outside a git checkout
+    processes: Ordinal  # number of training processes
+    data: Origin  # the data set
+    execution: Text  # eager, fused, native or compiled
+    execution_reason: Text  # why a faster execution mode was not used
+    teachers: list[Teacher]  # teachers of knowledge distillation
     resumed: "list[Environment]"  # the environment of each resumption
 
 
@@ -92,164 +92,164 @@ class Environment(TypedDict, total=False):
 
 
 class EpochMetrics(TypedDict):
-    """One epoch of a training: a line of metrics.jsonl."""
+    """A line of metrics.jsonl: one epoch."""
 
-    epoch: Ordinal
-    step: Count  # steps taken, over all epochs
-    lr: Amount  # of the last step
-    train_loss: Loss  # a running mean over augmented images
-    train_accuracy: Share
-    images_per_second: Amount
-    seconds: Amount
-    peak_memory_mb: NotRequired[Amount]
-    holdout_loss: NotRequired[Loss]
-    holdout_accuracy: NotRequired[Share]
-    test_loss: NotRequired[Loss]
-    test_accuracy: NotRequired[Share]
-    threads: NotRequired[Ordinal]
+    epoch: Ordinal  # number of the epoch, from 1
+    step: Count  # training steps since the start of the run
+    lr: Amount  # learning rate of the last step
+    train_loss: Loss  # mean over the epoch's augmented images
+    train_accuracy: Share  # mean over the epoch's augmented images
+    images_per_second: Amount  # training throughput
+    seconds: Amount  # training time of the epoch
+    peak_memory_mb: NotRequired[Amount]  # peak memory in MB, of the GPU if it is used
+    holdout_loss: NotRequired[Loss]  # on the validation set
+    holdout_accuracy: NotRequired[Share]  # on the validation set
+    test_loss: NotRequired[Loss]  # on the test set, with --test-every-epoch
+    test_accuracy: NotRequired[Share]  # on the test set, with --test-every-epoch
+    threads: NotRequired[Ordinal]  # CPU threads at the end of the epoch
 
 
 # evaluation.json
 
 
 class ClassMetrics(TypedDict):
-    """How well one class is recognized; None where none of the images is of that class."""
+    """Metrics of one class; null if the class has no images."""
 
-    precision: Share | None  # 0 where the class is never predicted
-    recall: Share | None
-    f1: Share | None
+    precision: Share | None  # 0 if the class is never predicted
+    recall: Share | None  # share of the class's images that are classified correctly
+    f1: Share | None  # harmonic mean of precision and recall
     support: Count  # images of the class
 
 
 class MeanMetrics(TypedDict):
-    """Means over the classes that have images."""
+    """Metrics averaged over the classes that have images."""
 
-    precision: Share
-    recall: Share
-    f1: Share
-    classes: NotRequired[Ordinal]  # how many those are
+    precision: Share  # mean precision
+    recall: Share  # mean recall
+    f1: Share  # mean F1 score
+    classes: NotRequired[Ordinal]  # number of classes that have images
 
 
 class ConfusedPair(TypedDict):
-    """Images of one class that are taken for another."""
+    """Images of one class that are classified as another."""
 
-    true: str
-    predicted: str
-    count: Ordinal
-    share: Share  # of the true class
+    true: str  # name of the true class
+    predicted: str  # name of the predicted class
+    count: Ordinal  # number of images
+    share: Share  # share of the true class's images
 
 
 CalibrationBin = TypedDict(
     "CalibrationBin",
     {
-        "from": Share,
-        "to": Share,
-        "count": Count,
-        "confidence": Share | None,  # the mean; None where the bin is empty
-        "accuracy": Share | None,
+        "from": Share,  # lower bound of the confidence, exclusive
+        "to": Share,  # upper bound of the confidence, inclusive
+        "count": Count,  # images in the bin
+        "confidence": Share | None,  # mean confidence; null if the bin is empty
+        "accuracy": Share | None,  # null if the bin is empty
     },
 )
 
 
 class Calibration(TypedDict):
-    """Whether the confidence means what it says."""
+    """How well the confidence matches the accuracy."""
 
     ece: Share  # expected calibration error (Guo et al. 2017)
-    brier: Annotated[float, Meta(ge=0, le=2 + 1e-9)]
-    bins: Annotated[list[CalibrationBin], Meta(min_length=1)]
+    brier: Annotated[float, Meta(ge=0, le=2 + 1e-9)]  # Brier score, summed over classes (0 to 2)
+    bins: Annotated[list[CalibrationBin], Meta(min_length=1)]  # equal-width bins of confidence
 
 
 class Metrics(TypedDict):
-    """What N predictions over C classes are worth."""
+    """Metrics of the predictions on one set of images."""
 
-    accuracy: Share
-    accuracy_interval: Annotated[list[Share], Meta(min_length=2, max_length=2)]  # Wilson, 95 %
-    top2: Share
-    top3: Share
+    accuracy: Share  # top-1 accuracy
+    accuracy_interval: Annotated[list[Share], Meta(min_length=2, max_length=2)]  # 95 % (Wilson)
+    top2: Share  # top-2 accuracy
+    top3: Share  # top-3 accuracy
     loss: Loss  # mean cross-entropy
-    n: Ordinal
-    confusion_matrix: list[list[Count]]  # [true class][predicted class]
-    per_class: dict[str, ClassMetrics]
-    macro: MeanMetrics  # plain means over the classes that have images
-    weighted: MeanMetrics  # means weighted by support
-    most_confused: list[ConfusedPair]
-    calibration: Calibration
+    n: Ordinal  # number of images
+    confusion_matrix: list[list[Count]]  # image counts, [true class][predicted class]
+    per_class: dict[str, ClassMetrics]  # metrics of each class, by name
+    macro: MeanMetrics  # unweighted means over classes
+    weighted: MeanMetrics  # means over classes, weighted by support
+    most_confused: list[ConfusedPair]  # most frequent confusions, in descending order
+    calibration: Calibration  # calibration of the confidence
 
 
 class BatchSpeed(TypedDict):
-    """The speed of prediction with one batch size."""
+    """Inference speed at one batch size."""
 
-    milliseconds_an_image: Amount
-    images_per_second: Amount
+    milliseconds_an_image: Amount  # time per image in ms
+    images_per_second: Amount  # throughput
 
 
 class Speed(TypedDict):
-    """The time from bytes to logits."""
+    """Inference speed, from uint8 images to logits."""
 
-    batch_1: BatchSpeed
-    batch_256: BatchSpeed
-    peak_memory_mb: NotRequired[Amount]
+    batch_1: BatchSpeed  # with batch size 1
+    batch_256: BatchSpeed  # with batch size 256
+    peak_memory_mb: NotRequired[Amount]  # peak memory in MB, of the GPU if it is used
 
 
 class Robustness(TypedDict):
-    """Accuracy on corrupted images."""
+    """Accuracy on corrupted test images."""
 
-    images: Ordinal
-    severities: list[Ordinal]
-    clean_accuracy: Share
-    mean_accuracy: Share
-    corruptions: dict[str, list[Share]]  # a value for each severity
+    images: Ordinal  # number of test images
+    severities: list[Ordinal]  # severities of the corruptions
+    clean_accuracy: Share  # accuracy on the same images without corruption
+    mean_accuracy: Share  # mean over all corruptions and severities
+    corruptions: dict[str, list[Share]]  # accuracies of each corruption, one per severity
 
 
 class EmaCandidate(TypedDict):
-    """One of the EMAs of a training."""
+    """One of the exponential moving averages (EMA) of a run."""
 
-    decay: Share
-    reestimated: bool  # whether batch norm's statistics were re-estimated for it
-    holdout_loss: NotRequired[Loss]
-    holdout_accuracy: NotRequired[Share]
+    decay: Share  # decay per step
+    reestimated: bool  # whether its batch norm statistics were re-estimated
+    holdout_loss: NotRequired[Loss]  # on the validation set
+    holdout_accuracy: NotRequired[Share]  # on the validation set
 
 
 class Evaluation(TypedDict):
-    """How good a run's weights are: evaluation.json, and the result of `train`."""
+    """evaluation.json, and the result of `train`: the metrics of a run's weights."""
 
-    test: Metrics
-    train: NotRequired[Metrics]  # without augmentation
-    holdout: NotRequired[Metrics]
-    weights: Text
-    ema_decay: NotRequired[Share]  # of the weights, which are an EMA
-    ema_candidates: NotRequired[list[EmaCandidate]]  # what it was chosen from
-    epoch: Count
-    step: Count
-    device: Text
-    precision: Text
-    data: Text
-    speed: NotRequired[Speed]
-    robustness: NotRequired[Robustness]
+    test: Metrics  # on the test set
+    train: NotRequired[Metrics]  # on the training images, without augmentation
+    holdout: NotRequired[Metrics]  # on the validation set
+    weights: Text  # which weights were evaluated: ema or final
+    ema_decay: NotRequired[Share]  # decay of the EMA weights
+    ema_candidates: NotRequired[list[EmaCandidate]]  # the EMAs to choose from
+    epoch: Count  # finished epochs
+    step: Count  # training steps since the start of the run
+    device: Text  # device of the evaluation
+    precision: Text  # precision of the evaluation
+    data: Text  # a sentence that describes the data set
+    speed: NotRequired[Speed]  # inference speed
+    robustness: NotRequired[Robustness]  # accuracy on corrupted images
 
 
 # parity.json
 
 
 class Comparison(TypedDict):
-    """One network on two devices, or in two precisions."""
+    """A comparison of the same weights on two devices or in two precisions."""
 
-    a: Text
-    b: Text
-    images: Ordinal
-    accuracy_a: Share
-    accuracy_b: Share
-    changed: Count  # images whose class differs
-    median_difference: Amount  # of the logits
-    largest_difference: Amount
-    verdict: Text
-    step: NotRequired[Count]
+    a: Text  # first device or precision
+    b: Text  # second device or precision
+    images: Ordinal  # number of test images
+    accuracy_a: Share  # test accuracy with a
+    accuracy_b: Share  # test accuracy with b
+    changed: Count  # images with different predicted classes
+    median_difference: Amount  # median difference between the logits
+    largest_difference: Amount  # largest difference between the logits
+    verdict: Text  # a sentence that states the result
+    step: NotRequired[Count]  # training steps of the weights
 
 
 class Parity(TypedDict):
-    """Whether device or precision matter: parity.json."""
+    """parity.json: comparisons of devices or precisions."""
 
-    comparisons: list[Comparison]
+    comparisons: list[Comparison]  # one per pair
 
 
 # Arrays
@@ -257,13 +257,16 @@ class Parity(TypedDict):
 
 @dataclass(frozen=True)
 class ArrayType:
-    """What an array of an .npz file must be; a size with a name is the same in all arrays."""
+    """The type of an array in an .npz file.
 
-    kinds: str  # numpy's kinds of numbers: "u" with `bytes` for pixels, "iu" or "f"
+    A dimension with a name has the same size in all arrays of the file.
+    """
+
+    kinds: str  # NumPy dtype kinds: "u", "iu" or "f"
     shape: tuple[int | str, ...]
-    most: float = math.inf  # the largest value; the smallest is 0 unless `signed`
+    maximum: float = math.inf  # the minimum is 0 unless `signed`
     signed: bool = False
-    bytes: bool = False
+    bytes: bool = False  # whether the dtype must be uint8
 
 
 _PIXELS = (3, 32, 32)
@@ -272,16 +275,16 @@ SAMPLES = {
     "originals": ArrayType("u", ("originals", *_PIXELS), bytes=True),
     "original_labels": ArrayType("iu", ("originals",)),
     "augmented": ArrayType("u", ("originals", "versions", *_PIXELS), bytes=True),
-    "mistakes": ArrayType("u", ("mistakes", *_PIXELS), bytes=True),  # the most confident first
-    "mistake_index": _INDEX,  # within the test set
+    "mistakes": ArrayType("u", ("mistakes", *_PIXELS), bytes=True),  # by descending confidence
+    "mistake_index": _INDEX,  # into the test set
     "mistake_true": _INDEX,
     "mistake_predicted": _INDEX,
-    "mistake_confidence": ArrayType("f", ("mistakes",), most=1 + 1e-9),
+    "mistake_confidence": ArrayType("f", ("mistakes",), maximum=1 + 1e-9),
 }
 PREDICTIONS = {
     "logits": ArrayType("f", ("images", "classes"), signed=True),
     "labels": ArrayType("iu", ("images",)),
-    "indices": ArrayType("iu", ("images",)),  # within the test set
+    "indices": ArrayType("iu", ("images",)),  # into the test set
 }
 
 
@@ -289,63 +292,79 @@ PREDICTIONS = {
 
 
 def read(file: Path, expected: type[T]) -> T:
-    """The content of a JSON file of a run. Raises RunError."""
+    """Read a JSON file of a run. Raises RunError."""
     return check(read_json(file), expected, str(file))
 
 
 def write(file: Path, content: T, expected: type[T]) -> None:
-    """Write a JSON file of a run, whole or not at all. Raises RunError."""
+    """Write a JSON file of a run atomically. Raises RunError."""
     write_json(file, check(content, expected, str(file)))
 
 
 def check(content: object, expected: type[T], file: str) -> T:
-    """`content` as `expected`, or RunError with the field that is not as it must be.
+    """Convert parsed JSON to a type.
 
     Args:
-        content: from JSON.
-        expected: a TypedDict, for which `content` itself is returned, or a dataclass.
-        file: for the message; may include a line number.
+        content: parsed JSON.
+        expected: a TypedDict type or a dataclass. For a TypedDict, `content` is returned as it is.
+        file: file name for the error message. It may include a line number.
+
+    Raises:
+        RunError: a field is missing, has the wrong type or is out of range.
     """
-    plain = content
+    encodable = content
     try:
         try:
-            made = msgspec.convert(plain, expected)
-        except UnicodeEncodeError:  # msgspec takes names of files that are not UTF-8 only in places
-            plain = _encodable(content)
-            made = msgspec.convert(plain, expected)
+            converted = msgspec.convert(encodable, expected)
+        except UnicodeEncodeError:  # msgspec rejects some file names that are not UTF-8
+            encodable = _encodable(content)
+            converted = msgspec.convert(encodable, expected)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise RunError(f"{file} is damaged: {_explained(error, plain, expected)}") from None
-    return cast(T, content) if isinstance(made, dict) else made
+        raise RunError(f"{file} is damaged: {_explanation(error, encodable, expected)}") from None
+    return cast(T, content) if isinstance(converted, dict) else converted
 
 
-def check_metrics(metrics: Metrics, place: str, classes: tuple[str, ...] | None = None) -> None:
-    """RunError unless the parts of `metrics` fit together, and `classes` where they are given."""
+def check_metrics(metrics: Metrics, source: str, classes: tuple[str, ...] | None = None) -> None:
+    """Check that metrics are consistent.
+
+    Args:
+        metrics: metrics to check.
+        source: file name for the error message.
+        classes: class names of the model, which `per_class` must match.
+
+    Raises:
+        RunError: two values contradict each other.
+    """
     names, matrix = list(metrics["per_class"]), metrics["confusion_matrix"]
     if classes is not None and set(names) != set(classes):
         raise RunError(
-            f"{place} is damaged: per_class has {len(names)} classes that are not the network's"
+            f"{source} is damaged: the {len(names)} classes of per_class are not the model's"
         )
     if [len(row) for row in matrix] != [len(names)] * len(names):
-        raise RunError(f"{place} is damaged: its confusion matrix is not of {len(names)} classes")
+        raise RunError(f"{source} is damaged: the confusion matrix is not for {len(names)} classes")
     if sum(map(sum, matrix)) != metrics["n"]:
         raise RunError(
-            f"{place} is damaged: its confusion matrix is not of n={metrics['n']} images"
+            f"{source} is damaged: the confusion matrix does not sum to n={metrics['n']} images"
         )
-    for name, row in metrics["per_class"].items():
-        if row["support"] and None in (row["precision"], row["recall"], row["f1"]):
-            raise RunError(f"{place} is damaged: per_class.{one_line(name)} has images, no scores")
+    for name, scores in metrics["per_class"].items():
+        if scores["support"] and None in (scores["precision"], scores["recall"], scores["f1"]):
+            raise RunError(
+                f"{source} is damaged: per_class.{one_line(name)} has images but no scores"
+            )
     bins = metrics["calibration"]["bins"]
-    for one in bins:
-        if one["count"] and (one["confidence"] is None or one["accuracy"] is None):
-            raise RunError(f"{place} is damaged: a calibration bin has images, but no numbers")
-    if not any(one["count"] for one in bins):
-        raise RunError(f"{place} is damaged: its calibration bins are empty")
+    for row in bins:
+        if row["count"] and (row["confidence"] is None or row["accuracy"] is None):
+            raise RunError(
+                f"{source} is damaged: a calibration bin has images but no confidence or accuracy"
+            )
+    if not any(row["count"] for row in bins):
+        raise RunError(f"{source} is damaged: all calibration bins are empty")
 
 
 def check_evaluation(
     evaluation: Evaluation, file: Path, classes: tuple[str, ...] | None = None
 ) -> None:
-    """RunError unless the parts of evaluation.json fit together."""
+    """Check that the values of evaluation.json are consistent. Raises RunError."""
     for part in ("test", "train", "holdout"):
         if part in evaluation:
             check_metrics(evaluation[part], f"{file}, {part},", classes)
@@ -354,30 +373,30 @@ def check_evaluation(
         for name, values in robustness["corruptions"].items():
             if len(values) != len(robustness["severities"]):
                 raise RunError(
-                    f"{file} is damaged: robustness.corruptions.{one_line(name)} is not of "
-                    f"{len(robustness['severities'])} severities"
+                    f"{file} is damaged: robustness.corruptions.{one_line(name)} does not have "
+                    f"{len(robustness['severities'])} values, one per severity"
                 )
 
 
 def save_arrays(
     file: Path, types: Mapping[str, ArrayType], arrays: Mapping[str, npt.NDArray[Any]]
 ) -> None:
-    """Write an .npz file of a run, whole or not at all. Raises RunError."""
+    """Write an .npz file of a run atomically. Raises RunError."""
     _check_arrays(arrays, types, file)
     write_arrays(file, **arrays)
 
 
 def load_arrays(file: Path, types: Mapping[str, ArrayType]) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an .npz file of a run. Raises RunError."""
+    """Read the arrays of an .npz file of a run. Raises RunError."""
     try:
         with zipfile.ZipFile(file) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > MOST_ARRAY_BYTES:
-                raise ValueError("it would unpack to more than a gigabyte")
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_ARRAY_BYTES:
+                raise ValueError("its uncompressed size is more than 1 GiB")
         with np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in types if name in content}
     except OSError as error:
         raise RunError(f"cannot read {file}: {error.strerror or one_line(error)}") from None
-    except Exception as error:  # the readers of zip and npy raise anything for a damaged file
+    except Exception as error:  # zipfile and NumPy raise many types for damaged files
         raise RunError(f"{file} is damaged: {one_line(error)}") from None
     _check_arrays(arrays, types, file)
     return arrays
@@ -391,27 +410,27 @@ def _check_arrays(
         if name not in arrays:
             raise RunError(f"{file} is damaged: {name} is missing")
         array = arrays[name]
-        where, shape = f"{file} is damaged: {name}", tuple(array.shape)
+        prefix, shape = f"{file} is damaged: {name}", tuple(array.shape)
         if array.dtype.kind not in expected.kinds or (expected.bytes and array.dtype != np.uint8):
-            what = "bytes" if expected.bytes else "floats" if expected.kinds == "f" else "integers"
-            raise RunError(f"{where} is of {array.dtype}, expected {what}")
-        wanted = tuple(
+            dtype = "uint8" if expected.bytes else "float" if expected.kinds == "f" else "integer"
+            raise RunError(f"{prefix} has dtype {array.dtype}, expected {dtype}")
+        expected_shape = tuple(
             sizes.setdefault(size, shape[i]) if isinstance(size, str) and i < len(shape) else size
             for i, size in enumerate(expected.shape)
         )
-        if shape != wanted:
-            raise RunError(f"{where} is of shape {shape}, expected {wanted}")
+        if shape != expected_shape:
+            raise RunError(f"{prefix} has shape {shape}, expected {expected_shape}")
         if not array.size:
             continue
         low, high = float(array.min()), float(array.max())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise RunError(f"{where} has values that are not finite")
-        if high > expected.most or (low < 0 and not expected.signed):
-            raise RunError(f"{where} has values from {low:g} to {high:g}, out of range")
+            raise RunError(f"{prefix} has values that are not finite")
+        if high > expected.maximum or (low < 0 and not expected.signed):
+            raise RunError(f"{prefix} is out of range, with values from {low:g} to {high:g}")
 
 
 def _encodable(content: Any) -> Any:
-    """A copy with escapes in place of what no encoding knows."""
+    """Return a copy with escapes for characters that UTF-8 cannot encode."""
     if isinstance(content, Mapping):
         return {_encodable(key): _encodable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -423,10 +442,10 @@ def _encodable(content: Any) -> Any:
 
 # Messages
 
-_WORDS = {
-    "int": "a whole number",
+_JSON_TYPES = {
+    "int": "an integer",
     "float": "a number",
-    "str": "text",
+    "str": "a string",
     "bool": "true or false",
     "array": "a list",
     "object": "an object",
@@ -434,65 +453,64 @@ _WORDS = {
 }
 
 
-def _explained(error: Exception, content: object, expected: Any) -> str:
-    """What msgspec says, with the field's full name and what was found there."""
+def _explanation(error: Exception, content: object, expected: Any) -> str:
+    """Return msgspec's error message with the full name of the field and its value."""
     if isinstance(error, RecursionError):
-        return "it is nested too deep"
+        return "it is nested too deeply"
     text, _, path = str(error).partition(" - at `$")
-    steps = _located(path.rstrip("`"), content, expected)
+    keys = _keys_of(path.rstrip("`"), content, expected)
     if match := re.fullmatch(r"Object missing required field `(.*)`", text):
-        return f"{_joined([*steps, match[1]])} is missing"
-    place = _joined(steps) or "it"
+        return f"{_joined([*keys, match[1]])} is missing"
+    field = _joined(keys) or "it"
     if match := re.fullmatch(r"Expected `([\w |]+)`(.*?)(?:, got .*)?", text):
-        words = " or ".join(_WORDS.get(word, word) for word in match[1].split(" | "))
+        words = " or ".join(_JSON_TYPES.get(word, word) for word in match[1].split(" | "))
         bounds = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):g}", match[2])
-        return f"{place} is {_found(content, steps)}, expected {words}{bounds}"
+        return f"{field} is {_summary(content, keys)}, expected {words}{bounds}"
     if text == "Number out of range":
-        return f"{place} is {_found(content, steps)}, out of range"
-    return f"{place}: {one_line(text)}" if steps else one_line(text)
+        return f"{field} is {_summary(content, keys)}, out of range"
+    return f"{field}: {one_line(text)}" if keys else one_line(text)
 
 
-def _located(path: str, content: Any, expected: Any) -> list[str | int]:
-    """msgspec's path, as `.a[2].b`, as keys and indices.
+def _keys_of(path: str, content: Any, expected: Any) -> list[str | int]:
+    """Split msgspec's path, such as `.a[2].b`, into keys and indices.
 
-    msgspec writes `[...]` for every key of a mapping: which one it means is found by leaving the
-    others out.
+    msgspec writes `[...]` for any key of a mapping. To find the key, each one is checked alone.
     """
     before, wildcard, after = path.partition("[...]")
-    steps = _steps(before)
+    keys = _split(before)
     if not wildcard:
-        return steps
-    for key, value in _at(content, steps).items():
+        return keys
+    for key, value in _value_at(content, keys).items():
         try:
-            msgspec.convert(_replaced(content, steps, {key: value}), expected)
+            msgspec.convert(_replace_at(content, keys, {key: value}), expected)
         except msgspec.ValidationError as error:
             if f"`${path}`" in str(error):
-                return [*steps, key, *_steps(after)]
-    return steps
+                return [*keys, key, *_split(after)]
+    return keys
 
 
-def _steps(path: str) -> list[str | int]:
+def _split(path: str) -> list[str | int]:
     return [int(i) if i else name for i, name in re.findall(r"\[(\d+)\]|\.(\w+)", path)]
 
 
-def _joined(steps: list[str | int]) -> str:
-    names = (f"[{step}]" if isinstance(step, int) else f".{one_line(step)}" for step in steps)
+def _joined(keys: list[str | int]) -> str:
+    names = (f"[{key}]" if isinstance(key, int) else f".{one_line(key)}" for key in keys)
     return "".join(names).removeprefix(".")
 
 
-def _at(content: Any, steps: list[str | int]) -> Any:
-    for step in steps:
-        content = content[step]
+def _value_at(content: Any, keys: list[str | int]) -> Any:
+    for key in keys:
+        content = content[key]
     return content
 
 
-def _found(content: Any, steps: list[str | int]) -> str:
-    """The value at the end of `steps`, in short."""
-    value = _at(content, steps)
+def _summary(content: Any, keys: list[str | int]) -> str:
+    """Describe the value at `keys` in a few words."""
+    value = _value_at(content, keys)
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
+        return f"a list of length {len(value)}"
     if isinstance(value, float) and not math.isfinite(value):
         return "not a finite number"
     try:
@@ -501,11 +519,11 @@ def _found(content: Any, steps: list[str | int]) -> str:
         return f"of type {type(value).__name__}"
 
 
-def _replaced(content: Any, steps: list[str | int], value: object) -> Any:
-    """A copy of `content` with `value` at the end of `steps`."""
-    if not steps:
+def _replace_at(content: Any, keys: list[str | int], value: object) -> Any:
+    """Return a copy of `content` with `value` at `keys`."""
+    if not keys:
         return value
-    first, rest = steps[0], steps[1:]
+    first, rest = keys[0], keys[1:]
     if isinstance(first, int):
-        return [_replaced(v, rest, value) if i == first else v for i, v in enumerate(content)]
-    return {**content, first: _replaced(content[first], rest, value)}
+        return [_replace_at(v, rest, value) if i == first else v for i, v in enumerate(content)]
+    return {**content, first: _replace_at(content[first], rest, value)}
