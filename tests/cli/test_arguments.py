@@ -202,7 +202,7 @@ def test_a_closed_stream_is_an_empty_one(number: int, code: int) -> None:
 
 
 @pytest.mark.parametrize("by_rich", [False, True])
-@pytest.mark.parametrize(("command", "says"), [("describe", ""), ("train", "reader of its output")])
+@pytest.mark.parametrize(("command", "says"), [("describe", ""), ("train", "output pipe")])
 def test_output_that_nobody_reads_ends_as_by_sigpipe(
     by_rich: bool,
     command: str,

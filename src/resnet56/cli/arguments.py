@@ -1,7 +1,7 @@
-"""Command-line arguments to a dataclass of options, by tyro; what is wrong with them in one line.
+"""Parse command-line arguments to a dataclass of options with tyro. Errors are one line.
 
-Numbers are stricter than Python's: ASCII digits only, no underscores, finite, and at most 18
-digits, so that every integer fits 64 bits.
+Numbers are stricter than in Python: they have only ASCII digits, no underscores, and are finite.
+Integers have at most 18 digits, so they fit in 64 bits.
 """
 
 import contextlib
@@ -25,32 +25,33 @@ from resnet56.errors import UsageError, shown
 Options = TypeVar("Options")
 
 COLUMNS = 80  # width of the help
-SHOWN = 40  # characters of a wrong value that a message shows
-NAME_INDENT = 6  # where tyro's rows of missing arguments have their names
+MAX_VALUE_LENGTH = 40  # in error messages
+NAME_INDENT = 6  # column of the names in tyro's list of missing arguments
 NUMBERS = ConstructorRegistry()
 
 
 def parse(
-    kind: type[Options],
+    options_type: type[Options],
     arguments: Sequence[str],
     prog: str,
     *,
     default: Options | None = None,
     description: str | None = None,
 ) -> Options:
-    """Parse flags to `kind`, a dataclass; or print its help and raise SystemExit.
+    """Parse flags to an instance of `options_type`, a dataclass.
 
     Raises:
-        UsageError: an unknown flag, a value of the wrong type, or something missing.
+        UsageError: a flag is unknown or missing, or a value has the wrong type.
+        SystemExit: the help was requested and printed.
     """
     extra: dict[str, Any] = {} if default is None else {"default": default}
-    _hide_empty_defaults(kind)  # type: ignore[arg-type]  # a class is hashable
-    printed, complaint = _Terminal(), _Terminal()
+    _hide_empty_defaults(options_type)  # type: ignore[arg-type]  # a class is hashable
+    output, errors = _Terminal(), _Terminal()
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint), NUMBERS:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), NUMBERS:
             options: Options
             options, unknown = tyro.cli(
-                kind,
+                options_type,
                 args=arguments,
                 prog=prog,
                 description=description,
@@ -60,41 +61,41 @@ def parse(
             )
     except SystemExit as stopped:
         if stopped.code:
-            raise UsageError(f"{_complaint(complaint.getvalue())}; see {prog} --help") from None
-        print(_laid_out(printed.getvalue()), end="", flush=True)
+            raise UsageError(f"{_error_line(errors.getvalue())}; see {prog} --help") from None
+        print(_format_help(output.getvalue()), end="", flush=True)
         raise
     if unknown:
-        raise UsageError(f"{_unknown(unknown, kind)}; see {prog} --help")
+        raise UsageError(f"{_unknown(unknown, options_type)}; see {prog} --help")
     return options
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """`; did you mean ...?`, or nothing where no known name is close."""
+    """Return `; did you mean ...?`, or an empty string if no known name is similar."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def integer(text: str) -> int:
-    """The integer that `text` is in ASCII digits.
+    """Parse an integer in ASCII digits.
 
     Raises:
-        ValueError: it is none, or has more than 18 digits.
+        ValueError: `text` is not an integer or has more than 18 digits.
     """
     if not re.fullmatch(r"[+-]?[0-9]+", text):
-        raise ValueError(f"expected an integer, not {shown(text[:SHOWN])!r}")
+        raise ValueError(f"expected an integer, not {shown(text[:MAX_VALUE_LENGTH])!r}")
     if len(text) > 18:
         raise ValueError(f"{text[:18]}... is too large")
     return int(text)
 
 
 def number(text: str) -> float:
-    """The finite number that `text` is, as in 0.1 or 1e-4.
+    """Parse a finite number such as 0.1 or 1e-4.
 
     Raises:
-        ValueError: it is none, or not finite.
+        ValueError: `text` is not a number or is not finite.
     """
     if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
-        raise ValueError(f"expected a finite number, not {shown(text[:SHOWN])!r}")
+        raise ValueError(f"expected a finite number, not {shown(text[:MAX_VALUE_LENGTH])!r}")
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:18]} is too large")
@@ -128,7 +129,7 @@ def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
 
 
 class _Terminal(io.StringIO):
-    """Collects what tyro prints: in boxes, and in the colors that stdout would show."""
+    """Collects the output of tyro, with colors if stdout is a terminal."""
 
     encoding = "utf-8"
 
@@ -140,24 +141,24 @@ class _Terminal(io.StringIO):
         return self.is_terminal
 
 
-def _nested(kind: type) -> Iterator[tuple[type, dataclasses.Field[Any]]]:
-    """Every field of the dataclass and of those in it, with the class that it belongs to."""
-    for field in dataclasses.fields(kind):
+def _nested(options_type: type) -> Iterator[tuple[type, dataclasses.Field[Any]]]:
+    """Yield the fields of a dataclass and of nested dataclasses, each with its owner."""
+    for field in dataclasses.fields(options_type):
         inner = field.type
         while get_origin(inner) is Annotated:
             inner = get_args(inner)[0]
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from _nested(inner)
         else:
-            yield kind, field
+            yield options_type, field
 
 
 @functools.cache
-def _hide_empty_defaults(kind: type) -> None:
-    """Annotate the fields so that the help has no "(default: None)", and no --no-json."""
-    for owner, field in _nested(kind):
+def _hide_empty_defaults(options_type: type) -> None:
+    """Annotate the fields so that the help shows neither "(default: None)" nor --no-json."""
+    for owner, field in _nested(options_type):
         settings: list[object] = [tyro.conf.arg(help_behavior_hint=_hint)]
-        if field.type is bool and owner is kind:  # a recipe may set a flag, so that one unsets it
+        if field.type is bool and owner is options_type:  # recipe flags need their --no- form
             settings = [tyro.conf.arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
         owner.__annotations__[field.name] = Annotated[field.type, *settings]
 
@@ -166,8 +167,8 @@ def _hint(label: str) -> str:
     return "" if label in ("None", "") else f"(default: {label})"
 
 
-def _laid_out(text: str) -> str:
-    """The help, with usage and description within the width, in characters that stdout has."""
+def _format_help(text: str) -> str:
+    """Wrap usage and description, and use ASCII if stdout cannot encode the boxes."""
     width = min(COLUMNS, shutil.get_terminal_size().columns)
     lines = []
     for line in text.splitlines():
@@ -177,43 +178,43 @@ def _laid_out(text: str) -> str:
                 line, width, subsequent_indent=" " * len(indent[0] if indent else "")
             )
         lines.append(line)
-    laid_out = "\n".join(lines) + "\n"
+    wrapped = "\n".join(lines) + "\n"
     try:
-        laid_out.encode(sys.stdout.encoding or "utf-8")
+        wrapped.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        return laid_out.translate(str.maketrans("╭╮╰╯│─", "++++|-"))
-    return laid_out
+        return wrapped.translate(str.maketrans("╭╮╰╯│─", "++++|-"))
+    return wrapped
 
 
-def _unknown(tokens: Sequence[str], kind: type) -> str:
-    """What is wrong with tokens that no option took."""
+def _unknown(tokens: Sequence[str], options_type: type) -> str:
+    """Return an error message about arguments that tyro did not recognize."""
     flags = [token for token in tokens if token.startswith("-")]
     if not flags:
-        return f"unexpected argument {shown(tokens[0][:SHOWN])!r}"
+        return f"unexpected argument {shown(tokens[0][:MAX_VALUE_LENGTH])!r}"
     known = ["--help"]
-    for owner, field in _nested(kind):
+    for owner, field in _nested(options_type):
         name = field.name.replace("_", "-")
-        known += [f"--{name}"] if owner is kind else [f"--{name}", f"--no-{name}"]
-    flag = shown(flags[0].partition("=")[0][:SHOWN])
+        known += [f"--{name}"] if owner is options_type else [f"--{name}", f"--no-{name}"]
+    flag = shown(flags[0].partition("=")[0][:MAX_VALUE_LENGTH])
     return f"unknown option {flag}{suggestion(flag, known)}"
 
 
-def _complaint(printed: str) -> str:
-    """What tyro complains about: a box of a title, the complaint, a rule, and help."""
-    box = re.sub(r"\x1b\[[0-9;]*m", "", printed).partition("\n")[2]
-    said = re.split(r"\n\W*───", box)[0]
-    rows = [re.sub("[│╭╮╰╯─]", " ", row).rstrip() for row in said.splitlines()]
+def _error_line(output: str) -> str:
+    """Extract tyro's error from its box, which has a title, the error, a rule and help."""
+    box = re.sub(r"\x1b\[[0-9;]*m", "", output).partition("\n")[2]
+    error = re.split(r"\n\W*───", box)[0]
+    rows = [re.sub("[│╭╮╰╯─]", " ", row).rstrip() for row in error.splitlines()]
     line = " ".join(" ".join(rows).split()).rstrip(".")
     if line.startswith("Missing from"):
         return _missing(rows[1:])
-    for pattern, words in REWORDED.items():
+    for pattern, message in ERROR_MESSAGES.items():
         if match := re.match(pattern, line):
-            return words.format(**match.groupdict())
+            return message.format(**match.groupdict())
     return line
 
 
-# Tyro's complaints about a value, and how they are said here.
-REWORDED = {
+# Patterns of tyro's errors about a value -> the messages that replace them.
+ERROR_MESSAGES = {
     r"Missing value for argument '(\S+/)?(?P<flag>\S+)'": "{flag}: a value is missing",
     r"invalid choice (?P<value>.*) for argument '(\S+/)?(?P<flag>\S+)'. Expected one of "
     r"\((?P<choices>.*?),?\)$": "{flag}: {value} is not one of {choices}",
@@ -224,14 +225,14 @@ REWORDED = {
 
 
 def _missing(rows: Sequence[str]) -> str:
-    """What is missing, from rows of its name and, further in, its help."""
-    found: list[tuple[str, str]] = []
+    """Return a message about missing arguments, from rows with names and indented help."""
+    missing: list[tuple[str, str]] = []
     for row in rows:
         text = row.strip()
         if len(row) - len(row.lstrip()) == NAME_INDENT:
-            found.append((text.rpartition(", ")[2], ""))
-        elif found:
-            name, about = found[-1]
-            found[-1] = (name, f"{about} {text}".removesuffix("(required)").strip(" ."))
-    words = (f"{name} ({about[:1].lower()}{about[1:]})" for name, about in found)
+            missing.append((text.rpartition(", ")[2], ""))
+        elif missing:
+            name, about = missing[-1]
+            missing[-1] = (name, f"{about} {text}".removesuffix("(required)").strip(" ."))
+    words = (f"{name} ({about[:1].lower()}{about[1:]})" for name, about in missing)
     return "missing " + " and ".join(words)

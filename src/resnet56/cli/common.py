@@ -1,4 +1,4 @@
-"""What several commands share: flags, remarks, data by name."""
+"""Code shared by several commands: flags, messages and data loading."""
 
 import contextlib
 import re
@@ -20,24 +20,24 @@ Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="R
 
 
 def say(line: str) -> None:
-    """A remark on stderr: stdout is for results.
+    """Print a message to stderr. Results go to stdout.
 
-    Whatever names it holds, it stays one line and does not move the cursor.
+    Control characters are escaped, so the message stays on one line.
     """
     print(printable(line), file=sys.stderr)
 
 
-def show(what: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-    """A sign of life on stderr."""
+def show(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """Show a progress bar on stderr."""
     from rich.console import Console
 
     from resnet56.progress import measuring
 
-    return measuring(what, total, Console(stderr=True, highlight=False))
+    return measuring(label, total, Console(stderr=True, highlight=False))
 
 
 def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> Path:
-    """Download the data set, with a bar; returns its folder."""
+    """Download a data set with a progress bar and return its folder."""
     from resnet56.data import download
     from resnet56.progress import DownloadProgress
 
@@ -55,15 +55,19 @@ def load_data(
     evaluation: bool = False,
     skip_broken: bool = False,
 ) -> "Dataset":
-    """The data set of that name, downloaded if it must be, or in that folder; says its remarks.
+    """Load a data set by name or from a folder, and print its remarks.
 
-    A folder of a name goes before the name, as a run's goes before a pretrained network's.
+    CIFAR-10 and CIFAR-100 are downloaded if necessary. If a folder has the same name as a data set,
+    the folder is used.
 
     Args:
-        name: what the user gave for --data; None for `own`.
-        own: what a run's data was loaded from (`Dataset.origin`); None for the digits.
-        evaluation: the images are to be measured only.
-        skip_broken: leave out images that cannot be read.
+        name: the value of --data, or None to load `own`.
+        own: the origin of a run's own data (`Dataset.origin`), or None for the digits.
+        evaluation: load the images for evaluation only.
+        skip_broken: skip images that cannot be read.
+
+    Raises:
+        UsageError: the name is empty or unknown.
     """
     from resnet56.data import readers
     from resnet56.data.download import ARCHIVES
@@ -74,32 +78,32 @@ def load_data(
         if name == "digits":
             return readers.load_digits()
     elif not name.strip():
-        raise UsageError(f"--data is empty; use {', '.join(names)}, or a folder that exists")
+        raise UsageError(f"--data is empty; use {', '.join(names)} or an existing folder")
     elif name in names and not Path(name).is_dir():
         return (
             readers.load_digits()
             if name == "digits"
-            else _say_remarks(readers.load_folder(fetch(name)))
+            else _print_remarks(readers.load_folder(fetch(name)))
         )
     elif name in names:
-        say(f"reading the folder {Path(name).resolve()}, not the data set named {name}")
+        say(f"reading the folder {Path(name).resolve()} instead of the data set {name}")
     elif not Path(name).exists() and not re.search(r"[/\\.]", name):
-        raise UsageError(f"unknown data {name!r}; use {', '.join(names)}, or a folder that exists")
-    return _say_remarks(
+        raise UsageError(f"unknown data {name!r}; use {', '.join(names)} or an existing folder")
+    return _print_remarks(
         readers.load_folder(Path(name), evaluation=evaluation, skip_broken=skip_broken)
     )
 
 
 def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
-    """The images of a network's classes, with remarks on stderr about the others."""
-    said = len(dataset.remarks)
+    """Select the images of a model's classes, and print a remark about the others."""
+    printed = len(dataset.remarks)
     dataset = dataset.for_classes(classes)
-    for remark in dataset.remarks[said:]:
+    for remark in dataset.remarks[printed:]:
         say(remark)
     return dataset
 
 
-def _say_remarks(dataset: "Dataset") -> "Dataset":
+def _print_remarks(dataset: "Dataset") -> "Dataset":
     from resnet56.distributed import Distributed
 
     for remark in dataset.remarks if Distributed.from_environment().is_first else ():
