@@ -70,10 +70,10 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
         if wanted in (execution, "auto"):
             try:
                 if next(model.parameters()).device.type != "cpu":
-                    raise UnavailableError("it is for the CPU")
+                    raise UnavailableError("the kernels run on the CPU only")
                 return Forward(make(model, precision), execution, "; ".join(reasons))
             except UnavailableError as error:
-                reasons.append(f"no {execution} step here: {error}")
+                reasons.append(f"{execution} execution is not available: {error}")
                 remedy = error.remedy
     if wanted in makers:
         raise UsageError(f"{reasons[0]}; use --execution auto")
@@ -82,13 +82,13 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
 
 def _native(model: ResNet, precision: Resolved, *, vectors: bool) -> nn.Module:
     if precision != "bf16":
-        raise UnavailableError(f"it computes in bf16, not {precision}")
+        raise UnavailableError(f"it requires bf16, not {precision}")
     return native_network(model, vectors=vectors)
 
 
 def _fused(model: ResNet, precision: Resolved) -> nn.Module:
     if precision == "fp16":
-        raise UnavailableError("it has no fp16")
+        raise UnavailableError("it does not support fp16")
     model.use(fused_norm_relu(DTYPES[precision]))
     return model
 

@@ -1,4 +1,4 @@
-"""The fused kernel against PyTorch's operations in double precision."""
+"""The fused kernel, compared with PyTorch's operations in double precision."""
 
 import itertools
 import sys
@@ -16,9 +16,9 @@ from resnet56.recipe import Recipe
 from resnet56.runtime import Resolved
 from resnet56.step import Trainer, make_forward
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernel is made for Linux")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernels require Linux")
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}  # relative; bf16 has eight bits
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}  # relative; bf16 has 8 significant bits
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -35,14 +35,14 @@ def fused(dtype: torch.dtype) -> NormReLU:
 
 
 def tensors(dtype: torch.dtype, channels: int, mean: float = 0.0) -> list[Tensor]:
-    """x, residual and the output's gradient; 231 positions, so that the last block is short."""
+    """x, the residual and the output's gradient. The last block of the 231 pixels is short."""
     generator = torch.Generator().manual_seed(channels)
-    made = [torch.randn(11, channels, 3, 7, generator=generator) for _ in range(3)]
-    made[0] = made[0] * torch.linspace(0.5, 2, channels)[:, None, None] + mean
-    return [t.to(dtype, memory_format=torch.channels_last) for t in made]
+    result = [torch.randn(11, channels, 3, 7, generator=generator) for _ in range(3)]
+    result[0] = result[0] * torch.linspace(0.5, 2, channels)[:, None, None] + mean
+    return [t.to(dtype, memory_format=torch.channels_last) for t in result]
 
 
-def norm_of(channels: int) -> nn.BatchNorm2d:
+def batch_norm(channels: int) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(channels)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 1.5, channels))
@@ -50,58 +50,59 @@ def norm_of(channels: int) -> nn.BatchNorm2d:
     return norm
 
 
-def everything(
+def run_step(
     function: NormReLU, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, grad: Tensor
 ) -> dict[str, Tensor]:
+    """The output, the gradients and the running statistics of a forward and a backward pass."""
     x = x.clone().requires_grad_()
     residual = None if residual is None else residual.clone().requires_grad_()
     out = function(norm, x, residual)
     out.backward(grad)
-    found = {
+    results = {
         "out": out, "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad,
         "mean": norm.running_mean, "var": norm.running_var,
     }  # fmt: skip
-    return found if residual is None else found | {"residual": residual.grad}
+    return results if residual is None else results | {"residual": residual.grad}
 
 
-def assert_close(mine: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float) -> None:
-    for name, value in exact.items():
-        distance = (mine[name].double() - value).norm() / value.norm()
-        assert distance < tolerance, name
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in expected.items():
+        error = (actual[name].double() - value).norm() / value.norm()
+        assert error < tolerance, name
 
 
 @pytest.mark.parametrize(
     ("channels", "with_residual", "mean"),
     [(16, False, 0.0), (16, True, 0.0), (64, True, 0.0), (256, False, 0.0), (32, True, 30.0)],
 )
-def test_it_computes_what_pytorch_computes_in_double(
+def test_the_results_equal_pytorch_in_double_precision(
     fused: NormReLU, dtype: torch.dtype, channels: int, with_residual: bool, mean: float
 ) -> None:
     x, residual, grad = tensors(dtype, channels, mean)
     second = residual if with_residual else None
-    mine = everything(fused, norm_of(channels), x, second, grad)
-    wide = None if second is None else second.double()
-    exact = everything(norm_relu, norm_of(channels).double(), x.double(), wide, grad.double())
-    assert_close(mine, exact, TOLERANCE[dtype])
+    actual = run_step(fused, batch_norm(channels), x, second, grad)
+    double = None if second is None else second.double()
+    expected = run_step(norm_relu, batch_norm(channels).double(), x.double(), double, grad.double())
+    assert_close(actual, expected, TOLERANCE[dtype])
 
 
-def test_any_memory_layout_gives_the_same(fused: NormReLU, dtype: torch.dtype) -> None:
+def test_the_memory_layout_does_not_change_the_results(fused: NormReLU, dtype: torch.dtype) -> None:
     x, residual, grad = tensors(dtype, 16)
-    one = everything(fused, norm_of(16), x, residual, grad)
-    other = everything(fused, norm_of(16), *(t.contiguous() for t in (x, residual, grad)))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    channels_last = run_step(fused, batch_norm(16), x, residual, grad)
+    contiguous = run_step(fused, batch_norm(16), *(t.contiguous() for t in (x, residual, grad)))
+    assert all(torch.equal(channels_last[name], contiguous[name]) for name in contiguous)
 
 
-def test_the_same_threads_give_the_same_bits_and_others_the_same_numbers(
+def test_results_are_deterministic_for_a_number_of_threads(
     fused: NormReLU, dtype: torch.dtype
 ) -> None:
     x, residual, grad = tensors(dtype, 64)
     before = torch.get_num_threads()
     runs = []
     try:
-        for threads in (2, 2, 3, 8):  # four blocks of rows: some threads get none
+        for threads in (2, 2, 3, 8):  # of 8 threads, 4 have no block of rows
             torch.set_num_threads(threads)
-            runs.append(everything(fused, norm_of(64), x, residual, grad))
+            runs.append(run_step(fused, batch_norm(64), x, residual, grad))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
@@ -109,18 +110,20 @@ def test_the_same_threads_give_the_same_bits_and_others_the_same_numbers(
         assert_close(other, {n: t.double() for n, t in runs[0].items()}, TOLERANCE[dtype])
 
 
-def test_a_nan_is_not_hidden(fused: NormReLU, dtype: torch.dtype) -> None:
+def test_nan_propagates(fused: NormReLU, dtype: torch.dtype) -> None:
     x, residual, grad = tensors(dtype, 16)
     x[0, 3, 0, 0] = float("nan")
-    found = everything(fused, norm_of(16), x, residual, grad)
-    assert found["out"][:, 3].isnan().all()
-    assert not found["out"][:, 2].isnan().any()
-    assert found["x"][:, 3].isnan().all()
+    results = run_step(fused, batch_norm(16), x, residual, grad)
+    assert results["out"][:, 3].isnan().all()
+    assert not results["out"][:, 2].isnan().any()
+    assert results["x"][:, 3].isnan().all()
 
 
-def test_it_counts_batches_and_leaves_evaluation_alone(fused: NormReLU, dtype: torch.dtype) -> None:
+def test_training_counts_batches_and_evaluation_uses_pytorch(
+    fused: NormReLU, dtype: torch.dtype
+) -> None:
     x, residual, _ = tensors(dtype, 16)
-    norm = norm_of(16)
+    norm = batch_norm(16)
     fused(norm, x, residual)
     assert norm.num_batches_tracked == 1
     norm.eval()
@@ -129,15 +132,15 @@ def test_it_counts_batches_and_leaves_evaluation_alone(fused: NormReLU, dtype: t
     assert torch.equal(norm.running_mean, before)
 
 
-def test_what_it_cannot_do_is_left_to_pytorch(fused: NormReLU, dtype: torch.dtype) -> None:
-    x = torch.randn(4, 10, 5, 5, dtype=dtype)  # ten channels are no whole vector
-    assert torch.equal(fused(norm_of(10), x), norm_relu(norm_of(10), x))
+def test_unsupported_inputs_use_pytorch(fused: NormReLU, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 10, 5, 5, dtype=dtype)  # ten channels do not fill a vector
+    assert torch.equal(fused(batch_norm(10), x), norm_relu(batch_norm(10), x))
     x = torch.randn(4, 16, 5, 5, dtype=torch.float64)
-    norm = norm_of(16).double()
-    assert torch.equal(fused(norm, x), norm_relu(norm_of(16).double(), x))
+    norm = batch_norm(16).double()
+    assert torch.equal(fused(norm, x), norm_relu(batch_norm(16).double(), x))
     x = tensors(dtype, 16)[0]
-    bare = nn.BatchNorm2d(16, affine=False)
-    assert torch.equal(fused(bare, x), norm_relu(nn.BatchNorm2d(16, affine=False), x))
+    plain = nn.BatchNorm2d(16, affine=False)
+    assert torch.equal(fused(plain, x), norm_relu(nn.BatchNorm2d(16, affine=False), x))
 
 
 @pytest.mark.parametrize(
@@ -148,21 +151,21 @@ def test_what_it_cannot_do_is_left_to_pytorch(fused: NormReLU, dtype: torch.dtyp
         ("resnet8", "bf16"), ("resnet11-bottleneck", "bf16"),
     ],
 )  # fmt: skip
-def test_a_hundred_fused_steps_lose_what_eager_ones_lose(arch: str, precision: Resolved) -> None:
-    """The losses drift apart by rounding alone, so the first ones must agree best."""
+def test_losses_of_fused_training_match_eager_training(arch: str, precision: Resolved) -> None:
+    """Rounding errors grow from step to step, so the tolerance of the first steps is tighter."""
     try:
-        losses = {way: run(arch, way, 100, precision) for way in ("fused", "eager")}
+        losses = {mode: run(arch, mode, 100, precision) for mode in ("fused", "eager")}
     except UsageError as reason:
         skip_without_kernel(reason)
     gap = (losses["eager"] - losses["fused"]).abs() / losses["eager"]
-    soon, late = (1e-5, 2e-2) if precision == "fp32" else (2e-3, 0.1)
-    assert gap[:10].max() < soon
+    early, late = (1e-5, 2e-2) if precision == "fp32" else (2e-3, 0.1)
+    assert gap[:10].max() < early
     assert gap.max() < late
-    assert losses["fused"][-10:].mean() < 0.6 * losses["fused"][:10].mean()  # it did learn
+    assert losses["fused"][-10:].mean() < 0.6 * losses["fused"][:10].mean()  # the loss decreases
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's about itself
-def test_compiled_steps_lose_what_eager_ones_lose() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised within PyTorch
+def test_losses_of_compiled_training_match_eager_training() -> None:
     try:
         compiled = run("resnet8", "compiled", 5)
     except UsageError as reason:
@@ -171,7 +174,7 @@ def test_compiled_steps_lose_what_eager_ones_lose() -> None:
     assert ((compiled - eager).abs() / eager).max() < 1e-4
 
 
-def test_where_nothing_compiles_compiled_is_refused_in_a_line(
+def test_compiled_mode_without_a_compiler_is_an_error_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -198,36 +201,36 @@ def run(arch: str, execution: str, steps: int, precision: Resolved = "fp32") -> 
 
 
 @linux_only
-def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(UnavailableError, match="no C compiler 'no-such-compiler'"):
         fused_norm_relu(torch.float32)
 
 
 @linux_only
-def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_of_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "sh -c 'echo broken >&2; exit 3'")
-    with pytest.raises(UnavailableError, match="could not compile it: broken"):
+    with pytest.raises(UnavailableError, match="sh failed to compile the kernel: broken"):
         fused_norm_relu(torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("flaw", "complaint"),
+    ("flag", "message"),
     [
-        ("-Dsqrt=fabs", "does not agree with PyTorch"),
+        ("-Dsqrt=fabs", "results differ from PyTorch's"),
         ("-Domp_get_max_threads=omp_get_num_threads", "not the one that PyTorch uses"),
     ],
 )
-def test_a_kernel_that_would_be_wrong_is_refused(
-    monkeypatch: pytest.MonkeyPatch, fused: NormReLU, flaw: str, complaint: str
+def test_a_kernel_with_wrong_results_is_rejected(
+    monkeypatch: pytest.MonkeyPatch, fused: NormReLU, flag: str, message: str
 ) -> None:
-    monkeypatch.setenv("CC", f"cc {flaw}")
-    with pytest.raises(UnavailableError, match=complaint):
+    monkeypatch.setenv("CC", f"cc {flag}")
+    with pytest.raises(UnavailableError, match=message):
         fused_norm_relu(torch.float32)
 
 
 @linux_only
-def test_auto_goes_on_with_pytorch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_falls_back_to_eager_and_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     model = build("resnet8")
     forward = make_forward(model, "auto", "fp32")
@@ -238,7 +241,7 @@ def test_auto_goes_on_with_pytorch_and_says_why(monkeypatch: pytest.MonkeyPatch)
 
 
 @linux_only
-def test_a_folder_from_which_nothing_may_run_is_told_with_the_way_out(
+def test_a_noexec_temporary_folder_is_reported_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(path: str) -> None:

@@ -13,12 +13,12 @@ from resnet56.kernels.native import native_network
 from resnet56.model import build
 
 SANITIZED = "cc -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
-# Each compares itself with PyTorch, forward and backward, when it is loaded: the fused kernel on
-# short blocks, the native step on three networks with all shortcuts.
+# Loading a kernel compares it with PyTorch, forward and backward: the fused kernel with short
+# blocks, the native step with three networks that cover all shortcuts.
 PROGRAM = """
 import os
 
-del os.environ["LD_PRELOAD"]  # the compiler needs no sanitizer
+del os.environ["LD_PRELOAD"]  # the compiler itself runs without the sanitizers
 
 import torch
 from resnet56.kernels import compiler
@@ -26,7 +26,7 @@ from resnet56.kernels.fused import fused_norm_relu
 from resnet56.kernels.native import native_network
 from resnet56.model import build
 
-compiler.FLAGS.remove("-O3")  # it would take a minute to compile
+compiler.FLAGS.remove("-O3")  # compiling with it takes a minute
 torch.set_num_threads(3)
 for dtype in (torch.float32, torch.bfloat16):
     fused_norm_relu(dtype)
@@ -35,7 +35,7 @@ print("clean")
 """
 
 
-def test_both_kernels_stay_within_their_memory() -> None:
+def test_the_kernels_pass_the_sanitizers() -> None:
     try:
         native_network(build("resnet8"), vectors=True)
     except UnavailableError as reason:
@@ -45,15 +45,15 @@ def test_both_kernels_stay_within_their_memory() -> None:
         found = subprocess.run(
             ["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        if not Path(found).is_absolute():  # GCC answers with the bare name
+        if not Path(found).is_absolute():  # GCC prints the bare name of a missing library
             pytest.skip(f"the compiler has no {name}")
         libraries.append(found)
     environment = os.environ | {
         "CC": SANITIZED,
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has until it ends
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python frees some memory only at exit
     }
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
     )
-    assert done.stdout == "clean\n", done.stderr
+    assert result.stdout == "clean\n", result.stderr

@@ -1,1 +1,1 @@
-"""The training step on a CPU: kernels in C, compiled where they run, and what calls them."""
+"""C kernels for training on a CPU, compiled at run time, and the modules that call them."""

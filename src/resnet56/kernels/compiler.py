@@ -1,4 +1,4 @@
-"""The kernels in `kernels/`, compiled where they run; where that fails, callers do without."""
+"""Compile and load the C kernels at run time. Callers fall back to PyTorch if that fails."""
 
 import ctypes
 import os
@@ -13,71 +13,77 @@ from pathlib import Path
 
 import torch
 
-# Exact IEEE arithmetic, but for errno and fused multiply-adds.
+# Exact IEEE arithmetic, except for fused multiply-adds. errno is not set.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 
 
 class UnavailableError(Exception):
-    """There is no kernel on this machine; the message says why, and `remedy` what to do."""
+    """A kernel is not available on this machine.
+
+    The message is the reason. `remedy` says what the user can do, or is empty.
+    """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason)
         self.remedy = remedy
 
 
-def compile_here(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Compile and load a C file of `kernels/`, which must have `int resnet56_threads(void)`.
+def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """Compile and load a C file of `kernels/`, which must define `int resnet56_threads(void)`.
 
-    Nothing stays on the disk, so nothing can be stale or tampered with.
+    The library is deleted from disk once it is loaded, so it cannot become stale or be modified.
 
     Raises:
-        UnavailableError: no compiler, or one that refuses, or another OpenMP than PyTorch's.
+        UnavailableError: there is no compiler, the compilation fails, or the library uses another
+            OpenMP runtime than PyTorch.
     """
     if sys.platform != "linux":
-        raise UnavailableError("it is made for Linux")
+        raise UnavailableError("the kernels require Linux")
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
         if not shutil.which(compiler[0]):
             raise UnavailableError(
-                f"there is no C compiler {compiler[0]!r}", "install gcc, or name a compiler in CC"
+                f"no C compiler {compiler[0]!r} found", "install gcc, or set CC to a C compiler"
             )
         with tempfile.TemporaryDirectory() as folder:
             for file in files("resnet56.kernels").iterdir():
                 if file.name.endswith((".c", ".h")):
                     (Path(folder) / file.name).write_bytes(file.read_bytes())
-            made = Path(folder) / "kernel.so"
+            output = Path(folder) / "kernel.so"
             path = Path(folder) / source
-            command = [*compiler, *FLAGS, *flags, str(path), "-o", str(made), "-lm"]
+            command = [*compiler, *FLAGS, *flags, str(path), "-o", str(output), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
-            library = _load(made)
+            library = _load(output)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        wrong = [line for line in lines if "error" in line] or lines or [f"exit {error.returncode}"]
+        errors = [line for line in lines if "error" in line]
+        message = (errors or lines or [f"exit status {error.returncode}"])[0]
         raise UnavailableError(
-            f"{compiler[0]} could not compile it: {wrong[0]}", "name another compiler in CC"
+            f"{compiler[0]} failed to compile the kernel: {message}",
+            "set CC to another C compiler",
         ) from None
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise UnavailableError(
-            f"it could not be compiled: {error}",
-            "choose a folder to write in with TMPDIR" if isinstance(error, OSError) else "",
+            f"the kernel could not be compiled: {error}",
+            "set TMPDIR to a writable folder" if isinstance(error, OSError) else "",
         ) from None
-    _share_threads(library)
+    _check_threads(library)
     return library
 
 
-def _load(made: Path) -> ctypes.CDLL:
+def _load(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(made))
+        return ctypes.CDLL(str(path))
     except OSError as error:
         # Usually the temporary folder is mounted noexec.
         raise UnavailableError(
-            f"what was compiled could not be loaded: {error}",
-            "choose a folder from which programs may run with TMPDIR",
+            f"the compiled kernel could not be loaded: {error}",
+            "set TMPDIR to a folder that allows execution",
         ) from None
 
 
-def _share_threads(library: ctypes.CDLL) -> None:
-    """See that the kernel runs on PyTorch's own threads: two sets would fight for the cores."""
+def _check_threads(library: ctypes.CDLL) -> None:
+    """Check that the kernel shares PyTorch's threads. Two pools would compete for the cores."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)
@@ -85,4 +91,4 @@ def _share_threads(library: ctypes.CDLL) -> None:
     finally:
         torch.set_num_threads(before)
     if not shared:
-        raise UnavailableError("its OpenMP is not the one that PyTorch uses")
+        raise UnavailableError("the kernel's OpenMP runtime is not the one that PyTorch uses")

@@ -1,184 +1,189 @@
 /* relu(batch_norm(x) + residual), forward and backward, each in two passes over memory.
  *
- * Operation by operation this takes PyTorch three kernels each way, all of them bound by memory.
- * Tensors are channels_last: `rows` = N * H * W positions of `channels` values, a multiple of
- * LANES. Compile with -DREAL=float or, for bfloat16, with -DREAL=uint16_t -DBF16. All arithmetic
- * is in float; sums over more than BLOCK rows are in double.
+ * PyTorch runs three memory-bound kernels for this in each direction. Tensors are channels_last:
+ * `rows` = N * H * W pixels of `channels` values; `channels` is a multiple of LANES. Compile with
+ * -DREAL=float, or with -DREAL=uint16_t -DBF16 for bfloat16. Arithmetic is in float; sums over
+ * more than BLOCK rows are in double.
  */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16  /* floats in a vector: one AVX-512 register; compilers split it where need be */
-#define BLOCK 64 /* rows at a time: they stay in the first-level cache */
+#define LANES 16 /* floats per vector: an AVX-512 register, which compilers split if needed */
+#define BLOCK 64 /* rows processed at a time: they fit in the L1 cache */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t any_bf16 __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t unaligned_bf16 __attribute__((vector_size(2 * LANES), aligned(2)));
 
-static inline vec floats(const float *p) { return *(const any_vec *)p; }
+static inline vec load_float(const float *p) { return *(const unaligned_vec *)p; }
 
 #ifdef BF16
 static inline vec load(const REAL *p) {
-    return (vec)(__builtin_convertvector(*(const any_bf16 *)p, uvec) << 16);
+    return (vec)(__builtin_convertvector(*(const unaligned_bf16 *)p, uvec) << 16);
 }
 
-/* Rounds to the nearest, ties to even, as PyTorch does; a NaN stays one. */
+/* Rounds to nearest, ties to even, as PyTorch does. NaN stays NaN. */
 static inline void store(REAL *p, vec value) {
     uvec bits = (uvec)value, nan = (uvec)(value != value);
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *(any_bf16 *)p = __builtin_convertvector((nan & 0x7fc0) | (~nan & bits), any_bf16);
+    *(unaligned_bf16 *)p = __builtin_convertvector((nan & 0x7fc0) | (~nan & bits), unaligned_bf16);
 }
 #else
-static inline vec load(const REAL *p) { return *(const any_vec *)p; }
-static inline void store(REAL *p, vec value) { *(any_vec *)p = value; }
+static inline vec load(const REAL *p) { return *(const unaligned_vec *)p; }
+static inline void store(REAL *p, vec value) { *(unaligned_vec *)p = value; }
 #endif
 
-/* `value` where `y` is above zero or no number, zero elsewhere: ReLU and its gradient. */
-static inline vec where_on(vec y, vec value) {
+/* ReLU and its gradient: `value` where `y` is positive or NaN, zero elsewhere. */
+static inline vec where_positive(vec y, vec value) {
     vec zero = {0};
     return (vec)(~(ivec)(y <= zero) & (ivec)value);
 }
 
 static inline long min_long(long a, long b) { return a < b ? a : b; }
 
-/* The rows of this thread: whole blocks, always the same ones for as many threads. */
-static void my_rows(long rows, long *first, long *end) {
+/* The rows of this thread, in whole blocks. They depend only on the number of threads. */
+static void thread_rows(long rows, long *first, long *end) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long blocks = (rows + BLOCK - 1) / BLOCK;
     *first = blocks * thread / threads * BLOCK;
     *end = min_long(blocks * (thread + 1) / threads * BLOCK, rows);
 }
 
-/* The sum over all threads; every one of them adds in the same order. */
-static double over_threads(const double *sums, long stride) {
+/* The sum over all threads. Every thread adds in the same order, so all get the same bits. */
+static double sum_over_threads(const double *sums, long stride) {
     double sum = 0;
     for (int thread = 0; thread < omp_get_num_threads(); thread++) sum += sums[thread * stride];
     return sum;
 }
 
-static void add(double *sums, vec values) {
+static void add_lanes(double *sums, vec values) {
     for (int lane = 0; lane < LANES; lane++) sums[lane] += values[lane];
 }
 
-/* How many threads a call will run on; asked before use, to see that they are PyTorch's own. */
+/* The number of threads of a call. The loader compares it with PyTorch's setting. */
 int resnet56_threads(void) { return omp_get_max_threads(); }
 
-/* `residual` may be null. `running_*` are moved by `momentum`. `saved` receives four rows of
- * `channels`: mean, 1 / deviation, and scale and bias of
- * y = relu((x - mean) * scale + bias + residual).
+/* y = relu((x - mean) * scale + bias + residual). `residual` may be null. Updates `running_mean`
+ * and `running_var`. Writes four rows of `channels` floats to `saved`: mean, 1 / standard
+ * deviation, scale and bias.
  */
 void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, long channels,
                       const float *weight, const float *bias, float *running_mean,
                       float *running_var, float momentum, float eps, float *saved) {
     double sums[omp_get_max_threads() * 2 * channels];
     float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels;
-    float pivot[channels]; /* the first row: squares of distances to it do not cancel */
-    for (long c = 0; c < channels; c += LANES) *(any_vec *)(pivot + c) = load(x + c);
+    float pivot[channels]; /* the first row; subtracting it avoids cancellation in the variance */
+    for (long c = 0; c < channels; c += LANES) *(unaligned_vec *)(pivot + c) = load(x + c);
     memcpy(saved + 3 * channels, bias, channels * sizeof *bias);
 #pragma omp parallel
     {
         long first, end, stride = 2 * channels;
-        my_rows(rows, &first, &end);
-        double *mine = sums + omp_get_thread_num() * stride;
-        memset(mine, 0, stride * sizeof *mine);
+        thread_rows(rows, &first, &end);
+        double *thread_sums = sums + omp_get_thread_num() * stride;
+        memset(thread_sums, 0, stride * sizeof *thread_sums);
         for (long block = first; block < end; block += BLOCK) {
-            long stop = min_long(block + BLOCK, end);
+            long block_end = min_long(block + BLOCK, end);
             for (long c = 0; c < channels; c += LANES) {
-                vec origin = floats(pivot + c), sum = {0}, squares = {0};
-                for (long row = block; row < stop; row++) {
-                    vec distance = load(x + row * channels + c) - origin;
-                    sum += distance;
-                    squares += distance * distance;
+                vec origin = load_float(pivot + c), sum = {0}, squares = {0};
+                for (long row = block; row < block_end; row++) {
+                    vec difference = load(x + row * channels + c) - origin;
+                    sum += difference;
+                    squares += difference * difference;
                 }
-                add(mine + c, sum);
-                add(mine + channels + c, squares);
+                add_lanes(thread_sums + c, sum);
+                add_lanes(thread_sums + channels + c, squares);
             }
         }
 #pragma omp barrier
 #pragma omp for
         for (long c = 0; c < channels; c++) {
-            double off = over_threads(sums + c, stride) / rows;
-            double var = over_threads(sums + channels + c, stride) / rows - off * off;
-            if (var < 0) var = 0; /* by rounding; a NaN passes */
-            mean[c] = pivot[c] + off;
+            double offset = sum_over_threads(sums + c, stride) / rows;
+            double var = sum_over_threads(sums + channels + c, stride) / rows - offset * offset;
+            if (var < 0) var = 0; /* rounding; NaN passes through */
+            mean[c] = pivot[c] + offset;
             invstd[c] = 1 / sqrt(var + eps);
             scale[c] = weight[c] * invstd[c];
             running_mean[c] += momentum * (mean[c] - running_mean[c]);
             running_var[c] += momentum * (var * rows / (rows - 1) - running_var[c]);
-        } /* all threads wait here */
+        } /* implicit barrier */
         for (long block = first; block < end; block += BLOCK) {
-            long stop = min_long(block + BLOCK, end);
+            long block_end = min_long(block + BLOCK, end);
             for (long c = 0; c < channels; c += LANES) {
-                vec centre = floats(mean + c), a = floats(scale + c), b = floats(bias + c);
-                for (long row = block; row < stop; row++) {
-                    long at = row * channels + c;
-                    vec value = (load(x + at) - centre) * a + b;
-                    if (residual) value += load(residual + at);
-                    store(y + at, where_on(value, value));
+                vec center = load_float(mean + c);
+                vec a = load_float(scale + c), b = load_float(bias + c);
+                for (long row = block; row < block_end; row++) {
+                    long index = row * channels + c;
+                    vec value = (load(x + index) - center) * a + b;
+                    if (residual) value += load(residual + index);
+                    store(y + index, where_positive(value, value));
                 }
             }
         }
     }
 }
 
-/* `y` and `residual_grad` are null where there was no residual: the sign is then computed anew,
- * which is cheaper than to read it.
+/* `y` and `residual_grad` are null if there was no residual. The sign of the output is then
+ * recomputed, which is cheaper than reading it.
  */
 void resnet56_backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x_grad,
                        REAL *residual_grad, long rows, long channels, const float *saved,
                        float *weight_grad, float *bias_grad) {
     double sums[omp_get_max_threads() * 2 * channels];
-    float by_x[channels], constant[channels];
+    float x_scale[channels], constant[channels];
     const float *mean = saved, *invstd = saved + channels;
     const float *scale = saved + 2 * channels, *bias = saved + 3 * channels;
 #pragma omp parallel
     {
         long first, end, stride = 2 * channels;
-        my_rows(rows, &first, &end);
-        double *mine = sums + omp_get_thread_num() * stride;
-        memset(mine, 0, stride * sizeof *mine);
+        thread_rows(rows, &first, &end);
+        double *thread_sums = sums + omp_get_thread_num() * stride;
+        memset(thread_sums, 0, stride * sizeof *thread_sums);
         for (long block = first; block < end; block += BLOCK) {
-            long stop = min_long(block + BLOCK, end);
+            long block_end = min_long(block + BLOCK, end);
             for (long c = 0; c < channels; c += LANES) {
-                vec centre = floats(mean + c), a = floats(scale + c), b = floats(bias + c);
+                vec center = load_float(mean + c);
+                vec a = load_float(scale + c), b = load_float(bias + c);
                 vec sum = {0}, products = {0};
-                for (long row = block; row < stop; row++) {
-                    long at = row * channels + c;
-                    vec value = load(x + at) - centre;
-                    vec grad = where_on(y ? load(y + at) : value * a + b, load(y_grad + at));
+                for (long row = block; row < block_end; row++) {
+                    long index = row * channels + c;
+                    vec value = load(x + index) - center;
+                    vec grad = where_positive(y ? load(y + index) : value * a + b,
+                                              load(y_grad + index));
                     sum += grad;
                     products += grad * value;
                 }
-                add(mine + c, sum);
-                add(mine + channels + c, products);
+                add_lanes(thread_sums + c, sum);
+                add_lanes(thread_sums + channels + c, products);
             }
         }
 #pragma omp barrier
 #pragma omp for
         for (long c = 0; c < channels; c++) {
-            double sum = over_threads(sums + c, stride);
-            double product = over_threads(sums + channels + c, stride) * invstd[c];
+            double sum = sum_over_threads(sums + c, stride);
+            double product = sum_over_threads(sums + channels + c, stride) * invstd[c];
             bias_grad[c] = sum;
             weight_grad[c] = product;
             /* scale * (grad - sum / rows - (x - mean) * invstd * product / rows) */
-            by_x[c] = -scale[c] * invstd[c] * product / rows;
+            x_scale[c] = -scale[c] * invstd[c] * product / rows;
             constant[c] = -scale[c] * sum / rows;
         }
         for (long block = first; block < end; block += BLOCK) {
-            long stop = min_long(block + BLOCK, end);
+            long block_end = min_long(block + BLOCK, end);
             for (long c = 0; c < channels; c += LANES) {
-                vec centre = floats(mean + c), a = floats(scale + c), b = floats(bias + c);
-                vec g = floats(by_x + c), h = floats(constant + c);
-                for (long row = block; row < stop; row++) {
-                    long at = row * channels + c;
-                    vec value = load(x + at) - centre;
-                    vec grad = where_on(y ? load(y + at) : value * a + b, load(y_grad + at));
-                    if (residual_grad) store(residual_grad + at, grad);
-                    store(x_grad + at, grad * a + value * g + h);
+                vec center = load_float(mean + c);
+                vec a = load_float(scale + c), b = load_float(bias + c);
+                vec g = load_float(x_scale + c), h = load_float(constant + c);
+                for (long row = block; row < block_end; row++) {
+                    long index = row * channels + c;
+                    vec value = load(x + index) - center;
+                    vec grad = where_positive(y ? load(y + index) : value * a + b,
+                                              load(y_grad + index));
+                    if (residual_grad) store(residual_grad + index, grad);
+                    store(x_grad + index, grad * a + value * g + h);
                 }
             }
         }

@@ -1,9 +1,8 @@
-"""relu(batch_norm(x) + residual) in one kernel on the CPU: kernels/fused.c.
+"""relu(batch_norm(x) + residual) in one CPU kernel, kernels/fused.c.
 
-PyTorch's operations read and write the same memory three times over; a step of ResNet-56 spends
-a third of its time on that. The C compiler that most Linux machines have makes the kernel in
-half a second. Where there is none, or what it makes does not agree with PyTorch, training goes
-on with PyTorch's own operations.
+PyTorch's separate operations read and write the same memory three times, which takes a third of a
+training step of ResNet-56. The kernel compiles in half a second. Training falls back to PyTorch's
+operations if there is no C compiler or if the kernel's results differ from PyTorch's.
 """
 
 import ctypes
@@ -13,27 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from resnet56.kernels.compiler import UnavailableError, compile_here
+from resnet56.kernels.compiler import UnavailableError, compile_kernel
 from resnet56.model import NormReLU, norm_relu
 
-LANES = 16  # channels must be a multiple, as in fused.c
-MAX_CHANNELS = 1024  # channels; the kernel's sums lie on the stack
+LANES = 16  # as in fused.c; the number of channels must be a multiple
+MAX_CHANNELS = 1024  # the kernel's sums are on the stack
 REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
 
 
 def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
-    """The kernel for activations of `dtype`, float32 or bfloat16, in training.
+    """Return the kernel for training with activations of `dtype`, float32 or bfloat16.
 
-    It stands in for `model.norm_relu` wherever it can, and falls back on it elsewhere: in
-    evaluation, and for tensors of another type, device or number of channels.
+    It replaces `model.norm_relu`. It calls that function in evaluation, and for tensors of another
+    dtype, device or number of channels.
 
     Raises:
-        UnavailableError: no compiler, or a kernel that does not agree with PyTorch.
+        UnavailableError: the kernel cannot be compiled, or its results differ from PyTorch's.
     """
     library = _load(dtype)
 
     def fused(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not (_is_plain(norm) and _fits(x, dtype)):
+        if not (_supports_norm(norm) and _supports_input(x, dtype)):
             return norm_relu(norm, x, residual)
         assert isinstance(norm.num_batches_tracked, Tensor)
         norm.num_batches_tracked.add_(1)
@@ -47,8 +46,8 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
     return fused
 
 
-def _is_plain(norm: nn.Module) -> bool:
-    """A batch norm in training as the network has them: fp32, affine, with running statistics."""
+def _supports_norm(norm: nn.Module) -> bool:
+    """Whether `norm` is a BatchNorm2d in training: fp32, affine, with running statistics."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
@@ -59,8 +58,8 @@ def _is_plain(norm: nn.Module) -> bool:
     )
 
 
-def _fits(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernel was made for such maps."""
+def _supports_input(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel supports the dtype, device and shape of `x`."""
     channels = x.shape[1]
     return (
         x.dtype == dtype
@@ -134,7 +133,7 @@ class _NormReLU(torch.autograd.Function):
 
 
 def _load(dtype: torch.dtype) -> ctypes.CDLL:
-    library = compile_here("fused.c", REAL[dtype])
+    library = compile_kernel("fused.c", REAL[dtype])
     pointer, size, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
     library.resnet56_forward.argtypes = [
         *[pointer] * 3,
@@ -151,7 +150,7 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _check(fused: NormReLU, dtype: torch.dtype) -> None:
-    """Compare with PyTorch, forward and backward, before anything is trained with it."""
+    """Compare the kernel with PyTorch, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(4, 32, 5, 5, generator=generator) for _ in range(3)]
     x, residual, grad = (t.to(dtype, memory_format=torch.channels_last) for t in tensors)
@@ -166,9 +165,9 @@ def _check(fused: NormReLU, dtype: torch.dtype) -> None:
         out.backward(grad)
         grads = [tensor.grad for tensor in (*leaves, norm.weight, norm.bias)]
         results.append([out, *grads, norm.running_mean, norm.running_var])
-    for mine, theirs in zip(*results, strict=True):
-        assert mine is not None
-        assert theirs is not None
-        distance = (mine.float() - theirs.float()).norm() / theirs.float().norm()
-        if not distance < (1e-5 if dtype == torch.float32 else 0.05):  # a NaN is no agreement
-            raise UnavailableError("it does not agree with PyTorch on this machine")
+    for actual, expected in zip(*results, strict=True):
+        assert actual is not None
+        assert expected is not None
+        error = (actual.float() - expected.float()).norm() / expected.float().norm()
+        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # also refuses NaN
+            raise UnavailableError("the kernel's results differ from PyTorch's on this machine")

@@ -1,9 +1,9 @@
-"""The network's training step in C, on a processor's matrix unit: kernels/native.c.
+"""The network's training step in C, on a processor's matrix unit, kernels/native.c.
 
-PyTorch makes a step of ResNet-56 from hundreds of operations that each read and write whole maps;
-here each convolution is one call, forward or backward, with everything around it. Like the
-smaller kernel of `fused`, it is compiled where it runs and compared with PyTorch before it is
-used, and training goes on without it where it does not fit.
+In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write whole
+feature maps. Here each convolution, fused with the operations around it, is one call forward and
+one backward. Like the smaller kernel of `fused`, it is compiled at run time and compared with
+PyTorch before it is used. Training falls back to slower modes where it is not available.
 """
 
 import ctypes
@@ -13,41 +13,42 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from resnet56.kernels.compiler import UnavailableError, compile_here
+from resnet56.kernels.compiler import UnavailableError, compile_kernel
 from resnet56.kernels.plan import Plan, check_layouts
 from resnet56.model import ResNet, build
 
 
 def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
-    """`model` with its training step in C.
+    """Return `model` with its training step in C.
 
     Args:
         model: in fp32 on the CPU.
-        vectors: be content with AVX-512 BF16 where there is no matrix unit.
+        vectors: use AVX-512 BF16 if there is no matrix unit.
 
     Raises:
-        UnavailableError: no compiler, a processor without the unit or such vectors, a model that
-            does not fit, or a kernel that does not agree with PyTorch.
+        UnavailableError: the kernel cannot be compiled, the processor or the model is not
+            supported, or the kernel's results differ from PyTorch's.
     """
-    library = compile_here("native.c")
+    library = compile_kernel("native.c")
     check_layouts(library)
     unit = library.resnet56_matrix_unit()
     if unit == 0:
-        raise UnavailableError("the system keeps the processor's matrix unit back")
+        raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
     if unit == 1 and not vectors:
-        raise UnavailableError("no matrix unit (AMX) that processor and compiler know")
+        raise UnavailableError("no matrix unit (AMX) that the processor and the compiler support")
     network = NativeNetwork(model, library)
     _check(library)
     return network
 
 
 class NativeNetwork(nn.Module):
-    """`model` with its training step in C; what does not fit goes through `model` itself.
+    """`model` with its training step in C.
 
-    It cannot be copied or pickled; `model` can.
+    It calls `model` for evaluation and for unsupported inputs. It cannot be copied or pickled, but
+    `model` can.
 
     Raises:
-        UnavailableError: the model does not fit.
+        UnavailableError: the model is not supported.
     """
 
     def __init__(self, model: ResNet, library: ctypes.CDLL) -> None:
@@ -57,11 +58,11 @@ class NativeNetwork(nn.Module):
         self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._library = library
         self._plans: dict[tuple[int, ...], Plan] = {}
-        Plan(library, model, 1, 8, 8, 1)  # refuses what it does not know
+        Plan(library, model, 1, 8, 8, 1)  # checks that the model is supported
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) normalised images -> (N, classes) logits."""
-        if not self._fits(x):
+        """(N, 3, H, W) normalized images -> (N, classes) logits."""
+        if not self._supports(x):
             return self.model(x)  # type: ignore[no-any-return]
         key = (x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads())
         if key not in self._plans:
@@ -72,8 +73,8 @@ class NativeNetwork(nn.Module):
         pooled: Tensor = _Features.apply(plan, x, *plan.parameters)
         return self.model.fc(pooled)  # type: ignore[no-any-return]
 
-    def _fits(self, x: Tensor) -> bool:
-        """Whether this is a training step on the CPU as a plan makes it."""
+    def _supports(self, x: Tensor) -> bool:
+        """Whether the kernel can run this step: a training step in bf16 on the CPU."""
         tensors: list[Tensor | None] = [x, *(c.weight for c in self._convolutions)]
         for n in self._norms:
             tensors += n.weight, n.bias, n.running_mean, n.running_var
@@ -84,7 +85,7 @@ class NativeNetwork(nn.Module):
             and x.ndim == 4
             and x.shape[1] == self.model.conv1.in_channels
             and x.shape[2] % 4 == x.shape[3] % 4 == 0
-            and x.shape[0] * x.shape[2] * x.shape[3] > 16  # or a batch norm has a single value
+            and x.shape[0] * x.shape[2] * x.shape[3] > 16  # else a batch norm has a single value
             and not x.requires_grad
             and all(n.training and n.momentum is not None for n in self._norms)
             and all(t is not None and t.is_cpu and t.dtype == torch.float32 for t in tensors)
@@ -92,29 +93,31 @@ class NativeNetwork(nn.Module):
 
 
 class _Features(torch.autograd.Function):
-    """Images to the mean of the last maps, and back to the gradients of the parameters."""
+    """From images to pooled features, and back to the gradients of the parameters."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, images: Tensor, *parameters: Tensor) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(*parameters)  # that they may not change in between
+        ctx.save_for_backward(*parameters)  # autograd then detects changes before backward
         pooled = plan.forward(images.contiguous(memory_format=torch.channels_last))
-        ctx.turn = plan.turn
+        ctx.generation = plan.generation
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.turn != ctx.plan.turn:
-            raise RuntimeError("another batch went forward since: its maps have taken the place")
-        _ = ctx.saved_tensors
+        if ctx.generation != ctx.plan.generation:
+            raise RuntimeError(
+                "the activations of this batch were overwritten by a later forward pass"
+            )
+        _ = ctx.saved_tensors  # raises if a parameter has changed
         return None, None, *ctx.plan.backward(grad.float().contiguous())
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _check(library: ctypes.CDLL) -> None:
-    """Compare small networks with PyTorch before anything is trained."""
+    """Compare the kernel with PyTorch on small networks."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(5, 3, 16, 16, generator=generator)
     for arch in ("resnet8", "resnet8-b", "resnet11-bottleneck"):
@@ -126,10 +129,12 @@ def _check(library: ctypes.CDLL) -> None:
                 logits = network(images).float()
             logits.square().sum().backward()
             statistics = [b for b in model.buffers() if b.is_floating_point()]
-            # bf16 turns some ReLUs on or off, and gradients are far from smooth in that.
+            # Rounding to bf16 switches some ReLUs, which changes the gradients abruptly.
             gradients = [p.grad for p in model.parameters()]
             results.append([(0.02, [logits, *statistics]), (0.5, gradients)])
-        for (most, theirs), (_, mine) in zip(*results, strict=True):
-            for a, b in zip(mine, theirs, strict=True):
-                if not (a - b).norm() < most * b.norm():  # a NaN is no agreement
-                    raise UnavailableError("it does not agree with PyTorch on this machine")
+        for (tolerance, expected), (_, actual) in zip(*results, strict=True):
+            for a, b in zip(actual, expected, strict=True):
+                if not (a - b).norm() < tolerance * b.norm():  # also refuses NaN
+                    raise UnavailableError(
+                        "the kernel's results differ from PyTorch's on this machine"
+                    )

@@ -1,4 +1,4 @@
-"""The calls of kernels/native.c that make a training step, and the memory that they work in."""
+"""The calls of kernels/native.c that make up a training step, and their buffers."""
 
 import ctypes
 import itertools
@@ -15,7 +15,7 @@ from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet
 PIXELS, NORM, BLOCK, PLAIN = range(4)  # as in native.c
 NONE, SAME, PADDED, PROJECTED = range(4)
 MAX_CHANNELS = 256  # as in native.c
-MAX_GROUP_VALUES = 32768  # values of a thread's images at a time: they stay in its caches
+MAX_GROUP_VALUES = 32768  # values that a thread processes at a time: they fit in its caches
 
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -24,7 +24,7 @@ class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in (
             "weight", "bias", "running_mean", "running_var", "mean", "invstd", "scale", "shift",
-            "by_g", "by_z", "constant", "weight_grad", "bias_grad",
+            "g_scale", "z_scale", "constant", "weight_grad", "bias_grad",
         )),
         ("momentum", _float),
         ("eps", _float),
@@ -34,16 +34,16 @@ class _Norm(ctypes.Structure):
 class _Conv(ctypes.Structure):
     _fields_ = [
         *((name, _long) for name in (
-            "images", "height", "width", "in_", "real_in", "out", "kernel", "stride", "take",
-            "group", "input", "shortcut", "shortcut_channels",
+            "images", "height", "width", "in_", "real_in", "out", "kernel", "stride",
+            "input_stride", "group", "input", "shortcut", "shortcut_channels",
         )),
         *((name, _pointer) for name in (
-            "weight", "weight_grad", "packed", "packed_back", "pixels", "z", "norm", "short_map",
-            "short_norm", "x", "result", "result_norm", "g", "g_in",
+            "weight", "weight_grad", "packed", "packed_back", "pixels", "z", "norm",
+            "shortcut_map", "shortcut_norm", "x", "result", "result_norm", "g", "g_in",
         )),
         ("skip", _long),
         ("skip_g", _pointer),
-        ("skip_take", _long),
+        ("skip_stride", _long),
         ("skip_channels", _long),
     ]  # fmt: skip
 
@@ -53,37 +53,43 @@ class _Field(ctypes.Structure):
 
 
 def check_layouts(library: ctypes.CDLL) -> None:
-    """UnavailableError unless the library's structs lie in memory as those above do."""
+    """Compare the layouts of the library's structs with those of their mirrors above.
+
+    Raises:
+        UnavailableError: a field is missing on one side or has another offset.
+    """
     for mirror in (_Norm, _Conv):
         name = mirror.__name__.removeprefix("_").lower()
         entry = ctypes.pointer(_Field.in_dll(library, f"resnet56_{name}_fields"))
-        theirs = {}
+        offsets = {}
         for index in itertools.count():
             if entry[index].name is None:
                 break
-            theirs[entry[index].name.decode()] = entry[index].offset
-        ours = {field.rstrip("_"): getattr(mirror, field).offset for field, *_ in mirror._fields_}
-        ours["sizeof"] = ctypes.sizeof(mirror)
-        if wrong := sorted(dict(theirs.items() ^ ours.items())):
+            offsets[entry[index].name.decode()] = entry[index].offset
+        expected = {
+            field.rstrip("_"): getattr(mirror, field).offset for field, *_ in mirror._fields_
+        }
+        expected["sizeof"] = ctypes.sizeof(mirror)
+        if different := sorted(dict(offsets.items() ^ expected.items())):
             raise UnavailableError(
-                f"its struct {name} is not the one of plan.py: {', '.join(wrong)} differ"
+                f"struct {name} differs between C and plan.py: {', '.join(different)}"
             )
 
 
 @dataclass
 class _Layer:
-    """A convolution, the batch norm behind it, and its result."""
+    """A convolution, the batch norm after it, and the output of the convolution."""
 
-    weights: nn.Conv2d
-    statistics: nn.BatchNorm2d
+    conv_module: nn.Conv2d
+    norm_module: nn.BatchNorm2d
     conv: _Conv
     norm: _Norm
     z: Tensor  # (N, H, W, C)
 
 
 @dataclass
-class _Join:
-    """What makes a block's output, and so the next one's input: relu(norm(z) + shortcut)."""
+class _BlockOutput:
+    """The operands of a block's output, relu(norm(z) + shortcut)."""
 
     last: _Layer
     shortcut: int = NONE
@@ -91,17 +97,17 @@ class _Join:
     projection: _Layer | None = None
 
 
-def _follow(before: _Layer, conv: _Conv) -> None:
-    """Let `conv` read relu(norm(z)) of the layer before it."""
-    conv.input, conv.z = NORM, before.z.data_ptr()
-    conv.norm = ctypes.addressof(before.norm)
+def _read_layer_output(previous: _Layer, conv: _Conv) -> None:
+    """Set the input of `conv` to relu(norm(z)) of the previous layer."""
+    conv.input, conv.z = NORM, previous.z.data_ptr()
+    conv.norm = ctypes.addressof(previous.norm)
 
 
 class Plan:
-    """The calls that make one step on batches of one shape, and the memory they work in.
+    """The calls of one training step for one batch shape, and their buffers.
 
     Raises:
-        UnavailableError: a block or layer that the kernel does not know.
+        UnavailableError: the model has a block or layer that the kernel does not support.
     """
 
     def __init__(
@@ -111,175 +117,186 @@ class Plan:
         self.library = library
         self.images = images
         self.threads = threads
-        self.turn = 0
+        self.generation = 0  # the number of forward passes
         self.layers: list[_Layer] = []  # in the order of the forward pass
-        self._kept: list[Any] = []  # what the structures point at
+        self._buffers: list[Any] = []  # tensors that the structs point to
 
         first = self._layer(model.conv1, model.bn1, height, width)
         first.conv.input = PIXELS
-        join = _Join(first)
-        blocks: list[list[_Conv]] = []  # each in the order of its gradients
+        previous = _BlockOutput(first)
+        blocks: list[list[_Conv]] = []  # the convolutions of each block in backward order
         for stage in (model.stage1, model.stage2, model.stage3):
             for block in stage:
-                convs, join, height, width = self._block(block, join, height, width)
+                convs, previous, height, width = self._block(block, previous, height, width)
                 blocks.append(convs)
-        self.last = _Conv(images=images, height=height, width=width, in_=join.last.conv.out)
-        self._begin_with(join, self.last)
-        self._arrange_gradients(first.conv, blocks)
+        self.last = _Conv(images=images, height=height, width=width, in_=previous.last.conv.out)
+        self._read_block_output(previous, self.last)
+        self._assign_gradient_buffers(first.conv, blocks)
         self._backward = [*(conv for convs in reversed(blocks) for conv in convs), first.conv]
         library.resnet56_scratch_bytes.restype = _long
         scratch = max(library.resnet56_scratch_bytes(ctypes.byref(conv)) for conv in self._backward)
-        arena = self._keep(torch.zeros(threads * scratch, dtype=torch.uint8))
+        arena = self._address(torch.zeros(threads * scratch, dtype=torch.uint8))
         self._threads = _long(threads)
-        self._where = _pointer(arena), _long(scratch), self._threads  # the same in every call
+        self._scratch = _pointer(arena), _long(scratch), self._threads  # arguments of every call
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Of each layer the weights, and the scales and shifts of its batch norm."""
+        """The weights of each layer, and the weights and biases of its batch norm."""
         return [
             parameter
             for layer in self.layers
-            for parameter in (layer.weights.weight, layer.statistics.weight, layer.statistics.bias)
+            for parameter in (
+                layer.conv_module.weight,
+                layer.norm_module.weight,
+                layer.norm_module.bias,
+            )
         ]
 
     # ---- building ----
 
     def _block(
-        self, block: nn.Module, join: _Join, height: int, width: int
-    ) -> tuple[list[_Conv], _Join, int, int]:
-        """A block's convolutions in the order of their gradients, what follows, and its size."""
+        self, block: nn.Module, previous: _BlockOutput, height: int, width: int
+    ) -> tuple[list[_Conv], _BlockOutput, int, int]:
+        """The convolutions of a block in backward order, its output, and the output's size."""
         if not isinstance(block, BasicBlock | BottleneckBlock):
-            raise UnavailableError(f"it knows no block {type(block).__name__}")
+            raise UnavailableError(f"unsupported block: {type(block).__name__}")
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if isinstance(block, BottleneckBlock):
             pairs.append((block.conv3, block.bn3))
-        into = height
+        input_height = height
         layers: list[_Layer] = []
         for module, norm in pairs:
             layer = self._layer(module, norm, height, width)
             if layers:
-                _follow(layers[-1], layer.conv)
-            elif block.shortcut is None:  # nothing else reads the block's input
-                _follow(join.last, layer.conv)
+                _read_layer_output(layers[-1], layer.conv)
+            elif block.shortcut is None:  # the block's input has no other reader
+                _read_layer_output(previous.last, layer.conv)
             else:
-                x = self._begin_with(join, layer.conv)
+                x = self._read_block_output(previous, layer.conv)
             height, width = height // layer.conv.stride, width // layer.conv.stride
             layers.append(layer)
         head = layers[0].conv
         order = [layer.conv for layer in reversed(layers)]
-        link = block.shortcut
-        if link is None:
-            return order, _Join(layers[-1]), height, width
-        if isinstance(link, nn.Identity):
+        shortcut = block.shortcut
+        if shortcut is None:
+            return order, _BlockOutput(layers[-1]), height, width
+        if isinstance(shortcut, nn.Identity):
             head.skip = SAME
-            return order, _Join(layers[-1], SAME, x), height, width
-        if isinstance(link, PadShortcut) and link.stride == 2:
-            head.skip, head.skip_take = PADDED, link.stride
+            return order, _BlockOutput(layers[-1], SAME, x), height, width
+        if isinstance(shortcut, PadShortcut) and shortcut.stride == 2:
+            head.skip, head.skip_stride = PADDED, shortcut.stride
             head.skip_channels = layers[-1].conv.out
-            return order, _Join(layers[-1], PADDED, x), height, width
-        if not isinstance(link, nn.Sequential):
-            raise UnavailableError(f"it knows no such shortcut: {link}")
-        take = into // height
-        projection = self._layer(link[0], link[1], height, width, take=take)
+            return order, _BlockOutput(layers[-1], PADDED, x), height, width
+        if not isinstance(shortcut, nn.Sequential):
+            raise UnavailableError(f"unsupported shortcut: {shortcut}")
+        input_stride = input_height // height
+        projection = self._layer(shortcut[0], shortcut[1], height, width, input_stride=input_stride)
         projection.conv.input, projection.conv.x = PLAIN, x.data_ptr()
-        head.skip, head.skip_take = SAME if take == 1 else PROJECTED, take
-        order.insert(len(order) - 1, projection.conv)  # before the gradient that it adds to
-        return order, _Join(layers[-1], PROJECTED, None, projection), height, width
+        head.skip, head.skip_stride = SAME if input_stride == 1 else PROJECTED, input_stride
+        order.insert(len(order) - 1, projection.conv)  # the head adds its gradient
+        return order, _BlockOutput(layers[-1], PROJECTED, None, projection), height, width
 
     def _layer(
-        self, module: nn.Module, norm: nn.Module, height: int, width: int, take: int = 1
+        self, module: nn.Module, norm: nn.Module, height: int, width: int, input_stride: int = 1
     ) -> _Layer:
-        """A convolution of (height, width) maps, with its own memory.
+        """Describe a convolution of (height, width) maps and allocate its buffers.
 
-        The stride of a 1x1 convolution can as well be a choice of its input's pixels: `take`.
+        A 1x1 convolution with a stride is computed on every `input_stride`-th pixel of its input.
+        `height` and `width` are then those of its output.
         """
         if type(module) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or not norm.affine:
-            raise UnavailableError(f"it knows no such layer: {module}, {norm}")
-        out, real = module.weight.shape[:2]
-        inner, kernel = -(-real // 16) * 16, module.kernel_size[0]
-        stride = module.stride[0] // take
-        like = nn.Conv2d(
-            real, out, kernel, stride=stride * take, padding=kernel // 2, bias=False, device="meta"
-        )
-        if str(module) != str(like) or any(
-            n != 16 and (n % 32 or n > MAX_CHANNELS) for n in (inner, out)
+            raise UnavailableError(f"unsupported layer: {module}, {norm}")
+        out, in_channels = module.weight.shape[:2]
+        padded, kernel = -(-in_channels // 16) * 16, module.kernel_size[0]
+        stride = module.stride[0] // input_stride
+        supported = nn.Conv2d(
+            in_channels, out, kernel, stride=stride * input_stride, padding=kernel // 2,
+            bias=False, device="meta",
+        )  # fmt: skip
+        if str(module) != str(supported) or any(
+            n != 16 and (n % 32 or n > MAX_CHANNELS) for n in (padded, out)
         ):
-            raise UnavailableError(f"it knows no such layer: {module}")
+            raise UnavailableError(f"unsupported layer: {module}")
         positions = (height + kernel // 2) * (width + kernel // 2)
         group = min(
-            8, -(-self.images // self.threads), MAX_GROUP_VALUES // (positions * max(inner, out))
+            8, -(-self.images // self.threads), MAX_GROUP_VALUES // (positions * max(padded, out))
         )
         z = torch.empty(self.images, height // stride, width // stride, out, dtype=torch.bfloat16)
-        values = kernel * (kernel + 1) * max(inner, 32) * max(out, 32)  # at most, of the tiles
+        values = kernel * (kernel + 1) * max(padded, 32) * max(out, 32)  # upper bound for the tiles
         structure = _Norm()
-        for name in ("mean", "invstd", "scale", "shift", "by_g", "by_z", "constant"):
-            setattr(structure, name, self._keep(torch.empty(out, dtype=torch.float32)))
+        for name in ("mean", "invstd", "scale", "shift", "g_scale", "z_scale", "constant"):
+            setattr(structure, name, self._address(torch.empty(out, dtype=torch.float32)))
         conv = _Conv(
-            images=self.images, height=height, width=width, real_in=real, in_=inner, out=out,
-            kernel=kernel, stride=stride, take=take, group=max(1, group), result=self._keep(z),
-            packed=self._keep(torch.empty(values, dtype=torch.bfloat16)),
-            packed_back=self._keep(torch.empty(values, dtype=torch.bfloat16)),
+            images=self.images, height=height, width=width, real_in=in_channels, in_=padded,
+            out=out, kernel=kernel, stride=stride, input_stride=input_stride, group=max(1, group),
+            result=self._address(z),
+            packed=self._address(torch.empty(values, dtype=torch.bfloat16)),
+            packed_back=self._address(torch.empty(values, dtype=torch.bfloat16)),
             result_norm=ctypes.addressof(structure),
         )  # fmt: skip
         self.layers.append(_Layer(module, norm, conv, structure, z))
         return self.layers[-1]
 
-    def _begin_with(self, join: _Join, conv: _Conv) -> Tensor:
-        """Let `conv` begin with a block's output, and return that map."""
-        x = torch.empty_like(join.last.z)
-        conv.input, conv.x, conv.z = BLOCK, self._keep(x), join.last.z.data_ptr()
-        conv.norm = ctypes.addressof(join.last.norm)
-        conv.shortcut = join.shortcut
-        if join.source is not None:
-            conv.short_map, conv.shortcut_channels = join.source.data_ptr(), join.source.shape[-1]
-        if join.projection is not None:
-            conv.short_map = join.projection.z.data_ptr()
-            conv.short_norm = ctypes.addressof(join.projection.norm)
+    def _read_block_output(self, previous: _BlockOutput, conv: _Conv) -> Tensor:
+        """Set the input of `conv` to the output of a block, and return that feature map."""
+        x = torch.empty_like(previous.last.z)
+        conv.input, conv.x, conv.z = BLOCK, self._address(x), previous.last.z.data_ptr()
+        conv.norm = ctypes.addressof(previous.last.norm)
+        conv.shortcut = previous.shortcut
+        if previous.source is not None:
+            conv.shortcut_map = previous.source.data_ptr()
+            conv.shortcut_channels = previous.source.shape[-1]
+        if previous.projection is not None:
+            conv.shortcut_map = previous.projection.z.data_ptr()
+            conv.shortcut_norm = ctypes.addressof(previous.projection.norm)
         return x
 
-    def _arrange_gradients(self, first: _Conv, blocks: list[list[_Conv]]) -> None:
-        """Five maps in turns: no block has more gradients at a time."""
+    def _assign_gradient_buffers(self, first: _Conv, blocks: list[list[_Conv]]) -> None:
+        """Assign the gradients to five buffers in rotation, the most that a block needs at once."""
         largest = max(layer.z.numel() for layer in self.layers)
-        ring = [self._keep(torch.empty(largest, dtype=torch.bfloat16)) for _ in range(5)]
-        turns = itertools.cycle(ring)
-        self.last.g_in = behind = next(turns)
+        buffers = itertools.cycle(
+            [self._address(torch.empty(largest, dtype=torch.bfloat16)) for _ in range(5)]
+        )
+        self.last.g_in = output_grad = next(buffers)
         for convs in reversed(blocks):
-            at, skipped = behind, behind
+            grad, shortcut_grad = output_grad, output_grad
             for conv in convs:
-                conv.g_in = next(turns)
+                conv.g_in = next(buffers)
                 if conv.input == PLAIN:
-                    conv.g, skipped = behind, conv.g_in
+                    conv.g, shortcut_grad = output_grad, conv.g_in
                 else:
-                    conv.g, at = at, conv.g_in
-            convs[-1].skip_g = skipped
-            behind = at
-        first.g = behind
+                    conv.g, grad = grad, conv.g_in
+            convs[-1].skip_g = shortcut_grad
+            output_grad = grad
+        first.g = output_grad
 
-    def _keep(self, tensor: Tensor) -> int:
-        self._kept.append(tensor)
+    def _address(self, tensor: Tensor) -> int:
+        """The address of `tensor`, which this object keeps alive."""
+        self._buffers.append(tensor)
         return tensor.data_ptr()
 
     # ---- running ----
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) float32 in channels_last -> (N, C) float32, the last maps' means."""
-        self.turn += 1
-        self._images = images  # the first layer's gradient reads them again
+        """(N, 3, H, W) float32 in channels_last -> (N, C) float32, the pooled features."""
+        self.generation += 1
+        self._images = images  # the backward pass of the first layer reads them
         self._weights = [
-            layer.weights.weight.detach().contiguous(memory_format=torch.channels_last)
+            layer.conv_module.weight.detach().contiguous(memory_format=torch.channels_last)
             for layer in self.layers
         ]
         for layer, weight in zip(self.layers, self._weights, strict=True):
             layer.conv.weight = weight.data_ptr()
             for name in ("weight", "bias", "running_mean", "running_var"):
-                setattr(layer.norm, name, getattr(layer.statistics, name).data_ptr())
-            layer.norm.momentum, layer.norm.eps = layer.statistics.momentum, layer.statistics.eps
+                setattr(layer.norm, name, getattr(layer.norm_module, name).data_ptr())
+            layer.norm.momentum, layer.norm.eps = layer.norm_module.momentum, layer.norm_module.eps
         self.layers[0].conv.pixels = images.data_ptr()
         for layer in self.layers:
-            self._call(self.library.resnet56_forward, layer.conv)
+            self._run(self.library.resnet56_forward, layer.conv)
         pooled = torch.empty(self.images, self.last.in_, dtype=torch.float32)
-        to = _pointer(pooled.data_ptr())
-        self.library.resnet56_pool_forward(ctypes.byref(self.last), to, self._threads)
+        self.library.resnet56_pool_forward(
+            ctypes.byref(self.last), _pointer(pooled.data_ptr()), self._threads
+        )
         return pooled
 
     def backward(self, pooled_grad: Tensor) -> list[Tensor]:
@@ -293,10 +310,10 @@ class Plan:
             layer.conv.weight_grad, layer.norm.weight_grad, layer.norm.bias_grad = (
                 grad.data_ptr() for grad in grads[-3:]
             )
-        self._call(self.library.resnet56_pool_backward, self.last, _pointer(pooled_grad.data_ptr()))
+        self._run(self.library.resnet56_pool_backward, self.last, _pointer(pooled_grad.data_ptr()))
         for conv in self._backward:
-            self._call(self.library.resnet56_backward, conv)
+            self._run(self.library.resnet56_backward, conv)
         return grads
 
-    def _call(self, function: Callable[..., None], conv: _Conv, *more: object) -> None:
-        function(ctypes.byref(conv), *more, *self._where)
+    def _run(self, function: Callable[..., None], conv: _Conv, *arguments: object) -> None:
+        function(ctypes.byref(conv), *arguments, *self._scratch)

@@ -1,19 +1,19 @@
-/* Products of tiles, 16 rows by 32 bfloat16 values each: by the processor's matrix unit where it
- * has one (AMX: Intel Architecture Software Developer's Manual, volume 1, chapter 18), or else by
- * vectors, to the same results but for the order of sums.
+/* Products of tiles of 16 rows by 32 bfloat16 values. They use the processor's matrix unit (AMX:
+ * Intel Architecture Software Developer's Manual, volume 1, chapter 18) if it has one, and vectors
+ * otherwise. The results differ only in the order of summation.
  *
- * A second factor's tile has 16 rows of 16 pairs: pair j of row i is values 2i and 2i + 1 of its
- * column j.
+ * A tile of the second factor has 16 rows of 16 pairs: pair j of row i holds values 2i and 2i + 1
+ * of column j.
  */
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "vectors.h"
 
-enum { TILE = 512 }; /* values */
+enum { TILE = 512 }; /* bfloat16 values per tile */
 
-/* Which tile register holds what; each is 16 rows of 64 bytes. Products are float32, factors
- * bfloat16: [positions x inputs] times [pairs of inputs x outputs].
+/* Contents of the tile registers, each of 16 rows of 64 bytes. Factors are bfloat16 and products
+ * float32: [positions x inputs] times [pairs of inputs x outputs].
  *
  *   product_64x16                          product_32x32
  *                     t4: 16 outputs                   t5: outputs 0-15  t6: 16-31
@@ -22,7 +22,7 @@ enum { TILE = 512 }; /* values */
  *   t7:          32-47    t2
  *   t5:          48-63    t3
  *
- *   outer_1x5 (weights' gradient)          outer_2x2
+ *   outer_1x5 (weight gradient)            outer_2x2
  *              t6  t7  t6  t7  t6: inputs               t5: inputs 0-15   t6: 16-31
  *   t5: 16     t0  t1  t2  t3  t4          t4: outputs 0-15     t0           t1
  *   outputs                                t7:         16-31    t2           t3
@@ -30,35 +30,35 @@ enum { TILE = 512 }; /* values */
 
 #ifdef __AMX_BF16__
 
-/* What makes the products: 2 the matrix unit, 1 vectors, 0 a unit that the system keeps back. */
+/* 2: products use the matrix unit; 1: vectors; 0: the system denies access to the matrix unit. */
 int resnet56_matrix_unit(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 2 : 0;
 }
 
-struct config { /* Intel's layout */
+struct config { /* the layout that LDTILECFG reads */
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
-/* GCC's loads of tiles do not say that they read memory: what was stored must be there. */
+/* GCC does not know that tile loads read memory. The barrier completes earlier stores. */
 #define COMPILER_BARRIER __asm__ volatile("" ::: "memory")
 
-static void begin_tiles(struct config *before) {
-    struct config mine = {.palette = 1};
-    for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
+static void begin_tiles(struct config *saved) {
+    struct config config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
     COMPILER_BARRIER;
-    _tile_storeconfig(before); /* PyTorch's own kernels use the unit too */
-    _tile_loadconfig(&mine);
+    _tile_storeconfig(saved); /* PyTorch's kernels use the unit too */
+    _tile_loadconfig(&config);
 }
 
-static void end_tiles(const struct config *before) {
-    if (before->palette) _tile_loadconfig(before);
+static void end_tiles(const struct config *saved) {
+    if (saved->palette) _tile_loadconfig(saved);
     else _tile_release();
 }
 
-/* 64 positions by 16 outputs: c[64][16] = sum over chunks of a[offsets[k]..] b[k]. */
+/* 64 positions by 16 outputs: c[64][16] = sum over chunks k of a[offsets[k]..] times b[k]. */
 static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                           const bf16 *b, float *c) {
     const char *rows = (const char *)a;
@@ -83,7 +83,7 @@ static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, lo
     _tile_stored(3, c + 768, 64);
 }
 
-/* 32 positions by 32 outputs: c[32][32]; the second 16 outputs' tiles follow the first's. */
+/* 32 positions by 32 outputs: c[32][32]. The tiles of outputs 16-31 follow those of 0-15. */
 static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                           const bf16 *b, float *c) {
     const char *rows = (const char *)a;
@@ -107,8 +107,8 @@ static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, lo
     _tile_stored(3, c + 528, 128);
 }
 
-/* Up to five tiles of the weights' gradient, c[i] += planes (16 outputs by positions) times
- * pairs[i] (positions by 16 inputs), over `chunks` of 32 positions. */
+/* Up to five tiles of the weight gradient: c[i] += planes (16 outputs by positions) times
+ * pairs[i] (positions by 16 inputs), over `chunks` chunks of 32 positions. */
 static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long tiles, long chunks, float *const *c, long c_bytes) {
     const char *b0 = (const char *)pairs[0], *b1 = (const char *)pairs[1];
@@ -137,8 +137,8 @@ static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *p
     if (tiles > 4) _tile_stored(4, c[4], c_bytes);
 }
 
-/* The same for 32 outputs by two times 16 inputs; the second outputs lie `plane_bytes` and
- * `c_bytes` times 16 further. */
+/* The same for 32 outputs and two tiles of 16 inputs. Outputs 16-31 start 16 rows further on in
+ * `planes` and `c`. */
 static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long chunks, float *const *c, long c_bytes) {
     const char *a = (const char *)planes, *a2 = a + 16 * plane_bytes;
@@ -171,33 +171,33 @@ static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *p
 int resnet56_matrix_unit(void) { return 1; }
 
 struct config {
-    char nothing;
+    char unused;
 };
-static void begin_tiles(struct config *before) { (void)before; }
-static void end_tiles(const struct config *before) { (void)before; }
+static void begin_tiles(struct config *saved) { (void)saved; }
+static void end_tiles(const struct config *saved) { (void)saved; }
 
-/* c[16][16] += a (16 rows of 32 values) times b (16 rows of 16 pairs); steps are in bytes. */
-static inline void multiply(const void *a, long a_step, const void *b, long b_step, __m512 *c) {
+/* c[16][16] += a (16 rows of 32 values) times b (16 rows of 16 pairs). Strides are in bytes. */
+static inline void multiply(const void *a, long a_stride, const void *b, long b_stride, __m512 *c) {
     for (int k = 0; k < 16; k++) {
-        __m512bh row = (__m512bh)_mm512_loadu_si512((const char *)b + k * b_step);
+        __m512bh row = (__m512bh)_mm512_loadu_si512((const char *)b + k * b_stride);
 #pragma GCC unroll 16
         for (int m = 0; m < 16; m++) {
-            int32_t two;
-            memcpy(&two, (const char *)a + m * a_step + 4 * k, 4);
-            c[m] = _mm512_dpbf16_ps(c[m], (__m512bh)_mm512_set1_epi32(two), row);
+            int32_t pair;
+            memcpy(&pair, (const char *)a + m * a_stride + 4 * k, 4);
+            c[m] = _mm512_dpbf16_ps(c[m], (__m512bh)_mm512_set1_epi32(pair), row);
         }
     }
 }
 
 static inline void load_tile(__m512 *c, const float *from, long bytes) {
-    for (int m = 0; m < 16; m++) c[m] = floats((const float *)((const char *)from + m * bytes));
+    for (int m = 0; m < 16; m++) c[m] = load_float((const float *)((const char *)from + m * bytes));
 }
 
 static inline void store_tile(const __m512 *c, float *to, long bytes) {
     for (int m = 0; m < 16; m++) _mm512_storeu_ps((char *)to + m * bytes, c[m]);
 }
 
-/* One tile of products: 16 positions by 16 outputs. */
+/* 16 positions by 16 outputs: one tile of products. */
 static inline void product_16x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                                  const bf16 *b, float *to, long bytes) {
     __m512 c[16];
@@ -233,9 +233,9 @@ static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *p
 
 static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long chunks, float *const *c, long c_bytes) {
-    float *below[2] = {c[0] + 4 * c_bytes, c[1] + 4 * c_bytes};
+    float *second[2] = {c[0] + 4 * c_bytes, c[1] + 4 * c_bytes};
     outer_1x5(planes, plane_bytes, pairs, pair_bytes, 2, chunks, c, c_bytes);
-    outer_1x5(planes + 8 * plane_bytes, plane_bytes, pairs, pair_bytes, 2, chunks, below, c_bytes);
+    outer_1x5(planes + 8 * plane_bytes, plane_bytes, pairs, pair_bytes, 2, chunks, second, c_bytes);
 }
 
 #endif

@@ -1,15 +1,15 @@
-/* Vectors of 16 numbers: bfloat16 in memory, float in registers. */
+/* Vectors of 16 values: bfloat16 in memory, float in registers. */
 #ifndef __AVX512BF16__
-#error the processor has no bfloat16 vectors (AVX-512 BF16), or the compiler does not know them
+#error this processor or compiler does not support AVX-512 BF16
 #endif
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
-typedef uint16_t bf16; /* a bfloat16 */
+typedef uint16_t bf16;
 
-enum { LANES = 16 }; /* floats in a vector */
+enum { LANES = 16 }; /* floats per vector */
 
 static inline __m512 load(const bf16 *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -20,22 +20,22 @@ static inline void store(bf16 *p, __m512 v) {
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
-static inline __m512 floats(const float *p) { return _mm512_loadu_ps(p); }
+static inline __m512 load_float(const float *p) { return _mm512_loadu_ps(p); }
 
-static inline void store_two(bf16 *p, __m512 a, __m512 b) {
+static inline void store_pair(bf16 *p, __m512 a, __m512 b) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
-static inline __m512 relu(__m512 v) { /* a NaN stays one */
+static inline __m512 relu(__m512 v) { /* NaN stays NaN */
     return _mm512_max_ps(_mm512_setzero_ps(), v);
 }
 
-static inline void add_to(float *p, __m512 v) { _mm512_storeu_ps(p, floats(p) + v); }
+static inline void add_to(float *p, __m512 v) { _mm512_storeu_ps(p, load_float(p) + v); }
 
 static inline long min_long(long a, long b) { return a < b ? a : b; }
 
-/* 16 values of `a` and of `b`, side by side. */
-static inline __m512i pair(const bf16 *a, const bf16 *b) {
+/* Interleaves 16 values of `a` with 16 of `b`. */
+static inline __m512i interleave(const bf16 *a, const bf16 *b) {
     const __m512i order = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -44,7 +44,7 @@ static inline __m512i pair(const bf16 *a, const bf16 *b) {
     return _mm512_permutexvar_epi16(order, both);
 }
 
-static void transpose(__m512i r[16]) { /* 16 x 16 of 32 bits */
+static void transpose(__m512i r[16]) { /* 16 x 16 values of 32 bits */
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
