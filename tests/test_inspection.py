@@ -193,13 +193,13 @@ def test_it_answers_for_runs_and_architectures_and_draws(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "which network"),
+        ([], "no model given"),
         (["plain57"], "nearest are 56 and 62"),
         (["plain56-bottleneck"], "choose plain56"),
-        (["vgg16"], "no architecture of that name"),
+        (["vgg16"], "neither a run nor an architecture"),
         (["plain8", "--images", "0"], "--images must be at least 1"),
         (["plain8", "--images", "1000000"], "more than the"),
-        (["plain8", "--out", "layers.gif"], "--out wants a file named"),
+        (["plain8", "--out", "layers.gif"], "--out must end in"),
         (["plain8", "--device", "quantum"], "quantum"),
         (["RUN", "--no-batch-norm"], "at initialization"),
         (["resnet56", "--pretrained"], "choose --data"),

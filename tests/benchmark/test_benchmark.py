@@ -179,7 +179,10 @@ def test_the_command_prints_tables_and_writes_json(
         (["--batch", "32,x"], "--batch: expected an integer"),
         (["--batch", "0"], "--batch must be from 1 to 1,000,000"),
         (["--seconds", "nan"], "--seconds: expected a finite number"),
-        (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: there is no such"),
+        (
+            ["--json", "no/such/folder/x.json"],
+            "--json no/such/folder/x.json: the folder does not exist",
+        ),
         (["--json", "."], "--json . is a folder; choose a file"),
         (["--rounds", "0"], "--rounds must be from 1"),
         (["--arch", "resnet57"], "depth 57 is not of the form 6n + 2"),

@@ -132,7 +132,7 @@ def test_what_was_held_out_is_what_settings_are_chosen_by(
     assert cli.main([*command, *QUICKLY]) == 0
     text = capsys.readouterr().out
     held = json.loads((kept / "evaluation.json").read_text())["holdout"]
-    line = f"held-out accuracy {100 * held['accuracy']:.2f} %, loss {held['loss']:.4f}, 5 images"
+    line = f"validation accuracy {100 * held['accuracy']:.2f} %, loss {held['loss']:.4f}, 5 images"
     assert -1 < text.find(line) < text.find("test accuracy")
     assert cli.main(["evaluate", str(kept), "--robustness", "0", "--split", "holdout"]) == 0
     assert f"accuracy {100 * held['accuracy']:.2f} %" in capsys.readouterr().out
@@ -229,7 +229,7 @@ def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]
     ("arguments", "says"),
     [
         (["nonsense"], "unknown command 'nonsense'.*train"),
-        (["train"], "which recipe.*report"),
+        (["train"], "no recipe given.*report"),
         (["train", "nonsense"], "unknown recipe 'nonsense'.*report, he2015, fast, best, quick"),
         (["train", "none.json"], r"cannot read the recipe none\.json"),
         (["train", "quick", "--batch-size", "0"], "batch_size must be from 1 to 1,000,000, not 0"),

@@ -1,4 +1,4 @@
-"""`resnet56 bench`."""
+"""The `resnet56 bench` command."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,54 +11,57 @@ from resnet56.cli.arguments import integer, parse
 from resnet56.cli.common import Data, Threads, load_data, say
 from resnet56.errors import UsageError
 
-MANY = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
+COMMA_SEPARATED = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measure training and inference, in turns, against the loop that people write.
+    """Benchmark training and inference against a standard PyTorch loop.
 
-    Takes some minutes; nothing else should run meanwhile.
+    The candidates run in alternation. This takes a few minutes. Do not run other programs at the
+    same time.
     """
 
     data: Data = None
-    """Images: digits (the default; no download), cifar10, cifar100, or a folder."""
+    """Data set: digits (the default; no download), cifar10, cifar100 or a folder."""
 
-    arch: MANY = "resnet56,resnet56-bottleneck"
-    """Networks."""
+    arch: COMMA_SEPARATED = "resnet56,resnet56-bottleneck"
+    """Architectures."""
 
-    batch: MANY = "32,128"
-    """Batch sizes in training."""
+    batch: COMMA_SEPARATED = "32,128"
+    """Training batch sizes."""
 
     device: str = "auto"
-    """Where: auto, cpu, cuda, cuda:N, mps."""
+    """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """CPU threads; by default one per core."""
+    """Number of CPU threads. By default, one per core."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of our side; the usual loop's is fp32."""
+    """Precision of this package. The standard loop always uses fp32."""
 
     compiled: bool = False
-    """Also measure torch.compile; it takes a minute more for each table."""
+    """Also benchmark torch.compile, which takes one more minute per table."""
 
     rounds: int = 7
-    """Turns that each one takes."""
+    """Number of measurements per candidate."""
 
     seconds: float = 1.5
-    """How long a turn is."""
+    """Duration of a measurement."""
 
     json: Path | None = None
-    """Also write everything to this file."""
+    """Also write all results to this file."""
 
 
 def run(arguments: list[str]) -> int:
     """resnet56 bench [options]."""
     options = parse(BenchOptions, arguments, "resnet56 bench")
     if not (1 <= options.rounds <= 10_000 and 0 < options.seconds <= 3600):
-        raise UsageError("--rounds must be from 1 to 10,000, --seconds above 0 and at most 3,600")
+        raise UsageError(
+            "--rounds must be from 1 to 10,000, and --seconds above 0 and at most 3,600"
+        )
     if options.json and not options.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {options.json}: there is no such folder to write in")
+        raise UsageError(f"--json {options.json}: the folder does not exist")
     if options.json and options.json.is_dir():
         raise UsageError(f"--json {options.json} is a folder; choose a file")
     from resnet56 import model
@@ -72,7 +75,7 @@ def run(arguments: list[str]) -> int:
     archs = options.arch.split(",")
     for arch in archs:
         model.Architecture.parse(arch)
-    found = bench(
+    result = bench(
         lambda: load_data(options.data),
         archs=archs,
         batches=_sizes(options.batch),
@@ -83,9 +86,9 @@ def run(arguments: list[str]) -> int:
         seconds=options.seconds,
         say=say,
     )
-    show_bench(found)
+    show_bench(result)
     if options.json:
-        write_json(options.json, found)
+        write_json(options.json, result)
     return 0
 
 
@@ -95,5 +98,5 @@ def _sizes(text: str) -> list[int]:
     except ValueError as error:
         raise UsageError(f"--batch: {error}") from None
     if not all(1 <= size <= recipe.LARGEST for size in sizes):
-        raise UsageError(f"--batch must be from 1 to {recipe.LARGEST:,}, as in 32,128")
+        raise UsageError(f"--batch must be from 1 to {recipe.LARGEST:,}, such as 32,128")
     return sizes

@@ -1,4 +1,4 @@
-"""`resnet56 describe`."""
+"""The `resnet56 describe` command."""
 
 from dataclasses import asdict, dataclass
 
@@ -7,14 +7,14 @@ from resnet56.cli.arguments import parse
 
 @dataclass(frozen=True)
 class DescribeOptions:
-    """Print a network's stages, blocks, layers, parameters and multiply-accumulates."""
+    """Print the stages, blocks, layers, parameters and multiply-accumulates of a model."""
 
     arch: str = "resnet56"
-    """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56 (no
+    """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56 (no
     shortcuts), and other depths."""
 
     classes: int = 10
-    """Number of outputs."""
+    """Number of classes."""
 
     json: bool = False
     """Print JSON."""
@@ -24,13 +24,13 @@ def run(arguments: list[str]) -> int:
     """resnet56 describe [--arch NAME]."""
     options = parse(DescribeOptions, arguments, "resnet56 describe")
     from resnet56.files import to_json
-    from resnet56.model import describe as describe_network
+    from resnet56.model import describe as describe_architecture
 
-    network = asdict(describe_network(options.arch, options.classes))
+    description = asdict(describe_architecture(options.arch, options.classes))
     if options.json:
-        print(to_json(network))
+        print(to_json(description))
         return 0
-    from resnet56.cli.tables import show_network
+    from resnet56.cli.tables import show_description
 
-    show_network(network)
+    show_description(description)
     return 0

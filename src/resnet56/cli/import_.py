@@ -1,4 +1,4 @@
-"""`resnet56 import`."""
+"""The `resnet56 import` command."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +14,33 @@ from resnet56.errors import UsageError
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Make a run of a checkpoint that another program wrote; no code in it is run."""
+    """Convert a checkpoint from another program to a run. Code in the file is never executed."""
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE|FOLDER|NAME")]
-    """Checkpoint of torch.save or safetensors, a hub's folder, or what resnet56 export wrote."""
+    """Checkpoint (torch.save or safetensors), model hub folder, or output of resnet56 export."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=("--output-dir",), metavar="RUN")]
-    """Run directory to make."""
+    """Run directory to create."""
 
     arch: str | None = None
-    """Network; by default the one that the file's names and shapes fit. Name plain networks: their
-    names and shapes are those of residual ones."""
+    """Architecture. By default, detected from the names and shapes of the tensors. Required for
+    plain networks, which have the same names and shapes as residual networks."""
 
     prefix: str | None = None
-    """Where in the file the network is, if it holds several: as in student or model_ema.module."""
+    """Prefix of the model's tensor names, such as student or model_ema.module. Required if the file
+    contains several models."""
 
     mean: tuple[float, float, float] | None = None
-    """Of its training images' channels, 0 to 1; by default as stated, or what its authors used."""
+    """Channel means of its training images, from 0 to 1. By default, read from the file, or the
+    values that its authors used."""
 
     std: tuple[float, float, float] | None = None
-    """Their standard deviations."""
+    """Channel standard deviations of its training images."""
 
     classes: tuple[str, ...] = ()
-    """Names in the order of the outputs, a file of lines, cifar10, cifar100, digits, or a run whose
-    classes they are; by default as stated in the file, or CIFAR-10's or CIFAR-100's."""
+    """Class names in the order of the outputs, a text file with one name per line, cifar10,
+    cifar100, digits, or a run with the same classes. By default, read from the file, or the classes
+    of CIFAR-10 or CIFAR-100."""
 
 
 def run(arguments: list[str]) -> int:
@@ -51,7 +54,7 @@ def run(arguments: list[str]) -> int:
 
     directory = RunDirectory(options.out)
     if not all(0 <= value <= 1 for value in options.mean or ()):
-        raise UsageError("--mean must be numbers from 0 to 1, as images are scaled to that range")
+        raise UsageError("--mean must be numbers from 0 to 1, the range of the images")
     if not all(0 < value <= 1 for value in options.std or ()):
         raise UsageError("--std must be numbers above 0 and at most 1")
     directory.refuse_taken()
@@ -63,19 +66,19 @@ def run(arguments: list[str]) -> int:
         std=options.std,
         classes=_names(options.classes),
     )
-    restore(imported.checkpoint, torch.device("cpu"))  # refuses what gives no answers
+    restore(imported.checkpoint, torch.device("cpu"))  # raises if the outputs are not finite
     directory.create()
     directory.save(imported.checkpoint)
     for remark in imported.remarks:
         say(remark)
     arch = imported.checkpoint.network.arch
-    say(f"{arch}; to measure it: resnet56 evaluate {options.out} --data DIR")
+    say(f"{arch}; to evaluate it: resnet56 evaluate {options.out} --data DIR")
     print(options.out)
     return 0
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:
-    """The names themselves, or those that the one argument stands for."""
+    """Return the class names that the arguments of --classes stand for."""
     if len(given) != 1:
         return given
     if given[0] in PUBLISHED:
@@ -89,7 +92,7 @@ def _names(given: tuple[str, ...]) -> tuple[str, ...]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UsageError(
-            f"--classes wants names, a text file of them, cifar10, cifar100, digits or a run, not "
-            f"{file}"
+            "--classes must be names, a text file of names, cifar10, cifar100, digits or a run, "
+            f"not {file}"
         ) from None
     return tuple(line.strip() for line in lines if line.strip())

@@ -1,4 +1,4 @@
-"""`resnet56 inspect`."""
+"""The `resnet56 inspect` command."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from resnet56.model import ResNet
     from resnet56.runs.sources import Source
 
-PICTURES = (".svg", ".png")
-QUANTITIES = (  # field of LayerStatistics, label of its panel, whether its axis is logarithmic
+IMAGE_SUFFIXES = (".svg", ".png")
+QUANTITIES = (  # field of LayerStatistics, panel label, logarithmic axis
     ("response_gradient", "gradient norm, response", True),
     ("weight_gradient", "gradient norm, weights", True),
     ("response_std", "standard deviation, response", False),
@@ -29,36 +29,36 @@ QUANTITIES = (  # field of LayerStatistics, label of its panel, whether its axis
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Measure gradients and responses through the layers, on one batch of training images."""
+    """Measure the gradients and responses of each layer on one batch of training images."""
 
     networks: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|ARCH [...]")
     ]
-    """Runs, or architectures at initialization, such as plain56; several share a picture."""
+    """Runs, or architectures at initialization such as plain56. All are drawn in one plot."""
 
     pretrained: bool = False
-    """Take an architecture's weights that come with the package, not its initial ones."""
+    """Use the pretrained weights of an architecture instead of its initial weights."""
 
     data: Data = None
-    """Images: a name or a folder; by default those of the first run, or the digits."""
+    """Data set: a name or a folder. By default, the data of the first run, or the digits."""
 
     images: int = 128
-    """Training images in the batch, drawn by the seed; they are not augmented."""
+    """Number of training images in the batch. They are not augmented."""
 
     seed: int = 0
-    """Initial weights and the choice of images are functions of it."""
+    """Seed of the initial weights and the choice of images."""
 
     batch_norm: bool = True
-    """--no-batch-norm: put the identity in the place of each batch norm, at initialization only."""
+    """--no-batch-norm: replace each batch norm with the identity. At initialization only."""
 
     device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:N, mps."""
+    """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """CPU threads; by default as many as other programs leave cores free."""
+    """Number of CPU threads. By default, one per core that is not in use."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.svg")] = None
-    """Also draw a picture, .svg or .png."""
+    """Also write a plot, as .svg or .png."""
 
     json: bool = False
     """Print JSON."""
@@ -68,13 +68,13 @@ def run(arguments: list[str]) -> int:
     """resnet56 inspect RUN|ARCH."""
     options = parse(InspectOptions, arguments, "resnet56 inspect")
     if not options.networks:
-        raise UsageError("which network? resnet56 inspect RUN|ARCH ...; see --help")
+        raise UsageError("no model given: resnet56 inspect RUN|ARCH ...; see --help")
     if options.images < 1:
         raise UsageError(f"--images must be at least 1, not {options.images}")
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed must be from 0 to {2**32 - 1}, not {options.seed}")
-    if options.out is not None and options.out.suffix.lower() not in PICTURES:
-        raise UsageError(f"--out wants a file named {' or '.join(PICTURES)}, not {options.out}")
+    if options.out is not None and options.out.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UsageError(f"--out must end in {' or '.join(IMAGE_SUFFIXES)}, not {options.out}")
     from resnet56.files import to_json
     from resnet56.runtime import resolve_device
     from resnet56.threads import set_threads
@@ -85,31 +85,33 @@ def run(arguments: list[str]) -> int:
     sources = [(name, _source(name, options)) for name in options.networks]
     first = next((source for _, source in sources if source is not None), None)
     if options.data is None and first is not None and first.run is None:
-        raise UsageError(f"{options.networks[0]} is not a run; on which images? choose --data")
+        raise UsageError(
+            f"{options.networks[0]} is not a run and has no data of its own; choose --data"
+        )
     own = first.run.data_origin() if first is not None and first.run is not None else None
     dataset = load_data(options.data, own=own)
-    found = [_inspected(name, source, dataset, options, device) for name, source in sources]
+    entries = [_inspect(name, source, dataset, options, device) for name, source in sources]
     result = {
         "data": dataset.source,
         "images": options.images,
         "seed": options.seed,
         "batch_norm": options.batch_norm,
-        "networks": found,
+        "networks": entries,
     }
     if options.out is not None:
-        _draw(found, options.out)
+        _draw(entries, options.out)
     if options.json:
         print(to_json(result))
         return 0
     from resnet56.cli.tables import show_inspection
 
-    for network in found:
-        show_inspection(network, options.images, dataset.source)
+    for entry in entries:
+        show_inspection(entry, options.images, dataset.source)
     return 0
 
 
 def _source(name: str, options: InspectOptions) -> "Source | None":
-    """A network with weights; None for an architecture at initialization."""
+    """Open a model with weights. Return None for an architecture at initialization."""
     from resnet56.model import Architecture
     from resnet56.runs.directory import RunDirectory
     from resnet56.runs.pretrained import is_onnx
@@ -122,24 +124,24 @@ def _source(name: str, options: InspectOptions) -> "Source | None":
         return None
     if not is_name and not path.exists():
         raise UsageError(
-            f"there is no run at {name}, and no architecture of that name; the names are "
-            "resnet56, resnet56-b, resnet56-bottleneck, plain56, and other depths"
+            f"{name!r} is neither a run nor an architecture; architectures are resnet56, "
+            "resnet56-b, resnet56-bottleneck, plain56, and other depths"
         )
     if is_onnx(path):
-        raise UsageError(f"{name} is an ONNX file, which has no gradients; inspect its run")
+        raise UsageError(f"{name} is an ONNX file and has no gradients; inspect its run")
     if not options.batch_norm:
-        raise UsageError(f"--no-batch-norm is for architectures at initialization, not {name}")
+        raise UsageError(f"--no-batch-norm needs an architecture at initialization, not {name}")
     return open_network(path if path.exists() else name)
 
 
-def _inspected(
+def _inspect(
     name: str,
     source: "Source | None",
     dataset: "Dataset",
     options: InspectOptions,
     device: "torch.device",
 ) -> dict[str, Any]:
-    """One network's entry of the JSON."""
+    """Inspect a model and return its entry of the JSON output."""
     import torch
 
     from resnet56.data.augment import normalize
@@ -172,22 +174,22 @@ def _inspected(
     return {"name": name, "weights": weights, **asdict(inspection)}
 
 
-def _draw(found: list[dict[str, Any]], out: Path) -> None:
-    """Write the picture: a panel per quantity, a curve per network."""
+def _draw(entries: list[dict[str, Any]], out: Path) -> None:
+    """Write the plot, with one panel per quantity and one curve per model."""
     from resnet56.files import write_bytes
     from resnet56.report.plots import Line, Panel, layers
 
     panels = []
     for field, label, log in QUANTITIES:
         lines = []
-        for network in found:
-            values = [layer[field] for layer in network["layers"]]
+        for entry in entries:
+            values = [layer[field] for layer in entry["layers"]]
             points = [(i, y) for i, y in enumerate(values, start=1) if y is not None]
-            lines.append(Line(network["name"], *map(list, zip(*points, strict=True))))
+            lines.append(Line(entry["name"], *map(list, zip(*points, strict=True))))
         values = [y for line in lines for y in line.y]
-        # Without batch norm, responses may grow by orders of magnitude, too.
+        # Without batch norm, responses can also grow by orders of magnitude.
         panels.append(Panel(label, lines, log or 0 < 100 * min(values) < max(values)))
     title = "Gradients and responses by layer"
-    chart = layers("layers", title, f"{title} of {len(found)} networks.", panels)
+    chart = layers("layers", title, f"{title} of {len(entries)} models.", panels)
     svg = out.suffix.lower() == ".svg"
     write_bytes(out, chart.svg_file() if svg else chart.png())

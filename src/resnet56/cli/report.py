@@ -1,4 +1,4 @@
-"""`resnet56 report`."""
+"""The `resnet56 report` command."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,33 +13,33 @@ from resnet56.errors import Error, UsageError
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write a page about one run, or one that compares several."""
+    """Write a report on one run, or a comparison of several runs."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Directories of runs."""
+    """Run directories."""
 
     out: Path | None = None
-    """File to write; by default report.html in the run, or comparison.html here."""
+    """Output file. By default, report.html in the run, or comparison.html in the current folder."""
 
     format: Literal["html", "md"] = "html"
-    """One self-contained page, or Markdown with pictures beside it."""
+    """One self-contained HTML page, or Markdown with separate image files."""
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 report RUN [RUN ...]; 1 if a run is left out of the comparison."""
+    """resnet56 report RUN [RUN ...]. Return 1 if a run was skipped."""
     options = parse(ReportOptions, arguments, "resnet56 report")
     if not options.runs:
-        raise UsageError("which run? resnet56 report RUN [RUN ...]; see resnet56 report --help")
+        raise UsageError("no run given: resnet56 report RUN [RUN ...]; see resnet56 report --help")
     from resnet56.report import write_report
 
-    left_out = 0
+    skipped = 0
 
-    def leave_out(error: Error) -> None:
-        nonlocal left_out
-        left_out += 1
+    def skip(error: Error) -> None:
+        nonlocal skipped
+        skipped += 1
         say(f"resnet56: {error}")
 
-    print(write_report(options.runs, options.out, format=options.format, leave_out=leave_out))
-    if left_out:
-        say(f"resnet56: {left_out} of {len(options.runs)} runs are left out")
-    return 1 if left_out else 0
+    print(write_report(options.runs, options.out, format=options.format, leave_out=skip))
+    if skipped:
+        say(f"resnet56: skipped {skipped} of {len(options.runs)} runs")
+    return 1 if skipped else 0

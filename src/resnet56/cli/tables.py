@@ -1,4 +1,4 @@
-"""Figures and networks as a terminal shows them."""
+"""Print metrics and model descriptions as tables on the terminal."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _table(*columns: str, left: int = 1) -> Table:
-    """A table without lines; all columns but the first `left` are set right."""
+    """Create a table without borders. Columns after the first `left` are right-aligned."""
     table = Table(*columns, box=None)
     for column in table.columns[left:]:
         column.justify = "right"
@@ -22,17 +22,17 @@ def _table(*columns: str, left: int = 1) -> Table:
 
 
 def _cell(name: str) -> str:
-    """A foreign name as a cell, in which rich would take brackets for markup."""
+    """Escape a name for a cell, in which rich interprets brackets as markup."""
     return shown(name).replace("[", r"\[")
 
 
 def _share(value: float | None) -> str:
-    """Percent without the sign; a dash where there is none."""
+    """Format a share as a percentage without the sign, or None as a dash."""
     return "\N{EN DASH}" if value is None else f"{100 * value:.2f}"
 
 
 def show_figures(figures: "Metrics", title: str) -> None:
-    """Print one split's entry of evaluation.json."""
+    """Print the metrics of one split."""
     console = Console(highlight=False)
     low, high = figures["accuracy_interval"]
     ece, brier = figures["calibration"]["ece"], figures["calibration"]["brier"]
@@ -40,28 +40,28 @@ def show_figures(figures: "Metrics", title: str) -> None:
         title,
         f"accuracy {percent(figures['accuracy'])} (95 % interval {100 * low:.2f} to "
         f"{100 * high:.2f}), top-2 {percent(figures['top2'])}, top-3 {percent(figures['top3'])}",
-        f"loss {figures['loss']:.4f}, calibration error {ece:.4f}, Brier score {brier:.4f}, "
+        f"loss {figures['loss']:.4f}, expected calibration error {ece:.4f}, Brier score {brier:.4f}, "
         f"{figures['n']:,} images",
     )
     for line in lines:
         console.print(printable(line), markup=False, soft_wrap=True)
     table = _table("class", "precision", "recall", "F1", "images")
     for name, row in figures["per_class"].items():
-        shares = map(_share, (row["precision"], row["recall"], row["f1"]))
-        table.add_row(_cell(name), *shares, f"{row['support']:,}")
+        scores = map(_share, (row["precision"], row["recall"], row["f1"]))
+        table.add_row(_cell(name), *scores, f"{row['support']:,}")
     console.print(table)
     for pair in figures["most_confused"][:3]:
-        line = f"{pair['count']} {shown(pair['true'])} taken for {shown(pair['predicted'])}"
+        line = f"{pair['count']} {shown(pair['true'])} classified as {shown(pair['predicted'])}"
         console.print(line, markup=False, soft_wrap=True)
 
 
 def show_extras(result: "Evaluation") -> None:
-    """Print the robustness and speed of evaluation.json, where they were measured."""
+    """Print the robustness and speed of an evaluation if they were measured."""
     console = Console(highlight=False)
     if robustness := result.get("robustness"):
         severities = robustness["severities"]
         table = _table(
-            f"accuracy on {robustness['images']:,} images, severity", *map(str, severities)
+            f"accuracy on {robustness['images']:,} images at severity", *map(str, severities)
         )
         for name, accuracies in robustness["corruptions"].items():
             table.add_row(name, *(f"{100 * value:.1f}" for value in accuracies))
@@ -69,13 +69,13 @@ def show_extras(result: "Evaluation") -> None:
     if speed := result.get("speed"):
         for batch, row in (("1", speed["batch_1"]), ("256", speed["batch_256"])):
             console.print(
-                f"batch {batch}: {row['milliseconds_an_image']:.2f} ms an image, "
+                f"batch {batch}: {row['milliseconds_an_image']:.2f} ms per image, "
                 f"{row['images_per_second']:,.0f} images/s"
             )
 
 
 def show_accuracies(figures: Mapping[str, "Metrics"]) -> None:
-    """Print a line for each of several test sets."""
+    """Print a table with one line per test set."""
     table = _table("images", "accuracy", "interval", "loss", "n")
     for name, row in figures.items():
         low, high = row["accuracy_interval"]
@@ -86,28 +86,28 @@ def show_accuracies(figures: Mapping[str, "Metrics"]) -> None:
     Console(highlight=False).print(table)
 
 
-def show_comparison(found: "Comparison") -> None:
-    """Print an entry of parity.json."""
-    for side, accuracy in ((found["a"], found["accuracy_a"]), (found["b"], found["accuracy_b"])):
-        print(f"{side}: accuracy {percent(accuracy)}")
+def show_comparison(comparison: "Comparison") -> None:
+    """Print a comparison of two devices or precisions."""
+    print(f"{comparison['a']}: accuracy {percent(comparison['accuracy_a'])}")
+    print(f"{comparison['b']}: accuracy {percent(comparison['accuracy_b'])}")
     print(
-        f"logits differ by {found['median_difference']:.2g} in the median, "
-        f"{found['largest_difference']:.2g} at most"
+        f"difference between logits: median {comparison['median_difference']:.2g}, "
+        f"maximum {comparison['largest_difference']:.2g}"
     )
-    print(found["verdict"])
+    print(comparison["verdict"])
 
 
-def show_network(network: dict[str, Any]) -> None:
-    """Print what `describe` computed of a network."""
+def show_description(description: dict[str, Any]) -> None:
+    """Print the result of `describe`."""
     console = Console(highlight=False)
-    shortcut = network["shortcut"]
+    shortcut = description["shortcut"]
     console.print(
-        f"{network['arch']}: {network['depth']} layers, {network['block']} blocks of "
-        f"{network['layers_a_block']} layers, "
+        f"{description['arch']}: {description['depth']} layers, {description['block']} blocks of "
+        f"{description['layers_a_block']} layers, "
         f"{'no shortcuts' if shortcut == 'none' else f'shortcut option {shortcut}'}"
     )
     table = _table("part", "layers", "blocks", "output", "parameters", "MACs", left=2)
-    for part in network["parts"]:
+    for part in description["parts"]:
         output = "x".join(map(str, part["output"]))
         table.add_row(
             part["name"],
@@ -118,64 +118,69 @@ def show_network(network: dict[str, Any]) -> None:
             f"{part['macs']:,}",
         )
     table.add_row(
-        "all", str(network["depth"]), "", "", f"{network['parameters']:,}", f"{network['macs']:,}"
+        "total",
+        str(description["depth"]),
+        "",
+        "",
+        f"{description['parameters']:,}",
+        f"{description['macs']:,}",
     )
     console.print(table)
 
 
-def show_bench(found: dict[str, Any]) -> None:
-    """Print what `bench` measured."""
+def show_bench(result: dict[str, Any]) -> None:
+    """Print the result of `bench`."""
     console = Console(highlight=False)
-    machine, limits = found["machine"], found["limits"]
+    machine, limits = result["machine"], result["limits"]
     console.print(
         f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores, "
-        f"PyTorch {machine['versions']['torch']}; {machine['precision']} product "
+        f"PyTorch {machine['versions']['torch']}; {machine['precision']} matrix product "
         f"{limits['gflops']:,.0f} GFLOP/s, copy {limits['gigabytes_per_second']:.0f} GB/s",
         markup=False,
         soft_wrap=True,
     )
-    for contest in found["training"]:
-        floor = contest["floor"]
-        least = max(floor.values())
-        bound = "arithmetic" if least == floor["arithmetic_ms"] else "memory"
-        table = _table("step", "ms", "images/s", "ratio", "least", "most", "floor", "peak MB")
-        for row in contest["rows"]:
+    for comparison in result["training"]:
+        floor = comparison["floor"]
+        floor_ms = max(floor.values())
+        bound = "arithmetic" if floor_ms == floor["arithmetic_ms"] else "memory"
+        table = _table("step", "ms", "images/s", "ratio", "min", "max", "floor", "peak MB")
+        for row in comparison["rows"]:
             ours = not row["name"].startswith("baseline")
-            share = f"{row['milliseconds'] / least:.1f}x" if ours else ""
+            share = f"{row['milliseconds'] / floor_ms:.1f}x" if ours else ""
             peak = row["peak_memory_mb"]
             table.add_row(*_speeds(row), share, f"{peak:,.0f}" if peak else "")
         console.print(
-            f"\ntraining {contest['arch']}, batch {contest['batch']}; "
-            f"floor {least:.1f} ms, set by {bound}"
+            f"\ntraining {comparison['arch']}, batch {comparison['batch']}; "
+            f"floor {floor_ms:.1f} ms, limited by {bound}"
         )
         console.print(table)
-    for contest in found["inference"]:
-        table = _table("forward pass", "ms", "images/s", "ratio", "least", "most")
-        for row in contest["rows"]:
+    for comparison in result["inference"]:
+        table = _table("forward pass", "ms", "images/s", "ratio", "min", "max")
+        for row in comparison["rows"]:
             table.add_row(*_speeds(row))
-        console.print(f"\ninference {contest['arch']}, batch {contest['batch']}")
+        console.print(f"\ninference {comparison['arch']}, batch {comparison['batch']}")
         console.print(table)
-    table = _table("the rest", "seconds")
-    for name, seconds in found["rest"].items():
+    table = _table("other", "seconds")
+    for name, seconds in result["rest"].items():
         table.add_row(name, f"{seconds:.2f}")
     console.print()
     console.print(table)
 
 
 def _speeds(row: dict[str, Any]) -> list[str]:
-    """Name, time, speed and the ratio with its range, as cells."""
+    """Return the cells for name, time, throughput, and ratio with its range."""
     ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_least", "ratio_most")]
     cells = ["1", "", ""] if row["baseline"] else ratios
     return [row["name"], f"{row['milliseconds']:.1f}", f"{row['images_per_second']:,.0f}", *cells]
 
 
-def show_inspection(network: dict[str, Any], images: int, data: str) -> None:
-    """Print an entry of `inspect`'s JSON."""
+def show_inspection(inspection: dict[str, Any], images: int, data: str) -> None:
+    """Print the inspection of one model."""
     console = Console(highlight=False)
     console.print(
         printable(
-            f"{network['name']}, {network['weights']} weights, loss {network['loss']:.4f} on "
-            f"{images:,} images; {data}"
+            f"{inspection['name']}, {inspection['weights']} weights, loss "
+            f"{inspection['loss']:.4f} on {images:,} images; {data}"
         ),
         markup=False,
         soft_wrap=True,
@@ -183,7 +188,7 @@ def show_inspection(network: dict[str, Any], images: int, data: str) -> None:
     names = ("response std", "response gradient", "weight gradient", "dead ReLUs")
     table = _table("", "layer", *names, left=0)
     table.columns[1].justify = "left"
-    for number, layer in enumerate(network["layers"], start=1):
+    for number, layer in enumerate(inspection["layers"], start=1):
         dead = layer["dead_relus"]
         table.add_row(
             str(number),

@@ -1,4 +1,4 @@
-"""`resnet56 train`."""
+"""The `resnet56 train` command."""
 
 import shlex
 from collections.abc import Sequence
@@ -21,32 +21,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train a network, keep the run in a directory, and test it."""
+    """Train a model, write a run directory and evaluate the model."""
 
     data: Data = None
-    """Images: digits (the default; no download), cifar10, cifar100, or a folder."""
+    """Data set: digits (the default; no download), cifar10, cifar100 or a folder."""
 
     out: Out = None
-    """Run directory; by default a new one, runs/RECIPE-DATA."""
+    """Run directory. By default, a new directory runs/RECIPE-DATA."""
 
     resume: bool = False
-    """Go on with the run in --out from its last checkpoint."""
+    """Continue the run in --out from its last checkpoint."""
 
     skip_broken: bool = False
-    """Leave out images that cannot be read, with a remark, instead of stopping."""
+    """Skip images that cannot be read, with a warning, instead of stopping."""
 
     device: str = "auto"
-    """Where to train: auto, cpu, cuda, cuda:N, mps."""
+    """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """CPU threads; by default as many as other programs leave cores free, now and later."""
+    """Number of CPU threads. By default, one per core that is not in use, adjusted during
+    training."""
 
     tensorboard: bool = False
-    """Also write scalars for TensorBoard, in RUN/tensorboard."""
+    """Also write TensorBoard logs to RUN/tensorboard."""
 
     test_every_epoch: bool = False
-    """Also record the test loss and accuracy after each epoch, for curves as in He et al. 2015,
-    figure 6. Nothing is chosen by them. Give it again with --resume."""
+    """Also record the test loss and accuracy after each epoch, as in figure 6 of He et al. 2015.
+    They do not affect the training. Repeat this flag with --resume."""
 
     quiet: bool = False
     """Print errors only."""
@@ -56,14 +57,14 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class _Job:
-    """What to train, on what, and where to keep it."""
+    """The options of a training, with its data and run directory."""
 
     options: TrainOptions
-    own_data: str | None  # what a run to resume was trained on
+    own_data: str | None  # data of the run to resume
     out: Path
 
     @property
-    def resuming(self) -> str:
+    def resume_command(self) -> str:
         """The command that continues the run."""
         words = ["resnet56", "train", "--resume", "--out", str(self.out)]
         words += [] if self.options.device == "auto" else ["--device", self.options.device]
@@ -87,13 +88,16 @@ def run(arguments: list[str]) -> int:
             result = _train(job, progress)
         except Interrupted as interrupted:
             if is_first:
-                say("")  # behind the ^C of the terminal
-                say(f"stopped; the checkpoint is written; continue with: {job.resuming}")
+                say("")  # start a new line after the terminal's ^C
+                say(f"stopped; the checkpoint is saved; continue with: {job.resume_command}")
             return interrupted.exit_code
         except KeyboardInterrupt:
-            begun = (job.out / "checkpoint" / "checkpoint.json").exists()
+            has_checkpoint = (job.out / "checkpoint" / "checkpoint.json").exists()
             say("")
-            say(f"stopped; continue with: {job.resuming}" if begun else "stopped before it began")
+            if has_checkpoint:
+                say(f"stopped; continue with: {job.resume_command}")
+            else:
+                say("stopped before the first checkpoint")
             return INTERRUPTED
         if is_first:
             _show_result(result, job.out, progress)
@@ -101,7 +105,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _choose(arguments: list[str]) -> _Job:
-    """Recipe, data and run directory from the command line, refused before anything slow starts."""
+    """Parse recipe, data and run directory. Reject errors before the slow imports."""
     from resnet56.distributed import Distributed
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
@@ -109,14 +113,15 @@ def _choose(arguments: list[str]) -> _Job:
     options = _parse_train(arguments, name, base)
     if name is None and options.resume and options.out:
         file = options.out / "recipe.json"
-        if file.is_file():  # a flag then changes the run's own recipe, which is refused later
+        if file.is_file():  # `train` rejects flags that change the run's recipe
             options = _parse_train(arguments, name, recipes.read(file))
     if name is None and not options.resume:
         raise UsageError(
-            f"which recipe? resnet56 train RECIPE, with {', '.join(recipes.RECIPES)}, or a file"
+            "no recipe given: resnet56 train RECIPE, where RECIPE is "
+            f"{', '.join(recipes.RECIPES)} or a file"
         )
     if options.out is None and Distributed.from_environment().world_size > 1:
-        raise UsageError("several processes need --out RUN, so that they agree on the directory")
+        raise UsageError("several processes need --out RUN to use the same directory")
     if options.resume and options.out is None:
         raise UsageError("--resume needs --out RUN, the directory of the run to continue")
 
@@ -128,20 +133,20 @@ def _choose(arguments: list[str]) -> _Job:
     runtime.resolve_device(options.device)
     if options.threads is not None:
         threads.check_threads(options.threads)
-    own = _data_of_resumed(options)
+    own = _origin_of_resumed(options)
     data = options.data if options.data is not None else own or "digits"
     stem = Path(name).stem if name else "run"
     out = options.out or next_free(Path("runs") / f"{stem}-{Path(data).resolve().name}")
     run = RunDirectory(out)
     if options.resume:
-        run.load()  # says so now if there is nothing to resume
+        run.load()  # raises if there is nothing to resume
     else:
         run.refuse_taken()
     return _Job(options, own, out)
 
 
 def _train(job: _Job, progress: "TrainingProgress") -> "Evaluation":
-    """Load the data and train; the content of evaluation.json."""
+    """Load the data, train, and return the content of evaluation.json."""
     from resnet56.training import train
 
     options = job.options
@@ -162,16 +167,16 @@ def _train(job: _Job, progress: "TrainingProgress") -> "Evaluation":
 
 
 def _show_result(result: "Evaluation", out: Path, progress: "TrainingProgress") -> None:
-    """Print how good the network is, and write the report."""
+    """Print the metrics and write the report."""
     from resnet56.progress import percent
     from resnet56.report import write_report
 
-    if held := result.get("holdout"):
+    if val := result.get("holdout"):
         progress.say(
-            f"held-out accuracy {percent(held['accuracy'])}, loss {held['loss']:.4f}, "
-            f"{held['n']:,} images: choose between settings by these"
+            f"validation accuracy {percent(val['accuracy'])}, loss {val['loss']:.4f}, "
+            f"{val['n']:,} images; use it to choose between settings"
         )
-    test, seen = result["test"], result["train"]
+    test, train = result["test"], result["train"]
     low, high = test["accuracy_interval"]
     progress.say(
         f"test accuracy {percent(test['accuracy'])} "
@@ -179,30 +184,30 @@ def _show_result(result: "Evaluation", out: Path, progress: "TrainingProgress") 
         f"{test['n']:,} images"
     )
     progress.say(
-        f"training accuracy {percent(seen['accuracy'])}, loss {seen['loss']:.4f}, "
-        f"{seen['n']:,} images, no augmentation"
+        f"training accuracy {percent(train['accuracy'])}, loss {train['loss']:.4f}, "
+        f"{train['n']:,} images without augmentation"
     )
     progress.say("writing the report")
-    progress.say(f"the run lies in {out}, its report is {write_report([out])}")
+    progress.say(f"run: {out}; report: {write_report([out])}")
 
 
 def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:
-    named = "\n".join(f"  {key:7} {text}" for key, text in recipes.ABOUT.items())
+    names = "\n".join(f"  {key:7} {text}" for key, text in recipes.ABOUT.items())
     return parse(
         TrainOptions,
         arguments,
         f"resnet56 train {name or 'RECIPE'}",
         default=TrainOptions(recipe=base),
         description=(
-            "Train a network, keep the run in a directory, and test it.\n\nRECIPE is a .json or "
-            f".toml file (a run's recipe.json is one), or one of\n{named}\n\n"
-            "Each of its fields is a flag below."
+            "Train a model, write a run directory and evaluate the model.\n\nRECIPE is a .json or "
+            f".toml file, such as a run's recipe.json, or one of\n{names}\n\n"
+            "Each field of a recipe is also a flag."
         ),
     )
 
 
-def _data_of_resumed(options: TrainOptions) -> str | None:
-    """With --resume and no --data, what the run was trained on."""
+def _origin_of_resumed(options: TrainOptions) -> str | None:
+    """Return the data origin of the run to resume, if any."""
     from resnet56.runs.directory import RunDirectory
 
     if not (options.resume and options.out):
