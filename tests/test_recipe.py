@@ -101,8 +101,8 @@ def test_a_file_may_name_some_fields_and_write_whole_numbers_for_floats(tmp_path
         ("latin.json", b'{"arch": "\xe9"}', "not valid JSON"),
         ("latin.toml", b'arch = "\xe9"', "not valid TOML"),
         ("deep.json", b"[" * 200_000, "not valid JSON"),
-        ("list.json", b'[{"lr": 0.1}]', "holds no recipe"),
-        ("number.json", b"3", "holds no recipe"),
+        ("list.json", b'[{"lr": 0.1}]', "is not a recipe"),
+        ("number.json", b"3", "is not a recipe"),
         ("value.json", b'{"lr": "fast"}', "lr must be"),
         ("nan.json", b'{"lr": NaN}', "lr must be finite"),
         ("date.toml", b"lr = 2015-12-10", "lr must be"),
@@ -148,7 +148,7 @@ def test_an_unknown_field_is_told_the_nearest_or_all(wrong: str, meant: str | No
 
 
 def test_several_emas_need_validation_images() -> None:
-    assert "holdout above 0" in refusal(lambda: Recipe(ema_decay=(0.9, 0.99)))
+    assert "--holdout" in refusal(lambda: Recipe(ema_decay=(0.9, 0.99)))
     assert Recipe(ema_decay=(0.9, 0.99), holdout=10).ema_decay == (0.9, 0.99)
 
 

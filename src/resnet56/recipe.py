@@ -1,7 +1,7 @@
-"""A recipe: everything that decides how a network is trained, in one frozen record.
+"""Recipes: all settings that determine how a model is trained.
 
-Standard library only, so that listing recipes costs nothing. A field is documented below its
-declaration; that sentence is the flag's help text too.
+This module imports only the standard library, so listing the recipes is fast. The docstring below
+each field is also the help text of its flag.
 """
 
 import dataclasses
@@ -21,124 +21,127 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Execution = Literal["eager", "fused", "native", "compiled"]
 ExecutionChoice = Literal["auto", Execution]
 
-LARGEST = 1_000_000  # of numbers that have no natural bound: more is a mistake
+LARGEST = 1_000_000  # upper bound of numbers without a natural one
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; a value out of range is refused (UsageError)."""
+    """The settings of a training. Values out of range raise UsageError."""
 
     arch: str = "resnet56"
-    """Network: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56 (no
-    shortcuts), and other depths."""
+    """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56
+    (no shortcuts), and other depths."""
 
     epochs: int = 40
-    """Passes over the training images."""
+    """Number of epochs."""
 
     batch_size: int = 32
-    """Images a step, over all processes together."""
+    """Images per step, summed over all processes."""
 
     lr: float = 0.02
     """Peak learning rate."""
 
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """SGD momentum."""
 
     nesterov: bool = False
-    """Nesterov's momentum."""
+    """Use Nesterov momentum."""
 
     weight_decay: float = 1e-4
-    """L2 penalty, added to the gradient."""
+    """Weight decay (L2 penalty)."""
 
     decay_norm: bool = True
-    """Whether batch norm's weights and all biases decay too."""
+    """Also apply weight decay to batch norm weights and biases."""
 
     schedule: Schedule = "step"
-    """After the warm-up: drop at `drop_epochs`; fall to zero as a cosine; or in a line."""
+    """Learning-rate schedule after the warm-up. step: drop at drop_epochs; cosine: cosine decay to
+    zero; one-cycle: linear decay to zero."""
 
     drop_epochs: tuple[float, ...] = (10, 20, 30)
-    """Epochs after which `step` multiplies the learning rate by `drop_factor`."""
+    """Epochs after which the step schedule multiplies the learning rate by drop_factor."""
 
     drop_factor: float = 0.5
-    """What `step` multiplies the learning rate by."""
+    """Factor of each drop of the step schedule."""
 
     warmup_epochs: float = 0.0
-    """Epochs in which the learning rate rises from zero in a line."""
+    """Epochs of linear learning-rate warm-up from zero."""
 
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Label smoothing: share of the target that is spread evenly over all classes."""
 
     padding: int = 4
-    """Black pixels added on each side before a random 32x32 crop; 0 for no crop."""
+    """Black pixels added on each side before a random 32x32 crop; 0 disables the crop."""
 
     flip: bool = True
-    """Mirror half of the images; left out where the data has a direction (digits)."""
+    """Random horizontal flips. They are disabled for data that must not be mirrored (digits)."""
 
     alternate_flip: bool = False
-    """Mirror each image in every other epoch, not by chance: it is seen both ways equally often
-    (Jordan 2024, arXiv:2404.00498)."""
+    """Flip each image in every other epoch instead of at random (Jordan 2024,
+    arXiv:2404.00498)."""
 
     sizes: tuple[int, ...] = ()
-    """Side in pixels of the first epochs' images, one number an epoch; 32 from then on."""
+    """Image size in pixels in each of the first epochs. Later epochs use 32."""
 
     cutout: int = 0
-    """Side in pixels of a square set to the mean at a random place; 0 for none."""
+    """Cutout: size in pixels of a random square that is set to the mean; 0 disables it."""
 
     trivial_augment: bool = False
-    """Before the crop, change each image's place or colour in one of 14 ways of random strength
-    (Müller & Hutter 2021, arXiv:2103.10158): makes a network harder to upset."""
+    """Apply one of 14 random geometric or color transforms to each image before the crop
+    (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
 
     mix: Mixing = "none"
-    """Mix the images of a batch and their targets. cutmix: a rectangle of another image (Yun et al.
-    2019); mixup: two images blended (Zhang et al. 2018); ricap: crops of four images side by side
-    (Takahashi et al. 2018), instead of the padded crop. A mixed batch has no Cutout. Training
-    accuracy then counts the share of the target that the predicted class has."""
+    """Mix the images of a batch and their targets. cutmix: paste a rectangle of another image (Yun
+    et al. 2019); mixup: blend two images (Zhang et al. 2018); ricap: combine crops of four images
+    (Takahashi et al. 2018), which replaces the padded crop. Mixed batches do not use Cutout. The
+    training accuracy is then the mean target of the predicted class."""
 
     mix_alpha: float = 1.0
-    """Both parameters of the beta distribution of the shares: 1 for uniform shares; the lower, the
-    closer a mixed image is to one of the originals (RICAP's authors use 0.3)."""
+    """Parameter of the beta distribution of the mixing ratio. 1 is uniform. Lower values keep mixed
+    images closer to one of the originals (0.3 in the RICAP paper)."""
 
     mix_probability: float = 1.0
-    """Share of the batches that are mixed."""
+    """Probability that a batch is mixed."""
 
     plain_tail: int = 0
-    """Last epochs with crops and flips only: no mixing, Cutout or TrivialAugment."""
+    """Number of final epochs without mixing, Cutout and TrivialAugment."""
 
     ema_decay: tuple[float, ...] = ()
-    """Decay per step of an exponential moving average (EMA) of the weights, which are then the
-    run's weights; nothing for none. Of several decays, the one with the highest accuracy on the
-    validation images (`holdout`) is chosen after the last epoch."""
+    """Decay per step of an exponential moving average (EMA) of the weights. The run then uses the
+    EMA weights. With several decays, the run uses the EMA with the highest accuracy on the
+    validation images (see --holdout)."""
 
     teacher: tuple[str, ...] = ()
-    """Networks to distill from: runs, or names of pretrained networks. Several form an ensemble.
+    """Teachers for knowledge distillation: runs or pretrained models. Several form an ensemble.
     They must not have been trained on the validation images."""
 
     teacher_weight: float = 1.0
-    """Weight of the distillation loss; the loss of the labels has the rest of 1."""
+    """Weight of the distillation loss. The loss of the labels has the weight 1 - teacher_weight."""
 
     teacher_temperature: float = 1.0
-    """Temperature that softens the predictions of teacher and student in the distillation loss."""
+    """Temperature of the softmax of teacher and student in the distillation loss."""
 
     teacher_random: bool = False
-    """Ask one random teacher per step, not all: cheaper, with the same gradient on average."""
+    """Use one random teacher per step. This is faster than all teachers, and the expected gradient
+    is the same."""
 
     precision: Precision = "auto"
-    """Arithmetic: auto is the fastest that the device has in hardware."""
+    """Precision. auto: the fastest that the device supports in hardware."""
 
     execution: ExecutionChoice = "auto"
-    """How a step runs, to the same numbers within rounding. eager: PyTorch's operations; fused:
-    batch norm and ReLU in one kernel (CPU); native: everything in C, in bf16 (CPUs with AMX);
-    compiled: torch.compile, after a minute; auto: native, fused or eager, the first that can be
-    had."""
+    """Implementation of the training step. All give the same results up to rounding. eager: PyTorch
+    operations; fused: batch norm and ReLU in one kernel (CPU); native: C kernels in bf16 (CPUs with
+    AMX); compiled: torch.compile, which compiles for a minute; auto: the first available of native,
+    fused and eager."""
 
     holdout: int = 0
-    """Training images kept out of training, to choose by; stratified, always the same ones."""
+    """Number of training images to use for validation instead of training. The split is stratified
+    and always the same."""
 
     seed: int = 0
-    """Initial weights, order of images and augmentation are functions of it."""
+    """Seed of the initial weights, the order of the images and the augmentation."""
 
     def __post_init__(self) -> None:
-        """Check every value on its own and those that depend on each other."""
+        """Check each value, and values that depend on each other."""
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
         most = f"from 1 to {LARGEST:,}"
@@ -154,7 +157,7 @@ class Recipe:
             and list(self.drop_epochs) == sorted(set(self.drop_epochs)),
             "drop_epochs",
             self.drop_epochs,
-            f"above 0, rising and at most {LARGEST:,}",
+            f"above 0, ascending and at most {LARGEST:,}",
         )
         _require(0 < self.drop_factor <= 1, "drop_factor", self.drop_factor, "in (0, 1]")
         _require(
@@ -171,7 +174,7 @@ class Recipe:
             all(size == 32 for size in self.sizes[self.epochs - 1 :]),
             "sizes",
             self.sizes,
-            f"fewer than the {self.epochs} epochs, so that the last ones see 32x32",
+            f"fewer than the {self.epochs} epochs, because the last epochs use 32x32",
         )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
         most = f"above 0 and at most {LARGEST:,}"
@@ -190,7 +193,7 @@ class Recipe:
             and list(self.ema_decay) == sorted(set(self.ema_decay)),
             "ema_decay",
             self.ema_decay,
-            "in (0, 1) and rising",
+            "in (0, 1) and ascending",
         )
         _require(0 <= self.holdout < 10**9, "holdout", self.holdout, "at least 0 and below 10^9")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
@@ -201,40 +204,46 @@ class Recipe:
             self.teacher_temperature > 0, "teacher_temperature", self.teacher_temperature, "above 0"
         )
         if len(self.ema_decay) > 1 and self.holdout == 0:
-            raise UsageError("several ema_decay need a holdout above 0, to choose one of them by")
+            raise UsageError(
+                "several values of ema_decay need validation images to choose one; set --holdout"
+            )
         if self.alternate_flip and not self.flip:
             raise UsageError("alternate_flip needs flip")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON knows them; `from_fields` is the inverse."""
+        """Return the fields as JSON values. The inverse is `from_fields`."""
         fields = dataclasses.asdict(self)
         fields |= {name: list(v) for name, v in fields.items() if isinstance(v, tuple)}
         return fields
 
 
-def from_fields(fields: dict[str, Any], where: str) -> Recipe:
-    """A recipe from a mapping; fields that are absent keep their defaults.
+def from_fields(fields: dict[str, Any], source: str) -> Recipe:
+    """Create a recipe from a mapping. Missing fields have their defaults.
+
+    Args:
+        fields: names and values of fields.
+        source: file name for the error message.
 
     Raises:
-        UsageError: a field that no recipe has, or a value out of range; `where` is named.
+        UsageError: a field is unknown or has an invalid value.
     """
     known = [field.name for field in dataclasses.fields(Recipe)]
     for name in fields:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; the fields: {', '.join(known)}"
-            raise UsageError(f"{where}: a recipe has no field {name!r}{hint}")
+            hint = f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(known)}"
+            raise UsageError(f"{source}: a recipe has no field {name!r}{hint}")
     try:
         return Recipe(**fields)
     except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
+        raise UsageError(f"{source}: {error}") from None
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a JSON or TOML file.
+    """Read a recipe from a JSON or TOML file.
 
     Raises:
-        UsageError: a file that cannot be read or parsed, or what `from_fields` refuses.
+        UsageError: the file cannot be read or parsed, or the recipe is invalid.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -245,15 +254,17 @@ def read(path: Path) -> Recipe:
         kind = "TOML" if path.suffix == ".toml" else "JSON"
         raise UsageError(f"{path} is not valid {kind}: {str(error).splitlines()[0]}") from None
     if not isinstance(fields, dict):
-        raise UsageError(f"{path} holds no recipe: its top level must be a table of fields")
+        raise UsageError(
+            f"{path} is not a recipe: its top level must be an object or table of fields"
+        )
     return from_fields(fields, str(path))
 
 
 def find(name: str) -> Recipe:
-    """The recipe of that name, or in that JSON or TOML file.
+    """Return a named recipe, or read a recipe from a JSON or TOML file.
 
     Raises:
-        UsageError: neither a known name nor a file.
+        UsageError: the name is unknown or the file is not a valid recipe.
     """
     if name in RECIPES:
         return RECIPES[name]
@@ -262,17 +273,17 @@ def find(name: str) -> Recipe:
     close = difflib.get_close_matches(name, RECIPES, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise UsageError(
-        f"unknown recipe {name!r}; {hint}choose {', '.join(RECIPES)}, or a .json or .toml file"
+        f"unknown recipe {name!r}; {hint}choose {', '.join(RECIPES)} or a .json or .toml file"
     )
 
 
-def _require(holds: bool, name: str, value: object, what: str) -> None:
+def _require(holds: bool, name: str, value: object, condition: str) -> None:
     if not holds:
-        raise UsageError(f"{name} must be {what}, not {one_line(value)}")
+        raise UsageError(f"{name} must be {condition}, not {one_line(value)}")
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
-    """`value` as the field's type; a file may give 1 for 1.0 and a list for a tuple."""
+    """Convert a value to the type of its field. Integers become floats, and lists tuples."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise UsageError(
@@ -296,18 +307,18 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-# The report that this project starts from, as it was written; it names no weight decay, and
-# 1e-4 is what ResNet's authors and most who follow them use.
+# The settings of the original report. It does not state the weight decay; 1e-4 is the value of the
+# ResNet paper.
 REPORT = Recipe(arch="resnet56-bottleneck")
 
 # He et al. 2015, section 4.2: batch 128, learning rate 0.1 divided by 10 at 32k and 48k of 64k
-# iterations; at 390 steps an epoch these are 82, 123 and 164 epochs.
+# iterations. With 390 steps per epoch, these are 82, 123 and 164 epochs.
 HE2015 = Recipe(
     epochs=164, batch_size=128, lr=0.1, schedule="step", drop_epochs=(82, 123), drop_factor=0.1
 )
 
-# From the literature: long cosine, Nesterov, Cutout, flips in turn, averaged weights. 120 of the
-# 200 epochs reached 94.83 % (docs/results.md).
+# From the literature: a long cosine schedule, Nesterov momentum, Cutout, alternating flips and EMA
+# weights. 120 epochs reached 94.83 % (docs/results.md).
 BEST = Recipe(
     epochs=200,
     batch_size=128,
@@ -322,11 +333,10 @@ BEST = Recipe(
     ema_decay=(0.999,),
 )
 
-# The shortest way to about 90 % on two processor cores that was found: small images first, which
-# cost two fifths and two thirds of the time, and a learning rate that rises and falls in lines;
-# from trials with 5,000 training images held out (docs/results.md). Flips in turn helped Jordan
-# 2024 wherever flips did. Smoothed labels are left out: they would cost the probabilities their
-# meaning.
+# The fastest recipe found for about 90 % on two CPU cores, selected on 5,000 validation images
+# (docs/results.md). Small images come first: epochs at 16 and 24 pixels take two fifths and two
+# thirds of the time. Alternating flips helped wherever flips did (Jordan 2024). Label smoothing is
+# not used because it impairs the calibration.
 FAST = Recipe(
     epochs=13,
     batch_size=64,
@@ -339,7 +349,8 @@ FAST = Recipe(
     sizes=(16, 16, 16, 16, 24, 24, 24, 24, 24),
 )
 
-# The digits in about a minute on two cores: many small steps, since an epoch is 1,437 images.
+# Trains on the digits in about a minute on two cores. The batches are small because an epoch has
+# only 1,437 images.
 QUICK = Recipe(
     epochs=6,
     batch_size=16,
@@ -353,9 +364,9 @@ QUICK = Recipe(
 RECIPES = {"report": REPORT, "he2015": HE2015, "fast": FAST, "best": BEST, "quick": QUICK}
 
 ABOUT = {
-    "report": "the original report: bottlenecks, batch 32, 0.02 halved every 10",
-    "he2015": "the paper's: batch 128, 0.1 divided by 10 twice, 164 epochs",
-    "fast": "about 90 % on two cores, in 5 minutes with AMX, 22 without: small images first",
-    "best": "strong: cosine, Nesterov, Cutout, averaged weights, 200 epochs",
-    "quick": "the handwritten digits in about a minute",
+    "report": "original report: bottleneck blocks, batch 32, lr 0.02 halved every 10 epochs",
+    "he2015": "He et al. 2015: batch 128, lr 0.1 divided by 10 twice, 164 epochs",
+    "fast": "about 90 % in 5 minutes on two cores with AMX (22 without); small images first",
+    "best": "highest accuracy: cosine, Nesterov, Cutout, EMA weights, 200 epochs",
+    "quick": "handwritten digits in about a minute",
 }

@@ -10,8 +10,8 @@ class DescribeOptions:
     """Print the stages, blocks, layers, parameters and multiply-accumulates of a model."""
 
     arch: str = "resnet56"
-    """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56 (no
-    shortcuts), and other depths."""
+    """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56
+    (no shortcuts), and other depths."""
 
     classes: int = 10
     """Number of classes."""

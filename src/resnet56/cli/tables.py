@@ -40,7 +40,7 @@ def show_figures(figures: "Metrics", title: str) -> None:
         title,
         f"accuracy {percent(figures['accuracy'])} (95 % interval {100 * low:.2f} to "
         f"{100 * high:.2f}), top-2 {percent(figures['top2'])}, top-3 {percent(figures['top3'])}",
-        f"loss {figures['loss']:.4f}, expected calibration error {ece:.4f}, Brier score {brier:.4f}, "
+        f"loss {figures['loss']:.4f}, ECE {ece:.4f}, Brier score {brier:.4f}, "
         f"{figures['n']:,} images",
     )
     for line in lines:
