@@ -233,7 +233,10 @@ def test_a_run_that_another_process_trains_is_left_alone(
     out = tmp_path / "run"
     run_until(out, 8, small, tiny)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with RunDirectory(out).alone(), pytest.raises(RunError, match="another process trains in"):
+    with (
+        RunDirectory(out).locked(),
+        pytest.raises(RunError, match="another process is training in"),
+    ):
         train(small, tiny, out, device="cpu", resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
@@ -268,7 +271,7 @@ def test_a_run_of_another_recipe_or_other_images_is_not_resumed(
     mirrored = dataclasses.replace(tiny, train=tiny.test)
     with pytest.raises(RunError, match="other images"):
         train(read(straight / "recipe.json"), mirrored, straight, resume=True)
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(RunError, match="already contains a run"):
         train(small, tiny, straight)
     assert (straight / "checkpoint" / "checkpoint.json").read_bytes() == before
 

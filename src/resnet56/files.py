@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all.
+"""Atomic file writes.
 
-A file is written under a temporary name, flushed to the disk and renamed, so that a crash leaves
-either the old content or the new one.
+A file is written under a temporary name, flushed to the disk and renamed. After a crash, it has
+either the old or the new content.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from resnet56.locks import create_temporary
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that becomes `path` when the block ends well."""
+    """Open a temporary file that replaces `path` when the block ends without an exception."""
     if path.is_dir():
         raise RunError(f"cannot write {path}: it is a folder; choose a file")
-    if path.exists() and not path.is_file():  # a rename would do away with it
+    if path.exists() and not path.is_file():  # a rename would replace it
         raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
     if path.is_symlink():
-        path = path.resolve()  # what it points to is replaced, not the link
+        path = path.resolve()  # replace its target, not the link
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,16 +39,16 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        if os.name == "posix":  # the new name reaches the disk before any old file goes
+        if os.name == "posix":  # flush the rename before older files are removed
             directory = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(directory)
             finally:
                 os.close(directory)
     except OSError as error:
-        more = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        hint = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}; what was there is untouched{more}"
+            f"cannot write {path}: {error.strerror or error}; an existing file is unchanged{hint}"
         ) from error
     finally:
         if temporary is not None:
@@ -57,57 +57,61 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; RunError if it cannot be written."""
-    # Files' names, which a text may tell of, need not be UTF-8.
+    """Write a text file atomically. Raises RunError."""
+    # The text may contain file names that are not UTF-8.
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; RunError if it cannot be written."""
+    """Write a file atomically. Raises RunError."""
     with _writing(path) as file:
         file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write readable JSON whole or not at all; lists of plain numbers stay on one line."""
+    """Write indented JSON atomically, with lists of numbers on one line. Raises RunError."""
     try:
-        text = _readable(content)
+        text = _indented(content)
     except (Error, RecursionError) as error:
         raise RunError(f"cannot write {path}: {one_line(error)}") from None
     write_text(path, text + "\n")
 
 
 def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
-    """Write a compressed .npz file whole or not at all."""
+    """Write a compressed .npz file atomically. Raises RunError."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     write_bytes(path, content.getvalue())
 
 
-def _readable(content: Any, indent: str = "") -> str:
-    """JSON with a line a key, except that short or innermost lists are not broken up."""
+def _indented(content: Any, indent: str = "") -> str:
+    """Format JSON with one line per key, and innermost lists on one line."""
     deeper = indent + "  "
     if isinstance(content, Mapping) and content:
-        lines = [f"{json.dumps(str(k))}: {_readable(v, deeper)}" for k, v in content.items()]
+        lines = [f"{json.dumps(str(k))}: {_indented(v, deeper)}" for k, v in content.items()]
         return "{\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}}}"
     if isinstance(content, list | tuple) and any(isinstance(v, list | dict) for v in content):
-        lines = [_readable(value, deeper) for value in content]
+        lines = [_indented(value, deeper) for value in content]
         return "[\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}]"
     return to_json(content)
 
 
 def to_json(content: Any) -> str:
-    """`content` as one line of JSON, which knows neither NaN nor infinity: Error for those."""
+    """Format `content` as one line of JSON. Raises Error for NaN and infinity."""
     try:
         return json.dumps(content, allow_nan=False)
     except ValueError as error:
-        raise Error(f"a result is not a finite number, and JSON has no others: {error}") from None
+        raise Error(
+            f"a result is not a finite number, which JSON cannot represent: {error}"
+        ) from None
 
 
 def from_json(text: str) -> Any:
-    """What a JSON text says; ValueError or RecursionError for anything that is not JSON.
+    """Parse JSON strictly. Python's parser also accepts NaN and infinity, and 1e999 as infinity.
 
-    Python's own reader takes NaN and Infinity, and reads 1e999 as infinity.
+    Raises:
+        ValueError: `text` is not valid JSON.
+        RecursionError: it is nested too deeply.
     """
     return json.loads(text, parse_float=_finite, parse_constant=_finite)
 
@@ -120,7 +124,7 @@ def _finite(text: str) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; RunError if there is none."""
+    """Read the object in a JSON file. Raises RunError."""
     try:
         content = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -128,12 +132,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise RunError(f"{path} is damaged: it holds no JSON object")
+        raise RunError(f"{path} is damaged: it is not a JSON object")
     return content
 
 
 def next_free(base: Path) -> Path:
-    """`base`, or the first of base-2, base-3, ... that does not exist."""
+    """Return the first of `base`, base-2, base-3, ... that does not exist."""
     path, number = base, 1
     while path.exists():
         number += 1

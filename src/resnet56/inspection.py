@@ -1,7 +1,7 @@
-"""What flows through a network's layers on one batch: responses forward, gradients backward.
+"""Layer responses and gradients on one batch.
 
-Two questions of He et al. 2015 rest on these numbers: whether gradients vanish on the way back
-through many layers (section 4.1), and how strong the layers' responses are (figure 7).
+They answer two questions of He et al. 2015: whether gradients vanish in deep networks (section
+4.1), and how large the responses of the layers are (figure 7).
 """
 
 import copy
@@ -18,22 +18,22 @@ from resnet56.model import ResNet
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One weighted layer on one batch.
+    """Statistics of a convolutional or linear layer on one batch.
 
-    Its response is what follows its batch norm, before the shortcut's addition and ReLU; of the
-    classifier, the logits.
+    The response of a convolution is the output of its batch norm, before the shortcut addition and
+    the ReLU. The response of the classifier is the logits.
     """
 
-    name: str  # of the convolution or linear layer, as in the state dict: "stage2.3.conv1"
+    name: str  # as in the state dict, such as "stage2.3.conv1"
     response_std: float  # standard deviation over images, channels and positions
-    response_gradient: float  # norm of the loss's gradient with respect to the response
-    weight_gradient: float  # norm of the loss's gradient with respect to the weights
-    dead_relus: float | None  # share of channels that are zero everywhere; None without a ReLU
+    response_gradient: float  # norm of the gradient of the loss with respect to the response
+    weight_gradient: float  # norm of the gradient of the loss with respect to the weights
+    dead_relus: float | None  # share of channels that are always zero; None without ReLU
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All layers on one batch, from the image to the classifier."""
+    """Statistics of all layers on one batch, in forward order."""
 
     loss: float  # mean cross-entropy of the batch
     layers: tuple[LayerStatistics, ...]
@@ -42,16 +42,16 @@ class Inspection:
 def inspect_layers(
     model: ResNet, images: Tensor, labels: Tensor, *, batch_norm: bool = True
 ) -> Inspection:
-    """One forward and backward pass in training mode, in the type of `model`'s weights.
+    """Run a forward and a backward pass in training mode, and return statistics of each layer.
 
-    Batch norm uses the batch's own statistics, as in a training step. Projection shortcuts are not
-    listed, as they are not counted as layers.
+    The passes use the dtype of the weights. Batch norm uses the statistics of the batch, as in a
+    training step. Projection shortcuts are omitted because they do not count as layers.
 
     Args:
-        model: stays as it is; a copy is run.
-        images: (N, 3, S, S) normalized images on the model's device.
+        model: model to inspect. It is copied and not modified.
+        images: (N, 3, S, S) normalized images on the device of the model.
         labels: (N,) class indices.
-        batch_norm: whether to keep the batch norms; without, each is the identity.
+        batch_norm: if False, replace each batch norm with the identity.
     """
     net = copy.deepcopy(model).train()
     if not batch_norm:
@@ -71,7 +71,7 @@ def inspect_layers(
         return out
 
     net.use(observe)
-    with _exact():
+    with _full_precision():
         logits = net(images)
         logits.retain_grad()
         responses["fc"] = logits
@@ -91,7 +91,7 @@ def inspect_layers(
 
 
 def _remove_batch_norm(net: nn.Module) -> None:
-    """Put the identity in the place of each batch norm."""
+    """Replace each batch norm with the identity."""
     for module in list(net.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
@@ -104,8 +104,8 @@ def _norm(gradient: object) -> float:
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
-    """Without TF32 and autocast, whose rounding would show in small gradients."""
+def _full_precision() -> Iterator[None]:
+    """Disable TF32 and autocast, whose rounding errors affect small gradients."""
     with (
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),

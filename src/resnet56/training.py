@@ -107,7 +107,7 @@ def train(
     with process_group(resolved) as dist, stop_requests() as stop, contextlib.ExitStack() as held:
         fingerprint = dataset.fingerprint()
         if resume and dist.is_first:
-            held.enter_context(run.alone())
+            held.enter_context(run.locked())
         saved = _load_resumed(run, recipe, dataset.source, fingerprint) if resume else None
         adaptive = resolved.type == "cpu" and dist.world_size == 1
         control = held.enter_context(ThreadControl(threads, adaptive=adaptive))
@@ -119,7 +119,7 @@ def train(
                 if dist.is_first:  # not before everything that can be refused has been
                     if saved is None:
                         run.create()
-                        held.enter_context(run.alone())
+                        held.enter_context(run.locked())
                     _prepare(run, recipe, loop.facts(dataset), saved)
                 loop.run(dataset.test if test_every_epoch else None, scalars)
         finally:

@@ -210,7 +210,7 @@ def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
 
     run = RunDirectory(tmp_path / "run")
     run.save(checkpoint())
-    with pytest.raises(RunError, match="holds a run already.*--resume"):
+    with pytest.raises(RunError, match="already contains a run.*--resume"):
         run.create()
     assert run.load().position.step == 7
 
@@ -272,11 +272,15 @@ def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> No
 @pytest.mark.skipif(os.name != "posix", reason="Windows opens no folders")
 def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
     run, other = RunDirectory(tmp_path), RunDirectory(tmp_path)
-    with run.alone(), pytest.raises(RunError, match="another process trains in"), other.alone():
+    with (
+        run.locked(),
+        pytest.raises(RunError, match="another process is training in"),
+        other.alone(),
+    ):
         pass
-    with other.alone():
+    with other.locked():
         pass
-    with RunDirectory(tmp_path / "nowhere").alone():
+    with RunDirectory(tmp_path / "nowhere").locked():
         pass
 
 

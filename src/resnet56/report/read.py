@@ -1,4 +1,4 @@
-"""A run directory's files, read once and checked, as one record."""
+"""Read and check all files of a run directory for a report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures that an evaluation kept; uint8, (..., 3, 32, 32)."""
+    """Images that an evaluation saved, as uint8 of shape (..., 3, 32, 32)."""
 
     originals: Array  # (K, 3, 32, 32)
     original_labels: Array  # (K,)
     augmented: Array  # (K, V, 3, 32, 32)
-    mistakes: Array  # (M, 3, 32, 32), the most confident first
-    mistake_index: Array  # (M,), within the test set
+    mistakes: Array  # (M, 3, 32, 32), by descending confidence
+    mistake_index: Array  # (M,), index into the test set
     mistake_true: Array  # (M,)
     mistake_predicted: Array  # (M,)
     mistake_confidence: Array  # (M,)
@@ -41,67 +41,67 @@ class Samples:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All that a report knows about one run."""
+    """All data about a run that a report uses."""
 
     path: Path
     recipe: Recipe
-    environment: Environment  # empty if the run kept none
-    rows: list[EpochMetrics]  # metrics.jsonl, a row an epoch
+    environment: Environment  # empty if it is missing
+    rows: list[EpochMetrics]  # metrics.jsonl, one row per epoch
     network: Network
     position: Position
-    images: str | None  # the data's fingerprint, where the checkpoint knows it
+    images: str | None  # fingerprint of the data set, if it is recorded
     description: Description
-    evaluation: Evaluation | None  # of these weights: one made earlier in the training is not
-    comparisons: list[Comparison]  # of devices and precisions; the same
+    evaluation: Evaluation | None  # of the current weights, or None
+    comparisons: list[Comparison]  # of devices or precisions, for the current weights
     samples: Samples | None
 
     @property
     def name(self) -> str:
-        """The directory's own name."""
+        """The name of the directory."""
         return self.path.resolve().name
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names, in the order of the network's outputs."""
+        """The class names, in the order of the outputs."""
         return self.network.classes
 
     @property
     def test(self) -> Metrics | None:
-        """The metrics on the test images, once there are any."""
+        """The metrics on the test images, if they were evaluated."""
         return self.evaluation["test"] if self.evaluation else None
 
     @property
     def train(self) -> Metrics | None:
-        """The metrics on the training images without augmentation, once there are any."""
+        """The metrics on the training images without augmentation, if they were evaluated."""
         return self.evaluation.get("train") if self.evaluation else None
 
     @property
     def holdout(self) -> Metrics | None:
-        """The metrics on the held-out images, where there are any."""
+        """The metrics on the validation images, if there are any."""
         return self.evaluation.get("holdout") if self.evaluation else None
 
     @property
     def source(self) -> str | None:
-        """The sentence that says which images these are."""
+        """A sentence that describes the data set."""
         if "data" in self.environment:
             return self.environment["data"]["source"]
         return self.evaluation["data"] if self.evaluation else None
 
     @property
     def mirrors(self) -> bool:
-        """Whether training images were mirrored, as the run recorded it."""
+        """Whether training images were flipped horizontally."""
         if "data" in self.environment and "mirrored" in self.environment["data"]:
             return self.environment["data"]["mirrored"]
         return self.recipe.flip
 
     @property
     def seconds(self) -> float:
-        """Time in the training loop, over all finished epochs."""
+        """Training time in seconds, over all finished epochs."""
         return float(sum(row["seconds"] for row in self.rows))
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs of the recipe are behind."""
+        """Whether all epochs of the recipe are finished."""
         return self.position.epoch >= self.recipe.epochs
 
 
@@ -109,15 +109,15 @@ def read_run(path: Path) -> RunFacts:
     """Read a run.
 
     Raises:
-        RunError: there is no run, or one of its files is damaged; the file is named.
-        UsageError: recipe.json says what no recipe can say.
+        RunError: the run does not exist, or one of its files is damaged.
+        UsageError: recipe.json is not a valid recipe.
     """
     run = RunDirectory(path)
     checkpoint = run.load()
     if not run.recipe_file.exists():
         raise RunError(
-            f"{path} was not trained here (it has no recipe.json), so there is nothing to report; "
-            f"resnet56 evaluate {path} --data DIR measures it"
+            f"cannot write a report: {path} was not trained here (it has no recipe.json); to "
+            f"evaluate it: resnet56 evaluate {path} --data DIR"
         )
     network, step = checkpoint.network, checkpoint.position.step
     evaluation = run.read_evaluation(step)
@@ -134,18 +134,18 @@ def read_run(path: Path) -> RunFacts:
         description=describe(network.arch, len(network.classes)),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
-        # The mistakes among them are those of the weights that were measured.
+        # They include the mistakes of the evaluated weights.
         samples=_samples(run, len(network.classes)) if evaluation else None,
     )
 
 
 def _samples(run: RunDirectory, classes: int) -> Samples | None:
-    """The images that an evaluation kept, if it did."""
+    """Read the images that an evaluation saved, or return None if there are none."""
     arrays = run.read_samples()
     if arrays is None:
         return None
     samples = Samples(**arrays)
     for labels in (samples.original_labels, samples.mistake_true, samples.mistake_predicted):
         if labels.size and labels.max() >= classes:
-            raise RunError(f"{run.samples_file} is damaged: it has labels of no class")
+            raise RunError(f"{run.samples_file} is damaged: it has labels outside the classes")
     return samples

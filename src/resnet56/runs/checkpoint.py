@@ -1,8 +1,8 @@
-"""A checkpoint: a network's weights, and the state that resuming a training needs.
+"""Checkpoints: the weights of a model, and the state to resume its training.
 
-A checkpoint is several files. Its JSON is written last and names the tensor files with their
-SHA-256; the previous ones are removed only then. Whenever the power fails, the JSON on disk names
-files that are there.
+A checkpoint consists of several files. checkpoint.json names the tensor files with their SHA-256.
+It is written last, and only then are the previous tensor files removed. So the checkpoint on disk
+is always complete, even after a power failure.
 """
 
 import contextlib
@@ -29,42 +29,42 @@ from resnet56.runs.schema import (
     check,
 )
 
-if TYPE_CHECKING:  # what reads no tensors starts without PyTorch
+if TYPE_CHECKING:  # commands that read no tensors start without PyTorch
     from torch import Tensor
 
-FORMAT = 1  # of the checkpoint; a reader refuses a newer one
-ATTEMPTS = 10  # to read a checkpoint that a training replaces meanwhile
+FORMAT = 1  # version of the checkpoint format; newer ones are rejected
+ATTEMPTS = 10  # to read a checkpoint that a training replaces at the same time
 
 Mean = Annotated[float, Meta(ge=-1000, le=1000)]
-Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # images are divided by it, in fp32
+Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # a divisor in fp32
 
 
 @dataclass(frozen=True)
 class Network:
-    """What must be known to use the weights."""
+    """The architecture, classes and normalization that the weights require."""
 
     arch: Text
     classes: Annotated[tuple[Text, ...], Meta(min_length=1)]
-    mean: tuple[Mean, Mean, Mean]  # of the training images, in units of [0, 1]
+    mean: tuple[Mean, Mean, Mean]  # of the training images, scaled to [0, 1]
     std: tuple[Deviation, Deviation, Deviation]
 
     def __post_init__(self) -> None:
-        """Answers are told apart by the names of their classes."""
+        """Check that the class names are unique, because predictions are keyed by them."""
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("two classes have the same name")
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a training stands, and what its unfinished epoch has summed up so far."""
+    """The progress of a training, with running totals of the unfinished epoch."""
 
-    epoch: Count = 0  # epochs finished
-    step: Count = 0  # steps taken, over all epochs
+    epoch: Count = 0  # finished epochs
+    step: Count = 0  # training steps over all epochs
     epoch_step: Count = 0  # steps of the unfinished epoch
-    loss_sum: Loss = 0.0  # of the unfinished epoch
-    correct: Amount = 0.0  # a fraction of an image where targets are probabilities
-    images: Count = 0
-    seconds: Amount = 0.0
+    loss_sum: Loss = 0.0  # sum over the images of the unfinished epoch
+    correct: Amount = 0.0  # correct predictions; fractional if targets are probabilities
+    images: Count = 0  # images of the unfinished epoch
+    seconds: Amount = 0.0  # training time of the unfinished epoch
 
 
 class LossScale(TypedDict):
@@ -78,26 +78,26 @@ class LossScale(TypedDict):
 
 
 class Threads(TypedDict):
-    """The number of CPU threads over a training."""
+    """The number of CPU threads during a training."""
 
-    fixed: bool  # whether the user chose it
+    fixed: bool  # whether the user set it
     changes: Annotated[list[tuple[Count, Ordinal]], Meta(min_length=1)]  # first step, threads
 
 
 class Notes(TypedDict, total=False):
-    """What else is known of a checkpoint."""
+    """Metadata of a checkpoint."""
 
-    resnet56: Text  # the version that wrote it
-    data: Text | None  # the fingerprint of the images
-    weights: Text  # "averaged", "last", "shipped" or "imported"
-    ema_decay: Share  # of the weights, once the training is finished
-    ema_candidates: list[EmaCandidate]  # what it was chosen from
+    resnet56: Text  # version of the package that wrote it
+    data: Text | None  # fingerprint of the data set
+    weights: Text  # "ema", "final", "shipped" or "imported"
+    ema_decay: Share  # decay of the EMA weights, after the training
+    ema_candidates: list[EmaCandidate]  # the EMAs to choose from
     teachers: list[Teacher]
     precision: Text
     execution: Text
     loss_scale: LossScale | None
     threads: Threads
-    file: Text  # that it was imported from
+    file: Text  # imported file
 
 
 @dataclass(frozen=True)
@@ -125,25 +125,25 @@ class _Head:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network's weights and, for resuming, the state of its training."""
+    """The weights of a model and, to resume, the state of its training."""
 
     network: Network
-    model: Mapping[str, "Tensor"]  # the weights to use: the averaged ones where there are any
+    model: Mapping[str, "Tensor"]  # EMA weights if there are any, or else the current ones
     training: Mapping[str, "Tensor"] = field(default_factory=dict)  # momentum, raw weights
     position: Position = field(default_factory=Position)
     notes: Mapping[str, Any] = field(default_factory=dict)  # see Notes
 
 
 def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint; the old one stays whole until the new one is.
+    """Replace the checkpoint atomically. If this fails, the old checkpoint is intact.
 
     Args:
-        file: checkpoint.json; the tensor files are written beside it.
+        file: path of checkpoint.json. The tensor files are written to the same directory.
         checkpoint: what to write.
 
     Raises:
-        NotFiniteError: a tensor has values that are not finite; the old one is intact.
-        RunError: it could not be written (a full disk); the old one is intact.
+        NotFiniteError: a tensor has values that are not finite.
+        RunError: the checkpoint cannot be written, for example because the disk is full.
     """
     import safetensors.torch
 
@@ -169,17 +169,19 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
     named = {entry["name"] for entry in files.values()} | {file.name}
     for path in directory.iterdir():
         if path.name not in named:
-            with contextlib.suppress(OSError):  # on Windows another process may read it
+            with contextlib.suppress(OSError):  # on Windows, another process may have it open
                 path.unlink()
 
 
 def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
-    """Read the checkpoint; with `training`, also what only resuming needs.
+    """Read a checkpoint. If a training replaces it at the same time, read it again.
 
-    One that a training replaces meanwhile is read again.
+    Args:
+        file: path of checkpoint.json.
+        training: also read the training state, which is needed to resume.
 
     Raises:
-        RunError: there is none, it is damaged, or a newer version wrote it.
+        RunError: the checkpoint does not exist, is damaged, or has a newer format.
     """
     head = _read_head(file)
     for _ in range(ATTEMPTS):
@@ -190,7 +192,7 @@ def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
             if newer == head:
                 raise
             head = newer
-    raise RunError(f"{file} is replaced again and again; try once more")
+    raise RunError(f"{file} is being replaced continuously; try again")
 
 
 def _read_head(file: Path) -> _Head:
@@ -198,11 +200,11 @@ def _read_head(file: Path) -> _Head:
     found = content.get("format")
     if isinstance(found, int) and found > FORMAT:
         raise RunError(
-            f"{file} is of format {found}, newer than this version reads ({FORMAT}); update "
-            "resnet56"
+            f"{file} has format {found}, but this version of resnet56 supports up to {FORMAT}; "
+            "update resnet56"
         )
     head = check(content, _Head, str(file))
-    return replace(head, notes=content["notes"])  # with what other versions write there
+    return replace(head, notes=content["notes"])  # preserve unknown fields
 
 
 def _load_parts(file: Path, head: _Head, training: bool) -> Checkpoint:
@@ -220,48 +222,49 @@ def _read_tensors(directory: Path, entry: _TensorFile) -> dict[str, "Tensor"]:
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from None
     if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise RunError(f"{path} is damaged: its checksum is not the one in checkpoint.json")
+        raise RunError(f"{path} is damaged: its checksum differs from that in checkpoint.json")
     try:
         tensors = safetensors.torch.load(content)
-    except Exception as error:  # types that this version of the library does not know
+    except Exception as error:  # such as dtypes that this version of safetensors does not support
         raise RunError(f"{path} is damaged: {one_line(error)}") from None
     if names := not_finite(tensors):
-        raise RunError(f"{path} is of no use: values are not finite in {_some(names)}")
+        raise RunError(f"{path} is unusable: values are not finite in {_some(names)}")
     return tensors
 
 
 def not_finite(tensors: Mapping[str, "Tensor"]) -> list[str]:
-    """The names of the floating-point tensors with values that are not finite."""
+    """Return the names of floating-point tensors with values that are not finite."""
     import torch
 
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
     if not floating:
         return []
-    # All at once, so that a GPU is waited for only once.
+    # Stacked, to synchronize with a GPU only once.
     finite = torch.stack([t.isfinite().all() for t in floating.values()]).tolist()
-    return [name for name, good in zip(floating, finite, strict=True) if not good]
+    return [name for name, is_finite in zip(floating, finite, strict=True) if not is_finite]
 
 
 def require_fit(
-    tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], what: str
+    tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], source: str
 ) -> None:
-    """RunError unless the tensors have the expected names, shapes and kinds of numbers."""
+    """Check names, shapes and kinds of dtypes. Raises RunError, which names `source`."""
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
-    for problem, names in (("are missing", missing), ("do not belong there", unknown)):
+    for problem, names in (("missing", missing), ("unexpected", unknown)):
         if names:
-            raise RunError(f"{what}: {len(names)} tensors {problem} ({_some(names)})")
-    for name, like in expected.items():
+            raise RunError(f"{source}: {len(names)} {problem} tensors ({_some(names)})")
+    for name, template in expected.items():
         found = tensors[name]
-        if found.shape != like.shape or found.is_floating_point() != like.is_floating_point():
+        is_floating = found.is_floating_point()
+        if found.shape != template.shape or is_floating != template.is_floating_point():
             raise RunError(
-                f"{what}: {name} is {_size(found)} {found.dtype}, expected {_size(like)} "
-                f"{like.dtype}"
+                f"{source}: {name} is {_size(found)} {found.dtype}, expected {_size(template)} "
+                f"{template.dtype}"
             )
 
 
 def _size(tensor: "Tensor") -> str:
-    return "x".join(map(str, tensor.shape)) or "a single"
+    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def _some(names: list[str]) -> str:

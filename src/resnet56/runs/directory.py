@@ -1,15 +1,15 @@
-"""The run directory: what a training leaves on disk, and all that later commands read.
+"""The run directory, which a training writes and later commands read.
 
-    recipe.json        how it was trained
-    environment.json   on what, with which versions, by which command
-    metrics.jsonl      a line an epoch
-    checkpoint/        checkpoint.json, and the tensor files it names
-    evaluation.json    how good it is
-    predictions.npz    the test images' logits, labels and indices
-    samples.npz        a few images, for the report
-    parity.json        whether device or precision matter, where that was asked
+    recipe.json        training options
+    environment.json   machine, versions, command and data
+    metrics.jsonl      one line per epoch
+    checkpoint/        checkpoint.json and the tensor files that it names
+    evaluation.json    metrics of the final weights
+    predictions.npz    logits, labels and indices of the test images
+    samples.npz        a few images for the report
+    parity.json        comparisons of devices or precisions, if requested
 
-Files appear whole or not at all (`resnet56.files`).
+Files are written atomically (`resnet56.files`).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from resnet56.runs.schema import Comparison, Environment, EpochMetrics, Evaluati
 
 
 class RunDirectory:
-    """Reads and writes one run; `path` need not exist yet."""
+    """Reads and writes the files of a run. The directory need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,63 +43,67 @@ class RunDirectory:
         self.checkpoint_file = path / "checkpoint" / "checkpoint.json"
 
     def create(self) -> None:
-        """Make the directory; RunError if something is in the way."""
+        """Create the directory. Raises RunError if it cannot be used for a new run."""
         self.refuse_taken()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"cannot make the run directory {self.path}: {error.strerror or error}"
+                f"cannot create the run directory {self.path}: {error.strerror or error}"
             ) from None
 
     def refuse_taken(self) -> None:
-        """RunError if a new run cannot begin here, whatever it is that is in the way."""
+        """Raise RunError if the directory cannot be used for a new run."""
         if self.checkpoint_file.exists():
             raise RunError(
-                f"{self.path} holds a run already; continue it with --resume, or choose "
-                "another --out"
+                f"{self.path} already contains a run; continue it with --resume or choose another "
+                "--out"
             )
         try:
             others = sorted(entry.name for entry in self.path.iterdir())
         except FileNotFoundError:
             return
-        except OSError as error:  # a file among them
+        except OSError as error:  # for example, the path is a file
             raise RunError(
                 f"{self.path} cannot be a run directory: {error.strerror or error}; choose "
                 "another --out"
             ) from None
-        # What a run leaves that was stopped before its first checkpoint may be written over.
-        ours = (
+        # Files of a run that was stopped before its first checkpoint may be overwritten.
+        replaceable = (
             "recipe.json",
             "environment.json",
             "metrics.jsonl",
             "checkpoint",
             "tensorboard",
         )
-        others = [name for name in others if name not in ours and not name.endswith(".tmp")]
+        others = [name for name in others if name not in replaceable and not name.endswith(".tmp")]
         if others:
             raise RunError(
-                f"{self.path} is not empty ({others[0]} is in it) and is no run; choose "
-                "another --out"
+                f"{self.path} is not a run and not empty (it contains {others[0]}); choose another "
+                "--out"
             )
 
     def data_origin(self) -> str | None:
-        """What `--data` would load the run's own images again: digits, or a folder."""
+        """Return the value of --data that loads the run's own data, if it is recorded."""
         environment = self.read_environment()
         return environment["data"]["origin"] if environment and "data" in environment else None
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep others from training here; RunError if one does. Windows knows no such lock."""
+    def locked(self) -> Iterator[None]:
+        """Lock the directory for training. Does nothing on Windows.
+
+        Raises:
+            RunError: another process is training in this directory.
+        """
         try:
             directory = os.open(self.path, os.O_RDONLY)
-        except OSError:  # Windows opens no folders; if it is not there, that is said elsewhere
+        except OSError:  # Windows cannot open folders; a missing one is reported elsewhere
             yield
             return
         try:
             if not try_lock(directory):
                 raise RunError(
-                    f"another process trains in {self.path}; wait for its end, or stop it"
+                    f"another process is training in {self.path}; wait until it ends, or stop it"
                 )
             yield
         finally:
@@ -108,7 +112,7 @@ class RunDirectory:
     # environment.json
 
     def read_environment(self) -> Environment | None:
-        """What the run ran on, if it says so. Raises RunError."""
+        """Read environment.json, or return None if it is missing. Raises RunError."""
         if not self.environment_file.exists():
             return None
         return schema.read(self.environment_file, Environment)
@@ -120,7 +124,7 @@ class RunDirectory:
     # evaluation.json, predictions.npz and samples.npz
 
     def read_evaluation(self, step: int) -> Evaluation | None:
-        """What was measured of the weights after `step` steps; None if that is not known.
+        """Read the evaluation of the weights after `step` steps, or return None if there is none.
 
         Raises:
             RunError: the file is damaged.
@@ -141,7 +145,7 @@ class RunDirectory:
         schema.save_arrays(self.predictions_file, schema.PREDICTIONS, arrays)
 
     def read_samples(self) -> dict[str, npt.NDArray[Any]] | None:
-        """The images that an evaluation kept for the report, if there are any. Raises RunError."""
+        """Read the images for the report, or return None if there are none. Raises RunError."""
         if not self.samples_file.exists():
             return None
         return schema.load_arrays(self.samples_file, schema.SAMPLES)
@@ -153,7 +157,7 @@ class RunDirectory:
     # metrics.jsonl
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line; on the disk when this returns."""
+        """Append a line and flush it to the disk. Raises RunError."""
         schema.check(row, EpochMetrics, str(self.metrics_file))
         try:
             with self.metrics_file.open("a", encoding="utf-8", newline="\n") as file:
@@ -167,7 +171,7 @@ class RunDirectory:
             ) from None
 
     def read_metrics(self) -> list[EpochMetrics]:
-        """All lines, but a last one that a crash cut short; empty before the first epoch."""
+        """Read all lines. An incomplete last line, left by a crash, is ignored. Raises RunError."""
         if not self.metrics_file.exists():
             return []
         rows: list[EpochMetrics] = []
@@ -189,45 +193,45 @@ class RunDirectory:
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Keep the lines of the first `epochs` epochs: the ones the checkpoint has behind it."""
+        """Keep only the first `epochs` epochs, which the checkpoint includes."""
         if self.metrics_file.exists():
-            kept = [row for row in self.read_metrics() if row["epoch"] <= epochs]
-            text = "".join(to_json(row) + "\n" for row in kept)
+            rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
+            text = "".join(to_json(row) + "\n" for row in rows)
             write_text(self.metrics_file, text)
 
     # parity.json
 
     def read_comparisons(self, step: int) -> list[Comparison]:
-        """The comparisons of the weights after `step` steps. Raises RunError."""
+        """Read the comparisons of the weights after `step` steps. Raises RunError."""
         if not self.parity_file.exists():
             return []
         comparisons = schema.read(self.parity_file, Parity)["comparisons"]
-        return [one for one in comparisons if one.get("step", step) == step]
+        return [entry for entry in comparisons if entry.get("step", step) == step]
 
-    def keep_comparison(self, found: Comparison, step: int) -> None:
-        """Add a comparison of two devices or precisions, of the weights after `step` steps.
+    def keep_comparison(self, comparison: Comparison, step: int) -> None:
+        """Add a comparison of two devices or precisions, for the weights after `step` steps.
 
-        It takes the place of an earlier one of the same two, and those of earlier weights go.
+        It replaces a comparison of the same pair. Comparisons of other weights are removed.
         """
-        pair = [found["a"], found["b"]]
-        kept = [one for one in self.read_comparisons(step) if [one["a"], one["b"]] != pair]
-        found = {**found, "step": step}
-        schema.write(self.parity_file, {"comparisons": [*kept, found]}, Parity)
+        pair = [comparison["a"], comparison["b"]]
+        others = [e for e in self.read_comparisons(step) if [e["a"], e["b"]] != pair]
+        comparison = {**comparison, "step": step}
+        schema.write(self.parity_file, {"comparisons": [*others, comparison]}, Parity)
 
     # checkpoint/
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint; RunError if it cannot be written, and the old one is intact."""
+        """Replace the checkpoint. If this raises RunError, the old checkpoint is intact."""
         save_checkpoint(self.checkpoint_file, checkpoint)
 
     def load(self, *, training: bool = False) -> Checkpoint:
-        """Read the checkpoint; with `training`, also what only resuming needs.
+        """Read the checkpoint. With `training`, also read the training state.
 
         Raises:
-            RunError: there is none, it is damaged, or a newer version wrote it.
+            RunError: the checkpoint does not exist, is damaged, or has a newer format.
         """
         if not self.path.is_dir():
-            raise RunError(f"there is no run at {self.path}; give the directory of a training")
+            raise RunError(f"there is no run at {self.path}; choose an existing run directory")
         if not self.checkpoint_file.exists():
-            raise RunError(f"{self.path} has no checkpoint; train there first")
+            raise RunError(f"{self.path} has no checkpoint yet; train first")
         return load_checkpoint(self.checkpoint_file, training=training)
