@@ -200,9 +200,9 @@ class Recipe:
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
         _require(0 < self.teacher_weight <= 1, "teacher_weight", self.teacher_weight, "in (0, 1]")
-        _require(
-            self.teacher_temperature > 0, "teacher_temperature", self.teacher_temperature, "above 0"
-        )
+        most = f"above 0 and at most {LARGEST:,}"
+        temperature = self.teacher_temperature
+        _require(0 < temperature <= LARGEST, "teacher_temperature", temperature, most)
         if len(self.ema_decay) > 1 and self.holdout == 0:
             raise UsageError(
                 "several values of ema_decay need validation images to choose one; set --holdout"

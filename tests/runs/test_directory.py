@@ -275,7 +275,7 @@ def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
     with (
         run.locked(),
         pytest.raises(RunError, match="another process is training in"),
-        other.alone(),
+        other.locked(),
     ):
         pass
     with other.locked():
