@@ -26,7 +26,7 @@ LARGEST = 1_000_000  # upper bound of numbers without a natural one
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a training. Values out of range raise UsageError."""
+    """Training settings. Values that are out of range are rejected."""
 
     arch: str = "resnet56"
     """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56
@@ -61,7 +61,7 @@ class Recipe:
     """Epochs after which the step schedule multiplies the learning rate by drop_factor."""
 
     drop_factor: float = 0.5
-    """Factor of each drop of the step schedule."""
+    """Factor of the learning rate at each drop of the step schedule."""
 
     warmup_epochs: float = 0.0
     """Epochs of linear learning-rate warm-up from zero."""

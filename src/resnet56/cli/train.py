@@ -57,10 +57,10 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class _Job:
-    """The options of a training, with its data and run directory."""
+    """The options of a training run, with its data and run directory."""
 
     options: TrainOptions
-    own_data: str | None  # data of the run to resume
+    own_data: str | None  # data origin of the run to resume
     out: Path
 
     @property
@@ -105,7 +105,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _choose(arguments: list[str]) -> _Job:
-    """Parse recipe, data and run directory. Reject errors before the slow imports."""
+    """Parse recipe, data and run directory. Report errors before loading data."""
     from resnet56.distributed import Distributed
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None

@@ -1,1 +1,1 @@
-"""What a training leaves on disk, and networks from elsewhere in the same form."""
+"""Run directories, checkpoints, and models converted from other programs."""

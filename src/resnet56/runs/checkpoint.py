@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # commands that read no tensors start without PyTorch
     from torch import Tensor
 
 FORMAT = 1  # version of the checkpoint format; newer ones are rejected
-ATTEMPTS = 10  # to read a checkpoint that a training replaces at the same time
+ATTEMPTS = 10  # to read a checkpoint that a training run replaces at the same time
 
 Mean = Annotated[float, Meta(ge=-1000, le=1000)]
 Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # a divisor in fp32
@@ -56,7 +56,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Position:
-    """The progress of a training, with running totals of the unfinished epoch."""
+    """The progress of a training run, with running totals of the unfinished epoch."""
 
     epoch: Count = 0  # finished epochs
     step: Count = 0  # training steps over all epochs
@@ -78,10 +78,10 @@ class LossScale(TypedDict):
 
 
 class Threads(TypedDict):
-    """The number of CPU threads during a training."""
+    """The number of CPU threads during a training run."""
 
     fixed: bool  # whether the user set it
-    changes: Annotated[list[tuple[Count, Ordinal]], Meta(min_length=1)]  # first step, threads
+    changes: Annotated[list[tuple[Count, Ordinal]], Meta(min_length=1)]  # (first step, threads)
 
 
 class Notes(TypedDict, total=False):
@@ -92,11 +92,11 @@ class Notes(TypedDict, total=False):
     weights: Text  # "ema", "final", "shipped" or "imported"
     ema_decay: Share  # decay of the EMA weights, after the training
     ema_candidates: list[EmaCandidate]  # the EMAs to choose from
-    teachers: list[Teacher]
-    precision: Text
-    execution: Text
-    loss_scale: LossScale | None
-    threads: Threads
+    teachers: list[Teacher]  # teachers of knowledge distillation
+    precision: Text  # fp32, bf16 or fp16
+    execution: Text  # eager, fused, native or compiled
+    loss_scale: LossScale | None  # null unless the precision is fp16
+    threads: Threads  # CPU threads during the training run
     file: Text  # imported file
 
 
@@ -174,7 +174,7 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
-    """Read a checkpoint. If a training replaces it at the same time, read it again.
+    """Read a checkpoint. If a training run replaces it at the same time, read it again.
 
     Args:
         file: path of checkpoint.json.
@@ -247,7 +247,7 @@ def not_finite(tensors: Mapping[str, "Tensor"]) -> list[str]:
 def require_fit(
     tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], source: str
 ) -> None:
-    """Check names, shapes and kinds of dtypes. Raises RunError, which names `source`."""
+    """Check that tensors have the expected names, shapes and kinds of numbers. Raises RunError."""
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
     for problem, names in (("missing", missing), ("unexpected", unknown)):

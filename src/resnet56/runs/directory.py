@@ -1,4 +1,4 @@
-"""The run directory, which a training writes and later commands read.
+"""The run directory: the files that a training run writes and later commands read.
 
     recipe.json        training options
     environment.json   machine, versions, command and data
@@ -231,7 +231,7 @@ class RunDirectory:
             RunError: the checkpoint does not exist, is damaged, or has a newer format.
         """
         if not self.path.is_dir():
-            raise RunError(f"there is no run at {self.path}; choose an existing run directory")
+            raise RunError(f"there is no run at {self.path}; give the directory of a run")
         if not self.checkpoint_file.exists():
             raise RunError(f"{self.path} has no checkpoint yet; train first")
         return load_checkpoint(self.checkpoint_file, training=training)
