@@ -1,4 +1,4 @@
-"""Devices, precisions and facts, against a pretended and the real machine."""
+"""Devices, precisions and the environment, on simulated hardware and on this machine."""
 
 import json
 import os
@@ -23,11 +23,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def _single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
-def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, mps: bool = False) -> None:
+def simulate_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, mps: bool = False) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -40,10 +40,10 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, mps: bool = Fal
     ("gpus", "mps", "expected"),
     [(0, False, "cpu"), (0, True, "mps"), (1, False, "cuda:0"), (2, True, "cuda:0")],
 )
-def test_auto_is_the_gpu_where_there_is_one(
+def test_auto_selects_the_gpu_if_there_is_one(
     monkeypatch: pytest.MonkeyPatch, gpus: int, mps: bool, expected: str
 ) -> None:
-    pretend_gpus(monkeypatch, gpus, mps=mps)
+    simulate_gpus(monkeypatch, gpus, mps=mps)
     assert str(resolve_device("auto")) == expected
 
 
@@ -54,7 +54,7 @@ def test_auto_is_the_gpu_where_there_is_one(
 def test_each_process_of_torchrun_has_its_own_gpu(
     monkeypatch: pytest.MonkeyPatch, name: str, expected: str
 ) -> None:
-    pretend_gpus(monkeypatch, 2)
+    simulate_gpus(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert str(resolve_device(name)) == expected
 
@@ -63,7 +63,7 @@ def test_each_process_of_torchrun_has_its_own_gpu(
     "name",
     ["", " ", "gpu", "CPU", "0", "cuda:", "cuda:x", "cuda:-1", "cpu:", "meta", "xla", "cpu\n"],
 )
-def test_an_unknown_device_is_refused(name: str) -> None:
+def test_an_unknown_device_is_an_error(name: str) -> None:
     with pytest.raises(UsageError, match="unknown device") as caught:
         resolve_device(name)
     assert repr(name) in str(caught.value)
@@ -77,17 +77,17 @@ def test_an_unknown_device_is_refused(name: str) -> None:
         (2, "cuda:200"), (0, "cpu:1"), (0, "cpu:200"),
     ],
 )  # fmt: skip
-def test_a_device_that_is_not_there_is_refused(
+def test_an_unavailable_device_is_an_error(
     monkeypatch: pytest.MonkeyPatch, gpus: int, name: str
 ) -> None:
-    pretend_gpus(monkeypatch, gpus)
-    with pytest.raises(UsageError, match="is not there|unknown device") as caught:
+    simulate_gpus(monkeypatch, gpus)
+    with pytest.raises(UsageError, match="is not available|unknown device") as caught:
         resolve_device(name)
     assert repr(name) in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_on_a_machine_without_is_refused() -> None:
+def test_cuda_without_a_gpu_is_an_error() -> None:
     with pytest.raises(UsageError, match="no such hardware"):
         resolve_device("cuda")
 
@@ -96,15 +96,17 @@ def test_cuda_on_a_machine_without_is_refused() -> None:
 
 
 @pytest.mark.parametrize("probe", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
-def test_auto_on_a_processor_is_bf16_only_with_the_instructions(
+def test_auto_on_a_cpu_is_bf16_only_with_the_instructions(
     monkeypatch: pytest.MonkeyPatch, probe: str | None
 ) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda there=name == probe: there, raising=False)
+        monkeypatch.setattr(
+            torch.cpu, name, lambda supported=name == probe: supported, raising=False
+        )
     assert precision("auto", CPU) == ("bf16" if probe else "fp32")
 
 
-def test_auto_is_fp32_where_pytorch_has_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_fp32_if_pytorch_has_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
     assert precision("auto", CPU) == "fp32"
@@ -114,24 +116,24 @@ def test_auto_is_fp32_where_pytorch_has_no_probe(monkeypatch: pytest.MonkeyPatch
     ("capability", "expected"),
     [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 9), "bf16"), ((10, 0), "bf16")],
 )
-def test_auto_on_a_gpu_is_bf16_from_ampere_on(
+def test_auto_on_a_gpu_is_bf16_since_ampere(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert precision("auto", torch.device("cuda", 0)) == expected
 
 
-def test_auto_on_apples_gpu_is_fp32() -> None:
+def test_auto_on_mps_is_fp32() -> None:
     assert precision("auto", torch.device("mps")) == "fp32"
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_a_precision_that_is_named_is_taken(name: str, device: str) -> None:
+def test_a_named_precision_is_used(name: str, device: str) -> None:
     assert precision(name, torch.device(device)) == name
 
 
-def test_fp16_is_refused_where_its_loss_scaling_is_missing() -> None:
+def test_fp16_without_loss_scaling_is_an_error() -> None:
     with pytest.raises(UsageError, match="fp16 needs loss scaling"):
         precision("fp16", torch.device("mps"))
 
@@ -140,18 +142,20 @@ def test_fp16_is_refused_where_its_loss_scaling_is_missing() -> None:
     ("name", "dtype"),
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
-def test_matrices_are_multiplied_in_the_precision(name: runtime.Resolved, dtype: object) -> None:
+def test_autocast_multiplies_matrices_in_the_precision(
+    name: runtime.Resolved, dtype: object
+) -> None:
     with runtime.autocast(CPU, name):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-# Facts
+# Memory and environment
 
 
-def test_peak_memory_grows_with_what_is_touched_and_does_not_fall_after() -> None:
+def test_peak_memory_grows_with_use_and_does_not_decrease() -> None:
     before = peak_memory_mb(CPU)
-    # As much as takes this process 200 MB above its highest so far, whatever ran before.
+    # Enough to exceed the peak of this process by 200 MB, whatever ran before.
     size = int((before + 200) * 1e6) - psutil.Process().memory_info().rss
     block = np.ones(size, dtype=np.uint8)
     resident = psutil.Process().memory_info().rss / 1e6
@@ -163,7 +167,9 @@ def test_peak_memory_grows_with_what_is_touched_and_does_not_fall_after() -> Non
     assert peak_memory_mb(CPU) > grown - 1  # Linux counts pages in batches
 
 
-def test_the_environment_says_what_the_numbers_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_describes_the_machine_and_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/resnet56", "train", "my recipe.toml"])
     facts = environment(CPU, "fp32")
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
@@ -183,14 +189,14 @@ def test_the_environment_says_what_the_numbers_depend_on(monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="no sysconf on this system")
-def test_memory_is_the_machines() -> None:
+def test_memory_is_the_total_of_the_machine() -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert environment(CPU, "fp32")["memory_gb"] == pytest.approx(total / 1e9, rel=0.1)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of its own that holds the module's file."""
+    """A folder, not yet a repository, with a copy of the module's file."""
     if shutil.which("git") is None:
         pytest.skip("no git on this machine")
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
@@ -201,13 +207,13 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def git(where: Path, *arguments: str) -> str:
-    who = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    command = ["git", "-C", str(where), *who, *arguments]
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_git_says_the_commit_and_whether_files_differ(checkout: Path) -> None:
+def test_git_state_has_the_commit_and_whether_files_differ(checkout: Path) -> None:
     git(checkout, "init", "--quiet")
     git(checkout, "add", "runtime.py")
     git(checkout, "commit", "--quiet", "--message", "one")
@@ -217,44 +223,44 @@ def test_git_says_the_commit_and_whether_files_differ(checkout: Path) -> None:
     assert git_state() == {"commit": commit, "changed": True}
 
 
-def test_git_says_nothing_outside_a_repository(checkout: Path) -> None:
+def test_git_state_outside_a_repository_is_none(checkout: Path) -> None:
     assert git_state() is None
 
 
-def test_git_says_nothing_of_someone_elses_repository(checkout: Path) -> None:
+def test_git_state_in_another_repository_is_none(checkout: Path) -> None:
     git(checkout, "init", "--quiet")
     git(checkout, "commit", "--quiet", "--allow-empty", "--message", "one")
     assert git_state() is None
 
 
-def test_git_says_nothing_before_the_first_commit(checkout: Path) -> None:
+def test_git_state_before_the_first_commit_is_none(checkout: Path) -> None:
     git(checkout, "init", "--quiet")
     git(checkout, "add", "runtime.py")
     assert git_state() is None
 
 
-def test_a_machine_without_git_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_state_without_git_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert git_state() is None
 
 
 @pytest.mark.parametrize("name", ["cuda:0", "mps"])
-def test_several_processes_do_not_share_one_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_several_processes_cannot_share_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="several processes cannot share"):
         resolve_device(name)
 
 
-def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_gpus_than_processes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match="'cuda:1' is not there; this machine has 1"):
+    with pytest.raises(UsageError, match="'cuda:1' is not available; this machine has 1"):
         resolve_device("auto")
 
 
-def test_on_cuda_fp32_means_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_disabled_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -1,4 +1,4 @@
-"""The number of threads: what decides it, that it is kept, and that the user is told."""
+"""The number of threads: how it is chosen, recorded, restored and reported."""
 
 import itertools
 import json
@@ -23,8 +23,8 @@ from resnet56.threads import Load, LoadMeter, ThreadControl, ThroughputMonitor
 from resnet56.training import train
 
 
-class Script:
-    """A meter that is told what other programs do: one value for each window."""
+class ScriptedMeter:
+    """A meter that returns the given loads, one per window."""
 
     def __init__(self, *others: float) -> None:
         self.values = iter(others)
@@ -36,7 +36,7 @@ class Script:
 
 @pytest.fixture
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A machine of so many cores, with PyTorch on all of them."""
+    """Pretend a machine of so many cores, all used by PyTorch."""
     count = getattr(request, "param", 2)
     before = torch.get_num_threads()
     monkeypatch.setattr(threads, "usable_cores", lambda: count)
@@ -47,9 +47,9 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     torch.set_num_threads(before)
 
 
-def followed(*others: float, start: float = 0.0, **options: bool) -> list[int]:
-    """The threads at the start and after each window."""
-    with ThreadControl(meter=Script(start, *others), **options) as control:
+def thread_counts(*others: float, start: float = 0.0, **options: bool) -> list[int]:
+    """Return the number of threads at the start and after each window."""
+    with ThreadControl(meter=ScriptedMeter(start, *others), **options) as control:
         control.begin(0)
         counts = [control.threads]
         for step in range(len(others)):
@@ -61,36 +61,36 @@ def followed(*others: float, start: float = 0.0, **options: bool) -> list[int]:
 @pytest.mark.parametrize(
     ("cores", "start", "others", "expected"),
     [
-        (2, 0.0, [0.0, 0.1, 0.3], [2, 2, 2, 2]),  # idle, or as good as idle
-        (2, 0.67, [1.0, 1.0], [1, 1, 1]),  # a fair share of two cores for three threads
+        (2, 0.0, [0.0, 0.1, 0.3], [2, 2, 2, 2]),  # idle, or nearly idle
+        (2, 0.67, [1.0, 1.0], [1, 1, 1]),  # the fair share of one of three threads on two cores
         (2, 1.33, [1.33], [1, 1]),
         (2, 0.0, [0.67, 1.0, 0.0, 0.0], [2, 1, 1, 2, 2]),
-        (2, 0.0, [0.5, 0.3], [2, 1, 1]),  # neither busy nor free: as it is
+        (2, 0.0, [0.5, 0.3], [2, 1, 1]),  # neither busy nor free: no change
         (4, 0.8, [1.0], [3, 3]),
         (16, 0.9, [1.0, 9.0], [15, 15, 7]),
         (2, 40.0, [0.0], [1, 2]),
     ],
     indirect=["cores"],
 )
-def test_as_many_threads_as_others_leave_cores_free(
+def test_the_number_of_threads_is_the_number_of_free_cores(
     cores: int, start: float, others: list[float], expected: list[int]
 ) -> None:
-    assert followed(*others, start=start) == expected
-    assert torch.get_num_threads() == cores  # as before
+    assert thread_counts(*others, start=start) == expected
+    assert torch.get_num_threads() == cores  # restored
 
 
 @pytest.mark.usefixtures("cores")
-def test_a_neighbor_that_comes_and_goes_is_waited_out() -> None:
-    counts = followed(*[1.0, 0.0] * 30)
+def test_an_alternating_load_does_not_alternate_the_threads() -> None:
+    counts = thread_counts(*[1.0, 0.0] * 30)
     changes = sum(a != b for a, b in itertools.pairwise(counts))
     assert changes < 15
     assert counts[-1] == 1
 
 
 @pytest.mark.usefixtures("cores")
-def test_a_number_that_is_given_or_shared_by_processes_stays() -> None:
-    assert followed(1.0, start=1.0, adaptive=False) == [2, 2]
-    with ThreadControl(1, meter=Script(0.0, 0.0, 0.0)) as control:
+def test_a_fixed_number_does_not_change() -> None:
+    assert thread_counts(1.0, start=1.0, adaptive=False) == [2, 2]
+    with ThreadControl(1, meter=ScriptedMeter(0.0, 0.0, 0.0)) as control:
         control.begin(0)
         assert not control.after_step(1)
         assert control.threads == 1
@@ -98,48 +98,48 @@ def test_a_number_that_is_given_or_shared_by_processes_stays() -> None:
 
 
 @pytest.mark.usefixtures("cores")
-def test_what_pytorch_was_told_before_is_the_most() -> None:
+def test_pytorchs_setting_is_the_maximum() -> None:
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
-    assert followed(0.0, 0.0) == [1, 1, 1]
+    assert thread_counts(0.0, 0.0) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 3, 10**9])
 @pytest.mark.usefixtures("cores")
-def test_numbers_that_the_machine_has_not_are_refused(wrong: int) -> None:
+def test_a_number_out_of_range_is_an_error(wrong: int) -> None:
     with pytest.raises(UsageError, match="--threads must be from 1 to 2 on this machine"):
         ThreadControl(wrong)
 
 
 @pytest.mark.usefixtures("cores")
-def test_resuming_keeps_the_number_and_says_where_it_cannot() -> None:
-    with ThreadControl(meter=Script(0.0, 1.0)) as control:
+def test_resuming_keeps_the_number_or_reports_the_change() -> None:
+    with ThreadControl(meter=ScriptedMeter(0.0, 1.0)) as control:
         control.begin(0)
         assert control.after_step(7) == (
-            "other programs use 1.0 of 2 cores: continuing on 1 thread (--threads N sets another "
-            "number)"
+            "other programs use 1.0 of 2 cores; continuing with 1 thread (--threads N overrides)"
         )
         saved = json.loads(json.dumps(control.state()))
     assert saved == {"fixed": False, "changes": [[0, 2], [7, 1]]}
-    with ThreadControl(meter=Script(0.0)) as control:  # idle now: not before the first window
+    with ThreadControl(
+        meter=ScriptedMeter(0.0)
+    ) as control:  # idle now, but the first window is not over
         assert control.begin(9, saved) == ""
         assert control.threads == 1
         control.after_step(10)
         assert control.state()["changes"] == [[0, 2], [7, 1], [10, 2]]
-    with ThreadControl(2, meter=Script()) as control:
+    with ThreadControl(2, meter=ScriptedMeter()) as control:
         assert control.begin(9, saved) == (
-            "so far it ran on 1 thread, it continues on 2 threads: the same within rounding, not "
-            "to the bit"
+            "the run used 1 thread so far and continues with 2 threads: results are equal within "
+            "rounding, but not bit by bit"
         )
-    elsewhere = {"fixed": True, "changes": [[0, 8]]}  # fewer cores here
-    with ThreadControl(meter=Script(1.0, 1.0)) as control:
-        assert "so far it ran on 8 threads, it continues on 2 threads" in control.begin(
-            9, elsewhere
-        )
-        assert not control.after_step(10)  # a fixed number stays one
+    elsewhere = {"fixed": True, "changes": [[0, 8]]}  # on a machine with more cores
+    with ThreadControl(meter=ScriptedMeter(1.0, 1.0)) as control:
+        message = control.begin(9, elsewhere)
+        assert "the run used 8 threads so far and continues with 2 threads" in message
+        assert not control.after_step(10)  # still fixed
         assert control.threads == 2
 
 
-def test_the_meter_counts_others_and_not_this_process() -> None:
+def test_the_meter_excludes_this_process() -> None:
     meter = LoadMeter()
     stop = time.perf_counter() + 0.6
     while time.perf_counter() < stop:
@@ -156,28 +156,27 @@ def test_the_meter_counts_others_and_not_this_process() -> None:
     assert beside is not None
     assert 0.5 < alone.seconds < 30
     assert beside.seconds >= 1.5
-    # On a machine that others use as well, all that is certain is that this one is not counted.
+    # Other programs may run on this machine, so the test can only check what is excluded.
     assert alone.others <= multiprocessing.cpu_count() - 0.2
     assert beside.others > 0.1
 
 
-class Followed(TrainingProgress):
-    """Keeps the lines, and interrupts at a step."""
+class RecordedProgress(TrainingProgress):
+    """Records the messages."""
 
-    def __init__(self, until: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__(quiet=True)
         self.lines: list[str] = []
-        self.until = until
 
     def say(self, line: str) -> None:
         self.lines.append(line)
 
 
-class Steps:
-    """A meter by steps: every call is one step's. Others come at `busy` and go at `free`."""
+class StepMeter:
+    """A meter called once per step. Another program runs from step `busy` to step `free`."""
 
     def __init__(self, busy: int, free: int) -> None:
-        self.calls = -1  # the first is made before the first step
+        self.calls = -1  # the first call is before the first step
         self.busy, self.free = busy, free
 
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
@@ -186,21 +185,21 @@ class Steps:
 
 
 @pytest.mark.usefixtures("cores")
-def test_a_run_whose_threads_changed_is_resumed_to_the_same_bits(
+def test_a_run_with_a_change_of_threads_resumes_bit_by_bit(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at once after the change, of which a checkpoint must know."""
+    """The run is killed right after the change, which the checkpoint must contain."""
     recipe = Recipe(**{**small.to_json(), "execution": "eager", "batch_size": 25, "epochs": 2})
 
-    def same_weights(one: str, other: str) -> bool:
-        a, b = (RunDirectory(tmp_path / name).load().model for name in (one, other))
+    def same_weights(first: str, second: str) -> bool:
+        a, b = (RunDirectory(tmp_path / name).load().model for name in (first, second))
         return all(torch.equal(a[name], b[name]) for name in a)
 
-    # Two steps an epoch: the change comes in the middle of the first one.
-    monkeypatch.setattr(threads, "LoadMeter", lambda: Steps(busy=1, free=3))
-    progress = Followed()
+    # There are two steps per epoch, so the change is in the middle of the first epoch.
+    monkeypatch.setattr(threads, "LoadMeter", lambda: StepMeter(busy=1, free=3))
+    progress = RecordedProgress()
     train(recipe, tiny, tmp_path / "straight", device="cpu", progress=progress)
-    assert sum("continuing on 1 thread" in line for line in progress.lines) == 1
+    assert sum("continuing with 1 thread" in line for line in progress.lines) == 1
     head = RunDirectory(tmp_path / "straight").load()
     assert head.notes["threads"] == {"fixed": False, "changes": [[0, 2], [1, 1], [3, 2]]}
     rows = RunDirectory(tmp_path / "straight").read_metrics()
@@ -210,13 +209,13 @@ def test_a_run_whose_threads_changed_is_resumed_to_the_same_bits(
         pass
 
     saves = 0
-    right = RunDirectory.save
+    original_save = RunDirectory.save
 
     def save_and_die(run: RunDirectory, checkpoint: object) -> None:
         nonlocal saves
-        right(run, checkpoint)
+        original_save(run, checkpoint)
         saves += 1
-        if saves == 2:  # the first is made before any step
+        if saves == 2:  # the first save is before any step
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -225,43 +224,43 @@ def test_a_run_whose_threads_changed_is_resumed_to_the_same_bits(
             train(recipe, tiny, tmp_path / "killed", device="cpu")
     saved = RunDirectory(tmp_path / "killed").load()
     assert (saved.position.step, saved.notes["threads"]["changes"]) == (1, [[0, 2], [1, 1]])
-    monkeypatch.setattr(threads, "LoadMeter", lambda: Steps(busy=-9, free=1))
+    monkeypatch.setattr(threads, "LoadMeter", lambda: StepMeter(busy=-9, free=1))
     train(recipe, tiny, tmp_path / "killed", device="cpu", resume=True)
     assert RunDirectory(tmp_path / "killed").load().notes == head.notes
     assert same_weights("straight", "killed")
-    # And threads do change bits, or the test would say nothing.
+    # The number of threads does change the weights; otherwise the test would be meaningless.
     train(recipe, tiny, tmp_path / "one", device="cpu", threads=1)
     assert not same_weights("straight", "one")
 
 
 @pytest.mark.usefixtures("cores")
-def test_half_the_median_throughput_is_worth_one_line() -> None:
+def test_throughput_below_half_the_median_is_reported_once() -> None:
     def lines(rates: list[float], others: float = 1.0, device: str = "cpu") -> list[str]:
-        control = ThreadControl(2, meter=Script(*[others] * 99))
+        control = ThreadControl(2, meter=ScriptedMeter(*[others] * 99))
         control.begin(0)
         control.after_step(1)
         monitor = ThroughputMonitor(control, device)
-        images, seconds, said = 0, 0.0, []
+        images, seconds, messages = 0, 0.0, []
         for rate in rates:
             images, seconds = images + int(5 * rate), seconds + 5.0
-            said.append(monitor.update(images, seconds))
-        return [line for line in said if line]
+            messages.append(monitor.update(images, seconds))
+        return [line for line in messages if line]
 
     steady = [240.0] * 8
     assert lines(steady + [130.0] * 5) == []
     (line,) = lines(steady + [40.0] * 3)
     assert line == (
         "40 images/s, less than half of this run's median of 240: other programs use 1.0 of 2 "
-        "cores; 2 threads now, --threads N sets another number"
+        "cores; using 2 threads (--threads N overrides)"
     )
     assert len(lines([*steady, 40.0, 60.0, 240.0, 40.0])) == 2
     assert "no other program" in lines([*steady, 40.0], others=0.0)[0]
-    assert "using the device" in lines([*steady, 40.0], others=0.0, device="cuda")[0]
+    assert "use the device" in lines([*steady, 40.0], others=0.0, device="cuda")[0]
 
 
 @pytest.mark.usefixtures("cores")
-def test_smaller_images_and_a_change_of_threads_are_no_fall() -> None:
-    control = ThreadControl(meter=Script(0.0, 1.0))
+def test_image_size_and_thread_changes_are_not_slowdowns() -> None:
+    control = ThreadControl(meter=ScriptedMeter(0.0, 1.0))
     control.begin(0)
     monitor = ThroughputMonitor(control, "cpu")
     for second in range(5, 45, 5):
@@ -269,7 +268,7 @@ def test_smaller_images_and_a_change_of_threads_are_no_fall() -> None:
     assert not monitor.update(216 * 5, 5.0, cost=1.0)  # the next epoch, of larger images
     assert not monitor.update(216 * 9, 9.0, cost=1.0)
     control.after_step(8)
-    assert not monitor.update(216 * 9 + 60, 14.0, cost=1.0)  # partly on the old number
+    assert not monitor.update(216 * 9 + 60, 14.0, cost=1.0)  # partly with the old number of threads
     assert monitor.update(216 * 9 + 120, 19.0, cost=1.0)
 
 
@@ -289,27 +288,27 @@ def test_the_flag_reaches_pytorch_and_onnx_runtime(
     from PIL import Image
 
     Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
-    asked: list[int] = []
+    requested: list[int] = []
     monkeypatch.setattr(threads.os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "set_num_threads", requested.append)
     assert main(["predict", str(tmp_path / "one.png"), "--threads", "3"]) == 0
-    assert asked == [3]
+    assert requested == [3]
     assert main(["export", "resnet56", "--out", str(tmp_path / "net.onnx")]) == 0
-    right = onnxruntime.InferenceSession
+    original_session = onnxruntime.InferenceSession
 
     def session(content: bytes, options: onnxruntime.SessionOptions, **more: object) -> object:
-        asked.append(options.intra_op_num_threads)
-        return right(content, options, **more)
+        requested.append(options.intra_op_num_threads)
+        return original_session(content, options, **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     arguments = ["predict", str(tmp_path / "one.png"), "--run", str(tmp_path / "net.onnx")]
     assert main([*arguments, "--threads", "3"]) == 0
-    assert asked == [3, 3]
+    assert requested == [3, 3]
     capsys.readouterr()
 
 
 @pytest.mark.usefixtures("cores")
-def test_training_and_its_evaluation_run_on_the_number_and_set_it_back(
+def test_training_and_evaluation_use_the_number_and_restore_it(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""Several processes as one: the group that torchrun sets up, and batch norm across it."""
+"""Training in several processes: the process group and synchronized batch norm."""
 
 import gc
 import os
@@ -16,17 +16,17 @@ from resnet56.errors import TrainingError, UsageError, one_line, shown
 
 
 class Distributed(NamedTuple):
-    """Which process this is, of how many."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     world_size: int = 1
 
     @classmethod
     def from_environment(cls) -> "Distributed":
-        """What torchrun put into the environment; a single process without it.
+        """Read the variables that torchrun sets. Without them there is a single process.
 
         Raises:
-            UsageError: RANK or WORLD_SIZE is no integer, or they contradict each other.
+            UsageError: RANK or WORLD_SIZE is not an integer, or they contradict each other.
         """
         world_size, rank = from_environment("WORLD_SIZE", 1), from_environment("RANK", 0)
         if not 0 <= rank < world_size:
@@ -39,12 +39,12 @@ class Distributed(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that writes and prints."""
+        """Whether this is rank 0, the only process that writes and prints."""
         return self.rank == 0
 
 
 def from_environment(name: str, default: int) -> int:
-    """An integer that torchrun sets; UsageError if it is none."""
+    """Return an integer that torchrun sets. UsageError if the value is not an integer."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise UsageError(
@@ -56,11 +56,11 @@ def from_environment(name: str, default: int) -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Distributed]:
-    """Join the others for the duration of the block: NCCL between GPUs, gloo otherwise.
+    """Set up the process group for the duration of the block: NCCL for GPUs, gloo otherwise.
 
     Raises:
-        UsageError: the environment does not say how to reach the others.
-        TrainingError: another process cannot be reached, or has ended.
+        UsageError: the environment does not specify how to reach the other processes.
+        TrainingError: another process has ended or cannot be reached.
     """
     dist = Distributed.from_environment()
     if dist.world_size == 1:
@@ -70,54 +70,54 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
         torch.cuda.set_device(device)
     try:
         group.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no number
+    except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing or invalid
         raise UsageError(
             f"WORLD_SIZE={dist.world_size} in the environment, but the processes cannot find each "
             f"other ({one_line(error)}); start with torchrun, or unset WORLD_SIZE"
         ) from None
     except RuntimeError as error:
-        raise _lost(error) from None
+        raise _connection_error(error) from None
     try:
         yield dist
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they hold what talks through the group
-        if isinstance(error, RuntimeError) and _tells_of_another_process(error):
-            raise _lost(error) from None
+        traceback.clear_frames(error.__traceback__)  # the frames hold references to DDP
+        if isinstance(error, RuntimeError) and _is_connection_error(error):
+            raise _connection_error(error) from None
         raise
     finally:
         gc.collect()  # reference cycles hold DDP, which is released before its process group
         group.destroy_process_group()
 
 
-def _tells_of_another_process(error: RuntimeError) -> bool:
-    """Whether the connection failed: gloo raises plain RuntimeErrors that name its files."""
+def _is_connection_error(error: RuntimeError) -> bool:
+    """Whether the connection failed. gloo raises RuntimeErrors that name its source files."""
     return isinstance(error, group.DistError) or "gloo" in str(error).lower()
 
 
-def _lost(error: RuntimeError) -> TrainingError:
-    reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # gloo: [its/own/file.cc:9]
+def _connection_error(error: RuntimeError) -> TrainingError:
+    reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # gloo starts with [file.cc:9]
     return TrainingError(
         "another process of this training has ended or cannot be reached "
-        f"({one_line(reason)}); start all of them again, with --resume"
+        f"({one_line(reason)}); restart all processes with --resume"
     )
 
 
 def total(value: Tensor, dist: Distributed) -> Tensor:
-    """The sum of `value` over all processes."""
+    """Sum `value` over all processes, in place."""
     if dist.world_size > 1:
         group.all_reduce(value)
     return value
 
 
 def highest(value: Tensor, dist: Distributed) -> Tensor:
-    """The largest `value` of all processes."""
+    """Reduce `value` to its maximum over all processes, in place."""
     if dist.world_size > 1:
         group.all_reduce(value, op=group.ReduceOp.MAX)
     return value
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; each one's gradient is the sum of all their gradients."""
+    """The sum over all processes. Its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ class _Sum(torch.autograd.Function):
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes.
 
-    PyTorch's own SyncBatchNorm is for GPUs only; this one runs wherever a process group does.
-    It expects batches of equal size, as `Batches` makes them.
+    PyTorch's SyncBatchNorm supports GPUs only. This one supports any device with a process group,
+    and requires batches of equal size, as `Batches` yields.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,23 +147,23 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        wide = x.float()
+        x_float = x.float()
         processes = group.get_world_size()
         count = processes * x.numel() // x.shape[1]
-        mean = _Sum.apply(wide.mean(dim=(0, 2, 3))) / processes
-        centred = wide - mean[:, None, None]
-        var = _Sum.apply(centred.square().mean(dim=(0, 2, 3))) / processes
+        mean = _Sum.apply(x_float.mean(dim=(0, 2, 3))) / processes
+        centered = x_float - mean[:, None, None]
+        var = _Sum.apply(centered.square().mean(dim=(0, 2, 3))) / processes
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / max(count - 1, 1), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
-        out: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        out: Tensor = centered * scale[:, None, None] + self.bias[:, None, None]
         return out.to(x.dtype)
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """The model with its batch norms replaced, parameters and names unchanged."""
+    """Replace the batch norms of `model` by synchronized ones with the same state and names."""
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
     for parent in list(model.modules()):

@@ -1,4 +1,4 @@
-"""The machine: device, precision, memory, and the facts that go into environment.json."""
+"""The device, the precision, memory use, and the contents of environment.json."""
 
 import contextlib
 import os
@@ -25,49 +25,57 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; otherwise what PyTorch calls it (cpu, cuda:1, mps).
+    """Return the device for `auto` or a PyTorch device name (cpu, cuda:1, mps).
 
-    Of several processes that torchrun starts each gets its own GPU. On CUDA, fp32 is made to mean
-    fp32: convolutions would otherwise round their inputs to TF32's ten bits.
+    `auto` selects a GPU if there is one. Each process that torchrun starts gets its own GPU. TF32
+    is disabled on CUDA, because its convolutions round fp32 inputs to ten bits.
 
     Raises:
-        UsageError: no such device, on this machine or at all, or not for several processes.
+        UsageError: the device is unknown or not available, or several processes cannot share it.
     """
-    several = from_environment("WORLD_SIZE", 1) > 1
+    distributed = from_environment("WORLD_SIZE", 1) > 1
     mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps and not several else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and not distributed else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps")
-    if several and (device.type == "mps" or (device.type == "cuda" and device.index is not None)):
+    if distributed and (
+        device.type == "mps" or (device.type == "cuda" and device.index is not None)
+    ):
         raise UsageError(f"several processes cannot share {name!r}; use --device cuda or cpu")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]
     if count == 0:
-        raise UsageError(f"device {name!r} is not there; this PyTorch sees no such hardware")
+        raise UsageError(f"device {name!r} is not available; PyTorch finds no such hardware")
     if not 0 <= (device.index or 0) < count:  # PyTorch wraps 128 around to -128
-        wanted = str(device) if several else name
-        raise UsageError(f"device {wanted!r} is not there; this machine has {count} of them")
+        label = str(device) if distributed else name
+        raise UsageError(
+            f"device {label!r} is not available; this machine has {count} of this type"
+        )
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> Resolved:
-    """`auto` is the fastest that the device computes in hardware: bf16, fp16 or fp32.
+    """Return the precision for `auto`, or the one that `name` names.
 
-    bf16 that a processor emulates is several times slower than fp32, so it must have the
-    instructions; a GPU without bf16 (a T4) trains in fp16 with loss scaling.
+    `auto` selects the fastest precision that the hardware supports. A CPU uses bf16 only if it has
+    the instructions, because emulation is several times slower than fp32. A GPU without bf16 (such
+    as a T4) uses fp16 with loss scaling.
+
+    Raises:
+        UsageError: the device does not support the precision.
     """
     if name == "fp16" and device.type == "mps":
-        raise UsageError("fp16 needs loss scaling, which PyTorch has not on mps; use fp32")
+        raise UsageError("fp16 needs loss scaling, which PyTorch does not support on mps; use fp32")
     if name != "auto":
-        return name  # type: ignore[return-value]  # the recipe has checked it
+        return name  # type: ignore[return-value]  # checked by the recipe
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if device.type == "cpu" and _cpu_has_bf16():
@@ -76,24 +84,24 @@ def resolve_precision(name: str, device: torch.device) -> Resolved:
 
 
 def _cpu_has_bf16() -> bool:
-    # PyTorch has these probes since 2.4, without a public name.
+    # These functions exist since PyTorch 2.4 and are not public.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def autocast(device: torch.device, precision: Resolved) -> contextlib.AbstractContextManager[Any]:
-    """The context in which the forward pass runs; parameters stay fp32."""
+    """Return the autocast context of the forward pass. Parameters stay in fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory so far, in MB of 10**6 bytes: the GPU's, or else the process's resident."""
+    """Return the peak memory in MB (10**6 bytes): allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")
-    if status.exists():  # Linux; getrusage would count what ran before exec
+    if status.exists():  # Linux; getrusage includes the time before exec
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6
@@ -107,7 +115,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def processor_name() -> str:
-    """The processor as its maker calls it, or the platform's word for it."""
+    """Return the processor's model name, or the platform's name for it."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -121,7 +129,7 @@ def processor_name() -> str:
 
 
 def environment(device: torch.device, precision: Resolved) -> dict[str, Any]:
-    """What the run's numbers depend on besides its recipe and data."""
+    """Return what the results of a run depend on, apart from its recipe and data."""
     facts: dict[str, Any] = {
         "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
@@ -148,16 +156,16 @@ def environment(device: torch.device, precision: Resolved) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and whether files differ from it, where the package runs from a checkout."""
-    here = Path(__file__).parent
+    """Return the commit of the package's checkout and whether files differ from it, or None."""
+    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
+        command = ["git", "-C", str(folder), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return result.stdout.strip()
 
     try:
-        if not git("ls-files", Path(__file__).name):  # installed inside someone else's repository
+        if not git("ls-files", Path(__file__).name):  # installed inside another repository
             return None
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):

@@ -1,12 +1,12 @@
-"""How many CPU threads a network runs on, beside whatever else the machine does.
+"""Choose the number of CPU threads according to the load from other programs.
 
-A training step meets hundreds of barriers at which every thread waits for the slowest. A thread
-that shares its core with another program is scheduled only part of the time, and all the others
-wait for it: two threads beside one busy program are slower than one thread alone. So a training
-on the CPU uses as many threads as other programs leave cores free, and reconsiders as it goes.
+A training step has hundreds of barriers at which every thread waits for the slowest. A thread that
+shares its core with another program runs only part of the time, and all others wait for it: two
+threads next to one busy program are slower than one thread. Training on the CPU therefore uses as
+many threads as there are free cores, and adjusts the number as the load changes.
 
-The number of threads decides the order of some sums, and so the last bits of the weights. Every
-change is therefore recorded with the step from which it holds, and resuming keeps it.
+The number of threads determines the order of some sums, and so the last bits of the weights. Every
+change is recorded with its first step, and a resumed run uses the recorded numbers.
 """
 
 import math
@@ -22,47 +22,50 @@ import psutil
 from resnet56.errors import UsageError
 
 WINDOW = 5.0  # seconds between two decisions
-FIRST_WINDOW = 0.3  # seconds to measure before the first one: processor times come in 10 ms
-BUSY = 0.4  # of a core in use by others: it no longer counts as free
-FREE = 0.25  # of a core in use by others: it counts as free again
-SOON = 12  # windows: cores that are taken again within them were not really free
-WAIT_AT_MOST = 12  # windows that cores must be free before they are used again
+FIRST_WINDOW = 0.3  # seconds before the first decision; CPU times have a resolution of 10 ms
+BUSY = 0.4  # a core counts as busy from this load by other programs
+FREE = 0.25  # a core counts as free again up to this load
+RELAPSE_WINDOWS = 12  # if cores are busy again within these windows, the wait doubles
+MAX_WAIT = 12  # windows; the longest wait before free cores are used
 
-SLOW = 0.5  # of the run's median throughput: worth a line
-RECOVERED = 0.75  # of the run's median throughput: worth another line the next time
-ENOUGH = 6  # windows that make a median
+SLOW = 0.5  # fraction of the run's median throughput below which a warning is shown
+RECOVERED = 0.75  # fraction above which the next slowdown is a new one
+MIN_WINDOWS = 6  # windows before the median is used
 
 
 class Load(NamedTuple):
-    """What other programs did in a stretch of time."""
+    """The load from other programs in a time window."""
 
     seconds: float
-    others: float  # cores that they kept busy, on average
+    others: float  # the average number of cores that other programs used
 
 
 class Meter(Protocol):
-    """Measures the other programs' use of the cores that this process may run on."""
+    """Measures how much other programs use the cores available to this process."""
 
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
-        """The load since the last window, once that is `seconds` ago; None before."""
+        """Return the load since the last window, or None if that is less than `seconds` ago."""
         ...
 
 
 class LoadMeter:
-    """Measures the other programs' use of the cores that this process may run on.
+    """Measures how much other programs use the cores available to this process.
 
-    Time that a hypervisor gives to other machines (steal) counts as other programs'.
+    Time that a hypervisor gives to other machines (steal) counts as use by other programs.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        # The processors of this process's affinity mask; macOS knows none.
-        known = hasattr(self._process, "cpu_affinity")
-        self._allowed = set(self._process.cpu_affinity()) if known else None
+        # macOS has no affinity mask.
+        has_affinity = hasattr(self._process, "cpu_affinity")
+        self._allowed = set(self._process.cpu_affinity()) if has_affinity else None
         self._last = self._read()
 
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
-        """The load since the last window, once that is `seconds` ago; None before, or it waits."""
+        """Return the load since the last window.
+
+        If that is less than `seconds` ago, return None or, with `wait`, sleep until then.
+        """
         missing = seconds - (time.perf_counter() - self._last[0])
         if missing > 0:
             if not wait:
@@ -74,30 +77,30 @@ class LoadMeter:
         return Load(elapsed, max(0.0, busy - own) / elapsed)
 
     def _read(self) -> tuple[float, float, float]:
-        """The time, all programs' use of the allowed processors, and this one's, in seconds."""
+        """Return the time, and the CPU time of all programs and of this one, in seconds."""
         busy = 0.0
         for number, times in enumerate(psutil.cpu_times(percpu=True)):
             if self._allowed is None or number in self._allowed:
-                spent = times._asdict()
-                # A guest's time is in the user's already.
-                resting = ("idle", "iowait", "guest", "guest_nice")
-                busy += sum(seconds for name, seconds in spent.items() if name not in resting)
+                fields = times._asdict()
+                # `user` includes `guest`, and `nice` includes `guest_nice`.
+                excluded = ("idle", "iowait", "guest", "guest_nice")
+                busy += sum(seconds for name, seconds in fields.items() if name not in excluded)
         return time.perf_counter(), busy, sum(self._process.cpu_times()[:4])
 
 
 class ThreadControl:
-    """The number of threads of one training, from its first step to its last.
+    """Controls the number of threads of a training run.
 
-    Use it as a context manager: when it ends, PyTorch has as many threads as before.
+    Use it as a context manager. It restores PyTorch's number of threads on exit.
 
     Args:
-        requested: a fixed number of threads; None leaves it to the control.
-        adaptive: whether the number follows the other programs' load. It should not on a GPU, nor
-            where several processes share the cores.
+        requested: a fixed number of threads, or None to choose it.
+        adaptive: whether to adjust the number to the load. Use False on a GPU or if several
+            processes share the cores.
         meter: measures the load.
 
     Raises:
-        UsageError: more threads are requested than there are processors, or fewer than one.
+        UsageError: `requested` is less than one or more than the number of processors.
     """
 
     def __init__(
@@ -107,23 +110,23 @@ class ThreadControl:
             check_threads(requested)
         self.requested = requested
         self.adaptive = adaptive and requested is None
-        self.others = 0.0  # cores that other programs used in the last window
+        self.others = 0.0  # cores used by other programs in the last window
         self.changes: list[list[int]] = []  # [first step, threads], in order
-        import torch  # here, not above: an ONNX file runs without PyTorch
+        import torch  # imported here because ONNX inference runs without PyTorch
 
         self._torch = torch
         self._before = torch.get_num_threads()
         usable = usable_cores()
-        self._most = min(self._before, usable)
-        # Two hyperthreads make one core.
+        self._max_threads = min(self._before, usable)
+        # Two hyperthreads share a core.
         self.cores = min(usable, psutil.cpu_count(logical=False) or usable)
         self._meter = meter or LoadMeter()
-        self._patience = 1  # windows that cores must be free before they are used again
+        self._wait_windows = 1  # windows that cores must be free before they are used
         self._free_windows = 0
-        self._windows_since_up = SOON
+        self._windows_since_up = RELAPSE_WINDOWS
 
     def __enter__(self) -> "ThreadControl":
-        """Set the last number again, if `begin` has chosen one."""
+        """Restore the last number that `begin` or `after_step` set, if any."""
         if self.changes:
             self._torch.set_num_threads(self.changes[-1][1])
         return self
@@ -134,12 +137,12 @@ class ThreadControl:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Set the number of threads back."""
+        """Restore the number of threads from before."""
         self._torch.set_num_threads(self._before)
 
     @property
     def threads(self) -> int:
-        """The present number."""
+        """The current number of threads."""
         return self._torch.get_num_threads()
 
     def begin(self, step: int, recorded: Mapping[str, Any] | None = None) -> str:
@@ -147,40 +150,39 @@ class ThreadControl:
 
         Args:
             step: the first step to run.
-            recorded: what `state` returned when the run to resume was saved.
+            recorded: the `state` of the run to resume.
 
         Returns:
-            A line for the user, or nothing.
+            A message for the user, or an empty string.
         """
-        line, chosen = "", self._most
+        line, chosen = "", self._max_threads
         if recorded is not None:
             self.changes = [list(change) for change in recorded["changes"]]
-            chosen = min(self.changes[-1][1], self._most)
+            chosen = min(self.changes[-1][1], self._max_threads)
             self.adaptive = self.adaptive and not recorded["fixed"]
-        elif self.adaptive and self._most > 1:
+        elif self.adaptive and self._max_threads > 1:
             load = self._meter.window(FIRST_WINDOW, wait=True)
             assert load is not None
             self.others = load.others
-            chosen = self._at_most(load.others, BUSY)
-            if chosen < self._most:
-                line = f"{self._who()}: training on {_count(chosen)} (--threads N sets another)"
+            chosen = self._free_threads(load.others, BUSY)
+            if chosen < self._max_threads:
+                line = f"{self.load_text()}; training with {_count(chosen)} (--threads N overrides)"
         if self.requested is not None:
             chosen = self.requested
         if recorded is not None and chosen != self.changes[-1][1]:
             line = (
-                f"so far it ran on {_count(self.changes[-1][1])}, it continues on "
-                f"{_count(chosen)}: the same within rounding, not to the bit"
+                f"the run used {_count(self.changes[-1][1])} so far and continues with "
+                f"{_count(chosen)}: results are equal within rounding, but not bit by bit"
             )
         self._set(chosen, step)
         return line
 
     def after_step(self, step: int) -> str:
-        """Reconsider the number of threads for the steps from `step` on.
+        """Adjust the number of threads for the steps from `step` on.
 
         Returns:
-            A line for the user if the number changed, or nothing. The caller then saves a
-            checkpoint, so that a run that is killed and resumed has the same number from the
-            same step.
+            A message for the user if the number changed, or an empty string. After a change, the
+            caller saves a checkpoint, so that a resumed run changes the number at the same step.
         """
         load = self._meter.window(WINDOW)
         if load is None:
@@ -190,124 +192,121 @@ class ThreadControl:
         if not self.adaptive:
             return ""
         now = self.threads
-        fewer, more = self._at_most(load.others, BUSY), self._at_most(load.others, FREE)
+        fewer, more = self._free_threads(load.others, BUSY), self._free_threads(load.others, FREE)
         self._free_windows = self._free_windows + 1 if more > now else 0
         if fewer < now:
-            soon = self._windows_since_up <= SOON
-            self._patience = min(2 * self._patience, WAIT_AT_MOST) if soon else 1
+            relapse = self._windows_since_up <= RELAPSE_WINDOWS
+            self._wait_windows = min(2 * self._wait_windows, MAX_WAIT) if relapse else 1
             self._set(fewer, step)
-            return f"{self._who()}: continuing on {_count(fewer)} (--threads N sets another number)"
-        if self._free_windows >= self._patience:
+            return f"{self.load_text()}; continuing with {_count(fewer)} (--threads N overrides)"
+        if self._free_windows >= self._wait_windows:
             self._free_windows = self._windows_since_up = 0
             self._set(more, step)
-            return f"{more} cores are free again: continuing on {_count(more)}"
+            return f"{more} cores are free again; continuing with {_count(more)}"
         return ""
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs, as JSON has it."""
+        """Return the state that resuming needs, as JSON values."""
         return {"fixed": not self.adaptive, "changes": self.changes}
 
-    def _at_most(self, others: float, tolerance: float) -> int:
-        """Threads that fit beside `others` busy cores."""
-        return max(1, min(math.floor(self.cores - others + tolerance), self._most))
+    def _free_threads(self, others: float, tolerance: float) -> int:
+        """Return the number of threads that fit beside `others` busy cores."""
+        return max(1, min(math.floor(self.cores - others + tolerance), self._max_threads))
 
     def _set(self, threads: int, step: int) -> None:
         self._torch.set_num_threads(threads)
         if not self.changes or self.changes[-1][1] != threads:
             self.changes.append([step, threads])
 
-    def _who(self) -> str:
+    def load_text(self) -> str:
+        """Describe the load from other programs."""
         return f"other programs use {self.others:.1f} of {self.cores} cores"
 
 
 class ThroughputMonitor:
-    """Notices when a training falls below half of its own median throughput.
+    """Detects when throughput falls below half of the run's median.
 
     Args:
-        control: knows what other programs do.
-        device: "cpu", "cuda", ...: for the likely reason.
+        control: provides the load from other programs.
+        device: "cpu", "cuda", ..., for the likely reason.
     """
 
     def __init__(self, control: ThreadControl, device: str) -> None:
         self._control = control
         self._device = device
         self._rates: list[float] = []
-        self._told = False
+        self._warned = False
         self._changes = len(control.changes)
-        self._at = (0, 0.0)  # images and seconds of the epoch at the last reading
-        self._images = self._work = self._seconds = 0.0
+        self._last = (0, 0.0)  # images and seconds of the epoch at the last update
+        self._images = self._cost = self._seconds = 0.0
 
     def update(self, images: int, seconds: float, cost: float = 1.0) -> str:
-        """Take a reading; returns a line for the user, or nothing.
+        """Record progress and return a message for the user, or an empty string.
 
         Args:
-            images: of the present epoch, so far.
-            seconds: that they took.
-            cost: of an image in this epoch, relative to the other epochs'.
+            images: the number of images of this epoch so far.
+            seconds: the time that they took.
+            cost: the cost of an image in this epoch, relative to other epochs.
         """
-        if images < self._at[0]:  # another epoch
-            self._at = (0, 0.0)
-        self._images += images - self._at[0]
-        self._work += cost * (images - self._at[0])
-        self._seconds += seconds - self._at[1]
-        self._at = (images, seconds)
-        if self._changes != len(self._control.changes):  # a window of two numbers of threads
+        if images < self._last[0]:  # a new epoch
+            self._last = (0, 0.0)
+        self._images += images - self._last[0]
+        self._cost += cost * (images - self._last[0])
+        self._seconds += seconds - self._last[1]
+        self._last = (images, seconds)
+        if self._changes != len(self._control.changes):  # the window has two numbers of threads
             self._changes = len(self._control.changes)
-            self._images = self._work = self._seconds = 0.0
+            self._images = self._cost = self._seconds = 0.0
         if self._seconds < WINDOW:
             return ""
-        rate, speed = self._work / self._seconds, self._images / self._seconds
+        rate, throughput = self._cost / self._seconds, self._images / self._seconds
         self._rates.append(rate)
-        self._images = self._work = self._seconds = 0.0
+        self._images = self._cost = self._seconds = 0.0
         median = statistics.median(self._rates)
         if rate > RECOVERED * median:
-            self._told = False
-        if len(self._rates) < ENOUGH or rate > SLOW * median or self._told:
+            self._warned = False
+        if len(self._rates) < MIN_WINDOWS or rate > SLOW * median or self._warned:
             return ""
-        self._told = True
+        self._warned = True
         return (
-            f"{speed:.0f} images/s, less than half of this run's median of "
-            f"{median / rate * speed:.0f}: {self._reason()}"
+            f"{throughput:.0f} images/s, less than half of this run's median of "
+            f"{median / rate * throughput:.0f}: {self._reason()}"
         )
 
     def _reason(self) -> str:
         control = self._control
         if self._device != "cpu":
-            return "another program may be using the device, or it is too hot or short of power"
+            return "another program may use the device, or heat or power limits may throttle it"
         if control.others > BUSY:
-            return (
-                f"other programs use {control.others:.1f} of {control.cores} cores; "
-                f"{_count(control.threads)} now, --threads N sets another number"
-            )
+            return f"{control.load_text()}; using {_count(control.threads)} (--threads N overrides)"
         return (
-            "no other program on these cores explains it; the processor may be too hot or short "
-            f"of power, or a container's limit may hold it back; {_count(control.threads)} now, "
-            "--threads N sets another number"
+            "no other program uses these cores; the processor may be throttled by heat, power or a "
+            f"container limit; using {_count(control.threads)} (--threads N overrides)"
         )
 
 
 def usable_cores() -> int:
-    """Processors that this process may use: of its affinity mask, and of a container's quota."""
+    """Return the number of processors that the affinity mask and the container quota allow."""
     from joblib import cpu_count
 
     return int(cpu_count())
 
 
 def check_threads(threads: int) -> None:
-    """UsageError unless this machine can run so many."""
-    most = os.cpu_count() or 1
-    if not 1 <= threads <= most:
-        raise UsageError(f"--threads must be from 1 to {most} on this machine, not {threads}")
+    """Raise UsageError unless `threads` is from 1 to the number of processors."""
+    processors = os.cpu_count() or 1
+    if not 1 <= threads <= processors:
+        raise UsageError(f"--threads must be from 1 to {processors} on this machine, not {threads}")
 
 
 def set_threads(requested: int | None) -> None:
-    """Run PyTorch on `requested` threads from here on.
+    """Set PyTorch's number of threads.
 
     Args:
-        requested: None for as many as other programs leave cores free at the moment.
+        requested: the number of threads, or None for the number of cores that are free now.
 
     Raises:
-        UsageError: more threads are requested than there are processors, or fewer than one.
+        UsageError: `requested` is less than one or more than the number of processors.
     """
     import torch
 

@@ -241,7 +241,7 @@ def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]
         (["train", "quick", "--arch", "plain57"], "nearest are 56 and 62"),
         (["describe", "--arch", "plain56-bottleneck"], "choose plain56"),
         (["train", "quick", "--device", "abacus"], "unknown device 'abacus'"),
-        (["train", "quick", "--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["train", "quick", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["train", "quick", "--data", "cifar11"], "unknown data 'cifar11'.*cifar10"),
         (["train", "--resume"], "--resume needs --out"),
         (["describe", "--arch", "resnet1"], "nearest is 8"),

@@ -164,7 +164,7 @@ def test_losses_of_fused_training_match_eager_training(arch: str, precision: Res
     assert losses["fused"][-10:].mean() < 0.6 * losses["fused"][:10].mean()  # the loss decreases
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised within PyTorch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside PyTorch
 def test_losses_of_compiled_training_match_eager_training() -> None:
     try:
         compiled = run("resnet8", "compiled", 5)

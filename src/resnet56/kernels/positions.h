@@ -285,7 +285,8 @@ static void write_block_row(const Conv *c, long image, long y, bf16 *to) {
     else write_block_row_as(c, NONE, image, y, to);
 }
 
-/* Fills the row of positions with the convolution's input. `x_is_written`: by the forward pass. */
+/* Fills the row of positions with the convolution's input. `x_is_written`: the forward pass has
+ * already computed x. */
 static void fill_input(const Conv *c, const Layout *l, long first, long count, int x_is_written,
                        bf16 *positions) {
     zero_padding(positions, c, l, c->in, count);
