@@ -215,6 +215,7 @@ BAD: list[tuple[str, Any]] = [
     ("plain_tail", 41),
     ("teacher", "resnet56"),
     ("teacher", (1,)),
+    ("teacher", ("a", "a")),
     ("teacher_weight", 0),
     ("teacher_weight", 1.5),
     ("teacher_temperature", 0),

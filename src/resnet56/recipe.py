@@ -199,6 +199,9 @@ class Recipe:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
+        _require(
+            len(set(self.teacher)) == len(self.teacher), "teacher", self.teacher, "all different"
+        )
         _require(0 < self.teacher_weight <= 1, "teacher_weight", self.teacher_weight, "in (0, 1]")
         most = f"above 0 and at most {LARGEST:,}"
         temperature = self.teacher_temperature
