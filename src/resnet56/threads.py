@@ -137,7 +137,7 @@ class ThreadControl:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Restore the number of threads from before."""
+        """Restore the previous number of threads."""
         self._torch.set_num_threads(self._before)
 
     @property

@@ -3,7 +3,7 @@
 In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write whole
 feature maps. Here each convolution, fused with the operations around it, is one call forward and
 one backward. Like the smaller kernel of `fused`, it is compiled at run time and compared with
-PyTorch before it is used. Training falls back to slower modes where it is not available.
+PyTorch before it is used. Where it is not available, training falls back to a slower mode.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
     if unit == 0:
         raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
     if unit == 1 and not vectors:
-        raise UnavailableError("no matrix unit (AMX) that the processor and the compiler support")
+        raise UnavailableError("the processor or the compiler supports no matrix unit (AMX)")
     network = NativeNetwork(model, library)
     _check(library)
     return network
