@@ -178,7 +178,7 @@ def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
     run.save(checkpoint())
     head = read_json(run.checkpoint_file) | {"format": 99}
     run.checkpoint_file.write_text(json.dumps(head))
-    with pytest.raises(RunError, match="format 99, newer.*update resnet56"):
+    with pytest.raises(RunError, match="format 99, but this version.*update resnet56"):
         run.load()
 
 
@@ -204,7 +204,7 @@ def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
-    with pytest.raises(RunError, match=r"not empty \(thesis\.tex is in it\)"):
+    with pytest.raises(RunError, match=r"not empty \(it contains thesis\.tex\)"):
         RunDirectory(other).create()
     assert [path.name for path in other.iterdir()] == ["thesis.tex"]
 
