@@ -123,7 +123,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(RunError, match=r"No space left on device.*untouched") as caught:
+    with pytest.raises(RunError, match=r"No space left on device.*unchanged") as caught:
         run.save(checkpoint(step=8))
     assert "\n" not in str(caught.value)
     assert run.load(training=True).position.step == 7
