@@ -33,6 +33,6 @@ def _network(name: str, pretrained: bool) -> nn.Module:
     if pretrained:
         checkpoint = load(name)
         model.load_state_dict(checkpoint.model)
-        network = checkpoint.network
-        model.mean, model.std, model.classes = network.mean, network.std, network.classes
+        config = checkpoint.config
+        model.mean, model.std, model.classes = config.mean, config.std, config.classes
     return model.eval()

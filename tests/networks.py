@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from resnet56.model import build
-from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 
 CLASSES = ("blue", "green", "red")
 
@@ -13,8 +13,8 @@ def lively(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpo
     """Weights whose logits depend on the image, with statistics that are no defaults."""
     model = build(arch, classes=len(classes), seed=3)
     liven(model, model.fc)
-    network = Network(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    return Checkpoint(network, model.state_dict())
+    config = ModelConfig(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    return Checkpoint(config, model.state_dict())
 
 
 def liven(model: nn.Module, last: nn.Linear) -> None:

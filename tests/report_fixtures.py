@@ -11,7 +11,7 @@ import torch
 from resnet56.files import write_json
 from resnet56.metrics import measure
 from resnet56.recipe import RECIPES, Recipe
-from resnet56.runs.checkpoint import Checkpoint, Network, Position
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
 
 CIFAR = (
@@ -21,7 +21,7 @@ CIFAR = (
 SIMILAR = {3: 5, 5: 3, 0: 8, 8: 0, 1: 9, 9: 1, 2: 4, 4: 2}  # cat and dog, airplane and ship, ...
 
 
-def figures(
+def metrics(
     classes: tuple[str, ...], images: int, accuracy: float, seed: int = 0
 ) -> dict[str, Any]:
     """Metrics of synthetic logits with approximately this accuracy."""
@@ -46,8 +46,8 @@ def evaluation(
 ) -> dict[str, Any]:
     """An evaluation.json with these metrics of 10,000 test images."""
     return {
-        "test": figures(classes, 10_000, 0.9) | metrics,
-        "weights": "last",
+        "test": metrics(classes, 10_000, 0.9) | metrics,
+        "weights": "final",
         "epoch": 0,
         "step": step,
         "device": "cpu",
@@ -73,8 +73,8 @@ def epochs(recipe: Recipe, done: int, seed: int = 0) -> list[dict[str, Any]]:
             "seconds": 16.5 + generator.random(),
             "peak_memory_mb": 812.5,
         }
-        if recipe.holdout:
-            row |= {"holdout_loss": 1.1 * loss + 0.15, "holdout_accuracy": 0.97 - loss / 3}
+        if recipe.val_size:
+            row |= {"val_loss": 1.1 * loss + 0.15, "val_accuracy": 0.97 - loss / 3}
         rows.append(row)
     return rows
 
@@ -101,20 +101,20 @@ def make_run(
     write_json(run.environment_file, ENVIRONMENT)
     rows = epochs(recipe, done, seed)
     run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    network = Network(recipe.arch, classes, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
-    weights = "averaged" if recipe.ema_decay else "last"
+    config = ModelConfig(recipe.arch, classes, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    weights = "ema" if recipe.ema_decay else "final"
     run.save(
         Checkpoint(
-            network,
+            config,
             model={"w": torch.zeros(1)},
-            position=Position(epoch=done, step=390 * done),
-            notes={"weights": weights, "data": fingerprint},
+            progress=Progress(epoch=done, step=390 * done),
+            metadata={"weights": weights, "data": fingerprint},
         )
     )
     if tested:
         evaluation = {
-            "test": figures(classes, images, accuracy, seed),
-            "train": figures(classes, images, train_accuracy, seed + 1),
+            "test": metrics(classes, images, accuracy, seed),
+            "train": metrics(classes, images, train_accuracy, seed + 1),
             "weights": weights,
             "epoch": done,
             "step": 390 * done,
@@ -122,8 +122,8 @@ def make_run(
             "precision": "fp32",
             "data": ENVIRONMENT["data"]["source"],
         }
-        if recipe.holdout:
-            evaluation["holdout"] = figures(classes, images, accuracy, seed + 2)
+        if recipe.val_size:
+            evaluation["validation"] = metrics(classes, images, accuracy, seed + 2)
         if extras:
             evaluation |= {"speed": SPEED, "robustness": ROBUSTNESS}
         write_json(run.evaluation_file, evaluation)
@@ -182,8 +182,8 @@ ENVIRONMENT: dict[str, Any] = {
     },
 }
 SPEED = {
-    "batch_1": {"milliseconds_an_image": 4.7321, "images_per_second": 211.3},
-    "batch_256": {"milliseconds_an_image": 0.0214, "images_per_second": 46728.9},
+    "batch_1": {"ms_per_image": 4.7321, "images_per_second": 211.3},
+    "batch_256": {"ms_per_image": 0.0214, "images_per_second": 46728.9},
     "peak_memory_mb": 1234.5,
 }
 ROBUSTNESS = {

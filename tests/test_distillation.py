@@ -17,13 +17,13 @@ from resnet56.errors import RunError, UsageError
 from resnet56.inference import restore
 from resnet56.model import build
 from resnet56.recipe import Recipe
-from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.step import Trainer
 from resnet56.training import Interrupted, train
 
 CPU = torch.device("cpu")
-STUDENT = Network("resnet8", ("a", "b", "c"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+STUDENT = ModelConfig("resnet8", ("a", "b", "c"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def teacher(seed: int, **constants: Any) -> Checkpoint:
@@ -68,7 +68,7 @@ def test_an_ensemble_is_the_mean_over_teachers_that_see_the_image_in_their_own_u
     view = images()
     expected = []
     for checkpoint in (teacher(0), other):
-        net = checkpoint.network
+        net = checkpoint.config
         pixels = view * torch.tensor(STUDENT.std)[:, None, None]
         pixels = pixels + torch.tensor(STUDENT.mean)[:, None, None]
         own = (pixels - torch.tensor(net.mean)[:, None, None]) / torch.tensor(net.std)[
@@ -131,7 +131,7 @@ def test_a_distilled_run_records_its_teachers_and_resumes_to_the_same_bits(
     one, other = (RunDirectory(tmp_path / name).load() for name in ("straight", "run"))
     assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
     recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["teachers"]
-    assert recorded == one.notes["teachers"]
+    assert recorded == one.metadata["teachers"]
     assert [entry["sha256"] for entry in recorded] == [
         fingerprint(RunDirectory(Path(name)).load()) for name in names
     ]

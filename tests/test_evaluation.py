@@ -17,10 +17,10 @@ from resnet56.data.dataset import Dataset
 from resnet56.evaluation import (
     compare,
     evaluate_run,
+    evaluated_model,
     inference_speed,
     measure_extras,
     measure_robustness,
-    subject_of,
 )
 from resnet56.files import write_json
 from resnet56.recipe import Recipe
@@ -46,15 +46,15 @@ def test_evaluating_again_gives_the_same_figures(run: RunDirectory, tiny: Datase
 
 
 def test_predictions_are_the_ones_the_figures_count(run: RunDirectory, tiny: Dataset) -> None:
-    figures = json.loads(run.evaluation_file.read_text())["test"]
+    metrics = json.loads(run.evaluation_file.read_text())["test"]
     kept = np.load(run.predictions_file, allow_pickle=False)
     assert kept["indices"].tolist() == list(range(24))
     assert kept["labels"].tolist() == tiny.test.labels.tolist()
     predicted = kept["logits"].argmax(axis=1)
-    assert (predicted == kept["labels"]).mean() == figures["accuracy"]
+    assert (predicted == kept["labels"]).mean() == metrics["accuracy"]
     matrix = np.zeros((3, 3), int)
     np.add.at(matrix, (kept["labels"], predicted), 1)
-    assert matrix.tolist() == figures["confusion_matrix"]
+    assert matrix.tolist() == metrics["confusion_matrix"]
 
 
 def test_samples_show_the_surest_mistakes_and_real_crops(run: RunDirectory, tiny: Dataset) -> None:
@@ -86,7 +86,7 @@ def test_samples_show_cutout_and_trivial_augment_too(
     erased = Augmentation(flip=False, padding=0, cutout=12)
     evaluate_run(copy, tiny, augmentation=erased, device=CPU)
     kept = np.load(copy.samples_file)
-    mean = np.round(255 * np.array(run.load().network.mean))[:, None]
+    mean = np.round(255 * np.array(run.load().config.mean))[:, None]
     for original, variants in zip(kept["originals"], kept["augmented"], strict=True):
         for variant in variants:
             covered = (variant != original).any(axis=0)
@@ -113,13 +113,13 @@ def test_samples_show_mixed_images_as_often_as_the_training_made_them(
 
 
 def test_robustness_is_the_accuracy_on_corrupted_images(run: RunDirectory, tiny: Dataset) -> None:
-    subject = subject_of(run.load(), CPU)
-    found = measure_robustness(subject, tiny.test, 10)
+    evaluated = evaluated_model(run.load(), CPU)
+    found = measure_robustness(evaluated, tiny.test, 10)
     assert found["images"] == 10
     assert set(found["corruptions"]) == set(CORRUPTIONS)
     index = evenly_spaced(24, 10)
     noisy = corrupt(tiny.test.images[index], "shot noise", 3)
-    hits = (subject.logits(noisy).argmax(1) == tiny.test.labels[index]).sum().item()
+    hits = (evaluated.logits(noisy).argmax(1) == tiny.test.labels[index]).sum().item()
     assert found["corruptions"]["shot noise"][2] == pytest.approx(hits / 10)
     every = [value for values in found["corruptions"].values() for value in values]
     assert found["mean_accuracy"] == pytest.approx(sum(every) / 50)
@@ -131,12 +131,12 @@ def test_speed_is_the_median_time_over_the_images_of_a_batch(
     # Every other batch takes 6 s, one 60, the rest 12; the 24 images are repeated to make 256.
     durations = itertools.cycle([6.0, 12.0, 6.0, 12.0, 60.0, 12.0])
     readings = itertools.chain.from_iterable((0.0, seconds) for seconds in durations)
-    subject = subject_of(run.load(), CPU)
+    evaluated = evaluated_model(run.load(), CPU)
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(readings))
-    speed = inference_speed(subject, tiny.test.images)
-    assert speed["batch_1"] == {"milliseconds_an_image": 12_000.0, "images_per_second": 1 / 12}
+    speed = inference_speed(evaluated, tiny.test.images)
+    assert speed["batch_1"] == {"ms_per_image": 12_000.0, "images_per_second": 1 / 12}
     assert speed["batch_256"] == {
-        "milliseconds_an_image": 12_000.0 / 256, "images_per_second": 256 / 12,
+        "ms_per_image": 12_000.0 / 256, "images_per_second": 256 / 12,
     }  # fmt: skip
 
 
@@ -156,14 +156,14 @@ def test_what_was_measured_of_the_same_weights_stays(run: RunDirectory, tiny: Da
 
 
 def test_a_network_compared_with_itself_changes_nothing(run: RunDirectory, tiny: Dataset) -> None:
-    subject = subject_of(run.load(), CPU)
-    found = compare(subject, subject, ("cpu fp32", "cpu fp32"), tiny.test)
+    evaluated = evaluated_model(run.load(), CPU)
+    found = compare(evaluated, evaluated, ("cpu fp32", "cpu fp32"), tiny.test)
     assert (found["changed"], found["largest_difference"]) == (0, 0.0)
     assert "explains none" in found["verdict"]
 
 
 def test_a_changed_network_is_counted_image_by_image(run: RunDirectory, tiny: Dataset) -> None:
-    one, other = subject_of(run.load(), CPU), subject_of(run.load(), CPU)
+    one, other = evaluated_model(run.load(), CPU), evaluated_model(run.load(), CPU)
     with torch.no_grad():
         other.model.fc.bias[1] += 100.0  # every image becomes the second class
     found = compare(one, other, ("a", "b"), tiny.test)
@@ -177,6 +177,6 @@ def test_a_changed_network_is_counted_image_by_image(run: RunDirectory, tiny: Da
 
 
 def test_bf16_logits_are_near_those_of_fp32(run: RunDirectory, tiny: Dataset) -> None:
-    a, b = (subject_of(run.load(), CPU, precision) for precision in ("fp32", "bf16"))
+    a, b = (evaluated_model(run.load(), CPU, precision) for precision in ("fp32", "bf16"))
     found = compare(a, b, ("cpu fp32", "cpu bf16"), tiny.test)
     assert 0 < found["largest_difference"] < 0.5

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from resnet56 import cli
 from resnet56.inspection import inspect_layers
 from resnet56.model import ResNet, build
-from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 
 DIGITS = tuple("0123456789")
@@ -166,8 +166,8 @@ def inspected(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = RunDirectory(tmp_path_factory.mktemp("run") / "run")
-    network = Network("plain8", DIGITS, (0.3, 0.3, 0.3), (0.4, 0.4, 0.4))
-    directory.save(Checkpoint(network, build("plain8", seed=4).state_dict()))
+    config = ModelConfig("plain8", DIGITS, (0.3, 0.3, 0.3), (0.4, 0.4, 0.4))
+    directory.save(Checkpoint(config, build("plain8", seed=4).state_dict()))
     return directory.path
 
 
@@ -178,7 +178,7 @@ def test_it_answers_for_runs_and_architectures_and_draws(
     found = inspected(capsys, str(run), "resnet8", "--out", str(out))
     trained, initial = found["networks"]
     assert (trained["weights"], initial["weights"]) == ("trained", "initial")
-    assert [len(network["layers"]) for network in (trained, initial)] == [8, 8]
+    assert [len(config["layers"]) for config in (trained, initial)] == [8, 8]
     assert out.read_text(encoding="utf-8").count("resnet8") >= 1
     without = inspected(capsys, "resnet8", "--no-batch-norm")["networks"][0]
     assert without["loss"] != initial["loss"]

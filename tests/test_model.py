@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet56.errors import UsageError
-from resnet56.model import Architecture, PadShortcut, ResNet, blocks_a_stage, build, describe
+from resnet56.model import Architecture, PadShortcut, ResNet, blocks_per_stage, build, describe
 
 SMALL = ["resnet14", "resnet14-b", "resnet20-bottleneck", "plain14"]  # two blocks per stage
 LAYERS = {"": 2, "-b": 2, "-bottleneck": 3}  # convolutions per block
@@ -133,7 +133,7 @@ def test_an_invalid_depth_is_refused_with_the_nearest_valid_ones(
 ) -> None:
     step = {"basic": 6, "bottleneck": 9}[block]
     if nearest == (depth,):
-        assert step * blocks_a_stage(depth, block) + 2 == depth
+        assert step * blocks_per_stage(depth, block) + 2 == depth
         return
     with pytest.raises(UsageError) as caught:
         ResNet(depth, block)

@@ -207,9 +207,9 @@ def test_pretrained_model_matches_its_run(
 ) -> None:
     monkeypatch.chdir(weights_folder)
     assert pretrained.names() == ["small"]
-    assert pretrained.card("small")["network"]["classes"] == list(CLASSES)
+    assert pretrained.card("small")["config"]["classes"] == list(CLASSES)
     small = resnet56.load("small", device="cpu")
-    assert (small.name, small.network) == ("small", predictor.network)
+    assert (small.name, small.config) == ("small", predictor.config)
     assert {p.dtype for p in small.model.parameters()} == {torch.float32}
     images = np.random.default_rng(1).integers(0, 256, (64, 3, 32, 32), np.uint8)
     logits, expected = small.run(images)[0], predictor.run(images)[0]

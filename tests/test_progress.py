@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from resnet56 import progress
-from resnet56.progress import TrainingProgress
+from resnet56.progress import TrainingDisplay
 
 
 def test_the_time_left_knows_that_small_images_are_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,7 +14,7 @@ def test_the_time_left_knows_that_small_images_are_quicker(monkeypatch: pytest.M
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     said = io.StringIO()
-    shown = TrainingProgress(console=Console(file=said))
+    shown = TrainingDisplay(console=Console(file=said))
     shown.begin([0.25, 0.25, 1.0, 1.0], 10, 4)  # resumed after four steps
     clock[0] = 400.0
     shown.step(8, 1.0, 0.5, 100.0)  # 400 s for 4 quarters; 2 + 10 quarters and 20 wholes to go

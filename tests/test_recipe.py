@@ -148,8 +148,8 @@ def test_an_unknown_field_is_told_the_nearest_or_all(wrong: str, meant: str | No
 
 
 def test_several_emas_need_validation_images() -> None:
-    assert "--holdout" in refusal(lambda: Recipe(ema_decay=(0.9, 0.99)))
-    assert Recipe(ema_decay=(0.9, 0.99), holdout=10).ema_decay == (0.9, 0.99)
+    assert "--val-size" in refusal(lambda: Recipe(ema_decay=(0.9, 0.99)))
+    assert Recipe(ema_decay=(0.9, 0.99), val_size=10).ema_decay == (0.9, 0.99)
 
 
 BAD: list[tuple[str, Any]] = [
@@ -225,7 +225,7 @@ BAD: list[tuple[str, Any]] = [
     ("ema_decay", (0.999, 0.99)),
     ("ema_decay", (0.9, 0.9)),
     ("precision", "fp8"),
-    ("holdout", -1),
+    ("val_size", -1),
     ("seed", -1),
     ("seed", 2**32),
     ("seed", 1.0),

@@ -34,7 +34,11 @@ def test_the_tables_match_the_files() -> None:
 def test_accuracies_match_the_confusion_matrices(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-    totals = {"test": 10_000, "train": 50_000 - recipe["holdout"], "holdout": recipe["holdout"]}
+    totals = {
+        "test": 10_000,
+        "train": 50_000 - recipe["val_size"],
+        "validation": recipe["val_size"],
+    }
     for split, total in totals.items():
         if not total:
             continue

@@ -143,7 +143,7 @@ def test_fp16_without_loss_scaling_is_an_error() -> None:
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
 def test_autocast_multiplies_matrices_in_the_precision(
-    name: runtime.Resolved, dtype: object
+    name: runtime.Precision, dtype: object
 ) -> None:
     with runtime.autocast(CPU, name):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

@@ -15,7 +15,7 @@ from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.runs.checkpoint import not_finite
-from resnet56.step import Trainer, learning_rate, make_forward, make_optimizer
+from resnet56.step import Trainer, learning_rate, make_optimizer, prepare_model
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -99,8 +99,8 @@ class PlainLoop:
 # Learning rates
 
 
-def rates(plan: Recipe, steps_an_epoch: int) -> list[float]:
-    return [learning_rate(plan, i, steps_an_epoch) for i in range(plan.epochs * steps_an_epoch)]
+def rates(plan: Recipe, steps_per_epoch: int) -> list[float]:
+    return [learning_rate(plan, i, steps_per_epoch) for i in range(plan.epochs * steps_per_epoch)]
 
 
 def test_the_reports_rate_halves_every_ten_epochs() -> None:
@@ -154,11 +154,11 @@ def test_cosine_begins_after_the_warm_up() -> None:
     assert rates(plan, 7)[14:] == pytest.approx(pytorchs(scheduler, 28))
 
 
-@pytest.mark.parametrize(("warmup", "steps_an_epoch"), [(0, 5), (1, 5), (1.5, 8), (3, 7)])
-def test_one_cycle_is_a_line_up_and_a_line_down(warmup: float, steps_an_epoch: int) -> None:
+@pytest.mark.parametrize(("warmup", "steps_per_epoch"), [(0, 5), (1, 5), (1.5, 8), (3, 7)])
+def test_one_cycle_is_a_line_up_and_a_line_down(warmup: float, steps_per_epoch: int) -> None:
     plan = recipe(epochs=6, schedule="one-cycle", warmup_epochs=warmup)
-    curve = rates(plan, steps_an_epoch)
-    peak = int(warmup * steps_an_epoch)
+    curve = rates(plan, steps_per_epoch)
+    peak = int(warmup * steps_per_epoch)
     assert min(curve) > 0
     assert curve[peak] == LR
     assert [step for step, rate in enumerate(curve) if rate >= LR] == [peak]
@@ -245,7 +245,7 @@ def running(execution: str, plan: Recipe) -> Trainer:
     model = build("resnet8", seed=0)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        forward = make_forward(model.train(), execution, precision)
+        forward = prepare_model(model.train(), execution, precision)
     except UsageError as reason:
         skip_without_kernel(reason)
     return Trainer(model, forward.module, plan, precision)
@@ -355,7 +355,7 @@ def test_an_average_of_constant_weights_is_these_weights() -> None:
 
 
 def test_several_averages_are_those_of_trainings_with_one_each() -> None:
-    several = trainer(recipe(ema_decay=(0.3, 0.9), holdout=1))
+    several = trainer(recipe(ema_decay=(0.3, 0.9), val_size=1))
     run(several, range(4))
     for ema in several.emas:
         single = trainer(recipe(ema_decay=(ema.decay,)))
@@ -403,7 +403,7 @@ def test_reestimated_statistics_are_the_means_over_the_batches_of_what_each_norm
         {},
         {"ema_decay": (0.9,)},
         {"momentum": 0.0},
-        {"nesterov": True, "ema_decay": (0.3, 0.9), "holdout": 1},
+        {"nesterov": True, "ema_decay": (0.3, 0.9), "validation": 1},
     ],
     ids=lambda fields: "-".join(fields) or "plain",
 )

@@ -16,7 +16,7 @@ from resnet56 import threads, training
 from resnet56.cli import main
 from resnet56.data.dataset import Dataset
 from resnet56.errors import UsageError
-from resnet56.progress import TrainingProgress
+from resnet56.progress import TrainingDisplay
 from resnet56.recipe import Recipe
 from resnet56.runs.directory import RunDirectory
 from resnet56.threads import Load, LoadMeter, ThreadControl, ThroughputMonitor
@@ -161,7 +161,7 @@ def test_the_meter_excludes_this_process() -> None:
     assert beside.others > 0.1
 
 
-class RecordedProgress(TrainingProgress):
+class RecordedProgress(TrainingDisplay):
     """Records the messages."""
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ def test_a_run_with_a_change_of_threads_resumes_bit_by_bit(
     train(recipe, tiny, tmp_path / "straight", device="cpu", progress=progress)
     assert sum("continuing with 1 thread" in line for line in progress.lines) == 1
     head = RunDirectory(tmp_path / "straight").load()
-    assert head.notes["threads"] == {"fixed": False, "changes": [[0, 2], [1, 1], [3, 2]]}
+    assert head.metadata["threads"] == {"fixed": False, "changes": [[0, 2], [1, 1], [3, 2]]}
     rows = RunDirectory(tmp_path / "straight").read_metrics()
     assert [row["threads"] for row in rows] == [1, 2]
 
@@ -223,10 +223,10 @@ def test_a_run_with_a_change_of_threads_resumes_bit_by_bit(
         with pytest.raises(Killed):
             train(recipe, tiny, tmp_path / "killed", device="cpu")
     saved = RunDirectory(tmp_path / "killed").load()
-    assert (saved.position.step, saved.notes["threads"]["changes"]) == (1, [[0, 2], [1, 1]])
+    assert (saved.progress.step, saved.metadata["threads"]["changes"]) == (1, [[0, 2], [1, 1]])
     monkeypatch.setattr(threads, "LoadMeter", lambda: StepMeter(busy=-9, free=1))
     train(recipe, tiny, tmp_path / "killed", device="cpu", resume=True)
-    assert RunDirectory(tmp_path / "killed").load().notes == head.notes
+    assert RunDirectory(tmp_path / "killed").load().metadata == head.metadata
     assert same_weights("straight", "killed")
     # The number of threads does change the weights; otherwise the test would be meaningless.
     train(recipe, tiny, tmp_path / "one", device="cpu", threads=1)

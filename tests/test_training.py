@@ -20,7 +20,7 @@ from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, TrainingError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.inference import restore
-from resnet56.progress import TrainingProgress
+from resnet56.progress import TrainingDisplay
 from resnet56.recipe import Recipe, read
 from resnet56.report.read import read_run
 from resnet56.runs.directory import RunDirectory
@@ -68,8 +68,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     rows = [untimed(RunDirectory(path).read_metrics()) for path in (one, other)]
     assert rows[0] == rows[1]
-    figures = [json.loads((path / "evaluation.json").read_text()) for path in (one, other)]
-    assert figures[0] == figures[1]
+    metrics = [json.loads((path / "evaluation.json").read_text()) for path in (one, other)]
+    assert metrics[0] == metrics[1]
 
 
 def test_a_run_learns_and_leaves_what_it_promises(straight: Path, tiny: Dataset) -> None:
@@ -89,7 +89,7 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: Path, tiny: Dataset)
     evaluation = json.loads((straight / "evaluation.json").read_text())
     assert evaluation["test"]["n"] == 24
     assert evaluation["train"]["n"] == 50
-    assert evaluation["weights"] == "averaged"
+    assert evaluation["weights"] == "ema"
     facts = json.loads((straight / "environment.json").read_text())
     assert facts["data"] == {"origin": tiny.origin, "source": tiny.source, "mirrored": True}
 
@@ -101,8 +101,8 @@ def test_accuracies_are_those_of_the_weights_on_the_disk(straight: Path, tiny: D
     model = restore(checkpoint, torch.device("cpu"))
     pixels = tiny.train.images.double() / 255
     mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3), correction=0)
-    assert checkpoint.network.mean == pytest.approx(mean.tolist(), abs=1e-12)
-    assert checkpoint.network.std == pytest.approx(std.tolist(), abs=1e-12)
+    assert checkpoint.config.mean == pytest.approx(mean.tolist(), abs=1e-12)
+    assert checkpoint.config.std == pytest.approx(std.tolist(), abs=1e-12)
     for name, split in (("test", tiny.test), ("train", tiny.train)):
         inputs = ((split.images / 255 - mean[:, None, None]) / std[:, None, None]).float()
         with torch.no_grad():
@@ -132,7 +132,7 @@ def test_ctrl_c_is_heard_where_an_epoch_is_one_step(
 ) -> None:
     recipe = dataclasses.replace(small, batch_size=50)
     run_until(tmp_path / "run", 2, recipe, tiny)
-    assert RunDirectory(tmp_path / "run").load().position.epoch == 2
+    assert RunDirectory(tmp_path / "run").load().progress.epoch == 2
 
 
 @pytest.mark.parametrize("steps", [[1], [STEPS - 1], [STEPS], [STEPS + 3, 2 * STEPS + 1]])
@@ -220,7 +220,7 @@ def test_a_checkpoint_is_written_within_a_long_epoch(
     save = RunDirectory.save
     monkeypatch.setattr(cadence, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(
-        RunDirectory, "save", lambda self, c: (saved.append(c.position.step), save(self, c))
+        RunDirectory, "save", lambda self, c: (saved.append(c.progress.step), save(self, c))
     )
     train(dataclasses.replace(small, epochs=1), tiny, tmp_path / "run", device="cpu")
     assert saved == [0, 1, 2, 3, 4, 5, 6]
@@ -253,8 +253,8 @@ def test_data_that_moved_is_where_it_was_last_found(
 def test_resuming_a_finished_run_only_tests_it_again(straight: Path, tiny: Dataset) -> None:
     before = (straight / "metrics.jsonl").read_bytes()
     recipe = read(straight / "recipe.json")
-    figures = train(recipe, tiny, straight, device="cpu", resume=True)
-    assert figures["epoch"] == 3
+    metrics = train(recipe, tiny, straight, device="cpu", resume=True)
+    assert metrics["epoch"] == 3
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
@@ -288,8 +288,8 @@ def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
     if before["execution"] != "fused":
         pytest.skip(before["execution_reason"])
     monkeypatch.setenv("CC", "no-such-compiler")
-    with TrainingProgress() as progress:
-        train(small, tiny, tmp_path / "run", device="cpu", resume=True, progress=progress)
+    with TrainingDisplay() as display:
+        train(small, tiny, tmp_path / "run", device="cpu", resume=True, display=display)
     printed = capsys.readouterr().out
     assert "so far it ran fp32 fused, it continues fp32 eager" in printed
     assert "training is slower than it could be: " in printed
@@ -305,9 +305,9 @@ def test_nothing_to_resume_is_said(tiny: Dataset, small: Recipe, tmp_path: Path)
         train(small, tiny, tmp_path / "none", resume=True)
 
 
-@pytest.mark.parametrize("holdout", [0, 6])
+@pytest.mark.parametrize("validation", [0, 6])
 def test_a_running_variance_that_is_not_finite_does_not_replace_the_checkpoint(
-    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: int
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_size: int
 ) -> None:
     """As after a learning rate that is far too high: losses and parameters are finite."""
     take = Trainer.step
@@ -317,14 +317,14 @@ def test_a_running_variance_that_is_not_finite_does_not_replace_the_checkpoint(
         if rest[-1] == 8:
             self.model.bn1.running_var[3] = torch.nan
 
-    recipe = dataclasses.replace(small, holdout=holdout)
+    recipe = dataclasses.replace(small, val_size=val_size)
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", poisoned)
         said = r"diverged at step \d+: .*not finite.*; the last good checkpoint stays in"
         with pytest.raises(TrainingError, match=said):
             train(recipe, tiny, out, device="cpu")
-    assert RunDirectory(out).load(training=True).position.epoch == 1
+    assert RunDirectory(out).load(training=True).progress.epoch == 1
     resumed = train(recipe, tiny, out, device="cpu", resume=True)
     straight = train(recipe, tiny, tmp_path / "straight", device="cpu")
     assert resumed["test"] == straight["test"]
@@ -355,7 +355,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         train(small, tiny, tmp_path / "run", device="cpu")
     run = RunDirectory(tmp_path / "run")
     kept = run.load(training=True)
-    assert kept.position.epoch == 1
+    assert kept.progress.epoch == 1
     assert all(tensor.isfinite().all() for tensor in kept.model.values())
     assert len(run.read_metrics()) == 1
 
@@ -363,14 +363,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 def test_held_out_images_are_measured_each_epoch_and_not_trained_on(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
-    recipe = dataclasses.replace(small, epochs=2, holdout=11)
-    figures = train(recipe, tiny, tmp_path / "run", device="cpu")
-    assert (figures["holdout"]["n"], figures["train"]["n"]) == (11, 39)
+    recipe = dataclasses.replace(small, epochs=2, val_size=11)
+    metrics = train(recipe, tiny, tmp_path / "run", device="cpu")
+    assert (metrics["validation"]["n"], metrics["train"]["n"]) == (11, 39)
     rows = RunDirectory(tmp_path / "run").read_metrics()
-    assert rows[-1]["holdout_accuracy"] == figures["holdout"]["accuracy"]
-    assert rows[-1]["holdout_loss"] == pytest.approx(figures["holdout"]["loss"], abs=1e-6)
+    assert rows[-1]["val_accuracy"] == metrics["validation"]["accuracy"]
+    assert rows[-1]["val_loss"] == pytest.approx(metrics["validation"]["loss"], abs=1e-6)
     with pytest.raises(UsageError):
-        train(dataclasses.replace(small, holdout=50), tiny, tmp_path / "all", device="cpu")
+        train(dataclasses.replace(small, val_size=50), tiny, tmp_path / "all", device="cpu")
     assert not (tmp_path / "all").exists()
 
 
@@ -378,12 +378,12 @@ def test_recording_the_test_error_of_each_epoch_changes_nothing_else(
     straight: Path, tiny: Dataset, tmp_path: Path
 ) -> None:
     recipe = read(straight / "recipe.json")
-    figures = train(recipe, tiny, tmp_path / "run", device="cpu", test_every_epoch=True)
+    metrics = train(recipe, tiny, tmp_path / "run", device="cpu", test_every_epoch=True)
     run, plain = RunDirectory(tmp_path / "run"), RunDirectory(straight)
     rows = run.read_metrics()
     assert [0 <= row["test_accuracy"] <= 1 for row in rows] == [True] * 3
-    assert rows[-1]["test_accuracy"] == figures["test"]["accuracy"]
-    assert rows[-1]["test_loss"] == pytest.approx(figures["test"]["loss"], abs=1e-6)
+    assert rows[-1]["test_accuracy"] == metrics["test"]["accuracy"]
+    assert rows[-1]["test_loss"] == pytest.approx(metrics["test"]["loss"], abs=1e-6)
     others = [{k: v for k, v in row.items() if not k.startswith("test_")} for row in rows]
     assert untimed(others) == untimed(plain.read_metrics())
     mine, theirs = run.load().model, plain.load().model
@@ -412,29 +412,29 @@ def test_the_ema_that_is_best_on_validation_images_is_used_and_resuming_changes_
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     decays = (0.2, 0.9, 0.9999)  # the last with re-estimated statistics
-    several = dataclasses.replace(small, lr=0.02, ema_decay=decays, holdout=11)
+    several = dataclasses.replace(small, lr=0.02, ema_decay=decays, val_size=11)
     train(several, tiny, tmp_path / "straight", device="cpu")
     run_until(tmp_path / "run", STEPS + 1, several, tiny)
-    figures = train(several, tiny, tmp_path / "run", device="cpu", resume=True)
+    metrics = train(several, tiny, tmp_path / "run", device="cpu", resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
     chosen = RunDirectory(tmp_path / "run").load()
-    best = figures["ema_decay"]
-    assert chosen.notes["ema_decay"] == best
-    candidates = figures["ema_candidates"]
+    best = metrics["ema_decay"]
+    assert chosen.metadata["ema_decay"] == best
+    candidates = metrics["ema_candidates"]
     assert [(one["decay"], one["reestimated"]) for one in candidates] == [
         (0.2, False), (0.9, False), (0.9999, True),
     ]  # fmt: skip
-    top = max(one["holdout_accuracy"] for one in candidates)
-    assert figures["holdout"]["accuracy"] == top
-    assert RunDirectory(tmp_path / "run").read_metrics()[-1]["holdout_accuracy"] == top
+    top = max(one["val_accuracy"] for one in candidates)
+    assert metrics["validation"]["accuracy"] == top
+    assert RunDirectory(tmp_path / "run").read_metrics()[-1]["val_accuracy"] == top
     for one in candidates:
         single = dataclasses.replace(several, ema_decay=(one["decay"],))
         out = tmp_path / str(one["decay"])
         alone = train(single, tiny, out, device="cpu")
         assert alone["ema_decay"] == one["decay"]
-        assert one["holdout_accuracy"] == alone["holdout"]["accuracy"]
-        assert one["holdout_loss"] == pytest.approx(alone["holdout"]["loss"], abs=1e-6)
+        assert one["val_accuracy"] == alone["validation"]["accuracy"]
+        assert one["val_loss"] == pytest.approx(alone["validation"]["loss"], abs=1e-6)
         if one["decay"] == best:
             theirs = RunDirectory(out).load().model
             assert all(torch.equal(theirs[name], chosen.model[name]) for name in theirs)
@@ -470,8 +470,8 @@ def test_half_precision_trains_and_resumes(
 def test_lines_tell_how_it_goes_where_there_is_no_terminal(
     tiny: Dataset, small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with TrainingProgress() as progress:
-        train(small, tiny, tmp_path / "run", device="cpu", progress=progress)
+    with TrainingDisplay() as display:
+        train(small, tiny, tmp_path / "run", device="cpu", display=display)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[:3]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     row = RunDirectory(tmp_path / "run").read_metrics()[2]
@@ -508,7 +508,7 @@ RANK = """
 
     def save_and_count(self):
         save(self)
-        saved.append(self.position.step)
+        saved.append(self.progress.step)
 
     saved = []
     Trainer.step, training.TrainingLoop.save = take_and_stop, save_and_count
@@ -569,7 +569,7 @@ def test_two_processes_equal_one_and_resume(tiny: Dataset, small: Recipe, tmp_pa
 def test_logits_do_not_depend_on_how_images_are_batched(straight: Path, tiny: Dataset) -> None:
     checkpoint = RunDirectory(straight).load()
     model = restore(checkpoint, torch.device("cpu"))
-    net = checkpoint.network
+    net = checkpoint.config
     ways = [
         predict_logits(model, tiny.test.images, net.mean, net.std, batch=batch)
         for batch in (1, 7, 64)

@@ -18,7 +18,7 @@ from resnet56.data.readers import load_folder
 from resnet56.evaluation import predict_logits
 from resnet56.inference import restore
 from resnet56.model import ResNet
-from resnet56.runs.checkpoint import Network
+from resnet56.runs.checkpoint import ModelConfig
 from resnet56.runs.sources import open_network
 
 CPU = torch.device("cpu")
@@ -28,25 +28,25 @@ USAGE = "usage: python tools/mistakes.py DIR [RUN|NAME]"
 
 
 @torch.inference_mode()
-def predict_with_batch_statistics(model: ResNet, images: Tensor, network: Network) -> Tensor:
+def predict_with_batch_statistics(model: ResNet, images: Tensor, config: ModelConfig) -> Tensor:
     """Compute the logits of a network left in training mode, in batches of 32."""
     model = copy.deepcopy(model).train()
-    mean, std = torch.tensor(network.mean), torch.tensor(network.std)
+    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     return torch.cat([model(normalize(part, mean, std)) for part in images.split(32)])
 
 
 def test_procedures(
-    model: ResNet, split: Split, network: Network
+    model: ResNet, split: Split, config: ModelConfig
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield a description, logits (N, C) and labels (N,) for each procedure."""
-    images, labels, constants = split.images, split.labels, (network.mean, network.std)
+    images, labels, constants = split.images, split.labels, (config.mean, config.std)
     yield "correctly", predict_logits(model, images, *constants), labels
     yield "in bf16 instead of fp32", predict_logits(model, images, *constants, "bf16"), labels
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     shuffled_labels, sorted_indices = labels[shuffled], labels.sort(stable=True).indices
-    shuffled_logits = predict_with_batch_statistics(model, images[shuffled], network)
+    shuffled_logits = predict_with_batch_statistics(model, images[shuffled], config)
     yield "in training mode, batches of 32, shuffled", shuffled_logits, shuffled_labels
-    sorted_logits = predict_with_batch_statistics(model, images[sorted_indices], network)
+    sorted_logits = predict_with_batch_statistics(model, images[sorted_indices], config)
     yield "the same, images sorted by class", sorted_logits, labels[sorted_indices]
     yield "normalized with ImageNet's constants", predict_logits(model, images, *IMAGENET), labels
     yield "not normalized, values from 0 to 1", predict_logits(model, images, *NONE), labels
@@ -70,7 +70,7 @@ def main(folder: str, source: str = "resnet56") -> None:
     model, split = restore(checkpoint, CPU), load_folder(Path(folder)).test
     print(f"| how `{source}` is tested | accuracy, % | points |\n|---|---|---|")
     reference = None
-    for name, logits, labels in test_procedures(model, split, checkpoint.network):
+    for name, logits, labels in test_procedures(model, split, checkpoint.config):
         accuracy = 100 * (logits.argmax(dim=1) == labels).double().mean().item()
         reference = accuracy if reference is None else reference
         print(f"| {name} | {accuracy:.2f} | {accuracy - reference:+.2f} |", flush=True)

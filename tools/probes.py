@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from resnet56.benchmark.interleave import Contestant, compared, take_turns
+from resnet56.benchmark.interleave import Candidate, compared, interleave
 from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.recipe import Recipe
-from resnet56.runtime import Resolved, resolve_precision
-from resnet56.step import Trainer, make_forward
+from resnet56.runtime import Precision, resolve_precision
+from resnet56.step import Trainer, prepare_model
 
 CPU = torch.device("cpu")
 USAGE = "usage: python tools/probes.py [ARCH] [BATCH] [ROUNDS]"
@@ -26,12 +26,12 @@ PROFILED_STEPS = 10
 
 
 def training_step(
-    arch: str, batch: int, layout: torch.memory_format, precision: Resolved, execution: str
+    arch: str, batch: int, layout: torch.memory_format, precision: Precision, execution: str
 ) -> Callable[[], None]:
     """Return a function that runs one step, always on the same random images."""
     model = build(arch)
     model.to(memory_format=layout)  # type: ignore[call-overload]
-    forward = make_forward(model.train(), execution, precision)
+    forward = prepare_model(model.train(), execution, precision)
     trainer = Trainer(model, forward.module, Recipe(arch=arch, batch_size=batch), precision)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator).contiguous(memory_format=layout)
@@ -73,7 +73,7 @@ def main(arch: str, batch: int, rounds: int) -> None:
     """Measure and print both tables."""
     nchw, nhwc = torch.contiguous_format, torch.channels_last
     fast = resolve_precision("auto", CPU)
-    changes: dict[str, tuple[torch.memory_format, Resolved, str]] = {
+    changes: dict[str, tuple[torch.memory_format, Precision, str]] = {
         "fp32, NCHW, eager": (nchw, "fp32", "eager"),
         "channels_last": (nhwc, "fp32", "eager"),
         fast: (nhwc, fast, "eager"),
@@ -83,8 +83,8 @@ def main(arch: str, batch: int, rounds: int) -> None:
     runners = []
     for name, options in changes.items():
         with contextlib.suppress(UsageError):  # not available on this machine
-            runners.append(Contestant(name, training_step(arch, batch, *options), CPU))
-    take_turns(runners, rounds, 1.0)
+            runners.append(Candidate(name, training_step(arch, batch, *options), CPU))
+    interleave(runners, rounds, 1.0)
     print(f"| {arch}, batch {batch} | ms | speed-up | range |\n|---|---|---|---|")
     for row in compared(runners, batch, baseline="fp32, NCHW"):
         print(

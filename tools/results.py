@@ -104,18 +104,18 @@ class Group:
     recipe: Recipe
     machine: str
     seeds: list[int]
-    figures: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
     times: list[float]
 
     def accuracies(self, split: str) -> list[float]:
         """Return the accuracy for each seed."""
-        return [metrics[split]["accuracy"] for metrics in self.figures]
+        return [metrics[split]["accuracy"] for metrics in self.metrics]
 
     def test_accuracy(self) -> str:
         """Format the test accuracy with its 95 % confidence interval."""
         accuracies = self.accuracies("test")
         # All seeds are tested on the same images, so more seeds do not narrow the interval.
-        images = self.figures[0]["test"]["n"]
+        images = self.metrics[0]["test"]["n"]
         low, high = wilson_interval(images * statistics.fmean(accuracies), images)
         return f"{percent(accuracies)} ({100 * low:.2f} to {100 * high:.2f})"
 
@@ -124,15 +124,15 @@ def groups() -> list[Group]:
     """Group all runs without a validation set, sorted by architecture and test accuracy."""
     runs: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
     for recipe, run in kept_runs():
-        if not recipe.holdout:
+        if not recipe.val_size:
             host = machine(read_json(run.environment_file))
             runs[dataclasses.replace(recipe, seed=0), host].append((recipe.seed, run))
     found = []
     for (recipe, host), pairs in runs.items():
         pairs.sort(key=lambda pair: pair[0])
-        figures = [read_json(run.evaluation_file) for _, run in pairs]
+        metrics = [read_json(run.evaluation_file) for _, run in pairs]
         times = [sum(row["seconds"] for row in run.read_metrics()) for _, run in pairs]
-        found.append(Group(recipe, host, [seed for seed, _ in pairs], figures, times))
+        found.append(Group(recipe, host, [seed for seed, _ in pairs], metrics, times))
     return sorted(
         found, key=lambda group: (group.recipe.arch, -statistics.fmean(group.accuracies("test")))
     )
@@ -168,7 +168,7 @@ def variations() -> dict[str, list[tuple[str, ...]]]:
         if (name := nearest(group.recipe)[0]) not in varied:
             continue
         test, train = group.accuracies("test"), group.accuracies("train")
-        errors = [metrics["test"]["calibration"]["ece"] for metrics in group.figures]
+        errors = [metrics["test"]["calibration"]["ece"] for metrics in group.metrics]
         row = (
             f"`{command(group.recipe)}`",
             ", ".join(map(str, group.seeds)),
@@ -192,17 +192,17 @@ def trials() -> list[tuple[str, ...]]:
     """Return one row per run with a validation set, the best first."""
     found = []
     for recipe, run in kept_runs():
-        if not recipe.holdout:
+        if not recipe.val_size:
             continue
-        figures = read_json(run.evaluation_file)
-        accuracy = figures["holdout"]["accuracy"]
-        low, high = figures["holdout"]["accuracy_interval"]
+        metrics = read_json(run.evaluation_file)
+        accuracy = metrics["validation"]["accuracy"]
+        low, high = metrics["validation"]["accuracy_interval"]
         row = (
             f"`{command(recipe)}`",
             str(recipe.seed),
             f"{100 * accuracy:.2f} ({100 * low:.2f} to {100 * high:.2f})",
-            percent([figures["train"]["accuracy"]]),
-            percent([figures["robustness"]["mean_accuracy"]]),
+            percent([metrics["train"]["accuracy"]]),
+            percent([metrics["robustness"]["mean_accuracy"]]),
         )
         found.append((-accuracy, row))
     return [row for _, row in sorted(found)]
@@ -229,12 +229,12 @@ def published() -> list[Published]:
     lines = text[text.index("| source |") :].partition("\n\n")[0].splitlines()[2:]
     found = []
     for line in lines:
-        source, network, accuracy, weights = line.replace("*", "").strip("| ").split(" | ")
+        source, config, accuracy, weights = line.replace("*", "").strip("| ").split(" | ")
         name = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", source).replace("`", "")
         numbers = [float(number) for number in re.findall(r"\d\d\.\d+", accuracy)]
         interval = numbers[-2:] if "(" in accuracy else []
         selected = weights.startswith("best on the test set")
-        found.append(Published(f"{name} ({network})", numbers[0], interval, selected))
+        found.append(Published(f"{name} ({config})", numbers[0], interval, selected))
     return sorted(found, key=lambda row: row.accuracy)
 
 
@@ -243,14 +243,14 @@ def draw(figure: "Figure", palette: Palette) -> None:
     axes = figure.subplots()
     rows = published()
     ours, theirs = palette.series[0], palette.text
-    for position, row in enumerate(rows):
+    for progress, row in enumerate(rows):
         color = ours if row.interval else theirs
-        axes.plot(row.interval, [position] * len(row.interval), color=color, linewidth=2)
+        axes.plot(row.interval, [progress] * len(row.interval), color=color, linewidth=2)
         face = "white" if row.selected_on_test else color
-        axes.plot(row.accuracy, position, "o", color=color, markerfacecolor=face)
+        axes.plot(row.accuracy, progress, "o", color=color, markerfacecolor=face)
         axes.annotate(
             f"{row.accuracy:.2f}",
-            (row.accuracy, position),
+            (row.accuracy, progress),
             (0, 5),
             textcoords="offset points",
             ha="center",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from resnet56.data.readers import load_folder
-from resnet56.evaluation import subject_of
+from resnet56.evaluation import evaluated_model
 from resnet56.files import read_json, write_json, write_text
 from resnet56.model import describe
 from resnet56.recipe import from_fields
@@ -44,17 +44,17 @@ def main(run: Path, name: str, folder: Path) -> None:
     # Check everything that can fail first, so that no card is left without measurements.
     dataset = load_folder(folder)
     directory = RunDirectory(run)
-    if dataset.classes != directory.load().network.classes:
+    if dataset.classes != directory.load().config.classes:
         sys.exit(f"the classes of {folder} differ from those of {run}")
     pretrained.save(directory, name, pretrained.FOLDER)
     checkpoint = pretrained.load(name)
-    subject = subject_of(checkpoint, torch.device("cpu"))
+    evaluated = evaluated_model(checkpoint, torch.device("cpu"))
     card = pretrained.FOLDER / f"{name}.json"
-    figures = {"test": subject.figures(dataset.test), "train": subject.figures(dataset.train)}
-    evaluation = {"of": "the half-precision weights", "data": dataset.source, **figures}
+    metrics = {"test": evaluated.metrics(dataset.test), "train": evaluated.metrics(dataset.train)}
+    evaluation = {"of": "the half-precision weights", "data": dataset.source, **metrics}
     write_json(card, read_json(card) | {"evaluation": evaluation})
     write_readme()
-    print(f"{name}: {figures['test']['accuracy']:.2%} test accuracy")
+    print(f"{name}: {metrics['test']['accuracy']:.2%} test accuracy")
 
 
 def write_readme() -> None:

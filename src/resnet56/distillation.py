@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from resnet56.data.batches import derived_seed
 from resnet56.errors import UsageError
 from resnet56.inference import InferenceForm, restore
-from resnet56.runs.checkpoint import Checkpoint, Network
-from resnet56.runtime import Resolved
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
+from resnet56.runtime import Precision
 
 MEMBERS = 2  # tells the random numbers that choose a teacher from others of the same seed
 
@@ -33,13 +33,13 @@ class Teachers:
     def __init__(
         self,
         checkpoints: Mapping[str, Checkpoint],
-        student: Network,
+        student: ModelConfig,
         device: torch.device,
-        precision: Resolved,
+        precision: Precision,
     ) -> None:
         self.members: list[tuple[InferenceForm, Tensor, Tensor]] = []
         for name, checkpoint in checkpoints.items():
-            net = checkpoint.network
+            net = checkpoint.config
             if net.classes != student.classes:
                 raise UsageError(
                     f"teacher {name} has other classes ({', '.join(net.classes[:3])}, ...) than "

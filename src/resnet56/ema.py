@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from resnet56.runtime import Resolved, autocast
+from resnet56.runtime import Precision, autocast
 
 # Above it, the averaged running statistics of batch norm are those of much older weights than the
 # averaged weights are, so they are re-estimated.
@@ -44,7 +44,7 @@ class EMA:
 
 @torch.no_grad()
 def reestimate_batch_norm(
-    model: nn.Module, batches: Iterable[Tensor], precision: Resolved = "fp32"
+    model: nn.Module, batches: Iterable[Tensor], precision: Precision = "fp32"
 ) -> None:
     """Replace batch norm's running statistics by their means over `batches`.
 

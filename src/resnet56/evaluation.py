@@ -18,19 +18,21 @@ from resnet56.errors import NotFiniteError, RunError
 from resnet56.inference import UNUSABLE, InferenceForm, restore
 from resnet56.metrics import measure
 from resnet56.model import ResNet
-from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import BatchSpeed, Comparison, Evaluation, Metrics, Robustness, Speed
-from resnet56.runtime import Resolved, autocast, peak_memory_mb
+from resnet56.runtime import Precision, autocast, peak_memory_mb
 from resnet56.samples import gallery, surest_mistakes
 
 BATCH = 256
 
-Tick = Callable[[int], None]  # called with the images done since the last call
-Show = Callable[[str, int], AbstractContextManager[Tick]]  # what is measured, on how many images
+ProgressCallback = Callable[[int], None]  # called with the images done since the last call
+ProgressFactory = Callable[
+    [str, int], AbstractContextManager[ProgressCallback]
+]  # what is measured, on how many images
 
 
-def show_nothing(what: str, total: int) -> AbstractContextManager[Tick]:
+def show_nothing(what: str, total: int) -> AbstractContextManager[ProgressCallback]:
     """The quiet `Show`."""
     return nullcontext(lambda count: None)
 
@@ -41,9 +43,9 @@ def predict_logits(
     images: Tensor,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    precision: Resolved = "fp32",
+    precision: Precision = "fp32",
     batch: int = BATCH,
-    tick: Tick = lambda count: None,
+    advance: ProgressCallback = lambda count: None,
 ) -> Tensor:
     """Logits of unaugmented images.
 
@@ -67,7 +69,7 @@ def predict_logits(
         inputs = normalize(chunk.to(device), *scale).contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
             parts.append(model(inputs).float())
-        tick(len(chunk))
+        advance(len(chunk))
     logits = torch.cat(parts).cpu()
     if not bool(logits.isfinite().all()):
         raise NotFiniteError(UNUSABLE)
@@ -80,7 +82,7 @@ def evaluate(
     classes: tuple[str, ...],
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    precision: Resolved = "fp32",
+    precision: Precision = "fp32",
 ) -> Metrics:
     """Metrics of `model` on `split`, as evaluation.json holds them."""
     training = model.training
@@ -95,21 +97,23 @@ def figures_of(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metric
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """What is measured: a network with its constants, and how it is run."""
 
     model: nn.Module
-    network: Network
-    precision: Resolved
+    config: ModelConfig
+    precision: Precision
 
-    def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = lambda count: None) -> Tensor:
+    def logits(
+        self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
+    ) -> Tensor:
         """(N, 3, 32, 32) uint8 -> (N, C) float32 on the CPU."""
-        net = self.network
-        return predict_logits(self.model, images, net.mean, net.std, self.precision, batch, tick)
+        net = self.config
+        return predict_logits(self.model, images, net.mean, net.std, self.precision, batch, advance)
 
-    def figures(self, split: Split, tick: Tick = lambda count: None) -> Metrics:
+    def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
         """Metrics on `split`, as an entry of evaluation.json."""
-        return figures_of(self.logits(split.images, tick=tick), split, self.network.classes)
+        return figures_of(self.logits(split.images, advance=advance), split, self.config.classes)
 
     @property
     def device(self) -> torch.device:
@@ -117,11 +121,11 @@ class Subject:
         return next(self.model.parameters()).device
 
 
-def subject_of(
-    checkpoint: Checkpoint, device: torch.device, precision: Resolved = "fp32"
-) -> Subject:
+def evaluated_model(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision = "fp32"
+) -> EvaluatedModel:
     """The checkpoint's network on `device`, ready to be measured."""
-    return Subject(restore(checkpoint, device), checkpoint.network, precision)
+    return EvaluatedModel(restore(checkpoint, device), checkpoint.config, precision)
 
 
 def evaluate_run(
@@ -129,10 +133,10 @@ def evaluate_run(
     dataset: Dataset,
     *,
     device: torch.device,
-    precision: Resolved = "fp32",
-    holdout: int = 0,
+    precision: Precision = "fp32",
+    val_size: int = 0,
     augmentation: Augmentation = PLAIN_CROPS,
-    show: Show = show_nothing,
+    show: ProgressFactory = show_nothing,
 ) -> Evaluation:
     """Measure the run's weights on the data it was trained on, and write the results down.
 
@@ -153,31 +157,31 @@ def evaluate_run(
         The content of evaluation.json.
     """
     checkpoint = run.load()
-    subject = subject_of(checkpoint, device, precision)
-    training, held_out = training_split(dataset, holdout)
-    splits = {"test": dataset.test, "train": training, "holdout": held_out}
+    evaluated = evaluated_model(checkpoint, device, precision)
+    training, validation = training_split(dataset, val_size)
+    splits = {"test": dataset.test, "train": training, "validation": validation}
     metrics: dict[str, Metrics] = {}
     logits: dict[str, Tensor] = {}
     for name, split in splits.items():
         if split is not None:
-            with show(f"{len(split):,} images ({name})", len(split)) as tick:
-                logits[name] = subject.logits(split.images, tick=tick)
-            metrics[name] = figures_of(logits[name], split, checkpoint.network.classes)
+            with show(f"{len(split):,} images ({name})", len(split)) as advance:
+                logits[name] = evaluated.logits(split.images, advance=advance)
+            metrics[name] = figures_of(logits[name], split, checkpoint.config.classes)
     result: Evaluation = {
         **metrics,  # type: ignore[typeddict-item]
-        "weights": checkpoint.notes.get("weights", "last"),
-        "epoch": checkpoint.position.epoch,
-        "step": checkpoint.position.step,
+        "weights": checkpoint.metadata.get("weights", "final"),
+        "epoch": checkpoint.progress.epoch,
+        "step": checkpoint.progress.step,
         "device": str(device),
         "precision": precision,
         "data": dataset.source,
     }
     for key in ("ema_decay", "ema_candidates"):
-        if key in checkpoint.notes:
-            result[key] = checkpoint.notes[key]
+        if key in checkpoint.metadata:
+            result[key] = checkpoint.metadata[key]
     before = None
     with suppress(RunError):  # a damaged file is about to be replaced
-        before = run.read_evaluation(checkpoint.position.step)
+        before = run.read_evaluation(checkpoint.progress.step)
     if before and (before["device"], before["precision"]) == (result["device"], precision):
         if "speed" in before:
             result["speed"] = before["speed"]
@@ -186,7 +190,7 @@ def evaluate_run(
     test_logits, test_labels = logits["test"].numpy(), dataset.test.labels.cpu().numpy()
     indices = np.arange(len(test_labels))
     run.write_predictions({"logits": test_logits, "labels": test_labels, "indices": indices})
-    net = subject.network
+    net = evaluated.config
     shown = gallery(training, net.mean, net.std, augmentation)
     run.write_samples(shown | surest_mistakes(test_logits, dataset.test))
     run.write_evaluation(result)
@@ -198,9 +202,9 @@ def measure_extras(
     dataset: Dataset,
     *,
     device: torch.device,
-    precision: Resolved = "fp32",
+    precision: Precision = "fp32",
     robustness: int = 0,
-    show: Show = show_nothing,
+    show: ProgressFactory = show_nothing,
 ) -> Evaluation:
     """Measure what takes longer, and add it to the evaluation.json that `evaluate_run` wrote.
 
@@ -212,33 +216,33 @@ def measure_extras(
         The content of evaluation.json, with the inference speed and, if measured, the robustness.
     """
     checkpoint = run.load()
-    subject = subject_of(checkpoint, device, precision)
-    result = run.read_evaluation(checkpoint.position.step)
+    evaluated = evaluated_model(checkpoint, device, precision)
+    result = run.read_evaluation(checkpoint.progress.step)
     if result is None:
         raise RunError(f"{run.path} is not evaluated yet")
-    result["speed"] = inference_speed(subject, dataset.test.images)
+    result["speed"] = inference_speed(evaluated, dataset.test.images)
     if robustness:
-        result["robustness"] = measure_robustness(subject, dataset.test, robustness, show)
+        result["robustness"] = measure_robustness(evaluated, dataset.test, robustness, show)
     run.write_evaluation(result)
     return result
 
 
 def measure_robustness(
-    subject: Subject, split: Split, count: int, show: Show = show_nothing
+    evaluated: EvaluatedModel, split: Split, count: int, show: ProgressFactory = show_nothing
 ) -> Robustness:
     """Accuracy on `count` evenly spaced images under each corruption and severity."""
     index = evenly_spaced(len(split), count)
     images, labels = split.images[index].cpu(), split.labels[index].cpu()
 
-    def accuracy(changed: Tensor, tick: Tick = lambda count: None) -> float:
-        logits = subject.logits(changed, tick=tick)
+    def accuracy(changed: Tensor, advance: ProgressCallback = lambda count: None) -> float:
+        logits = evaluated.logits(changed, advance=advance)
         return float((logits.argmax(dim=1) == labels).double().mean())
 
     rounds = len(CORRUPTIONS) * len(SEVERITIES)
     what = f"{len(index):,} images, corrupted in {rounds} ways"
-    with show(what, rounds * len(index)) as tick:
+    with show(what, rounds * len(index)) as advance:
         corruptions = {
-            name: [accuracy(corrupt(images, name, severity), tick) for severity in SEVERITIES]
+            name: [accuracy(corrupt(images, name, severity), advance) for severity in SEVERITIES]
             for name in CORRUPTIONS
         }
     every = [value for values in corruptions.values() for value in values]
@@ -251,51 +255,51 @@ def measure_robustness(
     }
 
 
-def inference_speed(subject: Subject, images: Tensor) -> Speed:
+def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
     """Time from bytes to logits, one image and 256 at a time: the median of several."""
     result: dict[str, BatchSpeed] = {}
-    if isinstance(subject.model, ResNet):  # else every call would begin with folding
-        form = InferenceForm(subject.model, subject.precision)
-        subject = replace(subject, model=form, precision="fp32")  # it needs no autocast
+    if isinstance(evaluated.model, ResNet):  # else every call would begin with folding
+        form = InferenceForm(evaluated.model, evaluated.precision)
+        evaluated = replace(evaluated, model=form, precision="fp32")  # it needs no autocast
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[torch.arange(batch) % len(images)]
-        subject.logits(batch_images, batch)  # warm up
+        evaluated.logits(batch_images, batch)  # warm up
         times = []
         for _ in range(repeats):
             begun = time.perf_counter()
-            subject.logits(batch_images, batch)  # ends on the CPU, so the device is done
+            evaluated.logits(batch_images, batch)  # ends on the CPU, so the device is done
             times.append(time.perf_counter() - begun)
         seconds = statistics.median(times) / len(batch_images)
         result[f"batch_{batch}"] = {
-            "milliseconds_an_image": 1000 * seconds,
+            "ms_per_image": 1000 * seconds,
             "images_per_second": 1 / seconds,
         }
     return {
         "batch_1": result["batch_1"],
         "batch_256": result[f"batch_{BATCH}"],
-        "peak_memory_mb": peak_memory_mb(subject.device),
+        "peak_memory_mb": peak_memory_mb(evaluated.device),
     }
 
 
-class Measured(Protocol):
+class Classifier(Protocol):
     """Whatever gives logits: a `Subject`, or the network in another program."""
 
     @property
-    def network(self) -> Network:
+    def config(self) -> ModelConfig:
         """Its classes and constants."""
         ...
 
-    def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = ...) -> Tensor:
+    def logits(self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = ...) -> Tensor:
         """(N, 3, 32, 32) uint8 -> (N, C) float32 on the CPU."""
         ...
 
 
 def compare(
-    one: Measured,
-    other: Measured,
+    one: Classifier,
+    other: Classifier,
     names: tuple[str, str],
     split: Split,
-    show: Show = show_nothing,
+    show: ProgressFactory = show_nothing,
 ) -> Comparison:
     """Does it matter where, or in which precision, the network is run?
 
@@ -304,8 +308,8 @@ def compare(
         logits, and a sentence with the verdict: an entry of parity.json.
     """
     labels = split.labels.cpu()
-    with show(f"{len(labels):,} images, twice", 2 * len(labels)) as tick:
-        a, b = (side.logits(split.images, tick=tick) for side in (one, other))
+    with show(f"{len(labels):,} images, twice", 2 * len(labels)) as advance:
+        a, b = (side.logits(split.images, advance=advance) for side in (one, other))
     distance = (a - b).abs()
     hits = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]
     changed = int((a.argmax(dim=1) != b.argmax(dim=1)).sum())

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from resnet56.data.augment import normalize
 from resnet56.data.dataset import Split
 from resnet56.errors import Error, MissingExtraError, RunError
-from resnet56.evaluation import BATCH, Tick, figures_of
+from resnet56.evaluation import BATCH, ProgressCallback, figures_of
 from resnet56.files import write_bytes
 from resnet56.inference import restore
 from resnet56.libraries import import_onnxruntime
 from resnet56.model import Architecture, BasicBlock, PadShortcut, ResNet, conv1x1
 from resnet56.predict import OnnxBackend, TorchBackend
-from resnet56.runs.checkpoint import Checkpoint, Network
-from resnet56.runs.pretrained import metadata_of
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
+from resnet56.runs.pretrained import config_to_metadata
 from resnet56.runs.schema import Metrics
 
 TOLERANCE = 1e-4  # of the logits
@@ -37,11 +37,11 @@ CPU = torch.device("cpu")
 class _WithNormalization(nn.Module):
     """A model that normalizes its input, so that users of the file do not have to."""
 
-    def __init__(self, model: ResNet, network: Network) -> None:
+    def __init__(self, model: ResNet, config: ModelConfig) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(network.mean))
-        self.register_buffer("std", torch.tensor(network.std))
+        self.register_buffer("mean", torch.tensor(config.mean))
+        self.register_buffer("std", torch.tensor(config.std))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, 32, 32) uint8 -> (N, classes) logits and (N, classes, 8, 8) maps."""
@@ -69,7 +69,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
     except ImportError:
         raise MissingExtraError("the ONNX exporter", "onnx") from None
     model = _replace_padding(restore(checkpoint, CPU))
-    wrapped = _WithNormalization(model, checkpoint.network)
+    wrapped = _WithNormalization(model, checkpoint.config)
     example = (torch.zeros(2, 3, 32, 32, dtype=torch.uint8),)
     with _silence_exporter():
         program = torch.onnx.export(
@@ -83,7 +83,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
         )
     assert program is not None  # None only if torch.onnx.export writes the file itself
     proto = program.model_proto
-    for key, value in metadata_of(checkpoint.network).items():
+    for key, value in config_to_metadata(checkpoint.config).items():
         proto.metadata_props.add(key=key, value=value)
     content: bytes = proto.SerializeToString()
     if checked:
@@ -130,7 +130,7 @@ def check(content: bytes, checkpoint: Checkpoint) -> None:
     fine = torch.randint(0, 256, (CHECK_IMAGES // 2, 3, 32, 32), generator=generator)
     patches = coarse.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     images = torch.cat((patches, fine)).to(torch.uint8).numpy()
-    backend = TorchBackend(restore(checkpoint, CPU), checkpoint.network, CPU)
+    backend = TorchBackend(restore(checkpoint, CPU), checkpoint.config, CPU)
     logits, maps = backend.run(images)
     onnx_logits, onnx_maps = OnnxBackend(content, "the exported file").run(images)
     logit_error = float(np.abs(logits - onnx_logits).max())
@@ -149,24 +149,26 @@ class OnnxModel:
 
     def __init__(self, backend: OnnxBackend) -> None:
         self.backend = backend
-        self.network = backend.network
+        self.config = backend.config
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, threads: int | None = None) -> "OnnxModel":
         """Export a checkpoint."""
         return cls(OnnxBackend(to_onnx(checkpoint), "the exported file", threads))
 
-    def logits(self, images: Tensor, batch: int = BATCH, tick: Tick = lambda count: None) -> Tensor:
+    def logits(
+        self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
+    ) -> Tensor:
         """(N, 3, 32, 32) uint8 images -> (N, C) float32 logits."""
         logits = []
         for chunk in images.cpu().split(batch):
             logits.append(torch.from_numpy(self.backend.run(chunk.numpy())[0]))
-            tick(len(chunk))
+            advance(len(chunk))
         return torch.cat(logits)
 
-    def figures(self, split: Split, tick: Tick = lambda count: None) -> Metrics:
+    def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
         """Return the metrics on a split, in the format of evaluation.json."""
-        return figures_of(self.logits(split.images, tick=tick), split, self.network.classes)
+        return figures_of(self.logits(split.images, advance=advance), split, self.config.classes)
 
 
 def write_onnx(checkpoint: Checkpoint, path: Path) -> None:
@@ -194,14 +196,14 @@ def write_hub_folder(
     restore(checkpoint, CPU)  # rejects unusable weights
     state_dict = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
     # Hub libraries require the framework of the tensors in "format".
-    metadata = metadata_of(checkpoint.network) | {"format": "pt"}
+    metadata = config_to_metadata(checkpoint.config) | {"format": "pt"}
     weights = safetensors.torch.save(state_dict, metadata=metadata)
-    card = hub_card(checkpoint.network, folder.name, evaluation)
+    card = hub_card(checkpoint.config, folder.name, evaluation)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write_bytes(temporary / "model.safetensors", weights)
-        config = json.dumps(hub_config(checkpoint.network), indent=2)
+        config = json.dumps(hub_config(checkpoint.config), indent=2)
         write_bytes(temporary / "config.json", f"{config}\n".encode())
         write_bytes(temporary / "README.md", card.encode())
         temporary.chmod(0o755)  # mkdtemp creates folders for the owner only
@@ -212,26 +214,26 @@ def write_hub_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def hub_config(network: Network) -> dict[str, Any]:
+def hub_config(config: ModelConfig) -> dict[str, Any]:
     """Return the content of config.json, with the keys that hub libraries expect."""
     return {
-        "architecture": network.arch,
-        "num_classes": len(network.classes),
+        "architecture": config.arch,
+        "num_classes": len(config.classes),
         "input_size": [3, 32, 32],
-        "mean": list(network.mean),
-        "std": list(network.std),
-        "id2label": {str(index): name for index, name in enumerate(network.classes)},
-        "label2id": {name: index for index, name in enumerate(network.classes)},
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "id2label": {str(index): name for index, name in enumerate(config.classes)},
+        "label2id": {name: index for index, name in enumerate(config.classes)},
     }
 
 
-def hub_card(network: Network, name: str, evaluation: Mapping[str, Any] | None) -> str:
+def hub_card(config: ModelConfig, name: str, evaluation: Mapping[str, Any] | None) -> str:
     """Return a model card: front matter, description, accuracy and usage."""
     test = (evaluation or {}).get("test")
     front_matter: dict[str, Any] = {
         "library_name": "resnet56",
         "pipeline_tag": "image-classification",
-        "tags": ["resnet", network.arch, "pytorch", "32x32"],
+        "tags": ["resnet", config.arch, "pytorch", "32x32"],
         "metrics": ["accuracy"],
     }
     accuracy = "It has not been evaluated."
@@ -260,12 +262,12 @@ def hub_card(network: Network, name: str, evaluation: Mapping[str, Any] | None) 
     return _CARD.format(
         front_matter=lines,
         name=name,
-        arch=network.arch,
-        family="plain" if Architecture.parse(network.arch).shortcut == "none" else "residual",
-        classes=", ".join(network.classes),
-        count=len(network.classes),
-        mean=list(network.mean),
-        std=list(network.std),
+        arch=config.arch,
+        family="plain" if Architecture.parse(config.arch).shortcut == "none" else "residual",
+        classes=", ".join(config.classes),
+        count=len(config.classes),
+        mean=list(config.mean),
+        std=list(config.std),
         accuracy=accuracy,
     )
 

@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from resnet56.errors import NotFiniteError
 from resnet56.model import ResNet, build, norm_relu
 from resnet56.runs.checkpoint import Checkpoint, require_fit
-from resnet56.runtime import DTYPES, Resolved
+from resnet56.runtime import DTYPES, Precision
 
 UNUSABLE = "the network returns outputs that are not finite; its weights are unusable"
 
@@ -25,7 +25,7 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
         NotFiniteError: the outputs are not finite, for example because of a negative variance.
         UsageError: the architecture is unknown.
     """
-    net = checkpoint.network
+    net = checkpoint.config
     with torch.device("meta"):  # check the weights before allocating and initializing
         model = build(net.arch, classes=len(net.classes))
     message = f"the weights do not fit {net.arch} with {len(net.classes)} classes"
@@ -61,7 +61,7 @@ class InferenceForm(nn.Module):
         precision: precision of the convolutions.
     """
 
-    def __init__(self, model: ResNet, precision: Resolved = "fp32") -> None:
+    def __init__(self, model: ResNet, precision: Precision = "fp32") -> None:
         super().__init__()
         net = copy.deepcopy(model).eval()
         net.use(norm_relu)

@@ -159,7 +159,7 @@ class ResNet(nn.Module):
         self, depth: int = 56, block: Block = "basic", shortcut: Shortcut = "A", classes: int = 10
     ) -> None:
         super().__init__()
-        blocks = blocks_a_stage(depth, block)
+        blocks = blocks_per_stage(depth, block)
         if not 2 <= classes <= MAX_CLASSES:
             raise UsageError(f"a network needs 2 to {MAX_CLASSES:,} classes, not {classes:,}")
         self.conv1 = conv3x3(3, WIDTHS[0])
@@ -230,7 +230,7 @@ def _stage(
     return stage, channels
 
 
-def blocks_a_stage(depth: int, block: Block) -> int:
+def blocks_per_stage(depth: int, block: Block) -> int:
     """Return n in depth = 6n + 2 (basic) or 9n + 2 (bottleneck); UsageError for other depths."""
     step = 3 * LAYERS_A_BLOCK[block]
     n, rest = divmod(depth - 2, step)
@@ -274,7 +274,7 @@ class Architecture:
         block: Block = "bottleneck" if variant == "-bottleneck" else "basic"
         shortcut: Shortcut = "none" if family == "plain" else "A" if variant is None else "B"
         architecture = cls(int(depth), block, shortcut)
-        blocks_a_stage(architecture.depth, block)
+        blocks_per_stage(architecture.depth, block)
         return architecture
 
 
@@ -306,7 +306,7 @@ class Description:
     depth: int
     block: str
     shortcut: str
-    layers_a_block: int
+    layers_per_block: int
     parts: tuple[Part, ...]
     parameters: int
     macs: int
@@ -330,7 +330,7 @@ def describe(name: str, classes: int = 10) -> Description:
         module.register_forward_hook(record)
     model(image)
 
-    layers_a_block = LAYERS_A_BLOCK[architecture.block]
+    layers_per_block = LAYERS_A_BLOCK[architecture.block]
     parts, counted = [], 0
     groups: tuple[tuple[str, int, tuple[nn.Module, ...]], ...] = (
         ("conv1", 1, (model.bn1, model.conv1)),
@@ -339,7 +339,7 @@ def describe(name: str, classes: int = 10) -> Description:
     )
     for part, layers, modules in groups:
         blocks = len(modules[0]) if isinstance(modules[0], nn.Sequential) else 0
-        layers = layers or blocks * layers_a_block
+        layers = layers or blocks * layers_per_block
         first, counted = counted + 1, counted + layers
         parts.append(
             Part(
@@ -356,7 +356,7 @@ def describe(name: str, classes: int = 10) -> Description:
         depth=architecture.depth,
         block=architecture.block,
         shortcut=architecture.shortcut,
-        layers_a_block=layers_a_block,
+        layers_per_block=layers_per_block,
         parts=tuple(parts),
         parameters=sum(part.parameters for part in parts),
         macs=sum(part.macs for part in parts),

@@ -19,8 +19,8 @@ from resnet56.data.images import Bytes, Floats, fit, image_errors, read_image, u
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
 from resnet56.libraries import import_onnxruntime
 from resnet56.metrics import softmax
-from resnet56.runs.checkpoint import Network
-from resnet56.runs.pretrained import is_onnx, network_from
+from resnet56.runs.checkpoint import ModelConfig
+from resnet56.runs.pretrained import config_from_metadata, is_onnx
 from resnet56.runs.sources import open_network
 from resnet56.threads import check_threads, set_threads
 
@@ -64,7 +64,7 @@ class Backend(Protocol):
 class TorchBackend:
     """Runs a model in PyTorch, on any device."""
 
-    def __init__(self, model: "ResNet", network: Network, device: "torch.device") -> None:
+    def __init__(self, model: "ResNet", config: ModelConfig, device: "torch.device") -> None:
         import torch
 
         from resnet56.inference import InferenceForm
@@ -72,8 +72,8 @@ class TorchBackend:
         self.model = model
         self.form = InferenceForm(model)
         self.device = device
-        self.mean = torch.tensor(network.mean, device=device)
-        self.std = torch.tensor(network.std, device=device)
+        self.mean = torch.tensor(config.mean, device=device)
+        self.std = torch.tensor(config.std, device=device)
 
     def run(self, images: Bytes) -> tuple[Floats, Floats]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
@@ -121,7 +121,7 @@ class OnnxBackend:
             raise RunError(f"{name} is not a valid ONNX file: {one_line(error)}") from None
         hint = "create it with resnet56 export"
         try:
-            self.network = network_from(self.session.get_modelmeta().custom_metadata_map)
+            self.config = config_from_metadata(self.session.get_modelmeta().custom_metadata_map)
         except ValueError as error:
             raise RunError(
                 f"{name} has no valid model metadata: {one_line(error)}; {hint}"
@@ -132,7 +132,7 @@ class OnnxBackend:
 
     def _check(self, count: int) -> str | None:
         """Run a random batch of `count` images, and return what is wrong with the outputs."""
-        classes = len(self.network.classes)
+        classes = len(self.config.classes)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         try:
@@ -154,25 +154,25 @@ class OnnxBackend:
 class Predictor:
     """A model that is ready for inference. It is thread-safe."""
 
-    def __init__(self, name: str, network: Network, backend: Backend) -> None:
+    def __init__(self, name: str, config: ModelConfig, backend: Backend) -> None:
         self.name = name
-        self.network = network
+        self.config = config
         self.backend = backend
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the logits."""
-        return self.network.classes
+        return self.config.classes
 
     @property
     def mean(self) -> tuple[float, float, float]:
         """Channel means of the training images, scaled to [0, 1]."""
-        return self.network.mean
+        return self.config.mean
 
     @property
     def std(self) -> tuple[float, float, float]:
         """Channel standard deviations of the training images, scaled to [0, 1]."""
-        return self.network.std
+        return self.config.std
 
     @property
     def model(self) -> "ResNet":
@@ -310,7 +310,7 @@ def load(
         if device not in ("auto", "cpu"):
             raise UsageError(f"an ONNX file runs on the CPU only, not on {device!r}")
         onnx = OnnxBackend.from_file(path, threads)
-        return Predictor(path.stem, onnx.network, onnx)
+        return Predictor(path.stem, onnx.config, onnx)
     checkpoint = open_network(source).checkpoint
 
     from resnet56.inference import restore
@@ -319,9 +319,9 @@ def load(
     if threads is not None:
         set_threads(threads)
     torch_device = resolve_device(device)
-    network = checkpoint.network
-    backend = TorchBackend(restore(checkpoint, torch_device), network, torch_device)
-    return Predictor(path.resolve().name, network, backend)
+    config = checkpoint.config
+    backend = TorchBackend(restore(checkpoint, torch_device), config, torch_device)
+    return Predictor(path.resolve().name, config, backend)
 
 
 def top_classes(

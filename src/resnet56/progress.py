@@ -19,7 +19,7 @@ from rich.progress import (
 
 from resnet56.errors import printable
 
-Tick = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 
 LINE_EVERY = 60.0  # seconds between signs of life within an epoch, off a terminal
 
@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class TrainingProgress:
+class TrainingDisplay:
     """Shows a training's steps and epochs; `quiet` shows nothing."""
 
     def __init__(self, *, console: Console | None = None, quiet: bool = False) -> None:
@@ -47,7 +47,7 @@ class TrainingProgress:
         self.bar: Progress | None = None
         self.started = self.last_line = time.monotonic()
 
-    def __enter__(self) -> "TrainingProgress":
+    def __enter__(self) -> "TrainingDisplay":
         """Nothing is shown before `begin`."""
         return self
 
@@ -69,7 +69,7 @@ class TrainingProgress:
                 printable(line), markup=False, soft_wrap=not self.console.is_terminal
             )
 
-    def measuring(self, what: str, total: int) -> AbstractContextManager[Tick]:
+    def measuring(self, what: str, total: int) -> AbstractContextManager[ProgressCallback]:
         """The training is over and something of `total` images is measured."""
         if self.bar is not None:
             self.bar.stop()
@@ -126,15 +126,17 @@ class TrainingProgress:
             f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
             f"  loss {row['train_loss']:.4f}  acc {percent(row['train_accuracy'])}"
         )
-        if "holdout_accuracy" in row:
-            line += f"  held out {percent(row['holdout_accuracy'])}"
+        if "val_accuracy" in row:
+            line += f"  held out {percent(row['val_accuracy'])}"
         if "test_accuracy" in row:
             line += f"  test {percent(row['test_accuracy'])}"
         self.say(f"{line}  {row['images_per_second']:.0f} img/s  {duration(row['seconds'])}")
 
 
 @contextmanager
-def measuring(what: str, total: int, console: Console, *, quiet: bool = False) -> Iterator[Tick]:
+def measuring(
+    what: str, total: int, console: Console, *, quiet: bool = False
+) -> Iterator[ProgressCallback]:
     """Say what is being measured and, on a terminal, how many of `total` images are done.
 
     Yields:
@@ -162,7 +164,7 @@ def measuring(what: str, total: int, console: Console, *, quiet: bool = False) -
 
 
 @contextmanager
-def looking(total: int) -> Iterator[Tick]:
+def looking(total: int) -> Iterator[ProgressCallback]:
     """A bar on stderr over `total` pictures, below what is printed meanwhile."""
     bar = Progress(
         TextColumn("looking at {task.completed:,} of {task.total:,} pictures"),

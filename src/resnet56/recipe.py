@@ -108,7 +108,7 @@ class Recipe:
     ema_decay: tuple[float, ...] = ()
     """Decay per step of an exponential moving average (EMA) of the weights. The run then uses the
     EMA weights. With several decays, the run uses the EMA with the highest accuracy on the
-    validation images (see --holdout)."""
+    validation images (see --val-size)."""
 
     teacher: tuple[str, ...] = ()
     """Teachers for knowledge distillation: runs or pretrained models. Several form an ensemble.
@@ -133,7 +133,7 @@ class Recipe:
     AMX); compiled: torch.compile, which compiles for a minute; auto: the first available of native,
     fused and eager."""
 
-    holdout: int = 0
+    val_size: int = 0
     """Number of training images to use for validation instead of training. The split is stratified
     and always the same."""
 
@@ -195,7 +195,7 @@ class Recipe:
             self.ema_decay,
             "in (0, 1) and ascending",
         )
-        _require(0 <= self.holdout < 10**9, "holdout", self.holdout, "at least 0 and below 10^9")
+        _require(0 <= self.val_size < 10**9, "val_size", self.val_size, "at least 0 and below 10^9")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
@@ -206,9 +206,9 @@ class Recipe:
         most = f"above 0 and at most {LARGEST:,}"
         temperature = self.teacher_temperature
         _require(0 < temperature <= LARGEST, "teacher_temperature", temperature, most)
-        if len(self.ema_decay) > 1 and self.holdout == 0:
+        if len(self.ema_decay) > 1 and self.val_size == 0:
             raise UsageError(
-                "several values of ema_decay need validation images to choose one; set --holdout"
+                "several values of ema_decay need validation images to choose one; set --val-size"
             )
         if self.alternate_flip and not self.flip:
             raise UsageError("alternate_flip needs flip")

@@ -16,7 +16,7 @@ import torch
 from resnet56.distributed import from_environment
 from resnet56.errors import UsageError
 
-Resolved = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -62,7 +62,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device) -> Resolved:
+def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision for `auto`, or the one that `name` names.
 
     `auto` selects the fastest precision that the hardware supports. A CPU uses bf16 only if it has
@@ -89,7 +89,7 @@ def _cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def autocast(device: torch.device, precision: Resolved) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
     """Return the autocast context of the forward pass. Parameters stay in fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
@@ -128,7 +128,7 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment(device: torch.device, precision: Resolved) -> dict[str, Any]:
+def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
     """Return what the results of a run depend on, apart from its recipe and data."""
     facts: dict[str, Any] = {
         "processor": processor_name(),

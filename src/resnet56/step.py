@@ -17,25 +17,25 @@ from resnet56.kernels.fused import fused_norm_relu
 from resnet56.kernels.native import native_network
 from resnet56.model import ResNet
 from resnet56.recipe import Execution, Recipe
-from resnet56.runtime import DTYPES, Resolved, autocast
+from resnet56.runtime import DTYPES, Precision, autocast
 
 
-def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """The learning rate of step `step` (from 0): a warm-up line, then the recipe's schedule."""
-    warmup = recipe.warmup_epochs * steps_an_epoch
+    warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
     if recipe.schedule == "step":
-        drops = sum(step >= epoch * steps_an_epoch for epoch in recipe.drop_epochs)
+        drops = sum(step >= epoch * steps_per_epoch for epoch in recipe.drop_epochs)
         return float(recipe.lr * recipe.drop_factor**drops)
-    done = (step - warmup) / max(recipe.epochs * steps_an_epoch - warmup, 1)
+    done = (step - warmup) / max(recipe.epochs * steps_per_epoch - warmup, 1)
     if recipe.schedule == "cosine":
         return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
     return recipe.lr * (1 - done)
 
 
 @dataclass(frozen=True)
-class Forward:
+class PreparedModel:
     """What a step calls, and how that runs."""
 
     module: nn.Module
@@ -44,7 +44,7 @@ class Forward:
     remedy: str = ""  # what the user can do about it
 
 
-def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
+def prepare_model(model: ResNet, wanted: str, precision: Precision) -> PreparedModel:
     """Decide how the steps of `model` run; the numbers are the same within rounding.
 
     Args:
@@ -59,8 +59,8 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
     if wanted == "compiled":
         _probe_compiler(model)
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-        return Forward(compiled, "compiled")
-    makers: dict[Execution, Callable[[ResNet, Resolved], nn.Module]] = {
+        return PreparedModel(compiled, "compiled")
+    makers: dict[Execution, Callable[[ResNet, Precision], nn.Module]] = {
         "native": partial(_native, vectors=wanted == "native"),
         "fused": _fused,
     }
@@ -71,22 +71,22 @@ def make_forward(model: ResNet, wanted: str, precision: Resolved) -> Forward:
             try:
                 if next(model.parameters()).device.type != "cpu":
                     raise UnavailableError("the kernels run on the CPU only")
-                return Forward(make(model, precision), execution, "; ".join(reasons))
+                return PreparedModel(make(model, precision), execution, "; ".join(reasons))
             except UnavailableError as error:
                 reasons.append(f"{execution} execution is not available: {error}")
                 remedy = error.remedy
     if wanted in makers:
         raise UsageError(f"{reasons[0]}; use --execution auto")
-    return Forward(model, "eager", "; ".join(reasons), remedy)
+    return PreparedModel(model, "eager", "; ".join(reasons), remedy)
 
 
-def _native(model: ResNet, precision: Resolved, *, vectors: bool) -> nn.Module:
+def _native(model: ResNet, precision: Precision, *, vectors: bool) -> nn.Module:
     if precision != "bf16":
         raise UnavailableError(f"it requires bf16, not {precision}")
     return native_network(model, vectors=vectors)
 
 
-def _fused(model: ResNet, precision: Resolved) -> nn.Module:
+def _fused(model: ResNet, precision: Precision) -> nn.Module:
     if precision == "fp16":
         raise UnavailableError("it does not support fp16")
     model.use(fused_norm_relu(DTYPES[precision]))
@@ -143,7 +143,7 @@ class Trainer:
         model: nn.Module,
         wrapped: nn.Module,
         recipe: Recipe,
-        precision: Resolved,
+        precision: Precision,
         teachers: Teachers | None = None,
     ) -> None:
         self.teachers = teachers

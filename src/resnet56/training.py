@@ -1,13 +1,13 @@
 """The story of a training: data -> model -> epochs -> checkpoint -> evaluation."""
 
 import contextlib
+import importlib.metadata
 import itertools
 import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -33,20 +33,20 @@ from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError
 from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.files import read_json, write_json
 from resnet56.model import build
-from resnet56.progress import TrainingProgress
+from resnet56.progress import TrainingDisplay
 from resnet56.recipe import Recipe, from_fields
-from resnet56.runs.checkpoint import Checkpoint, Network, Position, require_fit
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress, require_fit
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import Environment, Evaluation
 from resnet56.runs.sources import open_network
 from resnet56.runtime import (
-    Resolved,
+    Precision,
     environment,
     peak_memory_mb,
     resolve_device,
     resolve_precision,
 )
-from resnet56.step import Forward, Trainer, learning_rate, make_forward
+from resnet56.step import PreparedModel, Trainer, learning_rate, prepare_model
 from resnet56.threads import ThreadControl, ThroughputMonitor
 
 
@@ -75,7 +75,7 @@ def train(
     tensorboard: bool = False,
     test_every_epoch: bool = False,
     threads: int | None = None,
-    progress: TrainingProgress | None = None,
+    display: TrainingDisplay | None = None,
 ) -> Evaluation:
     """Train by `recipe` on `dataset`, leave the run in `out`, and test it.
 
@@ -101,7 +101,7 @@ def train(
         RunError: `out` cannot be used or written.
         UsageError: the device is not available, or the held-out part is too large.
     """
-    progress = progress or TrainingProgress(quiet=True)
+    display = display or TrainingDisplay(quiet=True)
     resolved = resolve_device(device)
     run = RunDirectory(out)
     with process_group(resolved) as dist, stop_requests() as stop, contextlib.ExitStack() as held:
@@ -112,10 +112,10 @@ def train(
         adaptive = resolved.type == "cpu" and dist.world_size == 1
         control = held.enter_context(ThreadControl(threads, adaptive=adaptive))
         loop = TrainingLoop(
-            recipe, dataset, run, fingerprint, saved, resolved, dist, stop, control, progress
+            recipe, dataset, run, fingerprint, saved, resolved, dist, stop, control, display
         )
         try:
-            with _tensorboard(tensorboard and dist.is_first, run, loop.position.step) as scalars:
+            with _tensorboard(tensorboard and dist.is_first, run, loop.progress.step) as scalars:
                 if dist.is_first:  # not before everything that can be refused has been
                     if saved is None:
                         run.create()
@@ -133,9 +133,9 @@ def train(
             run,
             dataset,
             device=resolved,
-            holdout=recipe.holdout,
+            val_size=recipe.val_size,
             augmentation=augmentation_of(recipe, mirror=dataset.mirror),
-            show=progress.measuring,
+            show=display.measuring,
         )
 
 
@@ -182,22 +182,22 @@ class TrainingLoop:
         dist: Distributed,
         stop: StopRequest,
         threads: ThreadControl,
-        progress: TrainingProgress,
+        display: TrainingDisplay,
     ) -> None:
         self.recipe, self.run_directory, self.fingerprint = recipe, run, fingerprint
-        self.device, self.dist, self.progress = device, dist, progress
+        self.device, self.dist, self.display = device, dist, display
         self.precision = resolve_precision(recipe.precision, device)
-        recorded = saved.notes.get("threads") if saved is not None else None
-        self.say(threads.begin(saved.position.step if saved is not None else 0, recorded))
-        training, self.validation = training_split(dataset, recipe.holdout)
+        recorded = saved.metadata.get("threads") if saved is not None else None
+        self.say(threads.begin(saved.progress.step if saved is not None else 0, recorded))
+        training, self.validation = training_split(dataset, recipe.val_size)
         mean, std = channel_statistics(training.images)
-        self.network = Network(recipe.arch, dataset.classes, mean, std)
+        self.config = ModelConfig(recipe.arch, dataset.classes, mean, std)
         teachers = {name: open_network(name).checkpoint for name in recipe.teacher}
         self.teachers = [
-            {"teacher": name, "arch": one.network.arch, "sha256": weights_fingerprint(one)}
+            {"teacher": name, "arch": one.config.arch, "sha256": weights_fingerprint(one)}
             for name, one in teachers.items()
         ]
-        ensemble = Teachers(teachers, self.network, device, self.precision) if teachers else None
+        ensemble = Teachers(teachers, self.config, device, self.precision) if teachers else None
         self.trainer, self.forward = _trainer(
             recipe, len(dataset.classes), device, self.precision, dist, ensemble
         )
@@ -215,7 +215,7 @@ class TrainingLoop:
         self.cadence = Cadence(self.batches.steps, stop, threads, dist, device)
         self.throughput = ThroughputMonitor(threads, device.type)
         self.costs = _costs(recipe)
-        self.position = Position()
+        self.progress = Progress()
         if self.forward.remedy:
             self.say(
                 f"training is slower than it could be: {self.forward.reason}; {self.forward.remedy}"
@@ -232,40 +232,40 @@ class TrainingLoop:
             test: images to measure after each epoch too, for curves.
             scalars: a TensorBoard writer.
         """
-        measured = {"holdout": self.validation, "test": test}
-        self.progress.begin(self.costs, self.batches.steps, self.position.step)
-        if self.position.step == 0:
+        measured = {"val": self.validation, "test": test}
+        self.display.begin(self.costs, self.batches.steps, self.progress.step)
+        if self.progress.step == 0:
             self.save()  # from here on there is something to resume
-        while self.position.epoch < self.recipe.epochs:
+        while self.progress.epoch < self.recipe.epochs:
             lr = self.train_epoch()
             row = self.summary(lr)
             if self.dist.is_first:
-                if self.position.epoch + 1 == self.recipe.epochs:
+                if self.progress.epoch + 1 == self.recipe.epochs:
                     self.choose_ema()
                 for name, split in measured.items():
                     row |= self.measure(name, split, self.weights()) if split is not None else {}
                 self.run_directory.append_metrics(row)  # before the checkpoint: resuming removes it
                 _log_scalars(scalars, row)
-            self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
-            message = self.cadence.threads.after_step(self.position.step)
+            self.progress = Progress(epoch=self.progress.epoch + 1, step=self.progress.step)
+            message = self.cadence.threads.after_step(self.progress.step)
             self.save()
             self.say(message)
-            self.progress.epoch(row)
-            if self.position.epoch < self.recipe.epochs and self.cadence.stop_requested():
+            self.display.epoch(row)
+            if self.progress.epoch < self.recipe.epochs and self.cadence.stop_requested():
                 raise Interrupted(self.cadence.stop.signum or signal.SIGTERM)
 
     def train_epoch(self) -> float:
         """Finish the present epoch; return its last learning rate."""
-        start, started, lr = self.position, time.perf_counter(), 0.0
+        start, started, lr = self.progress, time.perf_counter(), 0.0
         # The saved sums are over all processes, and the first process continues them.
         self.trainer.begin_sums(*((start.loss_sum, start.correct) if self.dist.is_first else ()))
         self.trainer.model.train()
         for images, labels in self.batches.epoch(start.epoch, start.epoch_step):
-            step, epoch_step = self.position.step, self.position.epoch_step + 1
+            step, epoch_step = self.progress.step, self.progress.epoch_step + 1
             lr = learning_rate(self.recipe, step, self.batches.steps)
             self.trainer.step(images, labels, lr, step)
-            self.position = replace(
-                self.position,
+            self.progress = replace(
+                self.progress,
                 step=step + 1,
                 epoch_step=epoch_step,
                 images=epoch_step * self.batches.global_batch,
@@ -280,7 +280,7 @@ class TrainingLoop:
             if due.stop:
                 raise Interrupted(self.cadence.stop.signum or signal.SIGTERM)
         seconds = start.seconds + time.perf_counter() - started
-        self.position = replace(self.position, seconds=seconds)
+        self.progress = replace(self.progress, seconds=seconds)
         return lr
 
     def read_loss(self) -> None:
@@ -296,21 +296,21 @@ class TrainingLoop:
                 "lower --lr or a longer --warmup-epochs"
             )
         loss_sum, correct = total(self.trainer.sums.clone(), self.dist).tolist()
-        self.position = replace(self.position, loss_sum=loss_sum, correct=correct)
-        at = self.position
+        self.progress = replace(self.progress, loss_sum=loss_sum, correct=correct)
+        at = self.progress
         if self.dist.is_first:
             throughput = at.images / at.seconds
-            self.progress.step(at.step, loss_sum / at.images, correct / at.images, throughput)
+            self.display.step(at.step, loss_sum / at.images, correct / at.images, throughput)
             self.say(self.throughput.update(at.images, at.seconds, self.costs[at.epoch]))
 
     def say(self, line: str) -> None:
         """Show a line, unless it is empty."""
         if line and self.dist.is_first:
-            self.progress.say(line)
+            self.display.say(line)
 
     def summary(self, lr: float) -> dict[str, Any]:
         """The finished epoch's line of metrics.jsonl."""
-        at = self.position
+        at = self.progress
         return {
             "epoch": at.epoch + 1,
             "step": at.step,
@@ -329,14 +329,14 @@ class TrainingLoop:
 
     def measure(self, name: str, split: Split, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Loss and accuracy of the network with `weights` on `split`."""
-        net = self.network
+        net = self.config
         model = build(net.arch, classes=len(net.classes)).to(self.device)
         model.load_state_dict(weights)
         try:
-            figures = evaluate(model, split, net.classes, net.mean, net.std, self.precision)
+            metrics = evaluate(model, split, net.classes, net.mean, net.std, self.precision)
         except NotFiniteError as error:
             raise self._diverged(error) from error
-        return {f"{name}_loss": figures["loss"], f"{name}_accuracy": figures["accuracy"]}
+        return {f"{name}_loss": metrics["loss"], f"{name}_accuracy": metrics["accuracy"]}
 
     def choose_ema(self) -> None:
         """After the last epoch, take the EMA with the highest validation accuracy, if any."""
@@ -344,24 +344,24 @@ class TrainingLoop:
         for ema in self.trainer.emas:
             reestimated = ema.decay > LONG_DECAY
             weights = self._reestimated(ema.tensors) if reestimated else ema.tensors
-            figures: dict[str, Any] = {"decay": ema.decay, "reestimated": reestimated}
+            metrics: dict[str, Any] = {"decay": ema.decay, "reestimated": reestimated}
             if self.validation is not None:
-                figures |= self.measure("holdout", self.validation, weights)
-            candidates.append((figures, weights))
+                metrics |= self.measure("val", self.validation, weights)
+            candidates.append((metrics, weights))
         if candidates:
             # Of equal accuracies the lower loss counts; a single EMA need not be measured.
             best, self.chosen = max(
                 candidates,
-                key=lambda one: (one[0].get("holdout_accuracy", 0), -one[0].get("holdout_loss", 0)),
+                key=lambda one: (one[0].get("val_accuracy", 0), -one[0].get("val_loss", 0)),
             )
-            tried = [figures for figures, _ in candidates]
+            tried = [metrics for metrics, _ in candidates]
             self.ema_notes = {"ema_decay": best["decay"], "ema_candidates": tried}
             if len(candidates) > 1:
                 self.say(f"of the EMAs, decay {best['decay']:g} is best on the validation images")
 
     def _reestimated(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`weights` with batch norm's statistics as the last epoch's images give them."""
-        model = build(self.network.arch, classes=len(self.network.classes))
+        model = build(self.config.arch, classes=len(self.config.classes))
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.load_state_dict(weights)
         # By one process, whole batches.
@@ -376,10 +376,10 @@ class TrainingLoop:
         self.cadence.saved()
         if not self.dist.is_first:
             return
-        notes = {
-            "resnet56": metadata.version("resnet56"),
+        metadata = {
+            "resnet56": importlib.metadata.version("resnet56"),
             "data": self.fingerprint,
-            "weights": "averaged" if self.trainer.emas else "last",
+            "weights": "ema" if self.trainer.emas else "final",
             "precision": self.precision,
             "execution": self.forward.execution,
             "loss_scale": self.trainer.scaler.state_dict() or None,
@@ -389,7 +389,9 @@ class TrainingLoop:
         }
         weights, state = self.weights(), self.trainer.state()
         try:
-            self.run_directory.save(Checkpoint(self.network, weights, state, self.position, notes))
+            self.run_directory.save(
+                Checkpoint(self.config, weights, state, self.progress, metadata)
+            )
         except NotFiniteError as error:
             raise self._diverged(error) from error
         except RunError as error:
@@ -399,7 +401,7 @@ class TrainingLoop:
 
     def _diverged(self, error: NotFiniteError) -> TrainingError:
         return TrainingError(
-            f"the training has diverged at step {self.position.step:,}: {error}; the last good "
+            f"the training has diverged at step {self.progress.step:,}: {error}; the last good "
             f"checkpoint stays in {self.run_directory.path}; try a lower --lr or a longer "
             "--warmup-epochs"
         )
@@ -424,20 +426,20 @@ class TrainingLoop:
 
     def _restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint."""
-        before = [one["sha256"] for one in saved.notes.get("teachers", [])]
+        before = [one["sha256"] for one in saved.metadata.get("teachers", [])]
         if before != [one["sha256"] for one in self.teachers]:
             raise RunError(
                 f"{self.run_directory.path} was distilled from other weights than "
                 f"{', '.join(self.recipe.teacher)} has now; choose another --out"
             )
-        self.position = saved.position
+        self.progress = saved.progress
         what = f"{self.run_directory.checkpoint_file} does not fit the recipe"
         require_fit(saved.model, self.trainer.weights(), what)
         require_fit(saved.training, self.trainer.state(), what)
         self.trainer.restore(saved.model, saved.training)
-        if self.trainer.scaler.is_enabled() and saved.notes.get("loss_scale"):
-            self.trainer.scaler.load_state_dict(dict(saved.notes["loss_scale"]))
-        before = [saved.notes.get("precision"), saved.notes.get("execution")]
+        if self.trainer.scaler.is_enabled() and saved.metadata.get("loss_scale"):
+            self.trainer.scaler.load_state_dict(dict(saved.metadata["loss_scale"]))
+        before = [saved.metadata.get("precision"), saved.metadata.get("execution")]
         now = [self.precision, self.forward.execution]
         if None not in before and before != now:
             self.say(
@@ -450,15 +452,15 @@ def _trainer(
     recipe: Recipe,
     classes: int,
     device: torch.device,
-    precision: Resolved,
+    precision: Precision,
     dist: Distributed,
     teachers: Teachers | None,
-) -> tuple[Trainer, Forward]:
+) -> tuple[Trainer, PreparedModel]:
     """The network on its device with its optimizer, and how its steps run."""
     model = build(recipe.arch, classes=classes, seed=recipe.seed)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dist.world_size == 1:
-        forward = make_forward(model, recipe.execution, precision)
+        forward = prepare_model(model, recipe.execution, precision)
         return Trainer(model, forward.module, recipe, precision, teachers), forward
     if recipe.execution not in ("auto", "eager"):
         raise UsageError(f"several processes run eager, not {recipe.execution}")
@@ -468,7 +470,7 @@ def _trainer(
     # Batch norm's statistics are equal already. (The argument goes by another name in each
     # release of PyTorch.)
     wrapped.broadcast_buffers = False
-    forward = Forward(wrapped, "eager", "several processes share their batch norm")
+    forward = PreparedModel(wrapped, "eager", "several processes share their batch norm")
     return Trainer(model, wrapped, recipe, precision, teachers), forward
 
 
@@ -493,7 +495,7 @@ def _load_resumed(run: RunDirectory, recipe: Recipe, source: str, fingerprint: s
             f"{run.path} is a run of another recipe ({', '.join(differing)}); resume it with "
             "its own, or choose another --out"
         )
-    if checkpoint.notes.get("data") != fingerprint:
+    if checkpoint.metadata.get("data") != fingerprint:
         raise RunError(f"{run.path} was trained on other images than {source}; choose --data")
     return checkpoint
 
@@ -503,7 +505,7 @@ def _prepare(
 ) -> None:
     """Write what is known before the first step."""
     if saved is not None:
-        run.rewind_metrics(saved.position.epoch)
+        run.rewind_metrics(saved.progress.epoch)
         before = run.read_environment() or facts
         facts = {
             **before,

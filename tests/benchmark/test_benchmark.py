@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from resnet56.benchmark import benchmark
-from resnet56.benchmark.baseline import AugmentedImages, StockLoop
-from resnet56.benchmark.benchmark import Course
-from resnet56.benchmark.interleave import Contestant, compared, take_turns
+from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
+from resnet56.benchmark.benchmark import BenchmarkSetup
+from resnet56.benchmark.interleave import Candidate, compared, interleave
 from resnet56.benchmark.roofline import floor
 from resnet56.cli import main
 from resnet56.data.dataset import Dataset, channel_statistics
@@ -27,15 +27,15 @@ CPU = torch.device("cpu")
 
 def test_measurements_are_interleaved() -> None:
     calls: list[str] = []
-    pair = [Contestant(n, lambda n=n: calls.append(n), CPU) for n in ("a", "b")]
-    take_turns(pair, rounds=3, seconds=1e-9)
-    assert [len(contestant.seconds) for contestant in pair] == [3, 3]
+    pair = [Candidate(n, lambda n=n: calls.append(n), CPU) for n in ("a", "b")]
+    interleave(pair, rounds=3, seconds=1e-9)
+    assert [len(candidate.seconds) for candidate in pair] == [3, 3]
     measured = calls[-3 * 2 * 2 :]  # at least two calls per round
     assert measured == ["a", "a", "b", "b"] * 3
 
 
 def test_a_ratio_is_the_median_of_ratios_to_the_faster_baseline() -> None:
-    slow, fast, ours = (Contestant(n, int, CPU) for n in ("baseline, 2", "baseline, 0", "ours"))
+    slow, fast, ours = (Candidate(n, int, CPU) for n in ("baseline, 2", "baseline, 0", "ours"))
     slow.seconds, fast.seconds, ours.seconds = [9, 9, 9], [4, 8, 6], [1, 4, 3]
     rows = {
         row["name"]: row for row in compared([slow, fast, ours], images=12, baseline="baseline")
@@ -81,7 +81,7 @@ def test_a_baseline_image_is_a_crop_of_the_padded_image_with_or_without_flip(tin
 def test_the_baseline_loop_learns(tiny: Dataset) -> None:
     torch.manual_seed(0)
     images = AugmentedImages(tiny.train, *channel_statistics(tiny.train.images))
-    loop = StockLoop("resnet8", images, 16, CPU, 0)
+    loop = BaselineLoop("resnet8", images, 16, CPU, 0)
     losses = []
     for _ in range(24):
         loop.loss_sum = 0.0
@@ -106,7 +106,7 @@ def test_our_step_is_the_step_of_training(
         return made[-1]
 
     monkeypatch.setattr(benchmark, "Trainer", recorded)
-    setup = Course(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
+    setup = BenchmarkSetup(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
     run_once = setup.our_step("resnet8", 16, "eager")
     for _ in range(3):  # one epoch
         run_once()
@@ -119,7 +119,7 @@ def test_our_step_is_the_step_of_training(
 
 def test_peak_memory_grows_with_the_batch(tiny: Dataset) -> None:
     """With 48 instead of 2 images, memory grows by at least the activations for backward."""
-    setup = Course(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
+    setup = BenchmarkSetup(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
     few, many = (benchmark.peak_memory(setup, "resnet8", batch, ["eager"]) for batch in (2, 48))
     # Outputs of convolutions and norms: 3 with 16 channels, 2 with 32 and 2 with 64.
     values = 2 * (3 * 16 * 32**2 + 2 * 32 * 16**2 + 2 * 64 * 8**2)
@@ -130,9 +130,9 @@ def test_peak_memory_grows_with_the_batch(tiny: Dataset) -> None:
 def test_networks_have_one_output_per_class(tiny: Dataset) -> None:
     last = dataclasses.replace(tiny.train, labels=tiny.train.labels + 10)  # 13 classes
     mean, std = channel_statistics(last.images)
-    setup = Course(last, mean, std, CPU, "fp32", classes=13)
+    setup = BenchmarkSetup(last, mean, std, CPU, "fp32", classes=13)
     setup.our_step("resnet8", 16, "eager")()
-    loop = StockLoop("resnet8", setup.augmented_images(), 16, CPU, workers=0, classes=13)
+    loop = BaselineLoop("resnet8", setup.augmented_images(), 16, CPU, workers=0, classes=13)
     loop.step()
     names = tuple(map(str, range(13)))
     dataset = dataclasses.replace(tiny, classes=names, train=last)

@@ -106,9 +106,9 @@ def test_describe_prints_the_papers_table(capsys: pytest.CaptureFixture[str]) ->
     assert "591,322" in text
     assert re.search(r"stage3 +38-55 +6 +256x8x8", text)
     assert cli.main(["describe", "--json"]) == 0
-    network = json.loads(capsys.readouterr().out)
-    assert network["parameters"] == 853_018
-    assert [part["layers"] for part in network["parts"]] == ["1", "2-19", "20-37", "38-55", "56"]
+    config = json.loads(capsys.readouterr().out)
+    assert config["parameters"] == 853_018
+    assert [part["layers"] for part in config["parts"]] == ["1", "2-19", "20-37", "38-55", "56"]
 
 
 def test_training_then_evaluating_agree(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,19 +128,19 @@ def test_what_was_held_out_is_what_settings_are_chosen_by(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = tmp_path / "kept"
-    command = ["train", "quick", "--data", str(folder), "--out", str(kept), "--holdout", "5"]
+    command = ["train", "quick", "--data", str(folder), "--out", str(kept), "--val-size", "5"]
     assert cli.main([*command, *QUICKLY]) == 0
     text = capsys.readouterr().out
-    held = json.loads((kept / "evaluation.json").read_text())["holdout"]
+    held = json.loads((kept / "evaluation.json").read_text())["validation"]
     line = f"validation accuracy {100 * held['accuracy']:.2f} %, loss {held['loss']:.4f}, 5 images"
     assert -1 < text.find(line) < text.find("test accuracy")
-    assert cli.main(["evaluate", str(kept), "--robustness", "0", "--split", "holdout"]) == 0
+    assert cli.main(["evaluate", str(kept), "--robustness", "0", "--split", "validation"]) == 0
     assert f"accuracy {100 * held['accuracy']:.2f} %" in capsys.readouterr().out
     before = (run / "evaluation.json").read_bytes()
-    assert cli.main(["evaluate", str(run), "--split", "holdout"]) == 2
+    assert cli.main(["evaluate", str(run), "--split", "validation"]) == 2
     assert "has no validation images" in capsys.readouterr().err
     assert (run / "evaluation.json").read_bytes() == before
-    assert cli.main(["evaluate", "resnet56", "--data", "digits", "--split", "holdout"]) == 2
+    assert cli.main(["evaluate", "resnet56", "--data", "digits", "--split", "validation"]) == 2
 
 
 def test_other_images_are_measured_and_nothing_is_written(
@@ -217,7 +217,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes(folder: Path, tmp_pat
     assert training.returncode == (149 if os.name == "nt" else 130)  # 128 and the signal
     assert f"continue with: resnet56 train --resume --out '{out}'" in shown
     head = json.loads((out / "checkpoint" / "checkpoint.json").read_text())
-    assert head["position"]["step"] > 0
+    assert head["progress"]["step"] > 0
 
 
 def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,8 +373,8 @@ def test_images_are_measured_by_the_names_of_their_classes(
     assert cli.main(["evaluate", str(run), "--data", str(other), "--json"]) == 0
     shown = capsys.readouterr()
     assert "skipped the images of green" in shown.err
-    figures = json.loads(shown.out)
-    assert (figures["n"], figures["per_class"]["red"]["support"]) == (4, 4)
+    metrics = json.loads(shown.out)
+    assert (metrics["n"], metrics["per_class"]["red"]["support"]) == (4, 4)
     shutil.rmtree(other / "train")
     assert cli.main(["evaluate", str(run), "--data", str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 4

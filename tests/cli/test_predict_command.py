@@ -17,7 +17,7 @@ from PIL import Image
 
 import resnet56
 from resnet56 import cli
-from resnet56.cli.tables import show_figures
+from resnet56.cli.tables import show_metrics
 from resnet56.data.images import read_image
 from resnet56.runs import pretrained
 from resnet56.runs.directory import RunDirectory
@@ -222,15 +222,15 @@ def test_control_characters_in_class_names_are_escaped(
     evil = "a\nb.png: cat 99 %\x1b[2J"
     checkpoint = lively()
     names = tuple(f"{evil}{number}" for number in range(len(CLASSES)))
-    network = dataclasses.replace(checkpoint.network, classes=names)
-    RunDirectory(tmp_path / "run").save(dataclasses.replace(checkpoint, network=network))
+    config = dataclasses.replace(checkpoint.config, classes=names)
+    RunDirectory(tmp_path / "run").save(dataclasses.replace(checkpoint, config=config))
     assert cli.main(["predict", "--run", str(tmp_path / "run"), str(album / "a.png")]) == 0
     pair = {"count": 1, "true": evil, "predicted": evil}
     row = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
-    figures = {"accuracy": 1.0, "accuracy_interval": (0.9, 1.0), "top2": 1.0, "top3": 1.0}
-    figures |= {"loss": 0.1, "n": 1, "per_class": {evil: row}, "most_confused": [pair]}
-    figures |= {"calibration": {"ece": 0.1, "brier": 0.1}, "macro": row, "weighted": row}
-    show_figures(figures, "title")
+    metrics = {"accuracy": 1.0, "accuracy_interval": (0.9, 1.0), "top2": 1.0, "top3": 1.0}
+    metrics |= {"loss": 0.1, "n": 1, "per_class": {evil: row}, "most_confused": [pair]}
+    metrics |= {"calibration": {"ece": 0.1, "brier": 0.1}, "macro": row, "weighted": row}
+    show_metrics(metrics, "title")
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert "\nb.png" not in printed

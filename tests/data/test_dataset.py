@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from resnet56.data.dataset import Dataset, Split, channel_statistics, hold_out
+from resnet56.data.dataset import Dataset, Split, channel_statistics, stratified_split
 from resnet56.errors import DataError, UsageError
 
 
@@ -34,7 +34,7 @@ def indices(split: Split) -> list[int]:
 
 def test_stratified_split_keeps_proportions_and_all_images() -> None:
     split = numbered([400, 300, 200, 100])
-    rest, selected = hold_out(split, 100)
+    rest, selected = stratified_split(split, 100)
     assert selected.labels.bincount().tolist() == [40, 30, 20, 10]
     assert sorted(indices(rest) + indices(selected)) == list(range(1000))
     for part in (rest, selected):
@@ -44,18 +44,18 @@ def test_stratified_split_keeps_proportions_and_all_images() -> None:
 
 def test_stratified_split_depends_only_on_its_arguments() -> None:
     split = numbered([50, 50])
-    first = indices(hold_out(split, 20)[1])
+    first = indices(stratified_split(split, 20)[1])
     np.random.seed(5)
     torch.manual_seed(5)
-    assert indices(hold_out(split, 20)[1]) == first
-    assert indices(hold_out(split, 20, seed=1)[1]) != first
+    assert indices(stratified_split(split, 20)[1]) == first
+    assert indices(stratified_split(split, 20, seed=1)[1]) != first
     # Fixed values: a different random stream would change the validation sets of users.
-    assert indices(hold_out(numbered([40, 40]), 5)[1]) == [27, 30, 45, 48, 50]
+    assert indices(stratified_split(numbered([40, 40]), 5)[1]) == [27, 30, 45, 48, 50]
 
 
 @pytest.mark.parametrize("count", [3, 4, 10, 100, 505, 900, 1000, 1006, 1007])
 def test_stratified_split_has_every_class_in_both_parts(count: int) -> None:
-    rest, selected = hold_out(SKEWED, count)
+    rest, selected = stratified_split(SKEWED, count)
     assert len(selected) == count
     assert rest.labels.bincount(minlength=4).min() >= 1
     assert selected.labels.bincount(minlength=4)[:3].min() >= 1
@@ -68,17 +68,17 @@ SKEWED = numbered([1000, 7, 3, 1])
 @pytest.mark.parametrize("count", [-1, 0, 1, 2, 1008, 1011, 5000])
 def test_stratified_split_rejects_a_count_that_empties_a_class(count: int) -> None:
     with pytest.raises(UsageError, match=r"choose 3 to 1,007 \(each part needs"):
-        hold_out(SKEWED, count)
+        stratified_split(SKEWED, count)
 
 
 def test_stratified_split_rejects_classes_that_are_too_small() -> None:
     with pytest.raises(UsageError, match="no class has two"):
-        hold_out(numbered([1, 1]), 1)
+        stratified_split(numbered([1, 1]), 1)
     with pytest.raises(UsageError, match="no class has two"):
-        hold_out(numbered([]), 1)
+        stratified_split(numbered([]), 1)
     for seed in (-1, 2**32):
         with pytest.raises(UsageError, match="seed"):
-            hold_out(numbered([5, 5]), 2, seed=seed)
+            stratified_split(numbered([5, 5]), 2, seed=seed)
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 2345])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet56.data.dataset import Dataset, channel_statistics, hold_out
+from resnet56.data.dataset import Dataset, channel_statistics, stratified_split
 from resnet56.data.images import to_32x32
 from resnet56.data.readers import load_digits, load_folder
 from resnet56.errors import DataError
@@ -734,7 +734,7 @@ def test_cifar10_has_the_well_known_statistics(cifar10: Dataset) -> None:
 
 
 def test_cifar10_is_split_evenly(cifar10: Dataset) -> None:
-    rest, selected = hold_out(cifar10.train, 5000)
+    rest, selected = stratified_split(cifar10.train, 5000)
     assert rest.labels.bincount().tolist() == [4500] * 10
     assert selected.labels.bincount().tolist() == [500] * 10
 

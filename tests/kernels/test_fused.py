@@ -13,8 +13,8 @@ from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.fused import fused_norm_relu
 from resnet56.model import NormReLU, build, norm_relu
 from resnet56.recipe import Recipe
-from resnet56.runtime import Resolved
-from resnet56.step import Trainer, make_forward
+from resnet56.runtime import Precision
+from resnet56.step import Trainer, prepare_model
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernels require Linux")
 
@@ -151,7 +151,7 @@ def test_unsupported_inputs_use_pytorch(fused: NormReLU, dtype: torch.dtype) -> 
         ("resnet8", "bf16"), ("resnet11-bottleneck", "bf16"),
     ],
 )  # fmt: skip
-def test_losses_of_fused_training_match_eager_training(arch: str, precision: Resolved) -> None:
+def test_losses_of_fused_training_match_eager_training(arch: str, precision: Precision) -> None:
     """Rounding errors grow from step to step, so the tolerance of the first steps is tighter."""
     try:
         losses = {mode: run(arch, mode, 100, precision) for mode in ("fused", "eager")}
@@ -182,12 +182,12 @@ def test_compiled_mode_without_a_compiler_is_an_error_in_one_line(
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UsageError, match="does not work here: no C\\+\\+ compiler; use"):
-        make_forward(build("resnet8"), "compiled", "fp32")
+        prepare_model(build("resnet8"), "compiled", "fp32")
 
 
-def run(arch: str, execution: str, steps: int, precision: Resolved = "fp32") -> Tensor:
+def run(arch: str, execution: str, steps: int, precision: Precision = "fp32") -> Tensor:
     model = build(arch).to(memory_format=torch.channels_last)
-    forward = make_forward(model, execution, precision)
+    forward = prepare_model(model, execution, precision)
     trainer = Trainer(model.train(), forward.module, Recipe(arch=arch, lr=0.01), precision)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 3, 16, 16, generator=generator)
@@ -233,11 +233,11 @@ def test_a_kernel_with_wrong_results_is_rejected(
 def test_auto_falls_back_to_eager_and_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     model = build("resnet8")
-    forward = make_forward(model, "auto", "fp32")
+    forward = prepare_model(model, "auto", "fp32")
     assert (forward.module, forward.execution) == (model, "eager")
     assert "no C compiler" in forward.reason
     with pytest.raises(UsageError, match="no-such-compiler.*--execution auto"):
-        make_forward(model, "fused", "fp32")
+        prepare_model(model, "fused", "fp32")
 
 
 @linux_only
@@ -252,7 +252,7 @@ def test_a_noexec_temporary_folder_is_reported_with_a_remedy(
     except UnavailableError as reason:
         skip_without_kernel(reason)
     monkeypatch.setattr("ctypes.CDLL", refuse)
-    forward = make_forward(build("resnet8"), "auto", "fp32")
+    forward = prepare_model(build("resnet8"), "auto", "fp32")
     assert forward.execution == "eager"
     assert "failed to map segment" in forward.reason
     assert "TMPDIR" in forward.remedy

@@ -22,7 +22,7 @@ from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.native import NativeNetwork, native_network
 from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet, build
 from resnet56.recipe import Recipe
-from resnet56.step import Trainer, make_forward
+from resnet56.step import Trainer, prepare_model
 
 VECTORS = "cc -mno-amx-tile -mno-amx-bf16"  # the same kernel, without the matrix unit
 
@@ -59,10 +59,10 @@ def batch(count: int, height: int = 32, width: int = 32) -> tuple[Tensor, Tensor
     return images, torch.randn(count, 10, generator=generator)
 
 
-def run(network: nn.Module, images: Tensor, weights: Tensor) -> Tensor:
+def run(config: nn.Module, images: Tensor, weights: Tensor) -> Tensor:
     """Run a step and return the logits. The loss is linear in them, so it adds no rounding."""
     with torch.autocast("cpu", torch.bfloat16):
-        logits = network(images)
+        logits = config(images)
     (logits.float() * weights).sum().backward()
     return logits.float().detach()
 
@@ -173,9 +173,9 @@ class Reference(nn.Module):
             return F.linear(pooled.float(), model.fc.weight.float(), model.fc.bias.float())
 
 
-def results(model: ResNet, network: nn.Module, images: Tensor, weights: Tensor) -> list[Tensor]:
+def results(model: ResNet, config: nn.Module, images: Tensor, weights: Tensor) -> list[Tensor]:
     """The logits, gradients and running statistics, in the order of `names`."""
-    logits = run(network, images, weights)
+    logits = run(config, images, weights)
     statistics = [b for n, b in model.named_buffers() if "running" in n]
     return [t.double() for t in (logits, *(p.grad for p in model.parameters()), *statistics)]
 
@@ -246,10 +246,10 @@ def test_batch_shapes_can_alternate(unit: str) -> None:
         run(native(model), *batch(*shape))
         alone.append([p.grad.clone() for p in model.parameters()])
     model = random_network("resnet8")
-    network = native(model)
+    config = native(model)
     for index in (0, 1, 2, 0, 1):
         model.zero_grad()
-        run(network, *batch(*shapes[index]))
+        run(config, *batch(*shapes[index]))
         assert all(
             torch.equal(p.grad, g) for p, g in zip(model.parameters(), alone[index], strict=True)
         )
@@ -276,12 +276,12 @@ def test_the_memory_layout_does_not_change_the_results() -> None:
 
 def test_evaluation_and_unsupported_inputs_use_pytorch() -> None:
     model = random_network("resnet8")
-    network = native(model)
+    config = native(model)
     x, _ = batch(3)
-    assert torch.equal(network(x), copy.deepcopy(model)(x))  # fp32: no autocast
+    assert torch.equal(config(x), copy.deepcopy(model)(x))  # fp32: no autocast
     with torch.autocast("cpu", torch.bfloat16):
-        network(x)
-        network(x)
+        config(x)
+        config(x)
     assert model.stage1[0].bn1.num_batches_tracked == 3
     for unsupported in (x.double(), x[0], x[:, :1], x[:1, :, :4, :4], x[:, :, :30]):
         pytorch = copy.deepcopy(model)  # gives the expected result or error
@@ -290,36 +290,36 @@ def test_evaluation_and_unsupported_inputs_use_pytorch() -> None:
                 expected = pytorch(unsupported)
             except (RuntimeError, ValueError) as error:
                 with pytest.raises(type(error)):
-                    network(unsupported)
+                    config(unsupported)
             else:
-                assert torch.equal(network(unsupported), expected)
+                assert torch.equal(config(unsupported), expected)
         model.load_state_dict(pytorch.state_dict())
     leaf = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        network(leaf).float().sum().backward()
+        config(leaf).float().sum().backward()
     assert leaf.grad is not None
     model.stage2[0].bn1.eval()  # frozen: its statistics do not change
     before = model.stage2[0].bn1.running_mean.clone()
     with torch.autocast("cpu", torch.bfloat16):
-        network(x)
+        config(x)
     assert torch.equal(model.stage2[0].bn1.running_mean, before)
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(network(x), model(x))
+        assert torch.equal(config(x), model(x))
 
 
 def test_gradients_accumulate_and_frozen_weights_have_none() -> None:
     model = random_network("resnet8-b")
-    network = native(model)
+    config = native(model)
     x, weights = batch(4)
-    run(network, x, weights)
+    run(config, x, weights)
     once = [p.grad.clone() for p in model.parameters()]
-    run(network, x, weights)
+    run(config, x, weights)
     assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
     model.zero_grad()
     model.conv1.requires_grad_(False)
     model.stage1.requires_grad_(False)
-    run(network, x, weights)
+    run(config, x, weights)
     for (name, parameter), g in zip(model.named_parameters(), once, strict=True):
         if name.startswith(("conv1", "stage1")):
             assert parameter.grad is None
@@ -333,10 +333,10 @@ def test_replaced_weights_are_used() -> None:
     state = copy.deepcopy(fresh.state_dict())
     expected = run(native(fresh), x, weights)
     model = random_network("resnet8")
-    network = native(model)
-    run(network, x, weights)
+    config = native(model)
+    run(config, x, weights)
     model.load_state_dict(state, assign=True)
-    assert torch.equal(run(network, x, weights), expected)
+    assert torch.equal(run(config, x, weights), expected)
     assert model.bn1.num_batches_tracked == 1
 
 
@@ -374,11 +374,11 @@ def test_the_default_dtype_does_not_matter() -> None:
 
 
 def test_backward_through_overwritten_activations_is_an_error() -> None:
-    network = native(random_network("resnet8"))
+    config = native(random_network("resnet8"))
     x, _ = batch(2)
     with torch.autocast("cpu", torch.bfloat16):
-        first = network(x)
-        network(x)
+        first = config(x)
+        config(x)
     with pytest.raises(RuntimeError, match="overwritten by a later forward pass"):
         first.sum().backward()
 
@@ -390,7 +390,7 @@ def test_losses_of_native_training_match_eager_training(unit: str, arch: str) ->
     losses = {}
     for mode in ("eager", "native"):
         model = build(arch).to(memory_format=torch.channels_last)
-        forward = make_forward(model.train(), mode, "bf16")
+        forward = prepare_model(model.train(), mode, "bf16")
         assert forward.execution == mode
         trainer = Trainer(model, forward.module, Recipe(arch=arch), "bf16")
         images, _ = batch(64, 16, 16)
@@ -411,7 +411,7 @@ def test_losses_of_native_training_match_eager_training(unit: str, arch: str) ->
 def test_auto_selects_native_only_with_a_matrix_unit(unit: str) -> None:
     model = build("resnet8").to(memory_format=torch.channels_last)
     native(model)  # or skip
-    forward = make_forward(model, "auto", "bf16")
+    forward = prepare_model(model, "auto", "bf16")
     if unit == "vectors":
         assert forward.execution == "fused"
         assert "no matrix unit" in forward.reason
@@ -425,7 +425,7 @@ def test_another_precision_is_an_error_in_one_line() -> None:
     with pytest.raises(
         UsageError, match=r"native execution is not available: .*fp32; use --execution auto"
     ):
-        make_forward(build("resnet8"), "native", "fp32")
+        prepare_model(build("resnet8"), "native", "fp32")
 
 
 def test_a_processor_without_bf16_vectors_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

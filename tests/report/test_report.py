@@ -92,7 +92,7 @@ def page_of(run: Path, **options: Any) -> Page:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with all optional files, and its report."""
-    recipe = replace(BEST, holdout=500)
+    recipe = replace(BEST, val_size=500)
     run = make_run(tmp_path_factory.mktemp("full") / "run", recipe, extras=True)
     write_report([run])
     return run
@@ -370,7 +370,7 @@ def test_importing_the_report_does_not_import_matplotlib() -> None:
 
 
 def test_markdown_links_existing_images_and_escapes_names(tmp_path: Path) -> None:
-    recipe = replace(BEST, epochs=2, holdout=10)
+    recipe = replace(BEST, epochs=2, val_size=10)
     run = make_run(tmp_path / "a run", recipe, EVIL, images=200, extras=True)
     out = write_report([run], tmp_path / "out of #1, 9%.md", format="md")
     text = out.read_text(encoding="utf-8")
@@ -478,7 +478,7 @@ def test_errors_over_epochs_are_plotted(tmp_path: Path) -> None:
     text = write_report(runs, tmp_path / "after.md", format="md").read_text(encoding="utf-8")
     assert "Training error (dashed) and test error (solid)" in text
     assert "it was not used to select an epoch or a setting" in text
-    held = [make_run(tmp_path / name, replace(BEST, holdout=500)) for name in "ab"]
+    held = [make_run(tmp_path / name, replace(BEST, val_size=500)) for name in "ab"]
     page = Page(write_report(held, tmp_path / "held.html").read_text(encoding="utf-8"))
     assert "Training error (dashed) and validation error (solid)" in page.text
     assert "was not used to select" not in page.text
@@ -516,15 +516,15 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
 
 def test_runs_with_a_validation_set_are_ranked_by_it(tmp_path: Path) -> None:
     runs = [
-        make_run(tmp_path / name, replace(BEST, holdout=500, lr=lr), accuracy=share, seed=seed)
+        make_run(tmp_path / name, replace(BEST, val_size=500, lr=lr), accuracy=share, seed=seed)
         for name, lr, share, seed in (("low", 0.01, 0.8, 1), ("high", 0.1, 0.9, 2))
     ]
-    held = {run.name: read_json(run / "evaluation.json")["holdout"]["accuracy"] for run in runs}
+    held = {run.name: read_json(run / "evaluation.json")["validation"]["accuracy"] for run in runs}
     order = sorted(held, key=lambda name: -held[name])
     listed = ", ".join(f"{100 * held[name]:.2f} % ({name})" for name in order)
     page = Page(write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
     assert f"use their validation accuracy: {listed}." in page.text
-    for name, other in (("all", BEST), ("others", replace(BEST, holdout=400))):
+    for name, other in (("all", BEST), ("others", replace(BEST, val_size=400))):
         added = make_run(tmp_path / name, other)
         page = Page(write_report([*runs, added], tmp_path / "d.html").read_text(encoding="utf-8"))
         assert "validation accuracy:" not in page.text
@@ -578,7 +578,7 @@ def test_a_result_at_chance_level_is_stated() -> None:
 def rows(*losses: float, validation: tuple[float, ...] = ()) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = [{"epoch": i, "train_loss": x} for i, x in enumerate(losses, 1)]
     for row, share in zip(made, validation, strict=False):
-        row["holdout_accuracy"] = share
+        row["val_accuracy"] = share
     return made
 
 
@@ -652,12 +652,12 @@ def test_confidence_is_judged_by_the_interval() -> None:
 
 def test_robustness_hardware_and_unfinished_runs() -> None:
     assert story.robustness(None) == []
-    figures = {
+    metrics = {
         "clean_accuracy": 0.9,
         "mean_accuracy": 0.7,
         "corruptions": {"fog": [0.8, 0.6], "motion_blur": [0.7, 0.9]},
     }
-    sentence = only(story.robustness(figures))
+    sentence = only(story.robustness(metrics))
     assert "70.00 % on average, 20.00 points lower" in sentence
     assert (
         "It is lowest for “fog” (mean 70.00 %) and highest for “motion blur” (80.00 %)" in sentence
@@ -694,7 +694,7 @@ def test_descriptions_of_recipes() -> None:
     assert "geometry or color" in recipe_words.augmentation(trivial, mirrors=False)
     assert recipe_words.is_augmented(trivial, mirrors=False)
     assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)
-    several = Recipe(ema_decay=(0.999, 0.9995), holdout=1, teacher=("a", "b"), teacher_weight=0.9)
+    several = Recipe(ema_decay=(0.999, 0.9995), val_size=1, teacher=("a", "b"), teacher_weight=0.9)
     told = recipe_words.optimizer(several)
     assert "decays 0.999 and 0.9995); the best of them on the validation images is used" in told
     assert "distilled from an ensemble of 2 trained networks" in told

@@ -26,7 +26,7 @@ from resnet56.data.class_names import CIFAR10, CIFAR100
 from resnet56.errors import Error, RunError, UsageError
 from resnet56.model import build
 from resnet56.runs import convert
-from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -137,9 +137,7 @@ def test_every_layout_gives_equal_outputs(
     command = ["import", str(tmp_path / "checkpoint.th"), "--out", str(tmp_path / "run")]
     assert cli.main([*command, "--arch", arch]) == 0
     assert has_equal_outputs(model, tmp_path / "run")
-    assert (
-        convert.read(tmp_path / "checkpoint.th").checkpoint.network.arch == arch
-    )  # without --arch
+    assert convert.read(tmp_path / "checkpoint.th").checkpoint.config.arch == arch  # without --arch
 
 
 def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
@@ -199,18 +197,18 @@ def test_a_plain_network_needs_arch_to_be_recognized(
 def test_an_exported_network_declares_its_metadata(arch: str, tmp_path: Path) -> None:
     model = build(arch, classes=3).eval()
     liven(model, model.fc)
-    network = Network(arch, ("a", "b", "c"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    config = ModelConfig(arch, ("a", "b", "c"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     run = RunDirectory(tmp_path / "run")
-    run.save(Checkpoint(network, model.state_dict()))
+    run.save(Checkpoint(config, model.state_dict()))
     hub = tmp_path / "hub"
     assert cli.main(["export", str(run.path), "--format", "hub", "--out", str(hub)]) == 0
     command = ["import", str(hub / "model.safetensors"), "--out", str(tmp_path / "again")]
     assert cli.main(command) == 0
-    assert RunDirectory(tmp_path / "again").load().network == network
+    assert RunDirectory(tmp_path / "again").load().config == config
     assert has_equal_outputs(model, tmp_path / "again")
     file = hub / "model.safetensors"
-    overridden = convert.read(file, mean=(0.7, 0.7, 0.7)).checkpoint.network
-    assert (overridden.mean, overridden.std) == ((0.7, 0.7, 0.7), network.std)
+    overridden = convert.read(file, mean=(0.7, 0.7, 0.7)).checkpoint.config
+    assert (overridden.mean, overridden.std) == ((0.7, 0.7, 0.7), config.std)
 
 
 def test_default_constants_are_those_of_the_authors(
@@ -218,16 +216,16 @@ def test_default_constants_are_those_of_the_authors(
 ) -> None:
     for layout in ("akamaster", "chenyaofo"):
         torch.save(random_foreign(layout).state_dict(), tmp_path / f"{layout}.pth")
-    akamaster = convert.read(tmp_path / "akamaster.pth").checkpoint.network
+    akamaster = convert.read(tmp_path / "akamaster.pth").checkpoint.config
     assert (akamaster.mean, akamaster.std) == IMAGENET
     assert akamaster.classes == CIFAR10
-    chenyaofo = convert.read(tmp_path / "chenyaofo.pth").checkpoint.network
+    chenyaofo = convert.read(tmp_path / "chenyaofo.pth").checkpoint.config
     assert chenyaofo.std == (0.2023, 0.1994, 0.2010)
     flags = ["--mean", ".1", ".2", ".3", "--std", ".4", ".5", ".6"]
     run = tmp_path / "run"
     assert cli.main(["import", str(tmp_path / "akamaster.pth"), "--out", str(run), *flags]) == 0
     assert "ImageNet" not in capsys.readouterr().err
-    head = json.loads((run / "checkpoint" / "checkpoint.json").read_text())["network"]
+    head = json.loads((run / "checkpoint" / "checkpoint.json").read_text())["config"]
     assert (head["mean"], head["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     command = ["import", str(tmp_path / "akamaster.pth"), "--out", str(tmp_path / "b")]
     assert cli.main(command) == 0
@@ -386,12 +384,12 @@ def test_an_imported_run_can_be_evaluated(
                 picture.save(tmp_path / "data" / split / name / f"{index}.png")
     capsys.readouterr()
     assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "data"), "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)
     labels = np.array([0, 0, 0, 1, 1, 1])
     colours = [Image.new("RGB", (32, 32), name) for name in ("blue", "red")]
     seen = [resnet56.load(run).predict(colour)[0].label for colour in colours]
     hits = sum(seen[label] == ("blue", "red")[label] for label in labels)
-    assert figures["accuracy"] == hits / 6
+    assert metrics["accuracy"] == hits / 6
 
 
 STATE = build("resnet8-b", seed=4).state_dict()
@@ -498,7 +496,7 @@ def test_the_names_of_other_projects_are_recognized(layout: str, tmp_path: Path)
         theirs[key] = tensor
     assert not theirs.keys() & {"conv1.weight", "bn1.weight"}
     result = convert_content({"state_dict": theirs}, tmp_path)
-    assert result.checkpoint.network.arch == arch
+    assert result.checkpoint.config.arch == arch
     assert has_weights(result, ours)
 
 

@@ -45,16 +45,16 @@ def good(tmp_path_factory: pytest.TempPathFactory, tiny: Dataset) -> Path:
     path = tmp_path_factory.mktemp("good") / "run"
     train(RECIPE, tiny, path, device="cpu")
     run = RunDirectory(path)
-    evaluation = run.read_evaluation(run.load().position.step)
+    evaluation = run.read_evaluation(run.load().progress.step)
     assert evaluation is not None
-    batch = {"milliseconds_an_image": 1.0, "images_per_second": 1000.0}
+    batch = {"ms_per_image": 1.0, "images_per_second": 1000.0}
     evaluation["speed"] = {"batch_1": batch, "batch_256": dict(batch), "peak_memory_mb": 5.0}
     evaluation["robustness"] = {
         "images": 24, "severities": [1, 2], "clean_accuracy": 0.5, "mean_accuracy": 0.5,
         "corruptions": {"jpeg": [0.5, 0.25]},
     }  # fmt: skip
     run.write_evaluation(evaluation)
-    run.keep_comparison(
+    run.add_comparison(
         {
             "a": "cpu fp32", "b": "cpu bf16", "images": 24, "accuracy_a": 0.5, "accuracy_b": 0.5,
             "changed": 0, "median_difference": 0.0, "largest_difference": 0.0, "verdict": "Same.",

@@ -15,7 +15,7 @@ import torch
 from resnet56.errors import Error, NotFiniteError, RunError
 from resnet56.files import next_free, read_json, to_json, write_json, write_text
 from resnet56.metrics import measure
-from resnet56.runs.checkpoint import Checkpoint, Network, Position
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
 
 ROW = {
@@ -26,7 +26,7 @@ COMPARISON = {
     "a": "a", "b": "b", "images": 4, "accuracy_a": 0.5, "accuracy_b": 0.25, "changed": 1,
     "median_difference": 0.1, "largest_difference": 0.2, "verdict": "One image of four changes.",
 }  # fmt: skip
-NETWORK = Network("resnet8", ("a", "b"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+NETWORK = ModelConfig("resnet8", ("a", "b"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 def checkpoint(step: int = 7) -> Checkpoint:
@@ -34,8 +34,8 @@ def checkpoint(step: int = 7) -> Checkpoint:
         NETWORK,
         model={"w": torch.arange(6.0).reshape(2, 3) / 7, "n": torch.tensor(step)},
         training={"momentum.w": torch.full((2, 3), 1 / 3)},
-        position=Position(epoch=1, step=step, epoch_step=3, loss_sum=1 / 3, correct=5, images=24),
-        notes={"precision": "fp32"},
+        progress=Progress(epoch=1, step=step, epoch_step=3, loss_sum=1 / 3, correct=5, images=24),
+        metadata={"precision": "fp32"},
     )
 
 
@@ -44,9 +44,9 @@ def test_a_checkpoint_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     saved = checkpoint()
     run.save(saved)
     loaded = run.load(training=True)
-    assert loaded.network == saved.network
-    assert loaded.position == saved.position
-    assert loaded.notes == saved.notes
+    assert loaded.config == saved.config
+    assert loaded.progress == saved.progress
+    assert loaded.metadata == saved.metadata
     for part in ("model", "training"):
         for name, tensor in getattr(saved, part).items():
             assert torch.equal(getattr(loaded, part)[name], tensor)
@@ -82,7 +82,7 @@ def test_a_value_that_is_not_finite_does_not_replace_a_good_checkpoint(
     getattr(bad, part)[name][0, 1] = value
     with pytest.raises(NotFiniteError, match=f"not finite in {name}"):
         run.save(bad)
-    assert run.load(training=True).position.step == 7
+    assert run.load(training=True).progress.step == 7
     assert len(list((tmp_path / "checkpoint").iterdir())) == 3
 
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
 
     monkeypatch.setattr(Path, "read_bytes", replacing)
     loaded = run.load(training=True)
-    assert loaded.position.step == 9
+    assert loaded.progress.step == 9
     assert loaded.model["n"] == 9
 
 
@@ -126,7 +126,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
     with pytest.raises(RunError, match=r"No space left on device.*unchanged") as caught:
         run.save(checkpoint(step=8))
     assert "\n" not in str(caught.value)
-    assert run.load(training=True).position.step == 7
+    assert run.load(training=True).progress.step == 7
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -151,7 +151,7 @@ def test_a_tensor_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", "{}", '{"format": 1, "network": {"arch": 3}}', '{"format": "x"}']
+    "text", ["", "{", "[1]", "{}", '{"format": 1, "config": {"arch": 3}}', '{"format": "x"}']
 )
 def test_a_damaged_checkpoint_json_is_one_line(tmp_path: Path, text: str) -> None:
     run = RunDirectory(tmp_path)
@@ -212,7 +212,7 @@ def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
     run.save(checkpoint())
     with pytest.raises(RunError, match="already contains a run.*--resume"):
         run.create()
-    assert run.load().position.step == 7
+    assert run.load().progress.step == 7
 
 
 def test_metrics_come_back_without_a_torn_last_line(tmp_path: Path) -> None:
@@ -248,14 +248,14 @@ def test_a_line_that_is_no_row_is_damage(tmp_path: Path, line: str) -> None:
 def test_a_comparison_takes_the_place_of_an_earlier_one_of_its_pair(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     for pair, changed in (("ab", 1), ("ac", 2), ("ab", 3)):
-        run.keep_comparison(COMPARISON | {"a": pair[0], "b": pair[1], "changed": changed}, step=5)
+        run.add_comparison(COMPARISON | {"a": pair[0], "b": pair[1], "changed": changed}, step=5)
     kept = read_json(run.parity_file)["comparisons"]
     assert [(one["b"], one["changed"]) for one in kept] == [("c", 2), ("b", 3)]
-    run.keep_comparison(COMPARISON | {"a": "a", "b": "d"}, step=6)  # the training went on
+    run.add_comparison(COMPARISON | {"a": "a", "b": "d"}, step=6)  # the training went on
     assert [one["b"] for one in read_json(run.parity_file)["comparisons"]] == ["d"]
     run.parity_file.write_text('{"comparisons": [5]}')
     with pytest.raises(RunError, match="damaged"):
-        run.keep_comparison(COMPARISON, step=6)
+        run.add_comparison(COMPARISON, step=6)
 
 
 def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> No
     assert run.read_evaluation(7) is None
     metrics = measure(np.eye(2), np.arange(2), ("a", "b"))
     facts = {"epoch": 1, "step": 7, "device": "cpu", "precision": "fp32"}
-    evaluation = {"test": metrics, **facts, "weights": "last", "data": "made up"}
+    evaluation = {"test": metrics, **facts, "weights": "final", "data": "made up"}
     run.write_evaluation(evaluation)
     assert run.read_evaluation(7) == evaluation
     assert run.read_evaluation(8) is None
@@ -391,7 +391,7 @@ def test_where_nothing_can_be_written_the_path_is_named(
 
 
 def test_a_position_says_all_that_an_interrupted_epoch_has_summed_up() -> None:
-    assert set(asdict(Position())) == {
+    assert set(asdict(Progress())) == {
         "epoch", "step", "epoch_step", "loss_sum", "correct", "images", "seconds",
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resnet56.data.dataset import Dataset
-from resnet56.evaluation import Subject, subject_of
+from resnet56.evaluation import EvaluatedModel, evaluated_model
 from resnet56.model import build
 from resnet56.runs import pretrained
 
@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 NAMES = pretrained.names()
 
 
-def subject(name: str) -> Subject:
-    return subject_of(pretrained.load(name), CPU)
+def evaluated(name: str) -> EvaluatedModel:
+    return evaluated_model(pretrained.load(name), CPU)
 
 
 def color_blocks(count: int) -> torch.Tensor:
@@ -34,9 +34,9 @@ def test_weights_are_small_and_match_their_card(name: str) -> None:
     file = pretrained.FOLDER / f"{name}.safetensors"
     assert file.stat().st_size < 2_000_000
     card = pretrained.card(name)
-    assert card["recipe"]["arch"] == card["network"]["arch"] == name
+    assert card["recipe"]["arch"] == card["config"]["arch"] == name
     assert card["evaluation"]["of"] == "the half-precision weights"
-    assert pretrained.load(name).network.classes == tuple(card["network"]["classes"])
+    assert pretrained.load(name).config.classes == tuple(card["config"]["classes"])
 
 
 # The first four logits of `subject(name).logits(color_blocks(1))`. A change in loading, folding or
@@ -49,7 +49,7 @@ LOGITS = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_match_pinned_values(name: str) -> None:
-    logits = subject(name).logits(color_blocks(1))[0, :4]
+    logits = evaluated(name).logits(color_blocks(1))[0, :4]
     assert torch.allclose(logits, torch.tensor(LOGITS[name]), atol=2e-3)
 
 
@@ -58,7 +58,7 @@ def test_accuracy_matches_the_card(name: str, cifar10: Dataset) -> None:
     """The accuracy on every fifth test image lies within three standard errors of the card."""
     subset = slice(0, None, 5)
     images, labels = cifar10.test.images[subset], cifar10.test.labels[subset]
-    correct = (subject(name).logits(images).argmax(dim=1) == labels).float()
+    correct = (evaluated(name).logits(images).argmax(dim=1) == labels).float()
     expected = pretrained.card(name)["evaluation"]["test"]["accuracy"]
     error = (expected * (1 - expected) / len(labels)) ** 0.5
     assert abs(correct.mean().item() - expected) < 3 * error
@@ -74,8 +74,8 @@ def test_torch_hub_builds_a_network_without_pretrained_weights() -> None:
 def test_torch_hub_loads_the_same_network(name: str) -> None:
     repository = str(Path(__file__).parents[2])
     model = torch.hub.load(repository, name.replace("-", "_"), source="local")
-    expected = subject(name)
-    assert (model.mean, model.std) == (expected.network.mean, expected.network.std)
+    expected = evaluated(name)
+    assert (model.mean, model.std) == (expected.config.mean, expected.config.std)
     mean, std = (torch.tensor(c)[:, None, None] for c in (model.mean, model.std))
     images = color_blocks(4)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from report_fixtures import CIFAR, make_run, samples
 from resnet56.errors import RunError
 from resnet56.report.read import read_run
 from resnet56.runs import pretrained, schema
-from resnet56.runs.checkpoint import Network
+from resnet56.runs.checkpoint import ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import Metrics, check
 
@@ -133,6 +133,6 @@ def test_arrays_are_checked_for_dtype_shape_and_range(
 )
 def test_a_model_config_is_checked(field: str, value: Any, message: str) -> None:
     facts = {"arch": "resnet8", "classes": ["a"], "mean": [0, 0, 0], "std": [1, 1, 1]}
-    assert check(facts, Network, "f") == Network("resnet8", ("a",), (0, 0, 0), (1, 1, 1))
+    assert check(facts, ModelConfig, "f") == ModelConfig("resnet8", ("a",), (0, 0, 0), (1, 1, 1))
     with pytest.raises(RunError, match=message):
-        check(facts | {field: value}, Network, "f")
+        check(facts | {field: value}, ModelConfig, "f")

@@ -56,13 +56,13 @@ def test_every_form_gives_the_same_outputs(
     loaded = resnet56.load(written[form], device="cpu")
     assert cli.main(["import", str(written[form]), "--out", str(tmp_path / "back")]) == 0
     assert "assuming" not in capsys.readouterr().err
-    for network in (loaded, resnet56.load(tmp_path / "back", device="cpu")):
-        assert (network.classes, network.mean, network.std) == (
+    for config in (loaded, resnet56.load(tmp_path / "back", device="cpu")):
+        assert (config.classes, config.mean, config.std) == (
             expected.classes,
             expected.mean,
             expected.std,
         )
-        assert np.allclose(network.run(noise(4))[0], expected.run(noise(4))[0], atol=1e-4)
+        assert np.allclose(config.run(noise(4))[0], expected.run(noise(4))[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["hub folder", "hub weights", "weights of the run", "onnx"])
@@ -88,7 +88,7 @@ def test_a_copy_of_pretrained_weights_opens_like_its_name(tmp_path: Path) -> Non
     by_name, by_file = open_network("resnet56"), open_network(shutil.copy(file, tmp_path / "it"))
     assert by_name.pretrained == "resnet56"
     assert by_file.pretrained is None
-    assert by_name.checkpoint.network == by_file.checkpoint.network
+    assert by_name.checkpoint.config == by_file.checkpoint.config
     for key, tensor in by_name.checkpoint.model.items():
         assert torch.equal(tensor, by_file.checkpoint.model[key]) or "num_batches" in key
 
@@ -111,8 +111,8 @@ def test_flags_override_the_file_with_a_remark(written: dict[str, Path]) -> None
     for form in ("run", "hub weights", "onnx"):
         names = ("x", "y", "z")
         imported = import_network(written[form], mean=(0.1, 0.2, 0.3), classes=names)
-        assert imported.checkpoint.network.mean == (0.1, 0.2, 0.3)
-        assert imported.checkpoint.network.classes == names
+        assert imported.checkpoint.config.mean == (0.1, 0.2, 0.3)
+        assert imported.checkpoint.config.classes == names
         assert sum("although" in remark for remark in imported.remarks) == 2
 
 
@@ -124,10 +124,10 @@ def test_the_config_of_a_hub_folder_declares_constants_and_classes(tmp_path: Pat
         {**declared, "label_names": None, "id2label": {"0": "a", "1": "b", "2": "c"}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        network = open_network(tmp_path).checkpoint.network
-        assert network.arch == "resnet8-b"
-        assert network.classes == ("a", "b", "c")
-        assert (network.mean, network.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        config = open_network(tmp_path).checkpoint.config
+        assert config.arch == "resnet8-b"
+        assert config.classes == ("a", "b", "c")
+        assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,6 @@ def test_a_run_with_non_finite_outputs_is_refused(tmp_path: Path) -> None:
     weights = {
         k: t * 1e30 if "bn" in k and "weight" in k else t for k, t in checkpoint.model.items()
     }
-    RunDirectory(tmp_path).save(Checkpoint(checkpoint.network, weights))
+    RunDirectory(tmp_path).save(Checkpoint(checkpoint.config, weights))
     with pytest.raises(RunError, match="outputs that are not finite"):
         resnet56.load(tmp_path, device="cpu")

@@ -150,7 +150,7 @@ def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(safetensors.torch.save(STATE))
     (tmp_path / "model.safetensors").write_bytes(saved(STATE))
     for name in ("model.bin", "model.safetensors"):
-        assert convert.read(tmp_path / name).checkpoint.network.arch == "resnet8-b"
+        assert convert.read(tmp_path / name).checkpoint.config.arch == "resnet8-b"
 
 
 def test_other_zip_archives_are_described(tmp_path: Path) -> None:
@@ -269,8 +269,8 @@ def error_message(file: Path) -> str:
 
 def mutated(content: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
     result = bytearray(content)
-    for position, operation, new in changes:
-        at = int(position * min(EDGE, len(result))) % max(len(result), 1)
+    for progress, operation, new in changes:
+        at = int(progress * min(EDGE, len(result))) % max(len(result), 1)
         if operation == "set":
             result[at : at + len(new)] = new
         elif operation == "insert":

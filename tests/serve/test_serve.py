@@ -37,7 +37,7 @@ from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.predict import load
 from resnet56.runs import pretrained
-from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.serve.app import build_app
 from resnet56.serve.batching import Batcher
@@ -637,9 +637,9 @@ def test_low_file_limit_reduces_connections() -> None:
 
 
 def test_command_serves_a_run_and_matches_python(tmp_path: Path) -> None:
-    network = Network("resnet8", CLASSES, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    config = ModelConfig("resnet8", CLASSES, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
     RunDirectory(tmp_path / "run").save(
-        Checkpoint(network, build("resnet8", classes=3).state_dict())
+        Checkpoint(config, build("resnet8", classes=3).state_dict())
     )
     cat = tmp_path / "cat.png"
     Image.fromarray(skimage.data.chelsea()).save(cat)

@@ -56,7 +56,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     return F.relu(out)
 
 
-class StockLoop:
+class BaselineLoop:
     """Conventional training, one step per call.
 
     Args:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet56.benchmark.baseline import AugmentedImages, StockLoop
+from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
 from resnet56.benchmark.baseline import norm_relu as baseline_norm_relu
-from resnet56.benchmark.interleave import Contestant, compared, take_turns
+from resnet56.benchmark.interleave import Candidate, compared, interleave
 from resnet56.benchmark.roofline import floor, machine_limits
 from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.batches import Batches
@@ -31,30 +31,30 @@ from resnet56.inference import InferenceForm
 from resnet56.model import build
 from resnet56.predict import OnnxBackend
 from resnet56.recipe import Recipe
-from resnet56.runs.checkpoint import Checkpoint, Network, Position
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
 from resnet56.runtime import (
-    Resolved,
+    Precision,
     environment,
     peak_memory_mb,
     resolve_device,
     resolve_precision,
 )
-from resnet56.step import Trainer, learning_rate, make_forward
+from resnet56.step import Trainer, learning_rate, prepare_model
 
 START_REPEATS = 3  # repetitions of each timed start-up
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Course:
+class BenchmarkSetup:
     """Data, device and precision of a benchmark."""
 
     split: Split  # training images
     mean: Triple
     std: Triple
     device: torch.device
-    precision: Resolved
+    precision: Precision
     classes: int = 10  # number of classes, and of outputs of all networks
 
     def augmented_images(self) -> AugmentedImages:
@@ -66,7 +66,7 @@ class Course:
         recipe = Recipe(arch=arch, batch_size=batch, execution=execution)  # type: ignore[arg-type]
         model = build(arch, classes=self.classes)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        forward = make_forward(model.train(), execution, self.precision)
+        forward = prepare_model(model.train(), execution, self.precision)
         trainer = Trainer(model, forward.module, recipe, self.precision)
         batches = Batches(
             Split(self.split.images.to(self.device), self.split.labels.to(self.device)),
@@ -88,40 +88,40 @@ class Course:
         return run_once
 
 
-def available_modes(device: torch.device, precision: Resolved, compiled: bool) -> list[str]:
+def available_modes(device: torch.device, precision: Precision, compiled: bool) -> list[str]:
     """Return the execution modes that are available on this machine."""
     modes = ["compiled", "eager"] if compiled else ["eager"]
     for mode in ("fused", "native"):
         with contextlib.suppress(UsageError):
-            make_forward(build("resnet8").to(device), mode, precision)
+            prepare_model(build("resnet8").to(device), mode, precision)
             modes.append(mode)
     return modes
 
 
 def bench_training(
-    setup: Course, arch: str, batch: int, modes: Sequence[str], rounds: int, seconds: float
+    setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
     """Compare baseline loops with 0 and 2 workers and our step in each execution mode."""
     loops = {
-        f"baseline, {workers} workers": StockLoop(
+        f"baseline, {workers} workers": BaselineLoop(
             arch, setup.augmented_images(), batch, setup.device, workers, setup.classes
         )
         for workers in (0, 2)
     }
-    contestants = [Contestant(n, loop.step, setup.device) for n, loop in loops.items()]
+    candidates = [Candidate(n, loop.step, setup.device) for n, loop in loops.items()]
     for mode in modes:
         run_once = setup.our_step(arch, batch, mode)
-        contestants.append(Contestant(f"ours, {mode}", run_once, setup.device))
+        candidates.append(Candidate(f"ours, {mode}", run_once, setup.device))
     try:
-        take_turns(contestants, rounds, seconds)
+        interleave(candidates, rounds, seconds)
     finally:
         for loop in loops.values():
             loop.close()
-    return compared(contestants, batch, baseline="baseline")
+    return compared(candidates, batch, baseline="baseline")
 
 
 def bench_inference(
-    setup: Course, arch: str, batch: int, rounds: int, seconds: float
+    setup: BenchmarkSetup, arch: str, batch: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
     """Compare the network in evaluation mode with the inference form and ONNX Runtime."""
     pixels = setup.split.images[torch.arange(batch) % len(setup.split)]
@@ -136,31 +136,29 @@ def bench_inference(
         with torch.inference_mode():
             runner(images).argmax(dim=1).tolist()
 
-    contestants = [
-        Contestant(name, lambda runner=runner: run_once(runner), setup.device)  # type: ignore[misc]
+    candidates = [
+        Candidate(name, lambda runner=runner: run_once(runner), setup.device)  # type: ignore[misc]
         for name, runner in runners.items()
     ]
     if setup.device.type == "cpu":
         with contextlib.suppress(MissingExtraError):  # one row fewer without the optional package
-            network = Network(arch, tuple("0123456789"), setup.mean, setup.std)
-            checkpoint = Checkpoint(network, model.state_dict())
+            config = ModelConfig(arch, tuple("0123456789"), setup.mean, setup.std)
+            checkpoint = Checkpoint(config, model.state_dict())
             content = to_onnx(checkpoint, checked=False)
             exported = OnnxBackend(content, arch, torch.get_num_threads())
             array = pixels.numpy()
-            contestants.append(
-                Contestant(
-                    "ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), setup.device
-                )
+            candidates.append(
+                Candidate("ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), setup.device)
             )
-    take_turns(contestants, rounds, seconds)
-    return compared(contestants, batch, baseline="baseline")
+    interleave(candidates, rounds, seconds)
+    return compared(candidates, batch, baseline="baseline")
 
 
-def _peak_memory(setup: Course, arch: str, batch: int, mode: str) -> float:
+def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> float:
     """Run a few steps and return the peak memory of this process in MB."""
     if mode.startswith("baseline"):
         images = setup.augmented_images()
-        run_once = StockLoop(arch, images, batch, setup.device, 0, setup.classes).step
+        run_once = BaselineLoop(arch, images, batch, setup.device, 0, setup.classes).step
     else:
         run_once = setup.our_step(arch, batch, mode)
     for _ in range(3):
@@ -168,7 +166,9 @@ def _peak_memory(setup: Course, arch: str, batch: int, mode: str) -> float:
     return peak_memory_mb(setup.device)
 
 
-def peak_memory(setup: Course, arch: str, batch: int, modes: Sequence[str]) -> dict[str, float]:
+def peak_memory(
+    setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
+) -> dict[str, float]:
     """Measure the peak memory of the baseline loop and each execution mode, in new processes."""
     few = slice(0, 4 * batch)  # cloned, since pickling a view would copy the whole storage
     split = Split(setup.split.images[few].clone(), setup.split.labels[few].clone())
@@ -180,7 +180,7 @@ def peak_memory(setup: Course, arch: str, batch: int, modes: Sequence[str]) -> d
     return peaks
 
 
-def bench_rest(setup: Course, dataset: Dataset, load_seconds: float) -> dict[str, float]:
+def bench_rest(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
     """Time everything else, in seconds: start-up, loading data, a checkpoint, an evaluation."""
 
     def start_time(*arguments: str) -> float:
@@ -193,11 +193,11 @@ def bench_rest(setup: Course, dataset: Dataset, load_seconds: float) -> dict[str
 
     model = build("resnet56").to(setup.device)
     trainer = Trainer(model, model, Recipe(), "fp32")
-    network = Network("resnet56", dataset.classes, setup.mean, setup.std)
+    config = ModelConfig("resnet56", dataset.classes, setup.mean, setup.std)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder))
         started = time.perf_counter()
-        run.save(Checkpoint(network, trainer.weights(), trainer.state(), Position(), {}))
+        run.save(Checkpoint(config, trainer.weights(), trainer.state(), Progress(), {}))
         saved = time.perf_counter() - started
     started = time.perf_counter()
     predict_logits(model.eval(), dataset.test.images, setup.mean, setup.std, setup.precision)
@@ -251,7 +251,7 @@ def bench(
             "smaller --batch or other --data"
         )
     mean, std = channel_statistics(dataset.train.images)
-    setup = Course(
+    setup = BenchmarkSetup(
         dataset.train, mean, std, resolved_device, resolved_precision, len(dataset.classes)
     )
     say("limits of the machine")

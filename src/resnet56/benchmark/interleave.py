@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass
-class Contestant:
+class Candidate:
     """A function to time, such as a training step or a forward pass."""
 
     name: str
@@ -32,36 +32,36 @@ class Contestant:
         return (time.perf_counter() - start) / repeats
 
 
-def take_turns(contestants: Sequence[Contestant], rounds: int, seconds: float) -> None:
+def interleave(candidates: Sequence[Candidate], rounds: int, seconds: float) -> None:
     """Warm up all contestants, then run each for about `seconds` in every round."""
     repeats = {}
-    for contestant in contestants:
-        contestant.time(3)  # allocators, thread pools, compilers
-        repeats[contestant.name] = max(2, round(seconds / contestant.time(2)))
+    for candidate in candidates:
+        candidate.time(3)  # allocators, thread pools, compilers
+        repeats[candidate.name] = max(2, round(seconds / candidate.time(2)))
     for _ in range(rounds):
-        for contestant in contestants:
-            contestant.seconds.append(contestant.time(repeats[contestant.name]))
+        for candidate in candidates:
+            candidate.seconds.append(candidate.time(repeats[candidate.name]))
 
 
 def compared(
-    contestants: Sequence[Contestant], images: int, *, baseline: str
+    candidates: Sequence[Candidate], images: int, *, baseline: str
 ) -> list[dict[str, Any]]:
     """Return one row each: medians, and ratios to the fastest whose name starts with `baseline`."""
-    baselines = [c for c in contestants if c.name.startswith(baseline)]
+    baselines = [c for c in candidates if c.name.startswith(baseline)]
     fastest = min(baselines, key=lambda c: statistics.median(c.seconds))
     rows = []
-    for contestant in contestants:
-        ratios = [b / s for b, s in zip(fastest.seconds, contestant.seconds, strict=True)]
-        median = statistics.median(contestant.seconds)
+    for candidate in candidates:
+        ratios = [b / s for b, s in zip(fastest.seconds, candidate.seconds, strict=True)]
+        median = statistics.median(candidate.seconds)
         rows.append(
             {
-                "name": contestant.name,
-                "milliseconds": 1000 * median,
+                "name": candidate.name,
+                "ms": 1000 * median,
                 "images_per_second": images / median,
                 "ratio": statistics.median(ratios),
                 "ratio_least": min(ratios),
                 "ratio_most": max(ratios),
-                "baseline": contestant is fastest,
+                "baseline": candidate is fastest,
             }
         )
     return rows

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resnet56.benchmark.interleave import Contestant
+from resnet56.benchmark.interleave import Candidate
 from resnet56.model import ResNet, build, describe
-from resnet56.runtime import DTYPES, Resolved
+from resnet56.runtime import DTYPES, Precision
 
 
-def machine_limits(device: torch.device, precision: Resolved) -> dict[str, float]:
+def machine_limits(device: torch.device, precision: Precision) -> dict[str, float]:
     """Measure GFLOP/s of a matrix product and GB/s of a copy, as the best of ten runs."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
@@ -18,9 +18,9 @@ def machine_limits(device: torch.device, precision: Resolved) -> dict[str, float
     target = torch.empty_like(source)
 
     def best_time(run_once: Callable[[], object]) -> float:
-        contestant = Contestant("", run_once, device)
-        contestant.time(1)
-        return min(contestant.time(1) for _ in range(10))
+        candidate = Candidate("", run_once, device)
+        candidate.time(1)
+        return min(candidate.time(1) for _ in range(10))
 
     return {
         "gflops": 2 * size**3 / best_time(lambda: a @ b) / 1e9,
@@ -28,7 +28,9 @@ def machine_limits(device: torch.device, precision: Resolved) -> dict[str, float
     }
 
 
-def floor(arch: str, batch: int, precision: Resolved, limits: dict[str, float]) -> dict[str, float]:
+def floor(
+    arch: str, batch: int, precision: Precision, limits: dict[str, float]
+) -> dict[str, float]:
     """Return the minimum time of a step within the limits of the machine, in ms.
 
     The arithmetic is that of a forward pass, plus twice as much for the backward pass. The memory

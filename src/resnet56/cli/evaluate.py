@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
 
     from resnet56.data.dataset import Dataset, Split
-    from resnet56.evaluation import Subject
+    from resnet56.evaluation import EvaluatedModel
     from resnet56.export import OnnxModel
     from resnet56.runs.checkpoint import Checkpoint
     from resnet56.runs.directory import RunDirectory
-    from resnet56.runtime import Resolved
+    from resnet56.runtime import Precision
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EvaluateOptions:
     data: Data = None
     """Data set, image folder, or CIFAR-10-C or 10.1 .npy files; by default the data of the run."""
 
-    split: Literal["test", "train", "holdout"] = "test"
+    split: Literal["test", "train", "validation"] = "test"
     """Split to print. For a run on its own data, all splits are evaluated."""
 
     skip_broken: bool = False
@@ -61,8 +61,8 @@ def run(arguments: list[str]) -> int:
     """resnet56 evaluate RUN."""
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
     from resnet56 import runtime
-    from resnet56.cli.tables import show_figures
-    from resnet56.evaluation import subject_of
+    from resnet56.cli.tables import show_metrics
+    from resnet56.evaluation import evaluated_model
     from resnet56.files import to_json
     from resnet56.runs.pretrained import is_onnx
     from resnet56.runs.sources import open_network
@@ -81,19 +81,19 @@ def run(arguments: list[str]) -> int:
     if _is_benchmark(options.data):
         if options.parity is not None:
             raise UsageError("--parity does not support CIFAR-10-C or 10.1; choose other --data")
-        _measure_benchmark(subject_of(checkpoint, device, precision), options)
+        _measure_benchmark(evaluated_model(checkpoint, device, precision), options)
         return 0
 
     if run is None and options.data is None:
         raise UsageError(f"{options.run} is not a run and has no data; choose --data")
-    net = checkpoint.network
+    net = checkpoint.config
     dataset = load_data(
         options.data,
         own=run.data_origin() if run else None,
         evaluation=True,
         skip_broken=options.skip_broken,
     )
-    own = run is not None and dataset.fingerprint() == checkpoint.notes.get("data")
+    own = run is not None and dataset.fingerprint() == checkpoint.metadata.get("data")
     if not own:
         dataset = for_classes(dataset, net.classes)
         if run is not None:
@@ -105,9 +105,9 @@ def run(arguments: list[str]) -> int:
         _measure_run(run, dataset, options, device, precision, title)
     else:
         split = _other_split(dataset, options)
-        with show(f"{len(split):,} images", len(split)) as tick:
-            figures = subject_of(checkpoint, device, precision).figures(split, tick)
-        print(to_json(figures)) if options.json else show_figures(figures, title)
+        with show(f"{len(split):,} images", len(split)) as advance:
+            metrics = evaluated_model(checkpoint, device, precision).metrics(split, advance)
+        print(to_json(metrics)) if options.json else show_metrics(metrics, title)
     return 0
 
 
@@ -119,7 +119,7 @@ def _is_benchmark(data: str | None) -> bool:
 
 def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
     """Return the split to evaluate when the data are not the run's own."""
-    if options.split == "holdout":
+    if options.split == "validation":
         raise UsageError("validation images are part of the run's own data; omit --data")
     split = dataset.test if options.split == "test" else dataset.train
     if not len(split):
@@ -131,7 +131,7 @@ def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
 
 def _measure_onnx(options: EvaluateOptions) -> int:
     """Evaluate an ONNX file in ONNX Runtime on the images of `--data`."""
-    from resnet56.cli.tables import show_figures
+    from resnet56.cli.tables import show_metrics
     from resnet56.export import OnnxModel
     from resnet56.files import to_json
     from resnet56.predict import OnnxBackend
@@ -147,26 +147,26 @@ def _measure_onnx(options: EvaluateOptions) -> int:
         _measure_benchmark(model, options)
         return 0
     dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
-    dataset = for_classes(dataset, model.network.classes)
+    dataset = for_classes(dataset, model.config.classes)
     split = _other_split(dataset, options)
-    with show(f"{len(split):,} images", len(split)) as tick:
-        figures = model.figures(split, tick)
-    title = f"{model.network.arch} in ONNX Runtime on the {options.split} images; {dataset.source}"
-    print(to_json(figures)) if options.json else show_figures(figures, title)
+    with show(f"{len(split):,} images", len(split)) as advance:
+        metrics = model.metrics(split, advance)
+    title = f"{model.config.arch} in ONNX Runtime on the {options.split} images; {dataset.source}"
+    print(to_json(metrics)) if options.json else show_metrics(metrics, title)
     return 0
 
 
-def _measure_benchmark(subject: "Subject | OnnxModel", options: EvaluateOptions) -> None:
+def _measure_benchmark(evaluated: "EvaluatedModel | OnnxModel", options: EvaluateOptions) -> None:
     """Evaluate on the arrays of CIFAR-10-C or CIFAR-10.1."""
     from resnet56.cli.tables import show_accuracies
     from resnet56.data.arrays import load_benchmark
     from resnet56.files import to_json
 
-    figures = {}
-    for name, images in load_benchmark(Path(options.data or ""), len(subject.network.classes)):
-        with show(f"{len(images):,} images ({name})", len(images)) as tick:
-            figures[name] = subject.figures(images, tick)
-    print(to_json(figures)) if options.json else show_accuracies(figures)
+    metrics = {}
+    for name, images in load_benchmark(Path(options.data or ""), len(evaluated.config.classes)):
+        with show(f"{len(images):,} images ({name})", len(images)) as advance:
+            metrics[name] = evaluated.metrics(images, advance)
+    print(to_json(metrics)) if options.json else show_accuracies(metrics)
 
 
 def _measure_run(
@@ -174,7 +174,7 @@ def _measure_run(
     dataset: "Dataset",
     options: EvaluateOptions,
     device: "torch.device",
-    precision: "Resolved",
+    precision: "Precision",
     title: str,
 ) -> None:
     """Evaluate a run on its own data, and save the results in the run directory."""
@@ -184,14 +184,14 @@ def _measure_run(
     from resnet56.training import augmentation_of
 
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
-    if options.split == "holdout" and recipe.holdout == 0:
-        raise UsageError(f"{run.path} has no validation images (resnet56 train --holdout N)")
+    if options.split == "validation" and recipe.val_size == 0:
+        raise UsageError(f"{run.path} has no validation images (resnet56 train --val-size N)")
     evaluate_run(
         run,
         dataset,
         device=device,
         precision=precision,
-        holdout=recipe.holdout,
+        val_size=recipe.val_size,
         augmentation=augmentation_of(recipe, mirror=dataset.mirror),
         show=show,
     )
@@ -202,7 +202,7 @@ def _measure_run(
     if options.json:
         print(to_json(result))
     else:
-        tables.show_figures(result[options.split], title)
+        tables.show_metrics(result[options.split], title)
         tables.show_extras(result)
 
 
@@ -216,18 +216,18 @@ def _compare(
     """Compare the model in the two configurations of `--parity`."""
     from resnet56 import runtime
     from resnet56.cli.tables import show_comparison
-    from resnet56.evaluation import Measured, compare, subject_of
+    from resnet56.evaluation import Classifier, compare, evaluated_model
     from resnet56.files import to_json
 
     sides = options.parity or ""
     names: list[str] = []
-    subjects: list[Measured] = []
+    evaluated_models: list[Classifier] = []
     for side in sides.split(","):
         if side == "onnx":
             from resnet56.export import OnnxModel
 
             names.append("ONNX Runtime")
-            subjects.append(OnnxModel.from_checkpoint(checkpoint, options.threads))
+            evaluated_models.append(OnnxModel.from_checkpoint(checkpoint, options.threads))
             continue
         is_device = side != "torch" and side not in runtime.DTYPES
         side_device = runtime.resolve_device(side) if is_device else device
@@ -235,12 +235,14 @@ def _compare(
             side if side in runtime.DTYPES else "fp32", side_device
         )
         names.append(f"{side_device} {precision}")
-        subjects.append(subject_of(checkpoint, side_device, precision))
+        evaluated_models.append(evaluated_model(checkpoint, side_device, precision))
     if len(names) != 2:
         raise UsageError(
             f"--parity requires two sides, such as cpu,cuda, fp32,bf16 or torch,onnx, not {sides!r}"
         )
-    comparison = compare(subjects[0], subjects[1], (names[0], names[1]), split, show)
+    comparison = compare(
+        evaluated_models[0], evaluated_models[1], (names[0], names[1]), split, show
+    )
     if save_to is not None:
-        save_to.keep_comparison(comparison, checkpoint.position.step)
+        save_to.add_comparison(comparison, checkpoint.progress.step)
     print(to_json(comparison)) if options.json else show_comparison(comparison)

@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
         if source.pretrained is not None:
             evaluation = pretrained.card(source.pretrained).get("evaluation")
         elif source.run is not None:
-            evaluation = source.run.read_evaluation(checkpoint.position.step)
+            evaluation = source.run.read_evaluation(checkpoint.progress.step)
         write_hub_folder(checkpoint, out, evaluation)
     print(out)
     return 0

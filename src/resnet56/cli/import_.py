@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> int:
     directory.save(imported.checkpoint)
     for remark in imported.remarks:
         say(remark)
-    arch = imported.checkpoint.network.arch
+    arch = imported.checkpoint.config.arch
     say(f"{arch}; to evaluate it: resnet56 evaluate {options.out} --data DIR")
     print(options.out)
     return 0
@@ -88,7 +88,7 @@ def _names(given: tuple[str, ...]) -> tuple[str, ...]:
     file = Path(given[0])
     try:
         if file.is_dir():
-            return open_network(file).checkpoint.network.classes
+            return open_network(file).checkpoint.config.classes
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UsageError(

@@ -156,7 +156,7 @@ def _inspect(
         mean, std = channel_statistics(dataset.train.images)
         weights = "initial"
     else:
-        net = source.checkpoint.network
+        net = source.checkpoint.config
         if net.classes != dataset.classes:
             dataset = for_classes(dataset, net.classes)
         model, mean, std = restore(source.checkpoint, device), net.mean, net.std

@@ -91,7 +91,7 @@ def run(arguments: list[str]) -> int:
     results = predictor.stream(
         (source.image for source in sources), top=top, maps=options.cam is not None
     )
-    with _progress_bar(len(sources)) as tick:
+    with _progress_bar(len(sources)) as advance:
         for source, result in zip(sources, results, strict=True):
             try:
                 if isinstance(result, ImageError):
@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> int:
             except ImageError as error:
                 _print_error(error)
                 failed += 1
-            tick(1)
+            advance(1)
     if failed:
         inputs = "input" if failed == 1 else "inputs"
         say(f"resnet56: {failed:,} {inputs} could not be read")
@@ -207,5 +207,5 @@ def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
         return
     from resnet56.progress import looking
 
-    with looking(total) as tick:
-        yield tick
+    with looking(total) as advance:
+        yield advance

@@ -31,26 +31,26 @@ def _share(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else f"{100 * value:.2f}"
 
 
-def show_figures(figures: "Metrics", title: str) -> None:
+def show_metrics(metrics: "Metrics", title: str) -> None:
     """Print the metrics of one split."""
     console = Console(highlight=False)
-    low, high = figures["accuracy_interval"]
-    ece, brier = figures["calibration"]["ece"], figures["calibration"]["brier"]
+    low, high = metrics["accuracy_interval"]
+    ece, brier = metrics["calibration"]["ece"], metrics["calibration"]["brier"]
     lines = (
         title,
-        f"accuracy {percent(figures['accuracy'])} (95 % interval {100 * low:.2f} to "
-        f"{100 * high:.2f}), top-2 {percent(figures['top2'])}, top-3 {percent(figures['top3'])}",
-        f"loss {figures['loss']:.4f}, ECE {ece:.4f}, Brier score {brier:.4f}, "
-        f"{figures['n']:,} images",
+        f"accuracy {percent(metrics['accuracy'])} (95 % interval {100 * low:.2f} to "
+        f"{100 * high:.2f}), top-2 {percent(metrics['top2'])}, top-3 {percent(metrics['top3'])}",
+        f"loss {metrics['loss']:.4f}, ECE {ece:.4f}, Brier score {brier:.4f}, "
+        f"{metrics['n']:,} images",
     )
     for line in lines:
         console.print(printable(line), markup=False, soft_wrap=True)
     table = _table("class", "precision", "recall", "F1", "images")
-    for name, row in figures["per_class"].items():
+    for name, row in metrics["per_class"].items():
         scores = map(_share, (row["precision"], row["recall"], row["f1"]))
         table.add_row(_cell(name), *scores, f"{row['support']:,}")
     console.print(table)
-    for pair in figures["most_confused"][:3]:
+    for pair in metrics["most_confused"][:3]:
         line = f"{pair['count']} {shown(pair['true'])} classified as {shown(pair['predicted'])}"
         console.print(line, markup=False, soft_wrap=True)
 
@@ -69,15 +69,15 @@ def show_extras(result: "Evaluation") -> None:
     if speed := result.get("speed"):
         for batch, row in (("1", speed["batch_1"]), ("256", speed["batch_256"])):
             console.print(
-                f"batch {batch}: {row['milliseconds_an_image']:.2f} ms per image, "
+                f"batch {batch}: {row['ms_per_image']:.2f} ms per image, "
                 f"{row['images_per_second']:,.0f} images/s"
             )
 
 
-def show_accuracies(figures: Mapping[str, "Metrics"]) -> None:
+def show_accuracies(metrics: Mapping[str, "Metrics"]) -> None:
     """Print a table with one line per test set."""
     table = _table("images", "accuracy", "interval", "loss", "n")
-    for name, row in figures.items():
+    for name, row in metrics.items():
         low, high = row["accuracy_interval"]
         interval = f"{100 * low:.2f} to {100 * high:.2f}"
         table.add_row(
@@ -103,7 +103,7 @@ def show_description(description: dict[str, Any]) -> None:
     shortcut = description["shortcut"]
     console.print(
         f"{description['arch']}: {description['depth']} layers, {description['block']} blocks of "
-        f"{description['layers_a_block']} layers, "
+        f"{description['layers_per_block']} layers, "
         f"{'no shortcuts' if shortcut == 'none' else f'shortcut option {shortcut}'}"
     )
     table = _table("part", "layers", "blocks", "output", "parameters", "MACs", left=2)

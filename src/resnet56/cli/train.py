@@ -15,7 +15,7 @@ from resnet56.cli.common import Data, Out, Threads, load_data, say
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
-    from resnet56.progress import TrainingProgress
+    from resnet56.progress import TrainingDisplay
     from resnet56.runs.schema import Evaluation
 
 
@@ -79,13 +79,13 @@ def run(arguments: list[str]) -> int:
     job = _choose(arguments)
 
     from resnet56.distributed import Distributed
-    from resnet56.progress import TrainingProgress
+    from resnet56.progress import TrainingDisplay
     from resnet56.training import Interrupted
 
     is_first = Distributed.from_environment().is_first
-    with TrainingProgress(quiet=job.options.quiet or not is_first) as progress:
+    with TrainingDisplay(quiet=job.options.quiet or not is_first) as display:
         try:
-            result = _train(job, progress)
+            result = _train(job, display)
         except Interrupted as interrupted:
             if is_first:
                 say("")  # start a new line after the terminal's ^C
@@ -100,7 +100,7 @@ def run(arguments: list[str]) -> int:
                 say("stopped before the first checkpoint")
             return INTERRUPTED
         if is_first:
-            _show_result(result, job.out, progress)
+            _show_result(result, job.out, display)
     return 0
 
 
@@ -145,14 +145,14 @@ def _choose(arguments: list[str]) -> _Job:
     return _Job(options, own, out)
 
 
-def _train(job: _Job, progress: "TrainingProgress") -> "Evaluation":
+def _train(job: _Job, display: "TrainingDisplay") -> "Evaluation":
     """Load the data, train, and return the content of evaluation.json."""
     from resnet56.training import train
 
     options = job.options
     dataset = load_data(options.data, own=job.own_data, skip_broken=options.skip_broken)
-    progress.say(f"{options.recipe.arch} on {dataset.source}")
-    progress.say(f"run: {job.out}")
+    display.say(f"{options.recipe.arch} on {dataset.source}")
+    display.say(f"run: {job.out}")
     return train(
         options.recipe,
         dataset,
@@ -162,33 +162,33 @@ def _train(job: _Job, progress: "TrainingProgress") -> "Evaluation":
         tensorboard=options.tensorboard,
         test_every_epoch=options.test_every_epoch,
         threads=options.threads,
-        progress=progress,
+        display=display,
     )
 
 
-def _show_result(result: "Evaluation", out: Path, progress: "TrainingProgress") -> None:
+def _show_result(result: "Evaluation", out: Path, display: "TrainingDisplay") -> None:
     """Print the metrics and write the report."""
     from resnet56.progress import percent
     from resnet56.report import write_report
 
-    if val := result.get("holdout"):
-        progress.say(
+    if val := result.get("validation"):
+        display.say(
             f"validation accuracy {percent(val['accuracy'])}, loss {val['loss']:.4f}, "
             f"{val['n']:,} images; use it to choose between settings"
         )
     test, train = result["test"], result["train"]
     low, high = test["accuracy_interval"]
-    progress.say(
+    display.say(
         f"test accuracy {percent(test['accuracy'])} "
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), loss {test['loss']:.4f}, "
         f"{test['n']:,} images"
     )
-    progress.say(
+    display.say(
         f"training accuracy {percent(train['accuracy'])}, loss {train['loss']:.4f}, "
         f"{train['n']:,} images without augmentation"
     )
-    progress.say("writing the report")
-    progress.say(f"run: {out}; report: {write_report([out])}")
+    display.say("writing the report")
+    display.say(f"run: {out}; report: {write_report([out])}")
 
 
 def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:

@@ -155,7 +155,7 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[st
     return matches, remarks
 
 
-def hold_out(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
+def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
     """Split a data set into (rest, `count` images), stratified by class and in the original order.
 
     Each part has at least one image of every class, except that a class of one image stays in the
@@ -192,11 +192,11 @@ def hold_out(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
     )
 
 
-def training_split(dataset: Dataset, holdout: int) -> tuple[Split, Split | None]:
+def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None]:
     """Return the training images and `holdout` validation images, or None if `holdout` is 0."""
-    if holdout == 0:
+    if val_size == 0:
         return dataset.train, None
-    return hold_out(dataset.train, holdout)
+    return stratified_split(dataset.train, val_size)
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:

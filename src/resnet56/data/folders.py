@@ -9,7 +9,13 @@ from pathlib import Path
 
 import torch
 
-from resnet56.data.dataset import Dataset, Split, hold_out, match_classes, normalize_class_name
+from resnet56.data.dataset import (
+    Dataset,
+    Split,
+    match_classes,
+    normalize_class_name,
+    stratified_split,
+)
 from resnet56.data.image_files import describe_skipped, find_images, is_visible, visible_folders
 from resnet56.data.images import read_pixels
 from resnet56.errors import DataError, ImageError, one_line, shown
@@ -352,7 +358,7 @@ def _split_test_part(
             classes, _empty_like(images), images, "not split", predefined_split=predefined_split
         )
     largest = int((counts - 1).clamp(min=0).sum())
-    train, test = hold_out(images, min(largest, max(len(classes), len(images) // 5)))
+    train, test = stratified_split(images, min(largest, max(len(classes), len(images) // 5)))
     return reader.dataset(classes, train, test, description, predefined_split=predefined_split)
 
 

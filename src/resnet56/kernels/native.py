@@ -36,9 +36,9 @@ def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
         raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
     if unit == 1 and not vectors:
         raise UnavailableError("the processor or the compiler supports no matrix unit (AMX)")
-    network = NativeNetwork(model, library)
+    config = NativeNetwork(model, library)
     _check(library)
-    return network
+    return config
 
 
 class NativeNetwork(nn.Module):
@@ -124,9 +124,9 @@ def _check(library: ctypes.CDLL) -> None:
         results = []
         for native in (False, True):
             model = build(arch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            network = NativeNetwork(model, library) if native else model
+            config = NativeNetwork(model, library) if native else model
             with torch.autocast("cpu", torch.bfloat16, enabled=native):
-                logits = network(images).float()
+                logits = config(images).float()
             logits.square().sum().backward()
             statistics = [b for b in model.buffers() if b.is_floating_point()]
             # Rounding to bf16 switches some ReLUs, which changes the gradients abruptly.

@@ -98,7 +98,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
     for entry in entries:
         facts = entry.facts
         for sentence in story.unfinished(
-            facts.position.epoch, facts.recipe.epochs, tested=facts.test is not None
+            facts.progress.epoch, facts.recipe.epochs, tested=facts.test is not None
         ):
             sentences.append(f"{entry.label}: {sentence}")
     if len({data_key(entry) for entry in entries}) > 1:
@@ -106,8 +106,8 @@ def states(entries: Sequence[Entry]) -> list[str]:
             "These runs do not all use the same images, so their accuracies are not directly "
             "comparable."
         )
-    validated = [(v["accuracy"], entry.label) for entry in entries if (v := entry.facts.holdout)]
-    same_split = len({(data_key(entry), entry.facts.recipe.holdout) for entry in entries}) == 1
+    validated = [(v["accuracy"], entry.label) for entry in entries if (v := entry.facts.validation)]
+    same_split = len({(data_key(entry), entry.facts.recipe.val_size) for entry in entries}) == 1
     if len(validated) == len(entries) and same_split:
         best_first = sorted(validated, reverse=True)
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
@@ -214,7 +214,7 @@ def error_charts(entries: Sequence[Entry]) -> list[Chart]:
             continue
         label = f"{entry.rank}  {entry.label}"
         other = None
-        for key, images in (("test_accuracy", "test"), ("holdout_accuracy", "validation")):
+        for key, images in (("test_accuracy", "test"), ("val_accuracy", "validation")):
             if other is None and (measured_rows := [row for row in rows if key in row]):
                 other = _error(label, measured_rows, key)
                 measured.add(images)
@@ -235,7 +235,7 @@ def charts(entries: Sequence[Entry]) -> list[Chart]:
     plotted = (
         ("train_loss", "Training loss", "cross-entropy, nats", False),
         ("train_accuracy", "Training accuracy", "accuracy, %", True),
-        ("holdout_accuracy", "Validation accuracy", "accuracy, %", True),
+        ("val_accuracy", "Validation accuracy", "accuracy, %", True),
         ("lr", "Learning rate", "learning rate", False),
     )
     drawn = []

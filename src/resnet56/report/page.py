@@ -89,7 +89,7 @@ def title(facts: RunFacts) -> str:
         share, n = words.percent(facts.test["accuracy"]), words.count(facts.test["n"])
         return f"{arch} reaches {share} test accuracy on {n} images"
     if facts.rows:
-        return f"{arch} after {words.plural(facts.position.epoch, 'epoch')}, not yet tested"
+        return f"{arch} after {words.plural(facts.progress.epoch, 'epoch')}, not yet tested"
     return f"{arch}, before the end of its first epoch"
 
 
@@ -98,7 +98,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
     test, train, recipe = facts.test, facts.train, facts.recipe
     sentences: dict[str, list[str]] = {part: [] for part in PARTS}
     sentences |= {
-        "state": story.unfinished(facts.position.epoch, recipe.epochs, tested=test is not None),
+        "state": story.unfinished(facts.progress.epoch, recipe.epochs, tested=test is not None),
         "trend": story.trend(facts.rows, recipe),
         "schedule": [recipe_words.schedule(recipe)],
         "optimizer": [recipe_words.optimizer(recipe)],
@@ -133,7 +133,7 @@ def training_charts(facts: RunFacts) -> list[Chart]:
         return []
     last = rows[-1]
     ends = f"after epoch {last['epoch']}"
-    validated = [row for row in rows if "holdout_accuracy" in row]
+    validated = [row for row in rows if "val_accuracy" in row]
     losses, accuracies = (
         [_line("training", rows, "train_loss")],
         [_line("training", rows, "train_accuracy")],
@@ -142,9 +142,9 @@ def training_charts(facts: RunFacts) -> list[Chart]:
     loss_alt += f"{words.loss(last['train_loss'])} in epoch {last['epoch']}."
     accuracy_alt = f"Training accuracy {words.percent(last['train_accuracy'])} {ends}."
     if validated:
-        losses.append(_line("validation", validated, "holdout_loss"))
-        accuracies.append(_line("validation", validated, "holdout_accuracy"))
-        accuracy_alt += f" Validation: {words.percent(validated[-1]['holdout_accuracy'])}."
+        losses.append(_line("validation", validated, "val_loss"))
+        accuracies.append(_line("validation", validated, "val_accuracy"))
+        accuracy_alt += f" Validation: {words.percent(validated[-1]['val_accuracy'])}."
     if facts.test and facts.evaluation:
         epoch = [float(facts.evaluation.get("epoch", last["epoch"]))]
         losses.append(Line("test", epoch, [facts.test["loss"]]))

@@ -332,11 +332,11 @@ def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) 
         positions = range(len(order))
         means = [100 * sum(corruptions[key]) / len(corruptions[key]) for key in order]
         axes.barh(positions, means, height=0.62, color=palette.faint)
-        for position, key in zip(positions, order, strict=True):
+        for progress, key in zip(positions, order, strict=True):
             values = [100 * value for value in corruptions[key]]
             axes.plot(
                 values,
-                [position] * len(values),
+                [progress] * len(values),
                 "o",
                 color=palette.series[0],
                 markersize=3,

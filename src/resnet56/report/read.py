@@ -11,7 +11,7 @@ from resnet56.files import read_json
 from resnet56.model import Description, describe
 from resnet56.recipe import Recipe
 from resnet56.recipe import from_fields as recipe_from_fields
-from resnet56.runs.checkpoint import Network, Position
+from resnet56.runs.checkpoint import ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import (
     Comparison,
@@ -47,8 +47,8 @@ class RunFacts:
     recipe: Recipe
     environment: Environment  # empty if it is missing
     rows: list[EpochMetrics]  # metrics.jsonl, one row per epoch
-    network: Network
-    position: Position
+    config: ModelConfig
+    progress: Progress
     images: str | None  # fingerprint of the data set, if it is recorded
     description: Description
     evaluation: Evaluation | None  # of the current weights, or None
@@ -63,7 +63,7 @@ class RunFacts:
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names, in the order of the outputs."""
-        return self.network.classes
+        return self.config.classes
 
     @property
     def test(self) -> Metrics | None:
@@ -76,9 +76,9 @@ class RunFacts:
         return self.evaluation.get("train") if self.evaluation else None
 
     @property
-    def holdout(self) -> Metrics | None:
+    def validation(self) -> Metrics | None:
         """The metrics on the validation images, if there are any."""
-        return self.evaluation.get("holdout") if self.evaluation else None
+        return self.evaluation.get("validation") if self.evaluation else None
 
     @property
     def source(self) -> str | None:
@@ -102,7 +102,7 @@ class RunFacts:
     @property
     def finished(self) -> bool:
         """Whether all epochs of the recipe are finished."""
-        return self.position.epoch >= self.recipe.epochs
+        return self.progress.epoch >= self.recipe.epochs
 
 
 def read_run(path: Path) -> RunFacts:
@@ -119,23 +119,23 @@ def read_run(path: Path) -> RunFacts:
             f"cannot write a report: {path} was not trained here (it has no recipe.json); to "
             f"evaluate it: resnet56 evaluate {path} --data DIR"
         )
-    network, step = checkpoint.network, checkpoint.position.step
+    config, step = checkpoint.config, checkpoint.progress.step
     evaluation = run.read_evaluation(step)
     if evaluation is not None:
-        check_evaluation(evaluation, run.evaluation_file, network.classes)
+        check_evaluation(evaluation, run.evaluation_file, config.classes)
     return RunFacts(
         path=path,
         recipe=recipe_from_fields(read_json(run.recipe_file), str(run.recipe_file)),
         environment=run.read_environment() or {},
         rows=run.read_metrics(),
-        network=network,
-        position=checkpoint.position,
-        images=checkpoint.notes.get("data"),
-        description=describe(network.arch, len(network.classes)),
+        config=config,
+        progress=checkpoint.progress,
+        images=checkpoint.metadata.get("data"),
+        description=describe(config.arch, len(config.classes)),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
         # They include the mistakes of the evaluated weights.
-        samples=_samples(run, len(network.classes)) if evaluation else None,
+        samples=_samples(run, len(config.classes)) if evaluation else None,
     )
 
 

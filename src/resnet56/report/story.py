@@ -106,19 +106,19 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
 
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The epoch with the highest validation accuracy, if there are validation images."""
-    validated = [row for row in rows if "holdout_accuracy" in row]
+    validated = [row for row in rows if "val_accuracy" in row]
     if not validated:
         return []
-    best = max(validated, key=lambda row: float(row["holdout_accuracy"]))
+    best = max(validated, key=lambda row: float(row["val_accuracy"]))
     last = validated[-1]
-    if best["holdout_accuracy"] <= last["holdout_accuracy"]:
+    if best["val_accuracy"] <= last["val_accuracy"]:
         return [
             "Validation accuracy was highest at the end: "
-            f"{percent(last['holdout_accuracy'])} after epoch {last['epoch']}."
+            f"{percent(last['val_accuracy'])} after epoch {last['epoch']}."
         ]
     return [
         f"Validation accuracy was highest after epoch {best['epoch']} "
-        f"({percent(best['holdout_accuracy'])}) and was {percent(last['holdout_accuracy'])} after "
+        f"({percent(best['val_accuracy'])}) and was {percent(last['val_accuracy'])} after "
         "the last epoch."
     ]
 

@@ -40,7 +40,7 @@ Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # a divisor in fp32
 
 
 @dataclass(frozen=True)
-class Network:
+class ModelConfig:
     """The architecture, classes and normalization that the weights require."""
 
     arch: Text
@@ -55,7 +55,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Position:
+class Progress:
     """The progress of a training run, with running totals of the unfinished epoch."""
 
     epoch: Count = 0  # finished epochs
@@ -117,9 +117,9 @@ class _Head:
     """The content of checkpoint.json."""
 
     format: Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
-    network: Network
-    position: Position
-    notes: Notes
+    config: ModelConfig
+    progress: Progress
+    metadata: Notes
     files: _TensorFiles
 
 
@@ -127,11 +127,11 @@ class _Head:
 class Checkpoint:
     """The weights of a model and, to resume, the state of its training."""
 
-    network: Network
+    config: ModelConfig
     model: Mapping[str, "Tensor"]  # EMA weights if there are any, or else the current ones
     training: Mapping[str, "Tensor"] = field(default_factory=dict)  # momentum, raw weights
-    position: Position = field(default_factory=Position)
-    notes: Mapping[str, Any] = field(default_factory=dict)  # see Notes
+    progress: Progress = field(default_factory=Progress)
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # see Notes
 
 
 def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
@@ -154,14 +154,14 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
     for part in ("model", "training"):
         tensors = {name: t.detach().contiguous() for name, t in getattr(checkpoint, part).items()}
         content = safetensors.torch.save(tensors)
-        name = f"{part}-{checkpoint.position.step:08d}.safetensors"
+        name = f"{part}-{checkpoint.progress.step:08d}.safetensors"
         write_bytes(directory / name, content)
         files[part] = {"name": name, "sha256": hashlib.sha256(content).hexdigest()}
     head = {
         "format": FORMAT,
-        "network": asdict(checkpoint.network),
-        "position": asdict(checkpoint.position),
-        "notes": dict(checkpoint.notes),
+        "config": asdict(checkpoint.config),
+        "progress": asdict(checkpoint.progress),
+        "metadata": dict(checkpoint.metadata),
         "files": files,
     }
     check(head, _Head, str(file))
@@ -204,13 +204,13 @@ def _read_head(file: Path) -> _Head:
             "update resnet56"
         )
     head = check(content, _Head, str(file))
-    return replace(head, notes=content["notes"])  # preserve unknown fields
+    return replace(head, metadata=content["metadata"])  # preserve unknown fields
 
 
 def _load_parts(file: Path, head: _Head, training: bool) -> Checkpoint:
     model = _read_tensors(file.parent, head.files.model)
     state = _read_tensors(file.parent, head.files.training) if training else {}
-    return Checkpoint(head.network, model, state, head.position, dict(head.notes))
+    return Checkpoint(head.config, model, state, head.progress, dict(head.metadata))
 
 
 def _read_tensors(directory: Path, entry: _TensorFile) -> dict[str, "Tensor"]:

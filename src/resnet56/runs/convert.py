@@ -22,8 +22,8 @@ from resnet56.data.class_names import CIFAR10, CIFAR100
 from resnet56.data.pickles import StandIn
 from resnet56.errors import RunError, UsageError, one_line, shown
 from resnet56.model import WIDTHS, Architecture, ResNet, build
-from resnet56.runs.checkpoint import Checkpoint, Network
-from resnet56.runs.pretrained import network_from
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
+from resnet56.runs.pretrained import config_from_metadata
 from resnet56.runs.tensor_files import Contents, StoredTensor, open_tensors
 
 Triple = tuple[float, float, float]
@@ -211,13 +211,13 @@ def read(
         defaults = _default_constants(candidate, outputs)
         constants, constant_remarks = _resolve_constants(mean, std, declared, outputs, defaults)
         names, class_remarks = _resolve_classes(classes, declared, outputs)
-        network = Network(matching, names, *constants)
-        model = _load_weights(candidate, network, file)
+        config = ModelConfig(matching, names, *constants)
+        model = _load_weights(candidate, config, file)
     if contents.ignored:
         remarks.append(f"ignored objects that are not tensors: {_abbreviate(contents.ignored)}")
-    notes = {"weights": "imported", "file": file.name}
+    metadata = {"weights": "imported", "file": file.name}
     remarks += class_remarks + constant_remarks
-    return Imported(Checkpoint(network, model, notes=notes), tuple(remarks))
+    return Imported(Checkpoint(config, model, metadata=metadata), tuple(remarks))
 
 
 def override(
@@ -234,16 +234,16 @@ def override(
         RunError: the checkpoint has another architecture.
         UsageError: mean, std or classes do not match.
     """
-    old = checkpoint.network
+    old = checkpoint.config
     if arch not in (None, old.arch):
         raise RunError(f"{name} is {old.arch}, not {arch}")
     declared = Declared(old.arch, old.classes, old.mean, old.std, name)
     constants, remarks = _resolve_constants(mean, std, declared, len(old.classes))
     names, class_remarks = _resolve_classes(classes, declared, len(old.classes))
-    notes = {"weights": "imported", "file": Path(name).name}
-    network = Network(old.arch, names, *constants)
+    metadata = {"weights": "imported", "file": Path(name).name}
+    config = ModelConfig(old.arch, names, *constants)
     remarks += class_remarks
-    return Imported(Checkpoint(network, checkpoint.model, notes=notes), tuple(remarks))
+    return Imported(Checkpoint(config, checkpoint.model, metadata=metadata), tuple(remarks))
 
 
 def weights_in(folder: Path) -> Path:
@@ -287,10 +287,10 @@ class Declared:
 def _declared(file: Path, contents: Contents) -> Declared:
     if "arch" in contents.metadata and "classes" in contents.metadata:
         try:
-            network = network_from(contents.metadata)
+            config = config_from_metadata(contents.metadata)
         except ValueError as error:
             raise RunError(f"{file} has invalid metadata: {one_line(error)}") from None
-        return Declared(network.arch, network.classes, network.mean, network.std, file.name)
+        return Declared(config.arch, config.classes, config.mean, config.std, file.name)
     config_file = file.with_name("config.json")
     return _read_hub_config(config_file) if config_file.is_file() else Declared()
 
@@ -670,10 +670,10 @@ def _resolve_classes(
     )
 
 
-def _load_weights(candidate: Candidate, network: Network, file: Path) -> dict[str, Tensor]:
+def _load_weights(candidate: Candidate, config: ModelConfig, file: Path) -> dict[str, Tensor]:
     """Read the tensors and convert them to our order, data types and channels."""
     model = {}
-    for key, like in _expected_of(network.arch, candidate).items():
+    for key, like in _expected_of(config.arch, candidate).items():
         if _is_counter(key):
             model[key] = torch.zeros((), dtype=torch.int64)
             continue
@@ -693,9 +693,9 @@ def _load_weights(candidate: Candidate, network: Network, file: Path) -> dict[st
         if not bool(values.isfinite().all()):
             raise RunError(f"{file} is not usable: {key} has non-finite values")
         model[key] = values
-    if candidate.layout.pads_after and Architecture.parse(network.arch).shortcut == "A":
+    if candidate.layout.pads_after and Architecture.parse(config.arch).shortcut == "A":
         _center_padding(model)
-    if not _has_finite_outputs(network, model):
+    if not _has_finite_outputs(config, model):
         raise RunError(f"{file} is not usable: the network's outputs are not finite")
     return model
 
@@ -726,12 +726,12 @@ def _center_padding(model: dict[str, Tensor]) -> None:
 
 
 @torch.inference_mode()
-def _has_finite_outputs(network: Network, model: Mapping[str, Tensor]) -> bool:
+def _has_finite_outputs(config: ModelConfig, model: Mapping[str, Tensor]) -> bool:
     """Whether the outputs for a uniform image and a noise image are finite."""
-    net = build(network.arch, classes=len(network.classes))
+    net = build(config.arch, classes=len(config.classes))
     net.load_state_dict(model)
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(1, 3, 32, 32, generator=generator)
     images = torch.cat((torch.full_like(noise, 0.5), noise))
-    mean, std = (torch.tensor(constant)[:, None, None] for constant in (network.mean, network.std))
+    mean, std = (torch.tensor(constant)[:, None, None] for constant in (config.mean, config.std))
     return bool(net.eval()((images - mean) / std).isfinite().all())

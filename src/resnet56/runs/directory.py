@@ -208,7 +208,7 @@ class RunDirectory:
         comparisons = schema.read(self.parity_file, Parity)["comparisons"]
         return [entry for entry in comparisons if entry.get("step", step) == step]
 
-    def keep_comparison(self, comparison: Comparison, step: int) -> None:
+    def add_comparison(self, comparison: Comparison, step: int) -> None:
         """Add a comparison of two devices or precisions, for the weights after `step` steps.
 
         It replaces a comparison of the same pair. Comparisons of other weights are removed.

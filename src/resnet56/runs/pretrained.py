@@ -15,7 +15,7 @@ import safetensors
 
 from resnet56.errors import RunError, one_line
 from resnet56.files import read_json, write_bytes, write_json
-from resnet56.runs.checkpoint import Checkpoint, Network
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def load(name: str) -> Checkpoint:
     path = FOLDER / f"{name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            network = network_from(file.metadata() or {})
+            config = config_from_metadata(file.metadata() or {})
             model = {key: _to_float32(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
     except Exception as error:  # a damaged file can make a parser raise anything
         raise RunError(f"{path} is damaged: {one_line(error)}; install the package again") from None
-    return Checkpoint(network, model, notes={"weights": "shipped"})
+    return Checkpoint(config, model, metadata={"weights": "shipped"})
 
 
 def save(run: RunDirectory, name: str, folder: Path) -> Path:
@@ -64,7 +64,7 @@ def save(run: RunDirectory, name: str, folder: Path) -> Path:
 
     checkpoint = run.load()
     half = {key: _to_half(key, tensor) for key, tensor in checkpoint.model.items()}
-    content = safetensors.torch.save(half, metadata=metadata_of(checkpoint.network))
+    content = safetensors.torch.save(half, metadata=config_to_metadata(checkpoint.config))
     if len(content) > MAX_SIZE:
         raise RunError(
             f"{run.path} is too large for a pretrained network: {len(content) / 1e6:.1f} MB, more "
@@ -82,21 +82,21 @@ def card(name: str) -> dict[str, Any]:
 
 
 def _card(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
-    card_fields: dict[str, Any] = {"network": asdict(checkpoint.network)}
-    card_fields["weights"] = checkpoint.notes.get("weights", "last")
+    card_fields: dict[str, Any] = {"config": asdict(checkpoint.config)}
+    card_fields["weights"] = checkpoint.metadata.get("weights", "final")
     if run.recipe_file.exists():
         card_fields["recipe"] = read_json(run.recipe_file)
-    if evaluation := run.read_evaluation(checkpoint.position.step):
+    if evaluation := run.read_evaluation(checkpoint.progress.step):
         card_fields["evaluation"] = evaluation
     return card_fields
 
 
-def metadata_of(network: Network) -> dict[str, str]:
+def config_to_metadata(config: ModelConfig) -> dict[str, str]:
     """Return the metadata of a safetensors or ONNX file that `network_from` reads."""
-    return {"format": "1", **{key: json.dumps(value) for key, value in asdict(network).items()}}
+    return {"format": "1", **{key: json.dumps(value) for key, value in asdict(config).items()}}
 
 
-def network_from(metadata: Mapping[str, str]) -> Network:
+def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
     """Read the metadata that `metadata_of` wrote. Raises ValueError if it is invalid."""
     if metadata.get("format") not in ("1", "pt"):  # hub libraries require "pt"
         raise ValueError(f"format {metadata.get('format')!r} is not supported by this version")
@@ -116,7 +116,7 @@ def network_from(metadata: Mapping[str, str]) -> Network:
     mean, std = (_triple(values[name], name) for name in ("mean", "std"))
     if min(std) <= 0:
         raise ValueError("std is not positive")
-    return Network(arch, tuple(classes), mean, std)
+    return ModelConfig(arch, tuple(classes), mean, std)
 
 
 def is_onnx(file: Path) -> bool:

@@ -102,8 +102,8 @@ class EpochMetrics(TypedDict):
     images_per_second: Amount  # training throughput
     seconds: Amount  # training time of the epoch
     peak_memory_mb: NotRequired[Amount]  # peak memory in MB, of the GPU if it is used
-    holdout_loss: NotRequired[Loss]  # on the validation set
-    holdout_accuracy: NotRequired[Share]  # on the validation set
+    val_loss: NotRequired[Loss]  # on the validation set
+    val_accuracy: NotRequired[Share]  # on the validation set
     test_loss: NotRequired[Loss]  # on the test set, with --test-every-epoch
     test_accuracy: NotRequired[Share]  # on the test set, with --test-every-epoch
     threads: NotRequired[Ordinal]  # CPU threads at the end of the epoch
@@ -179,7 +179,7 @@ class Metrics(TypedDict):
 class BatchSpeed(TypedDict):
     """Inference speed at one batch size."""
 
-    milliseconds_an_image: Amount  # time per image in ms
+    ms_per_image: Amount  # time per image in ms
     images_per_second: Amount  # throughput
 
 
@@ -206,8 +206,8 @@ class EmaCandidate(TypedDict):
 
     decay: Share  # decay per step
     reestimated: bool  # whether its batch norm statistics were re-estimated
-    holdout_loss: NotRequired[Loss]  # on the validation set
-    holdout_accuracy: NotRequired[Share]  # on the validation set
+    val_loss: NotRequired[Loss]  # on the validation set
+    val_accuracy: NotRequired[Share]  # on the validation set
 
 
 class Evaluation(TypedDict):
@@ -215,7 +215,7 @@ class Evaluation(TypedDict):
 
     test: Metrics  # on the test set
     train: NotRequired[Metrics]  # on the training images, without augmentation
-    holdout: NotRequired[Metrics]  # on the validation set
+    validation: NotRequired[Metrics]  # on the validation set
     weights: Text  # which weights were evaluated: ema or final
     ema_decay: NotRequired[Share]  # decay of the EMA weights
     ema_candidates: NotRequired[list[EmaCandidate]]  # the EMAs to choose from
@@ -365,7 +365,7 @@ def check_evaluation(
     evaluation: Evaluation, file: Path, classes: tuple[str, ...] | None = None
 ) -> None:
     """Check that the values of evaluation.json are consistent. Raises RunError."""
-    for part in ("test", "train", "holdout"):
+    for part in ("test", "train", "validation"):
         if part in evaluation:
             check_metrics(evaluation[part], f"{file}, {part},", classes)
     robustness = evaluation.get("robustness")
