@@ -21,7 +21,7 @@ CIFAR = (
 SIMILAR = {3: 5, 5: 3, 0: 8, 8: 0, 1: 9, 9: 1, 2: 4, 4: 2}  # cat and dog, airplane and ship, ...
 
 
-def metrics(
+def make_metrics(
     classes: tuple[str, ...], images: int, accuracy: float, seed: int = 0
 ) -> dict[str, Any]:
     """Metrics of synthetic logits with approximately this accuracy."""
@@ -46,7 +46,7 @@ def evaluation(
 ) -> dict[str, Any]:
     """An evaluation.json with these metrics of 10,000 test images."""
     return {
-        "test": metrics(classes, 10_000, 0.9) | metrics,
+        "test": make_metrics(classes, 10_000, 0.9) | metrics,
         "weights": "final",
         "epoch": 0,
         "step": step,
@@ -113,8 +113,8 @@ def make_run(
     )
     if tested:
         evaluation = {
-            "test": metrics(classes, images, accuracy, seed),
-            "train": metrics(classes, images, train_accuracy, seed + 1),
+            "test": make_metrics(classes, images, accuracy, seed),
+            "train": make_metrics(classes, images, train_accuracy, seed + 1),
             "weights": weights,
             "epoch": done,
             "step": 390 * done,
@@ -123,7 +123,7 @@ def make_run(
             "data": ENVIRONMENT["data"]["source"],
         }
         if recipe.val_size:
-            evaluation["validation"] = metrics(classes, images, accuracy, seed + 2)
+            evaluation["validation"] = make_metrics(classes, images, accuracy, seed + 2)
         if extras:
             evaluation |= {"speed": SPEED, "robustness": ROBUSTNESS}
         write_json(run.evaluation_file, evaluation)

@@ -403,7 +403,7 @@ def test_reestimated_statistics_are_the_means_over_the_batches_of_what_each_norm
         {},
         {"ema_decay": (0.9,)},
         {"momentum": 0.0},
-        {"nesterov": True, "ema_decay": (0.3, 0.9), "validation": 1},
+        {"nesterov": True, "ema_decay": (0.3, 0.9), "val_size": 1},
     ],
     ids=lambda fields: "-".join(fields) or "plain",
 )

@@ -198,7 +198,7 @@ def test_a_run_with_a_change_of_threads_resumes_bit_by_bit(
     # There are two steps per epoch, so the change is in the middle of the first epoch.
     monkeypatch.setattr(threads, "LoadMeter", lambda: StepMeter(busy=1, free=3))
     progress = RecordedProgress()
-    train(recipe, tiny, tmp_path / "straight", device="cpu", progress=progress)
+    train(recipe, tiny, tmp_path / "straight", device="cpu", display=progress)
     assert sum("continuing with 1 thread" in line for line in progress.lines) == 1
     head = RunDirectory(tmp_path / "straight").load()
     assert head.metadata["threads"] == {"fixed": False, "changes": [[0, 2], [1, 1], [3, 2]]}

@@ -305,7 +305,7 @@ def test_nothing_to_resume_is_said(tiny: Dataset, small: Recipe, tmp_path: Path)
         train(small, tiny, tmp_path / "none", resume=True)
 
 
-@pytest.mark.parametrize("validation", [0, 6])
+@pytest.mark.parametrize("val_size", [0, 6])
 def test_a_running_variance_that_is_not_finite_does_not_replace_the_checkpoint(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_size: int
 ) -> None:

@@ -89,7 +89,7 @@ def main(arch: str, batch: int, rounds: int) -> None:
     for row in compared(runners, batch, baseline="fp32, NCHW"):
         print(
             f"| {'+ ' if row['name'] != runners[0].name else ''}{row['name']} | "
-            f"{row['milliseconds']:.0f} | {row['ratio']:.2f}x | "
+            f"{row['ms']:.0f} | {row['ratio']:.2f}x | "
             f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f} |"
         )
     categories = time_by_category(runners[-1].run_once)

@@ -146,7 +146,7 @@ def show_bench(result: dict[str, Any]) -> None:
         table = _table("step", "ms", "images/s", "ratio", "min", "max", "floor", "peak MB")
         for row in comparison["rows"]:
             ours = not row["name"].startswith("baseline")
-            share = f"{row['milliseconds'] / floor_ms:.1f}x" if ours else ""
+            share = f"{row['ms'] / floor_ms:.1f}x" if ours else ""
             peak = row["peak_memory_mb"]
             table.add_row(*_speeds(row), share, f"{peak:,.0f}" if peak else "")
         console.print(
@@ -171,7 +171,7 @@ def _speeds(row: dict[str, Any]) -> list[str]:
     """Return the cells for name, time, throughput, and ratio with its range."""
     ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_least", "ratio_most")]
     cells = ["1", "", ""] if row["baseline"] else ratios
-    return [row["name"], f"{row['milliseconds']:.1f}", f"{row['images_per_second']:,.0f}", *cells]
+    return [row["name"], f"{row['ms']:.1f}", f"{row['images_per_second']:,.0f}", *cells]
 
 
 def show_inspection(inspection: dict[str, Any], images: int, data: str) -> None:
