@@ -168,7 +168,7 @@ class RecordedProgress(TrainingDisplay):
         super().__init__(quiet=True)
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.lines.append(line)
 
 

@@ -263,13 +263,13 @@ def test_a_run_of_another_recipe_or_other_images_is_not_resumed(
 ) -> None:
     before = (straight / "checkpoint" / "checkpoint.json").read_bytes()
     with pytest.raises(
-        RunError, match=r"another recipe \(lr 0\.05 -> 0\.1, ema_decay \[0\.9\] -> \[\]\)"
+        RunError, match=r"different recipe \(lr 0\.05 -> 0\.1, ema_decay \[0\.9\] -> \[\]\)"
     ):
         train(dataclasses.replace(small, lr=0.1), tiny, straight, resume=True)
-    with pytest.raises(RunError, match="another recipe .*arch resnet8 -> resnet14"):
+    with pytest.raises(RunError, match="different recipe .*arch resnet8 -> resnet14"):
         train(dataclasses.replace(small, arch="resnet14"), tiny, straight, resume=True)
     mirrored = dataclasses.replace(tiny, train=tiny.test)
-    with pytest.raises(RunError, match="other images"):
+    with pytest.raises(RunError, match="was not trained on"):
         train(read(straight / "recipe.json"), mirrored, straight, resume=True)
     with pytest.raises(RunError, match="already contains a run"):
         train(small, tiny, straight)
@@ -291,8 +291,8 @@ def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
     with TrainingDisplay() as display:
         train(small, tiny, tmp_path / "run", device="cpu", resume=True, display=display)
     printed = capsys.readouterr().out
-    assert "so far it ran fp32 fused, it continues fp32 eager" in printed
-    assert "training is slower than it could be: " in printed
+    assert "resuming with fp32 eager instead of fp32 fused" in printed
+    assert "training is slower than necessary: " in printed
     reason = "no C compiler 'no-such-compiler' found"
     assert f"{reason}; install gcc, or set CC to a C compiler" in printed
     [resumed] = json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"]
@@ -321,7 +321,7 @@ def test_a_running_variance_that_is_not_finite_does_not_replace_the_checkpoint(
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", poisoned)
-        said = r"diverged at step \d+: .*not finite.*; the last good checkpoint stays in"
+        said = r"diverged at step \d+: .*not finite.*; the last good checkpoint is in"
         with pytest.raises(TrainingError, match=said):
             train(recipe, tiny, out, device="cpu")
     assert RunDirectory(out).load(training=True).progress.epoch == 1
@@ -337,7 +337,7 @@ def test_a_full_disk_before_the_first_checkpoint_advises_no_resuming(
         raise RunError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr("resnet56.runs.checkpoint.write_bytes", full)
-    with pytest.raises(RunError, match="start the training again"):
+    with pytest.raises(RunError, match="start training again"):
         train(small, tiny, tmp_path / "run", device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""When a training reads its loss, saves and stops: the same steps in all processes."""
+"""Decide when training reads the loss, saves and stops, at the same step in all processes."""
 
 import contextlib
 import signal
@@ -15,66 +15,67 @@ import torch
 from resnet56.distributed import Distributed, highest
 from resnet56.threads import ThreadControl
 
-READ_LOSS_EVERY = 10  # steps between readings of the loss, each of which waits for the device
+READ_LOSS_EVERY = 10  # steps; reading the loss waits for the device
 SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
 
 
 @dataclass
 class StopRequest:
-    """The signal that asked the training to stop, once one has."""
+    """The signal that requests training to stop, or None."""
 
     signum: int | None = None
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note the first Ctrl-C or SIGTERM instead of acting on it; a second one acts as usual."""
+    """Record the first Ctrl-C or SIGTERM. A second one has its usual effect."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
     signals = [signal.SIGINT, signal.SIGTERM]
     if sys.platform == "win32":
-        signals.append(signal.SIGBREAK)  # Ctrl-Break, the one that reaches a process group
-    before = {s: signal.getsignal(s) for s in signals}
+        signals.append(signal.SIGBREAK)  # Ctrl-Break can be sent to a process group
+    handlers = {s: signal.getsignal(s) for s in signals}
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def record(signum: int, frame: FrameType | None) -> None:
         stop.signum = signum
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    for number in before:
-        signal.signal(number, note)
+    for number in handlers:
+        signal.signal(number, record)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 class Due(NamedTuple):
-    """What is due after a step."""
+    """The actions that are due after a step."""
 
     read_loss: bool
     save: bool
     stop: bool
-    message: str = ""  # for the user, if the number of threads has changed
+    message: str = ""  # to display if the number of threads has changed
 
 
 class Cadence:
-    """Decides after each step what is due.
+    """Decides which actions are due after each step.
 
-    Several processes must save and stop at the same step, but each has its own clock and receives
-    its own signals. So they ask each other, and only where they wait for the device anyway: when
-    they read the loss. The end of an epoch always saves, so nothing else is due there. A change of
-    threads is saved at once: resumed from there, a run computes the same bits.
+    All processes must save and stop at the same step, but each has its own clock and receives its
+    own signals. They synchronize only when they read the loss, because this waits for the device
+    anyway. The training loop saves at the end of every epoch, so no other action is due there. A
+    checkpoint is saved when the number of threads changes, so that a resumed run gives bitwise
+    identical results.
 
     Args:
-        steps: in an epoch.
-        stop: of this process.
-        threads: of this process.
-        dist: which process this is, of how many.
-        device: of the training.
+        steps: steps per epoch.
+        stop: stop request of this process.
+        threads: thread control of this process.
+        dist: rank and world size.
+        device: training device.
     """
 
     def __init__(
@@ -93,11 +94,11 @@ class Cadence:
         self.saved()
 
     def saved(self) -> None:
-        """A checkpoint has been written."""
+        """Record that a checkpoint has been written."""
         self.last_save = time.perf_counter()
 
     def after_step(self, step: int, epoch_step: int) -> Due:
-        """What is due after `step` steps of all, `epoch_step` of them in this epoch."""
+        """Return the actions due after step `step`, which is step `epoch_step` of its epoch."""
         last = epoch_step == self.steps
         read_loss = last or epoch_step % READ_LOSS_EVERY == 0
         if last or (self.dist.world_size > 1 and not read_loss):
@@ -108,10 +109,10 @@ class Cadence:
         return Due(read_loss or save, save, stop, message)
 
     def stop_requested(self) -> bool:
-        """Whether any of the processes has been asked to stop."""
+        """Return whether any process has received a stop request."""
         return self._any(self.stop.signum is not None)
 
-    def _any(self, mine: bool) -> bool:
+    def _any(self, value: bool) -> bool:
         if self.dist.world_size == 1:
-            return mine
-        return bool(highest(torch.tensor(float(mine), device=self.device), self.dist) > 0)
+            return value
+        return bool(highest(torch.tensor(float(value), device=self.device), self.dist) > 0)

@@ -1,4 +1,4 @@
-"""Distillation: train a network towards the predictions of others (Hinton et al. 2015)."""
+"""Knowledge distillation from trained models (Hinton et al. 2015)."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from resnet56.inference import InferenceForm, restore
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runtime import Precision
 
-MEMBERS = 2  # tells the random numbers that choose a teacher from others of the same seed
+TEACHER_STREAM = 2  # separates the random choice of teachers from other uses of the seed
 
 
 class Teachers:
-    """One or several trained networks, in their inference form.
+    """One or more trained models in their `InferenceForm`.
 
     Args:
-        checkpoints: by name.
-        student: whose images they see, normalized with its constants.
-        device: of the training.
-        precision: of their forward pass.
+        checkpoints: checkpoints of the teachers, by name.
+        student: configuration of the student.
+        device: training device.
+        precision: precision of the forward pass of the teachers.
 
     Raises:
-        UsageError: a teacher has other classes than the student.
-        RunError: a teacher's weights are of no use.
+        UsageError: the classes of a teacher differ from those of the student.
+        RunError: the weights of a teacher are not valid.
     """
 
     def __init__(
@@ -39,16 +39,17 @@ class Teachers:
     ) -> None:
         self.members: list[tuple[InferenceForm, Tensor, Tensor]] = []
         for name, checkpoint in checkpoints.items():
-            net = checkpoint.config
-            if net.classes != student.classes:
+            teacher = checkpoint.config
+            if teacher.classes != student.classes:
                 raise UsageError(
-                    f"teacher {name} has other classes ({', '.join(net.classes[:3])}, ...) than "
-                    f"the images ({', '.join(student.classes[:3])}, ...); choose another --teacher"
+                    f"teacher {name} has different classes ({', '.join(teacher.classes[:3])}, ...) "
+                    f"than the images ({', '.join(student.classes[:3])}, ...); choose another "
+                    "--teacher"
                 )
-            # From the student's normalization to the teacher's: scale * x + shift.
+            # Convert the student's normalization to the teacher's: scale * x + shift.
             means, stds = (
-                torch.tensor([getattr(one, which) for one in (student, net)], dtype=torch.float64)
-                for which in ("mean", "std")
+                torch.tensor([getattr(c, name) for c in (student, teacher)], dtype=torch.float64)
+                for name in ("mean", "std")
             )
             scale, shift = stds[0] / stds[1], (means[0] - means[1]) / stds[1]
             self.members.append(
@@ -63,48 +64,48 @@ class Teachers:
     def probabilities(
         self, images: Tensor, temperature: float, member: int | None = None
     ) -> Tensor:
-        """The teachers' mean probabilities, or one teacher's.
+        """Return the mean probabilities of the teachers, or the probabilities of one teacher.
 
         Args:
-            images: (B, 3, S, S), normalized and augmented as the student sees them.
-            temperature: that divides the logits.
-            member: which teacher; None for all.
+            images: (B, 3, S, S), the normalized and augmented input of the student.
+            temperature: divisor of the logits.
+            member: index of the teacher, or None for all.
 
         Returns:
             (B, C) float32.
         """
-        asked = self.members if member is None else [self.members[member]]
-        shares = [
+        members = self.members if member is None else [self.members[member]]
+        outputs = [
             (form(images * scale + shift).float() / temperature).softmax(dim=1)
-            for form, scale, shift in asked
+            for form, scale, shift in members
         ]
-        return torch.stack(shares).mean(dim=0)
+        return torch.stack(outputs).mean(dim=0)
 
     def random_member(self, seed: int, step: int) -> int:
-        """The teacher to ask in `step`: a function of the seed and the step."""
-        return derived_seed(seed, step, MEMBERS) % len(self.members)
+        """Return the index of the teacher for `step`, a function of the seed and the step."""
+        return derived_seed(seed, step, TEACHER_STREAM) % len(self.members)
 
 
 def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from the student's to the teachers' probabilities, in nats.
+    """Kullback-Leibler divergence of the student's probabilities from the teachers', in nats.
 
-    It is multiplied by the squared temperature, so that its gradient has about the same size at
-    every temperature.
+    The result is multiplied by the squared temperature, so that the gradients have about the same
+    magnitude at every temperature.
 
     Args:
-        logits: the student's, (B, C).
-        probabilities: the teachers', (B, C), at the same temperature.
-        temperature: that divides the logits.
+        logits: (B, C), of the student.
+        probabilities: (B, C), of the teachers, at the same temperature.
+        temperature: divisor of the logits.
 
     Returns:
-        The mean over the batch.
+        A scalar, the mean over the batch.
     """
-    log_shares = (logits / temperature).log_softmax(dim=1)
-    return temperature**2 * F.kl_div(log_shares, probabilities, reduction="batchmean")
+    log_probabilities = (logits / temperature).log_softmax(dim=1)
+    return temperature**2 * F.kl_div(log_probabilities, probabilities, reduction="batchmean")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A SHA-256 of the weights, the same for equal weights in any file format."""
+    """Return a SHA-256 of the weights that does not depend on the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint.model.items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())

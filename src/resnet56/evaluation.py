@@ -1,4 +1,4 @@
-"""A run's weights over images: predictions, and all that is measured of them."""
+"""Evaluate a model: logits, metrics, robustness and inference speed."""
 
 import statistics
 import time
@@ -22,18 +22,18 @@ from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import BatchSpeed, Comparison, Evaluation, Metrics, Robustness, Speed
 from resnet56.runtime import Precision, autocast, peak_memory_mb
-from resnet56.samples import gallery, surest_mistakes
+from resnet56.samples import augmented_samples, confident_mistakes
 
 BATCH = 256
 
-ProgressCallback = Callable[[int], None]  # called with the images done since the last call
-ProgressFactory = Callable[
-    [str, int], AbstractContextManager[ProgressCallback]
-]  # what is measured, on how many images
+# Called with the number of images processed since the last call.
+ProgressCallback = Callable[[int], None]
+# Called with a description and the number of images.
+ProgressFactory = Callable[[str, int], AbstractContextManager[ProgressCallback]]
 
 
-def show_nothing(what: str, total: int) -> AbstractContextManager[ProgressCallback]:
-    """The quiet `Show`."""
+def no_progress(description: str, total: int) -> AbstractContextManager[ProgressCallback]:
+    """A `ProgressFactory` that shows nothing."""
     return nullcontext(lambda count: None)
 
 
@@ -47,30 +47,34 @@ def predict_logits(
     batch: int = BATCH,
     advance: ProgressCallback = lambda count: None,
 ) -> Tensor:
-    """Logits of unaugmented images.
+    """Return the logits of images, without augmentation.
 
     Args:
-        model: in evaluation mode; a `ResNet` is run in its inference form.
+        model: a model in evaluation mode. A `ResNet` runs in its `InferenceForm`.
         images: (N, 3, 32, 32) uint8, on any device.
-        mean, std: of the training images, in units of [0, 1].
-        precision: of the forward pass.
-        batch: images at a time.
-        tick: is called after each batch with its size.
+        mean, std: channel statistics of the training images, for pixels in [0, 1].
+        precision: precision of the forward pass.
+        batch: batch size.
+        advance: called after each batch with its size.
 
     Returns:
         (N, C) float32 on the CPU.
+
+    Raises:
+        NotFiniteError: a logit is not finite.
     """
     if isinstance(model, ResNet):
         model, precision = InferenceForm(model, precision), "fp32"
     device = next(model.parameters()).device
-    scale = (torch.tensor(mean, device=device), torch.tensor(std, device=device))
-    parts = []
+    mean_std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    outputs = []
     for chunk in images.split(batch):
-        inputs = normalize(chunk.to(device), *scale).contiguous(memory_format=torch.channels_last)
+        inputs = normalize(chunk.to(device), *mean_std)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
-            parts.append(model(inputs).float())
+            outputs.append(model(inputs).float())
         advance(len(chunk))
-    logits = torch.cat(parts).cpu()
+    logits = torch.cat(outputs).cpu()
     if not bool(logits.isfinite().all()):
         raise NotFiniteError(UNUSABLE)
     return logits
@@ -84,21 +88,21 @@ def evaluate(
     std: tuple[float, float, float],
     precision: Precision = "fp32",
 ) -> Metrics:
-    """Metrics of `model` on `split`, as evaluation.json holds them."""
+    """Return the metrics of `model` on `split`, as in evaluation.json."""
     training = model.training
     logits = predict_logits(model.eval(), split.images, mean, std, precision)
     model.train(training)
-    return figures_of(logits, split, classes)
+    return metrics_of(logits, split, classes)
 
 
-def figures_of(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metrics:
-    """Metrics of (N, C) logits on `split`, as an entry of evaluation.json."""
+def metrics_of(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metrics:
+    """Return the metrics of (N, C) logits on `split`, as in evaluation.json."""
     return measure(logits.numpy(), split.labels.cpu().numpy(), classes)
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """What is measured: a network with its constants, and how it is run."""
+    """A model in evaluation mode, with its configuration and precision."""
 
     model: nn.Module
     config: ModelConfig
@@ -107,24 +111,24 @@ class EvaluatedModel:
     def logits(
         self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
     ) -> Tensor:
-        """(N, 3, 32, 32) uint8 -> (N, C) float32 on the CPU."""
-        net = self.config
-        return predict_logits(self.model, images, net.mean, net.std, self.precision, batch, advance)
+        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        mean, std = self.config.mean, self.config.std
+        return predict_logits(self.model, images, mean, std, self.precision, batch, advance)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
-        """Metrics on `split`, as an entry of evaluation.json."""
-        return figures_of(self.logits(split.images, advance=advance), split, self.config.classes)
+        """Return the metrics on `split`, as in evaluation.json."""
+        return metrics_of(self.logits(split.images, advance=advance), split, self.config.classes)
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
 
 def evaluated_model(
     checkpoint: Checkpoint, device: torch.device, precision: Precision = "fp32"
 ) -> EvaluatedModel:
-    """The checkpoint's network on `device`, ready to be measured."""
+    """Restore the model of a checkpoint on `device` for evaluation."""
     return EvaluatedModel(restore(checkpoint, device), checkpoint.config, precision)
 
 
@@ -136,22 +140,22 @@ def evaluate_run(
     precision: Precision = "fp32",
     val_size: int = 0,
     augmentation: Augmentation = PLAIN_CROPS,
-    show: ProgressFactory = show_nothing,
+    show: ProgressFactory = no_progress,
 ) -> Evaluation:
-    """Measure the run's weights on the data it was trained on, and write the results down.
+    """Evaluate the weights of a run on its data set, and write the results to the run directory.
 
-    Training and test images are measured the same way, without augmentation. Robustness and speed
-    stay if `measure_extras` has measured them with the same weights, device and precision. Writes
-    evaluation.json, predictions.npz (the test images' logits, labels and indices) and
-    samples.npz (a few images for the report).
+    Training, validation and test images are evaluated without augmentation. Writes evaluation.json,
+    predictions.npz (logits, labels and indices of the test images) and samples.npz (images for
+    the report). Keeps the results of `measure_extras` if the weights, the device and the precision
+    are the same.
 
     Args:
-        run: with a checkpoint.
-        dataset: the run's own.
-        device, precision: of the forward pass.
-        holdout: as in the run's recipe; these images are measured apart.
-        augmentation: of the run's training, for the report to show.
-        show: shows what is being measured.
+        run: a run directory with a checkpoint.
+        dataset: the data set of the run.
+        device, precision: device and precision of the forward pass.
+        val_size: number of validation images, as in the recipe of the run.
+        augmentation: augmentation of the run, for the images in samples.npz.
+        show: shows the progress.
 
     Returns:
         The content of evaluation.json.
@@ -166,7 +170,7 @@ def evaluate_run(
         if split is not None:
             with show(f"{len(split):,} images ({name})", len(split)) as advance:
                 logits[name] = evaluated.logits(split.images, advance=advance)
-            metrics[name] = figures_of(logits[name], split, checkpoint.config.classes)
+            metrics[name] = metrics_of(logits[name], split, checkpoint.config.classes)
     result: Evaluation = {
         **metrics,  # type: ignore[typeddict-item]
         "weights": checkpoint.metadata.get("weights", "final"),
@@ -179,20 +183,20 @@ def evaluate_run(
     for key in ("ema_decay", "ema_candidates"):
         if key in checkpoint.metadata:
             result[key] = checkpoint.metadata[key]
-    before = None
-    with suppress(RunError):  # a damaged file is about to be replaced
-        before = run.read_evaluation(checkpoint.progress.step)
-    if before and (before["device"], before["precision"]) == (result["device"], precision):
-        if "speed" in before:
-            result["speed"] = before["speed"]
-        if "robustness" in before:
-            result["robustness"] = before["robustness"]
+    previous = None
+    with suppress(RunError):  # a damaged file is replaced
+        previous = run.read_evaluation(checkpoint.progress.step)
+    if previous and (previous["device"], previous["precision"]) == (result["device"], precision):
+        if "speed" in previous:
+            result["speed"] = previous["speed"]
+        if "robustness" in previous:
+            result["robustness"] = previous["robustness"]
     test_logits, test_labels = logits["test"].numpy(), dataset.test.labels.cpu().numpy()
     indices = np.arange(len(test_labels))
     run.write_predictions({"logits": test_logits, "labels": test_labels, "indices": indices})
-    net = evaluated.config
-    shown = gallery(training, net.mean, net.std, augmentation)
-    run.write_samples(shown | surest_mistakes(test_logits, dataset.test))
+    config = evaluated.config
+    samples = augmented_samples(training, config.mean, config.std, augmentation)
+    run.write_samples(samples | confident_mistakes(test_logits, dataset.test))
     run.write_evaluation(result)
     return result
 
@@ -204,22 +208,26 @@ def measure_extras(
     device: torch.device,
     precision: Precision = "fp32",
     robustness: int = 0,
-    show: ProgressFactory = show_nothing,
+    show: ProgressFactory = no_progress,
 ) -> Evaluation:
-    """Measure what takes longer, and add it to the evaluation.json that `evaluate_run` wrote.
+    """Measure inference speed and robustness, and add them to evaluation.json.
 
     Args:
-        run, dataset, device, precision, show: as for `evaluate_run`.
-        robustness: test images to corrupt in every way; 0 keeps an earlier measurement.
+        run, dataset, device, precision, show: as in `evaluate_run`.
+        robustness: number of test images to corrupt; 0 does not measure robustness and keeps an
+            earlier result.
 
     Returns:
-        The content of evaluation.json, with the inference speed and, if measured, the robustness.
+        The content of evaluation.json.
+
+    Raises:
+        RunError: `evaluate_run` has not evaluated the current weights.
     """
     checkpoint = run.load()
     evaluated = evaluated_model(checkpoint, device, precision)
     result = run.read_evaluation(checkpoint.progress.step)
     if result is None:
-        raise RunError(f"{run.path} is not evaluated yet")
+        raise RunError(f"{run.path} has not been evaluated")
     result["speed"] = inference_speed(evaluated, dataset.test.images)
     if robustness:
         result["robustness"] = measure_robustness(evaluated, dataset.test, robustness, show)
@@ -228,47 +236,47 @@ def measure_extras(
 
 
 def measure_robustness(
-    evaluated: EvaluatedModel, split: Split, count: int, show: ProgressFactory = show_nothing
+    evaluated: EvaluatedModel, split: Split, count: int, show: ProgressFactory = no_progress
 ) -> Robustness:
-    """Accuracy on `count` evenly spaced images under each corruption and severity."""
+    """Return the accuracy on `count` evenly spaced images for each corruption and severity."""
     index = evenly_spaced(len(split), count)
     images, labels = split.images[index].cpu(), split.labels[index].cpu()
 
-    def accuracy(changed: Tensor, advance: ProgressCallback = lambda count: None) -> float:
-        logits = evaluated.logits(changed, advance=advance)
+    def accuracy(inputs: Tensor, advance: ProgressCallback = lambda count: None) -> float:
+        logits = evaluated.logits(inputs, advance=advance)
         return float((logits.argmax(dim=1) == labels).double().mean())
 
-    rounds = len(CORRUPTIONS) * len(SEVERITIES)
-    what = f"{len(index):,} images, corrupted in {rounds} ways"
-    with show(what, rounds * len(index)) as advance:
+    repeats = len(CORRUPTIONS) * len(SEVERITIES)
+    description = f"{len(index):,} images with {repeats} corruptions"
+    with show(description, repeats * len(index)) as advance:
         corruptions = {
             name: [accuracy(corrupt(images, name, severity), advance) for severity in SEVERITIES]
             for name in CORRUPTIONS
         }
-    every = [value for values in corruptions.values() for value in values]
+    accuracies = [value for values in corruptions.values() for value in values]
     return {
         "images": len(index),
         "severities": list(SEVERITIES),
         "clean_accuracy": accuracy(images),
-        "mean_accuracy": statistics.fmean(every),
+        "mean_accuracy": statistics.fmean(accuracies),
         "corruptions": corruptions,
     }
 
 
 def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
-    """Time from bytes to logits, one image and 256 at a time: the median of several."""
+    """Return the median time from uint8 images to logits, with batch sizes 1 and 256."""
     result: dict[str, BatchSpeed] = {}
-    if isinstance(evaluated.model, ResNet):  # else every call would begin with folding
-        form = InferenceForm(evaluated.model, evaluated.precision)
-        evaluated = replace(evaluated, model=form, precision="fp32")  # it needs no autocast
+    if isinstance(evaluated.model, ResNet):  # once, not in every call
+        model = InferenceForm(evaluated.model, evaluated.precision)
+        evaluated = replace(evaluated, model=model, precision="fp32")  # it does not need autocast
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[torch.arange(batch) % len(images)]
         evaluated.logits(batch_images, batch)  # warm up
         times = []
         for _ in range(repeats):
-            begun = time.perf_counter()
-            evaluated.logits(batch_images, batch)  # ends on the CPU, so the device is done
-            times.append(time.perf_counter() - begun)
+            start = time.perf_counter()
+            evaluated.logits(batch_images, batch)  # waits for the device
+            times.append(time.perf_counter() - start)
         seconds = statistics.median(times) / len(batch_images)
         result[f"batch_{batch}"] = {
             "ms_per_image": 1000 * seconds,
@@ -282,55 +290,55 @@ def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
 
 
 class Classifier(Protocol):
-    """Whatever gives logits: a `Subject`, or the network in another program."""
+    """Anything that returns logits: an `EvaluatedModel`, or a model in another runtime."""
 
     @property
     def config(self) -> ModelConfig:
-        """Its classes and constants."""
+        """The classes and channel statistics."""
         ...
 
     def logits(self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = ...) -> Tensor:
-        """(N, 3, 32, 32) uint8 -> (N, C) float32 on the CPU."""
+        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
         ...
 
 
 def compare(
-    one: Classifier,
-    other: Classifier,
+    first: Classifier,
+    second: Classifier,
     names: tuple[str, str],
     split: Split,
-    show: ProgressFactory = show_nothing,
+    show: ProgressFactory = no_progress,
 ) -> Comparison:
-    """Does it matter where, or in which precision, the network is run?
+    """Compare the predictions of a model on two devices, runtimes or precisions.
 
     Returns:
-        Both accuracies, the images whose class changes, the median and largest difference of
-        logits, and a sentence with the verdict: an entry of parity.json.
+        An entry of parity.json: both accuracies, the number of images whose predicted class
+        changes, the median and largest absolute difference of logits, and a verdict.
     """
     labels = split.labels.cpu()
-    with show(f"{len(labels):,} images, twice", 2 * len(labels)) as advance:
-        a, b = (side.logits(split.images, advance=advance) for side in (one, other))
+    with show(f"{len(labels):,} images, two times", 2 * len(labels)) as advance:
+        a, b = (classifier.logits(split.images, advance=advance) for classifier in (first, second))
     distance = (a - b).abs()
-    hits = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]
+    correct = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]
     changed = int((a.argmax(dim=1) != b.argmax(dim=1)).sum())
-    points = 100 * (hits[1] - hits[0]) / len(labels)
+    points = 100 * (correct[1] - correct[0]) / len(labels)
     if changed == 0:
         verdict = (
-            f"{names[0]} and {names[1]} give every one of the {len(labels):,} images the same "
-            "class: where it runs explains none of an accuracy gap."
+            f"{names[0]} and {names[1]} predict the same class for all {len(labels):,} images, so "
+            "the difference explains none of an accuracy gap."
         )
     else:
         verdict = (
             f"{changed:,} of {len(labels):,} images ({100 * changed / len(labels):.2f} %) change "
-            f"their class from {names[0]} to {names[1]}, and the accuracy by {points:+.2f} points: "
-            "that much of a gap it can explain, and no more."
+            f"their class from {names[0]} to {names[1]}, and accuracy changes by {points:+.2f} "
+            "points, so it explains at most that much of a gap."
         )
     return {
         "a": names[0],
         "b": names[1],
         "images": len(labels),
-        "accuracy_a": hits[0] / len(labels),
-        "accuracy_b": hits[1] / len(labels),
+        "accuracy_a": correct[0] / len(labels),
+        "accuracy_b": correct[1] / len(labels),
         "changed": changed,
         "median_difference": float(distance.median()),
         "largest_difference": float(distance.max()),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from resnet56.data.augment import normalize
 from resnet56.data.dataset import Split
 from resnet56.errors import Error, MissingExtraError, RunError
-from resnet56.evaluation import BATCH, ProgressCallback, figures_of
+from resnet56.evaluation import BATCH, ProgressCallback, metrics_of
 from resnet56.files import write_bytes
 from resnet56.inference import restore
 from resnet56.libraries import import_onnxruntime
@@ -168,7 +168,7 @@ class OnnxModel:
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
         """Return the metrics on a split, in the format of evaluation.json."""
-        return figures_of(self.logits(split.images, advance=advance), split, self.config.classes)
+        return metrics_of(self.logits(split.images, advance=advance), split, self.config.classes)
 
 
 def write_onnx(checkpoint: Checkpoint, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a live bar on a terminal, plain lines elsewhere."""
+"""Progress display: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -21,12 +21,12 @@ from resnet56.errors import printable
 
 ProgressCallback = Callable[[int], None]
 
-LINE_EVERY = 60.0  # seconds between signs of life within an epoch, off a terminal
+LINE_EVERY = 60.0  # seconds between lines within an epoch, if the output is not a terminal
 
 
-def percent(share: float) -> str:
+def percent(fraction: float) -> str:
     """0.9303 -> '93.03 %'."""
-    return f"{100 * share:.2f} %"
+    return f"{100 * fraction:.2f} %"
 
 
 def duration(seconds: float) -> str:
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 class TrainingDisplay:
-    """Shows a training's steps and epochs; `quiet` shows nothing."""
+    """Displays the steps and epochs of a training run, or nothing if `quiet` is true."""
 
     def __init__(self, *, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(highlight=False)
@@ -48,7 +48,7 @@ class TrainingDisplay:
         self.started = self.last_line = time.monotonic()
 
     def __enter__(self) -> "TrainingDisplay":
-        """Nothing is shown before `begin`."""
+        """Return self. The display starts with `begin`."""
         return self
 
     def __exit__(
@@ -57,31 +57,33 @@ class TrainingDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.stop()
 
-    def say(self, line: str) -> None:
-        """Print one line, above the bar where there is one."""
+    def log(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
         if not self.quiet:
-            # A terminal breaks lines between words; a log keeps them whole.
+            # Wrap long lines on a terminal, but not in a log file.
             self.console.print(
                 printable(line), markup=False, soft_wrap=not self.console.is_terminal
             )
 
-    def measuring(self, what: str, total: int) -> AbstractContextManager[ProgressCallback]:
-        """The training is over and something of `total` images is measured."""
+    def evaluation_progress(
+        self, description: str, total: int
+    ) -> AbstractContextManager[ProgressCallback]:
+        """Show the progress of an evaluation after training."""
         if self.bar is not None:
             self.bar.stop()
-        return measuring(what, total, self.console, quiet=self.quiet)
+        return evaluation_progress(description, total, self.console, quiet=self.quiet)
 
     def begin(self, costs: Sequence[float], steps: int, done: int) -> None:
-        """A training goes on after `done` steps.
+        """Start the display of a training run.
 
         Args:
-            costs: for each of its epochs, how long a step takes, in any unit.
-            steps: in an epoch.
-            done: the steps taken before.
+            costs: relative duration of a step, for each epoch.
+            steps: steps per epoch.
+            done: steps finished before, if the run is resumed.
         """
         self.costs, self.steps, self.done = costs, steps, done
         self.started = self.last_line = time.monotonic()
@@ -97,18 +99,20 @@ class TrainingDisplay:
             self.bar.add_task("", total=self._work(len(costs) * steps), epoch="", numbers="")
 
     def _work(self, step: int) -> float:
-        """The cost of all steps before `step`."""
-        epoch, rest = divmod(step, self.steps)
-        return self.steps * sum(self.costs[:epoch]) + (rest * self.costs[epoch] if rest else 0)
+        """Return the relative duration of the first `step` steps."""
+        epoch, remainder = divmod(step, self.steps)
+        return self.steps * sum(self.costs[:epoch]) + (
+            remainder * self.costs[epoch] if remainder else 0
+        )
 
     def step(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """`step` steps of all are taken; the other numbers are the epoch's so far."""
+        """Show the state after `step` steps in total. Metrics are means over the epoch so far."""
         if self.quiet:
             return
         now = time.monotonic()
         work = self._work(step)
-        here, ahead = work - self._work(self.done), self._work(len(self.costs) * self.steps) - work
-        left = ahead * (now - self.started) / here
+        total = self._work(len(self.costs) * self.steps)
+        left = (now - self.started) * (total - work) / (work - self._work(self.done))
         epoch = f"{(step - 1) // self.steps + 1}/{len(self.costs)}"
         speed = f"{images_per_second:.0f} img/s"
         numbers = f"loss {loss:.3f}  acc {percent(accuracy)}  {speed}  {duration(left)} left"
@@ -116,10 +120,10 @@ class TrainingDisplay:
             self.bar.update(self.bar.task_ids[0], completed=work, epoch=epoch, numbers=numbers)
         elif now - self.last_line >= LINE_EVERY:
             self.last_line = now
-            self.say(f"  in epoch {epoch}  {numbers}")
+            self.log(f"  in epoch {epoch}  {numbers}")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An epoch is over; `row` is its line of metrics.jsonl."""
+        """Print the metrics of a finished epoch. `row` is its row of metrics.jsonl."""
         self.last_line = time.monotonic()
         epochs = len(self.costs)
         line = (
@@ -127,25 +131,25 @@ class TrainingDisplay:
             f"  loss {row['train_loss']:.4f}  acc {percent(row['train_accuracy'])}"
         )
         if "val_accuracy" in row:
-            line += f"  held out {percent(row['val_accuracy'])}"
+            line += f"  val {percent(row['val_accuracy'])}"
         if "test_accuracy" in row:
             line += f"  test {percent(row['test_accuracy'])}"
-        self.say(f"{line}  {row['images_per_second']:.0f} img/s  {duration(row['seconds'])}")
+        self.log(f"{line}  {row['images_per_second']:.0f} img/s  {duration(row['seconds'])}")
 
 
 @contextmanager
-def measuring(
-    what: str, total: int, console: Console, *, quiet: bool = False
+def evaluation_progress(
+    description: str, total: int, console: Console, *, quiet: bool = False
 ) -> Iterator[ProgressCallback]:
-    """Say what is being measured and, on a terminal, how many of `total` images are done.
+    """Print what is being evaluated, and show a progress bar on a terminal.
 
     Yields:
-        A function to call with the images done since the last call.
+        A function to call with the number of images processed since the last call.
     """
     if quiet:
         yield lambda count: None
         return
-    line = printable(f"measuring on {what}")
+    line = printable(f"evaluating on {description}")
     if not console.is_terminal:
         console.print(line, markup=False, soft_wrap=True)
         yield lambda count: None
@@ -164,15 +168,15 @@ def measuring(
 
 
 @contextmanager
-def looking(total: int) -> Iterator[ProgressCallback]:
-    """A bar on stderr over `total` pictures, below what is printed meanwhile."""
+def prediction_progress(total: int) -> Iterator[ProgressCallback]:
+    """Show a progress bar for `total` images on stderr, below the printed results."""
     bar = Progress(
-        TextColumn("looking at {task.completed:,} of {task.total:,} pictures"),
+        TextColumn("{task.completed:,} of {task.total:,} images"),
         BarColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True, highlight=False),
         transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # a file or a pipe gets its lines from us, not rich
+        redirect_stdout=sys.stdout.isatty(),  # rich must not change a file or a pipe
     )
     task = bar.add_task("", total=total)
     with bar:
@@ -180,7 +184,7 @@ def looking(total: int) -> Iterator[ProgressCallback]:
 
 
 class DownloadProgress:
-    """Shows a download; called with the bytes that are there and all bytes, if known."""
+    """Displays a download. Call it with the received bytes and the total, or None if unknown."""
 
     def __init__(self, name: str) -> None:
         self.console = Console(stderr=True, soft_wrap=True)
@@ -202,11 +206,11 @@ class DownloadProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar, and leave it on the screen."""
         self.bar.stop()
 
     def __call__(self, done: int, total: int | None) -> None:
-        """`done` of `total` bytes are there."""
+        """Show that `done` of `total` bytes have been received."""
         self.bar.update(self.task, completed=done, total=total)
         if self.bar.disable and total and 10 * done // total > self.tenths:
             self.tenths = 10 * done // total

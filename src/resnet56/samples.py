@@ -1,4 +1,4 @@
-"""The few images that a run keeps for its report: augmented ones, and its surest mistakes."""
+"""Select images for the report: augmented training images and confident mistakes."""
 
 import math
 from typing import Any
@@ -13,18 +13,18 @@ from resnet56.data.mixing import draw_mixes, mix_images
 from resnet56.metrics import Floats, softmax
 
 MISTAKES = 24
-ORIGINALS, VARIANTS = 10, 5  # training images, one per class, and augmented versions of each
+ORIGINALS, VARIANTS = 10, 5  # training images, and augmented versions of each
 
 
-def gallery(
+def augmented_samples(
     training: Split, mean: Triple, std: Triple, augmentation: Augmentation
 ) -> dict[str, Any]:
-    """A few training images, and what the augmentation makes of them.
+    """Augment one training image of each class, for at most `ORIGINALS` classes.
 
     Args:
-        training: the images trained on.
-        mean, std: of their channels, in units of [0, 1].
-        augmentation: of the training.
+        training: training images and labels.
+        mean, std: channel statistics, for pixels in [0, 1].
+        augmentation: augmentation of the training.
 
     Returns:
         `originals` (K, 3, 32, 32) uint8, `original_labels` (K,), and `augmented`
@@ -36,13 +36,13 @@ def gallery(
     images = originals.repeat_interleave(VARIANTS, dim=0)
     draws = draw(len(images), augmentation, torch.Generator().manual_seed(0))
     means, stds = torch.tensor(mean), torch.tensor(std)
-    seen = augment(images, draws, means, stds, augmentation)
+    augmented = augment(images, draws, means, stds, augmentation)
     if augmentation.mix != "none":
-        mixed = augment(images, draws, means, stds, augmentation.before_mixing())
-        _mix_columns(seen, mixed, augmentation)
-    # Bytes again, for people: what Cutout erases is the mean.
-    in_units = seen * stds[:, None, None] + means[:, None, None]
-    variants = (255 * in_units).round().clamp(0, 255).byte()
+        unmixed = augment(images, draws, means, stds, augmentation.before_mixing())
+        _mix_variants(augmented, unmixed, augmentation)
+    # Undo the normalization. Pixels that Cutout erased become the mean.
+    pixels = augmented * stds[:, None, None] + means[:, None, None]
+    variants = (255 * pixels).round().clamp(0, 255).byte()
     return {
         "originals": originals.numpy(),
         "original_labels": labels[index],
@@ -50,31 +50,31 @@ def gallery(
     }
 
 
-def _mix_columns(seen: Tensor, views: Tensor, augmentation: Augmentation) -> None:
-    """Let as many of the versions in `seen` be mixed ones as in the training, but one at least.
+def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation) -> None:
+    """Mix as large a share of the variants as in training, but at least one.
 
     Args:
-        seen: (K * V, 3, 32, 32), changed in place.
-        views: the same images as they are before mixing; the k-th versions of all originals make
-            a batch.
-        augmentation: of the training.
+        augmented: (K * V, 3, 32, 32), changed in place.
+        unmixed: the same images as augmented before mixing. The k-th variants of all originals
+            form a batch.
+        augmentation: augmentation of the training.
     """
-    count = len(seen) // VARIANTS
+    count = len(augmented) // VARIANTS
     mixes = draw_mixes(
         augmentation.mix, augmentation.mix_alpha, 1.0, steps=VARIANTS, batch=count, seed=0
     )
-    for column in range(math.ceil(VARIANTS * augmentation.mix_probability)):
-        mix, batch = mixes[column], views[column::VARIANTS]
+    for variant in range(math.ceil(VARIANTS * augmentation.mix_probability)):
+        mix, batch = mixes[variant], unmixed[variant::VARIANTS]
         assert mix is not None
         images = [batch, *(batch[partners] for partners in mix.partners)]
-        seen[column::VARIANTS] = mix_images(images, mix)
+        augmented[variant::VARIANTS] = mix_images(images, mix)
 
 
-def surest_mistakes(logits: Floats, split: Split) -> dict[str, Any]:
-    """The wrong predictions with the highest confidence, highest first.
+def confident_mistakes(logits: Floats, split: Split) -> dict[str, Any]:
+    """Return the wrong predictions with the highest confidence, in descending order.
 
     Args:
-        logits: (N, C) of the images of `split`.
+        logits: (N, C), of the images of `split`.
         split: N images and their labels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""One training step, and what it is made of: optimizer, schedule, EMA."""
+"""One training step: forward and backward pass, optimizer, schedule and EMA."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,61 +21,61 @@ from resnet56.runtime import DTYPES, Precision, autocast
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of step `step` (from 0): a warm-up line, then the recipe's schedule."""
+    """Return the learning rate of step `step` (from 0): linear warm-up, then the schedule."""
     warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
     if recipe.schedule == "step":
         drops = sum(step >= epoch * steps_per_epoch for epoch in recipe.drop_epochs)
         return float(recipe.lr * recipe.drop_factor**drops)
-    done = (step - warmup) / max(recipe.epochs * steps_per_epoch - warmup, 1)
+    fraction = (step - warmup) / max(recipe.epochs * steps_per_epoch - warmup, 1)
     if recipe.schedule == "cosine":
-        return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return recipe.lr * (1 - done)
+        return recipe.lr * 0.5 * (1 + math.cos(math.pi * fraction))
+    return recipe.lr * (1 - fraction)
 
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """What a step calls, and how that runs."""
+    """The module that a step calls, and its execution mode."""
 
     module: nn.Module
     execution: Execution
-    reason: str = ""  # why it is not the faster one
+    reason: str = ""  # why a faster mode is not used
     remedy: str = ""  # what the user can do about it
 
 
-def prepare_model(model: ResNet, wanted: str, precision: Precision) -> PreparedModel:
-    """Decide how the steps of `model` run; the numbers are the same within rounding.
+def prepare_model(model: ResNet, execution: str, precision: Precision) -> PreparedModel:
+    """Prepare a model for an execution mode. All modes are equal up to rounding.
 
     Args:
-        model: on its device.
-        wanted: a recipe's `execution`. `auto` never compiles by `torch.compile`, whose minute
-            only a long training earns back, nor takes native without a matrix unit.
-        precision: of the forward pass.
+        model: the model on its device; changed in place by fused execution.
+        execution: `execution` of a recipe. `auto` does not use `torch.compile`, because
+            compilation takes about a minute, nor native execution without a matrix unit.
+        precision: precision of the forward pass.
 
     Raises:
-        UsageError: what is wanted is not to be had here.
+        UsageError: the execution mode is not available on this machine.
     """
-    if wanted == "compiled":
+    if execution == "compiled":
         _probe_compiler(model)
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return PreparedModel(compiled, "compiled")
     makers: dict[Execution, Callable[[ResNet, Precision], nn.Module]] = {
-        "native": partial(_native, vectors=wanted == "native"),
+        "native": partial(_native, vectors=execution == "native"),
         "fused": _fused,
     }
     reasons: list[str] = []
     remedy = ""
-    for execution, make in makers.items():
-        if wanted in (execution, "auto"):
+    for mode, make in makers.items():
+        if execution in (mode, "auto"):
             try:
                 if next(model.parameters()).device.type != "cpu":
                     raise UnavailableError("the kernels run on the CPU only")
-                return PreparedModel(make(model, precision), execution, "; ".join(reasons))
+                return PreparedModel(make(model, precision), mode, "; ".join(reasons))
             except UnavailableError as error:
-                reasons.append(f"{execution} execution is not available: {error}")
+                reasons.append(f"{mode} execution is not available: {error}")
                 remedy = error.remedy
-    if wanted in makers:
+    if execution in makers:
         raise UsageError(f"{reasons[0]}; use --execution auto")
     return PreparedModel(model, "eager", "; ".join(reasons), remedy)
 
@@ -94,25 +94,25 @@ def _fused(model: ResNet, precision: Precision) -> nn.Module:
 
 
 def _probe_compiler(model: nn.Module) -> None:
-    """UsageError where torch.compile does not work; else the first step would find out."""
+    """Raise UsageError if `torch.compile` does not work, before the first step fails."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=next(model.parameters()).device))
-    except Exception as error:  # Dynamo's and Inductor's have no common base
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # Dynamo and Inductor errors have no common base class
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"torch.compile does not work here: {first}; use --execution eager"
+            f"torch.compile does not work on this machine: {message}; use --execution eager"
         ) from None
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD; with `decay_norm` off, vectors (batch norm, biases) are spared the weight decay."""
+    """Return SGD. Without `decay_norm`, weight decay skips batch norm parameters and biases."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
-    spared = recipe.weight_decay if recipe.decay_norm else 0.0
+    vector_decay = recipe.weight_decay if recipe.decay_norm else 0.0
     optimizer = torch.optim.SGD(
         [
             {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "weight_decay": spared},
+            {"params": vectors, "weight_decay": vector_decay},
         ],
         lr=recipe.lr,
         momentum=recipe.momentum,
@@ -120,22 +120,23 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         fused=True,
     )
     if recipe.momentum:
-        # The fused kernel would leave its own buffers unwritten, should the first step of an
-        # fp16 training overflow; from zero it makes the same first step.
+        # If the first fp16 step overflows, the fused kernel leaves the buffers that it creates
+        # uninitialized. Starting from zero gives the same first step.
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 class Trainer:
-    """A model in training: takes steps and keeps the sums of the epoch, all on the device.
+    """Takes training steps, and sums the loss and the accuracy of the epoch on the device.
 
     Args:
-        model: the bare network; its state is what checkpoints hold.
-        wrapped: what runs forward: the same model, or it inside DistributedDataParallel.
-        recipe: how to train.
-        precision: resolved, of the forward and backward pass.
-        teachers: to distill from.
+        model: the model, whose state is saved in checkpoints.
+        wrapped: the module for the forward pass: the model, or a module that wraps it, such as
+            DistributedDataParallel.
+        recipe: the training configuration.
+        precision: precision of the forward and backward pass.
+        teachers: teachers for distillation, or None.
     """
 
     def __init__(
@@ -156,24 +157,26 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.emas = [EMA(model, decay) for decay in recipe.ema_decay]
         self.begin_sums()
-        self.bad_step = torch.tensor(-1, device=self.device)  # the first without a finite loss
+        self.bad_step = torch.tensor(-1, device=self.device)  # first step whose loss is not finite
 
     def begin_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
-        """Begin an epoch's sums, or take up those of an interrupted one."""
-        kind = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no doubles
-        self.sums = torch.tensor([loss_sum, correct], dtype=kind, device=self.device)
+        """Start the sums of an epoch, or continue those of an interrupted epoch."""
+        # MPS does not support float64.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.sums = torch.tensor([loss_sum, correct], dtype=dtype, device=self.device)
 
     def step(self, images: Tensor, targets: Tensor, lr: float, step: int) -> None:
-        """One step of SGD on (B, 3, S, S) normalized images.
+        """Take one SGD step.
 
-        Adds the batch's loss and hits to `sums`; nothing waits for the device. An image is a hit
-        with the probability that its target gives to the predicted class: 1 or 0 for a label.
+        Adds the loss and the number of correct predictions to `sums`, without synchronizing with
+        the device. If the target is a distribution, a prediction counts with the probability that
+        the target assigns to the predicted class.
 
         Args:
-            images: the batch.
+            images: (B, 3, S, S), normalized.
             targets: labels (B,) int64, or probabilities (B, C) float32.
-            lr: the learning rate.
-            step: its number (from 0), over all epochs.
+            lr: learning rate.
+            step: step number (from 0), over all epochs.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -195,12 +198,12 @@ class Trainer:
         with torch.no_grad():
             predicted = logits.argmax(dim=1)
             if targets.is_floating_point():
-                hits = targets.gather(1, predicted[:, None]).clamp(max=1).sum()
+                correct = targets.gather(1, predicted[:, None]).clamp(max=1).sum()
             else:
-                hits = (predicted == targets).sum()
-            self.sums += torch.stack((loss.detach() * len(targets), hits))
-            fine = torch.isfinite(loss) | (self.bad_step >= 0)
-            self.bad_step = torch.where(fine, self.bad_step, step)
+                correct = (predicted == targets).sum()
+            self.sums += torch.stack((loss.detach() * len(targets), correct))
+            valid = torch.isfinite(loss) | (self.bad_step >= 0)
+            self.bad_step = torch.where(valid, self.bad_step, step)
 
     def _distillation_loss(
         self, teachers: Teachers, images: Tensor, logits: Tensor, step: int
@@ -211,13 +214,14 @@ class Trainer:
         return distillation_loss(logits, probabilities, recipe.teacher_temperature)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights to use: the EMA of the first decay where there is one."""
+        """Return the first EMA if there is one, otherwise the weights of the model."""
         return self.emas[0].tensors if self.emas else self.model.state_dict()
 
     def state(self) -> dict[str, Tensor]:
-        """What resuming needs besides `weights`: momentum, and the raw weights beside an EMA.
+        """Return the tensors besides `weights` that resuming needs.
 
-        Where there are several EMAs, all of them.
+        These are the momentum buffers; with EMA, also the weights of the model; with several EMAs,
+        also all EMAs.
         """
         state = {
             f"momentum.{name}": self.optimizer.state[parameter]["momentum_buffer"]
@@ -232,20 +236,20 @@ class Trainer:
         return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """The inverse of `weights` and `state`."""
-        self.model.load_state_dict(_part(state, "raw.") if self.emas else weights)
+        """Restore the return values of `weights` and `state`."""
+        self.model.load_state_dict(_with_prefix(state, "raw.") if self.emas else weights)
         for i, ema in enumerate(self.emas):
-            ema.restore(_part(state, f"ema.{i}.") if len(self.emas) > 1 else weights)
+            ema.restore(_with_prefix(state, f"ema.{i}.") if len(self.emas) > 1 else weights)
         for name, parameter in self.model.named_parameters():
             momentum = state.get(f"momentum.{name}")
             if momentum is not None:
-                # In the parameter's memory layout, or the next step would round differently.
+                # Keep the memory format of the parameter, so that the next step rounds the same.
                 buffer = torch.empty_like(parameter).copy_(momentum)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+def _with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Select the tensors whose names start with `prefix`, and remove the prefix."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in state.items()

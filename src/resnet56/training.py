@@ -1,4 +1,4 @@
-"""The story of a training: data -> model -> epochs -> checkpoint -> evaluation."""
+"""Train a model: data -> model -> epochs -> checkpoint -> evaluation."""
 
 import contextlib
 import importlib.metadata
@@ -50,8 +50,8 @@ from resnet56.step import PreparedModel, Trainer, learning_rate, prepare_model
 from resnet56.threads import ThreadControl, ThroughputMonitor
 
 
-class Interrupted(Exception):  # noqa: N818 - a request, not an error
-    """Ctrl-C or SIGTERM came; the checkpoint is written."""
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Training stopped because of Ctrl-C or SIGTERM, after writing a checkpoint."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -59,10 +59,10 @@ class Interrupted(Exception):  # noqa: N818 - a request, not an error
 
 
 class Scalars(Protocol):
-    """What is used of a TensorBoard writer."""
+    """The part of the interface of `SummaryWriter` that training uses."""
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Log one number."""
+        """Log a scalar."""
 
 
 def train(
@@ -77,54 +77,54 @@ def train(
     threads: int | None = None,
     display: TrainingDisplay | None = None,
 ) -> Evaluation:
-    """Train by `recipe` on `dataset`, leave the run in `out`, and test it.
+    """Train a model, save the run in `out`, and evaluate it.
 
     Args:
-        recipe: how to train; its batch is the global one when torchrun starts several processes.
-        dataset: what to train and test on.
-        out: the run directory; must be new, or with `resume` hold a run of the same recipe.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        recipe: the training configuration. The batch size is summed over all processes.
+        dataset: training and test images.
+        out: run directory. It must not exist, or with `resume` hold a run with the same recipe.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: continue from the checkpoint in `out`.
-        tensorboard: also write scalars for TensorBoard, in `out/tensorboard`.
-        test_every_epoch: also record the test loss and accuracy after each epoch, for curves;
-            nothing is chosen by them, and training does not depend on them.
-        threads: CPU threads; by default as many as other programs leave cores free, reconsidered
-            during the training.
-        progress: where to show it; nothing is shown without.
+        tensorboard: also write TensorBoard scalars to `out/tensorboard`.
+        test_every_epoch: also record the test loss and accuracy after each epoch. They are for
+            plots only and do not influence training.
+        threads: number of CPU threads. By default, all cores that other programs leave free. This
+            number is updated during training.
+        display: shows the progress. By default, nothing is shown.
 
     Returns:
-        The content of evaluation.json; in processes other than the first, an empty dictionary.
+        The content of evaluation.json. An empty dictionary if the rank is not 0.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the checkpoint is written.
+        Interrupted: Ctrl-C or SIGTERM. A checkpoint has been written.
         TrainingError: the loss is not finite.
         RunError: `out` cannot be used or written.
-        UsageError: the device is not available, or the held-out part is too large.
+        UsageError: the device is not available, or the validation set is too large.
     """
     display = display or TrainingDisplay(quiet=True)
     resolved = resolve_device(device)
     run = RunDirectory(out)
-    with process_group(resolved) as dist, stop_requests() as stop, contextlib.ExitStack() as held:
+    with process_group(resolved) as dist, stop_requests() as stop, contextlib.ExitStack() as stack:
         fingerprint = dataset.fingerprint()
         if resume and dist.is_first:
-            held.enter_context(run.locked())
+            stack.enter_context(run.locked())
         saved = _load_resumed(run, recipe, dataset.source, fingerprint) if resume else None
         adaptive = resolved.type == "cpu" and dist.world_size == 1
-        control = held.enter_context(ThreadControl(threads, adaptive=adaptive))
+        control = stack.enter_context(ThreadControl(threads, adaptive=adaptive))
         loop = TrainingLoop(
             recipe, dataset, run, fingerprint, saved, resolved, dist, stop, control, display
         )
         try:
             with _tensorboard(tensorboard and dist.is_first, run, loop.progress.step) as scalars:
-                if dist.is_first:  # not before everything that can be refused has been
+                if dist.is_first:  # after all checks, so that a refused call writes nothing
                     if saved is None:
                         run.create()
-                        held.enter_context(run.locked())
-                    _prepare(run, recipe, loop.facts(dataset), saved)
+                        stack.enter_context(run.locked())
+                    _write_run_files(run, recipe, loop.run_environment(dataset), saved)
                 loop.run(dataset.test if test_every_epoch else None, scalars)
         finally:
             del loop  # DDP is released before its process group
-    if stop.signum is not None:  # requested at the last moment
+    if stop.signum is not None:  # received after the last step
         raise Interrupted(stop.signum)
     if not dist.is_first:
         return {}  # type: ignore[typeddict-item]
@@ -135,12 +135,12 @@ def train(
             device=resolved,
             val_size=recipe.val_size,
             augmentation=augmentation_of(recipe, mirror=dataset.mirror),
-            show=display.measuring,
+            show=display.evaluation_progress,
         )
 
 
 def augmentation_of(recipe: Recipe, *, mirror: bool) -> Augmentation:
-    """The augmentation of a recipe, on images that may be mirrored or not (digits)."""
+    """Return the augmentation of a recipe. `mirror` tells whether the data set allows flips."""
     return Augmentation(
         padding=recipe.padding,
         flip=recipe.flip and mirror,
@@ -156,19 +156,19 @@ def augmentation_of(recipe: Recipe, *, mirror: bool) -> Augmentation:
 
 
 class TrainingLoop:
-    """The epochs of one training, and where it stands in them.
+    """The training loop and its current state.
 
     Args:
-        recipe: how to train.
-        dataset: what to train on.
-        run: where to write.
-        fingerprint: of the data set.
-        saved: the checkpoint to continue from, where there is one.
-        device: of the training.
-        dist: which process this is, of how many.
-        stop: of this process.
-        threads: of this process.
-        progress: where to show it.
+        recipe: the training configuration.
+        dataset: the data set.
+        run: the run directory.
+        fingerprint: fingerprint of the data set.
+        saved: checkpoint to continue from, or None.
+        device: training device.
+        dist: rank and world size.
+        stop: stop request of this process.
+        threads: thread control of this process.
+        display: shows the progress.
     """
 
     def __init__(
@@ -188,17 +188,21 @@ class TrainingLoop:
         self.device, self.dist, self.display = device, dist, display
         self.precision = resolve_precision(recipe.precision, device)
         recorded = saved.metadata.get("threads") if saved is not None else None
-        self.say(threads.begin(saved.progress.step if saved is not None else 0, recorded))
+        self.log(threads.begin(saved.progress.step if saved is not None else 0, recorded))
         training, self.validation = training_split(dataset, recipe.val_size)
         mean, std = channel_statistics(training.images)
         self.config = ModelConfig(recipe.arch, dataset.classes, mean, std)
         teachers = {name: open_network(name).checkpoint for name in recipe.teacher}
         self.teachers = [
-            {"teacher": name, "arch": one.config.arch, "sha256": weights_fingerprint(one)}
-            for name, one in teachers.items()
+            {
+                "teacher": name,
+                "arch": teacher.config.arch,
+                "sha256": weights_fingerprint(teacher),
+            }
+            for name, teacher in teachers.items()
         ]
         ensemble = Teachers(teachers, self.config, device, self.precision) if teachers else None
-        self.trainer, self.forward = _trainer(
+        self.trainer, self.prepared = _trainer(
             recipe, len(dataset.classes), device, self.precision, dist, ensemble
         )
         self.batches = Batches(
@@ -216,48 +220,48 @@ class TrainingLoop:
         self.throughput = ThroughputMonitor(threads, device.type)
         self.costs = _costs(recipe)
         self.progress = Progress()
-        if self.forward.remedy:
-            self.say(
-                f"training is slower than it could be: {self.forward.reason}; {self.forward.remedy}"
+        if self.prepared.remedy:
+            self.log(
+                f"training is slower than necessary: {self.prepared.reason}; {self.prepared.remedy}"
             )
-        self.chosen: Mapping[str, Tensor] | None = None  # of several EMAs, after the last epoch
-        self.ema_notes: dict[str, Any] = {}
+        self.selected: Mapping[str, Tensor] | None = None  # the best EMA, after the last epoch
+        self.ema_metadata: dict[str, Any] = {}
         if saved is not None:
             self._restore(saved)
 
     def run(self, test: Split | None = None, scalars: Scalars | None = None) -> None:
-        """Train from the present position to the last epoch.
+        """Train from the current progress to the last epoch.
 
         Args:
-            test: images to measure after each epoch too, for curves.
-            scalars: a TensorBoard writer.
+            test: images to evaluate after each epoch, or None.
+            scalars: TensorBoard writer, or None.
         """
-        measured = {"val": self.validation, "test": test}
+        splits = {"val": self.validation, "test": test}
         self.display.begin(self.costs, self.batches.steps, self.progress.step)
         if self.progress.step == 0:
-            self.save()  # from here on there is something to resume
+            self.save()  # makes the run resumable before the first step
         while self.progress.epoch < self.recipe.epochs:
             lr = self.train_epoch()
             row = self.summary(lr)
             if self.dist.is_first:
                 if self.progress.epoch + 1 == self.recipe.epochs:
-                    self.choose_ema()
-                for name, split in measured.items():
+                    self.select_ema()
+                for name, split in splits.items():
                     row |= self.measure(name, split, self.weights()) if split is not None else {}
-                self.run_directory.append_metrics(row)  # before the checkpoint: resuming removes it
+                self.run_directory.append_metrics(row)  # before saving; resuming removes extra rows
                 _log_scalars(scalars, row)
             self.progress = Progress(epoch=self.progress.epoch + 1, step=self.progress.step)
             message = self.cadence.threads.after_step(self.progress.step)
             self.save()
-            self.say(message)
+            self.log(message)
             self.display.epoch(row)
             if self.progress.epoch < self.recipe.epochs and self.cadence.stop_requested():
                 raise Interrupted(self.cadence.stop.signum or signal.SIGTERM)
 
     def train_epoch(self) -> float:
-        """Finish the present epoch; return its last learning rate."""
+        """Finish the current epoch and return its last learning rate."""
         start, started, lr = self.progress, time.perf_counter(), 0.0
-        # The saved sums are over all processes, and the first process continues them.
+        # The saved sums cover all processes, so only the first process continues them.
         self.trainer.begin_sums(*((start.loss_sum, start.correct) if self.dist.is_first else ()))
         self.trainer.model.train()
         for images, labels in self.batches.epoch(start.epoch, start.epoch_step):
@@ -276,7 +280,7 @@ class TrainingLoop:
                 self.read_loss()
             if due.save:
                 self.save()
-            self.say(due.message)
+            self.log(due.message)
             if due.stop:
                 raise Interrupted(self.cadence.stop.signum or signal.SIGTERM)
         seconds = start.seconds + time.perf_counter() - started
@@ -284,51 +288,52 @@ class TrainingLoop:
         return lr
 
     def read_loss(self) -> None:
-        """Read the epoch's sums off the device, show them, and stop if the loss is not finite."""
-        # All processes learn of a bad step of any, so that they stop together.
+        """Read and display the sums of the epoch. Raise TrainingError if a loss is not finite."""
+        # Share the failed step, so that all processes stop together.
         diverged = int(highest(self.trainer.bad_step.clone(), self.dist))
         if diverged >= 0:
             epoch = diverged // self.batches.steps + 1
             lr = learning_rate(self.recipe, diverged, self.batches.steps)
             raise TrainingError(
                 f"the loss is not finite in epoch {epoch}, step {diverged + 1}, at learning rate "
-                f"{lr:g}; the last good checkpoint stays in {self.run_directory.path}; try a "
+                f"{lr:g}; the last good checkpoint is in {self.run_directory.path}; try a "
                 "lower --lr or a longer --warmup-epochs"
             )
         loss_sum, correct = total(self.trainer.sums.clone(), self.dist).tolist()
         self.progress = replace(self.progress, loss_sum=loss_sum, correct=correct)
-        at = self.progress
         if self.dist.is_first:
-            throughput = at.images / at.seconds
-            self.display.step(at.step, loss_sum / at.images, correct / at.images, throughput)
-            self.say(self.throughput.update(at.images, at.seconds, self.costs[at.epoch]))
+            images, seconds = self.progress.images, self.progress.seconds
+            self.display.step(
+                self.progress.step, loss_sum / images, correct / images, images / seconds
+            )
+            self.log(self.throughput.update(images, seconds, self.costs[self.progress.epoch]))
 
-    def say(self, line: str) -> None:
-        """Show a line, unless it is empty."""
+    def log(self, line: str) -> None:
+        """Display a line in the first process, unless it is empty."""
         if line and self.dist.is_first:
-            self.display.say(line)
+            self.display.log(line)
 
     def summary(self, lr: float) -> dict[str, Any]:
-        """The finished epoch's line of metrics.jsonl."""
-        at = self.progress
+        """Return the row of metrics.jsonl for the finished epoch."""
+        progress = self.progress
         return {
-            "epoch": at.epoch + 1,
-            "step": at.step,
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
             "lr": lr,
-            "train_loss": at.loss_sum / at.images,
-            "train_accuracy": at.correct / at.images,
-            "images_per_second": at.images / at.seconds,
-            "seconds": at.seconds,
+            "train_loss": progress.loss_sum / progress.images,
+            "train_accuracy": progress.correct / progress.images,
+            "images_per_second": progress.images / progress.seconds,
+            "seconds": progress.seconds,
             "peak_memory_mb": peak_memory_mb(self.device),
             "threads": self.cadence.threads.threads,
         }
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights to use."""
-        return self.trainer.weights() if self.chosen is None else self.chosen
+        """Return the weights to save and evaluate."""
+        return self.trainer.weights() if self.selected is None else self.selected
 
     def measure(self, name: str, split: Split, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Loss and accuracy of the network with `weights` on `split`."""
+        """Return the loss and accuracy of `weights` on `split`."""
         net = self.config
         model = build(net.arch, classes=len(net.classes)).to(self.device)
         model.load_state_dict(weights)
@@ -338,41 +343,41 @@ class TrainingLoop:
             raise self._diverged(error) from error
         return {f"{name}_loss": metrics["loss"], f"{name}_accuracy": metrics["accuracy"]}
 
-    def choose_ema(self) -> None:
-        """After the last epoch, take the EMA with the highest validation accuracy, if any."""
+    def select_ema(self) -> None:
+        """Select the EMA with the highest validation accuracy, if there is an EMA."""
         candidates: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
         for ema in self.trainer.emas:
             reestimated = ema.decay > LONG_DECAY
-            weights = self._reestimated(ema.tensors) if reestimated else ema.tensors
+            weights = self._reestimate_statistics(ema.tensors) if reestimated else ema.tensors
             metrics: dict[str, Any] = {"decay": ema.decay, "reestimated": reestimated}
             if self.validation is not None:
                 metrics |= self.measure("val", self.validation, weights)
             candidates.append((metrics, weights))
         if candidates:
-            # Of equal accuracies the lower loss counts; a single EMA need not be measured.
-            best, self.chosen = max(
+            # The loss breaks ties. A single EMA needs no validation set.
+            best, self.selected = max(
                 candidates,
-                key=lambda one: (one[0].get("val_accuracy", 0), -one[0].get("val_loss", 0)),
+                key=lambda pair: (pair[0].get("val_accuracy", 0), -pair[0].get("val_loss", 0)),
             )
-            tried = [metrics for metrics, _ in candidates]
-            self.ema_notes = {"ema_decay": best["decay"], "ema_candidates": tried}
+            candidate_metrics = [metrics for metrics, _ in candidates]
+            self.ema_metadata = {"ema_decay": best["decay"], "ema_candidates": candidate_metrics}
             if len(candidates) > 1:
-                self.say(f"of the EMAs, decay {best['decay']:g} is best on the validation images")
+                self.log(f"EMA decay {best['decay']:g} has the highest validation accuracy")
 
-    def _reestimated(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """`weights` with batch norm's statistics as the last epoch's images give them."""
+    def _reestimate_statistics(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return `weights` with batch norm statistics computed on images of the last epoch."""
         model = build(self.config.arch, classes=len(self.config.classes))
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.load_state_dict(weights)
-        # By one process, whole batches.
+        # In one process, on global batches.
         batches = replace(self.batches, rank=0, world_size=1)
-        enough = math.ceil(REESTIMATED_ON / batches.global_batch)
+        count = math.ceil(REESTIMATED_ON / batches.global_batch)
         images = (images for images, _ in batches.epoch(self.recipe.epochs - 1))
-        reestimate_batch_norm(model, itertools.islice(images, enough), self.precision)
+        reestimate_batch_norm(model, itertools.islice(images, count), self.precision)
         return model.state_dict()
 
     def save(self) -> None:
-        """Write the checkpoint; TrainingError if a value in it is not finite."""
+        """Write a checkpoint. Raise TrainingError if it has values that are not finite."""
         self.cadence.saved()
         if not self.dist.is_first:
             return
@@ -381,10 +386,10 @@ class TrainingLoop:
             "data": self.fingerprint,
             "weights": "ema" if self.trainer.emas else "final",
             "precision": self.precision,
-            "execution": self.forward.execution,
+            "execution": self.prepared.execution,
             "loss_scale": self.trainer.scaler.state_dict() or None,
             "threads": self.cadence.threads.state(),
-            **self.ema_notes,
+            **self.ema_metadata,
             **({"teachers": self.teachers} if self.teachers else {}),
         }
         weights, state = self.weights(), self.trainer.state()
@@ -396,19 +401,19 @@ class TrainingLoop:
             raise self._diverged(error) from error
         except RunError as error:
             begun = self.run_directory.checkpoint_file.exists()
-            remedy = "continue with --resume" if begun else "then start the training again"
+            remedy = "continue with --resume" if begun else "then start training again"
             raise RunError(f"{error}; {remedy}") from error
 
     def _diverged(self, error: NotFiniteError) -> TrainingError:
         return TrainingError(
-            f"the training has diverged at step {self.progress.step:,}: {error}; the last good "
-            f"checkpoint stays in {self.run_directory.path}; try a lower --lr or a longer "
+            f"training diverged at step {self.progress.step:,}: {error}; the last good "
+            f"checkpoint is in {self.run_directory.path}; try a lower --lr or a longer "
             "--warmup-epochs"
         )
 
-    def facts(self, dataset: Dataset) -> Environment:
-        """What environment.json holds."""
-        facts: dict[str, Any] = environment(self.device, self.precision) | {
+    def run_environment(self, dataset: Dataset) -> Environment:
+        """Return the content of environment.json."""
+        result: dict[str, Any] = environment(self.device, self.precision) | {
             "threads": self.cadence.threads.threads,
             "processes": self.dist.world_size,
             "data": {
@@ -416,35 +421,35 @@ class TrainingLoop:
                 "source": dataset.source,
                 "mirrored": self.batches.augmentation.flip,
             },
-            "execution": self.forward.execution,
+            "execution": self.prepared.execution,
         }
         if self.teachers:
-            facts["teachers"] = self.teachers
-        if self.forward.reason:
-            facts["execution_reason"] = self.forward.reason
-        return cast(Environment, facts)
+            result["teachers"] = self.teachers
+        if self.prepared.reason:
+            result["execution_reason"] = self.prepared.reason
+        return cast(Environment, result)
 
     def _restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint."""
-        before = [one["sha256"] for one in saved.metadata.get("teachers", [])]
-        if before != [one["sha256"] for one in self.teachers]:
+        hashes = [teacher["sha256"] for teacher in saved.metadata.get("teachers", [])]
+        if hashes != [teacher["sha256"] for teacher in self.teachers]:
             raise RunError(
-                f"{self.run_directory.path} was distilled from other weights than "
-                f"{', '.join(self.recipe.teacher)} has now; choose another --out"
+                f"cannot resume {self.run_directory.path}: the weights of its teachers "
+                f"({', '.join(self.recipe.teacher)}) have changed; choose another --out"
             )
         self.progress = saved.progress
-        what = f"{self.run_directory.checkpoint_file} does not fit the recipe"
-        require_fit(saved.model, self.trainer.weights(), what)
-        require_fit(saved.training, self.trainer.state(), what)
+        message = f"{self.run_directory.checkpoint_file} does not match the recipe"
+        require_fit(saved.model, self.trainer.weights(), message)
+        require_fit(saved.training, self.trainer.state(), message)
         self.trainer.restore(saved.model, saved.training)
         if self.trainer.scaler.is_enabled() and saved.metadata.get("loss_scale"):
             self.trainer.scaler.load_state_dict(dict(saved.metadata["loss_scale"]))
-        before = [saved.metadata.get("precision"), saved.metadata.get("execution")]
-        now = [self.precision, self.forward.execution]
-        if None not in before and before != now:
-            self.say(
-                f"so far it ran {' '.join(map(str, before))}, it continues {' '.join(now)}: equal "
-                "within rounding, not to the bit"
+        previous = [saved.metadata.get("precision"), saved.metadata.get("execution")]
+        current = [self.precision, self.prepared.execution]
+        if None not in previous and previous != current:
+            self.log(
+                f"resuming with {' '.join(current)} instead of {' '.join(map(str, previous))}: "
+                "results are equal up to rounding, not bit for bit"
             )
 
 
@@ -456,66 +461,70 @@ def _trainer(
     dist: Distributed,
     teachers: Teachers | None,
 ) -> tuple[Trainer, PreparedModel]:
-    """The network on its device with its optimizer, and how its steps run."""
+    """Build the model on its device, its trainer, and its forward pass."""
     model = build(recipe.arch, classes=classes, seed=recipe.seed)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dist.world_size == 1:
-        forward = prepare_model(model, recipe.execution, precision)
-        return Trainer(model, forward.module, recipe, precision, teachers), forward
+        prepared = prepare_model(model, recipe.execution, precision)
+        return Trainer(model, prepared.module, recipe, precision, teachers), prepared
     if recipe.execution not in ("auto", "eager"):
-        raise UsageError(f"several processes run eager, not {recipe.execution}")
+        raise UsageError(
+            f"{recipe.execution} execution does not support several processes; use --execution auto"
+        )
     model = synchronize_batch_norm(model)  # type: ignore[assignment]
     ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids)
-    # Batch norm's statistics are equal already. (The argument goes by another name in each
-    # release of PyTorch.)
+    # The batch norm statistics are already synchronized. This is set as an attribute because the
+    # name of the argument differs between PyTorch releases.
     wrapped.broadcast_buffers = False
-    forward = PreparedModel(wrapped, "eager", "several processes share their batch norm")
-    return Trainer(model, wrapped, recipe, precision, teachers), forward
+    prepared = PreparedModel(wrapped, "eager", "several processes require synchronized batch norm")
+    return Trainer(model, wrapped, recipe, precision, teachers), prepared
 
 
 def _costs(recipe: Recipe) -> list[float]:
-    """How long a step takes in each epoch, as a share of one on 32x32 images."""
+    """Return the relative duration of a step in each epoch. A step on 32x32 images takes 1."""
     rest = [32] * (recipe.epochs - len(recipe.sizes))
-    # A fifth does not depend on the size: 16x16 took 0.39 and 24x24 0.64 of the time of 32x32
-    # (resnet56, batch 64, two CPU cores: results/fast-seed0).
+    # A fifth of the time does not depend on the size. Measured: 0.39 for 16x16 and 0.64 for 24x24
+    # (resnet56, batch size 64, two CPU cores, results/fast-seed0).
     return [0.2 + 0.8 * (side / 32) ** 2 for side in (*recipe.sizes, *rest)][: recipe.epochs]
 
 
 def _load_resumed(run: RunDirectory, recipe: Recipe, source: str, fingerprint: str) -> Checkpoint:
-    """The checkpoint to continue from; RunError if it has another recipe or other data."""
+    """Load the checkpoint. Raise RunError if its recipe or data set differs."""
     checkpoint = run.load(training=True)
-    theirs = from_fields(read_json(run.recipe_file), str(run.recipe_file)).to_json()
-    mine = recipe.to_json()
+    saved_fields = from_fields(read_json(run.recipe_file), str(run.recipe_file)).to_json()
+    fields = recipe.to_json()
     differing = [
-        f"{name} {theirs[name]} -> {mine[name]}" for name in mine if mine[name] != theirs[name]
+        f"{name} {saved_fields[name]} -> {value}"
+        for name, value in fields.items()
+        if value != saved_fields[name]
     ]
     if differing:
         raise RunError(
-            f"{run.path} is a run of another recipe ({', '.join(differing)}); resume it with "
-            "its own, or choose another --out"
+            f"{run.path} has a different recipe ({', '.join(differing)}); resume it with the same "
+            "options, or choose another --out"
         )
     if checkpoint.metadata.get("data") != fingerprint:
-        raise RunError(f"{run.path} was trained on other images than {source}; choose --data")
+        raise RunError(f"{run.path} was not trained on {source}; pass its data set with --data")
     return checkpoint
 
 
-def _prepare(
-    run: RunDirectory, recipe: Recipe, facts: Environment, saved: Checkpoint | None
+def _write_run_files(
+    run: RunDirectory, recipe: Recipe, record: Environment, saved: Checkpoint | None
 ) -> None:
-    """Write what is known before the first step."""
+    """Write the files that are known before the first step."""
     if saved is not None:
         run.rewind_metrics(saved.progress.epoch)
-        before = run.read_environment() or facts
-        facts = {
-            **before,
-            "data": facts["data"],  # the same images, perhaps from another folder
-            "resumed": [*before.get("resumed", []), facts],
+        original = run.read_environment() or record
+        record = {
+            **original,
+            "data": record["data"],  # the directory may have changed
+            "resumed": [*original.get("resumed", []), record],
         }
     else:
         run.metrics_file.unlink(missing_ok=True)
         write_json(run.recipe_file, recipe.to_json())
-    run.write_environment(facts)
+    run.write_environment(record)
 
 
 def _log_scalars(scalars: Scalars | None, row: dict[str, Any]) -> None:

@@ -31,9 +31,9 @@ def show(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[
     """Show a progress bar on stderr."""
     from rich.console import Console
 
-    from resnet56.progress import measuring
+    from resnet56.progress import evaluation_progress
 
-    return measuring(label, total, Console(stderr=True, highlight=False))
+    return evaluation_progress(label, total, Console(stderr=True, highlight=False))
 
 
 def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> Path:

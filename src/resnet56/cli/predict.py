@@ -205,7 +205,7 @@ def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
     if total <= PROGRESS_THRESHOLD or not sys.stderr.isatty():
         yield lambda count: None
         return
-    from resnet56.progress import looking
+    from resnet56.progress import prediction_progress
 
-    with looking(total) as advance:
+    with prediction_progress(total) as advance:
         yield advance

@@ -151,8 +151,8 @@ def _train(job: _Job, display: "TrainingDisplay") -> "Evaluation":
 
     options = job.options
     dataset = load_data(options.data, own=job.own_data, skip_broken=options.skip_broken)
-    display.say(f"{options.recipe.arch} on {dataset.source}")
-    display.say(f"run: {job.out}")
+    display.log(f"{options.recipe.arch} on {dataset.source}")
+    display.log(f"run: {job.out}")
     return train(
         options.recipe,
         dataset,
@@ -172,23 +172,23 @@ def _show_result(result: "Evaluation", out: Path, display: "TrainingDisplay") ->
     from resnet56.report import write_report
 
     if val := result.get("validation"):
-        display.say(
+        display.log(
             f"validation accuracy {percent(val['accuracy'])}, loss {val['loss']:.4f}, "
             f"{val['n']:,} images; use it to choose between settings"
         )
     test, train = result["test"], result["train"]
     low, high = test["accuracy_interval"]
-    display.say(
+    display.log(
         f"test accuracy {percent(test['accuracy'])} "
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), loss {test['loss']:.4f}, "
         f"{test['n']:,} images"
     )
-    display.say(
+    display.log(
         f"training accuracy {percent(train['accuracy'])}, loss {train['loss']:.4f}, "
         f"{train['n']:,} images without augmentation"
     )
-    display.say("writing the report")
-    display.say(f"run: {out}; report: {write_report([out])}")
+    display.log("writing the report")
+    display.log(f"run: {out}; report: {write_report([out])}")
 
 
 def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:
