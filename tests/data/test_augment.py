@@ -166,7 +166,7 @@ def test_trivial_augment_precedes_the_crop() -> None:
     draws = draw(30, Augmentation(padding=4, flip=True), generator(7))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
     result = augment(images, draws, *scale, Augmentation(cutout=8, trivial_augment=True))
-    changed = trivial_augment(images, draws.changes, draws.levels)
+    changed = trivial_augment(images, draws.transforms, draws.levels)
     assert not torch.equal(changed, images)
     assert torch.equal(result, augment(changed, draws, *scale, Augmentation(cutout=8)))
 

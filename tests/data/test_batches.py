@@ -231,7 +231,7 @@ def test_a_batch_that_is_not_divisible_by_the_processes_is_rejected(
 ) -> None:
     with pytest.raises(UsageError, match=f"{world_size} processes") as caught:
         plain(count, batch_size, world_size=world_size)
-    assert f"batch of {min(count, batch_size)} " in str(caught.value)
+    assert f"batch size {min(count, batch_size)} " in str(caught.value)
 
 
 def test_flip_and_padding_are_applied() -> None:

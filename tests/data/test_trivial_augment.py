@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from resnet56.data.augment import Augmentation, draw
-from resnet56.data.trivial_augment import CHANGES, LEVELS, trivial_augment
+from resnet56.data.trivial_augment import LEVELS, TRANSFORMS, trivial_augment
 
 Picture = Image.Image
 
@@ -53,11 +53,11 @@ def smooth_images(count: int) -> Tensor:
     return (soft + noise).clamp(0, 255).byte()
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("kind", TRANSFORMS)
 def test_operations_match_pillow(kind: str) -> None:
     levels = torch.arange(-LEVELS, LEVELS + 1)
     images = smooth_images(len(levels))
-    kinds = torch.full((len(levels),), list(CHANGES).index(kind))
+    kinds = torch.full((len(levels),), list(TRANSFORMS).index(kind))
     result = trivial_augment(images, kinds, levels)
     assert result.dtype == torch.uint8
     for level, image, found in zip(levels.tolist(), images, result, strict=True):
@@ -73,21 +73,23 @@ def test_operations_match_pillow(kind: str) -> None:
             assert (off > 0).mean() <= 0.05, level
 
 
-@pytest.mark.parametrize("kind", sorted(CHANGES.keys() - {"identity", "autocontrast", "equalize"}))
+@pytest.mark.parametrize(
+    "kind", sorted(TRANSFORMS.keys() - {"identity", "autocontrast", "equalize"})
+)
 def test_the_change_increases_with_the_strength(kind: str) -> None:
     images = smooth_images(3)
-    kinds = torch.full((3,), list(CHANGES).index(kind))
+    kinds = torch.full((3,), list(TRANSFORMS).index(kind))
     result = trivial_augment(images, kinds, torch.tensor([0, LEVELS // 3, LEVELS]))
     none, some, most = (result.float() - images.float()).abs().mean(dim=(1, 2, 3)).tolist()
     assert none == 0
     assert 0 < some < most
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("kind", TRANSFORMS)
 @pytest.mark.parametrize("value", [0, 7, 255])
 def test_images_of_one_color_are_unchanged(kind: str, value: int) -> None:
     images = torch.full((2, 3, 32, 32), value, dtype=torch.uint8)
-    kinds = torch.full((2,), list(CHANGES).index(kind))
+    kinds = torch.full((2,), list(TRANSFORMS).index(kind))
     result = trivial_augment(images, kinds, torch.tensor([0, 0]))
     assert torch.equal(result, images)
 
@@ -96,20 +98,20 @@ def test_images_are_transformed_independently_and_not_in_place() -> None:
     images = smooth_images(120)
     draws = draw(120, Augmentation(), torch.Generator().manual_seed(1))
     before = images.clone()
-    together = trivial_augment(images, draws.changes, draws.levels)
+    together = trivial_augment(images, draws.transforms, draws.levels)
     alone = [
-        trivial_augment(images[i : i + 1], draws.changes[i : i + 1], draws.levels[i : i + 1])
+        trivial_augment(images[i : i + 1], draws.transforms[i : i + 1], draws.levels[i : i + 1])
         for i in range(120)
     ]
     assert torch.equal(together, torch.cat(alone))
     assert torch.equal(images, before)
-    assert len(draws.changes.unique()) == len(CHANGES)
+    assert len(draws.transforms.unique()) == len(TRANSFORMS)
 
 
 def test_operations_and_strengths_are_uniform() -> None:
     generator = torch.Generator().manual_seed(2)
     draws = draw(14 * 31 * 100, Augmentation(), generator)
-    cells = torch.bincount(draws.changes * 31 + draws.levels.abs(), minlength=14 * 31).numpy()
+    cells = torch.bincount(draws.transforms * 31 + draws.levels.abs(), minlength=14 * 31).numpy()
     assert len(cells) == 14 * 31
     assert stats.chisquare(cells).pvalue > 1e-3
     signs = draws.levels[draws.levels != 0].sign().float().mean().item()

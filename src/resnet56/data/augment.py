@@ -1,7 +1,7 @@
-"""Augmentation: pure functions on batches, with every random number drawn beforehand.
+"""Augmentation: pure functions on batches, with random numbers that are drawn in advance.
 
-`draw` makes one epoch's random numbers on the CPU, from a generator; `augment` applies them to
-a batch on any device. So a batch is the same on every device, in every process, after a resume.
+`draw` draws the random numbers of one epoch on the CPU. `augment` applies them to a batch on any
+device. A batch is therefore the same on every device, in every process and after resuming.
 """
 
 from dataclasses import dataclass, replace
@@ -11,34 +11,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet56.data.trivial_augment import CHANGES, LEVELS, trivial_augment
+from resnet56.data.trivial_augment import LEVELS, TRANSFORMS, trivial_augment
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image before the network sees it."""
+    """The augmentation of the training images."""
 
-    padding: int = 4  # black pixels on each side before a random 32x32 crop
-    flip: bool = True  # mirror half of the images
-    alternate_flip: bool = False  # mirror each image in every other epoch, not at random
-    cutout: int = 0  # side of the square that Cutout erases, in pixels; 0 for none
+    padding: int = 4  # black pixels added to each side before a random 32x32 crop
+    flip: bool = True  # flip horizontally with probability 1/2
+    alternate_flip: bool = False  # flip each image in every second epoch instead
+    cutout: int = 0  # side of the square that Cutout erases, in pixels; 0 to disable
     trivial_augment: bool = False
-    sizes: tuple[int, ...] = ()  # sides of the first epochs' images, in pixels; 32 afterwards
-    mix: str = "none"  # how the images of a batch are mixed: a method of `data.mixing`
-    mix_alpha: float = 1.0  # both parameters of the beta distribution of their shares
-    mix_probability: float = 1.0  # of mixing a batch
-    plain_from: int | None = None  # the epoch from which on there are only crops and flips
+    sizes: tuple[int, ...] = ()  # image sizes in the first epochs, in pixels; then 32
+    mix: str = "none"  # "none" or a method of `data.mixing`
+    mix_alpha: float = 1.0  # both parameters of the beta distribution of the shares
+    mix_probability: float = 1.0  # probability of mixing a batch
+    plain_from: int | None = None  # first epoch with crops and flips only
 
     def in_epoch(self, epoch: int) -> "Augmentation":
-        """What is left of it in `epoch` (from 0)."""
+        """Return the augmentation of `epoch` (from 0)."""
         if self.plain_from is None or epoch < self.plain_from:
             return self
         return replace(self, cutout=0, trivial_augment=False, mix="none")
 
     def before_mixing(self) -> "Augmentation":
-        """What happens to the images of a batch before they are mixed.
+        """Return the augmentation that is applied to images before they are mixed.
 
-        Cutout would erase what mixing has just put there, and RICAP crops the images itself.
+        Cutout is disabled because it would erase parts of the mixed image. RICAP crops the images
+        itself, so padding is disabled.
         """
         return replace(self, cutout=0, padding=0 if self.mix == "ricap" else self.padding)
 
@@ -49,92 +50,94 @@ PLAIN_CROPS = Augmentation()
 class Draws(NamedTuple):
     """The random numbers of N images."""
 
-    rows: Tensor  # (N,) int64, the crop's top row in the padded image
-    cols: Tensor  # (N,) int64, its left column
+    rows: Tensor  # (N,) int64, top row of the crop in the padded image
+    cols: Tensor  # (N,) int64, left column of the crop
     flips: Tensor  # (N,) bool
-    centers: Tensor  # (N, 2) int64, the center (row, column) of the square that Cutout erases
-    changes: Tensor  # (N,) int64, which change TrivialAugment makes
-    levels: Tensor  # (N,) int64, how strong it is, with its sign
+    centers: Tensor  # (N, 2) int64, center (row, column) of the Cutout square
+    transforms: Tensor  # (N,) int64, index of the TrivialAugment transform
+    levels: Tensor  # (N,) int64, signed magnitude of the transform
 
     def to(self, device: torch.device) -> "Draws":
-        """The same numbers on `device`, except `changes`, which the CPU reads."""
-        return Draws(*(column.to(device) for column in self))._replace(changes=self.changes)
+        """Move the numbers to `device`, except `transforms`, which is read on the CPU."""
+        return Draws(*(numbers.to(device) for numbers in self))._replace(transforms=self.transforms)
 
     def part(self, index: slice | Tensor) -> "Draws":
-        """The numbers of the images at `index`, a slice or int64 positions on the CPU."""
-        return Draws(*(column[index] for column in self))
+        """Return the numbers of the images at `index`, a slice or an int64 tensor on the CPU."""
+        return Draws(*(numbers[index] for numbers in self))
 
 
 def draw(count: int, augmentation: Augmentation, generator: torch.Generator) -> Draws:
-    """Random numbers for `count` images: all (2 * padding + 1)**2 crops are equally likely.
+    """Draw random numbers for `count` images.
 
-    Each draw consumes the same numbers of `generator` whichever augmentations are on.
+    All (2 * padding + 1)**2 crops have the same probability. The numbers taken from `generator` do
+    not depend on which augmentations are enabled.
     """
     offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, count), generator=generator)
-    mirrored = torch.randint(0, 2, (count,), generator=generator).bool() & augmentation.flip
+    flips = torch.randint(0, 2, (count,), generator=generator).bool() & augmentation.flip
     centers = torch.randint(0, 32, (count, 2), generator=generator)
-    changes = torch.randint(0, len(CHANGES), (count,), generator=generator)
-    strengths = torch.randint(0, LEVELS + 1, (count,), generator=generator)
+    transforms = torch.randint(0, len(TRANSFORMS), (count,), generator=generator)
+    magnitudes = torch.randint(0, LEVELS + 1, (count,), generator=generator)
     signs = 2 * torch.randint(0, 2, (count,), generator=generator) - 1
-    return Draws(offsets[0], offsets[1], mirrored, centers, changes, signs * strengths)
+    return Draws(offsets[0], offsets[1], flips, centers, transforms, signs * magnitudes)
 
 
 def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
-    """Pad with black, cut each image at its own place, mirror those drawn.
+    """Pad with black, crop and flip each image.
 
     Args:
         images: (N, 3, H, W), any type.
-        draws: the N images' random numbers.
-        padding: black pixels on each side, as when `draws` was drawn; or 0, which leaves all
-            images where they are.
+        draws: random numbers of the N images.
+        padding: black pixels on each side, as for `draw`, or 0 to not shift the images.
 
     Returns:
-        (N, 3, H, W) of the same type, in channels_last memory.
+        (N, 3, H, W) of the same type, in channels-last memory format.
     """
     count, _, height, width = images.shape
     padded = F.pad(images, (padding, padding, padding, padding))
-    down = torch.arange(height, device=images.device)
-    across = torch.arange(width, device=images.device)
-    moved = int(padding > 0)
-    rows = moved * draws.rows[:, None] + down
-    cols = moved * draws.cols[:, None] + torch.where(draws.flips[:, None], across.flip(0), across)
-    each = torch.arange(count, device=images.device)[:, None, None]
-    # One gather does it all; an index on both sides of the channels puts these last.
-    return padded[each, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    y = torch.arange(height, device=images.device)
+    x = torch.arange(width, device=images.device)
+    shifted = int(padding > 0)
+    rows = shifted * draws.rows[:, None] + y
+    cols = shifted * draws.cols[:, None] + torch.where(draws.flips[:, None], x.flip(0), x)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    # Indices on both sides of the channel dimension move it to the end.
+    return padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> float32, zero mean and unit deviation a channel.
+    """(N, 3, H, W) uint8 -> float32, with zero mean and unit variance per channel.
 
-    `mean` and `std` are (3,) in units of [0, 1].
+    `mean` and `std` are (3,), for pixels in [0, 1].
     """
     mean, std = 255 * mean[:, None, None], 255 * std[:, None, None]
     return (images.float() - mean) / std
 
 
 def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
-    """Set a square to zero, the mean (DeVries & Taylor 2017); the edge of the image clips it.
+    """Set a square of each image to zero, the mean (DeVries & Taylor 2017).
+
+    The square is clipped at the edges of the image.
 
     Args:
-        images: (N, 3, H, W) normalized.
-        centers: (N, 2) rows and columns.
-        side: of the square, in pixels.
+        images: (N, 3, H, W), normalized.
+        centers: (N, 2), row and column of the centers.
+        side: side of the square, in pixels.
     """
     _, _, height, width = images.shape
     top, left = (centers - side // 2).unbind(1)
-    down = torch.arange(height, device=images.device)
-    across = torch.arange(width, device=images.device)
-    in_rows = (down >= top[:, None]) & (down < top[:, None] + side)
-    in_cols = (across >= left[:, None]) & (across < left[:, None] + side)
+    y = torch.arange(height, device=images.device)
+    x = torch.arange(width, device=images.device)
+    in_rows = (y >= top[:, None]) & (y < top[:, None] + side)
+    in_cols = (x >= left[:, None]) & (x < left[:, None] + side)
     square = in_rows[:, None, :, None] & in_cols[:, None, None, :]
-    return torch.where(square, 0.0, images)  # masked_fill would leave channels_last
+    return torch.where(square, 0.0, images)  # masked_fill does not keep channels_last
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
-    """(N, 3, H, W) float32 -> (N, 3, side, side), by a triangle filter as wide as the step.
+    """(N, 3, H, W) float32 -> (N, 3, side, side), by bilinear interpolation with antialiasing.
 
-    A network for 32x32 learns the coarse first, and on small images it does so for a fraction of
-    the work (progressive resizing; Touvron et al. 2019 on train and test resolution).
+    Used for progressive resizing: early epochs take less time on smaller images (see Touvron et
+    al. 2019 on training and test resolution).
     """
     if images.shape[-1] == side:
         return images
@@ -145,11 +148,11 @@ def shrink(images: Tensor, side: int) -> Tensor:
 def augment(
     images: Tensor, draws: Draws, mean: Tensor, std: Tensor, augmentation: Augmentation
 ) -> Tensor:
-    """(N, 3, 32, 32) uint8 -> float32, normalized.
+    """(N, 3, 32, 32) uint8 -> augmented and normalized float32.
 
-    TrivialAugment comes first, then crop and flip, then Cutout.
+    The order is TrivialAugment, crop and flip, Cutout.
     """
     if augmentation.trivial_augment:
-        images = trivial_augment(images, draws.changes, draws.levels)
+        images = trivial_augment(images, draws.transforms, draws.levels)
     images = normalize(crop_and_flip(images, draws, augmentation.padding), mean, std)
     return cutout(images, draws.centers, augmentation.cutout) if augmentation.cutout else images

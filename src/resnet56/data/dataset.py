@@ -193,7 +193,7 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
 
 
 def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None]:
-    """Return the training images and `holdout` validation images, or None if `holdout` is 0."""
+    """Return the training images and `val_size` validation images, or None if it is 0."""
     if val_size == 0:
         return dataset.train, None
     return stratified_split(dataset.train, val_size)

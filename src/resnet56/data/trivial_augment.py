@@ -1,7 +1,7 @@
-"""TrivialAugment: one change of place or colour for each image, of random kind and strength.
+"""TrivialAugment: one random transform of random magnitude for each image.
 
-After Müller & Hutter 2021 (arXiv:2103.10158), in their wide space of fourteen changes, which are
-Pillow's. They are computed on bytes, for many images at once, on any device.
+From Müller & Hutter 2021 (arXiv:2103.10158), with their wide space of fourteen transforms. The
+results are equal to those of Pillow, but are computed for a whole batch, on any device.
 """
 
 import math
@@ -11,138 +11,138 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEVELS = 30  # a change is as strong as -30 to 30 thirtieths of its range
+LEVELS = 30  # levels from -30 to 30 cover the range of a transform
 
-# (N, 3, H, W) uint8 and strengths (N,) from -1 to 1 -> (N, 3, H, W) uint8
-Change = Callable[[Tensor, Tensor], Tensor]
+# (N, 3, H, W) uint8 and magnitudes (N,) from -1 to 1 -> (N, 3, H, W) uint8
+Transform = Callable[[Tensor, Tensor], Tensor]
 
 
-def trivial_augment(images: Tensor, changes: Tensor, levels: Tensor) -> Tensor:
-    """Change each image in its own way.
+def trivial_augment(images: Tensor, transforms: Tensor, levels: Tensor) -> Tensor:
+    """Apply one transform to each image.
 
     Args:
         images: (N, 3, H, W) uint8.
-        changes: (N,) int64, indices into CHANGES; on the CPU, so that no device is waited for.
-        levels: (N,) int64 from -LEVELS to LEVELS, on the images' device.
+        transforms: (N,) int64, indices into TRANSFORMS, on the CPU to avoid synchronization.
+        levels: (N,) int64 from -LEVELS to LEVELS, on the device of the images.
 
     Returns:
         (N, 3, H, W) uint8, a copy.
     """
-    changed = images.clone()
-    for number, change in enumerate(CHANGES.values()):
-        index = (changes == number).nonzero().flatten().to(images.device)
+    result = images.clone()
+    for number, transform in enumerate(TRANSFORMS.values()):
+        index = (transforms == number).nonzero().flatten().to(images.device)
         if len(index):
-            changed[index] = change(images[index], levels[index] / LEVELS)
-    return changed
+            result[index] = transform(images[index], levels[index] / LEVELS)
+    return result
 
 
 def _identity(images: Tensor, _: Tensor) -> Tensor:
     return images
 
 
-# Place. What comes in from outside is black; the nearest pixel is taken.
+# Geometric transforms, with nearest-neighbor sampling. Pixels from outside the image are black.
 
 
-def _shear_x(images: Tensor, strengths: Tensor) -> Tensor:
-    return _moved(images, (1, 0.99 * strengths, 0), (0, 1, 0))
+def _shear_x(images: Tensor, magnitudes: Tensor) -> Tensor:
+    return _affine(images, (1, 0.99 * magnitudes, 0), (0, 1, 0))
 
 
-def _shear_y(images: Tensor, strengths: Tensor) -> Tensor:
-    return _moved(images, (1, 0, 0), (0.99 * strengths, 1, 0))
+def _shear_y(images: Tensor, magnitudes: Tensor) -> Tensor:
+    return _affine(images, (1, 0, 0), (0.99 * magnitudes, 1, 0))
 
 
-def _translate_x(images: Tensor, strengths: Tensor) -> Tensor:
-    return _moved(images, (1, 0, (32 * strengths).trunc()), (0, 1, 0))
+def _translate_x(images: Tensor, magnitudes: Tensor) -> Tensor:
+    return _affine(images, (1, 0, (32 * magnitudes).trunc()), (0, 1, 0))
 
 
-def _translate_y(images: Tensor, strengths: Tensor) -> Tensor:
-    return _moved(images, (1, 0, 0), (0, 1, (32 * strengths).trunc()))
+def _translate_y(images: Tensor, magnitudes: Tensor) -> Tensor:
+    return _affine(images, (1, 0, 0), (0, 1, (32 * magnitudes).trunc()))
 
 
-def _rotate(images: Tensor, strengths: Tensor) -> Tensor:
-    """About the centre, by 135 degrees at most."""
-    angles = math.radians(135) * strengths
+def _rotate(images: Tensor, magnitudes: Tensor) -> Tensor:
+    """Rotate around the center by at most 135 degrees."""
+    angles = math.radians(135) * magnitudes
     cos, sin = angles.cos(), angles.sin()
     _, _, height, width = images.shape
     x, y = width / 2, height / 2
-    return _moved(images, (cos, sin, x - x * cos - y * sin), (-sin, cos, y + x * sin - y * cos))
+    return _affine(images, (cos, sin, x - x * cos - y * sin), (-sin, cos, y + x * sin - y * cos))
 
 
 Row = tuple[Tensor | float, Tensor | float, Tensor | float]
 
 
-def _moved(images: Tensor, across: Row, down: Row) -> Tensor:
-    """Where each pixel comes from: the rows of an affine map of x, y and 1, in pixels."""
+def _affine(images: Tensor, x_row: Row, y_row: Row) -> Tensor:
+    """Sample each pixel at x = x_row @ (x, y, 1) and y = y_row @ (x, y, 1), in pixels."""
     count, _, height, width = images.shape
-    # A pixel's middle is half a pixel from its corner.
+    # Coordinates of the pixel centers.
     x = torch.arange(width, device=images.device) + 0.5
     y = torch.arange(height, device=images.device)[:, None] + 0.5
 
     def source(row: Row, size: int) -> tuple[Tensor, Tensor]:
         a, b, c = (p[:, None, None] if isinstance(p, Tensor) else p for p in row)
-        place = (a * x + b * y + c).floor().long().expand(count, height, width)
-        return place.clamp(0, size - 1), (place >= 0) & (place < size)
+        position = (a * x + b * y + c).floor().long().expand(count, height, width)
+        return position.clamp(0, size - 1), (position >= 0) & (position < size)
 
-    (cols, in_cols), (rows, in_rows) = source(across, width), source(down, height)
-    each = torch.arange(count, device=images.device)[:, None, None]
-    found = images.permute(0, 2, 3, 1)[each, rows, cols].permute(0, 3, 1, 2)
-    return torch.where((in_rows & in_cols)[:, None], found, 0)
-
-
-# Colour, by mixing with an image that has lost something; beyond 1 there is more of it.
+    (cols, in_cols), (rows, in_rows) = source(x_row, width), source(y_row, height)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    sampled = images.permute(0, 2, 3, 1)[index, rows, cols].permute(0, 3, 1, 2)
+    return torch.where((in_rows & in_cols)[:, None], sampled, 0)
 
 
-def _brightness(images: Tensor, strengths: Tensor) -> Tensor:
-    return _blended(torch.zeros((), device=images.device), images, strengths)
+# Color transforms that interpolate between a degenerate image and the original, or extrapolate.
 
 
-def _color(images: Tensor, strengths: Tensor) -> Tensor:
-    return _blended(_grey(images), images, strengths)
+def _brightness(images: Tensor, magnitudes: Tensor) -> Tensor:
+    return _blend(torch.zeros((), device=images.device), images, magnitudes)
 
 
-def _contrast(images: Tensor, strengths: Tensor) -> Tensor:
-    mean = _grey(images).float().mean(dim=(1, 2, 3), keepdim=True)
-    return _blended((mean + 0.5).floor(), images, strengths)
+def _color(images: Tensor, magnitudes: Tensor) -> Tensor:
+    return _blend(_gray(images), images, magnitudes)
 
 
-def _sharpness(images: Tensor, strengths: Tensor) -> Tensor:
-    """The lost image is blurred, but for its border."""
-    exact = images.float()
-    blurred = exact.clone()
-    # A pixel counts five times beside its eight neighbours.
-    around = F.avg_pool2d(exact, 3, stride=1, divisor_override=1) + 4 * exact[..., 1:-1, 1:-1]
-    blurred[..., 1:-1, 1:-1] = (around / 13 + 0.5).floor()
-    return _blended(blurred, images, strengths)
+def _contrast(images: Tensor, magnitudes: Tensor) -> Tensor:
+    mean = _gray(images).float().mean(dim=(1, 2, 3), keepdim=True)
+    return _blend((mean + 0.5).floor(), images, magnitudes)
 
 
-def _grey(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> (N, 1, H, W) int: ITU-R 601's luma in units of 1 / 65536, rounded."""
+def _sharpness(images: Tensor, magnitudes: Tensor) -> Tensor:
+    """The degenerate image is blurred, except for its border."""
+    floats = images.float()
+    blurred = floats.clone()
+    # A pixel has weight 5, its eight neighbors have weight 1.
+    total = F.avg_pool2d(floats, 3, stride=1, divisor_override=1) + 4 * floats[..., 1:-1, 1:-1]
+    blurred[..., 1:-1, 1:-1] = (total / 13 + 0.5).floor()
+    return _blend(blurred, images, magnitudes)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 -> (N, 1, H, W) int: rounded luma of ITU-R BT.601, in fixed point."""
     red, green, blue = images.int().split(1, dim=1)
     return torch.bitwise_right_shift(19595 * red + 38470 * green + 7471 * blue + 0x8000, 16)
 
 
-def _blended(lost: Tensor, images: Tensor, strengths: Tensor) -> Tensor:
-    factors = 1 + 0.99 * strengths[:, None, None, None]
-    return (lost + factors * (images - lost.float())).clamp(0, 255).byte()
+def _blend(degenerate: Tensor, images: Tensor, magnitudes: Tensor) -> Tensor:
+    factors = 1 + 0.99 * magnitudes[:, None, None, None]
+    return (degenerate + factors * (images - degenerate.float())).clamp(0, 255).byte()
 
 
-# Colour, by a function of each value; the sign of the strength means nothing.
+# Color transforms that map each value. The sign of the magnitude has no effect.
 
 
-def _posterize(images: Tensor, strengths: Tensor) -> Tensor:
-    """Keep the upper bits: all eight to two."""
-    lost = (6 * strengths.abs()).round().byte()  # a half to the even neighbour
-    return (images >> lost[:, None, None, None]) << lost[:, None, None, None]
+def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
+    """Keep the upper two to eight bits."""
+    dropped = (6 * magnitudes.abs()).round().byte()  # rounds half to even
+    return (images >> dropped[:, None, None, None]) << dropped[:, None, None, None]
 
 
-def _solarize(images: Tensor, strengths: Tensor) -> Tensor:
-    """Invert what is at or above a threshold."""
-    threshold = 256 - (256 * strengths.abs()).trunc()[:, None, None, None]
+def _solarize(images: Tensor, magnitudes: Tensor) -> Tensor:
+    """Invert the values at or above a threshold."""
+    threshold = 256 - (256 * magnitudes.abs()).trunc()[:, None, None, None]
     return torch.where(images < threshold, images, 255 - images)
 
 
 def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    """Stretch each channel to all of 0 to 255."""
+    """Stretch each channel to the range 0 to 255."""
     values = images.int()
     low, high = values.amin(dim=(2, 3), keepdim=True), values.amax(dim=(2, 3), keepdim=True)
     stretched = 255 * (values - low) // (high - low).clamp(min=1)
@@ -150,21 +150,21 @@ def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, _: Tensor) -> Tensor:
-    """Make each channel's values about equally frequent."""
+    """Equalize the histogram of each channel."""
     values = images.flatten(2).long()
     ones = torch.ones_like(values)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(2, values, ones)
-    # The brightest value's pixels do not count towards the step between neighbours.
-    brightest = counts.gather(2, values.amax(dim=2, keepdim=True))
-    step = (values.shape[2] - brightest) // 255
+    # As in Pillow, the step does not include the pixels of the largest value.
+    largest = counts.gather(2, values.amax(dim=2, keepdim=True))
+    step = (values.shape[2] - largest) // 255
     before = counts.cumsum(dim=2) - counts
     table = ((before + step // 2) // step.clamp(min=1)).clamp(max=255).byte()
     equal = table.gather(2, values).view_as(images)
     return torch.where(step[..., None] > 0, equal, images)
 
 
-CHANGES: dict[str, Change] = {
+TRANSFORMS: dict[str, Transform] = {
     "identity": _identity,
     "shear x": _shear_x,
     "shear y": _shear_y,
