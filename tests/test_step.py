@@ -1,4 +1,4 @@
-"""Steps against plain PyTorch loops, schedules against PyTorch's own."""
+"""Training steps and schedules, compared with plain PyTorch."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -24,20 +24,20 @@ LR = 0.05
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """So small a network is slower on several threads that others want too."""
+    """Use one thread, which is faster for such a small model."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def recipe(**fields: Any) -> Recipe:
+def make_recipe(**fields: Any) -> Recipe:
     return Recipe(**({"arch": "resnet8", "lr": LR, "weight_decay": 5e-3} | fields))
 
 
-def trainer(plan: Recipe, precision: Any = "fp32", arch: str = "resnet8") -> Trainer:
+def make_trainer(recipe: Recipe, precision: Any = "fp32", arch: str = "resnet8") -> Trainer:
     model = build(arch, seed=0)
-    return Trainer(model, model, plan, precision)
+    return Trainer(model, model, recipe, precision)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -46,12 +46,12 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 10, (BATCH,), generator=generator)
 
 
-def run(trained: Trainer, steps: range, lr: float = LR) -> list[float]:
-    """Take the steps; return each one's loss."""
-    sums = [float(trained.sums[0])]
+def run(trainer: Trainer, steps: range, lr: float = LR) -> list[float]:
+    """Take the steps and return their losses."""
+    sums = [float(trainer.sums[0])]
     for step in steps:
-        trained.step(*batch(step), lr, step)
-        sums.append(float(trained.sums[0]))
+        trainer.step(*batch(step), lr, step)
+        sums.append(float(trainer.sums[0]))
     return [(after - before) / BATCH for before, after in itertools.pairwise(sums)]
 
 
@@ -65,26 +65,26 @@ def assert_equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> No
 
 
 class PlainLoop:
-    """A training as a tutorial writes it."""
+    """A training loop as in a PyTorch tutorial."""
 
-    def __init__(self, plan: Recipe, arch: str = "resnet8") -> None:
+    def __init__(self, recipe: Recipe, arch: str = "resnet8") -> None:
         self.model = build(arch, seed=0)
-        self.smoothing = plan.label_smoothing
-        decayed, spared = [], []
+        self.smoothing = recipe.label_smoothing
+        decayed, undecayed = [], []
         for name, parameter in self.model.named_parameters():
             is_norm_or_bias = "bn" in name or "shortcut.1" in name or name == "fc.bias"
-            (spared if is_norm_or_bias and not plan.decay_norm else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": spared}]
+            (undecayed if is_norm_or_bias and not recipe.decay_norm else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed}]
         self.optimizer = torch.optim.SGD(
             [group for group in groups if group["params"]],
             lr=LR,
-            momentum=plan.momentum,
-            nesterov=plan.nesterov,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
             fused=False,
             foreach=False,
         )
         self.losses: list[float] = []
-        self.hits = 0
+        self.correct = 0
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -93,31 +93,33 @@ class PlainLoop:
         loss.backward()
         self.optimizer.step()
         self.losses.append(loss.item())
-        self.hits += int((logits.argmax(1) == labels).sum())
+        self.correct += int((logits.argmax(1) == labels).sum())
 
 
 # Learning rates
 
 
-def rates(plan: Recipe, steps_per_epoch: int) -> list[float]:
-    return [learning_rate(plan, i, steps_per_epoch) for i in range(plan.epochs * steps_per_epoch)]
+def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
+    return [
+        learning_rate(recipe, i, steps_per_epoch) for i in range(recipe.epochs * steps_per_epoch)
+    ]
 
 
-def test_the_reports_rate_halves_every_ten_epochs() -> None:
+def test_report_halves_the_rate_every_ten_epochs() -> None:
     for epoch in range(40):
         for step in (0, 1249):  # the first and the last of 1,250
             rate = learning_rate(RECIPES["report"], 1250 * epoch + step, 1250)
             assert rate == pytest.approx(0.02 * 0.5 ** (epoch // 10))
 
 
-def test_he2015s_rate_is_divided_by_ten_after_82_and_123_epochs() -> None:
-    at = {0: 0.1, 82 * 390 - 1: 0.1, 82 * 390: 0.01, 123 * 390 - 1: 0.01, 123 * 390: 0.001}
-    at[164 * 390 - 1] = 0.001
-    for step, rate in at.items():
+def test_he2015_divides_the_rate_by_ten_after_82_and_123_epochs() -> None:
+    expected = {0: 0.1, 82 * 390 - 1: 0.1, 82 * 390: 0.01, 123 * 390 - 1: 0.01, 123 * 390: 0.001}
+    expected[164 * 390 - 1] = 0.001
+    for step, rate in expected.items():
         assert learning_rate(RECIPES["he2015"], step, 390) == pytest.approx(rate)
 
 
-def pytorchs(scheduler: Any, steps: int) -> list[float]:
+def scheduler_rates(scheduler: Any, steps: int) -> list[float]:
     optimizer = scheduler.optimizer
     result = []
     for _ in range(steps):
@@ -127,37 +129,37 @@ def pytorchs(scheduler: Any, steps: int) -> list[float]:
     return result
 
 
-def test_step_is_pytorchs_multi_step() -> None:
-    plan = recipe(epochs=6, drop_epochs=(2, 3, 5), drop_factor=0.3)
+def test_step_schedule_matches_multi_step_lr() -> None:
+    recipe = make_recipe(epochs=6, drop_epochs=(2, 3, 5), drop_factor=0.3)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [14, 21, 35], gamma=0.3)
-    assert rates(plan, 7) == pytest.approx(pytorchs(scheduler, 42))
+    assert rates(recipe, 7) == pytest.approx(scheduler_rates(scheduler, 42))
 
 
-def test_step_may_drop_within_an_epoch() -> None:
-    plan = recipe(epochs=2, drop_epochs=(0.5, 1.25), drop_factor=0.1)
+def test_step_schedule_can_drop_within_an_epoch() -> None:
+    recipe = make_recipe(epochs=2, drop_epochs=(0.5, 1.25), drop_factor=0.1)
     expected = [LR] * 4 + [LR / 10] * 6 + [LR / 100] * 6
-    assert rates(plan, 8) == pytest.approx(expected)
+    assert rates(recipe, 8) == pytest.approx(expected)
 
 
-def test_cosine_is_pytorchs_cosine_annealing() -> None:
+def test_cosine_schedule_matches_cosine_annealing_lr() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=42)
-    expected = pytorchs(scheduler, 42)
-    assert rates(recipe(epochs=6, schedule="cosine"), 7) == pytest.approx(expected)
+    expected = scheduler_rates(scheduler, 42)
+    assert rates(make_recipe(epochs=6, schedule="cosine"), 7) == pytest.approx(expected)
 
 
-def test_cosine_begins_after_the_warm_up() -> None:
+def test_cosine_schedule_starts_after_the_warm_up() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=28)
-    plan = recipe(epochs=6, schedule="cosine", warmup_epochs=2)
-    assert rates(plan, 7)[14:] == pytest.approx(pytorchs(scheduler, 28))
+    recipe = make_recipe(epochs=6, schedule="cosine", warmup_epochs=2)
+    assert rates(recipe, 7)[14:] == pytest.approx(scheduler_rates(scheduler, 28))
 
 
 @pytest.mark.parametrize(("warmup", "steps_per_epoch"), [(0, 5), (1, 5), (1.5, 8), (3, 7)])
-def test_one_cycle_is_a_line_up_and_a_line_down(warmup: float, steps_per_epoch: int) -> None:
-    plan = recipe(epochs=6, schedule="one-cycle", warmup_epochs=warmup)
-    curve = rates(plan, steps_per_epoch)
+def test_one_cycle_rises_and_falls_linearly(warmup: float, steps_per_epoch: int) -> None:
+    recipe = make_recipe(epochs=6, schedule="one-cycle", warmup_epochs=warmup)
+    curve = rates(recipe, steps_per_epoch)
     peak = int(warmup * steps_per_epoch)
     assert min(curve) > 0
     assert curve[peak] == LR
@@ -170,8 +172,10 @@ def test_one_cycle_is_a_line_up_and_a_line_down(warmup: float, steps_per_epoch: 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine", "one-cycle"])
 @pytest.mark.parametrize("warmup", [0.5, 1.3, 2, 50])
-def test_rates_stay_above_zero_and_not_above_the_peak(schedule: Any, warmup: float) -> None:
-    curve = rates(recipe(epochs=3, schedule=schedule, warmup_epochs=warmup, drop_epochs=(2.5,)), 7)
+def test_rates_are_positive_and_at_most_the_peak(schedule: Any, warmup: float) -> None:
+    curve = rates(
+        make_recipe(epochs=3, schedule=schedule, warmup_epochs=warmup, drop_epochs=(2.5,)), 7
+    )
     assert min(curve) > 0
     assert max(curve) <= LR * (1 + 1e-12)
     rising = curve[: min(int(warmup * 7) + 1, len(curve))]
@@ -193,37 +197,39 @@ def test_rates_stay_above_zero_and_not_above_the_peak(schedule: Any, warmup: flo
     ],
     ids=lambda fields: "-".join(fields) or "plain",
 )
-def test_five_steps_are_those_of_a_plain_loop(arch: str, fields: dict[str, Any]) -> None:
-    plan = recipe(**fields)
-    mine, plain = trainer(plan, arch=arch), PlainLoop(plan, arch)
-    losses = run(mine, range(5))
+def test_five_steps_match_a_plain_loop(arch: str, fields: dict[str, Any]) -> None:
+    recipe = make_recipe(**fields)
+    trainer, plain = make_trainer(recipe, arch=arch), PlainLoop(recipe, arch)
+    losses = run(trainer, range(5))
     for step in range(5):
         plain.step(*batch(step))
     assert losses == pytest.approx(plain.losses, rel=1e-4)
-    assert mine.sums.tolist() == pytest.approx([BATCH * sum(plain.losses), plain.hits], rel=1e-4)
+    assert trainer.sums.tolist() == pytest.approx(
+        [BATCH * sum(plain.losses), plain.correct], rel=1e-4
+    )
     for name, tensor in plain.model.state_dict().items():
-        torch.testing.assert_close(mine.weights()[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trainer.weights()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_uses_the_rate_it_is_given() -> None:
-    plan = recipe(lr=0.3, momentum=0.0, weight_decay=0.0)
-    mine = trainer(plan)
-    before = copy(mine.weights())["fc.bias"]
+def test_a_step_uses_the_given_rate() -> None:
+    recipe = make_recipe(lr=0.3, momentum=0.0, weight_decay=0.0)
+    trainer = make_trainer(recipe)
+    before = copy(trainer.weights())["fc.bias"]
     images, labels = batch(0)
-    mine.step(images, labels, 0.01, 0)
+    trainer.step(images, labels, 0.01, 0)
     model = build("resnet8", seed=0)
     F.cross_entropy(model(images), labels).backward()
-    torch.testing.assert_close(mine.weights()["fc.bias"], before - 0.01 * model.fc.bias.grad)
+    torch.testing.assert_close(trainer.weights()["fc.bias"], before - 0.01 * model.fc.bias.grad)
 
 
 @pytest.mark.parametrize("decay_norm", [True, False])
-def test_without_a_gradient_only_decayed_weights_shrink(decay_norm: bool) -> None:
+def test_weight_decay_applies_to_the_right_parameters(decay_norm: bool) -> None:
     model = build("resnet8-b", seed=0)
     for parameter in model.parameters():
         nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)
-    plan = recipe(decay_norm=decay_norm, weight_decay=0.5, lr=0.1)
-    make_optimizer(model, plan).step()
+    recipe = make_recipe(decay_norm=decay_norm, weight_decay=0.5, lr=0.1)
+    make_optimizer(model, recipe).step()
     shrunk = {name for name, p in model.named_parameters() if float(p.detach().max()) < 1}
     kernels = {name for name, module in model.named_modules() if hasattr(module, "stride")}
     expected = {f"{name}.weight" for name in [*kernels, "fc"]}
@@ -233,140 +239,140 @@ def test_without_a_gradient_only_decayed_weights_shrink(decay_norm: bool) -> Non
     assert float(model.fc.weight.detach().max()) == pytest.approx(1 - 0.1 * 0.5)
 
 
-# Targets that are probabilities
+# Probabilities as targets
 
 
 EXECUTIONS = ["eager", "fused", "native"]
 
 
-def running(execution: str, plan: Recipe) -> Trainer:
-    """A trainer that takes its steps in that way, or skip."""
+def trainer_for(execution: str, recipe: Recipe) -> Trainer:
+    """Return a trainer with this execution mode, or skip the test."""
     precision: Any = "bf16" if execution == "native" else "fp32"
     model = build("resnet8", seed=0)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        forward = prepare_model(model.train(), execution, precision)
+        prepared = prepare_model(model.train(), execution, precision)
     except UsageError as reason:
         skip_without_kernel(reason)
-    return Trainer(model, forward.module, plan, precision)
+    return Trainer(model, prepared.module, recipe, precision)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_one_hot_targets_are_labels(execution: str, smoothing: float) -> None:
-    plan = recipe(label_smoothing=smoothing)
-    soft, hard = running(execution, plan), running(execution, plan)
+def test_one_hot_targets_match_labels(execution: str, smoothing: float) -> None:
+    recipe = make_recipe(label_smoothing=smoothing)
+    one_hot, plain = trainer_for(execution, recipe), trainer_for(execution, recipe)
     for step in range(3):
         images, labels = batch(step)
-        soft.step(images, F.one_hot(labels, 10).float(), LR, step)
-        hard.step(images, labels, LR, step)
-    assert soft.sums.tolist() == pytest.approx(hard.sums.tolist(), rel=1e-5)
-    for name, tensor in hard.weights().items():
-        torch.testing.assert_close(soft.weights()[name], tensor, rtol=1e-4, atol=1e-5)
+        one_hot.step(images, F.one_hot(labels, 10).float(), LR, step)
+        plain.step(images, labels, LR, step)
+    assert one_hot.sums.tolist() == pytest.approx(plain.sums.tolist(), rel=1e-5)
+    for name, tensor in plain.weights().items():
+        torch.testing.assert_close(one_hot.weights()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_the_gradient_of_mixed_targets_is_the_mean_of_softmax_minus_target(execution: str) -> None:
-    """By hand for the last layer's bias, whose gradient is the logits' mean gradient."""
-    mine = running(execution, recipe(momentum=0.0, weight_decay=0.0))
+    """The gradient of the last bias is the mean gradient of the logits."""
+    trainer = trainer_for(execution, make_recipe(momentum=0.0, weight_decay=0.0))
     images, _ = batch(0)
     targets = torch.rand(BATCH, 10, generator=torch.Generator().manual_seed(3)).softmax(dim=1)
     logits: list[Tensor] = []
-    mine.model.fc.register_forward_hook(lambda *call: logits.append(call[2].detach().float()))
-    before = mine.model.fc.bias.detach().clone()
-    mine.step(images, targets, LR, 0)
-    by_hand = (logits[0].softmax(dim=1) - targets).mean(dim=0)
+    trainer.model.fc.register_forward_hook(lambda *call: logits.append(call[2].detach().float()))
+    before = trainer.model.fc.bias.detach().clone()
+    trainer.step(images, targets, LR, 0)
+    expected = (logits[0].softmax(dim=1) - targets).mean(dim=0)
     tolerance = 1e-2 if execution == "native" else 1e-5  # bf16
-    moved = (before - mine.model.fc.bias.detach()) / LR
-    torch.testing.assert_close(moved, by_hand, rtol=tolerance, atol=tolerance / 10)
+    moved = (before - trainer.model.fc.bias.detach()) / LR
+    torch.testing.assert_close(moved, expected, rtol=tolerance, atol=tolerance / 10)
     loss = -(targets * logits[0].log_softmax(dim=1)).sum(dim=1)
-    assert float(mine.sums[0]) == pytest.approx(float(loss.sum()), rel=1e-5)
-    hits = targets[torch.arange(BATCH), logits[0].argmax(dim=1)].sum()
-    assert float(mine.sums[1]) == pytest.approx(float(hits))
+    assert float(trainer.sums[0]) == pytest.approx(float(loss.sum()), rel=1e-5)
+    correct = targets[torch.arange(BATCH), logits[0].argmax(dim=1)].sum()
+    assert float(trainer.sums[1]) == pytest.approx(float(correct))
 
 
-def test_sums_begin_anew_or_where_they_were_left() -> None:
-    mine = trainer(recipe())
-    (loss,) = run(mine, range(1))
-    hits = int(mine.sums[1])
-    mine.begin_sums()
-    assert mine.sums.tolist() == [0, 0]
-    fresh = trainer(recipe())
+def test_sums_start_from_zero_or_from_the_given_values() -> None:
+    trainer = make_trainer(make_recipe())
+    (loss,) = run(trainer, range(1))
+    correct = int(trainer.sums[1])
+    trainer.begin_sums()
+    assert trainer.sums.tolist() == [0, 0]
+    fresh = make_trainer(make_recipe())
     fresh.begin_sums(12.5, 40)
     run(fresh, range(1))
-    assert fresh.sums.tolist() == pytest.approx([12.5 + BATCH * loss, 40 + hits])
+    assert fresh.sums.tolist() == pytest.approx([12.5 + BATCH * loss, 40 + correct])
 
 
-# Taken from a run of this code (PyTorch 2.13 on a CPU), to notice when anything in the chain of
-# initial weights, forward pass, loss and step changes.
+# From a run of this code (PyTorch 2.13, CPU). Detects changes of initialization, forward pass, loss
+# and optimizer.
 GOLDEN = [2.3057, 2.2363, 2.2357]
 
 
-def test_the_first_losses_are_what_they_were() -> None:
-    assert run(trainer(recipe()), range(3)) == pytest.approx(GOLDEN, rel=1e-3)
+def test_the_first_losses_have_not_changed() -> None:
+    assert run(make_trainer(make_recipe()), range(3)) == pytest.approx(GOLDEN, rel=1e-3)
 
 
-def test_training_learns_a_batch_by_heart() -> None:
-    mine = trainer(recipe(weight_decay=0.0))
+def test_training_overfits_one_batch() -> None:
+    trainer = make_trainer(make_recipe(weight_decay=0.0))
     images, labels = batch(0)
     for step in range(25):
-        mine.begin_sums()
-        mine.step(images, labels, LR, step)
-    loss, hits = mine.sums.tolist()
-    assert hits == BATCH
+        trainer.begin_sums()
+        trainer.step(images, labels, LR, step)
+    loss, correct = trainer.sums.tolist()
+    assert correct == BATCH
     assert loss / BATCH < 0.3
 
 
-# Averaged weights
+# EMA
 
 
 @pytest.mark.parametrize("decay", [0.2, 0.999])  # the first is reached at step 2
-def test_averaged_weights_are_a_naive_loops(decay: float) -> None:
-    plan = recipe(ema_decay=(decay,))
-    mine = trainer(plan)
-    shadow = {name: t.double() for name, t in copy(mine.model.state_dict()).items()}
+def test_ema_matches_a_naive_loop(decay: float) -> None:
+    recipe = make_recipe(ema_decay=(decay,))
+    trainer = make_trainer(recipe)
+    shadow = {name: t.double() for name, t in copy(trainer.model.state_dict()).items()}
     for step in range(5):
-        run(mine, range(step, step + 1))
+        run(trainer, range(step, step + 1))
         used = min(decay, (1 + step) / (10 + step))
-        for name, tensor in mine.model.state_dict().items():
+        for name, tensor in trainer.model.state_dict().items():
             shadow[name] = used * shadow[name] + (1 - used) * tensor.double()
             if not tensor.is_floating_point():
                 shadow[name] = tensor.double()
-    averaged = mine.weights()
+    averaged = trainer.weights()
     assert averaged.keys() == shadow.keys()
     for name, tensor in averaged.items():
-        assert tensor.dtype == mine.model.state_dict()[name].dtype
+        assert tensor.dtype == trainer.model.state_dict()[name].dtype
         torch.testing.assert_close(tensor.double(), shadow[name], rtol=1e-5, atol=1e-6)
     assert int(averaged["bn1.num_batches_tracked"]) == 5
 
 
-def test_averaging_does_not_touch_the_training() -> None:
-    plain, averaged = trainer(recipe()), trainer(recipe(ema_decay=(0.9,)))
+def test_ema_does_not_change_training() -> None:
+    plain, averaged = make_trainer(make_recipe()), make_trainer(make_recipe(ema_decay=(0.9,)))
     assert run(plain, range(3)) == run(averaged, range(3))
     assert_equal(plain.model.state_dict(), averaged.model.state_dict())
 
 
-def test_an_average_of_constant_weights_is_these_weights() -> None:
+def test_ema_of_constant_weights_is_constant() -> None:
     model = build("resnet8")
-    average = EMA(model, 0.99)
+    ema = EMA(model, 0.99)
     for step in range(3):
-        average.update(model.state_dict(), step)
-    assert_equal(average.tensors, model.state_dict())
+        ema.update(model.state_dict(), step)
+    assert_equal(ema.tensors, model.state_dict())
 
 
-def test_several_averages_are_those_of_trainings_with_one_each() -> None:
-    several = trainer(recipe(ema_decay=(0.3, 0.9), val_size=1))
+def test_several_emas_match_runs_with_one_ema_each() -> None:
+    several = make_trainer(make_recipe(ema_decay=(0.3, 0.9), val_size=1))
     run(several, range(4))
     for ema in several.emas:
-        single = trainer(recipe(ema_decay=(ema.decay,)))
+        single = make_trainer(make_recipe(ema_decay=(ema.decay,)))
         run(single, range(4))
         assert_equal(ema.tensors, single.weights())
     assert_equal(several.weights(), several.emas[0].tensors)
 
 
-def test_reestimated_statistics_are_the_means_over_the_batches_of_what_each_norm_sees() -> None:
+def test_reestimated_statistics_are_means_over_the_batches() -> None:
     model = build("resnet8-b", seed=0)
-    run(Trainer(model, model, recipe(), "fp32"), range(2))
+    run(Trainer(model, model, make_recipe(), "fp32"), range(2))
     before = copy(model.state_dict())
     seen: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
@@ -393,7 +399,7 @@ def test_reestimated_statistics_are_the_means_over_the_batches_of_what_each_norm
     }
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -407,20 +413,20 @@ def test_reestimated_statistics_are_the_means_over_the_batches_of_what_each_norm
     ],
     ids=lambda fields: "-".join(fields) or "plain",
 )
-def test_three_steps_and_two_after_a_restart_are_five(
+def test_three_steps_and_two_resumed_steps_match_five(
     fields: dict[str, Any], memory_format: torch.memory_format
 ) -> None:
     def fresh(seed: int) -> Trainer:
         model = build("resnet8", seed=seed).to(memory_format=memory_format)  # type: ignore[call-overload]
-        return Trainer(model, model, recipe(**fields), "fp32")
+        return Trainer(model, model, make_recipe(**fields), "fp32")
 
     straight, first, second = fresh(0), fresh(0), fresh(1)
     run(straight, range(5))
     run(first, range(3))
-    # As through a file: copies, in plain memory order.
+    # Contiguous copies, as if loaded from a file.
     weights = {name: t.contiguous() for name, t in copy(first.weights()).items()}
     state = {name: t.contiguous() for name, t in copy(first.state()).items()}
-    run(first, range(3, 5))  # nothing that follows may change what was saved
+    run(first, range(3, 5))  # must not change the saved tensors
     second.restore(weights, state)
     run(second, range(3, 5))
     assert_equal(second.weights(), straight.weights())
@@ -428,104 +434,104 @@ def test_three_steps_and_two_after_a_restart_are_five(
     assert_equal(second.model.state_dict(), straight.model.state_dict())
 
 
-def test_a_restart_before_the_first_step_is_a_start() -> None:
-    straight, first = trainer(recipe()), trainer(recipe())
+def test_resuming_before_the_first_step() -> None:
+    straight, first = make_trainer(make_recipe()), make_trainer(make_recipe())
     other = build("resnet8", seed=1)
-    second = Trainer(other, other, recipe(), "fp32")
+    second = Trainer(other, other, make_recipe(), "fp32")
     second.restore(copy(first.weights()), copy(first.state()))
     run(straight, range(2))
     run(second, range(2))
     assert_equal(second.weights(), straight.weights())
 
 
-# Losses that are no numbers
+# Non-finite losses
 
 
-def test_the_first_step_with_a_loss_that_is_not_finite_is_remembered() -> None:
-    mine = trainer(recipe())
-    assert mine.bad_step == -1
-    run(mine, range(2))
-    assert mine.bad_step == -1
+def test_the_first_step_with_a_non_finite_loss_is_recorded() -> None:
+    trainer = make_trainer(make_recipe())
+    assert trainer.bad_step == -1
+    run(trainer, range(2))
+    assert trainer.bad_step == -1
     images, labels = batch(2)
-    mine.step(images / 0, labels, LR, 2)
-    assert mine.bad_step == 2
-    mine.step(images, labels, LR, 3)  # weights are no numbers any more
-    assert mine.bad_step == 2
+    trainer.step(images / 0, labels, LR, 2)
+    assert trainer.bad_step == 2
+    trainer.step(images, labels, LR, 3)  # the weights are NaN
+    assert trainer.bad_step == 2
 
 
-def test_a_loss_that_is_not_finite_in_the_very_first_step_is_noticed() -> None:
-    mine = trainer(recipe())
-    mine.step(torch.full((BATCH, 3, 32, 32), torch.nan), batch(0)[1], LR, 0)
-    assert mine.bad_step == 0
+def test_a_non_finite_loss_in_step_zero_is_recorded() -> None:
+    trainer = make_trainer(make_recipe())
+    trainer.step(torch.full((BATCH, 3, 32, 32), torch.nan), batch(0)[1], LR, 0)
+    assert trainer.bad_step == 0
 
 
-# Narrow arithmetic
+# Reduced precision
 
 
 def test_bf16_is_close_to_fp32() -> None:
-    wide, narrow = trainer(recipe()), trainer(recipe(), "bf16")
-    assert run(narrow, range(3)) == pytest.approx(run(wide, range(3)), rel=0.05)
-    assert all(p.dtype == torch.float32 for p in narrow.model.parameters())
-    assert run(narrow, range(3, 4)) != run(wide, range(3, 4))  # it was narrow
+    reference, reduced = make_trainer(make_recipe()), make_trainer(make_recipe(), "bf16")
+    assert run(reduced, range(3)) == pytest.approx(run(reference, range(3)), rel=0.05)
+    assert all(p.dtype == torch.float32 for p in reduced.model.parameters())
+    assert run(reduced, range(3, 4)) != run(reference, range(3, 4))  # it was reduced
 
 
 @pytest.fixture
 def needs_fp16() -> None:
     try:
         with torch.autocast("cpu", torch.float16):
-            narrow = F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).dtype
+            dtype = F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).dtype
     except (RuntimeError, UserWarning) as error:
-        pytest.skip(f"no fp16 on this processor: {error}")
-    if narrow != torch.float16:
-        pytest.skip("no fp16 autocast on this processor")
+        pytest.skip(f"fp16 is not available on this processor: {error}")
+    if dtype != torch.float16:
+        pytest.skip("fp16 autocast is not available on this processor")
 
 
 @pytest.mark.usefixtures("needs_fp16")
 def test_fp16_with_loss_scaling_is_close_to_fp32() -> None:
-    wide, narrow = trainer(recipe()), trainer(recipe(), "fp16")
-    assert narrow.scaler.is_enabled()
-    assert not wide.scaler.is_enabled()
-    assert run(narrow, range(3)) == pytest.approx(run(wide, range(3)), rel=0.01)
-    for name, tensor in wide.weights().items():
-        torch.testing.assert_close(narrow.weights()[name], tensor, rtol=0.05, atol=0.02)
+    reference, reduced = make_trainer(make_recipe()), make_trainer(make_recipe(), "fp16")
+    assert reduced.scaler.is_enabled()
+    assert not reference.scaler.is_enabled()
+    assert run(reduced, range(3)) == pytest.approx(run(reference, range(3)), rel=0.01)
+    for name, tensor in reference.weights().items():
+        torch.testing.assert_close(reduced.weights()[name], tensor, rtol=0.05, atol=0.02)
 
 
 @pytest.fixture
 def filled_memory() -> Iterator[None]:
-    """Fresh memory holds NaN, as it may."""
+    """Fill new memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty makes
+    torch.use_deterministic_algorithms(True)  # fills the result of torch.empty
     yield
     torch.use_deterministic_algorithms(before)
 
 
 def overflowing(steps: int) -> Trainer:
-    """A trainer in fp16 whose first `steps` steps overflow, and no later one."""
-    mine = trainer(recipe(), "fp16")
-    mine.scaler = torch.amp.GradScaler(
+    """Return an fp16 trainer whose first `steps` steps overflow."""
+    trainer = make_trainer(make_recipe(), "fp16")
+    trainer.scaler = torch.amp.GradScaler(
         "cpu", init_scale=2.0 ** (10 + 40 * steps), backoff_factor=2.0**-40
     )
-    return mine
+    return trainer
 
 
 @pytest.mark.usefixtures("needs_fp16", "filled_memory")
-def test_a_step_whose_gradients_overflow_leaves_the_weights_as_they_were() -> None:
-    mine = overflowing(1)
-    before = {name: p.detach().clone() for name, p in mine.model.named_parameters()}
-    run(mine, range(1))
-    assert_equal(dict(mine.model.named_parameters()), before)
-    assert mine.scaler.get_scale() == 2**10
-    assert mine.bad_step == -1
-    run(mine, range(1, 2))
-    assert mine.scaler.get_scale() == 2**10
-    assert not_finite(dict(mine.model.named_parameters())) == []
+def test_a_step_whose_gradients_overflow_does_not_change_the_weights() -> None:
+    trainer = overflowing(1)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    run(trainer, range(1))
+    assert_equal(dict(trainer.model.named_parameters()), before)
+    assert trainer.scaler.get_scale() == 2**10
+    assert trainer.bad_step == -1
+    run(trainer, range(1, 2))
+    assert trainer.scaler.get_scale() == 2**10
+    assert not_finite(dict(trainer.model.named_parameters())) == []
 
 
 @pytest.mark.usefixtures("needs_fp16", "filled_memory")
-def test_steps_after_an_overflow_in_the_first_are_as_though_it_had_not_been() -> None:
-    mine, plain = overflowing(1), overflowing(0)
-    run(mine, range(1))
-    for trained in (mine, plain):
-        run(trained, range(1, 4))
-    assert_equal(dict(mine.model.named_parameters()), dict(plain.model.named_parameters()))
-    assert_equal(mine.state(), plain.state())
+def test_an_overflow_in_the_first_step_does_not_change_later_steps() -> None:
+    overflowed, plain = overflowing(1), overflowing(0)
+    run(overflowed, range(1))
+    for trainer in (overflowed, plain):
+        run(trainer, range(1, 4))
+    assert_equal(dict(overflowed.model.named_parameters()), dict(plain.model.named_parameters()))
+    assert_equal(overflowed.state(), plain.state())
