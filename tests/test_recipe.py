@@ -1,4 +1,4 @@
-"""Recipes: the published numbers, files, and what is said about wrong values."""
+"""Recipes: published values, files and error messages."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from resnet56.recipe import ABOUT, RECIPES, Recipe, find, from_fields, read
 from resnet56.runs.directory import RunDirectory
 
 
-def refusal(call: Any, *arguments: Any) -> str:
+def error_message(call: Any, *arguments: Any) -> str:
     with pytest.raises(UsageError) as caught:
         call(*arguments)
     message = str(caught.value)
@@ -24,10 +24,10 @@ def refusal(call: Any, *arguments: Any) -> str:
     return message
 
 
-# What the recipes hold
+# Published values
 
 
-def test_report_is_the_reports_training() -> None:
+def test_report_matches_the_report() -> None:
     report = RECIPES["report"]
     assert (report.arch, report.epochs, report.batch_size) == ("resnet56-bottleneck", 40, 32)
     assert (report.lr, report.momentum, report.nesterov) == (0.02, 0.9, False)
@@ -35,22 +35,29 @@ def test_report_is_the_reports_training() -> None:
     assert (report.warmup_epochs, report.label_smoothing, report.ema_decay) == (0, 0, ())
 
 
-def test_he2015_is_section_4_2_of_the_paper() -> None:
-    he = RECIPES["he2015"]
-    assert (he.arch, he.batch_size, he.lr, he.momentum) == ("resnet56", 128, 0.1, 0.9)
-    assert (he.weight_decay, he.decay_norm, he.nesterov) == (1e-4, True, False)
-    assert (he.padding, he.flip, he.cutout, he.drop_factor) == (4, True, 0, 0.1)
+def test_he2015_matches_section_4_2_of_the_paper() -> None:
+    he2015 = RECIPES["he2015"]
+    assert (he2015.arch, he2015.batch_size, he2015.lr, he2015.momentum) == (
+        "resnet56",
+        128,
+        0.1,
+        0.9,
+    )
+    assert (he2015.weight_decay, he2015.decay_norm, he2015.nesterov) == (1e-4, True, False)
+    assert (he2015.padding, he2015.flip, he2015.cutout, he2015.drop_factor) == (4, True, 0, 0.1)
     steps = 50_000 // 128
-    for epochs, iterations in zip((*he.drop_epochs, he.epochs), (32e3, 48e3, 64e3), strict=True):
-        assert abs(epochs * steps - iterations) < steps  # the nearest whole epoch
+    for epochs, iterations in zip(
+        (*he2015.drop_epochs, he2015.epochs), (32e3, 48e3, 64e3), strict=True
+    ):
+        assert abs(epochs * steps - iterations) < steps  # rounded to whole epochs
 
 
-def test_every_recipe_is_described() -> None:
+def test_every_recipe_has_a_description() -> None:
     assert set(ABOUT) == set(RECIPES) == {"report", "he2015", "fast", "best", "quick"}
     assert all(text and "\n" not in text for text in ABOUT.values())
 
 
-def test_a_recipe_cannot_be_changed() -> None:
+def test_recipes_are_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["report"].lr = 1.0  # type: ignore[misc]
 
@@ -59,29 +66,29 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_json_file_gives_the_recipe_back(name: str, tmp_path: Path) -> None:
+def test_recipes_round_trip_through_json(name: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(RECIPES[name].to_json()))
     assert read(file) == find(str(file)) == RECIPES[name]
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_toml_file_gives_the_recipe_back(name: str, tmp_path: Path) -> None:
+def test_recipes_round_trip_through_toml(name: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    # JSON's strings, numbers, truth values and lists of numbers are TOML's too.
+    # Strings, numbers, booleans and lists of numbers have the same syntax in JSON and TOML.
     fields = RECIPES[name].to_json().items()
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in fields))
     assert read(file) == find(str(file)) == RECIPES[name]
 
 
-def test_a_runs_recipe_json_is_a_recipe(tmp_path: Path) -> None:
+def test_recipe_json_of_a_run_is_a_recipe(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create()
     write_json(run.recipe_file, RECIPES["best"].to_json())
     assert find(str(tmp_path / "run" / "recipe.json")) == RECIPES["best"]
 
 
-def test_a_file_may_name_some_fields_and_write_whole_numbers_for_floats(tmp_path: Path) -> None:
+def test_a_file_can_omit_fields_and_write_floats_as_integers(tmp_path: Path) -> None:
     file = tmp_path / "short.toml"
     file.write_text("lr = 1\ndrop_epochs = [1, 2.5]\nepochs = 3\n")
     recipe = read(file)
@@ -91,7 +98,7 @@ def test_a_file_may_name_some_fields_and_write_whole_numbers_for_floats(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "expected"),
     [
         ("absent.json", None, "cannot read"),
         ("absent.toml", None, "cannot read"),
@@ -108,38 +115,40 @@ def test_a_file_may_name_some_fields_and_write_whole_numbers_for_floats(tmp_path
         ("date.toml", b"lr = 2015-12-10", "lr must be"),
     ],
 )
-def test_a_file_that_holds_no_recipe_is_one_line_that_names_it(
-    tmp_path: Path, name: str, content: bytes | None, said: str
+def test_the_error_about_an_invalid_file_contains_its_name(
+    tmp_path: Path, name: str, content: bytes | None, expected: str
 ) -> None:
     file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
-    message = refusal(find, str(file))
-    assert said in message
+    message = error_message(find, str(file))
+    assert expected in message
     assert name in message
 
 
-def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
+def test_a_directory_is_not_a_recipe(tmp_path: Path) -> None:
     directory = tmp_path / "recipe.json"
     directory.mkdir()
-    assert "cannot read" in refusal(find, str(directory))
+    assert "cannot read" in error_message(find, str(directory))
 
 
-def test_an_unknown_recipe_is_told_the_names() -> None:
-    message = refusal(find, "fastest")
+def test_the_error_about_an_unknown_recipe_lists_all_recipes() -> None:
+    message = error_message(find, "fastest")
     assert "'fastest'" in message
     assert all(name in message for name in RECIPES)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"),
+    ("wrong", "suggestion"),
     [("learning_rate", None), ("batchsize", "batch_size"), ("epoch", "epochs"), ("LR", None)],
 )
-def test_an_unknown_field_is_told_the_nearest_or_all(wrong: str, meant: str | None) -> None:
-    message = refusal(from_fields, {wrong: 1}, "my.toml")
+def test_the_error_about_an_unknown_field_suggests_fields(
+    wrong: str, suggestion: str | None
+) -> None:
+    message = error_message(from_fields, {wrong: 1}, "my.toml")
     assert message.startswith(f"my.toml: a recipe has no field {wrong!r}")
-    if meant is not None:
-        assert message.endswith(f"did you mean {meant!r}?")
+    if suggestion is not None:
+        assert message.endswith(f"did you mean {suggestion!r}?")
     else:
         assert all(field.name in message for field in dataclasses.fields(Recipe))
 
@@ -147,12 +156,12 @@ def test_an_unknown_field_is_told_the_nearest_or_all(wrong: str, meant: str | No
 # Values
 
 
-def test_several_emas_need_validation_images() -> None:
-    assert "--val-size" in refusal(lambda: Recipe(ema_decay=(0.9, 0.99)))
+def test_several_emas_require_validation_images() -> None:
+    assert "--val-size" in error_message(lambda: Recipe(ema_decay=(0.9, 0.99)))
     assert Recipe(ema_decay=(0.9, 0.99), val_size=10).ema_decay == (0.9, 0.99)
 
 
-BAD: list[tuple[str, Any]] = [
+INVALID_VALUES: list[tuple[str, Any]] = [
     ("arch", 56),
     ("arch", None),
     ("epochs", 0),
@@ -232,31 +241,34 @@ BAD: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), BAD, ids=lambda part: str(part)[:20])
-def test_a_bad_value_is_one_line_that_names_its_field(field: str, value: Any) -> None:
-    message = refusal(lambda: Recipe(**{field: value}))
+@pytest.mark.parametrize(("field", "value"), INVALID_VALUES, ids=lambda part: str(part)[:20])
+def test_the_error_about_an_invalid_value_contains_its_field(field: str, value: Any) -> None:
+    message = error_message(lambda: Recipe(**{field: value}))
     assert message.startswith(f"{field} must be ")
     assert len(message) < 200
-    assert refusal(from_fields, {field: value}, "my.json") == f"my.json: {message}"
+    assert error_message(from_fields, {field: value}, "my.json") == f"my.json: {message}"
 
 
-def test_sizes_leave_the_last_epoch_whole_images() -> None:
-    message = refusal(lambda: dataclasses.replace(RECIPES["fast"], epochs=5))
+def test_the_last_epoch_uses_the_full_size() -> None:
+    message = error_message(lambda: dataclasses.replace(RECIPES["fast"], epochs=5))
     assert "sizes must be fewer than the 5 epochs" in message
     assert Recipe(epochs=2, sizes=(8, 32)).sizes == (8, 32)
 
 
-def test_alternating_flips_without_flips_are_refused() -> None:
-    assert refusal(lambda: Recipe(alternate_flip=True, flip=False)) == "alternate_flip needs flip"
+def test_alternating_flips_require_flips() -> None:
+    assert (
+        error_message(lambda: Recipe(alternate_flip=True, flip=False))
+        == "alternate_flip needs flip"
+    )
 
 
-def test_nesterov_without_momentum_is_refused() -> None:
-    message = refusal(lambda: Recipe(nesterov=True, momentum=0))
+def test_nesterov_requires_momentum() -> None:
+    message = error_message(lambda: Recipe(nesterov=True, momentum=0))
     assert "nesterov" in message
     assert "momentum" in message
 
 
-def test_values_at_the_edge_of_their_range_are_taken() -> None:
+def test_values_at_the_limits_of_their_range_are_valid() -> None:
     edges: dict[str, Any] = {
         "epochs": 1, "batch_size": 1, "momentum": 0.0, "weight_decay": 0.0, "drop_epochs": (),
         "drop_factor": 1.0, "padding": 31, "cutout": 32, "sizes": (32,), "seed": 2**32 - 1,
@@ -266,11 +278,13 @@ def test_values_at_the_edge_of_their_range_are_taken() -> None:
 
 
 @pytest.mark.parametrize("module", ["resnet56", "resnet56.recipe"])
-def test_importing_recipes_costs_nothing(module: str) -> None:
+def test_importing_recipes_imports_no_heavy_package(module: str) -> None:
     heavy = ("torch", "numpy", "sklearn", "PIL", "rich")
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout.strip() == "[]"
 
 
 def test_the_package_exports_the_recipes() -> None:

@@ -1,4 +1,4 @@
-"""The number of threads: how it is chosen, recorded, restored and reported."""
+"""The number of threads: selection, recording, restoring and messages."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ class ScriptedMeter:
 
 @pytest.fixture
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Pretend a machine of so many cores, all used by PyTorch."""
+    """Simulate a machine with this number of cores, all used by PyTorch."""
     count = getattr(request, "param", 2)
     before = torch.get_num_threads()
     monkeypatch.setattr(threads, "usable_cores", lambda: count)
@@ -80,7 +80,7 @@ def test_the_number_of_threads_is_the_number_of_free_cores(
 
 
 @pytest.mark.usefixtures("cores")
-def test_an_alternating_load_does_not_alternate_the_threads() -> None:
+def test_an_alternating_load_does_not_change_the_number_repeatedly() -> None:
     counts = thread_counts(*[1.0, 0.0] * 30)
     changes = sum(a != b for a, b in itertools.pairwise(counts))
     assert changes < 15
@@ -98,7 +98,7 @@ def test_a_fixed_number_does_not_change() -> None:
 
 
 @pytest.mark.usefixtures("cores")
-def test_pytorchs_setting_is_the_maximum() -> None:
+def test_the_setting_of_pytorch_is_the_maximum() -> None:
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
     assert thread_counts(0.0, 0.0) == [1, 1, 1]
 
@@ -161,7 +161,7 @@ def test_the_meter_excludes_this_process() -> None:
     assert beside.others > 0.1
 
 
-class RecordedProgress(TrainingDisplay):
+class RecordedDisplay(TrainingDisplay):
     """Records the messages."""
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ class StepMeter:
 
 
 @pytest.mark.usefixtures("cores")
-def test_a_run_with_a_change_of_threads_resumes_bit_by_bit(
+def test_a_run_with_a_change_of_threads_resumes_bitwise_identically(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run is killed right after the change, which the checkpoint must contain."""
@@ -197,7 +197,7 @@ def test_a_run_with_a_change_of_threads_resumes_bit_by_bit(
 
     # There are two steps per epoch, so the change is in the middle of the first epoch.
     monkeypatch.setattr(threads, "LoadMeter", lambda: StepMeter(busy=1, free=3))
-    progress = RecordedProgress()
+    progress = RecordedDisplay()
     train(recipe, tiny, tmp_path / "straight", device="cpu", display=progress)
     assert sum("continuing with 1 thread" in line for line in progress.lines) == 1
     head = RunDirectory(tmp_path / "straight").load()

@@ -1,4 +1,4 @@
-"""Training: what a run leaves, and that being stopped changes nothing."""
+"""Training: the files of a run, and resuming after an interruption."""
 
 import dataclasses
 import json
@@ -27,58 +27,58 @@ from resnet56.runs.directory import RunDirectory
 from resnet56.step import Trainer
 from resnet56.training import Interrupted, train
 
-STEPS = 6  # an epoch: 50 images in batches of 8
+STEPS = 6  # per epoch: 50 images, batch size 8
 
 
 @pytest.fixture(scope="session")
-def straight(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run, with averaged weights."""
-    out = tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with EMA."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     train(dataclasses.replace(small, ema_decay=(0.9,)), tiny, out, device="cpu")
     return out
 
 
 def run_until(out: Path, step: int, recipe: Recipe, tiny: Dataset, **options: Any) -> None:
-    """Train, and press Ctrl-C during step `step`."""
-    take = Trainer.step
+    """Train, and interrupt with Ctrl-C during step `step`."""
+    original_step = Trainer.step
 
-    def take_and_stop(self: Trainer, *arguments: Any) -> None:
-        take(self, *arguments)
+    def step_and_stop(self: Trainer, *arguments: Any) -> None:
+        original_step(self, *arguments)
         if arguments[-1] + 1 == step:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", take_and_stop)
+        patch.setattr(Trainer, "step", step_and_stop)
         with pytest.raises(Interrupted) as caught:
             train(recipe, tiny, out, device="cpu", **options)
     assert caught.value.exit_code == 130
 
 
-def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    clock = ("seconds", "images_per_second", "peak_memory_mb")
-    return [{key: value for key, value in row.items() if key not in clock} for row in rows]
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    measured = ("seconds", "images_per_second", "peak_memory_mb")
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights and momentum bit for bit; logs and figures to the last digit, but for clocks."""
+    """Assert that weights, momentum, logs and metrics are identical, except for times."""
     a, b = (RunDirectory(path).load(training=True) for path in (one, other))
     for part in ("model", "training"):
-        mine, theirs = getattr(a, part), getattr(b, part)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    rows = [untimed(RunDirectory(path).read_metrics()) for path in (one, other)]
+        first, second = getattr(a, part), getattr(b, part)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    rows = [without_times(RunDirectory(path).read_metrics()) for path in (one, other)]
     assert rows[0] == rows[1]
     metrics = [json.loads((path / "evaluation.json").read_text()) for path in (one, other)]
     assert metrics[0] == metrics[1]
 
 
-def test_a_run_learns_and_leaves_what_it_promises(straight: Path, tiny: Dataset) -> None:
-    files = {path.name for path in straight.iterdir()}
+def test_a_run_reduces_the_loss_and_writes_its_files(uninterrupted: Path, tiny: Dataset) -> None:
+    files = {path.name for path in uninterrupted.iterdir()}
     assert files == {
         "recipe.json", "environment.json", "metrics.jsonl", "checkpoint", "evaluation.json",
         "predictions.npz", "samples.npz",
     }  # fmt: skip
-    rows = RunDirectory(straight).read_metrics()
+    rows = RunDirectory(uninterrupted).read_metrics()
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert [row["step"] for row in rows] == [6, 12, 18]
     assert set(rows[0]) == {
@@ -86,18 +86,18 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: Path, tiny: Dataset)
         "peak_memory_mb", "threads",
     }  # fmt: skip
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
-    evaluation = json.loads((straight / "evaluation.json").read_text())
+    evaluation = json.loads((uninterrupted / "evaluation.json").read_text())
     assert evaluation["test"]["n"] == 24
     assert evaluation["train"]["n"] == 50
     assert evaluation["weights"] == "ema"
-    facts = json.loads((straight / "environment.json").read_text())
-    assert facts["data"] == {"origin": tiny.origin, "source": tiny.source, "mirrored": True}
+    environment = json.loads((uninterrupted / "environment.json").read_text())
+    assert environment["data"] == {"origin": tiny.origin, "source": tiny.source, "mirrored": True}
 
 
-def test_accuracies_are_those_of_the_weights_on_the_disk(straight: Path, tiny: Dataset) -> None:
-    """Counted here by hand from the logits, over plain images."""
-    evaluation = json.loads((straight / "evaluation.json").read_text())
-    checkpoint = RunDirectory(straight).load()
+def test_accuracies_match_the_saved_weights(uninterrupted: Path, tiny: Dataset) -> None:
+    """Compute the metrics from the logits of unaugmented images."""
+    evaluation = json.loads((uninterrupted / "evaluation.json").read_text())
+    checkpoint = RunDirectory(uninterrupted).load()
     model = restore(checkpoint, torch.device("cpu"))
     pixels = tiny.train.images.double() / 255
     mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3), correction=0)
@@ -107,27 +107,27 @@ def test_accuracies_are_those_of_the_weights_on_the_disk(straight: Path, tiny: D
         inputs = ((split.images / 255 - mean[:, None, None]) / std[:, None, None]).float()
         with torch.no_grad():
             logits = model(inputs)
-        hits = (logits.argmax(1) == split.labels).sum().item()
-        assert evaluation[name]["accuracy"] == hits / len(split)
+        correct = (logits.argmax(1) == split.labels).sum().item()
+        assert evaluation[name]["accuracy"] == correct / len(split)
         loss = torch.nn.functional.cross_entropy(logits, split.labels).item()
         assert evaluation[name]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(
-    straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path
+def test_a_run_depends_only_on_its_seed(
+    uninterrupted: Path, tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     again = dataclasses.replace(small, ema_decay=(0.9,))
     train(again, tiny, tmp_path / "again", device="cpu")
-    assert_same_run(straight, tmp_path / "again")
+    assert_same_run(uninterrupted, tmp_path / "again")
     train(dataclasses.replace(again, seed=1), tiny, tmp_path / "other", device="cpu")
     rows = [
         RunDirectory(path).read_metrics()[0]["train_loss"]
-        for path in (straight, tmp_path / "other")
+        for path in (uninterrupted, tmp_path / "other")
     ]
     assert rows[0] != rows[1]
 
 
-def test_ctrl_c_is_heard_where_an_epoch_is_one_step(
+def test_ctrl_c_stops_a_run_with_one_step_per_epoch(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     recipe = dataclasses.replace(small, batch_size=50)
@@ -136,31 +136,33 @@ def test_ctrl_c_is_heard_where_an_epoch_is_one_step(
 
 
 @pytest.mark.parametrize("steps", [[1], [STEPS - 1], [STEPS], [STEPS + 3, 2 * STEPS + 1]])
-def test_ctrl_c_and_resume_give_the_uninterrupted_run(
-    straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path, steps: list[int]
+def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(
+    uninterrupted: Path, tiny: Dataset, small: Recipe, tmp_path: Path, steps: list[int]
 ) -> None:
     recipe, out = dataclasses.replace(small, ema_decay=(0.9,)), tmp_path / "run"
     for index, step in enumerate(steps):
         run_until(out, step, recipe, tiny, resume=index > 0)
         assert not (out / "evaluation.json").exists()
     train(recipe, tiny, out, device="cpu", resume=True)
-    assert_same_run(straight, out)
+    assert_same_run(uninterrupted, out)
     assert len(json.loads((out / "environment.json").read_text())["resumed"]) == len(steps)
 
 
-def test_native_steps_resume_to_the_same_bits(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
+def test_native_execution_resumes_bitwise_identically(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
     recipe = dataclasses.replace(small, precision="bf16", execution="native", sizes=(16,))
     try:
-        train(recipe, tiny, tmp_path / "straight", device="cpu")
+        train(recipe, tiny, tmp_path / "uninterrupted", device="cpu")
     except UsageError as reason:
         skip_without_kernel(reason)
     run_until(tmp_path / "run", 8, recipe, tiny)
     train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)
-    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
 
 
-# Trains as the test does, saving after every step, and dies without a word at a given moment.
-VICTIM = """
+# Trains with a checkpoint after every step, and is killed at a given moment.
+KILLED_RUN = """
     import os, pickle, signal, sys
     from pathlib import Path
     from resnet56 import cadence, training
@@ -172,8 +174,10 @@ VICTIM = """
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     if moment == "in a step":
-        take = training.Trainer.step
-        training.Trainer.step = lambda self, *a: die() if a[-1] + 1 == step else take(self, *a)
+        original_step = training.Trainer.step
+        training.Trainer.step = lambda self, *args: (
+            die() if args[-1] + 1 == step else original_step(self, *args)
+        )
     elif moment == "while saving":
         replace = Path.replace
         Path.replace = lambda self, to: (
@@ -196,21 +200,21 @@ VICTIM = """
         (2 * STEPS, "between the log and the checkpoint"),
     ],
 )
-def test_kill_and_resume_give_the_uninterrupted_run(
-    straight: Path, tiny: Dataset, small: Recipe, tmp_path: Path, step: int, moment: str
+def test_a_run_resumed_after_a_kill_equals_an_uninterrupted_one(
+    uninterrupted: Path, tiny: Dataset, small: Recipe, tmp_path: Path, step: int, moment: str
 ) -> None:
-    import pickle  # only between this test and its own child
+    import pickle  # only for data from this test
 
     recipe, out = dataclasses.replace(small, ema_decay=(0.9,)), tmp_path / "run"
-    victim = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(VICTIM)],
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED_RUN)],
         input=pickle.dumps((recipe, tiny, out, step, moment)),
         capture_output=True,
     )
-    assert victim.returncode != 0
-    assert victim.stderr == b""
+    assert process.returncode != 0
+    assert process.stderr == b""
     train(recipe, tiny, out, device="cpu", resume=True)
-    assert_same_run(straight, out)
+    assert_same_run(uninterrupted, out)
 
 
 def test_a_checkpoint_is_written_within_a_long_epoch(
@@ -226,8 +230,8 @@ def test_a_checkpoint_is_written_within_a_long_epoch(
     assert saved == [0, 1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows opens no folders")
-def test_a_run_that_another_process_trains_is_left_alone(
+@pytest.mark.skipif(os.name != "posix", reason="Windows cannot open directories")
+def test_a_run_that_another_process_trains_is_not_changed(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -241,7 +245,7 @@ def test_a_run_that_another_process_trains_is_left_alone(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_data_that_moved_is_where_it_was_last_found(
+def test_resuming_records_the_new_location_of_the_data(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     run_until(tmp_path / "run", 8, small, tiny)
@@ -250,33 +254,33 @@ def test_data_that_moved_is_where_it_was_last_found(
     assert RunDirectory(tmp_path / "run").data_origin() == "elsewhere"
 
 
-def test_resuming_a_finished_run_only_tests_it_again(straight: Path, tiny: Dataset) -> None:
-    before = (straight / "metrics.jsonl").read_bytes()
-    recipe = read(straight / "recipe.json")
-    metrics = train(recipe, tiny, straight, device="cpu", resume=True)
+def test_resuming_a_finished_run_only_evaluates_it(uninterrupted: Path, tiny: Dataset) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    recipe = read(uninterrupted / "recipe.json")
+    metrics = train(recipe, tiny, uninterrupted, device="cpu", resume=True)
     assert metrics["epoch"] == 3
-    assert (straight / "metrics.jsonl").read_bytes() == before
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_of_another_recipe_or_other_images_is_not_resumed(
-    straight: Path, tiny: Dataset, small: Recipe
+def test_resuming_with_another_recipe_or_data_set_is_an_error(
+    uninterrupted: Path, tiny: Dataset, small: Recipe
 ) -> None:
-    before = (straight / "checkpoint" / "checkpoint.json").read_bytes()
+    before = (uninterrupted / "checkpoint" / "checkpoint.json").read_bytes()
     with pytest.raises(
         RunError, match=r"different recipe \(lr 0\.05 -> 0\.1, ema_decay \[0\.9\] -> \[\]\)"
     ):
-        train(dataclasses.replace(small, lr=0.1), tiny, straight, resume=True)
+        train(dataclasses.replace(small, lr=0.1), tiny, uninterrupted, resume=True)
     with pytest.raises(RunError, match="different recipe .*arch resnet8 -> resnet14"):
-        train(dataclasses.replace(small, arch="resnet14"), tiny, straight, resume=True)
+        train(dataclasses.replace(small, arch="resnet14"), tiny, uninterrupted, resume=True)
     mirrored = dataclasses.replace(tiny, train=tiny.test)
     with pytest.raises(RunError, match="was not trained on"):
-        train(read(straight / "recipe.json"), mirrored, straight, resume=True)
+        train(read(uninterrupted / "recipe.json"), mirrored, uninterrupted, resume=True)
     with pytest.raises(RunError, match="already contains a run"):
-        train(small, tiny, straight)
-    assert (straight / "checkpoint" / "checkpoint.json").read_bytes() == before
+        train(small, tiny, uninterrupted)
+    assert (uninterrupted / "checkpoint" / "checkpoint.json").read_bytes() == before
 
 
-def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
+def test_without_a_compiler_a_run_continues_in_eager_mode_with_a_message(
     tiny: Dataset,
     small: Recipe,
     tmp_path: Path,
@@ -284,9 +288,9 @@ def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_until(tmp_path / "run", 7, small, tiny)
-    before = json.loads((tmp_path / "run" / "environment.json").read_text())
-    if before["execution"] != "fused":
-        pytest.skip(before["execution_reason"])
+    original = json.loads((tmp_path / "run" / "environment.json").read_text())
+    if original["execution"] != "fused":
+        pytest.skip(original["execution_reason"])
     monkeypatch.setenv("CC", "no-such-compiler")
     with TrainingDisplay() as display:
         train(small, tiny, tmp_path / "run", device="cpu", resume=True, display=display)
@@ -300,37 +304,37 @@ def test_a_machine_without_a_compiler_goes_on_eager_and_says_so(
     assert "no C compiler" in resumed["execution_reason"]
 
 
-def test_nothing_to_resume_is_said(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
+def test_resuming_a_missing_run_is_an_error(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="there is no run at"):
         train(small, tiny, tmp_path / "none", resume=True)
 
 
 @pytest.mark.parametrize("val_size", [0, 6])
-def test_a_running_variance_that_is_not_finite_does_not_replace_the_checkpoint(
+def test_a_non_finite_running_variance_does_not_replace_the_checkpoint(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_size: int
 ) -> None:
-    """As after a learning rate that is far too high: losses and parameters are finite."""
-    take = Trainer.step
+    """Losses and parameters are finite, as after a learning rate that is far too high."""
+    original_step = Trainer.step
 
-    def poisoned(self: Trainer, images: torch.Tensor, *rest: Any) -> None:
-        take(self, images, *rest)
+    def failing_step(self: Trainer, images: torch.Tensor, *rest: Any) -> None:
+        original_step(self, images, *rest)
         if rest[-1] == 8:
             self.model.bn1.running_var[3] = torch.nan
 
     recipe = dataclasses.replace(small, val_size=val_size)
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", poisoned)
-        said = r"diverged at step \d+: .*not finite.*; the last good checkpoint is in"
-        with pytest.raises(TrainingError, match=said):
+        patch.setattr(Trainer, "step", failing_step)
+        message = r"diverged at step \d+: .*not finite.*; the last good checkpoint is in"
+        with pytest.raises(TrainingError, match=message):
             train(recipe, tiny, out, device="cpu")
     assert RunDirectory(out).load(training=True).progress.epoch == 1
     resumed = train(recipe, tiny, out, device="cpu", resume=True)
-    straight = train(recipe, tiny, tmp_path / "straight", device="cpu")
-    assert resumed["test"] == straight["test"]
+    uninterrupted = train(recipe, tiny, tmp_path / "uninterrupted", device="cpu")
+    assert resumed["test"] == uninterrupted["test"]
 
 
-def test_a_full_disk_before_the_first_checkpoint_advises_no_resuming(
+def test_a_full_disk_before_the_first_checkpoint_does_not_suggest_resuming(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, content: bytes) -> None:
@@ -341,26 +345,26 @@ def test_a_full_disk_before_the_first_checkpoint_advises_no_resuming(
         train(small, tiny, tmp_path / "run", device="cpu")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of step 9 (the third of epoch 2) is made infinite."""
-    take = Trainer.step
+    """The loss of step 9, the third step of epoch 2, is infinite."""
+    original_step = Trainer.step
 
-    def poisoned(self: Trainer, images: torch.Tensor, *rest: Any) -> None:
-        take(self, images * (float("inf") if rest[-1] + 1 == 9 else 1), *rest)
+    def failing_step(self: Trainer, images: torch.Tensor, *rest: Any) -> None:
+        original_step(self, images * (float("inf") if rest[-1] + 1 == 9 else 1), *rest)
 
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(Trainer, "step", failing_step)
     with pytest.raises(TrainingError, match="not finite in epoch 2, step 9, at learning rate 0.0"):
         train(small, tiny, tmp_path / "run", device="cpu")
     run = RunDirectory(tmp_path / "run")
-    kept = run.load(training=True)
-    assert kept.progress.epoch == 1
-    assert all(tensor.isfinite().all() for tensor in kept.model.values())
+    checkpoint = run.load(training=True)
+    assert checkpoint.progress.epoch == 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint.model.values())
     assert len(run.read_metrics()) == 1
 
 
-def test_held_out_images_are_measured_each_epoch_and_not_trained_on(
+def test_validation_images_are_evaluated_each_epoch_and_not_trained_on(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     recipe = dataclasses.replace(small, epochs=2, val_size=11)
@@ -374,24 +378,24 @@ def test_held_out_images_are_measured_each_epoch_and_not_trained_on(
     assert not (tmp_path / "all").exists()
 
 
-def test_recording_the_test_error_of_each_epoch_changes_nothing_else(
-    straight: Path, tiny: Dataset, tmp_path: Path
+def test_recording_the_test_accuracy_of_each_epoch_does_not_change_training(
+    uninterrupted: Path, tiny: Dataset, tmp_path: Path
 ) -> None:
-    recipe = read(straight / "recipe.json")
+    recipe = read(uninterrupted / "recipe.json")
     metrics = train(recipe, tiny, tmp_path / "run", device="cpu", test_every_epoch=True)
-    run, plain = RunDirectory(tmp_path / "run"), RunDirectory(straight)
+    run, plain = RunDirectory(tmp_path / "run"), RunDirectory(uninterrupted)
     rows = run.read_metrics()
     assert [0 <= row["test_accuracy"] <= 1 for row in rows] == [True] * 3
     assert rows[-1]["test_accuracy"] == metrics["test"]["accuracy"]
     assert rows[-1]["test_loss"] == pytest.approx(metrics["test"]["loss"], abs=1e-6)
     others = [{k: v for k, v in row.items() if not k.startswith("test_")} for row in rows]
-    assert untimed(others) == untimed(plain.read_metrics())
-    mine, theirs = run.load().model, plain.load().model
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert without_times(others) == without_times(plain.read_metrics())
+    first, second = run.load().model, plain.load().model
+    assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-def test_images_are_mirrored_only_where_the_data_allows_it_and_the_run_says_so(
+def test_images_are_flipped_only_if_the_data_set_allows_it(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
 ) -> None:
     drawn: list[bool] = []
@@ -408,19 +412,19 @@ def test_images_are_mirrored_only_where_the_data_allows_it_and_the_run_says_so(
     assert read_run(tmp_path / "run").mirrors == mirror
 
 
-def test_the_ema_that_is_best_on_validation_images_is_used_and_resuming_changes_nothing(
+def test_the_ema_with_the_best_validation_accuracy_is_selected(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     decays = (0.2, 0.9, 0.9999)  # the last with re-estimated statistics
     several = dataclasses.replace(small, lr=0.02, ema_decay=decays, val_size=11)
-    train(several, tiny, tmp_path / "straight", device="cpu")
+    train(several, tiny, tmp_path / "uninterrupted", device="cpu")
     run_until(tmp_path / "run", STEPS + 1, several, tiny)
     metrics = train(several, tiny, tmp_path / "run", device="cpu", resume=True)
-    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
 
-    chosen = RunDirectory(tmp_path / "run").load()
+    selected = RunDirectory(tmp_path / "run").load()
     best = metrics["ema_decay"]
-    assert chosen.metadata["ema_decay"] == best
+    assert selected.metadata["ema_decay"] == best
     candidates = metrics["ema_candidates"]
     assert [(one["decay"], one["reestimated"]) for one in candidates] == [
         (0.2, False), (0.9, False), (0.9999, True),
@@ -436,24 +440,24 @@ def test_the_ema_that_is_best_on_validation_images_is_used_and_resuming_changes_
         assert one["val_accuracy"] == alone["validation"]["accuracy"]
         assert one["val_loss"] == pytest.approx(alone["validation"]["loss"], abs=1e-6)
         if one["decay"] == best:
-            theirs = RunDirectory(out).load().model
-            assert all(torch.equal(theirs[name], chosen.model[name]) for name in theirs)
+            second = RunDirectory(out).load().model
+            assert all(torch.equal(second[name], selected.model[name]) for name in second)
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "ricap"])
-def test_mixed_training_resumes_to_the_same_bits_and_is_shown(
+def test_training_with_mixed_images_resumes_bitwise_identically(
     tiny: Dataset, small: Recipe, tmp_path: Path, mix: Any
 ) -> None:
     recipe = dataclasses.replace(small, mix=mix, mix_probability=0.7, plain_tail=1)
-    train(recipe, tiny, tmp_path / "straight", device="cpu")
+    train(recipe, tiny, tmp_path / "uninterrupted", device="cpu")
     run_until(tmp_path / "run", STEPS + 2, recipe, tiny)
     train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)
-    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
     rows = RunDirectory(tmp_path / "run").read_metrics()
-    # Shares of images count in mixed epochs, whole images in the plain tail.
-    hits = [48 * row["train_accuracy"] for row in rows]
-    assert any(abs(count - round(count)) > 1e-6 for count in hits[:-1])
-    assert hits[-1] == pytest.approx(round(hits[-1]), abs=1e-6)
+    # Predictions count fractionally in mixed epochs, but not in the plain tail.
+    correct = [48 * row["train_accuracy"] for row in rows]
+    assert any(abs(count - round(count)) > 1e-6 for count in correct[:-1])
+    assert correct[-1] == pytest.approx(round(correct[-1]), abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -461,13 +465,13 @@ def test_half_precision_trains_and_resumes(
     tiny: Dataset, small: Recipe, tmp_path: Path, precision: Any
 ) -> None:
     recipe = dataclasses.replace(small, epochs=2, precision=precision)
-    train(recipe, tiny, tmp_path / "straight", device="cpu")
+    train(recipe, tiny, tmp_path / "uninterrupted", device="cpu")
     run_until(tmp_path / "run", STEPS + 2, recipe, tiny)
     train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)
-    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
 
 
-def test_lines_tell_how_it_goes_where_there_is_no_terminal(
+def test_without_a_terminal_each_epoch_prints_one_line(
     tiny: Dataset, small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with TrainingDisplay() as display:
@@ -479,7 +483,7 @@ def test_lines_tell_how_it_goes_where_there_is_no_terminal(
     assert max(map(len, lines)) <= 80
 
 
-def test_tensorboard_without_its_package_is_one_line(
+def test_missing_tensorboard_is_an_error_before_the_run_is_created(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -488,8 +492,8 @@ def test_tensorboard_without_its_package_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-# One of the processes: both ask each other every second step. Only the first one's clock says that
-# it is time to save, and only the second is asked to stop, in the middle of an epoch.
+# One of two processes, which synchronize at every second step. Only the clock of the first requires
+# saving, and only the second receives a stop request, in the middle of an epoch.
 RANK = """
     import os, pickle, signal, sys
     from pathlib import Path
@@ -499,10 +503,10 @@ RANK = """
     first = os.environ["RANK"] == "0"
     cadence.READ_LOSS_EVERY = 2
     cadence.SAVE_EVERY = 0.0 if first else 1e9
-    take, save = Trainer.step, training.TrainingLoop.save
+    original_step, save = Trainer.step, training.TrainingLoop.save
 
-    def take_and_stop(self, *arguments):
-        take(self, *arguments)
+    def step_and_stop(self, *arguments):
+        original_step(self, *arguments)
         if not first and arguments[-1] + 1 == job["stop"]:
             signal.raise_signal(signal.SIGTERM)
 
@@ -511,10 +515,11 @@ RANK = """
         saved.append(self.progress.step)
 
     saved = []
-    Trainer.step, training.TrainingLoop.save = take_and_stop, save_and_count
+    Trainer.step, training.TrainingLoop.save = step_and_stop, save_and_count
     try:
-        where, how = job["out"], {"device": "cpu", "resume": job["resume"]}
-        training.train(job["recipe"], job["dataset"], where, **how)
+        training.train(
+            job["recipe"], job["dataset"], job["out"], device="cpu", resume=job["resume"]
+        )
     except training.Interrupted as stopped:
         assert (job["stop"], stopped.exit_code) == (saved[-1] - 1, 143), (saved, stopped.exit_code)
     else:
@@ -524,55 +529,57 @@ RANK = """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
-def test_two_processes_equal_one_and_resume(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
-    """torchrun with two ranks on gloo; the batch is the global one, batch norm is synchronised."""
-    import pickle  # only between this test and its own children
+def test_two_processes_match_one_process_and_resume(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    """Two ranks on gloo have the same global batches and synchronized batch norm."""
+    import pickle  # only for data from this test
 
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(RANK))
 
-    def together(
+    def train_in_two_processes(
         out: Path, saves: list[int], stop: int | None = None, *, resume: bool = False
     ) -> None:
-        """Train in two processes, which must both save after the steps `saves`."""
+        """Train in two processes that must both save after the steps `saves`."""
         job = tmp_path / "job"
-        told = {"recipe": recipe, "dataset": tiny, "out": out, "resume": resume}
-        job.write_bytes(pickle.dumps(told | {"saves": saves, "stop": stop}))
+        fields = {"recipe": recipe, "dataset": tiny, "out": out, "resume": resume}
+        job.write_bytes(pickle.dumps(fields | {"saves": saves, "stop": stop}))
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, *command, str(script), str(job)],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            timeout=300,  # processes that do not do the same at the same step wait for ever
+            timeout=300,  # processes that disagree about a step wait forever
         )
-        assert done.returncode == 0, done.stderr
+        assert completed.returncode == 0, completed.stderr
 
-    # A low learning rate: rounding differences grow with every step that amplifies them.
-    # Some batches are mixed, with partners from the other process's part.
+    # With a low learning rate, because each step amplifies rounding differences.
+    # Some batches are mixed with partners from the other process.
     recipe = dataclasses.replace(small, epochs=2, lr=0.001, mix="cutmix", mix_probability=0.5)
     train(recipe, tiny, tmp_path / "one", device="cpu")
-    together(tmp_path / "two", [0, 2, 4, 6, 8, 10, 12])
+    train_in_two_processes(tmp_path / "two", [0, 2, 4, 6, 8, 10, 12])
     one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))
-    rows = [untimed(run.read_metrics()) for run in (one, two)]
+    rows = [without_times(run.read_metrics()) for run in (one, two)]
     assert len(rows[1]) == 2
-    for mine, theirs in zip(*rows, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
-    mine, theirs = one.load().model, two.load().model
-    for name in mine:
-        torch.testing.assert_close(theirs[name], mine[name], rtol=1e-3, atol=1e-4)
-    together(tmp_path / "stopped", [0, 2, 4, 6, 8, 10], stop=9)
-    together(tmp_path / "stopped", [12], resume=True)
+    for first, second in zip(*rows, strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+    first, second = one.load().model, two.load().model
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4)
+    train_in_two_processes(tmp_path / "stopped", [0, 2, 4, 6, 8, 10], stop=9)
+    train_in_two_processes(tmp_path / "stopped", [12], resume=True)
     assert_same_run(tmp_path / "two", tmp_path / "stopped")
 
 
-def test_logits_do_not_depend_on_how_images_are_batched(straight: Path, tiny: Dataset) -> None:
-    checkpoint = RunDirectory(straight).load()
+def test_logits_do_not_depend_on_the_batch_size(uninterrupted: Path, tiny: Dataset) -> None:
+    checkpoint = RunDirectory(uninterrupted).load()
     model = restore(checkpoint, torch.device("cpu"))
-    net = checkpoint.config
-    ways = [
-        predict_logits(model, tiny.test.images, net.mean, net.std, batch=batch)
+    config = checkpoint.config
+    results = [
+        predict_logits(model, tiny.test.images, config.mean, config.std, batch=batch)
         for batch in (1, 7, 64)
     ]
-    for way in ways[1:]:
-        torch.testing.assert_close(way, ways[0], rtol=1e-4, atol=1e-4)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
