@@ -227,7 +227,7 @@ def measure_extras(
     evaluated = evaluated_model(checkpoint, device, precision)
     result = run.read_evaluation(checkpoint.progress.step)
     if result is None:
-        raise RunError(f"{run.path} has not been evaluated")
+        raise RunError(f"{run.path} has not been evaluated; evaluate it first")
     result["speed"] = inference_speed(evaluated, dataset.test.images)
     if robustness:
         result["robustness"] = measure_robustness(evaluated, dataset.test, robustness, show)
@@ -316,7 +316,7 @@ def compare(
         changes, the median and largest absolute difference of logits, and a verdict.
     """
     labels = split.labels.cpu()
-    with show(f"{len(labels):,} images, two times", 2 * len(labels)) as advance:
+    with show(f"{len(labels):,} images, twice", 2 * len(labels)) as advance:
         a, b = (classifier.logits(split.images, advance=advance) for classifier in (first, second))
     distance = (a - b).abs()
     correct = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]

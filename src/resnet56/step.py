@@ -41,7 +41,7 @@ class PreparedModel:
     module: nn.Module
     execution: Execution
     reason: str = ""  # why a faster mode is not used
-    remedy: str = ""  # what the user can do about it
+    remedy: str = ""  # how to make the faster mode available
 
 
 def prepare_model(model: ResNet, execution: str, precision: Precision) -> PreparedModel:
@@ -49,8 +49,9 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
 
     Args:
         model: the model on its device; changed in place by fused execution.
-        execution: `execution` of a recipe. `auto` does not use `torch.compile`, because
-            compilation takes about a minute, nor native execution without a matrix unit.
+        execution: `execution` of a recipe. `auto` does not use native execution without a
+            matrix unit, nor `torch.compile`, whose compilation of about a minute pays off only in
+            long runs.
         precision: precision of the forward pass.
 
     Raises:

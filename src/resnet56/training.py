@@ -80,7 +80,7 @@ def train(
     """Train a model, save the run in `out`, and evaluate it.
 
     Args:
-        recipe: the training configuration. The batch size is summed over all processes.
+        recipe: the training configuration. Its batch size is the total over all processes.
         dataset: training and test images.
         out: run directory. It must not exist, or with `resume` hold a run with the same recipe.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
@@ -116,7 +116,7 @@ def train(
         )
         try:
             with _tensorboard(tensorboard and dist.is_first, run, loop.progress.step) as scalars:
-                if dist.is_first:  # after all checks, so that a refused call writes nothing
+                if dist.is_first:  # after all checks, so that an error leaves no files
                     if saved is None:
                         run.create()
                         stack.enter_context(run.locked())

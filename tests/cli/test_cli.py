@@ -23,7 +23,7 @@ QUICKLY = ["--arch", "resnet8", "--batch-size", "8", "--epochs", "1", "--device"
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder: red and blue pictures, of several sizes."""
-    root = tmp_path_factory.mktemp("data") / "colours"
+    root = tmp_path_factory.mktemp("data") / "colors"
     chance = np.random.default_rng(0)
     for split, count in (("train", 10), ("test", 4)):
         for channel, name in ((0, "red"), (2, "blue")):
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "colours"
+    out = tmp_path_factory.mktemp("runs") / "colors"
     assert cli.main(["train", "quick", "--data", str(folder), "--out", str(out), *QUICKLY]) == 0
     return out
 
@@ -124,7 +124,7 @@ def test_training_then_evaluating_agree(run: Path, capsys: pytest.CaptureFixture
     assert re.search(r"^ *red .* 10 *$", text, re.MULTILINE)
 
 
-def test_what_was_held_out_is_what_settings_are_chosen_by(
+def test_validation_metrics_come_before_test_metrics(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = tmp_path / "kept"
@@ -192,12 +192,12 @@ def test_without_out_runs_are_numbered(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("runs/quick-colours").mkdir(parents=True)
-    Path("runs/quick-colours/file").touch()
+    Path("runs/quick-colors").mkdir(parents=True)
+    Path("runs/quick-colors/file").touch()
     assert cli.main(["train", "quick", "--data", str(folder), "--quiet", *QUICKLY]) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == [
-        "quick-colours",
-        "quick-colours-2",
+        "quick-colors",
+        "quick-colors-2",
     ]
 
 

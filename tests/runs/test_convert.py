@@ -386,8 +386,8 @@ def test_an_imported_run_can_be_evaluated(
     assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "data"), "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)
     labels = np.array([0, 0, 0, 1, 1, 1])
-    colours = [Image.new("RGB", (32, 32), name) for name in ("blue", "red")]
-    seen = [resnet56.load(run).predict(colour)[0].label for colour in colours]
+    colors = [Image.new("RGB", (32, 32), name) for name in ("blue", "red")]
+    seen = [resnet56.load(run).predict(color)[0].label for color in colors]
     hits = sum(seen[label] == ("blue", "red")[label] for label in labels)
     assert metrics["accuracy"] == hits / 6
 

@@ -38,7 +38,7 @@ class Batches:
     split: Split  # on the device
     mean: Tensor  # (3,) on the device, in units of [0, 1]
     std: Tensor
-    batch_size: int  # summed over all processes
+    batch_size: int  # total over all processes
     seed: int
     augmentation: Augmentation = field(default_factory=Augmentation)
     classes: int = 10  # number of classes of mixed targets
@@ -55,7 +55,7 @@ class Batches:
 
     @property
     def global_batch(self) -> int:
-        """Images per step, summed over all processes."""
+        """Images per step, over all processes."""
         return min(self.batch_size, len(self.split))
 
     @property

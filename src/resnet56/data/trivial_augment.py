@@ -1,7 +1,7 @@
 """TrivialAugment: one random transform of random magnitude for each image.
 
 From Müller & Hutter 2021 (arXiv:2103.10158), with their wide space of fourteen transforms. The
-results are equal to those of Pillow, but are computed for a whole batch, on any device.
+results are equal to those of Pillow. The transforms run on whole batches, on any device.
 """
 
 import math
