@@ -1,4 +1,4 @@
-"""Distillation against formulas written out, and what a run records of its teachers."""
+"""Distillation: the loss, ensembles of teachers and distilled runs."""
 
 import dataclasses
 import json
@@ -40,29 +40,34 @@ def test_a_teacher_equal_to_the_student_gives_zero_loss(temperature: float) -> N
     model = restore(teacher(0), CPU)
     logits = model(images()).detach().requires_grad_()
     ensemble = Teachers({"it": teacher(0)}, STUDENT, CPU, "fp32")
-    shares = ensemble.probabilities(images(), temperature)
-    loss = distillation_loss(logits, shares, temperature)
+    probabilities = ensemble.probabilities(images(), temperature)
+    loss = distillation_loss(logits, probabilities, temperature)
     loss.backward()
     assert abs(float(loss.detach())) < 1e-6
     assert float(logits.grad.abs().max()) < 1e-5  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_loss_and_gradient_are_those_of_the_formula(temperature: float) -> None:
+def test_loss_and_gradient_match_the_formula(temperature: float) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    shares = torch.rand(5, 3, generator=generator, dtype=torch.float64)
-    shares = shares / shares.sum(dim=1, keepdim=True)
-    loss = distillation_loss(logits, shares, temperature)
+    probabilities = torch.rand(5, 3, generator=generator, dtype=torch.float64)
+    probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)
+    loss = distillation_loss(logits, probabilities, temperature)
     loss.backward()
-    mine = torch.exp(logits.detach() / temperature)
-    mine = mine / mine.sum(dim=1, keepdim=True)
-    by_hand = temperature**2 * (shares * (shares.log() - mine.log())).sum(dim=1).mean()
-    assert float(loss.detach()) == pytest.approx(float(by_hand))
-    torch.testing.assert_close(logits.grad, temperature * (mine - shares) / 5)
+    student_probabilities = torch.exp(logits.detach() / temperature)
+    student_probabilities = student_probabilities / student_probabilities.sum(dim=1, keepdim=True)
+    expected = (
+        temperature**2
+        * (probabilities * (probabilities.log() - student_probabilities.log())).sum(dim=1).mean()
+    )
+    assert float(loss.detach()) == pytest.approx(float(expected))
+    torch.testing.assert_close(
+        logits.grad, temperature * (student_probabilities - probabilities) / 5
+    )
 
 
-def test_an_ensemble_is_the_mean_over_teachers_that_see_the_image_in_their_own_units() -> None:
+def test_an_ensemble_averages_teachers_with_their_own_normalization() -> None:
     other = teacher(1, mean=(0.1, 0.2, 0.6), std=(0.5, 0.1, 0.2))
     ensemble = Teachers({"one": teacher(0), "other": other}, STUDENT, CPU, "fp32")
     view = images()
@@ -84,12 +89,12 @@ def test_an_ensemble_is_the_mean_over_teachers_that_see_the_image_in_their_own_u
     assert drawn == [ensemble.random_member(3, step) for step in range(200)]
 
 
-def test_a_teacher_of_other_classes_is_refused_in_a_line() -> None:
+def test_a_teacher_with_different_classes_is_an_error() -> None:
     with pytest.raises(UsageError, match="teacher it has different classes"):
         Teachers({"it": teacher(0, classes=("a", "b", "d"))}, STUDENT, CPU, "fp32")
 
 
-def test_the_weight_divides_the_loss_between_labels_and_teachers() -> None:
+def test_the_weight_interpolates_between_label_and_teacher_loss() -> None:
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     losses = []
     for weight in (None, 1.0, 0.3):
@@ -102,7 +107,7 @@ def test_the_weight_divides_the_loss_between_labels_and_teachers() -> None:
     assert losses[2] == pytest.approx(0.7 * losses[0] + 0.3 * losses[1], rel=1e-5)
 
 
-def test_a_distilled_run_records_its_teachers_and_resumes_to_the_same_bits(
+def test_a_distilled_run_records_its_teachers_and_resumes_bitwise_identically(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     names = []

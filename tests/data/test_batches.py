@@ -207,7 +207,7 @@ def test_the_last_epochs_are_crops_and_flips_only() -> None:
     assert same(list(tail.epoch(1)), list(augmented(24, 8, before).epoch(1)))
 
 
-def test_batches_that_are_not_mixed_are_as_they_would_be_without_mixing() -> None:
+def test_unmixed_batches_do_not_depend_on_mixing() -> None:
     plain_ones = list(augmented(44, 8).epoch(0))
     mixed = list(augmented(44, 8, MIXED).epoch(0))
     hard = [not targets.is_floating_point() for _, targets in mixed]
@@ -226,7 +226,7 @@ def test_a_split_smaller_than_a_batch_is_one_batch() -> None:
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), [(64, 30, 4), (10, 32, 4)])
-def test_a_batch_that_is_not_divisible_by_the_processes_is_rejected(
+def test_a_batch_that_is_not_divisible_by_the_processes_is_an_error(
     count: int, batch_size: int, world_size: int
 ) -> None:
     with pytest.raises(UsageError, match=f"{world_size} processes") as caught:

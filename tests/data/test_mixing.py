@@ -51,7 +51,7 @@ def pixel_by_pixel(
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_mixed_batch_is_that_of_a_loop_over_images_and_pixels(method: str) -> None:
+def test_mixed_batches_match_a_loop_over_images_and_pixels(method: str) -> None:
     images, labels = batch()
     for mix in drawn(method, 4):
         mixed = mix_images([images, *(images[p] for p in mix.partners)], mix)
@@ -66,7 +66,7 @@ def test_a_mixed_batch_is_that_of_a_loop_over_images_and_pixels(method: str) -> 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 1.0, 5.0])
-def test_shares_sum_to_one_and_rectangles_lie_inside(method: str, alpha: float) -> None:
+def test_shares_sum_to_one_and_rectangles_are_inside_the_image(method: str, alpha: float) -> None:
     for mix in drawn(method, alpha=alpha):
         assert sum(mix.shares) == pytest.approx(1)
         assert min(mix.shares) >= 0
@@ -77,13 +77,13 @@ def test_shares_sum_to_one_and_rectangles_lie_inside(method: str, alpha: float) 
             assert max(patch.left, patch.from_left) + patch.width <= 32
 
 
-def test_mixups_shares_follow_the_beta_distribution() -> None:
+def test_mixup_shares_follow_the_beta_distribution() -> None:
     for alpha in (0.3, 1.0, 2.0):
         shares = [mix.shares[0] for mix in drawn("mixup", 2000, alpha)]
         assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
-def test_cutmixs_rectangle_is_a_square_that_the_edge_clips() -> None:
+def test_the_cutmix_rectangle_is_a_clipped_square() -> None:
     patches = [mix.patches[0] for mix in drawn("cutmix", 4000)]
     assert all((p.top, p.left) == (p.from_top, p.from_left) for p in patches)
     inside = [
@@ -105,7 +105,7 @@ def test_cutmixs_rectangle_is_a_square_that_the_edge_clips() -> None:
     assert covered == pytest.approx(simulated, abs=0.03)
 
 
-def test_ricaps_four_crops_meet_at_a_point_that_follows_the_beta_distribution() -> None:
+def test_the_common_corner_of_ricap_crops_follows_the_beta_distribution() -> None:
     points = []
     for mix in drawn("ricap", 2000, 0.3):
         first, right, below, across = mix.patches
@@ -121,7 +121,7 @@ def test_ricaps_four_crops_meet_at_a_point_that_follows_the_beta_distribution() 
         assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
-def test_as_many_batches_are_mixed_as_the_probability_says_and_the_others_stay() -> None:
+def test_batches_are_mixed_with_the_given_probability() -> None:
     options: dict[str, Any] = {"steps": 2000, "batch": BATCH, "seed": 3}
     half = draw_mixes("cutmix", 1.0, 0.5, **options)
     assert stats.binomtest(sum(mix is not None for mix in half), 2000, 0.5).pvalue > 1e-3
@@ -133,10 +133,10 @@ def test_as_many_batches_are_mixed_as_the_probability_says_and_the_others_stay()
     assert draw_mixes("none", 1.0, 1.0, **options) == [None] * 2000
 
 
-def test_a_seed_gives_the_same_numbers_and_another_seed_others() -> None:
+def test_the_numbers_depend_only_on_the_seed() -> None:
     shares = [[mix.shares for mix in drawn("ricap", 20, seed=seed)] for seed in (1, 1, 2)]
     assert shares[0] == shares[1] != shares[2]
 
 
-def test_a_recipe_names_the_methods_that_there_are() -> None:
+def test_recipes_accept_all_methods() -> None:
     assert set(get_args(recipe.Mixing)) == {"none", *METHODS}

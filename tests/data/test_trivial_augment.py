@@ -1,4 +1,4 @@
-"""The fourteen operations of TrivialAugment, compared with Pillow."""
+"""The fourteen transforms of TrivialAugment, compared with Pillow."""
 
 import math
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def warp(*coefficients: float) -> Callable[[Picture], Picture]:
     )
 
 
-def by_pillow(kind: str, level: int) -> Callable[[Picture], Picture]:
-    """Return an operation of the paper's wide space at `level` / 30."""
+def by_pillow(name: str, level: int) -> Callable[[Picture], Picture]:
+    """Return a transform of the paper's wide space at `level` / 30."""
     strength, offset = level / LEVELS, math.trunc(32 * level / LEVELS)
     factor = 1 + 0.99 * strength
     return {
@@ -41,7 +41,7 @@ def by_pillow(kind: str, level: int) -> Callable[[Picture], Picture]:
         "solarize": lambda picture: ImageOps.solarize(picture, 256 - 256 * abs(level) // 30),
         "autocontrast": ImageOps.autocontrast,
         "equalize": ImageOps.equalize,
-    }[kind]
+    }[name]
 
 
 def smooth_images(count: int) -> Tensor:
@@ -53,18 +53,18 @@ def smooth_images(count: int) -> Tensor:
     return (soft + noise).clamp(0, 255).byte()
 
 
-@pytest.mark.parametrize("kind", TRANSFORMS)
-def test_operations_match_pillow(kind: str) -> None:
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_match_pillow(name: str) -> None:
     levels = torch.arange(-LEVELS, LEVELS + 1)
     images = smooth_images(len(levels))
-    kinds = torch.full((len(levels),), list(TRANSFORMS).index(kind))
-    result = trivial_augment(images, kinds, levels)
+    transforms = torch.full((len(levels),), list(TRANSFORMS).index(name))
+    result = trivial_augment(images, transforms, levels)
     assert result.dtype == torch.uint8
     for level, image, found in zip(levels.tolist(), images, result, strict=True):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        expected = np.asarray(by_pillow(kind, level)(picture)).transpose(2, 0, 1)
+        expected = np.asarray(by_pillow(name, level)(picture)).transpose(2, 0, 1)
         off = np.abs(found.numpy().astype(int) - expected)
-        if kind in ("shear x", "shear y", "rotate"):
+        if name in ("shear x", "shear y", "rotate"):
             # Rounding decides for pixels whose source lies between two pixels: two diagonals at
             # 135 degrees, few pixels otherwise.
             assert (off > 0).any(axis=0).sum() <= (32 if abs(level) == 30 else 5), level
@@ -74,23 +74,23 @@ def test_operations_match_pillow(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", sorted(TRANSFORMS.keys() - {"identity", "autocontrast", "equalize"})
+    "name", sorted(TRANSFORMS.keys() - {"identity", "autocontrast", "equalize"})
 )
-def test_the_change_increases_with_the_strength(kind: str) -> None:
+def test_the_change_increases_with_the_magnitude(name: str) -> None:
     images = smooth_images(3)
-    kinds = torch.full((3,), list(TRANSFORMS).index(kind))
-    result = trivial_augment(images, kinds, torch.tensor([0, LEVELS // 3, LEVELS]))
+    transforms = torch.full((3,), list(TRANSFORMS).index(name))
+    result = trivial_augment(images, transforms, torch.tensor([0, LEVELS // 3, LEVELS]))
     none, some, most = (result.float() - images.float()).abs().mean(dim=(1, 2, 3)).tolist()
     assert none == 0
     assert 0 < some < most
 
 
-@pytest.mark.parametrize("kind", TRANSFORMS)
+@pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("value", [0, 7, 255])
-def test_images_of_one_color_are_unchanged(kind: str, value: int) -> None:
+def test_images_of_one_color_are_unchanged(name: str, value: int) -> None:
     images = torch.full((2, 3, 32, 32), value, dtype=torch.uint8)
-    kinds = torch.full((2,), list(TRANSFORMS).index(kind))
-    result = trivial_augment(images, kinds, torch.tensor([0, 0]))
+    transforms = torch.full((2,), list(TRANSFORMS).index(name))
+    result = trivial_augment(images, transforms, torch.tensor([0, 0]))
     assert torch.equal(result, images)
 
 
@@ -108,7 +108,7 @@ def test_images_are_transformed_independently_and_not_in_place() -> None:
     assert len(draws.transforms.unique()) == len(TRANSFORMS)
 
 
-def test_operations_and_strengths_are_uniform() -> None:
+def test_transforms_and_magnitudes_are_uniform() -> None:
     generator = torch.Generator().manual_seed(2)
     draws = draw(14 * 31 * 100, Augmentation(), generator)
     cells = torch.bincount(draws.transforms * 31 + draws.levels.abs(), minlength=14 * 31).numpy()

@@ -210,7 +210,7 @@ def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
 def test_an_imported_run_suggests_an_evaluation(tmp_path: Path) -> None:
     run = make_run(tmp_path / "theirs", tested=False)
     (run / "recipe.json").unlink()
-    with pytest.raises(RunError, match="was not trained here.*resnet56 evaluate .*--data DIR"):
+    with pytest.raises(RunError, match="is not a training run.*resnet56 evaluate .*--data DIR"):
         write_report([run])
 
 

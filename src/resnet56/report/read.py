@@ -116,7 +116,7 @@ def read_run(path: Path) -> RunFacts:
     checkpoint = run.load()
     if not run.recipe_file.exists():
         raise RunError(
-            f"cannot write a report: {path} was not trained here (it has no recipe.json); to "
+            f"cannot write a report: {path} is not a training run (it has no recipe.json); to "
             f"evaluate it: resnet56 evaluate {path} --data DIR"
         )
     config, step = checkpoint.config, checkpoint.progress.step
