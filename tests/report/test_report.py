@@ -342,7 +342,7 @@ def test_an_evaluation_of_other_classes_is_refused(tmp_path: Path) -> None:
     evaluation = read_json(run / "evaluation.json")
     evaluation["test"]["confusion_matrix"] = [[1, 2], [3, 4]]
     write_json(run / "evaluation.json", evaluation)
-    with pytest.raises(RunError, match="not of 10 classes"):
+    with pytest.raises(RunError, match="is not for 10 classes"):
         write_report([run])
 
 
