@@ -51,7 +51,7 @@ def augmented_samples(
 
 
 def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation) -> None:
-    """Mix as large a share of the variants as in training, but at least one.
+    """Mix the same share of the variants as in training, but at least one variant.
 
     Args:
         augmented: (K * V, 3, 32, 32), changed in place.

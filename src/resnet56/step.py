@@ -237,7 +237,7 @@ class Trainer:
         return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Restore the return values of `weights` and `state`."""
+        """Restore tensors returned by `weights` and `state`."""
         self.model.load_state_dict(_with_prefix(state, "raw.") if self.emas else weights)
         for i, ema in enumerate(self.emas):
             ema.restore(_with_prefix(state, f"ema.{i}.") if len(self.emas) > 1 else weights)

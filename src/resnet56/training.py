@@ -59,7 +59,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 class Scalars(Protocol):
-    """The part of the interface of `SummaryWriter` that training uses."""
+    """The methods of `SummaryWriter` that training uses."""
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Log a scalar."""
@@ -369,7 +369,7 @@ class TrainingLoop:
         model = build(self.config.arch, classes=len(self.config.classes))
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.load_state_dict(weights)
-        # In one process, on global batches.
+        # This runs in one process, on global batches.
         batches = replace(self.batches, rank=0, world_size=1)
         count = math.ceil(REESTIMATED_ON / batches.global_batch)
         images = (images for images, _ in batches.epoch(self.recipe.epochs - 1))

@@ -36,7 +36,7 @@ class Batches:
     """
 
     split: Split  # on the device
-    mean: Tensor  # (3,) on the device, in units of [0, 1]
+    mean: Tensor  # (3,) on the device, for pixels in [0, 1]
     std: Tensor
     batch_size: int  # total over all processes
     seed: int
@@ -66,7 +66,7 @@ class Batches:
     def _first_flips(self) -> Tensor:
         """Return (N,) bool, the images that are flipped in the first epoch of alternating flips.
 
-        The seed is the same as for the order of epoch 0. The dependence does not matter.
+        They share the seed of the order of epoch 0; this dependence does not matter.
         """
         generator = torch.Generator().manual_seed(derived_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()
