@@ -229,12 +229,12 @@ def published() -> list[Published]:
     lines = text[text.index("| source |") :].partition("\n\n")[0].splitlines()[2:]
     found = []
     for line in lines:
-        source, config, accuracy, weights = line.replace("*", "").strip("| ").split(" | ")
+        source, network, accuracy, weights = line.replace("*", "").strip("| ").split(" | ")
         name = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", source).replace("`", "")
         numbers = [float(number) for number in re.findall(r"\d\d\.\d+", accuracy)]
         interval = numbers[-2:] if "(" in accuracy else []
         selected = weights.startswith("best on the test set")
-        found.append(Published(f"{name} ({config})", numbers[0], interval, selected))
+        found.append(Published(f"{name} ({network})", numbers[0], interval, selected))
     return sorted(found, key=lambda row: row.accuracy)
 
 

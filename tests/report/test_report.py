@@ -793,3 +793,11 @@ def test_no_page_scrolls_horizontally_on_a_phone(
     assert widths["full"][2] == max(
         scores, key=lambda key: scores[key]["f1"]
     )  # the table was sorted
+
+
+def test_long_names_of_runs_leave_room_for_the_curves(tmp_path: Path) -> None:
+    names = [f"{letter * 200}-{number}" for number, letter in enumerate("abcd")]
+    runs = [make_run(tmp_path / name, replace(BEST, epochs=2), images=100) for name in names]
+    text = write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "aaaaaaaa…aaaaaaaaaa-0" in text  # in the legend
+    assert {row[1] for row in Page(text).tables["runs"][1:]} == set(names)

@@ -103,7 +103,7 @@ def error_detail(response: httpx.Response, status: int) -> str:
 def test_predictions_are_in_request_order(client: TestClient) -> None:
     response = post(client, encode("blue"), encode("red", format="JPEG"), options="?top=2")
     assert response.status_code == 200
-    assert response.json()["network"] == "colors"
+    assert response.json()["model"] == "colors"
     first, second = response.json()["predictions"]
     assert first["classes"][0] == {"name": "blue", "probability": 1.0}
     assert second["classes"][0]["name"] == "red"
@@ -671,7 +671,7 @@ def test_pretrained_model_recognizes_a_cat() -> None:
     Image.fromarray(skimage.data.chelsea()).save(cat, "JPEG")
     with TestClient(build_app(load("resnet56", "cpu"))) as client:
         response = post(client, cat.getvalue()).json()
-    assert response["network"] == "resnet56"
+    assert response["model"] == "resnet56"
     assert response["predictions"][0]["classes"][0]["name"] == "cat"
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 4.0, 2.7  # inches; at 72 points per inch, legible at a width of 300 pixels
 PNG_DPI = 200
 FEW = 3  # maximum number of curves with a legend inside the axes
+LONGEST_LABEL = 24  # characters of a label in a legend with two columns
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,14 @@ def line_style(index: int, lines: int) -> str:
     return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
 
 
+def shortened(label: str) -> str:
+    """Shorten a label of a legend in its middle; a long one would leave no room for the axes."""
+    if len(label) <= LONGEST_LABEL:
+        return label
+    half = LONGEST_LABEL // 2
+    return f"{label[: half - 1]}…{label[-half:]}"
+
+
 def curves(
     name: str, title: str, alt: str, lines: Sequence[Line], label: str, *, percent: bool = False
 ) -> Chart:
@@ -189,9 +198,9 @@ def curves(
             axes.set_xlim(min(epochs) - 1, min(epochs) + 1)
         labels = [line.label for line in lines]
         if 1 < len(lines) <= FEW:
-            axes.legend(handles, labels)
+            axes.legend(handles, [*map(shortened, labels)])
         elif len(lines) > FEW:
-            figure.legend(handles, labels, loc="outside lower left", ncols=2)
+            figure.legend(handles, [*map(shortened, labels)], loc="outside lower left", ncols=2)
 
     rows = (len(lines) + 1) // 2 if len(lines) > FEW else 0
     return Chart(name, title, alt, draw, (WIDTH, HEIGHT + 0.18 * rows))
@@ -241,7 +250,7 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
         for axes in grid[-1]:
             axes.set_xlabel("layer")
         if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside lower left", ncols=2)
+            figure.legend(handles, [*map(shortened, labels)], loc="outside lower left", ncols=2)
 
     legend = 0.18 * ((len(labels) + 1) // 2)
     return Chart(name, title, alt, draw, (1.9 * WIDTH, 0.8 * HEIGHT * rows + legend))
@@ -286,7 +295,7 @@ def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | No
         axes.margins(x=0.02)
         axes.set_ylim(0, min(100.0, top))
         labels = [training.label for training, _ in runs]
-        figure.legend(handles, labels, loc="outside lower left", ncols=2)
+        figure.legend(handles, [*map(shortened, labels)], loc="outside lower left", ncols=2)
 
     rows = (len(runs) + 1) // 2
     return Chart(name, title, alt, draw, (WIDTH, HEIGHT + 0.18 * rows))

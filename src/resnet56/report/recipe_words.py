@@ -110,7 +110,7 @@ def optimizer(recipe: Recipe) -> str:
     if recipe.label_smoothing:
         sentences.append(f"Label smoothing is {recipe.label_smoothing:g}.")
     if recipe.teacher:
-        config = (
+        teachers = (
             "a trained network"
             if len(recipe.teacher) == 1
             else (f"an ensemble of {len(recipe.teacher)} trained networks")
@@ -122,7 +122,7 @@ def optimizer(recipe: Recipe) -> str:
             else " instead of the labels"
         )
         sentences.append(
-            f"The network is distilled from {config}{one}: it learns their probabilities on the "
+            f"The network is distilled from {teachers}{one}: it learns their probabilities on the "
             f"same augmented images at temperature {recipe.teacher_temperature:g}{rest}."
         )
     if recipe.ema_decay:

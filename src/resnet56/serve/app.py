@@ -148,7 +148,7 @@ def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
             raise HTTPException(503, "the server cannot classify images now; requests are waiting")
         classes = list(predictor.classes)
         return HealthResponse(
-            status="ok", config=predictor.name, classes=classes, version=__version__
+            status="ok", model=predictor.name, classes=classes, version=__version__
         )
 
     @app.get(

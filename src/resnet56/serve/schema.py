@@ -44,7 +44,7 @@ class Prediction(BaseModel):
 class PredictResponse(BaseModel):
     """The predictions for a request."""
 
-    config: str = Field(description="Name of the model.", examples=["resnet56"])
+    model: str = Field(description="Name of the model.", examples=["resnet56"])
     predictions: list[Prediction] = Field(description="One per image, in the order of the request.")
 
 
@@ -52,7 +52,7 @@ class HealthResponse(BaseModel):
     """The state of a healthy server."""
 
     status: Literal["ok"] = Field(description="Always `ok`.")
-    config: str = Field(description="Name of the model.")
+    model: str = Field(description="Name of the model.")
     classes: list[str] = Field(description="All classes that the model predicts.")
     version: str = Field(description="Version of the resnet56 package.")
 

@@ -67,7 +67,7 @@ class Service:
                     raise too_busy() from None
         self.meter.images.inc(len(logits))
         return PredictResponse(
-            config=self.predictor.name,
+            model=self.predictor.name,
             predictions=[
                 _prediction(
                     self.predictor.classes, probabilities, image_maps if maps else None, top
