@@ -94,7 +94,7 @@ def test_worker_with_invalid_response_is_replaced(
             await decoders.decode(b"", "b")
             return decoders.workers[0].starts  # type: ignore[attr-defined]
 
-    assert asyncio.run(decode_two()) == 2
+    assert asyncio.run(decode_two()) == 3  # the image was tried twice
 
 
 def test_stall_requires_waiting_requests(monkeypatch: pytest.MonkeyPatch) -> None:

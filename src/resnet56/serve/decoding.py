@@ -102,15 +102,26 @@ class Decoders:
             HTTPException: 422 if the image cannot be decoded within the limits.
         """
         with self.progress.waiting():
+            # Something other than the image may have ended a process, or all of them, and the event
+            # loop learns of it late.
+            for _ in range(len(self.workers) + 1):
+                worker = await self._acquire()
+                # Shielded: a client that disconnects must not leave a process with an unread
+                # response.
+                result = await asyncio.shield(self._create_task(self._use(worker, content, name)))
+                if isinstance(result, np.ndarray):
+                    return result
+                if result is not None:
+                    raise HTTPException(422, result)
+        raise HTTPException(422, f"cannot read {name}: the decoder crashed; re-encode the image")
+
+    async def _acquire(self) -> "_Worker":
+        """Wait for an idle worker; those that ended while idle are replaced."""
+        await self.available.acquire()
+        while not (worker := self.idle.pop()).alive:
+            self._create_task(self._replace(worker))
             await self.available.acquire()
-            while not (worker := self.idle.pop()).alive:  # it ended while idle
-                self._create_task(self._replace(worker))
-                await self.available.acquire()
-            # Shielded: a client that disconnects must not leave a process with an unread response.
-            result = await asyncio.shield(self._create_task(self._use(worker, content, name)))
-        if isinstance(result, str):
-            raise HTTPException(422, result)
-        return result
+        return worker
 
     def _release(self, worker: "_Worker") -> None:
         self.idle.append(worker)
@@ -123,18 +134,18 @@ class Decoders:
         task.add_done_callback(self.tasks.discard)
         return task
 
-    async def _use(self, worker: "_Worker", content: bytes, name: str) -> Bytes | str:
-        """Return the pixels, or an error message."""
+    async def _use(self, worker: "_Worker", content: bytes, name: str) -> Bytes | str | None:
+        """Return the pixels, an error message, or None if the process ended."""
         message = f"cannot read {name}: "
         seconds = self.limits.decode_seconds
         try:
             async with asyncio.timeout(seconds):
                 status, body = await worker.request(content, name)
-            result = _pixels(body) if status == DECODED else body.decode()
+            result: Bytes | str | None = _pixels(body) if status == DECODED else body.decode()
         except TimeoutError:
-            message += f"decoding takes longer than {seconds:g} seconds; re-encode the image"
+            result = f"{message}decoding takes longer than {seconds:g} seconds; re-encode the image"
         except (OSError, asyncio.IncompleteReadError, ValueError):
-            message += "the decoder crashed; re-encode the image"
+            result = None
         else:
             self._release(worker)
             if status == OUT_OF_MEMORY:
@@ -144,7 +155,7 @@ class Decoders:
             return result
         worker.kill()
         self._create_task(self._replace(worker))
-        return message
+        return result
 
     async def _replace(self, worker: "_Worker") -> None:
         """Restart a worker, retrying until it starts, and return it to the pool."""
