@@ -182,7 +182,7 @@ def test_a_plain_network_is_not_described_as_residual(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_reported_as_unfinished(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", done=3, tested=False)
     page = page_of(run)
-    assert "after 3 of 200 epochs" in page.text
+    assert "has completed 3 of 200 epochs" in page.text
     assert "has not been tested" in page.text
     assert "test-accuracy" not in page.by_id
     assert "loss-figure_1" in page.ids
@@ -666,8 +666,8 @@ def test_robustness_hardware_and_unfinished_runs() -> None:
     assert story.hardware(PARITY["comparisons"]) == [PARITY["comparisons"][0]["verdict"]]
     assert story.unfinished(5, 5, tested=True) == []
     assert "finished, but has not been tested" in only(story.unfinished(5, 5, tested=False))
-    assert "is after 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))
-    assert "it was tested after 1 of 5" in only(story.unfinished(1, 5, tested=True))
+    assert "has completed 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))
+    assert "It was tested after 1 of 5" in only(story.unfinished(1, 5, tested=True))
 
 
 def test_descriptions_of_recipes() -> None:

@@ -224,8 +224,8 @@ def hardware(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
 def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:
     """What is missing from the run, if anything."""
     if epochs_done < epochs:
-        after = f"after {epochs_done} of {plural(epochs, 'epoch')}"
+        done = f"{epochs_done} of {plural(epochs, 'epoch')}"
         if tested:
-            return [f"This training is not finished; it was tested {after}."]
-        return [f"This training is {after} and has not been tested."]
-    return [] if tested else ["This training is finished, but has not been tested yet."]
+            return [f"This run is not finished. It was tested after {done}."]
+        return [f"This run has completed {done} and has not been tested."]
+    return [] if tested else ["This run is finished, but has not been tested yet."]
