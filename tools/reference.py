@@ -76,10 +76,14 @@ def typed_dicts(source: str) -> Iterator[tuple[str, str, list[tuple[str, str, st
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and "TypedDict" in map(ast.unparse, node.bases):
             fields = []
+            all_optional = any(ast.unparse(k) == "total=False" for k in node.keywords)
             for item in node.body:
                 if isinstance(item, ast.AnnAssign):
                     comment = lines[item.lineno - 1].partition("#")[2].strip()
-                    fields.append((ast.unparse(item.target), plain_type(item.annotation), comment))
+                    kind = plain_type(item.annotation)
+                    if all_optional:
+                        kind += ", optional"
+                    fields.append((ast.unparse(item.target), kind, comment))
             yield node.name, ast.get_docstring(node) or "", fields
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             call = node.value

@@ -115,7 +115,7 @@ class Recipe:
     They must not have been trained on the validation images."""
 
     teacher_weight: float = 1.0
-    """Weight of the distillation loss. The loss of the labels has the weight 1 - teacher_weight."""
+    """Weight of the distillation loss. The loss on the labels has weight 1 - teacher_weight."""
 
     teacher_temperature: float = 1.0
     """Temperature of the softmax of teacher and student in the distillation loss."""
@@ -352,7 +352,7 @@ FAST = Recipe(
     sizes=(16, 16, 16, 16, 24, 24, 24, 24, 24),
 )
 
-# Trains on the digits in about a minute on two cores. The batches are small because an epoch has
+# Trains on the digits in under a minute on two cores. The batches are small because an epoch has
 # only 1,437 images.
 QUICK = Recipe(
     epochs=6,
@@ -371,5 +371,5 @@ ABOUT = {
     "he2015": "He et al. 2015: batch 128, lr 0.1 divided by 10 twice, 164 epochs",
     "fast": "about 90 % in 5 minutes on two cores with AMX (22 without); small images first",
     "best": "highest accuracy: cosine, Nesterov, Cutout, EMA weights, 200 epochs",
-    "quick": "handwritten digits in about a minute",
+    "quick": "handwritten digits in under a minute",
 }

@@ -25,7 +25,7 @@ COMMANDS = {
     "evaluate": "evaluate a model on this machine",
     "predict": "classify images and explain the predictions",
     "serve": "serve predictions over HTTP, with a demo page",
-    "import": "convert a checkpoint from another program to a run",
+    "import": "convert a checkpoint from another project to a run",
     "export": "export a model to ONNX or to a model hub folder",
     "report": "write a report on a run, or a comparison of several runs",
     "inspect": "measure gradients and responses of each layer",

@@ -27,7 +27,7 @@ class EvaluateOptions:
     """Evaluate a model. Results of a run on its own data are saved in the run directory."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
-    """Run directory, name of a pretrained model, or exported file."""
+    """Run directory, model hub folder, exported file, or name of a pretrained model."""
 
     data: Data = None
     """Data set, image folder, or CIFAR-10-C or 10.1 .npy files; by default the data of the run."""

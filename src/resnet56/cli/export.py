@@ -16,7 +16,7 @@ class ExportOptions:
     """Export a model to ONNX or to a model hub folder."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
-    """Run directory, name of a pretrained model, or exported file."""
+    """Run directory, model hub folder, exported file, or name of a pretrained model."""
 
     format: Literal["onnx", "hub"] = "onnx"
     """An ONNX file, or a folder with config.json, model.safetensors and README.md."""

@@ -14,7 +14,7 @@ from resnet56.errors import UsageError
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Convert a checkpoint from another program to a run. Code in the file is never executed."""
+    """Convert a checkpoint from another project to a run. Code in the file is never executed."""
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE|FOLDER|NAME")]
     """Checkpoint (torch.save or safetensors), model hub folder, or output of resnet56 export."""
@@ -31,11 +31,11 @@ class ImportOptions:
     contains several models."""
 
     mean: tuple[float, float, float] | None = None
-    """Channel means of its training images, from 0 to 1. By default, read from the file, or the
-    values that its authors used."""
+    """Channel means of the training images, from 0 to 1. By default, read from the file, or the
+    values that the authors of the model used."""
 
     std: tuple[float, float, float] | None = None
-    """Channel standard deviations of its training images."""
+    """Channel standard deviations of the training images."""
 
     classes: tuple[str, ...] = ()
     """Class names in the order of the outputs, a text file with one name per line, cifar10,

@@ -48,8 +48,10 @@ class InspectOptions:
     seed: int = 0
     """Seed of the initial weights and the choice of images."""
 
+    # The help of --no-batch-norm.
     batch_norm: bool = True
-    """--no-batch-norm: replace each batch norm with the identity. At initialization only."""
+
+    """Replace each batch norm with the identity. At initialization only."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""

@@ -33,7 +33,7 @@ class PredictOptions:
     """Image files, folders of images, or - for one image on stdin."""
 
     run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE")] = "resnet56"
-    """Run directory, name of a pretrained model, or exported file."""
+    """Run directory, model hub folder, exported file, or name of a pretrained model."""
 
     top: int = 3
     """Number of classes to print."""

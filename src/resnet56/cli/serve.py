@@ -16,10 +16,10 @@ class ServeOptions:
     """Classify images over HTTP, with a demo page at /."""
 
     run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE")] = "resnet56"
-    """Run directory, name of a pretrained model, or exported file."""
+    """Run directory, model hub folder, exported file, or name of a pretrained model."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 admits other machines, without authentication or encryption."""
+    """Address to listen on; 0.0.0.0 allows other machines, without authentication or encryption."""
 
     port: int = 8056
     """Port to listen on; 0 for any free port."""
