@@ -24,15 +24,15 @@ USAGE = "usage: python tools/ship.py RUN NAME DIR"
 README = """\
 # Pretrained weights
 
-`NAME.safetensors` holds weights in half precision. `NAME.json` is its card: architecture,
-normalization constants, recipe and all measurements. `resnet56.load("resnet56")` loads one in
-Python, `resnet56 predict` and `resnet56 serve` use `resnet56` by default, and `resnet56 evaluate
-NAME --data DIR` measures one again. `tools/ship.py` writes all files in this directory.
+`NAME.safetensors` holds weights in half precision. `NAME.json` contains the architecture,
+normalization constants, recipe and all metrics. `resnet56.load("resnet56")` loads a network in
+Python, and `resnet56 evaluate NAME --data DIR` evaluates it again. `resnet56 predict` and `resnet56
+serve` use `resnet56` by default. `tools/ship.py` writes all files in this directory.
 
 **Data.** The networks were trained on the 50,000 training images of CIFAR-10, of which 72 were
-re-encoded as JPEG; the numbers below are measured on the original images. Each network is the
-result of a single training run with a recipe that was fixed beforehand. Nothing was selected on the
-test images.
+re-encoded as JPEG; the numbers below are for the original images. Each network is the result of a
+single training run with a recipe that was fixed beforehand. Nothing was selected on the test
+images.
 
 **Limits.** Each network predicts one of ten classes for any image. The networks were trained on
 centered objects in 32x32 pixels; larger images are cropped to the central square and resized.

@@ -1,4 +1,4 @@
-"""ResNet-56 on CIFAR-10: build it, train it, test it, explain it.
+"""ResNet-56 on CIFAR-10: build, train and test the network, and explain its results.
 
 The names below are the public API. They load on first use, so that importing the package, and
 with it `resnet56 --help`, costs nothing.
