@@ -449,20 +449,20 @@ def test_resuming_before_the_first_step() -> None:
 
 def test_the_first_step_with_a_non_finite_loss_is_recorded() -> None:
     trainer = make_trainer(make_recipe())
-    assert trainer.bad_step == -1
+    assert trainer.first_nonfinite_step == -1
     run(trainer, range(2))
-    assert trainer.bad_step == -1
+    assert trainer.first_nonfinite_step == -1
     images, labels = batch(2)
     trainer.step(images / 0, labels, LR, 2)
-    assert trainer.bad_step == 2
+    assert trainer.first_nonfinite_step == 2
     trainer.step(images, labels, LR, 3)  # the weights are NaN
-    assert trainer.bad_step == 2
+    assert trainer.first_nonfinite_step == 2
 
 
 def test_a_non_finite_loss_in_step_zero_is_recorded() -> None:
     trainer = make_trainer(make_recipe())
     trainer.step(torch.full((BATCH, 3, 32, 32), torch.nan), batch(0)[1], LR, 0)
-    assert trainer.bad_step == 0
+    assert trainer.first_nonfinite_step == 0
 
 
 # Reduced precision
@@ -521,7 +521,7 @@ def test_a_step_whose_gradients_overflow_does_not_change_the_weights() -> None:
     run(trainer, range(1))
     assert_equal(dict(trainer.model.named_parameters()), before)
     assert trainer.scaler.get_scale() == 2**10
-    assert trainer.bad_step == -1
+    assert trainer.first_nonfinite_step == -1
     run(trainer, range(1, 2))
     assert trainer.scaler.get_scale() == 2**10
     assert not_finite(dict(trainer.model.named_parameters())) == []

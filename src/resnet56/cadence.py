@@ -1,4 +1,4 @@
-"""Decide when training reads the loss, saves and stops, at the same step in all processes."""
+"""Decide when training reads the loss, saves and stops. All processes act at the same step."""
 
 import contextlib
 import signal
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from resnet56.distributed import Distributed, highest
+from resnet56.distributed import Distributed, all_reduce_max
 from resnet56.threads import ThreadControl
 
 READ_LOSS_EVERY = 10  # steps; reading the loss waits for the device
@@ -21,17 +21,17 @@ SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
 
 @dataclass
 class StopRequest:
-    """The signal that requests training to stop, or None."""
+    """The signal that requested training to stop, or None."""
 
     signum: int | None = None
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record the first Ctrl-C or SIGTERM. A second one has its usual effect."""
+    """Record the first Ctrl-C or SIGTERM. The previous handlers receive the second one."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
+        yield stop  # only the main thread can set signal handlers
         return
     signals = [signal.SIGINT, signal.SIGTERM]
     if sys.platform == "win32":
@@ -65,7 +65,7 @@ class Cadence:
     """Decides which actions are due after each step.
 
     All processes must save and stop at the same step, but each has its own clock and receives its
-    own signals. They synchronize only when they read the loss, because this waits for the device
+    own signals. They synchronize only when they read the loss, because that waits for the device
     anyway. The training loop saves at the end of every epoch, so no other action is due there. A
     checkpoint is saved when the number of threads changes, so that a resumed run gives bitwise
     identical results.
@@ -115,4 +115,4 @@ class Cadence:
     def _any(self, value: bool) -> bool:
         if self.dist.world_size == 1:
             return value
-        return bool(highest(torch.tensor(float(value), device=self.device), self.dist) > 0)
+        return bool(all_reduce_max(torch.tensor(float(value), device=self.device), self.dist) > 0)

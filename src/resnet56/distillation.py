@@ -82,12 +82,12 @@ class Teachers:
         return torch.stack(outputs).mean(dim=0)
 
     def random_member(self, seed: int, step: int) -> int:
-        """Return the index of the teacher for `step`, a function of the seed and the step."""
+        """Return the index of a random teacher. It depends only on the seed and the step."""
         return derived_seed(seed, step, TEACHER_STREAM) % len(self.members)
 
 
 def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the student's probabilities from the teachers', in nats.
+    """Return the Kullback-Leibler divergence of the student from the teachers, in nats.
 
     The result is multiplied by the squared temperature, so that the gradients have about the same
     magnitude at every temperature.

@@ -1,4 +1,4 @@
-"""Training in several processes: the process group and synchronized batch norm."""
+"""Distributed training: the process group and synchronized batch norm."""
 
 import gc
 import os
@@ -38,7 +38,7 @@ class Distributed(NamedTuple):
         return cls(rank, world_size)
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is rank 0, the only process that writes and prints."""
         return self.rank == 0
 
@@ -102,14 +102,14 @@ def _connection_error(error: RuntimeError) -> TrainingError:
     )
 
 
-def total(value: Tensor, dist: Distributed) -> Tensor:
+def all_reduce_sum(value: Tensor, dist: Distributed) -> Tensor:
     """Sum `value` over all processes, in place."""
     if dist.world_size > 1:
         group.all_reduce(value)
     return value
 
 
-def highest(value: Tensor, dist: Distributed) -> Tensor:
+def all_reduce_max(value: Tensor, dist: Distributed) -> Tensor:
     """Reduce `value` to its maximum over all processes, in place."""
     if dist.world_size > 1:
         group.all_reduce(value, op=group.ReduceOp.MAX)

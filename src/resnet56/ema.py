@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from resnet56.runtime import Precision, autocast
 
 # Batch norm statistics are re-estimated above this decay, because the averaged statistics belong to
-# much older weights than the EMA weights.
-LONG_DECAY = 0.9995
-REESTIMATED_ON = 10_000  # number of training images
+# much older weights than the EMA weights do.
+REESTIMATION_DECAY = 0.9995
+REESTIMATION_IMAGES = 10_000  # number of training images
 
 
 class EMA:

@@ -1,4 +1,4 @@
-"""Layer responses and gradients on one batch.
+"""Measure layer responses and gradients on one batch.
 
 They answer two questions of He et al. 2015: whether gradients vanish in deep networks (section
 4.1), and how large the responses of the layers are (figure 7).
@@ -28,7 +28,7 @@ class LayerStatistics:
     response_std: float  # standard deviation over images, channels and positions
     response_gradient: float  # norm of the gradient of the loss with respect to the response
     weight_gradient: float  # norm of the gradient of the loss with respect to the weights
-    dead_relus: float | None  # share of channels that are always zero; None without ReLU
+    dead_relus: float | None  # fraction of channels that are always zero; None without ReLU
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def inspect_layers(
     """Run a forward and a backward pass in training mode, and return statistics of each layer.
 
     The passes use the dtype of the weights. Batch norm uses the statistics of the batch, as in a
-    training step. Projection shortcuts are omitted because they do not count as layers.
+    training step. Projection shortcuts are omitted because the paper does not count them as layers.
 
     Args:
         model: model to inspect. It is copied and not modified.

@@ -19,7 +19,7 @@ from resnet56.errors import UsageError
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "none"]
 
-MAX_CLASSES = 1_000_000  # a larger number is a mistake and would exhaust memory
+MAX_CLASSES = 1_000_000  # a larger number would exhaust memory
 WIDTHS = (16, 32, 64)  # filters of stages 1 to 3
 LAYERS_A_BLOCK = {"basic": 2, "bottleneck": 3}
 EXPANSION = {"basic": 1, "bottleneck": 4}  # output channels of a block / width
@@ -130,7 +130,7 @@ class BottleneckBlock(nn.Module):
 
 
 def _residual(shortcut: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Return the tensor that a block adds to the output of its layers, or None."""
+    """Return the residual that a block adds to the output of its layers, or None."""
     return None if shortcut is None else shortcut(x)
 
 

@@ -67,7 +67,7 @@ class Recipe:
     """Epochs of linear learning-rate warm-up from zero."""
 
     label_smoothing: float = 0.0
-    """Label smoothing: share of the target that is spread evenly over all classes."""
+    """Label smoothing: fraction of the target that is spread evenly over all classes."""
 
     padding: int = 4
     """Black pixels added on each side before a random 32x32 crop; 0 disables the crop."""

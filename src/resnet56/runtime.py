@@ -1,4 +1,4 @@
-"""The device, the precision, memory use, and the contents of environment.json."""
+"""Select the device and the precision, measure memory, and describe the environment."""
 
 import contextlib
 import os
@@ -63,10 +63,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Return the precision for `auto`, or the one that `name` names.
+    """Return the precision for `auto`, or `name` itself.
 
     `auto` selects the fastest precision that the hardware supports. A CPU uses bf16 only if it has
-    the instructions, because emulation is several times slower than fp32. A GPU without bf16 (such
+    bf16 instructions, because emulation is several times slower than fp32. A GPU without bf16 (such
     as a T4) uses fp16 with loss scaling.
 
     Raises:
@@ -84,7 +84,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def _cpu_has_bf16() -> bool:
-    # These functions exist since PyTorch 2.4 and are not public.
+    # These private functions exist since PyTorch 2.4.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
@@ -129,7 +129,7 @@ def processor_name() -> str:
 
 
 def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
-    """Return what the results of a run depend on, apart from its recipe and data."""
+    """Return the hardware, the software and the command of a run, for environment.json."""
     facts: dict[str, Any] = {
         "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
@@ -156,7 +156,7 @@ def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit of the package's checkout and whether files differ from it, or None."""
+    """Return the commit of the package and whether files differ. None outside a checkout."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:

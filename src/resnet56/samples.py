@@ -12,7 +12,7 @@ from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import draw_mixes, mix_images
 from resnet56.metrics import Floats, softmax
 
-MISTAKES = 24
+MISTAKES = 24  # maximum number of mistakes
 ORIGINALS, VARIANTS = 10, 5  # training images, and augmented versions of each
 
 
@@ -24,7 +24,7 @@ def augmented_samples(
     Args:
         training: training images and labels.
         mean, std: channel statistics, for pixels in [0, 1].
-        augmentation: augmentation of the training.
+        augmentation: augmentation of the training images.
 
     Returns:
         `originals` (K, 3, 32, 32) uint8, `original_labels` (K,), and `augmented`
@@ -57,7 +57,7 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
         augmented: (K * V, 3, 32, 32), changed in place.
         unmixed: the same images as augmented before mixing. The k-th variants of all originals
             form a batch.
-        augmentation: augmentation of the training.
+        augmentation: augmentation of the training images.
     """
     count = len(augmented) // VARIANTS
     mixes = draw_mixes(

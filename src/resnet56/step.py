@@ -21,7 +21,7 @@ from resnet56.runtime import DTYPES, Precision, autocast
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of step `step` (from 0): linear warm-up, then the schedule."""
+    """Return the learning rate at `step` (from 0): linear warm-up, then the schedule."""
     warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
@@ -36,7 +36,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """The module that a step calls, and its execution mode."""
+    """The module for the forward pass, and its execution mode."""
 
     module: nn.Module
     execution: Execution
@@ -45,13 +45,13 @@ class PreparedModel:
 
 
 def prepare_model(model: ResNet, execution: str, precision: Precision) -> PreparedModel:
-    """Prepare a model for an execution mode. All modes are equal up to rounding.
+    """Prepare a model for an execution mode. All modes give the same results up to rounding.
 
     Args:
         model: the model on its device; changed in place by fused execution.
-        execution: `execution` of a recipe. `auto` does not use native execution without a
-            matrix unit, nor `torch.compile`, whose compilation of about a minute pays off only in
-            long runs.
+        execution: `execution` of a recipe. `auto` selects native execution only on a CPU with a
+            matrix unit. It never selects `torch.compile`, which needs about a minute to compile
+            and is faster only in long runs.
         precision: precision of the forward pass.
 
     Raises:
@@ -132,7 +132,7 @@ class Trainer:
     """Takes training steps, and sums the loss and the accuracy of the epoch on the device.
 
     Args:
-        model: the model, whose state is saved in checkpoints.
+        model: the model. Its state is saved in checkpoints.
         wrapped: the module for the forward pass: the model, or a module that wraps it, such as
             DistributedDataParallel.
         recipe: the training configuration.
@@ -158,10 +158,12 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.emas = [EMA(model, decay) for decay in recipe.ema_decay]
         self.begin_sums()
-        self.bad_step = torch.tensor(-1, device=self.device)  # first step whose loss is not finite
+        self.first_nonfinite_step = torch.tensor(
+            -1, device=self.device
+        )  # first step whose loss is not finite
 
     def begin_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
-        """Start the sums of an epoch, or continue those of an interrupted epoch."""
+        """Reset the sums at the start of an epoch, or restore those of an interrupted epoch."""
         # MPS does not support float64.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.tensor([loss_sum, correct], dtype=dtype, device=self.device)
@@ -170,8 +172,8 @@ class Trainer:
         """Take one SGD step.
 
         Adds the loss and the number of correct predictions to `sums`, without synchronizing with
-        the device. If the target is a distribution, a prediction counts with the probability that
-        the target assigns to the predicted class.
+        the device. If the targets are probabilities, each prediction adds the target probability of
+        the predicted class.
 
         Args:
             images: (B, 3, S, S), normalized.
@@ -203,8 +205,8 @@ class Trainer:
             else:
                 correct = (predicted == targets).sum()
             self.sums += torch.stack((loss.detach() * len(targets), correct))
-            valid = torch.isfinite(loss) | (self.bad_step >= 0)
-            self.bad_step = torch.where(valid, self.bad_step, step)
+            valid = torch.isfinite(loss) | (self.first_nonfinite_step >= 0)
+            self.first_nonfinite_step = torch.where(valid, self.first_nonfinite_step, step)
 
     def _distillation_loss(
         self, teachers: Teachers, images: Tensor, logits: Tensor, step: int

@@ -23,21 +23,21 @@ from resnet56.errors import UsageError
 
 WINDOW = 5.0  # seconds between two decisions
 FIRST_WINDOW = 0.3  # seconds before the first decision; CPU times have a resolution of 10 ms
-BUSY = 0.4  # a core counts as busy from this load by other programs
-FREE = 0.25  # a core counts as free again up to this load
+BUSY = 0.4  # a core counts as busy above this load from other programs
+FREE = 0.25  # a busy core counts as free again at or below this load
 RELAPSE_WINDOWS = 12  # if cores are busy again within these windows, the wait doubles
-MAX_WAIT = 12  # windows; the longest wait before free cores are used
+MAX_WAIT = 12  # windows; upper bound of the wait before free cores are used
 
 SLOW = 0.5  # fraction of the run's median throughput below which a warning is shown
-RECOVERED = 0.75  # fraction above which the next slowdown is a new one
-MIN_WINDOWS = 6  # windows before the median is used
+RECOVERED = 0.75  # fraction above which the warning can be shown again
+MIN_WINDOWS = 6  # windows that the median requires
 
 
 class Load(NamedTuple):
     """The load from other programs in a time window."""
 
     seconds: float
-    others: float  # the average number of cores that other programs used
+    others: float  # average number of cores that other programs used
 
 
 class Meter(Protocol):
@@ -126,7 +126,7 @@ class ThreadControl:
         self._windows_since_up = RELAPSE_WINDOWS
 
     def __enter__(self) -> "ThreadControl":
-        """Restore the last number that `begin` or `after_step` set, if any."""
+        """Set the number of threads that `begin` or `after_step` chose last, if any."""
         if self.changes:
             self._torch.set_num_threads(self.changes[-1][1])
         return self
@@ -172,7 +172,7 @@ class ThreadControl:
         if recorded is not None and chosen != self.changes[-1][1]:
             line = (
                 f"the run used {_count(self.changes[-1][1])} so far and continues with "
-                f"{_count(chosen)}: results are equal within rounding, but not bit by bit"
+                f"{_count(chosen)}: the results are equal up to rounding, but not bitwise identical"
             )
         self._set(chosen, step)
         return line
@@ -206,11 +206,11 @@ class ThreadControl:
         return ""
 
     def state(self) -> dict[str, Any]:
-        """Return the state that resuming needs, as JSON values."""
+        """Return the state for resuming, as JSON values."""
         return {"fixed": not self.adaptive, "changes": self.changes}
 
     def _free_threads(self, others: float, tolerance: float) -> int:
-        """Return the number of threads that fit beside `others` busy cores."""
+        """Return the number of threads for which cores are free if `others` cores are busy."""
         return max(1, min(math.floor(self.cores - others + tolerance), self._max_threads))
 
     def _set(self, threads: int, step: int) -> None:
@@ -244,8 +244,8 @@ class ThroughputMonitor:
         """Record progress and return a message for the user, or an empty string.
 
         Args:
-            images: the number of images of this epoch so far.
-            seconds: the time that they took.
+            images: number of images of this epoch so far.
+            seconds: training time of these images.
             cost: the cost of an image in this epoch, relative to other epochs.
         """
         if images < self._last[0]:  # a new epoch
@@ -276,7 +276,9 @@ class ThroughputMonitor:
     def _reason(self) -> str:
         control = self._control
         if self._device != "cpu":
-            return "another program may use the device, or heat or power limits may throttle it"
+            return (
+                "another program may be using the device, or heat or power limits may throttle it"
+            )
         if control.others > BUSY:
             return f"{control.load_text()}; using {_count(control.threads)} (--threads N overrides)"
         return (

@@ -23,12 +23,12 @@ from resnet56.distillation import Teachers
 from resnet56.distillation import fingerprint as weights_fingerprint
 from resnet56.distributed import (
     Distributed,
-    highest,
+    all_reduce_max,
+    all_reduce_sum,
     process_group,
     synchronize_batch_norm,
-    total,
 )
-from resnet56.ema import LONG_DECAY, REESTIMATED_ON, reestimate_batch_norm
+from resnet56.ema import REESTIMATION_DECAY, REESTIMATION_IMAGES, reestimate_batch_norm
 from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError
 from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.files import read_json, write_json
@@ -86,11 +86,11 @@ def train(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: continue from the checkpoint in `out`.
         tensorboard: also write TensorBoard scalars to `out/tensorboard`.
-        test_every_epoch: also record the test loss and accuracy after each epoch. They are for
-            plots only and do not influence training.
+        test_every_epoch: also record the test loss and accuracy after each epoch, for plots. They
+            do not influence training.
         threads: number of CPU threads. By default, all cores that other programs leave free. This
             number is updated during training.
-        display: shows the progress. By default, nothing is shown.
+        display: progress display. By default, nothing is shown.
 
     Returns:
         The content of evaluation.json. An empty dictionary if the rank is not 0.
@@ -106,7 +106,7 @@ def train(
     run = RunDirectory(out)
     with process_group(resolved) as dist, stop_requests() as stop, contextlib.ExitStack() as stack:
         fingerprint = dataset.fingerprint()
-        if resume and dist.is_first:
+        if resume and dist.is_main_process:
             stack.enter_context(run.locked())
         saved = _load_resumed(run, recipe, dataset.source, fingerprint) if resume else None
         adaptive = resolved.type == "cpu" and dist.world_size == 1
@@ -115,8 +115,10 @@ def train(
             recipe, dataset, run, fingerprint, saved, resolved, dist, stop, control, display
         )
         try:
-            with _tensorboard(tensorboard and dist.is_first, run, loop.progress.step) as scalars:
-                if dist.is_first:  # after all checks, so that an error leaves no files
+            with _tensorboard(
+                tensorboard and dist.is_main_process, run, loop.progress.step
+            ) as scalars:
+                if dist.is_main_process:  # after all checks, so that an error leaves no files
                     if saved is None:
                         run.create()
                         stack.enter_context(run.locked())
@@ -126,7 +128,7 @@ def train(
             del loop  # DDP is released before its process group
     if stop.signum is not None:  # received after the last step
         raise Interrupted(stop.signum)
-    if not dist.is_first:
+    if not dist.is_main_process:
         return {}  # type: ignore[typeddict-item]
     with control:
         return evaluate_run(
@@ -156,7 +158,7 @@ def augmentation_of(recipe: Recipe, *, mirror: bool) -> Augmentation:
 
 
 class TrainingLoop:
-    """The training loop and its current state.
+    """The training loop and its state.
 
     Args:
         recipe: the training configuration.
@@ -243,7 +245,7 @@ class TrainingLoop:
         while self.progress.epoch < self.recipe.epochs:
             lr = self.train_epoch()
             row = self.summary(lr)
-            if self.dist.is_first:
+            if self.dist.is_main_process:
                 if self.progress.epoch + 1 == self.recipe.epochs:
                     self.select_ema()
                 for name, split in splits.items():
@@ -259,10 +261,12 @@ class TrainingLoop:
                 raise Interrupted(self.cadence.stop.signum or signal.SIGTERM)
 
     def train_epoch(self) -> float:
-        """Finish the current epoch and return its last learning rate."""
+        """Run the rest of the current epoch, and return its last learning rate."""
         start, started, lr = self.progress, time.perf_counter(), 0.0
-        # The saved sums cover all processes, so only the first process continues them.
-        self.trainer.begin_sums(*((start.loss_sum, start.correct) if self.dist.is_first else ()))
+        # The saved sums cover all processes, so only the main process restores them.
+        self.trainer.begin_sums(
+            *((start.loss_sum, start.correct) if self.dist.is_main_process else ())
+        )
         self.trainer.model.train()
         for images, labels in self.batches.epoch(start.epoch, start.epoch_step):
             step, epoch_step = self.progress.step, self.progress.epoch_step + 1
@@ -288,9 +292,9 @@ class TrainingLoop:
         return lr
 
     def read_loss(self) -> None:
-        """Read and display the sums of the epoch. Raise TrainingError if a loss is not finite."""
+        """Read and display the running loss. Raise TrainingError if a loss is not finite."""
         # Share the failed step, so that all processes stop together.
-        diverged = int(highest(self.trainer.bad_step.clone(), self.dist))
+        diverged = int(all_reduce_max(self.trainer.first_nonfinite_step.clone(), self.dist))
         if diverged >= 0:
             epoch = diverged // self.batches.steps + 1
             lr = learning_rate(self.recipe, diverged, self.batches.steps)
@@ -299,9 +303,9 @@ class TrainingLoop:
                 f"{lr:g}; the last good checkpoint is in {self.run_directory.path}; try a "
                 "lower --lr or a longer --warmup-epochs"
             )
-        loss_sum, correct = total(self.trainer.sums.clone(), self.dist).tolist()
+        loss_sum, correct = all_reduce_sum(self.trainer.sums.clone(), self.dist).tolist()
         self.progress = replace(self.progress, loss_sum=loss_sum, correct=correct)
-        if self.dist.is_first:
+        if self.dist.is_main_process:
             images, seconds = self.progress.images, self.progress.seconds
             self.display.step(
                 self.progress.step, loss_sum / images, correct / images, images / seconds
@@ -309,8 +313,8 @@ class TrainingLoop:
             self.log(self.throughput.update(images, seconds, self.costs[self.progress.epoch]))
 
     def log(self, line: str) -> None:
-        """Display a line in the first process, unless it is empty."""
-        if line and self.dist.is_first:
+        """Display a line in the main process, unless it is empty."""
+        if line and self.dist.is_main_process:
             self.display.log(line)
 
     def summary(self, lr: float) -> dict[str, Any]:
@@ -347,14 +351,14 @@ class TrainingLoop:
         """Select the EMA with the highest validation accuracy, if there is an EMA."""
         candidates: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
         for ema in self.trainer.emas:
-            reestimated = ema.decay > LONG_DECAY
+            reestimated = ema.decay > REESTIMATION_DECAY
             weights = self._reestimate_statistics(ema.tensors) if reestimated else ema.tensors
             metrics: dict[str, Any] = {"decay": ema.decay, "reestimated": reestimated}
             if self.validation is not None:
                 metrics |= self.measure("val", self.validation, weights)
             candidates.append((metrics, weights))
         if candidates:
-            # The loss breaks ties. A single EMA needs no validation set.
+            # Ties are resolved by the loss. A single EMA needs no validation set.
             best, self.selected = max(
                 candidates,
                 key=lambda pair: (pair[0].get("val_accuracy", 0), -pair[0].get("val_loss", 0)),
@@ -371,15 +375,15 @@ class TrainingLoop:
         model.load_state_dict(weights)
         # This runs in one process, on global batches.
         batches = replace(self.batches, rank=0, world_size=1)
-        count = math.ceil(REESTIMATED_ON / batches.global_batch)
+        count = math.ceil(REESTIMATION_IMAGES / batches.global_batch)
         images = (images for images, _ in batches.epoch(self.recipe.epochs - 1))
         reestimate_batch_norm(model, itertools.islice(images, count), self.precision)
         return model.state_dict()
 
     def save(self) -> None:
-        """Write a checkpoint. Raise TrainingError if it has values that are not finite."""
+        """Write a checkpoint. Raise TrainingError if it contains values that are not finite."""
         self.cadence.saved()
-        if not self.dist.is_first:
+        if not self.dist.is_main_process:
             return
         metadata = {
             "resnet56": importlib.metadata.version("resnet56"),

@@ -106,6 +106,6 @@ def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
 def _print_remarks(dataset: "Dataset") -> "Dataset":
     from resnet56.distributed import Distributed
 
-    for remark in dataset.remarks if Distributed.from_environment().is_first else ():
+    for remark in dataset.remarks if Distributed.from_environment().is_main_process else ():
         say(remark)
     return dataset

@@ -23,7 +23,7 @@ QUANTITIES = (  # field of LayerStatistics, panel label, logarithmic axis
     ("response_gradient", "gradient norm, response", True),
     ("weight_gradient", "gradient norm, weights", True),
     ("response_std", "standard deviation, response", False),
-    ("dead_relus", "share of dead ReLUs", False),
+    ("dead_relus", "fraction of dead ReLUs", False),
 )
 
 

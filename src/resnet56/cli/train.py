@@ -82,12 +82,12 @@ def run(arguments: list[str]) -> int:
     from resnet56.progress import TrainingDisplay
     from resnet56.training import Interrupted
 
-    is_first = Distributed.from_environment().is_first
-    with TrainingDisplay(quiet=job.options.quiet or not is_first) as display:
+    is_main_process = Distributed.from_environment().is_main_process
+    with TrainingDisplay(quiet=job.options.quiet or not is_main_process) as display:
         try:
             result = _train(job, display)
         except Interrupted as interrupted:
-            if is_first:
+            if is_main_process:
                 say("")  # start a new line after the terminal's ^C
                 say(f"stopped; the checkpoint is saved; continue with: {job.resume_command}")
             return interrupted.exit_code
@@ -99,7 +99,7 @@ def run(arguments: list[str]) -> int:
             else:
                 say("stopped before the first checkpoint")
             return INTERRUPTED
-        if is_first:
+        if is_main_process:
             _show_result(result, job.out, display)
     return 0
 
