@@ -182,7 +182,7 @@ def test_run_is_named_after_its_directory(predictor: Predictor) -> None:
 
 
 def test_missing_model_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="nothing is neither a run nor a pretrained network"):
+    with pytest.raises(RunError, match="nothing is neither a run nor a pretrained model"):
         resnet56.load("nothing")
     with pytest.raises(RunError, match=r"cannot read .*none\.onnx: No such file"):
         resnet56.load(tmp_path / "none.onnx")
@@ -233,7 +233,7 @@ def test_card_has_recipe_and_evaluation(
 
 
 def test_unknown_name_lists_the_available_ones(weights_folder: Path) -> None:
-    with pytest.raises(RunError, match=r"nor a pretrained network \(available: small\)"):
+    with pytest.raises(RunError, match=r"nor a pretrained model \(available: small\)"):
         resnet56.load("large")
     with pytest.raises(RunError, match="available: small"):
         pretrained.load("../small")

@@ -261,7 +261,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
     [
         (["train", "quick", "--data", "./none"], "none"),
         (["train", "quick", "--resume", "--out", "none"], "there is no run at none"),
-        (["evaluate", "none"], "none is neither a run nor a pretrained network"),
+        (["evaluate", "none"], "none is neither a run nor a pretrained model"),
     ],
 )
 def test_what_is_not_there_is_one_line_and_exit_code_1(

@@ -143,7 +143,7 @@ def test_max_pixels(
         (["x.png", "--json", "--csv"], 2, "cannot be combined"),
         (["x.png", "--top", "0"], 2, "--top must be at least 1"),
         (["x.png", "--max-pixels", "0"], 2, "--max-pixels must be at least 1"),
-        (["x.png", "--run", "nothing"], 1, "nothing is neither a run nor a pretrained network"),
+        (["x.png", "--run", "nothing"], 1, "nothing is neither a run nor a pretrained model"),
         (["x.png", "--run", "none.onnx"], 1, "cannot read none.onnx"),
     ],
 )

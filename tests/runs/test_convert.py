@@ -395,12 +395,12 @@ def test_an_imported_run_can_be_evaluated(
 STATE = build("resnet8-b", seed=4).state_dict()
 
 
-def convert_content(content: object, tmp_path: Path, **options: Any) -> convert.Imported:
+def convert_content(content: object, tmp_path: Path, **options: Any) -> convert.ImportedModel:
     torch.save(content, tmp_path / "model.pth")
     return convert.read(tmp_path / "model.pth", **options)
 
 
-def has_weights(imported: convert.Imported, state: dict[str, Tensor]) -> bool:
+def has_weights(imported: convert.ImportedModel, state: dict[str, Tensor]) -> bool:
     model = imported.checkpoint.model
     return all(torch.equal(model[key], state[key]) for key in state if "num_batches" not in key)
 
@@ -440,7 +440,7 @@ def test_averaged_weights_are_recognized_by_their_name(name: str, tmp_path: Path
     ):
         result = convert_content(content, tmp_path)
         assert has_weights(result, STATE)
-        assert any("averaged weights" in remark for remark in result.remarks)
+        assert any("EMA weights" in remark for remark in result.remarks)
 
 
 def test_the_averaged_model_of_pytorch_is_recognized_by_its_counter(tmp_path: Path) -> None:

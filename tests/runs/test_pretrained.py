@@ -1,4 +1,4 @@
-"""The outputs of the pretrained networks match pinned values and their cards."""
+"""The outputs of the pretrained models match pinned values and their cards."""
 
 from pathlib import Path
 

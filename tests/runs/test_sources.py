@@ -97,7 +97,7 @@ def test_weights_without_declared_classes_must_be_imported(tmp_path: Path) -> No
     torch.save(dict(lively().model), tmp_path / "bare.pth")
     with pytest.raises(RunError, match="does not declare its classes and mean and std.* import"):
         open_network(tmp_path / "bare.pth")
-    with pytest.raises(RunError, match="nowhere is neither a run nor a pretrained network"):
+    with pytest.raises(RunError, match="nowhere is neither a run nor a pretrained model"):
         open_network("nowhere")
 
 

@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
         raise UsageError("--mean must be numbers from 0 to 1, the range of the images")
     if not all(0 < value <= 1 for value in options.std or ()):
         raise UsageError("--std must be numbers above 0 and at most 1")
-    directory.refuse_taken()
+    directory.require_unused()
     imported = import_network(
         options.file,
         options.arch,

@@ -141,7 +141,7 @@ def _choose(arguments: list[str]) -> _Job:
     if options.resume:
         run.load()  # raises if there is nothing to resume
     else:
-        run.refuse_taken()
+        run.require_unused()
     return _Job(options, own, out)
 
 

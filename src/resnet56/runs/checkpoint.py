@@ -1,7 +1,7 @@
-"""Checkpoints: the weights of a model, and the state to resume its training.
+"""Checkpoints: the weights of a model, and the training state for resuming.
 
 A checkpoint consists of several files. checkpoint.json names the tensor files with their SHA-256.
-It is written last, and only then are the previous tensor files removed. So the checkpoint on disk
+It is written last, and only then are the previous tensor files removed. The checkpoint on disk
 is always complete, even after a power failure.
 """
 
@@ -29,11 +29,11 @@ from resnet56.runs.schema import (
     check,
 )
 
-if TYPE_CHECKING:  # commands that read no tensors start without PyTorch
+if TYPE_CHECKING:  # commands that do not read tensors start without PyTorch
     from torch import Tensor
 
 FORMAT = 1  # version of the checkpoint format; newer ones are rejected
-ATTEMPTS = 10  # to read a checkpoint that a training run replaces at the same time
+ATTEMPTS = 10  # attempts to read a checkpoint that a training run is replacing
 
 Mean = Annotated[float, Meta(ge=-1000, le=1000)]
 Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # a divisor in fp32
@@ -84,12 +84,12 @@ class Threads(TypedDict):
     changes: Annotated[list[tuple[Count, Ordinal]], Meta(min_length=1)]  # (first step, threads)
 
 
-class Notes(TypedDict, total=False):
-    """Metadata of a checkpoint."""
+class CheckpointMetadata(TypedDict, total=False):
+    """The metadata of a checkpoint."""
 
     resnet56: Text  # version of the package that wrote it
     data: Text | None  # fingerprint of the data set
-    weights: Text  # "ema", "final", "shipped" or "imported"
+    weights: Text  # "ema", "final", "pretrained" or "imported"
     ema_decay: Share  # decay of the EMA weights, after the training
     ema_candidates: list[EmaCandidate]  # the EMAs to choose from
     teachers: list[Teacher]  # teachers of knowledge distillation
@@ -113,25 +113,25 @@ class _TensorFiles:
 
 
 @dataclass(frozen=True)
-class _Head:
+class _Manifest:
     """The content of checkpoint.json."""
 
     format: Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
     config: ModelConfig
     progress: Progress
-    metadata: Notes
+    metadata: CheckpointMetadata
     files: _TensorFiles
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a model and, to resume, the state of its training."""
+    """The weights of a model and, for resuming, its training state."""
 
     config: ModelConfig
-    model: Mapping[str, "Tensor"]  # EMA weights if there are any, or else the current ones
+    model: Mapping[str, "Tensor"]  # EMA weights if there are any, otherwise the raw ones
     training: Mapping[str, "Tensor"] = field(default_factory=dict)  # momentum, raw weights
     progress: Progress = field(default_factory=Progress)
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # see Notes
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # see CheckpointMetadata
 
 
 def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
@@ -164,12 +164,12 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
         "metadata": dict(checkpoint.metadata),
         "files": files,
     }
-    check(head, _Head, str(file))
+    check(head, _Manifest, str(file))
     write_json(file, head)
     named = {entry["name"] for entry in files.values()} | {file.name}
     for path in directory.iterdir():
         if path.name not in named:
-            with contextlib.suppress(OSError):  # on Windows, another process may have it open
+            with contextlib.suppress(OSError):  # on Windows, another process may have the file open
                 path.unlink()
 
 
@@ -183,19 +183,19 @@ def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
     Raises:
         RunError: the checkpoint does not exist, is damaged, or has a newer format.
     """
-    head = _read_head(file)
+    head = _read_manifest(file)
     for _ in range(ATTEMPTS):
         try:
             return _load_parts(file, head, training)
         except RunError:
-            newer = _read_head(file)
+            newer = _read_manifest(file)
             if newer == head:
                 raise
             head = newer
     raise RunError(f"{file} is being replaced continuously; try again")
 
 
-def _read_head(file: Path) -> _Head:
+def _read_manifest(file: Path) -> _Manifest:
     content = read_json(file)
     found = content.get("format")
     if isinstance(found, int) and found > FORMAT:
@@ -203,11 +203,11 @@ def _read_head(file: Path) -> _Head:
             f"{file} has format {found}, but this version of resnet56 supports up to {FORMAT}; "
             "update resnet56"
         )
-    head = check(content, _Head, str(file))
+    head = check(content, _Manifest, str(file))
     return replace(head, metadata=content["metadata"])  # preserve unknown fields
 
 
-def _load_parts(file: Path, head: _Head, training: bool) -> Checkpoint:
+def _load_parts(file: Path, head: _Manifest, training: bool) -> Checkpoint:
     model = _read_tensors(file.parent, head.files.model)
     state = _read_tensors(file.parent, head.files.training) if training else {}
     return Checkpoint(head.config, model, state, head.progress, dict(head.metadata))

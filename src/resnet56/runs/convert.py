@@ -1,4 +1,4 @@
-"""Conversion of checkpoints from other projects, without running any code in them.
+"""Convert checkpoints of other projects without running code in them.
 
 A state dict is recognized by its names and shapes, at any depth inside a file. Supported are the
 layouts of this package, akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models,
@@ -31,7 +31,7 @@ Constants = tuple[Triple, Triple]  # mean and standard deviation
 Rename = str | Callable[[re.Match[str]], str]
 
 MAX_CLASSES = 100_000
-MAX_DEPTH = 8  # of nested containers
+MAX_DEPTH = 8  # maximum depth of nested containers
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # standard names in a hub folder
 SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl"}
 
@@ -44,8 +44,8 @@ CIFAR: dict[int, Constants] = {  # used by chenyaofo's models and many others
 
 
 @dataclass(frozen=True)
-class Imported:
-    """A converted checkpoint, with remarks on what was assumed or ignored."""
+class ImportedModel:
+    """A converted checkpoint, with remarks about assumed values and ignored content."""
 
     checkpoint: Checkpoint
     remarks: tuple[str, ...]
@@ -60,19 +60,19 @@ class Layout:
 
     stem: str  # name of the first convolution's weight
     heads: tuple[str, ...]  # possible names of the classifier's weight
-    rules: tuple[tuple[str, Rename], ...]  # regular expressions to our names, applied in order
+    rules: tuple[tuple[str, Rename], ...]  # regular expressions and replacements, applied in order
     constants: Mapping[int, Constants]  # by number of classes
     pads_after: bool = False  # shortcut A appends all its zero channels
 
     def rename(self, key: str) -> str:
-        """Convert a name of this layout to ours."""
+        """Convert a name of this layout to that of this package."""
         for pattern, name in self.rules:
             key = re.sub(pattern, name, key)
         return key
 
 
 def _one_based(form: str) -> Callable[[re.Match[str]], str]:
-    """Format stage and block; blocks are counted from 1 in the layout and from 0 here."""
+    """Format stage and block. The layout counts blocks from 1, and this package from 0."""
     return lambda match: form.format(match[1], int(match[2]) - 1)
 
 
@@ -147,7 +147,7 @@ LAYOUTS = (
 # Inserted into names by compilation and sharding.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged", "averaging", "polyak", "shadow"}
-# First parts of names that belong to the training, not to the network.
+# Prefixes of names that belong to the training state.
 _AUXILIARY = re.compile(
     r"loss|criterion|metric|accuracy|(^|_)(acc|auc|auroc|f1|confmat)\d*($|_)|^(train|val|test)_"
     r"|n_averaged|initted|(^|_)(step|epoch|updates?|decay|temperature|centers?)($|_)"
@@ -157,7 +157,7 @@ _AUXILIARY = re.compile(
 
 @dataclass(frozen=True)
 class Candidate:
-    """Tensors in a file that may form a network, under our names."""
+    """Tensors in a file that may form a network, with the names of this package."""
 
     name: str  # path inside the file, such as "model_ema.module"
     layout: Layout
@@ -176,7 +176,7 @@ def read(
     classes: Sequence[str] = (),
     prefix: str | None = None,
     require_declared: bool = False,
-) -> Imported:
+) -> ImportedModel:
     """Read the network in a file or a hub folder.
 
     The file's metadata or the config.json next to it declare the architecture, the classes and the
@@ -217,7 +217,7 @@ def read(
         remarks.append(f"ignored objects that are not tensors: {_abbreviate(contents.ignored)}")
     metadata = {"weights": "imported", "file": file.name}
     remarks += class_remarks + constant_remarks
-    return Imported(Checkpoint(config, model, metadata=metadata), tuple(remarks))
+    return ImportedModel(Checkpoint(config, model, metadata=metadata), tuple(remarks))
 
 
 def override(
@@ -227,8 +227,8 @@ def override(
     mean: Triple | None,
     std: Triple | None,
     classes: Sequence[str],
-) -> Imported:
-    """Replace the constants and classes of one of our checkpoints by those that are given.
+) -> ImportedModel:
+    """Replace the constants and classes of a checkpoint of this package.
 
     Raises:
         RunError: the checkpoint has another architecture.
@@ -237,17 +237,17 @@ def override(
     old = checkpoint.config
     if arch not in (None, old.arch):
         raise RunError(f"{name} is {old.arch}, not {arch}")
-    declared = Declared(old.arch, old.classes, old.mean, old.std, name)
+    declared = DeclaredConfig(old.arch, old.classes, old.mean, old.std, name)
     constants, remarks = _resolve_constants(mean, std, declared, len(old.classes))
     names, class_remarks = _resolve_classes(classes, declared, len(old.classes))
     metadata = {"weights": "imported", "file": Path(name).name}
     config = ModelConfig(old.arch, names, *constants)
     remarks += class_remarks
-    return Imported(Checkpoint(config, checkpoint.model, metadata=metadata), tuple(remarks))
+    return ImportedModel(Checkpoint(config, checkpoint.model, metadata=metadata), tuple(remarks))
 
 
 def weights_in(folder: Path) -> Path:
-    """Return the weight file in a hub folder; RunError unless there is exactly one."""
+    """Return the weight file in a hub folder. Raises RunError unless there is exactly one."""
     try:
         files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
     except OSError as error:
@@ -257,11 +257,11 @@ def weights_in(folder: Path) -> Path:
         return (standard or files)[0]
     if files:
         raise RunError(
-            f"{folder} contains several checkpoints ({_abbreviate(files)}); give the path of one"
+            f"{folder} contains several checkpoints ({_abbreviate(files)}); choose one of them"
         )
     raise RunError(
-        f"{folder} contains neither a run nor weights; give a run directory, a checkpoint file or "
-        "a hub folder"
+        f"{folder} contains neither a run nor weights; choose a run directory, a checkpoint file "
+        "or a hub folder"
     )
 
 
@@ -269,7 +269,7 @@ def weights_in(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Declared:
+class DeclaredConfig:
     """What a file, or the config.json next to it, declares about its network."""
 
     arch: str | None = None
@@ -284,18 +284,18 @@ class Declared:
         return [name for name, value in needed.items() if value is None]
 
 
-def _declared(file: Path, contents: Contents) -> Declared:
+def _declared(file: Path, contents: Contents) -> DeclaredConfig:
     if "arch" in contents.metadata and "classes" in contents.metadata:
         try:
             config = config_from_metadata(contents.metadata)
         except ValueError as error:
             raise RunError(f"{file} has invalid metadata: {one_line(error)}") from None
-        return Declared(config.arch, config.classes, config.mean, config.std, file.name)
+        return DeclaredConfig(config.arch, config.classes, config.mean, config.std, file.name)
     config_file = file.with_name("config.json")
-    return _read_hub_config(config_file) if config_file.is_file() else Declared()
+    return _read_hub_config(config_file) if config_file.is_file() else DeclaredConfig()
 
 
-def _read_hub_config(file: Path) -> Declared:
+def _read_hub_config(file: Path) -> DeclaredConfig:
     """Read a config.json of this package, timm or Transformers."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -311,8 +311,8 @@ def _read_hub_config(file: Path) -> Declared:
     ours = isinstance(arch, str) and re.fullmatch(
         r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?", arch
     )
-    return Declared(
-        # In other projects "resnet56" may have projections, so the shapes decide.
+    return DeclaredConfig(
+        # In other projects, "resnet56" may have projections, so the shapes decide.
         arch if ours and "mean" in config and "id2label" in config else None,
         _labels(merged),
         _triple(merged.get("mean")),
@@ -322,7 +322,7 @@ def _read_hub_config(file: Path) -> Declared:
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the class names, if they are declared and distinct."""
+    """Return the declared class names if they are distinct."""
     labels = config.get("label_names")
     numbered = config.get("id2label")
     if not isinstance(labels, list) and isinstance(numbered, dict):
@@ -349,7 +349,7 @@ def _triple(value: object) -> Triple | None:
 def _choose(
     file: Path, contents: Contents, arch: str | None, prefix: str | None
 ) -> tuple[Candidate, str, list[str]]:
-    """Return the network, its architecture, and remarks on the choice."""
+    """Return the network, its architecture, and remarks about the choice."""
     containers = list(_containers(contents.tree))
     candidates = _distinct(
         [candidate for item in containers for candidate in _candidates_in(*item)]
@@ -376,9 +376,7 @@ def _choose(
     candidate, name = (averaged or matches)[0]
     if len(matches) == 2:
         other = next(c for c, _ in matches if c is not candidate)
-        remarks.append(
-            f"using the averaged weights {shown(candidate.name)}, not {shown(other.name)}"
-        )
+        remarks.append(f"using the EMA weights {shown(candidate.name)}, not {shown(other.name)}")
     if arch is None and Architecture.parse(name).shortcut == "A":
         plain = name.replace("resnet", "plain")
         remarks.append(
@@ -452,7 +450,7 @@ def _strip_wrappers(key: str) -> str:
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Drop candidates that share the memory of an earlier one."""
+    """Remove candidates that share memory with an earlier one."""
     memories: list[dict[str, object]] = []
     distinct = []
     for candidate in candidates:
@@ -496,7 +494,7 @@ def _describe_content(
 
 
 def _matching_arch(candidate: Candidate, arch: str | None) -> str | None:
-    """Return the architecture that the tensors match, or None; only try `arch` if given."""
+    """Return the architecture that the tensors match, or None. If `arch` is set, try only that."""
     names = [arch] if arch else _possible_archs(candidate.tensors)
     return next((name for name in names if not _mismatches(candidate.tensors, name)), None)
 
@@ -504,7 +502,7 @@ def _matching_arch(candidate: Candidate, arch: str | None) -> str | None:
 def _possible_archs(state: Mapping[str, StoredTensor]) -> Iterator[str]:
     """Yield the architectures with as many blocks per stage as the first stage has.
 
-    The plain network is omitted: it has the same tensors as the network with shortcut A.
+    Plain networks are omitted because they have the same tensors as networks with shortcut A.
     """
     matches = (re.match(r"stage1\.(\d{1,4})\.", key) for key in state)
     numbers = [int(match[1]) for match in matches if match]
@@ -558,7 +556,7 @@ def _expected_of(arch: str, candidate: Candidate) -> dict[str, Tensor]:
 
 
 def _num_outputs(state: Mapping[str, StoredTensor]) -> int:
-    """Return the number of outputs from the classifier's bias; 10 without a valid bias."""
+    """Return the length of the classifier's bias, or 10 without a valid bias."""
     bias = state.get("fc.bias")
     if bias is None or len(bias.shape) != 1 or not 1 < bias.shape[0] <= MAX_CLASSES:
         return 10
@@ -566,7 +564,7 @@ def _num_outputs(state: Mapping[str, StoredTensor]) -> int:
 
 
 def _mismatches(state: Mapping[str, StoredTensor], arch: str) -> list[str]:
-    """Describe the differences between the tensors and an architecture; empty if they match."""
+    """Describe the differences between the tensors and an architecture, if any."""
     expected = _expected(arch, _num_outputs(state))
     missing = [key for key in expected if key not in state and not _is_counter(key)]
     extra = [
@@ -589,7 +587,7 @@ def _mismatches(state: Mapping[str, StoredTensor], arch: str) -> list[str]:
 
 
 def _is_counter(key: str) -> bool:
-    """Whether a key is batch norm's step counter: old checkpoints lack it, inference ignores it."""
+    """Return whether a key is a batch norm counter, which is optional in old checkpoints."""
     return key.endswith("num_batches_tracked")
 
 
@@ -605,7 +603,7 @@ def _abbreviate(words: Sequence[object]) -> str:
 
 
 def _default_constants(candidate: Candidate, outputs: int) -> tuple[Constants | None, str]:
-    """Return the constants that the layout's authors normalize with, and their origin."""
+    """Return the normalization constants of the layout's authors, and their origin."""
     has_projections = any(".shortcut." in key for key in candidate.tensors)
     if candidate.head == "linear.weight" and not has_projections:
         return IMAGENET, "ImageNet, as in akamaster's training"
@@ -615,11 +613,11 @@ def _default_constants(candidate: Candidate, outputs: int) -> tuple[Constants | 
 def _resolve_constants(
     mean: Triple | None,
     std: Triple | None,
-    declared: Declared,
+    declared: DeclaredConfig,
     outputs: int,
     defaults: tuple[Constants | None, str] = (None, ""),
 ) -> tuple[Constants, list[str]]:
-    """Return mean and std (given, declared or default, in this order) and remarks."""
+    """Return mean and std (from the arguments, the file or the defaults) and remarks."""
     remarks = []
     for flag, given, in_file in (("--mean", mean, declared.mean), ("--std", std, declared.std)):
         if given and in_file and not all(map(math.isclose, given, in_file)):
@@ -641,9 +639,9 @@ def _resolve_constants(
 
 
 def _resolve_classes(
-    names: Sequence[str], declared: Declared, outputs: int
+    names: Sequence[str], declared: DeclaredConfig, outputs: int
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Return class names (given, declared or of a CIFAR data set, in this order) and remarks."""
+    """Return class names (from the arguments, the file or a CIFAR data set) and remarks."""
     if names:
         if len(names) != outputs or len(set(names)) != outputs:
             raise UsageError(
@@ -671,7 +669,7 @@ def _resolve_classes(
 
 
 def _load_weights(candidate: Candidate, config: ModelConfig, file: Path) -> dict[str, Tensor]:
-    """Read the tensors and convert them to our order, data types and channels."""
+    """Read the tensors, and convert names, data types and channel order to this package's."""
     model = {}
     for key, like in _expected_of(config.arch, candidate).items():
         if _is_counter(key):
@@ -681,9 +679,9 @@ def _load_weights(candidate: Candidate, config: ModelConfig, file: Path) -> dict
         try:
             values = stored.read()
             dtype = values.dtype
-            # Always copy: two names may share a tensor in the file.
+            # Always copy, because two names may share a tensor in the file.
             values = values.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-        except Exception as error:  # a damaged file can make a parser raise anything
+        except Exception as error:  # parsers can raise any exception on a damaged file
             raise RunError(
                 f"{file} is damaged: {key} of type {one_line(stored.type)} cannot be read: "
                 f"{one_line(error)}"
@@ -701,13 +699,13 @@ def _load_weights(candidate: Candidate, config: ModelConfig, file: Path) -> dict
 
 
 def _center_padding(model: dict[str, Tensor]) -> None:
-    """Permute channels in place, from shortcuts that pad after to shortcuts that pad both sides.
+    """Permute channels in place, from shortcuts that pad at the end to those that pad both sides.
 
     The position of the zero channels that shortcut A adds does not matter, as long as all
     surrounding layers agree. `conv2` and `bn2` write the channels of a stage; `conv1` of the next
     block, or the classifier, reads them.
     """
-    order = torch.arange(WIDTHS[0])  # our channel -> channel in the layout
+    order = torch.arange(WIDTHS[0])  # channel in this package -> channel in the layout
     for stage, width in enumerate(WIDTHS, start=1):
         before = order
         added = torch.arange(len(order), width)
@@ -727,7 +725,7 @@ def _center_padding(model: dict[str, Tensor]) -> None:
 
 @torch.inference_mode()
 def _has_finite_outputs(config: ModelConfig, model: Mapping[str, Tensor]) -> bool:
-    """Whether the outputs for a uniform image and a noise image are finite."""
+    """Return whether the outputs for a uniform image and a noise image are finite."""
     net = build(config.arch, classes=len(config.classes))
     net.load_state_dict(model)
     generator = torch.Generator().manual_seed(0)

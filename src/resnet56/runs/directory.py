@@ -1,6 +1,6 @@
 """The run directory: the files that a training run writes and later commands read.
 
-    recipe.json        training options
+    recipe.json        training settings
     environment.json   machine, versions, command and data
     metrics.jsonl      one line per epoch
     checkpoint/        checkpoint.json and the tensor files that it names
@@ -44,7 +44,7 @@ class RunDirectory:
 
     def create(self) -> None:
         """Create the directory. Raises RunError if it cannot be used for a new run."""
-        self.refuse_taken()
+        self.require_unused()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -52,7 +52,7 @@ class RunDirectory:
                 f"cannot create the run directory {self.path}: {error.strerror or error}"
             ) from None
 
-    def refuse_taken(self) -> None:
+    def require_unused(self) -> None:
         """Raise RunError if the directory cannot be used for a new run."""
         if self.checkpoint_file.exists():
             raise RunError(
@@ -63,7 +63,7 @@ class RunDirectory:
             others = sorted(entry.name for entry in self.path.iterdir())
         except FileNotFoundError:
             return
-        except OSError as error:  # for example, the path is a file
+        except OSError as error:  # such as a path that is a file
             raise RunError(
                 f"{self.path} cannot be a run directory: {error.strerror or error}; choose "
                 "another --out"
@@ -193,7 +193,7 @@ class RunDirectory:
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Keep only the first `epochs` epochs, which the checkpoint includes."""
+        """Remove the rows after the first `epochs` epochs, which are those of the checkpoint."""
         if self.metrics_file.exists():
             rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
             text = "".join(to_json(row) + "\n" for row in rows)
@@ -231,7 +231,7 @@ class RunDirectory:
             RunError: the checkpoint does not exist, is damaged, or has a newer format.
         """
         if not self.path.is_dir():
-            raise RunError(f"there is no run at {self.path}; give the directory of a run")
+            raise RunError(f"there is no run at {self.path}; choose the directory of a run")
         if not self.checkpoint_file.exists():
             raise RunError(f"{self.path} has no checkpoint yet; train first")
         return load_checkpoint(self.checkpoint_file, training=training)

@@ -1,4 +1,4 @@
-"""Pretrained networks: `weights/NAME.safetensors` and the model card `weights/NAME.json`.
+"""Pretrained models: `weights/NAME.safetensors` and the model card `weights/NAME.json`.
 
 Weights are stored in half precision, in less than 2 MB per network. The header declares the
 architecture, the classes and the normalization constants; the card documents training and
@@ -27,31 +27,31 @@ HEAD = 512  # bytes at the start of a file that identify its format
 
 
 def names() -> list[str]:
-    """Return the names of all pretrained networks."""
+    """Return the names of all pretrained models."""
     return sorted(file.stem for file in FOLDER.glob("*.safetensors"))
 
 
 def load(name: str) -> Checkpoint:
-    """Load a pretrained network, with its weights in single precision.
+    """Load a pretrained model, with its weights in single precision.
 
     Raises:
         RunError: there is no network of that name, or its file is damaged.
     """
     if name not in names():
         available = ", ".join(names()) or "none"
-        raise RunError(f"no pretrained network named {name!r}; available: {available}")
+        raise RunError(f"no pretrained model named {name!r}; available: {available}")
     path = FOLDER / f"{name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             config = config_from_metadata(file.metadata() or {})
             model = {key: _to_float32(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # a damaged file can make a parser raise anything
+    except Exception as error:  # parsers can raise any exception on a damaged file
         raise RunError(f"{path} is damaged: {one_line(error)}; install the package again") from None
-    return Checkpoint(config, model, metadata={"weights": "shipped"})
+    return Checkpoint(config, model, metadata={"weights": "pretrained"})
 
 
 def save(run: RunDirectory, name: str, folder: Path) -> Path:
-    """Write the weights of a run in half precision, and its card, to `folder` as `name`.
+    """Write the weights of a run in half precision, and a model card, to `folder` as `name`.
 
     The card contains the recipe and the evaluation of the run, if they exist. That evaluation is
     of the run's own weights; evaluate the half-precision weights before a release.
@@ -67,7 +67,7 @@ def save(run: RunDirectory, name: str, folder: Path) -> Path:
     content = safetensors.torch.save(half, metadata=config_to_metadata(checkpoint.config))
     if len(content) > MAX_SIZE:
         raise RunError(
-            f"{run.path} is too large for a pretrained network: {len(content) / 1e6:.1f} MB, more "
+            f"{run.path} is too large for a pretrained model: {len(content) / 1e6:.1f} MB, more "
             f"than {MAX_SIZE / 1e6:.0f} MB"
         )
     path = folder / f"{name}.safetensors"
@@ -92,12 +92,12 @@ def _card(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def config_to_metadata(config: ModelConfig) -> dict[str, str]:
-    """Return the metadata of a safetensors or ONNX file that `network_from` reads."""
+    """Return the metadata of a safetensors or ONNX file that `config_from_metadata` reads."""
     return {"format": "1", **{key: json.dumps(value) for key, value in asdict(config).items()}}
 
 
 def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
-    """Read the metadata that `metadata_of` wrote. Raises ValueError if it is invalid."""
+    """Convert the result of `config_to_metadata` back. Raises ValueError if it is invalid."""
     if metadata.get("format") not in ("1", "pt"):  # hub libraries require "pt"
         raise ValueError(f"format {metadata.get('format')!r} is not supported by this version")
     try:
@@ -120,18 +120,18 @@ def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
 
 
 def is_onnx(file: Path) -> bool:
-    """Whether a file is an ONNX model, by its first bytes or its name."""
+    """Return whether a file is an ONNX model, based on its suffix or its first bytes."""
     if file.suffix.lower() == ".onnx":
         return True
     try:
         with file.open("rb") as stream:
-            return file.is_file() and begins_onnx(stream.read(HEAD))
+            return file.is_file() and has_onnx_header(stream.read(HEAD))
     except OSError:
         return False
 
 
-def begins_onnx(head: bytes) -> bool:
-    """Whether bytes are the first fields of an ONNX model: format version and producer."""
+def has_onnx_header(head: bytes) -> bool:
+    """Return whether bytes start with the first fields of an ONNX model: version and producer."""
     return len(head) > 3 and head[0] == 0x08 and head[1] < 0x40 and head[2] in (0x12, 0x1A, 0x3A)
 
 
@@ -140,7 +140,7 @@ def _triple(values: object, name: str) -> tuple[float, float, float]:
         raise ValueError(f"{name} is not a list of three numbers")
     for value in values:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) < 1e6:  # also refuses NaN
+        if not number or not abs(value) < 1e6:  # also rejects NaN
             raise ValueError(f"{name} is not a list of three numbers")
     first, second, third = map(float, values)
     return first, second, third

@@ -1,4 +1,4 @@
-"""The typed schema of a run's files, checked on every read and write.
+"""The schema of the files of a run. Every read and write is validated.
 
 JSON objects are dictionaries with TypedDict types. Python users see the same types, for example in
 the results of `train` and `evaluate`. A field that is missing, has the wrong type or is out of
@@ -24,12 +24,12 @@ from resnet56.files import read_json, to_json, write_arrays, write_json
 
 T = TypeVar("T")
 
-MAX_INTEGER = 2**53  # not every JSON reader represents larger integers exactly
+MAX_INTEGER = 2**53  # some JSON parsers do not represent larger integers exactly
 MAX_ARRAY_BYTES = 1 << 30  # uncompressed size of an .npz file
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 Ordinal = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
-# Rounding can push a mean of shares slightly above 1, and a loss slightly below 0.
+# Because of rounding, a mean of fractions can be slightly above 1, and a loss slightly below 0.
 Share = Annotated[float, Meta(ge=0, le=1 + 1e-9)]
 Loss = Annotated[float, Meta(ge=-1e-6, le=1e300)]  # in nats
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
@@ -116,7 +116,7 @@ class ClassMetrics(TypedDict):
     """Metrics of one class; null if the class has no images."""
 
     precision: Share | None  # 0 if the class is never predicted
-    recall: Share | None  # share of the class's images that are classified correctly
+    recall: Share | None  # fraction of the class's images that are classified correctly
     f1: Share | None  # harmonic mean of precision and recall
     support: Count  # images of the class
 
@@ -136,7 +136,7 @@ class ConfusedPair(TypedDict):
     true: str  # name of the true class
     predicted: str  # name of the predicted class
     count: Ordinal  # number of images
-    share: Share  # share of the true class's images
+    share: Share  # fraction of the true class's images
 
 
 CalibrationBin = TypedDict(
@@ -396,7 +396,7 @@ def load_arrays(file: Path, types: Mapping[str, ArrayType]) -> dict[str, npt.NDA
             arrays = {name: content[name] for name in types if name in content}
     except OSError as error:
         raise RunError(f"cannot read {file}: {error.strerror or one_line(error)}") from None
-    except Exception as error:  # zipfile and NumPy raise many types for damaged files
+    except Exception as error:  # zipfile and NumPy raise many exception types for damaged files
         raise RunError(f"{file} is damaged: {one_line(error)}") from None
     _check_arrays(arrays, types, file)
     return arrays
@@ -474,7 +474,7 @@ def _explanation(error: Exception, content: object, expected: Any) -> str:
 def _keys_of(path: str, content: Any, expected: Any) -> list[str | int]:
     """Split msgspec's path, such as `.a[2].b`, into keys and indices.
 
-    msgspec writes `[...]` for any key of a mapping. To find the key, each one is checked alone.
+    msgspec writes `[...]` for any key of a mapping. To find the key, check each value separately.
     """
     before, wildcard, after = path.partition("[...]")
     keys = _split(before)

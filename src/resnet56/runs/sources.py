@@ -1,6 +1,6 @@
-"""Opening a network by path or name, for all commands.
+"""Open a model by path or name, for all commands.
 
-A source is a run directory, a file of its checkpoint, the name of a pretrained network, a file
+A source is a run directory, a file of its checkpoint, the name of a pretrained model, a file
 that `resnet56 export` wrote, or a hub folder.
 """
 
@@ -16,22 +16,22 @@ from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from resnet56.runs.convert import Imported, Triple
+    from resnet56.runs.convert import ImportedModel, Triple
 
 
 @dataclass(frozen=True)
 class Source:
-    """A network and its origin."""
+    """A model and its origin."""
 
     checkpoint: Checkpoint
     run: RunDirectory | None = None  # if it belongs to a run
-    pretrained: str | None = None  # its name, if it is a pretrained network
+    pretrained: str | None = None  # its name, if it is a pretrained model
 
 
 def open_network(name_or_path: str | Path) -> Source:
-    """Open the network at a path or with a name.
+    """Open the model at a path or with a name.
 
-    A run or a hub folder takes precedence over a pretrained network with the same name.
+    A run or a hub folder takes precedence over a pretrained model with the same name.
 
     Raises:
         RunError: the network does not exist, is damaged, or does not declare its classes and
@@ -54,8 +54,8 @@ def import_network(
     std: "Triple | None" = None,
     classes: Sequence[str] = (),
     prefix: str | None = None,
-) -> "Imported":
-    """Like `open_network`, but also for files of other projects; see `convert.read`."""
+) -> "ImportedModel":
+    """Open a model as `open_network` does, or a file of another project; see `convert.read`."""
     from resnet56.runs import convert
 
     source = _open_own(name_or_path)
@@ -67,7 +67,7 @@ def import_network(
 
 
 def _open_own(name_or_path: str | Path) -> Source | None:
-    """Open a run or a pretrained network; None for any other file or folder."""
+    """Open a run or a pretrained model; None for any other file or folder."""
     path = Path(name_or_path)
     run = _find_run(path)
     if run is not None:
@@ -78,12 +78,12 @@ def _open_own(name_or_path: str | Path) -> Source | None:
         return Source(pretrained.load(str(name_or_path)), pretrained=str(name_or_path))
     if path.is_dir():
         run = RunDirectory(path)
-        return Source(run.load(), run=run)  # raises and says what is missing
+        return Source(run.load(), run=run)  # raises an error that says what is missing
     if path.exists():
         return None
     available = ", ".join(pretrained.names()) or "none"
     raise RunError(
-        f"{name_or_path} is neither a run nor a pretrained network (available: {available}); give "
+        f"{name_or_path} is neither a run nor a pretrained model (available: {available}); choose "
         "a run directory or a file that resnet56 export wrote"
     )
 
@@ -103,7 +103,7 @@ def _find_run(path: Path) -> RunDirectory | None:
         files = read_json(run.checkpoint_file).get("files")
         model = files.get("model") if isinstance(files, dict) else None
         if not isinstance(model, dict) or model.get("name") != path.name:
-            raise RunError(f"{path} does not contain the weights of its run; give {run.path}")
+            raise RunError(f"{path} does not contain the weights of its run; choose {run.path}")
     return run
 
 

@@ -1,4 +1,4 @@
-"""Tensor files, recognized by their content and read without running code.
+"""Read tensor files without running code. The format is recognized by the content.
 
 Supported are the formats of `torch.save` (since 2017), safetensors, and the ONNX files that this
 package exports. Opening a file reads only names and shapes. Values are read on demand, so a file
@@ -28,12 +28,12 @@ from resnet56.data.pickles import (
     with_numpy,
 )
 from resnet56.errors import MissingExtraError, RunError, one_line
-from resnet56.runs.pretrained import HEAD, begins_onnx
+from resnet56.runs.pretrained import HEAD, has_onnx_header
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # starts files that torch.save wrote before version 1.6
+_MAGIC = 0x1950A86A20F9469CFC6C  # at the start of files that torch.save wrote before version 1.6
 _BN_EPS = 1e-5
 
-# Signatures of files that are often mistaken for checkpoints.
+# Signatures of other formats that users pass instead of a checkpoint.
 _OTHERS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run git lfs pull"),
     (b"\x1f\x8b", "is compressed with gzip; unpack it first"),
@@ -43,8 +43,8 @@ _OTHERS = (
     (b"7z\xbc\xaf", "is a 7z archive; unpack it first"),
     (b"Rar!", "is a RAR archive; unpack it first"),
     (b"\x89HDF", "is an HDF5 file, as written by Keras; only PyTorch weights are supported"),
-    (b"\x93NUMPY", "is a NumPy array; give a state dict written by torch.save or safetensors"),
-    (b"{", "is JSON text, not a checkpoint; give the weight file"),
+    (b"\x93NUMPY", "is a NumPy array; choose a state dict written by torch.save or safetensors"),
+    (b"{", "is JSON text, not a checkpoint; choose the weight file"),
 )
 
 _STORAGES = {
@@ -96,7 +96,7 @@ def open_tensors(file: Path) -> Iterator[Contents]:
     with contextlib.ExitStack() as stack:
         try:
             if not file.is_file() and file.exists():
-                raise RunError(f"{file} is not a regular file; give a checkpoint")
+                raise RunError(f"{file} is not a regular file; choose a checkpoint")
             stream = stack.enter_context(file.open("rb"))
             size = file.stat().st_size
             head = stream.read(HEAD)
@@ -124,7 +124,7 @@ def open_tensors(file: Path) -> Iterator[Contents]:
 
 
 def _describe_other(head: bytes) -> str | None:
-    """Describe a file of another format; None for a possible checkpoint."""
+    """Describe a file of another format. Return None for a possible checkpoint."""
     if not head:
         return "is empty"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
@@ -144,7 +144,7 @@ def _open(
         return _safetensors(file, stack)
     if head.startswith(b"PK"):
         return _zip(file, stack.enter_context(zipfile.ZipFile(stream)), size)
-    if begins_onnx(head):
+    if has_onnx_header(head):
         return _onnx(file, stream.read())
     return _legacy(stream, size)
 
@@ -196,7 +196,7 @@ class _Rebuild:
 
 
 class _RebuildTyped(_Rebuild):
-    """The same for data types without a storage class, such as float8."""
+    """Stands in for the functions that build tensors without a storage class, such as float8."""
 
     def __new__(
         cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
@@ -251,7 +251,7 @@ def _unreadable() -> Tensor:
 def _view(
     storage: _Storage, dtype: torch.dtype, offset: int, shape: object, stride: object
 ) -> StoredTensor:
-    """Return a view of a storage; ValueError unless it lies inside."""
+    """Return a view of a storage. Raises ValueError unless the view lies inside the storage."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple | list):
         raise ValueError("a tensor without a storage")
     if not isinstance(stride, tuple | list) or len(stride) != len(shape) or len(shape) > 64:
@@ -285,7 +285,7 @@ class _TorchPickle:
         return unpickle(stream, self._find, self._storage, encoding="latin-1")
 
     def contents(self, tree: object) -> Contents:
-        """Return what was read, with the classes of objects that are not tensors."""
+        """Return the content, with the classes of objects that are not tensors."""
         return Contents(tree, ignored=tuple(sorted(self.other_classes)))
 
     def _find(self, name: str) -> type:
@@ -329,7 +329,7 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
 
     def read(name: str) -> bytes:
         entry = archive.getinfo(name)
-        # PyTorch does not compress. Overlapping entries could refer to the same bytes many times.
+        # PyTorch does not compress. Overlapping entries could multiply the size of the file.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
             raise ValueError(f"{one_line(name)} is compressed or larger than the file")
         return archive.read(entry)
@@ -379,8 +379,8 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
 def _onnx(file: Path, content: bytes) -> Contents:
     """Read the weights of a file that `resnet56 export` wrote, under their PyTorch names.
 
-    The export folds each batch norm into the preceding convolution. Here the bias of the
-    convolution becomes a batch norm that only adds this bias.
+    The export folds each batch norm into the preceding convolution. This function
+    converts the bias of the convolution to a batch norm that only adds this bias.
     """
     try:
         import onnx
@@ -390,7 +390,7 @@ def _onnx(file: Path, content: bytes) -> Contents:
     model = onnx.load_model_from_string(content)
     values = {}
     for entry in model.graph.initializer:
-        if entry.external_data:  # could name any file on this machine
+        if entry.external_data:  # an external file could be any file on this machine
             raise RunError(f"{file} stores its weights in other files; export it as one file")
         values[entry.name] = torch.from_numpy(numpy_helper.to_array(entry).copy())
     parts = ("weight", "bias", "running_mean", "running_var")
