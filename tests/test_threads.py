@@ -255,7 +255,7 @@ def test_throughput_below_half_the_median_is_reported_once() -> None:
     )
     assert len(lines([*steady, 40.0, 60.0, 240.0, 40.0])) == 2
     assert "no other program" in lines([*steady, 40.0], others=0.0)[0]
-    assert "use the device" in lines([*steady, 40.0], others=0.0, device="cuda")[0]
+    assert "using the device" in lines([*steady, 40.0], others=0.0, device="cuda")[0]
 
 
 @pytest.mark.usefixtures("cores")

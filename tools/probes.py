@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from resnet56.benchmark.interleave import Candidate, compared, interleave
+from resnet56.benchmark.interleave import Candidate, interleave, summarize
 from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.recipe import Recipe
@@ -86,7 +86,7 @@ def main(arch: str, batch: int, rounds: int) -> None:
             runners.append(Candidate(name, training_step(arch, batch, *options), CPU))
     interleave(runners, rounds, 1.0)
     print(f"| {arch}, batch {batch} | ms | speed-up | range |\n|---|---|---|---|")
-    for row in compared(runners, batch, baseline="fp32, NCHW"):
+    for row in summarize(runners, batch, baseline="fp32, NCHW"):
         print(
             f"| {'+ ' if row['name'] != runners[0].name else ''}{row['name']} | "
             f"{row['ms']:.0f} | {row['ratio']:.2f}x | "

@@ -12,7 +12,7 @@ import torch
 from resnet56.benchmark import benchmark
 from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
 from resnet56.benchmark.benchmark import BenchmarkSetup
-from resnet56.benchmark.interleave import Candidate, compared, interleave
+from resnet56.benchmark.interleave import Candidate, interleave, summarize
 from resnet56.benchmark.roofline import floor
 from resnet56.cli import main
 from resnet56.data.dataset import Dataset, channel_statistics
@@ -38,7 +38,7 @@ def test_a_ratio_is_the_median_of_ratios_to_the_faster_baseline() -> None:
     slow, fast, ours = (Candidate(n, int, CPU) for n in ("baseline, 2", "baseline, 0", "ours"))
     slow.seconds, fast.seconds, ours.seconds = [9, 9, 9], [4, 8, 6], [1, 4, 3]
     rows = {
-        row["name"]: row for row in compared([slow, fast, ours], images=12, baseline="baseline")
+        row["name"]: row for row in summarize([slow, fast, ours], images=12, baseline="baseline")
     }
     assert rows["baseline, 0"]["baseline"]
     assert not rows["baseline, 2"]["baseline"]

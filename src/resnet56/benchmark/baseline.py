@@ -104,7 +104,7 @@ class BaselineLoop:
         """Run one step and update the running loss and accuracy."""
         images, labels = next(self.batches)
         images, labels = images.to(self.device), labels.to(self.device)
-        # Keep TF32, the default of PyTorch on CUDA, which this package switches off for itself.
+        # Enable TF32, the default of PyTorch on CUDA, which this package disables.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             logits = self.model(images)
             loss = self.criterion(logits, labels)

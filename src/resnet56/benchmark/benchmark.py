@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
 from resnet56.benchmark.baseline import norm_relu as baseline_norm_relu
-from resnet56.benchmark.interleave import Candidate, compared, interleave
+from resnet56.benchmark.interleave import Candidate, interleave, summarize
 from resnet56.benchmark.roofline import floor, machine_limits
 from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.batches import Batches
@@ -42,7 +42,7 @@ from resnet56.runtime import (
 )
 from resnet56.step import Trainer, learning_rate, prepare_model
 
-START_REPEATS = 3  # repetitions of each timed start-up
+START_REPEATS = 3  # number of measurements of each start-up
 Say = Callable[[str], None]
 
 
@@ -117,13 +117,13 @@ def bench_training(
     finally:
         for loop in loops.values():
             loop.close()
-    return compared(candidates, batch, baseline="baseline")
+    return summarize(candidates, batch, baseline="baseline")
 
 
 def bench_inference(
     setup: BenchmarkSetup, arch: str, batch: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Compare the network in evaluation mode with the inference form and ONNX Runtime."""
+    """Compare the model in evaluation mode with its inference form and ONNX Runtime."""
     pixels = setup.split.images[torch.arange(batch) % len(setup.split)]
     images = pixels.float().to(setup.device) / 255
     model = build(arch).to(setup.device).eval()
@@ -141,7 +141,7 @@ def bench_inference(
         for name, runner in runners.items()
     ]
     if setup.device.type == "cpu":
-        with contextlib.suppress(MissingExtraError):  # one row fewer without the optional package
+        with contextlib.suppress(MissingExtraError):  # omitted without the optional package
             config = ModelConfig(arch, tuple("0123456789"), setup.mean, setup.std)
             checkpoint = Checkpoint(config, model.state_dict())
             content = to_onnx(checkpoint, checked=False)
@@ -151,7 +151,7 @@ def bench_inference(
                 Candidate("ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), setup.device)
             )
     interleave(candidates, rounds, seconds)
-    return compared(candidates, batch, baseline="baseline")
+    return summarize(candidates, batch, baseline="baseline")
 
 
 def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> float:
@@ -227,12 +227,12 @@ def bench(
     """Run all benchmarks.
 
     Args:
-        load: function that loads the data set; it is timed, too.
+        load: function that loads the data set. Its duration is also measured.
         archs: names of architectures.
         batches: batch sizes for training.
         device: "auto", "cpu", "cuda", ...
         precision: precision of this package: "auto", "fp32", "bf16" or "fp16".
-        compiled: whether to include torch.compile, which adds a minute per comparison.
+        compiled: whether to include torch.compile, which takes another minute per comparison.
         rounds: number of rounds per comparison.
         seconds: duration of one measurement per round.
         say: called with a description of each measurement.

@@ -1,4 +1,4 @@
-"""Interleaved timing of several functions in one process.
+"""Time several functions alternately in one process.
 
 The functions run alternately for about a second each, A B C A B C, so that other load on the
 machine affects all of them. A reported ratio is the median of the ratios within each round.
@@ -33,7 +33,7 @@ class Candidate:
 
 
 def interleave(candidates: Sequence[Candidate], rounds: int, seconds: float) -> None:
-    """Warm up all contestants, then run each for about `seconds` in every round."""
+    """Warm up all candidates, then run each for about `seconds` in every round."""
     repeats = {}
     for candidate in candidates:
         candidate.time(3)  # allocators, thread pools, compilers
@@ -43,10 +43,16 @@ def interleave(candidates: Sequence[Candidate], rounds: int, seconds: float) -> 
             candidate.seconds.append(candidate.time(repeats[candidate.name]))
 
 
-def compared(
+def summarize(
     candidates: Sequence[Candidate], images: int, *, baseline: str
 ) -> list[dict[str, Any]]:
-    """Return one row each: medians, and ratios to the fastest whose name starts with `baseline`."""
+    """Return a row per candidate: median times, and ratios to the fastest baseline.
+
+    Args:
+        candidates: candidates with measurements.
+        images: images per call.
+        baseline: prefix of the names of the baselines.
+    """
     baselines = [c for c in candidates if c.name.startswith(baseline)]
     fastest = min(baselines, key=lambda c: statistics.median(c.seconds))
     rows = []

@@ -17,7 +17,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as in shells
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # parts of PyTorch's RuntimeErrors
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # substrings of PyTorch's RuntimeErrors
 MEMORY_HINTS = {"train": "choose a smaller --batch-size", "bench": "choose a smaller --batch"}
 
 COMMANDS = {
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stopped", INTERRUPTED)
     except BrokenPipeError:
         return _pipe_closed(arguments)
-    except OSError as error:  # such as a missing permission or a path that is too long
+    except OSError as error:  # such as missing permissions or a path that is too long
         prefix = f"{error.filename}: " if error.filename else ""
         line = f"{prefix}{error.strerror or error}"
         if "usable temporary directory" in line:
@@ -99,7 +99,8 @@ def _expand(argument: str) -> str:
 def _open_standard_streams() -> None:
     """Open standard streams that are closed (`>&-`) on the null device.
 
-    Otherwise the next open file gets the stream's descriptor, and C libraries write messages to it.
+    Otherwise, the next file to be opened would get the descriptor of the stream, and C libraries
+    would write messages to the file.
     """
     modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
     for number, (name, mode) in enumerate(modes.items()):
@@ -124,7 +125,7 @@ def _pipe_closed(arguments: Sequence[str]) -> int:
 
 
 def _discard(stream: TextIO) -> None:
-    """Discard buffered output, which would make Python print an error at exit."""
+    """Discard buffered output, for which Python would print an error at exit."""
     with contextlib.suppress(OSError, ValueError):  # no file descriptor, as in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -1,6 +1,6 @@
-"""Parse command-line arguments to a dataclass of options with tyro. Errors are one line.
+"""Parse command-line arguments into a dataclass with tyro. Errors are one line.
 
-Numbers are stricter than in Python: they have only ASCII digits, no underscores, and are finite.
+Number syntax is stricter than in Python: only ASCII digits, no underscores, finite values.
 Integers have at most 18 digits, so they fit in 64 bits.
 """
 
@@ -38,7 +38,7 @@ def parse(
     default: Options | None = None,
     description: str | None = None,
 ) -> Options:
-    """Parse flags to an instance of `options_type`, a dataclass.
+    """Parse flags into an instance of `options_type`, a dataclass.
 
     Raises:
         UsageError: a flag is unknown or missing, or a value has the wrong type.

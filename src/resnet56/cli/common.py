@@ -1,4 +1,4 @@
-"""Code shared by several commands: flags, messages and data loading."""
+"""Flags, messages and data loading that several commands share."""
 
 import contextlib
 import re
@@ -55,14 +55,14 @@ def load_data(
     evaluation: bool = False,
     skip_broken: bool = False,
 ) -> "Dataset":
-    """Load a data set by name or from a folder, and print its remarks.
+    """Load a data set by name or from a folder, and print remarks about it.
 
     CIFAR-10 and CIFAR-100 are downloaded if necessary. If a folder has the same name as a data set,
     the folder is used.
 
     Args:
         name: the value of --data, or None to load `own`.
-        own: the origin of a run's own data (`Dataset.origin`), or None for the digits.
+        own: the origin of the data of the run (`Dataset.origin`), or None for the digits.
         evaluation: load the images for evaluation only.
         skip_broken: skip images that cannot be read.
 

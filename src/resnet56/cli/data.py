@@ -1,4 +1,4 @@
-"""`resnet56 data`."""
+"""The `resnet56 data` command."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ class FetchOptions:
     """Data set to download."""
 
     dir: Path | None = None
-    """Folder for data sets. The default is $RESNET56_DATA or a folder in the user's cache."""
+    """Folder for data sets. By default, $RESNET56_DATA or a folder in the user's cache."""
 
     mirror: tuple[str, ...] = ()
-    """URLs to try before the official one. The default is $RESNET56_MIRROR."""
+    """URLs to try before the official one. By default, $RESNET56_MIRROR."""
 
 
 def run(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`resnet56 evaluate`."""
+"""The `resnet56 evaluate` command."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,28 +30,31 @@ class EvaluateOptions:
     """Run directory, model hub folder, exported file, or name of a pretrained model."""
 
     data: Data = None
-    """Data set, image folder, or CIFAR-10-C or 10.1 .npy files; by default the data of the run."""
+    """Data set, image folder, or folder of CIFAR-10-C or CIFAR-10.1 .npy files. By default, the
+    data of the run."""
 
     split: Literal["test", "train", "validation"] = "test"
     """Split to print. For a run on its own data, all splits are evaluated."""
 
     skip_broken: bool = False
-    """Skip unreadable images with a warning, instead of stopping."""
+    """Skip images that cannot be read, with a warning, instead of stopping."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """CPU threads; by default the number of cores that other programs leave free."""
+    """Number of CPU threads. By default, one per core that is not in use."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward pass."""
 
     robustness: int = 500
-    """Test images for the robustness test (ten corruptions, five severities); 0 to skip it."""
+    """Number of test images for the robustness test (ten corruptions, five severities). 0 skips the
+    test."""
 
     parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
-    """Compare devices (cpu,cuda), precisions (fp32,bf16) or torch,onnx on the test images."""
+    """Compare two devices (cpu,cuda), precisions (fp32,bf16) or runtimes (torch,onnx) on the test
+    images."""
 
     json: bool = False
     """Print all results as JSON."""
@@ -118,7 +121,7 @@ def _is_benchmark(data: str | None) -> bool:
 
 
 def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
-    """Return the split to evaluate when the data are not the run's own."""
+    """Return the split to evaluate if the data are not those of the run."""
     if options.split == "validation":
         raise UsageError("validation images are part of the run's own data; omit --data")
     split = dataset.test if options.split == "test" else dataset.train

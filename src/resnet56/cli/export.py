@@ -1,4 +1,4 @@
-"""`resnet56 export`."""
+"""The `resnet56 export` command."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ class ExportOptions:
     """An ONNX file, or a folder with config.json, model.safetensors and README.md."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=("--output",), metavar="PATH")] = None
-    """Output path; by default NAME.onnx or NAME-hub in the current directory."""
+    """Output path. By default, NAME.onnx or NAME-hub in the current directory."""
 
 
 def run(arguments: list[str]) -> int:

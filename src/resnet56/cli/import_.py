@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class names that the arguments of --classes stand for."""
+    """Return the class names that the values of --classes specify."""
     if len(given) != 1:
         return given
     if given[0] in PUBLISHED:

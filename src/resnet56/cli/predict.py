@@ -1,4 +1,4 @@
-"""`resnet56 predict`."""
+"""The `resnet56 predict` command."""
 
 import contextlib
 import csv
@@ -39,22 +39,23 @@ class PredictOptions:
     """Number of classes to print."""
 
     json: bool = False
-    """Print one JSON object per line."""
+    """Print one line of JSON per image."""
 
     csv: bool = False
-    """Print comma-separated values with a header."""
+    """Print comma-separated values with a header line."""
 
     cam: Path | None = None
-    """Folder for the images overlaid with their class activation maps, as NAME.cam.png."""
+    """Write each image, overlaid with its class activation map, to this folder as NAME.cam.png."""
 
     max_pixels: int | None = None
-    """Maximum pixels per image; by default 89 million, and four times as many for a JPEG."""
+    """Maximum number of pixels per image. By default, 89 million, or four times as many for a
+    JPEG."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """CPU threads; by default one per core."""
+    """Number of CPU threads. By default, one per core."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
-    """Return the images that the arguments name, and the number of folders without images."""
+    """Return the images given by the arguments, and the number of folders without images."""
     from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0
@@ -184,7 +185,7 @@ def _writer(output_format: str, top: int) -> Callable[[str, "Prediction"], None]
 def _write_map(source: Source, class_map: "Floats", folder: Path, used_names: set[str]) -> None:
     """Write the image with its class activation map.
 
-    This reads the image again, because keeping the originals in memory could take too much.
+    This reads the image again, because the originals of a batch may not fit in memory.
     """
     from resnet56.data.images import overlay, read_image
     from resnet56.files import write_bytes

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
         skipped += 1
         say(f"resnet56: {error}")
 
-    print(write_report(options.runs, options.out, format=options.format, leave_out=skip))
+    print(write_report(options.runs, options.out, format=options.format, on_error=skip))
     if skipped:
         say(f"resnet56: skipped {skipped} of {len(options.runs)} runs")
     return 1 if skipped else 0

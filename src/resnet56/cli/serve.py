@@ -1,4 +1,4 @@
-"""`resnet56 serve`."""
+"""The `resnet56 serve` command."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ class ServeOptions:
     """Address to listen on; 0.0.0.0 allows other machines, without authentication or encryption."""
 
     port: int = 8056
-    """Port to listen on; 0 for any free port."""
+    """Port to listen on. 0 selects a free port."""
 
     all_formats: bool = False
     """Accept all image formats, not only those that browsers display."""
 
     drain: float = 30.0
-    """Seconds to finish requests in flight after Ctrl-C or SIGTERM."""
+    """Time limit in seconds for requests in flight after Ctrl-C or SIGTERM."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """CPU threads; by default one per core."""
+    """Number of CPU threads. By default, one per core."""
 
 
 def run(arguments: list[str]) -> int:

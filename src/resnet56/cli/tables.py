@@ -22,12 +22,12 @@ def _table(*columns: str, left: int = 1) -> Table:
 
 
 def _cell(name: str) -> str:
-    """Escape a name for a cell, in which rich interprets brackets as markup."""
+    """Escape a name for a table cell, in which rich interprets brackets as markup."""
     return shown(name).replace("[", r"\[")
 
 
-def _share(value: float | None) -> str:
-    """Format a share as a percentage without the sign, or None as a dash."""
+def _percentage(value: float | None) -> str:
+    """Format a fraction as a percentage without the sign, or None as a dash."""
     return "\N{EN DASH}" if value is None else f"{100 * value:.2f}"
 
 
@@ -47,7 +47,7 @@ def show_metrics(metrics: "Metrics", title: str) -> None:
         console.print(printable(line), markup=False, soft_wrap=True)
     table = _table("class", "precision", "recall", "F1", "images")
     for name, row in metrics["per_class"].items():
-        scores = map(_share, (row["precision"], row["recall"], row["f1"]))
+        scores = map(_percentage, (row["precision"], row["recall"], row["f1"]))
         table.add_row(_cell(name), *scores, f"{row['support']:,}")
     console.print(table)
     for pair in metrics["most_confused"][:3]:
@@ -146,9 +146,9 @@ def show_bench(result: dict[str, Any]) -> None:
         table = _table("step", "ms", "images/s", "ratio", "min", "max", "floor", "peak MB")
         for row in comparison["rows"]:
             ours = not row["name"].startswith("baseline")
-            share = f"{row['ms'] / floor_ms:.1f}x" if ours else ""
+            multiple = f"{row['ms'] / floor_ms:.1f}x" if ours else ""
             peak = row["peak_memory_mb"]
-            table.add_row(*_speeds(row), share, f"{peak:,.0f}" if peak else "")
+            table.add_row(*_timing_cells(row), multiple, f"{peak:,.0f}" if peak else "")
         console.print(
             f"\ntraining {comparison['arch']}, batch {comparison['batch']}; "
             f"floor {floor_ms:.1f} ms, limited by {bound}"
@@ -157,7 +157,7 @@ def show_bench(result: dict[str, Any]) -> None:
     for comparison in result["inference"]:
         table = _table("forward pass", "ms", "images/s", "ratio", "min", "max")
         for row in comparison["rows"]:
-            table.add_row(*_speeds(row))
+            table.add_row(*_timing_cells(row))
         console.print(f"\ninference {comparison['arch']}, batch {comparison['batch']}")
         console.print(table)
     table = _table("other", "seconds")
@@ -167,7 +167,7 @@ def show_bench(result: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _speeds(row: dict[str, Any]) -> list[str]:
+def _timing_cells(row: dict[str, Any]) -> list[str]:
     """Return the cells for name, time, throughput, and ratio with its range."""
     ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_least", "ratio_most")]
     cells = ["1", "", ""] if row["baseline"] else ratios

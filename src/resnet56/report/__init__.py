@@ -17,7 +17,7 @@ def write_report(
     out: Path | None = None,
     *,
     format: Literal["html", "md"] = "html",
-    leave_out: Callable[[Error], None] | None = None,
+    on_error: Callable[[Error], None] | None = None,
 ) -> Path:
     """Write the report of one run, or the comparison of several.
 
@@ -27,7 +27,7 @@ def write_report(
             and comparison.html (or .md) in the current directory for several. The images of a
             Markdown report are written to a folder next to it, such as report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown.
-        leave_out: called with the error of each run that cannot be read, if there are several runs.
+        on_error: called with the error of each run that cannot be read, if there are several runs.
             The comparison omits these runs. By default, the error is raised.
 
     Returns:
@@ -49,9 +49,9 @@ def write_report(
         try:
             facts.append(read_run(Path(path)))
         except Error as error:
-            if leave_out is None or len(runs) == 1:
+            if on_error is None or len(runs) == 1:
                 raise
-            leave_out(error)
+            on_error(error)
             last = error
     if last is not None and not facts:
         raise last

@@ -125,7 +125,7 @@ def data_key(entry: Entry) -> tuple[Any, ...]:
 
 
 def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """The fields in which the recipes differ: name -> one value per entry."""
+    """Return the fields in which the recipes differ, with one value per entry."""
     recipes = [entry.facts.recipe.to_json() for entry in entries]
     return {
         name: [plain(recipe[name]) for recipe in recipes]
@@ -135,7 +135,7 @@ def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
 
 
 def seed_groups(entries: Sequence[Entry]) -> list[Group]:
-    """Groups of tested, finished runs that differ only in the seed; the best run for each seed."""
+    """Group tested, finished runs that differ only in the seed, with the best run for each seed."""
     by_recipe: dict[tuple[Any, ...], dict[int, Entry]] = {}
     for entry in entries:
         facts = entry.facts
@@ -156,7 +156,7 @@ def seed_groups(entries: Sequence[Entry]) -> list[Group]:
 
 
 def differences(entries: Sequence[Entry]) -> list[Difference]:
-    """Differences in test accuracy: between all pairs, or to the best of many runs."""
+    """Return differences in test accuracy between all pairs, or to the best of many runs."""
     tested = [entry for entry in entries if entry.facts.test]
     pairs = list(combinations(tested, 2))
     if len(tested) > MAX_PAIRS:
@@ -176,7 +176,7 @@ def _with_interval(test: Metrics) -> tuple[float, float, float]:
 
 
 def newcombe(a: tuple[float, float, float], b: tuple[float, float, float]) -> Interval:
-    """95 % interval of the difference of two independent proportions (Newcombe 1998, method 10).
+    """Return the 95 % interval of the difference of two proportions (Newcombe 1998, method 10).
 
     Args:
         a, b: proportion, and the lower and upper bound of its Wilson interval.

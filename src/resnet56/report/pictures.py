@@ -1,4 +1,4 @@
-"""Encoding of data set images as PNG files."""
+"""Encode data set images as PNG files."""
 
 import io
 from typing import Any

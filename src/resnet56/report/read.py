@@ -134,7 +134,7 @@ def read_run(path: Path) -> RunFacts:
         description=describe(config.arch, len(config.classes)),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
-        # They include the mistakes of the evaluated weights.
+        # The samples include mistakes, which belong to the evaluated weights.
         samples=_samples(run, len(config.classes)) if evaluation else None,
     )
 

@@ -1,4 +1,4 @@
-"""Rendering of templates to HTML, or to Markdown with separate image files."""
+"""Render templates as HTML, or as Markdown with separate image files."""
 
 import re
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def unbroken(text: str) -> Markup:
 
 
 def write_html(out: Path, template: str, content: dict[str, Any]) -> None:
-    """Render a template as HTML and write it; RunError if that fails."""
+    """Render a template as HTML and write the file. Raises RunError."""
     environment = _environment(autoescape=True)
     environment.filters["unbroken"] = unbroken
     environment.filters["svg"] = lambda chart: Markup(chart.svg())
@@ -47,7 +47,7 @@ def write_html(out: Path, template: str, content: dict[str, Any]) -> None:
 
 
 def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
-    """Write the images, then the Markdown that shows them; RunError if that fails."""
+    """Write the images, then the Markdown that shows them. Raises RunError."""
     folder = out.with_name(f"{out.stem}-files")
     files: dict[str, bytes] = {}
 
