@@ -14,6 +14,7 @@ def machine_limits(device: torch.device, precision: Precision) -> dict[str, floa
     """Measure GFLOP/s of a matrix product and GB/s of a copy, as the best of ten runs."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
+    # Not zeros, because zero pages that are never written share memory.
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# Exact IEEE arithmetic, except for fused multiply-adds. errno is not set.
+# IEEE arithmetic, except that multiply-adds may be fused. errno is not set.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -31,7 +31,7 @@ class UnavailableError(Exception):
 def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     """Compile and load a C file of `kernels/`, which must define `int resnet56_threads(void)`.
 
-    The library is deleted from disk once it is loaded, so it cannot become stale or be modified.
+    The file is deleted after it is loaded, so the library cannot become outdated or be modified.
 
     Raises:
         UnavailableError: there is no compiler, the compilation fails, or the library uses another
@@ -75,7 +75,7 @@ def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        # Usually the temporary folder is mounted noexec.
+        # The usual reason is that the temporary folder is mounted with noexec.
         raise UnavailableError(
             f"the compiled kernel could not be loaded: {error}",
             "set TMPDIR to a folder that allows execution",

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define LANES 16 /* floats per vector: an AVX-512 register, which compilers split if needed */
-#define BLOCK 64 /* rows processed at a time: they fit in the L1 cache */
+#define BLOCK 64 /* rows per block, which fits in the L1 cache */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -37,7 +37,7 @@ static inline vec load(const REAL *p) { return *(const unaligned_vec *)p; }
 static inline void store(REAL *p, vec value) { *(unaligned_vec *)p = value; }
 #endif
 
-/* ReLU and its gradient: `value` where `y` is positive or NaN, zero elsewhere. */
+/* ReLU or its gradient: returns `value` if `y` is positive or NaN, otherwise zero. */
 static inline vec where_positive(vec y, vec value) {
     vec zero = {0};
     return (vec)(~(ivec)(y <= zero) & (ivec)value);
@@ -45,7 +45,7 @@ static inline vec where_positive(vec y, vec value) {
 
 static inline long min_long(long a, long b) { return a < b ? a : b; }
 
-/* The rows of this thread, in whole blocks. They depend only on the number of threads. */
+/* Computes the rows of this thread, in whole blocks, as a function of the number of threads. */
 static void thread_rows(long rows, long *first, long *end) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long blocks = (rows + BLOCK - 1) / BLOCK;
@@ -53,7 +53,7 @@ static void thread_rows(long rows, long *first, long *end) {
     *end = min_long(blocks * (thread + 1) / threads * BLOCK, rows);
 }
 
-/* The sum over all threads. Every thread adds in the same order, so all get the same bits. */
+/* Sums over all threads, in the same order in each, so that all results are bitwise equal. */
 static double sum_over_threads(const double *sums, long stride) {
     double sum = 0;
     for (int thread = 0; thread < omp_get_num_threads(); thread++) sum += sums[thread * stride];
@@ -64,7 +64,7 @@ static void add_lanes(double *sums, vec values) {
     for (int lane = 0; lane < LANES; lane++) sums[lane] += values[lane];
 }
 
-/* The number of threads of a call. The loader compares it with PyTorch's setting. */
+/* Returns the number of OpenMP threads. The loader compares it with that of PyTorch. */
 int resnet56_threads(void) { return omp_get_max_threads(); }
 
 /* y = relu((x - mean) * scale + bias + residual). `residual` may be null. Updates `running_mean`
@@ -76,7 +76,7 @@ void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, l
                       float *running_var, float momentum, float eps, float *saved) {
     double sums[omp_get_max_threads() * 2 * channels];
     float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels;
-    float pivot[channels]; /* the first row; subtracting it avoids cancellation in the variance */
+    float pivot[channels]; /* the first row, subtracted to avoid cancellation in the variance */
     for (long c = 0; c < channels; c += LANES) *(unaligned_vec *)(pivot + c) = load(x + c);
     memcpy(saved + 3 * channels, bias, channels * sizeof *bias);
 #pragma omp parallel

@@ -1,4 +1,4 @@
-"""relu(batch_norm(x) + residual) in one CPU kernel, kernels/fused.c.
+"""Compute relu(batch_norm(x) + residual) in one CPU kernel (kernels/fused.c).
 
 PyTorch's separate operations read and write the same memory three times, which takes a third of a
 training step of ResNet-56. The kernel compiles in half a second. Training falls back to PyTorch's
@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from resnet56.kernels.compiler import UnavailableError, compile_kernel
 from resnet56.model import NormReLU, norm_relu
 
-LANES = 16  # as in fused.c; the number of channels must be a multiple
-MAX_CHANNELS = 1024  # the kernel's sums are on the stack
+LANES = 16  # as in fused.c; the number of channels must be a multiple of it
+MAX_CHANNELS = 1024  # upper bound, because the kernel keeps its sums on the stack
 REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
 
 
@@ -47,7 +47,7 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
 
 
 def _supports_norm(norm: nn.Module) -> bool:
-    """Whether `norm` is a BatchNorm2d in training: fp32, affine, with running statistics."""
+    """Return whether `norm` is a BatchNorm2d in training: fp32, affine, with running statistics."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
@@ -59,7 +59,7 @@ def _supports_norm(norm: nn.Module) -> bool:
 
 
 def _supports_input(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernel supports the dtype, device and shape of `x`."""
+    """Return whether the kernel supports the dtype, device and shape of `x`."""
     channels = x.shape[1]
     return (
         x.dtype == dtype
@@ -169,5 +169,5 @@ def _check(fused: NormReLU, dtype: torch.dtype) -> None:
         assert actual is not None
         assert expected is not None
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
-        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # also refuses NaN
+        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # also rejects NaN
             raise UnavailableError("the kernel's results differ from PyTorch's on this machine")

@@ -20,7 +20,7 @@
 
 #include "positions.h"
 
-/* The number of threads of a call. The loader compares it with PyTorch's setting. */
+/* Returns the number of OpenMP threads. The loader compares it with that of PyTorch. */
 int resnet56_threads(void) { return omp_get_max_threads(); }
 
 /* ---- forward ---- */
@@ -31,7 +31,7 @@ static void add_sums(double *sums, const float *group_sums, long channels, long 
             sums[r * MAX_CHANNELS + k] += group_sums[r * MAX_CHANNELS + k];
 }
 
-/* Stores a product in the output map, and adds up its values and their squares. */
+/* Stores a product in the output map, and accumulates the sums of its values and their squares. */
 static void store_results(const Conv *c, const float *tile, long rows, long columns,
                           const int32_t *pixel_of, long first_pixel, long k, float *sums) {
     for (long v = 0; v < columns; v += LANES) {
@@ -49,8 +49,8 @@ static void store_results(const Conv *c, const float *tile, long rows, long colu
     }
 }
 
-/* Mean, 1 / standard deviation, scale and shift from the sums of all threads. Updates the running
- * statistics. */
+/* Computes mean, 1 / standard deviation, scale and shift from the sums of all threads, and updates
+ * the running statistics. */
 static void finish_statistics(Norm *norm, const Memory *all, long channels, double rows) {
 #pragma omp for
     for (long k = 0; k < channels; k++) {
@@ -77,8 +77,8 @@ static void thread_range(long groups, long *first, long *end) {
     *end = groups * (thread + 1) / threads;
 }
 
-/* Prepares this thread's memory, with sums of zero, and its tile registers. `saved` receives their
- * previous configuration. */
+/* Initializes this thread's memory and sums, and configures its tile registers. `saved` receives
+ * their previous configuration. */
 static Memory *begin_thread(const Conv *c, char *arena, long arena_bytes, Memory *all,
                             struct config *saved) {
     Memory *m = all + omp_get_thread_num();
@@ -133,11 +133,11 @@ void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads
 
 /* ---- backward ---- */
 
-/* The gradient that the shortcut adds at a pixel of the block's input. With a stride it is zero at
- * the pixels that the shortcut skips. */
+/* Returns the gradient that the shortcut adds at a pixel of the block's input. With a stride, it is
+ * zero at the pixels that the shortcut skips. */
 static inline __m512 shortcut_gradient(const Conv *c, long pixel, long k) {
     long stride = c->skip_stride, width = c->width, x = pixel % width, y = pixel / width;
-    /* y counts the rows of all images. That is correct because heights are even. */
+    /* y counts rows over all images, which is valid because heights are even. */
     if (x % stride || y % stride) return _mm512_setzero_ps();
     long at = y / stride * (width / stride) + x / stride;
     if (c->skip == PROJECTED) return load(c->skip_g + at * c->in + k);
@@ -146,8 +146,8 @@ static inline __m512 shortcut_gradient(const Conv *c, long pixel, long k) {
 }
 
 /* Stores a product as the gradient of the input: adds the shortcut's gradient, applies the mask of
- * the ReLU, and adds up the sums for the gradient of the batch norm before it. `input`, `skip` and
- * `projected` are constants, so that the compiler specializes the loop. */
+ * the ReLU, and accumulates the sums for the gradient of the batch norm before it.
+ * `input`, `skip` and `projected` are constants, so the compiler specializes the loop. */
 static inline __attribute__((always_inline)) void store_gradients_as(
     const Conv *c, long input, long skip, long projected, const float *tile, long rows,
     long columns, const int32_t *pixel_of, long first_pixel, long k, float *sums) {
@@ -200,8 +200,8 @@ static void store_gradients(const Conv *c, const float *tile, long rows, long co
 #undef STORE
 }
 
-/* The gradients of a batch norm's parameters from the sums of all threads, and the coefficients of
- * dz = scale (g - sum / rows - (z - mean) invstd^2 products / rows). */
+/* Computes the gradients of a batch norm's parameters from the sums of all threads, and the
+ * coefficients of dz = scale (g - sum / rows - (z - mean) invstd^2 products / rows). */
 static void finish_gradient(Norm *norm, const Memory *all, long row, long channels, double rows) {
 #pragma omp for
     for (long k = 0; k < channels; k++) {
@@ -220,14 +220,15 @@ static void finish_gradient(Norm *norm, const Memory *all, long row, long channe
     }
 }
 
-/* Adds the weight gradient of the images in the row of positions. */
+/* Accumulates the weight gradient of the images in the row of positions. */
 static void accumulate_weight_gradient(const Conv *c, const Layout *l, Memory *m, long count) {
     long n = position_count(l), used = (count * l->span + 31) / 32 * 32;
     long plane_pitch = n + 32; /* an odd number of cache lines */
     interleave_positions(m->input, c->in, n, 0, m->pairs);
     if (l->pad) interleave_positions(m->input, c->in, n, 1, m->pairs + n * c->in);
     transpose_positions(m->gradient + l->lead * c->out, c->out, used, plane_pitch, m->planes);
-    /* A tile is 16 inputs of a tap. A call computes five tiles for 16 outputs or two for 32. */
+    /* A tile holds 16 inputs of one tap. A call computes five tiles for 16 outputs, or two for
+     * 32. */
     long tiles = l->taps * c->in / LANES, tiles_per_call = c->out == LANES || tiles % 2 ? 5 : 2;
     long row_bytes = 4 * l->taps * c->in, rows = tiles_per_call == 2 ? 2 * LANES : LANES;
     for (long o = 0; o < c->out; o += rows)
@@ -251,8 +252,8 @@ static void accumulate_weight_gradient(const Conv *c, const Layout *l, Memory *m
         }
 }
 
-/* The gradients of the weights and the input, and the sums that the batch norms before it need.
- * PIXELS have no gradient. */
+/* Computes the gradients of the weights and the input, and the sums for the batch norms before the
+ * convolution. The input PIXELS has no gradient. */
 void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long threads) {
     Memory all[threads];
     Layout l = layout_of(c);

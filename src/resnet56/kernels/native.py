@@ -1,4 +1,4 @@
-"""The network's training step in C, on a processor's matrix unit, kernels/native.c.
+"""Training steps in C on the matrix unit of a CPU (kernels/native.c).
 
 In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write whole
 feature maps. Here each convolution, fused with the operations around it, is one call forward and
@@ -19,11 +19,11 @@ from resnet56.model import ResNet, build
 
 
 def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
-    """Return `model` with its training step in C.
+    """Wrap `model` to run its training steps in C.
 
     Args:
         model: in fp32 on the CPU.
-        vectors: use AVX-512 BF16 if there is no matrix unit.
+        vectors: whether to use AVX-512 BF16 on a CPU without a matrix unit.
 
     Raises:
         UnavailableError: the kernel cannot be compiled, the processor or the model is not
@@ -35,7 +35,7 @@ def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
     if unit == 0:
         raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
     if unit == 1 and not vectors:
-        raise UnavailableError("the processor or the compiler supports no matrix unit (AMX)")
+        raise UnavailableError("the processor or the compiler does not support a matrix unit (AMX)")
     config = NativeNetwork(model, library)
     _check(library)
     return config
@@ -74,7 +74,7 @@ class NativeNetwork(nn.Module):
         return self.model.fc(pooled)  # type: ignore[no-any-return]
 
     def _supports(self, x: Tensor) -> bool:
-        """Whether the kernel can run this step: a training step in bf16 on the CPU."""
+        """Return whether the kernel supports this step: training in bf16 on the CPU."""
         tensors: list[Tensor | None] = [x, *(c.weight for c in self._convolutions)]
         for n in self._norms:
             tensors += n.weight, n.bias, n.running_mean, n.running_var
@@ -85,7 +85,8 @@ class NativeNetwork(nn.Module):
             and x.ndim == 4
             and x.shape[1] == self.model.conv1.in_channels
             and x.shape[2] % 4 == x.shape[3] % 4 == 0
-            and x.shape[0] * x.shape[2] * x.shape[3] > 16  # else a batch norm has a single value
+            and x.shape[0] * x.shape[2] * x.shape[3]
+            > 16  # otherwise, a batch norm would have a single value per channel
             and not x.requires_grad
             and all(n.training and n.momentum is not None for n in self._norms)
             and all(t is not None and t.is_cpu and t.dtype == torch.float32 for t in tensors)
@@ -93,12 +94,14 @@ class NativeNetwork(nn.Module):
 
 
 class _Features(torch.autograd.Function):
-    """From images to pooled features, and back to the gradients of the parameters."""
+    """Autograd function from images to pooled features."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, images: Tensor, *parameters: Tensor) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(*parameters)  # autograd then detects changes before backward
+        ctx.save_for_backward(
+            *parameters
+        )  # so that autograd detects changes before the backward pass
         pooled = plan.forward(images.contiguous(memory_format=torch.channels_last))
         ctx.generation = plan.generation
         return pooled
@@ -110,7 +113,7 @@ class _Features(torch.autograd.Function):
             raise RuntimeError(
                 "the activations of this batch were overwritten by a later forward pass"
             )
-        _ = ctx.saved_tensors  # raises if a parameter has changed
+        _ = ctx.saved_tensors  # autograd raises an error if a parameter has changed
         return None, None, *ctx.plan.backward(grad.float().contiguous())
 
 
@@ -134,7 +137,7 @@ def _check(library: ctypes.CDLL) -> None:
             results.append([(0.02, [logits, *statistics]), (0.5, gradients)])
         for (tolerance, expected), (_, actual) in zip(*results, strict=True):
             for a, b in zip(actual, expected, strict=True):
-                if not (a - b).norm() < tolerance * b.norm():  # also refuses NaN
+                if not (a - b).norm() < tolerance * b.norm():  # also rejects NaN
                     raise UnavailableError(
                         "the kernel's results differ from PyTorch's on this machine"
                     )

@@ -15,7 +15,7 @@ from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet
 PIXELS, NORM, BLOCK, PLAIN = range(4)  # as in native.c
 NONE, SAME, PADDED, PROJECTED = range(4)
 MAX_CHANNELS = 256  # as in native.c
-MAX_GROUP_VALUES = 32768  # values that a thread processes at a time: they fit in its caches
+MAX_GROUP_VALUES = 32768  # values that a thread processes at a time, so that they fit in its caches
 
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -56,7 +56,7 @@ def check_layouts(library: ctypes.CDLL) -> None:
     """Compare the layouts of the library's structs with those of their mirrors above.
 
     Raises:
-        UnavailableError: a field is missing on one side or has another offset.
+        UnavailableError: a field is missing on one side, or its offsets differ.
     """
     for mirror in (_Norm, _Conv):
         name = mirror.__name__.removeprefix("_").lower()
@@ -117,7 +117,7 @@ class Plan:
         self.library = library
         self.images = images
         self.threads = threads
-        self.generation = 0  # the number of forward passes
+        self.generation = 0  # number of forward passes so far
         self.layers: list[_Layer] = []  # in the order of the forward pass
         self._buffers: list[Any] = []  # tensors that the structs point to
 
@@ -141,7 +141,7 @@ class Plan:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The weights of each layer, and the weights and biases of its batch norm."""
+        """The convolution weight of each layer, and the weight and bias of its batch norm."""
         return [
             parameter
             for layer in self.layers
@@ -157,7 +157,7 @@ class Plan:
     def _block(
         self, block: nn.Module, previous: _BlockOutput, height: int, width: int
     ) -> tuple[list[_Conv], _BlockOutput, int, int]:
-        """The convolutions of a block in backward order, its output, and the output's size."""
+        """Return the convolutions of a block in backward order, its output, and the output size."""
         if not isinstance(block, BasicBlock | BottleneckBlock):
             raise UnavailableError(f"unsupported block: {type(block).__name__}")
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
@@ -169,7 +169,7 @@ class Plan:
             layer = self._layer(module, norm, height, width)
             if layers:
                 _read_layer_output(layers[-1], layer.conv)
-            elif block.shortcut is None:  # the block's input has no other reader
+            elif block.shortcut is None:  # only this convolution reads the input of the block
                 _read_layer_output(previous.last, layer.conv)
             else:
                 x = self._read_block_output(previous, layer.conv)
@@ -193,7 +193,9 @@ class Plan:
         projection = self._layer(shortcut[0], shortcut[1], height, width, input_stride=input_stride)
         projection.conv.input, projection.conv.x = PLAIN, x.data_ptr()
         head.skip, head.skip_stride = SAME if input_stride == 1 else PROJECTED, input_stride
-        order.insert(len(order) - 1, projection.conv)  # the head adds its gradient
+        order.insert(
+            len(order) - 1, projection.conv
+        )  # the first convolution of the block adds its gradient
         return order, _BlockOutput(layers[-1], PROJECTED, None, projection), height, width
 
     def _layer(
@@ -222,7 +224,9 @@ class Plan:
             8, -(-self.images // self.threads), MAX_GROUP_VALUES // (positions * max(padded, out))
         )
         z = torch.empty(self.images, height // stride, width // stride, out, dtype=torch.bfloat16)
-        values = kernel * (kernel + 1) * max(padded, 32) * max(out, 32)  # upper bound for the tiles
+        values = (
+            kernel * (kernel + 1) * max(padded, 32) * max(out, 32)
+        )  # upper bound of the size of the tiles
         structure = _Norm()
         for name in ("mean", "invstd", "scale", "shift", "g_scale", "z_scale", "constant"):
             setattr(structure, name, self._address(torch.empty(out, dtype=torch.float32)))
@@ -271,7 +275,7 @@ class Plan:
         first.g = output_grad
 
     def _address(self, tensor: Tensor) -> int:
-        """The address of `tensor`, which this object keeps alive."""
+        """Return the address of `tensor`, and keep the tensor alive."""
         self._buffers.append(tensor)
         return tensor.data_ptr()
 
@@ -300,7 +304,7 @@ class Plan:
         return pooled
 
     def backward(self, pooled_grad: Tensor) -> list[Tensor]:
-        """The gradients of `parameters`."""
+        """Return the gradients of `parameters`."""
         grads = []
         for layer, weight in zip(self.layers, self._weights, strict=True):
             grads += [

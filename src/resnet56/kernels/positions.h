@@ -1,4 +1,4 @@
-/* Converts feature maps to rows of positions and weights to tiles: the factors of a convolution. */
+/* Converts feature maps to rows of positions, and weights to tiles, for the convolutions. */
 #include <omp.h>
 #include <stddef.h>
 
@@ -48,7 +48,7 @@ typedef struct {
 } Conv;
 
 /* The layout of the structs that plan.py mirrors. It compares them when it loads the library,
- * because a missing or moved field would change the meaning of every pointer after it. */
+ * because a missing or moved field would shift all fields after it. */
 typedef struct {
     const char *name; /* a field, or "sizeof" for the struct; null ends the table */
     long offset;
@@ -125,7 +125,7 @@ static Layout layout_of(const Conv *c) {
     return l;
 }
 
-static long position_count(const Layout *l) { /* including those that tiles read past the end */
+static long position_count(const Layout *l) { /* including what tiles read past the end */
     return (l->count + 2 * l->lead + 64 + 32 + 63) / 64 * 64;
 }
 
@@ -147,7 +147,7 @@ static long layout_memory(const Conv *c, char *base, Memory *m) {
     return at + 64;
 }
 
-/* The bytes of scratch memory that a thread needs for `c`. */
+/* Returns the size of a thread's scratch memory for `c`, in bytes. */
 long resnet56_scratch_bytes(const Conv *c) {
     Memory m;
     return layout_memory(c, 0, &m);
@@ -169,7 +169,7 @@ static Chunk chunk_of(long k, long channels, long kernel) {
     return chunk;
 }
 
-/* The offset of each chunk from the first value of a position, in values. */
+/* Computes the offset of each chunk from the first value of a position, in values. */
 static void offsets_of(int32_t *offsets, long channels, long kernel, const Layout *l) {
     for (long k = 0; k < chunks_of(channels, kernel); k++) {
         Chunk at = chunk_of(k, channels, kernel);
@@ -180,7 +180,7 @@ static void offsets_of(int32_t *offsets, long channels, long kernel, const Layou
 
 /* Packs the weights into bfloat16 tiles: [16 outputs][chunk][input pair][output][2]. For the
  * gradient of the input (`back`), inputs and outputs are swapped and the kernel is rotated by 180
- * degrees. The threads of the calling region share the work and end with a barrier. */
+ * degrees. The threads of the parallel region share the work and synchronize at the end. */
 static void pack(const Conv *c, int back, bf16 *packed) {
     long from = back ? c->out : c->in, to = back ? c->in : c->out, kernel = c->kernel;
     long chunks = chunks_of(from, kernel), taps = kernel * kernel, real = c->real_in;
@@ -189,7 +189,7 @@ static void pack(const Conv *c, int back, bf16 *packed) {
     for (long tile = 0; tile < to / LANES * chunks; tile++) {
         Chunk first = chunk_of(tile % chunks, from, kernel);
         long n = tile / chunks * LANES, tap = first.row * kernel + first.column;
-        int both = from > LANES || first.column + 1 < kernel; /* else the second half is zero */
+        int both = from > LANES || first.column + 1 < kernel; /* if not, the second half is zero */
         __m512i rows[16];
         for (long i = 0; i < 16; i++) {
             __m512 low, high = _mm512_setzero_ps();
@@ -226,7 +226,7 @@ static void map_pixels(int32_t *pixel_of, const Conv *c, const Layout *l, long s
                     (i * height + y) * width + x;
 }
 
-/* Zeros the lead, the padding of rows and images, and the end as far as products read. */
+/* Zeros the lead, the padding of rows and images, and what products read past the end. */
 static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long channels,
                          long count) {
     memset(positions, 0, l->lead * channels * 2);
@@ -239,7 +239,7 @@ static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long c
     }
 }
 
-/* 16 channels of a pixel of the larger map, which has fewer channels, padded with zeros. */
+/* Returns 16 channels of a pixel of the larger map. Channels that it does not have are zero. */
 static __m512 padded(const bf16 *pixel, long first, long channels) {
     float v[LANES];
     for (long k = first; k < first + LANES; k++) {

@@ -49,7 +49,7 @@ static void begin_tiles(struct config *saved) {
     struct config config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
     COMPILER_BARRIER;
-    _tile_storeconfig(saved); /* PyTorch's kernels use the unit too */
+    _tile_storeconfig(saved); /* PyTorch's kernels also use the tile registers */
     _tile_loadconfig(&config);
 }
 
@@ -137,8 +137,8 @@ static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *p
     if (tiles > 4) _tile_stored(4, c[4], c_bytes);
 }
 
-/* The same for 32 outputs and two tiles of 16 inputs. Outputs 16-31 start 16 rows further on in
- * `planes` and `c`. */
+/* The same for 32 outputs and two tiles of 16 inputs. In `planes` and `c`, outputs 16-31 start 16
+ * rows after outputs 0-15. */
 static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long chunks, float *const *c, long c_bytes) {
     const char *a = (const char *)planes, *a2 = a + 16 * plane_bytes;
