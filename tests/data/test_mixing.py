@@ -34,7 +34,7 @@ def pixel_by_pixel(
     sources = [i, *(int(partners[i]) for partners in mix.partners)]
     result, target = np.zeros((3, 32, 32)), np.zeros(4)
     if not mix.patches:
-        for source, share in zip(sources, mix.shares, strict=True):
+        for source, share in zip(sources, mix.weights, strict=True):
             result += share * images[source]
             target[labels[source]] += share
         return result, target
@@ -68,8 +68,8 @@ def test_mixed_batches_match_a_loop_over_images_and_pixels(method: str) -> None:
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 1.0, 5.0])
 def test_shares_sum_to_one_and_rectangles_are_inside_the_image(method: str, alpha: float) -> None:
     for mix in drawn(method, alpha=alpha):
-        assert sum(mix.shares) == pytest.approx(1)
-        assert min(mix.shares) >= 0
+        assert sum(mix.weights) == pytest.approx(1)
+        assert min(mix.weights) >= 0
         assert all(sorted(partners.tolist()) == list(range(BATCH)) for partners in mix.partners)
         for patch in mix.patches:
             assert min(patch) >= 0
@@ -79,7 +79,7 @@ def test_shares_sum_to_one_and_rectangles_are_inside_the_image(method: str, alph
 
 def test_mixup_shares_follow_the_beta_distribution() -> None:
     for alpha in (0.3, 1.0, 2.0):
-        shares = [mix.shares[0] for mix in drawn("mixup", 2000, alpha)]
+        shares = [mix.weights[0] for mix in drawn("mixup", 2000, alpha)]
         assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Unpack a data set archive: a gzipped tar that contains one folder. The archive is untrusted."""
+"""Unpack a data set archive: a gzipped tar with one folder. The archive is not trusted."""
 
 import gzip
 import tarfile
@@ -8,7 +8,9 @@ from typing import BinaryIO
 
 from resnet56.errors import one_line
 
-MAX_BYTES = 1 << 30  # far above any CIFAR archive; more is a bomb or an endless response
+MAX_BYTES = (
+    1 << 30
+)  # far above the size of a CIFAR archive, to stop decompression bombs and endless responses
 _BLOCK = 1 << 18  # bytes
 
 
@@ -34,7 +36,7 @@ def unpack(archive: BinaryIO, root: Path, folder: str) -> Path:
             _extract(archive, temporary, folder)
         except (tarfile.TarError, gzip.BadGzipFile, EOFError) as err:
             raise UnpackError(one_line(err)) from err
-        except OSError:  # from the disk, not from the archive
+        except OSError:  # raised by the disk, not by the archive
             raise
         except Exception as err:  # `tarfile` can raise anything on a damaged header
             raise UnpackError(one_line(err)) from err
@@ -42,7 +44,7 @@ def unpack(archive: BinaryIO, root: Path, folder: str) -> Path:
         try:
             Path(temporary, folder).replace(final)
         except OSError:
-            if not final.is_dir():  # otherwise another process has created it
+            if not final.is_dir():  # otherwise, another process has created it
                 raise
     return final
 

@@ -114,7 +114,7 @@ def _read_array(file: Path) -> npt.NDArray[Any]:
         raise DataError(
             f"cannot read {shown(str(file))}: its header requests too much memory"
         ) from error
-    except Exception as error:  # NumPy can raise anything on a damaged header
+    except Exception as error:  # NumPy can raise any exception on a damaged header
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {shown(str(file))}: {one_line(reason)}") from error
     if not isinstance(array, np.ndarray):

@@ -20,14 +20,14 @@ class Augmentation:
 
     padding: int = 4  # black pixels added to each side before a random 32x32 crop
     flip: bool = True  # flip horizontally with probability 1/2
-    alternate_flip: bool = False  # flip each image in every second epoch instead
+    alternate_flip: bool = False  # flip each image in every other epoch instead
     cutout: int = 0  # side of the square that Cutout erases, in pixels; 0 to disable
     trivial_augment: bool = False
     sizes: tuple[int, ...] = ()  # image sizes in the first epochs, in pixels; then 32
     mix: str = "none"  # "none" or a method of `data.mixing`
-    mix_alpha: float = 1.0  # both parameters of the beta distribution of the shares
+    mix_alpha: float = 1.0  # both parameters of the beta distribution of the weights
     mix_probability: float = 1.0  # probability of mixing a batch
-    plain_from: int | None = None  # first epoch with crops and flips only
+    plain_from: int | None = None  # epoch from which only crops and flips are used
 
     def in_epoch(self, epoch: int) -> "Augmentation":
         """Return the augmentation of `epoch` (from 0)."""
@@ -58,11 +58,11 @@ class Draws(NamedTuple):
     levels: Tensor  # (N,) int64, signed magnitude of the transform
 
     def to(self, device: torch.device) -> "Draws":
-        """Move the numbers to `device`, except `transforms`, which is read on the CPU."""
+        """Move the random numbers to `device`, except `transforms`, which is read on the CPU."""
         return Draws(*(numbers.to(device) for numbers in self))._replace(transforms=self.transforms)
 
     def part(self, index: slice | Tensor) -> "Draws":
-        """Return the numbers of the images at `index`, a slice or an int64 tensor on the CPU."""
+        """Return the random numbers of the images at `index`, a slice or an int64 CPU tensor."""
         return Draws(*(numbers[index] for numbers in self))
 
 
@@ -87,7 +87,7 @@ def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
     Args:
         images: (N, 3, H, W), any type.
         draws: random numbers of the N images.
-        padding: black pixels on each side, as for `draw`, or 0 to not shift the images.
+        padding: black pixels on each side, as for `draw`, or 0 to disable the crop.
 
     Returns:
         (N, 3, H, W) of the same type, in channels-last memory format.

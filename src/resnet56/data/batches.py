@@ -1,6 +1,6 @@
-"""Training batches, as a pure function of seed, epoch, rank and world size.
+"""Training batches as a pure function of seed, epoch, rank and world size.
 
-Resuming needs no saved state, and the global batches do not depend on the number of processes.
+Resuming requires no saved state, and the global batches do not depend on the number of processes.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ class Batches:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        """Check that all processes get equally many images; gradients are means over them."""
+        """Check that all processes get batches of equal size, because gradients are averaged."""
         if self.global_batch % self.world_size:
             raise UsageError(
                 f"batch size {self.global_batch} is not divisible by {self.world_size} processes; "

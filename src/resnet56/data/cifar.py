@@ -42,7 +42,7 @@ _PUBLISHED = {
     ),
 }
 _TRAIN_SIZE, _TEST_SIZE = 50_000, 10_000
-_MIN_DISTINCT = 0.99  # fraction of a split; at least 0.9997 in the published ones
+_MIN_DISTINCT = 0.99  # fraction of a split; the published ones have at least 0.9997
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def load_cifar(layout: _Layout, folder: Path) -> Dataset:
 def _check_split(
     layout: _Layout, folder: Path, split: Split, classes: tuple[str, ...], kind: str
 ) -> None:
-    """Raise DataError unless these can be the published images, apart from minor damage."""
+    """Raise DataError unless these are the published images, apart from minor damage."""
     total = len(split)
     counts = split.labels.bincount(minlength=layout.classes)
     expected = total // layout.classes
@@ -193,7 +193,7 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
 def _read_files(
     layout: _Layout, files: list[Path], total: int, pool: ThreadPoolExecutor
 ) -> tuple[Split, list[str]]:
-    """Read `total` images, equally many from each file. Return them and the files' SHA-1 sums."""
+    """Read `total` images, the same number from each file. Return them and the SHA-1 sums."""
     split = empty_split(total)
     rows = total // len(files)
     images = split.images.view(len(files), rows, _PIXELS).numpy()

@@ -23,13 +23,13 @@ Corruption = Callable[
 
 
 def gaussian_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Electronic noise: Gaussian noise of constant strength."""
+    """Gaussian noise with a constant standard deviation, as from electronics."""
     scale = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     return x + scale * torch.randn(x.shape, generator=generator)
 
 
 def shot_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Low light: Poisson noise of the photon counts."""
+    """Poisson noise of the photon counts, as in low light."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     return torch.poisson(x * photons, generator=generator) / photons
 
@@ -49,7 +49,7 @@ def speckle_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tenso
 
 
 def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """A camera out of focus: a Gaussian blur."""
+    """Gaussian blur, as from a camera out of focus."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1]
     radius = int(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1)
@@ -60,7 +60,7 @@ def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def brightness(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """More light: increases the value in HSV and keeps hue and saturation."""
+    """Increases the value in HSV. Hue and saturation do not change."""
     increase = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
     value = x.amax(dim=1, keepdim=True)
     brighter = (value + increase).clamp(max=1)
@@ -79,7 +79,7 @@ def saturate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def contrast(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Lower contrast: moves values toward the mean of their channel in the image."""
+    """Lowers the contrast: moves values toward the mean of their channel in the image."""
     factor = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     means = x.mean(dim=(2, 3), keepdim=True)
     return means + factor * (x - means)

@@ -1,4 +1,4 @@
-"""Data sets of images and labels in memory, with their statistics and splits."""
+"""Data sets of images and labels in memory, their statistics and their splits."""
 
 import hashlib
 import json
@@ -33,10 +33,10 @@ class Dataset:
     """A training and a test split with the same classes. Labels index `classes`.
 
     Attributes:
-        mirror: whether a mirrored image still belongs to its class.
+        mirror: whether a horizontal flip preserves the class.
         source: one line for users: what was read, from where and how it was split.
         origin: where to load the data from again: a folder, or "digits".
-        remarks: one line each about skipped or unusual data.
+        remarks: lines about skipped or unusual data.
         predefined_split: whether the data define the test images. False if there are only class
             folders, so that this package chose the test images.
     """

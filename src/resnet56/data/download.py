@@ -158,9 +158,9 @@ def fetch(
             while not try_lock(locked.fileno()):
                 report(_size(part), archive.size)
                 time.sleep(_REPORT_INTERVAL)
-            if not final.is_dir():  # otherwise the other process has created it
+            if not final.is_dir():  # otherwise, another process has created it
                 _download_and_unpack(archive, urls, part, root, timeout, report)
-    except OSError as err:  # a file error; network errors are handled elsewhere
+    except OSError as err:  # a file error; network errors are _UrlError
         reason = "the disk is full" if err.errno in _DISK_FULL_ERRNOS else _reason(err)
         path = err.filename or root
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
@@ -188,7 +188,7 @@ def _download_and_unpack(
             _download(archive, urls, file, timeout, report)
             unpack(file, root, archive.folder)
         except UnpackError as err:
-            file.truncate(0)  # its MD5 is right, so another download would not help
+            file.truncate(0)  # its MD5 is correct, so another download would not help
             message = f"{archive.filename} cannot be unpacked safely and was removed: {err}"
             raise DownloadError(_single_line(message)) from err
         finally:
@@ -299,7 +299,7 @@ def _receive(
         part.seek(0, os.SEEK_END)
         done += _copy(response, first, part, lambda written: report(done + written, total))
         report(done, total)
-    if total is not None and done < total:  # urllib does not report an early end
+    if total is not None and done < total:  # urllib does not report a truncated response
         raise _UrlError(f"the connection closed after {done} of {total} bytes", retry=True)
     return resumed
 
@@ -414,5 +414,5 @@ def _reason(err: object) -> str:
 
 
 def _single_line(text: str) -> str:
-    """Return `text`, which can contain text from a server or a file name, as one printable line."""
+    """Return `text`, which may come from a server or a file name, as one printable line."""
     return printable(" ".join(text.split()))

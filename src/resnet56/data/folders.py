@@ -37,7 +37,7 @@ _ID_COLUMNS = (
     "path",
 )
 _LABEL_COLUMNS = ("label", "class", "category", "target", "labels", "class_name")
-_MAX_LISTED = 10  # broken images in one message
+_MAX_LISTED = 10  # maximum number of broken images in a message
 _MAX_TABLE_BYTES = 1 << 28
 
 Files = dict[str, list[Path]]  # class -> images

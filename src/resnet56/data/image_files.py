@@ -52,7 +52,7 @@ def find_images(folder: Path) -> ImageFiles:
         if entry.is_symlink() and not entry.exists():
             if suffix in SUFFIXES:
                 found.skipped["broken link"] += 1
-        elif not entry.is_file():  # opening a pipe would block forever
+        elif not entry.is_file():  # opening a pipe would block
             continue
         elif suffix in SUFFIXES:
             found.files.append(entry)

@@ -26,7 +26,7 @@ _MAX_ROWS = 65_535  # of a TIFF: libtiff reports each damaged row on stderr
 _MAX_PLANES = 6  # samples per pixel that Pillow supports
 _MAX_TILE = 4_096 * 4_096  # pixels of a TIFF tile that is larger than the image
 _MAX_COMMENTS = 1_000  # of a PPM; Pillow copies a megabyte per comment
-_MAX_PPM_HEADER = 65_536  # bytes, which Pillow reads one by one
+_MAX_PPM_HEADER = 65_536  # bytes, which Pillow reads one at a time
 
 # JPEG markers: a byte after 0xFF, except for stuffing, restarts and padding (T.81, table B.1).
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)

@@ -186,7 +186,7 @@ def image_errors(name: str, formats: tuple[str, ...] = FORMATS) -> Iterator[None
         yield
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # decoders can raise anything
+    except Exception as error:  # decoders can raise any exception
         reason = one_line(error)
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
@@ -288,8 +288,8 @@ def overlay(image: Image.Image, evidence: Floats) -> Image.Image:
     """Overlay a class activation map on its image, at the resolution of the image.
 
     Args:
-        image: upright RGB image from `read_image`. The area outside the central square, which is
-            not part of the model's input, is darkened.
+        image: upright RGB image from `read_image`. The area outside the central square, which the
+            model does not receive, is darkened.
         evidence: (H, W), the map of the central square. Only positive values are shown, relative to
             the maximum.
     """

@@ -1,8 +1,8 @@
 """Augmentations that mix the images of a batch: CutMix, mixup and RICAP.
 
 Each image is mixed with other images of its batch. Its target becomes a distribution over their
-classes, weighted by their shares of the mixed image. As in the published methods, all images of a
-batch have the same shares and positions.
+classes, weighted by their fraction of the mixed image. As in the published methods, all images of a
+batch have the same weights and positions.
 
 `draw_mixes` draws the random numbers of an epoch. `mix_images` and `mix_labels` apply them on any
 device without synchronization.
@@ -36,8 +36,10 @@ class Mix(NamedTuple):
     """The parameters for mixing the B images of one batch."""
 
     partners: Tensor  # (K, B) int64, the batch indices of the partners of each image
-    shares: tuple[float, ...]  # of the image and its K partners; the sum is 1
-    patches: tuple[Patch, ...] = ()  # on top of the image; if empty, images are blended
+    weights: tuple[float, ...]  # of the image and its K partners; the sum is 1
+    patches: tuple[
+        Patch, ...
+    ] = ()  # rectangles of the mixed image; if empty, the images are blended
 
 
 def draw_mixes(
@@ -47,7 +49,7 @@ def draw_mixes(
 
     Args:
         method: "none" or one of `METHODS`.
-        alpha: both parameters of the beta distribution of the shares. With a low value, mixed
+        alpha: both parameters of the beta distribution of the weights. With a low value, mixed
             images are close to one of the originals.
         probability: probability of mixing a batch.
         steps: number of batches.
@@ -61,7 +63,7 @@ def draw_mixes(
         return [None] * steps
     draw = METHODS[method]
     generator = np.random.default_rng(seed)
-    # Drawn for every batch, so that a batch does not depend on whether others are mixed.
+    # Draw for every batch, so that no batch depends on whether other batches are mixed.
     mixes = [
         (generator.random() < probability, draw(generator, alpha, batch)) for _ in range(steps)
     ]
@@ -74,23 +76,23 @@ def _partners(generator: np.random.Generator, count: int, batch: int) -> Tensor:
 
 def _mixup(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
     """Zhang et al. 2018 (arXiv:1710.09412): a blend of the image and a partner."""
-    share = float(generator.beta(alpha, alpha))
-    return Mix(_partners(generator, 1, batch), (share, 1 - share))
+    weight = float(generator.beta(alpha, alpha))
+    return Mix(_partners(generator, 1, batch), (weight, 1 - weight))
 
 
 def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
     """Yun et al. 2019 (arXiv:1905.04899): a rectangle of a partner, at its original position.
 
-    The center is uniform. The rectangle is clipped at the edges, and its clipped area is the share.
+    The center is uniform. The rectangle is clipped at the edges, and the weights are areas.
     """
     side = int(SIDE * math.sqrt(1 - generator.beta(alpha, alpha)))
     row, column = (int(center) for center in generator.integers(0, SIDE, 2))
     top, left = max(row - side // 2, 0), max(column - side // 2, 0)
     height = min(row + side // 2, SIDE) - top
     width = min(column + side // 2, SIDE) - left
-    share = height * width / SIDE**2
+    weight = height * width / SIDE**2
     patch = Patch(1, top, left, height, width, top, left)
-    return Mix(_partners(generator, 1, batch), (1 - share, share), (patch,))
+    return Mix(_partners(generator, 1, batch), (1 - weight, weight), (patch,))
 
 
 def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
@@ -98,7 +100,7 @@ def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
 
     The order is upper left, upper right, lower left, lower right.
     """
-    width, height = (round(SIDE * share) for share in generator.beta(alpha, alpha, 2))
+    width, height = (round(SIDE * fraction) for fraction in generator.beta(alpha, alpha, 2))
     patches = []
     for image, (top, left) in enumerate([(0, 0), (0, width), (height, 0), (height, width)]):
         # If the point is on an edge, two of the crops are empty.
@@ -107,8 +109,8 @@ def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
         from_top = int(generator.integers(0, SIDE - high + 1))
         from_left = int(generator.integers(0, SIDE - wide + 1))
         patches.append(Patch(image, top, left, high, wide, from_top, from_left))
-    shares = tuple(patch.height * patch.width / SIDE**2 for patch in patches)
-    return Mix(_partners(generator, 3, batch), shares, tuple(patches))
+    weights = tuple(patch.height * patch.width / SIDE**2 for patch in patches)
+    return Mix(_partners(generator, 3, batch), weights, tuple(patches))
 
 
 METHODS: dict[str, Callable[[np.random.Generator, float, int], Mix]] = {
@@ -130,7 +132,7 @@ def mix_images(images: Sequence[Tensor], mix: Mix) -> Tensor:
         (B, 3, 32, 32) float32, in the memory format of the batch.
     """
     if not mix.patches:
-        return sum(share * image for share, image in zip(mix.shares, images, strict=True))  # type: ignore[return-value]
+        return sum(weight * image for weight, image in zip(mix.weights, images, strict=True))  # type: ignore[return-value]
     mixed = images[0].clone()
     for image, top, left, height, width, from_top, from_left in mix.patches:
         mixed[..., top : top + height, left : left + width] = images[image][
@@ -151,4 +153,4 @@ def mix_labels(labels: Sequence[Tensor], mix: Mix, classes: int) -> Tensor:
         (B, C) float32 probabilities.
     """
     one_hot = [F.one_hot(part, classes).float() for part in labels]
-    return sum(share * target for share, target in zip(mix.shares, one_hot, strict=True))  # type: ignore[return-value]
+    return sum(weight * target for weight, target in zip(mix.weights, one_hot, strict=True))  # type: ignore[return-value]

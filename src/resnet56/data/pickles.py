@@ -20,7 +20,7 @@ from resnet56.errors import DataError, one_line
 
 MAX_OPCODES = 2_000_000  # CIFAR-100's training batch has 0.4 million, the index of a checkpoint 0.1
 
-# A file that names one of these is not trustworthy, although nothing is called.
+# A file that refers to one of these modules is not trustworthy, although nothing is called.
 _DANGEROUS_MODULES = {
     "ctypes", "importlib", "nt", "os", "pdb", "posix", "pty", "runpy", "shutil", "socket",
     "subprocess", "sys", "webbrowser",
@@ -29,7 +29,7 @@ _DANGEROUS_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "i
 
 
 class UnsafePickleError(Exception):
-    """A pickle requests more than data. The message says what."""
+    """A pickle requests code or external objects. The message names them."""
 
 
 class StandIn(dict[Any, Any]):
@@ -249,7 +249,7 @@ def unpickle(
         encoding: encoding of strings from Python 2, or "bytes" to return them as bytes.
 
     Raises:
-        UnsafePickleError: the pickle requests more than data.
+        UnsafePickleError: the pickle requests code or external objects.
         Exception: any exception, if the pickle is damaged.
     """
     start = stream.tell()
@@ -292,7 +292,7 @@ def read_pickle(file: Path) -> dict[str, object]:
         raise DataError(
             f"{file} {error}, which no data set needs (it was not executed); do not trust this file"
         ) from error
-    except Exception as error:  # the unpickler can raise anything on damaged data
+    except Exception as error:  # the unpickler can raise any exception on damaged data
         raise DataError(
             f"{file} is not a valid pickle ({one_line(error)}); unpack the archive again"
         ) from error

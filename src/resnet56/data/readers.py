@@ -1,4 +1,4 @@
-"""Load data sets: CIFAR-10 and CIFAR-100 in all forms, image folders, scikit-learn's digits.
+"""Load data sets: CIFAR-10 and CIFAR-100 in all forms, image folders, and digits.
 
 Each data set becomes a `Dataset` of 32x32 RGB images in memory. Files are untrusted: any damaged or
 malicious file raises a one-line `DataError`.

@@ -18,7 +18,7 @@ Transform = Callable[[Tensor, Tensor], Tensor]
 
 
 def trivial_augment(images: Tensor, transforms: Tensor, levels: Tensor) -> Tensor:
-    """Apply one transform to each image.
+    """Apply a transform to each image.
 
     Args:
         images: (N, 3, H, W) uint8.
@@ -126,7 +126,7 @@ def _blend(degenerate: Tensor, images: Tensor, magnitudes: Tensor) -> Tensor:
     return (degenerate + factors * (images - degenerate.float())).clamp(0, 255).byte()
 
 
-# Color transforms that map each value. The sign of the magnitude has no effect.
+# Color transforms of each value. The sign of the magnitude has no effect.
 
 
 def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
