@@ -1,7 +1,7 @@
 """ResNet-56 on CIFAR-10: build, train and test the network, and explain its results.
 
-The names below are the public API. They load on first use, so that importing the package, and
-with it `resnet56 --help`, costs nothing.
+The names below are the public API. They are imported on first use, so that
+`import resnet56` and `resnet56 --help` are fast.
 """
 
 from importlib import import_module

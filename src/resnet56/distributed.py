@@ -90,7 +90,7 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
 
 
 def _is_connection_error(error: RuntimeError) -> bool:
-    """Whether the connection failed. gloo raises RuntimeErrors that name its source files."""
+    """Return whether the connection failed. gloo raises RuntimeErrors with source file names."""
     return isinstance(error, group.DistError) or "gloo" in str(error).lower()
 
 
@@ -163,7 +163,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace the batch norms of `model` by synchronized ones with the same state and names."""
+    """Replace each batch norm of `model` with a synchronized one of the same state and name."""
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
     for parent in list(model.modules()):

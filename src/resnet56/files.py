@@ -39,7 +39,7 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        if os.name == "posix":  # flush the rename before older files are removed
+        if os.name == "posix":  # flush the rename to the disk before older files are removed
             directory = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(directory)

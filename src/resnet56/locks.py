@@ -54,7 +54,7 @@ def open_private(path: Path) -> BufferedRandom:
 
 
 class _LinkError(Exception):
-    """The path is a symbolic link, or a hard link to a file that has other names."""
+    """The path is a symbolic link, or a file with several hard links."""
 
 
 def _open_private(path: Path) -> BufferedRandom:

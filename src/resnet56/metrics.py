@@ -22,7 +22,7 @@ BINS = 15  # of the reliability diagram, as in Guo et al. 2017
 def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metrics:
     """Compute all metrics of a set of predictions.
 
-    The scores of a class without images are None, and the averages exclude the class.
+    The scores of a class without images are None, and averages exclude it.
 
     Args:
         logits: (N, C) finite floats, N >= 1.

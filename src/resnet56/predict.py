@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from resnet56.model import ResNet
 
-BATCH = 64  # images per batch; limits memory, and the delay of the first result
+BATCH = 64  # images per batch; limits memory use and the delay of the first result
 
 # A path, the bytes of an image file, an open image file, a Pillow image, an array of shape (H, W),
 # (H, W, 3) or (H, W, 4), or a tensor of shape (1, H, W), (3, H, W) or (4, H, W). Arrays and tensors
@@ -224,7 +224,7 @@ class Predictor:
         Args:
             images: one or more images of any size: paths, bytes of image files, Pillow images,
                 arrays or tensors. A 4-dimensional array or tensor is a batch.
-            top: number of classes to return; by default all.
+            top: number of classes to return. By default, all.
             maps: whether to return class activation maps.
 
         Returns:
@@ -298,7 +298,7 @@ def load(
             `resnet56 export`: an ONNX file (loaded without importing PyTorch), a model hub folder,
             or the weights file in such a folder.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
-        threads: CPU threads, of PyTorch as a whole or of the ONNX session; by default one per core.
+        threads: number of CPU threads of PyTorch or of the ONNX session. By default, one per core.
 
     Raises:
         RunError: the model does not exist or is damaged.

@@ -41,7 +41,7 @@ class Batcher:
         max_batch: largest batch, a power of two. On a CPU, batches of 8 to 16 took the least time
             per image. A batch of 64 took twice as long per image, because its activations no
             longer fit the caches.
-        max_wait: seconds to wait for more images. The event loop is not blocked meanwhile.
+        max_wait: seconds to wait for more images, without blocking the event loop.
         on_batch: called with the number of images in every batch.
     """
 
@@ -76,7 +76,7 @@ class Batcher:
         self.executor.shutdown()
 
     async def run(self, images: Bytes) -> tuple[Floats, Floats]:
-        """Return what `Predictor.run` returns for these images, once their batch has run."""
+        """Run the images in a shared batch, and return the result of `Predictor.run` for them."""
         job = _Job(images, asyncio.get_running_loop().create_future())
         self.pending.add(job.result)
         try:
@@ -88,7 +88,7 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            # The result of a job is done already if its client has disconnected.
+            # The future of a job is already done if its client has disconnected.
             jobs = [job for job in await self._collect() if not job.result.done()]
             if not jobs:
                 continue
@@ -107,7 +107,7 @@ class Batcher:
                     job.result.set_result((logits[rows], maps[rows]))
 
     async def _collect(self) -> list[_Job]:
-        """Wait for a job, then collect those that arrive in time to share its batch."""
+        """Wait for a job, then collect the jobs that arrive in time to share its batch."""
         jobs = [await self.queue.get()]
         size = len(jobs[0].images)
         with suppress(TimeoutError):

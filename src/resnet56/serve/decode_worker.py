@@ -1,4 +1,4 @@
-"""Subprocess that decodes images for the server: python -m resnet56.serve.decode_worker ...
+"""Decode images in a subprocess of the server: python -m resnet56.serve.decode_worker ...
 
 It reads requests from stdin and writes responses to stdout until stdin ends. A decoder that hangs
 or crashes affects only this process, and the server replaces it.
@@ -91,7 +91,9 @@ def _limit_resources(memory: int) -> None:
 
 def _set_alarm(seconds: int) -> None:
     if hasattr(signal, "alarm"):
-        signal.alarm(seconds)  # its default action ends the process even inside C code
+        signal.alarm(
+            seconds
+        )  # the default action of the signal ends the process even inside C code
 
 
 if __name__ == "__main__":

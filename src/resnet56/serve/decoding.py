@@ -17,7 +17,7 @@ from resnet56.serve.limits import Limits
 
 START_SECONDS = 60.0  # for a process to start, on a heavily loaded machine
 RETRY_SECONDS = 1.0  # between attempts to replace a process
-MAX_RESPONSE_BYTES = 10_000  # more than the pixels or an error message take
+MAX_RESPONSE_BYTES = 10_000  # upper bound of the pixels or an error message
 ALARM_DELAY = 5  # seconds between the server's deadline and the process's own alarm
 
 
@@ -33,7 +33,7 @@ class StallDetector:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the block as one waiting request."""
+        """Count one waiting request until the block ends."""
         if self.pending == 0:
             self.last_progress = time.monotonic()
         self.pending += 1
@@ -47,7 +47,7 @@ class StallDetector:
         self.last_progress = time.monotonic()
 
     def stalled(self, seconds: float) -> bool:
-        """Whether requests are waiting and none has completed for this many seconds."""
+        """Return whether requests are waiting and none has completed for this many seconds."""
         return self.pending > 0 and time.monotonic() - self.last_progress > seconds
 
 
@@ -128,7 +128,7 @@ class Decoders:
         self.available.release()
 
     def _create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Create a task and keep a reference, so that it is not garbage-collected."""
+        """Create a task, and keep a reference to prevent garbage collection."""
         task = asyncio.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -198,7 +198,7 @@ class _Worker:
             sys.executable, "-P", "-m", "resnet56.serve.decode_worker", *self.arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # C decoders can write any amount to it
+            stderr=asyncio.subprocess.DEVNULL,  # C decoders can write unlimited output to it
             env={**os.environ, **threads, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C must reach only the server, which then drains
         )  # fmt: skip

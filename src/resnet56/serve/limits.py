@@ -1,4 +1,4 @@
-"""Limits on what a client may request. A request beyond them gets a 4xx response."""
+"""Limits on client requests. A request that exceeds a limit gets a 4xx response."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from resnet56.data.images import BROWSER_FORMATS
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits above normal use, which protect the server from mistakes and attacks."""
+    """Limits that protect the server from mistakes and attacks. Normal use is well below them."""
 
     images: int = 32  # per request
     pixels: int = 25_000_000  # per image; phone cameras stay below it by default
@@ -36,7 +36,7 @@ def too_busy() -> HTTPException:
 
 
 class RequestLimiter:
-    """Counts the requests in flight and their buffered bytes, and rejects any excess."""
+    """Limits the number of requests in flight and their buffered bytes."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -44,7 +44,7 @@ class RequestLimiter:
 
     @contextmanager
     def admit(self) -> Iterator[Callable[[int], None]]:
-        """Count the block as one request in flight.
+        """Count one request in flight until the block ends.
 
         Yields:
             A function that reserves a number of bytes for the request until the block ends.

@@ -1,4 +1,4 @@
-"""Metrics of the server, in Prometheus format."""
+"""Server metrics in Prometheus format."""
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -20,7 +20,7 @@ class Meter:
         )
         self.seconds = Histogram(
             "resnet56_request_seconds",
-            "Time from the head of a request to the end of its response.",
+            "Time from the request headers to the end of the response.",
             ("path",),
             buckets=SECONDS,
             registry=self.registry,

@@ -58,6 +58,6 @@ class HealthResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Why a request failed."""
+    """The reason that a request failed."""
 
     detail: str = Field(description="What is wrong and how to fix it, in one line.")

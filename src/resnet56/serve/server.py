@@ -23,7 +23,7 @@ from resnet56.serve.batching import Predictor
 from resnet56.serve.limits import Limits
 
 IDLE_SECONDS = 10.0  # for which a connection may stay open without a complete request
-MAX_CONNECTIONS = 600  # fewer if the process may open few files
+MAX_CONNECTIONS = 600  # reduced if the process may open only a few files
 # Files other than connections: pipes of the decoders and of a replacement, and the event loop's.
 RESERVED_FILES = 24
 MIN_CONNECTION_FILES = 16
@@ -32,7 +32,7 @@ EXIT_SECONDS = 5.0  # after the drain time, until the process exits unconditiona
 
 
 class Stopped(BaseException):
-    """A signal requested a stop."""
+    """A signal requested the server to stop."""
 
 
 class _Config(uvicorn.Config):
@@ -41,7 +41,7 @@ class _Config(uvicorn.Config):
 
 
 class _Server(uvicorn.Server):
-    """A server that always exits: some time after a signal, it abandons all remaining work."""
+    """A server that exits a fixed time after a signal, even if requests are unfinished."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and announce the address once the server accepts requests."""
@@ -63,7 +63,7 @@ class Protocol(H11Protocol):
     """HTTP/1.1 protocol that closes connections without complete requests or read responses.
 
     Uvicorn applies its timeout only between a response and the next request. Without this class, a
-    client could hold a connection forever by sending the head of a request byte by byte, by sending
+    client could hold a connection forever by sending request headers byte by byte, by sending
     an endless body after its rejection, or by sending requests without reading the responses.
     """
 
@@ -106,7 +106,7 @@ def serve(
 
     Args:
         predictor: the model.
-        host: address or name to listen on.
+        host: address or host name to listen on.
         port: port to listen on, 0 for any free port.
         say: called with each status line.
         limits: limits on requests, and on the time to finish them.
@@ -138,7 +138,11 @@ def serve(
     )
     config.max_connections = connections
     server = _Server(config)
-    for name in ("uvicorn.error", "asyncio", "python_multipart"):  # they log errors of clients
+    for name in (
+        "uvicorn.error",
+        "asyncio",
+        "python_multipart",
+    ):  # these loggers report client errors
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def announce() -> None:
@@ -155,8 +159,8 @@ def serve(
 def _connection_limits() -> tuple[int, int]:
     """Return the maximum number of open connections, and the backlog.
 
-    Both are reduced if the process may open few files (`ulimit -n`). Otherwise asyncio would retry
-    to accept a connection again and again, and log a traceback each time.
+    Both are reduced if the process may open few files (`ulimit -n`). Otherwise, asyncio would
+    repeatedly fail to accept a connection, and log a traceback each time.
 
     Raises:
         UsageError: the process may open too few files.

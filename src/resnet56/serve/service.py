@@ -18,7 +18,7 @@ from resnet56.serve.meter import Meter
 from resnet56.serve.schema import ClassScore, Prediction, PredictResponse
 from resnet56.serve.uploads import Upload, receive
 
-DECIMALS = 6  # of the numbers in a response
+DECIMALS = 6  # decimal places of the numbers in a response
 
 
 class Service:
@@ -53,7 +53,7 @@ class Service:
         """Return the `top` most probable classes of each image, optionally with their maps.
 
         Raises:
-            HTTPException: 4xx if the request is invalid, exceeds a limit, or finds the server busy.
+            HTTPException: 4xx for an invalid or too large request, or a server at capacity.
         """
         with self.limiter.admit() as reserve:
             async with receive(request, self.limits, reserve) as uploads:

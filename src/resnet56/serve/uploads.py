@@ -21,7 +21,7 @@ from resnet56.serve.schema import PredictRequest
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
 FIELD = "image"
-MAX_QUOTE = 100  # characters of client input that an error message repeats at most
+MAX_QUOTE = 100  # maximum number of characters of client input in an error message
 
 
 @dataclass(frozen=True)
