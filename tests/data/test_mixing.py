@@ -66,7 +66,7 @@ def test_mixed_batches_match_a_loop_over_images_and_pixels(method: str) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 1.0, 5.0])
-def test_shares_sum_to_one_and_rectangles_are_inside_the_image(method: str, alpha: float) -> None:
+def test_weights_sum_to_one_and_rectangles_are_inside_the_image(method: str, alpha: float) -> None:
     for mix in drawn(method, alpha=alpha):
         assert sum(mix.weights) == pytest.approx(1)
         assert min(mix.weights) >= 0
@@ -77,10 +77,10 @@ def test_shares_sum_to_one_and_rectangles_are_inside_the_image(method: str, alph
             assert max(patch.left, patch.from_left) + patch.width <= 32
 
 
-def test_mixup_shares_follow_the_beta_distribution() -> None:
+def test_mixup_weights_follow_the_beta_distribution() -> None:
     for alpha in (0.3, 1.0, 2.0):
-        shares = [mix.weights[0] for mix in drawn("mixup", 2000, alpha)]
-        assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+        weights = [mix.weights[0] for mix in drawn("mixup", 2000, alpha)]
+        assert stats.kstest(weights, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
 def test_the_cutmix_rectangle_is_a_clipped_square() -> None:
@@ -134,8 +134,8 @@ def test_batches_are_mixed_with_the_given_probability() -> None:
 
 
 def test_the_numbers_depend_only_on_the_seed() -> None:
-    shares = [[mix.shares for mix in drawn("ricap", 20, seed=seed)] for seed in (1, 1, 2)]
-    assert shares[0] == shares[1] != shares[2]
+    weights = [[mix.weights for mix in drawn("ricap", 20, seed=seed)] for seed in (1, 1, 2)]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_recipes_accept_all_methods() -> None:
