@@ -1,7 +1,7 @@
 """Load test of a server, with concurrent well-behaved and hostile clients.
 
     resnet56 serve --run RUN &
-    python tests/serve/serve_load.py [http://127.0.0.1:8056] [CLIENTS] [SECONDS] [HOSTILE]
+    PYTHONPATH=tests python tests/serve/serve_load.py [http://127.0.0.1:8056] [CLIENTS] [SECONDS] [HOSTILE]
 
 HOSTILE is the fraction of requests with a file that could take a decoder minutes or gigabytes.
 The script prints requests per second, latencies, responses by status, and the memory of the server
