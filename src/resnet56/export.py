@@ -92,7 +92,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
 
 
 def _replace_padding(model: ResNet) -> ResNet:
-    """Replace padded shortcuts with equivalent 1x1 convolutions whose weights are zero and one.
+    """Replace padded shortcuts with equivalent 1x1 convolutions whose weights are zeros and ones.
 
     Inference engines use a blocked channel layout between convolutions. A slice and a pad break
     this layout and prevent the fusion of later additions, which makes ONNX Runtime 7 to 9 % slower.

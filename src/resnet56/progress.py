@@ -83,7 +83,7 @@ class TrainingDisplay:
         Args:
             costs: relative duration of a step, for each epoch.
             steps: steps per epoch.
-            done: steps finished before, if the run is resumed.
+            done: steps already finished, if the run is resumed.
         """
         self.costs, self.steps, self.done = costs, steps, done
         self.started = self.last_line = time.monotonic()

@@ -84,7 +84,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def _cpu_has_bf16() -> bool:
-    # These private functions exist since PyTorch 2.4.
+    # These private functions were added in PyTorch 2.4.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 

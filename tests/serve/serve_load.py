@@ -1,11 +1,12 @@
 """Load test of a server, with concurrent well-behaved and hostile clients.
 
     resnet56 serve --run RUN &
-    PYTHONPATH=tests python tests/serve/serve_load.py [http://127.0.0.1:8056] [CLIENTS] [SECONDS] [HOSTILE]
+    PYTHONPATH=tests python tests/serve/serve_load.py [URL] [CLIENTS] [SECONDS] [HOSTILE]
 
-HOSTILE is the fraction of requests with a file that could take a decoder minutes or gigabytes.
-The script prints requests per second, latencies, responses by status, and the memory of the server
-over time. It exits with 1 if a response has an unexpected status.
+URL is http://127.0.0.1:8056 by default. HOSTILE is the fraction of requests with a file that could
+take a decoder minutes or gigabytes. The script prints requests per second, latencies, responses by
+status, and the memory of the server over time. It exits with 1 if a response has an unexpected
+status.
 """
 
 import asyncio

@@ -36,7 +36,7 @@ def interleave(candidates: Sequence[Candidate], rounds: int, seconds: float) -> 
     """Warm up all candidates, then run each for about `seconds` in every round."""
     repeats = {}
     for candidate in candidates:
-        candidate.time(3)  # allocators, thread pools, compilers
+        candidate.time(3)  # warm up allocators, thread pools and compilers
         repeats[candidate.name] = max(2, round(seconds / candidate.time(2)))
     for _ in range(rounds):
         for candidate in candidates:

@@ -1,7 +1,7 @@
-"""Read CIFAR-10 and CIFAR-100 in their published forms and verify their checksums.
+"""Read CIFAR-10 and CIFAR-100 in their published formats and verify their checksums.
 
-The formats are described at https://www.cs.toronto.edu/~kriz/cifar.html. Files of all forms are
-read as records of the binary form, so that one checksum covers all of them.
+The formats are described at https://www.cs.toronto.edu/~kriz/cifar.html. Files in every format
+are converted to records of the binary format, so that one checksum covers all of them.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Bytes = npt.NDArray[np.uint8]
 _PIXELS = 3 * 32 * 32
 _BLOCK = 1_000  # images to process at once, to limit memory
 _ADVICE = "unpack the archive again"
-# SHA-1 of each file of the binary form: the training files, then the test file. Apache MXNet's
+# SHA-1 of each file of the binary format: the training files, then the test file. Apache MXNet's
 # gluon.data.vision uses the same values.
 _PUBLISHED = {
     "cifar10": (
@@ -47,11 +47,11 @@ _MIN_DISTINCT = 0.99  # fraction of a split; the published ones have at least 0.
 
 @dataclass(frozen=True)
 class _Layout:
-    """One published form of CIFAR: its files and the location of labels and class names.
+    """One published format of CIFAR: its files and the location of labels and class names.
 
-    A record of the binary form has `label_bytes` label bytes, the last of which is the label, and
-    3,072 pixel bytes (1,024 each of red, green and blue, row by row from the top). The pickle form
-    consists of dictionaries with the labels and names under the keys `labels` and `names`.
+    A record of the binary format has `label_bytes` label bytes, the last of which is the label, and
+    3,072 pixel bytes (1,024 each of red, green and blue, row by row from the top). The pickle
+    format consists of dictionaries with the labels and names under the keys `labels` and `names`.
     """
 
     name: str
@@ -219,7 +219,7 @@ def _read_files(
 
 
 def _records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
-    """Yield `count` records of a file in blocks (n, label_bytes + 3072), as in the binary form."""
+    """Yield `count` records of a file in blocks (n, label_bytes + 3072), in the binary format."""
     if layout.form == "binary":
         yield from _binary_records(layout, file, count)
     else:

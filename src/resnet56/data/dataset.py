@@ -218,7 +218,7 @@ def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
 
 
 def _mean_std(counts: list[int]) -> tuple[float, float]:
-    """Return the mean and standard deviation, over 255, of the values 0..255 with these counts."""
+    """Return the mean and standard deviation of values 0..255 with these counts, divided by 255."""
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))

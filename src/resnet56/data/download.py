@@ -222,7 +222,7 @@ def _redact(url: str) -> str:
 
 
 def _request(url: str) -> Request:
-    """Create a request for the URL. Credentials are sent in a header, only to its host."""
+    """Create a request. Credentials in the URL move to a header that only its host receives."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     request = Request(urlunsplit(parts._replace(netloc=host)), headers={"User-Agent": "resnet56"})

@@ -341,7 +341,7 @@ def _read_table(table: Path) -> dict[str, str]:
 def _split_test_part(
     reader: _Reader, files: Files, description: str, *, predefined_split: bool = True
 ) -> Dataset:
-    """Split off a fixed stratified fifth as the test part."""
+    """Split off a fixed, stratified fifth of the images as the test set."""
     classes = tuple(files)
     images = reader.read(files, classes)
     counts = images.labels.bincount(minlength=len(classes))
@@ -353,7 +353,7 @@ def _split_test_part(
                     f"{shown(str(files[name][0].parent))} has {found}, too few to split off a test "
                     "part; add images or a test/ folder"
                 )
-    if not bool((counts > 1).any()):  # for evaluation; too few for two parts
+    if not bool((counts > 1).any()):  # only for evaluation: no class has two images
         return reader.dataset(
             classes, _empty_like(images), images, "not split", predefined_split=predefined_split
         )

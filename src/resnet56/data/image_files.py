@@ -68,7 +68,7 @@ def find_images(folder: Path) -> ImageFiles:
 
 
 def is_visible(name: str) -> bool:
-    """Return whether a name is neither hidden nor that of a system folder."""
+    """Return whether a name is neither hidden nor the name of a system folder."""
     return not name.startswith(".") and name.casefold() not in _SYSTEM_FOLDERS
 
 

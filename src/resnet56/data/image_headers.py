@@ -120,7 +120,10 @@ def _png_excess(stream: BinaryIO) -> str | None:
 
 
 def _gif_excess(stream: BinaryIO) -> str | None:
-    """Check a GIF up to its first frame. Pillow does not iterate over later blocks in Python."""
+    """Check a GIF up to its first frame.
+
+    Later blocks are not checked, because Pillow does not loop over them in Python.
+    """
     stream.seek(10)
     flags = stream.read(3)[0]
     if flags & 128:

@@ -1,8 +1,8 @@
 """Augmentations that mix the images of a batch: CutMix, mixup and RICAP.
 
-Each image is mixed with other images of its batch. Its target becomes a distribution over their
-classes, weighted by their fraction of the mixed image. As in the published methods, all images of a
-batch have the same weights and positions.
+Each image is mixed with other images of its batch. Its target becomes a distribution over the
+classes of these images, each weighted by its image's fraction of the mixed image. As in the
+published methods, all images of a batch have the same weights and positions.
 
 `draw_mixes` draws the random numbers of an epoch. `mix_images` and `mix_labels` apply them on any
 device without synchronization.

@@ -11,8 +11,9 @@
  * Feature maps are (images, height, width, channels); channels is a multiple of 16. A thread
  * copies a few images at a time into a row of positions (pictured in positions.h). A zero pixel
  * follows each row of pixels and a row of zeros follows each image; they are the padding on both
- * sides. In this layout a tap of the kernel is a shift. A convolution is therefore a sum of matrix
- * products of 16 positions by 32 inputs and 32 inputs by 16 outputs, the tile size of the unit.
+ * sides. In this layout, a tap of the kernel is a shift within the row. A convolution is therefore
+ * a sum of matrix products of 16 positions by 32 inputs and 32 inputs by 16 outputs, the tile size
+ * of the unit.
  *
  * tests/kernels/reference.py computes the same convolution with plain loops over this layout.
  */

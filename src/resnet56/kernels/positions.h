@@ -39,7 +39,7 @@ typedef struct {
     bf16 *result;
     Norm *result_norm;
     const bf16 *g; /* gradient of the output of result_norm */
-    bf16 *g_in;    /* gradient of the output of norm; PLAIN: of the input */
+    bf16 *g_in;    /* gradient of the output of norm, or of the input if it is PLAIN */
     /* The shortcut that starts at this input, whose gradient skip_g is added to g_in: NONE, SAME,
      * PADDED or PROJECTED. It reads every `skip_stride`-th pixel. */
     long skip;

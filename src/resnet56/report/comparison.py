@@ -13,7 +13,8 @@ from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
 from resnet56.runs.schema import Metrics
 
-MAX_PAIRS = 5  # number of runs up to which all pairs are compared; beyond, each with the best
+# Number of runs up to which all pairs are compared. With more runs, each is compared with the best.
+MAX_PAIRS = 5
 
 Interval = tuple[float, float]
 

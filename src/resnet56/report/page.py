@@ -83,7 +83,7 @@ def network_name(facts: RunFacts) -> str:
 
 
 def title(facts: RunFacts) -> str:
-    """Return the headline: the result or the state of the training."""
+    """Return the headline: the test result, or the state of the training run."""
     arch = network_name(facts)
     if facts.test:
         share, n = words.percent(facts.test["accuracy"]), words.count(facts.test["n"])

@@ -68,7 +68,7 @@ class Chart:
     size: tuple[float, float] = (WIDTH, HEIGHT)
 
     def svg(self) -> str:
-        """Draw inline SVG for an HTML page, without declaration and namespaces, with unique ids."""
+        """Draw inline SVG for HTML, with unique ids and no XML declaration or namespaces."""
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with _style(CSS):
@@ -216,7 +216,7 @@ class Panel:
 
 
 def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
-    """Plot quantities over the index of the layer, in rows of two panels with a common legend."""
+    """Plot quantities against the layer index, in rows of two panels with a shared legend."""
     rows = (len(panels) + 1) // 2
     labels = [line.label for line in panels[0].lines]
 

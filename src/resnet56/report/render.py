@@ -19,7 +19,7 @@ UNBREAKABLE = re.compile(r"(\d[\d.,]* %|\d+(?: \N{MULTIPLICATION SIGN} \d+)+)")
 
 
 def escape_markdown(text: str) -> str:
-    """Escape plain text to one line of Markdown without markup, HTML and math."""
+    """Escape plain text as one line of Markdown, so that it contains no markup, HTML or math."""
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = MARKDOWN_SPECIAL.sub(r"\\\1", text)

@@ -247,7 +247,10 @@ def not_finite(tensors: Mapping[str, "Tensor"]) -> list[str]:
 def require_fit(
     tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], source: str
 ) -> None:
-    """Check that tensors have the expected names, shapes and kinds of numbers. Raises RunError."""
+    """Check that tensors match `expected` in name, shape and whether they are floating-point.
+
+    Raises RunError if they do not.
+    """
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
     for problem, names in (("missing", missing), ("unexpected", unknown)):

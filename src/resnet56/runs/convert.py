@@ -603,7 +603,7 @@ def _abbreviate(words: Sequence[object]) -> str:
 
 
 def _default_constants(candidate: Candidate, outputs: int) -> tuple[Constants | None, str]:
-    """Return the normalization constants of the layout's authors, and their origin."""
+    """Return the normalization constants that the layout's authors used, and their origin."""
     has_projections = any(".shortcut." in key for key in candidate.tensors)
     if candidate.head == "linear.weight" and not has_projections:
         return IMAGENET, "ImageNet, as in akamaster's training"

@@ -53,8 +53,8 @@ def load(name: str) -> Checkpoint:
 def save(run: RunDirectory, name: str, folder: Path) -> Path:
     """Write the weights of a run in half precision, and a model card, to `folder` as `name`.
 
-    The card contains the recipe and the evaluation of the run, if they exist. That evaluation is
-    of the run's own weights; evaluate the half-precision weights before a release.
+    The card contains the recipe and the evaluation of the run, if they exist. That evaluation
+    used the original weights, so evaluate the half-precision weights before a release.
 
     Raises:
         RunError: the run cannot be read, its weights overflow half precision, or the file would

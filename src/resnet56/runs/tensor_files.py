@@ -281,7 +281,7 @@ class _TorchPickle:
 
     def load(self, stream: BinaryIO) -> Any:
         """Read the next object."""
-        # Strings of Python 2 are read as Latin-1: keys are ASCII, other strings are not used.
+        # Python 2 strings are read as Latin-1: keys are ASCII, and other strings are not used.
         return unpickle(stream, self._find, self._storage, encoding="latin-1")
 
     def contents(self, tree: object) -> Contents:

@@ -1,4 +1,4 @@
-"""Prepare the OpenAPI description for the reference page, which works without scripts."""
+"""Prepare the OpenAPI description for the reference page, which works without JavaScript."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -50,7 +50,7 @@ class RequestLimiter:
             A function that reserves a number of bytes for the request until the block ends.
 
         Raises:
-            HTTPException: 429, on entry or from that function.
+            HTTPException: 429 if a limit is exceeded, on entry or when that function is called.
         """
         own_bytes = 0
 

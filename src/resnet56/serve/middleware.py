@@ -101,7 +101,7 @@ class HostMiddleware:
 
     Args:
         app: the wrapped application.
-        names: allowed names in lower case, without ports and brackets. "*" allows all names.
+        names: allowed names in lowercase, without ports or brackets. "*" allows all names.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
