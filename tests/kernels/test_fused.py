@@ -181,7 +181,7 @@ def test_compiled_mode_without_a_compiler_is_an_error_in_one_line(
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(UsageError, match="does not work here: no C\\+\\+ compiler; use"):
+    with pytest.raises(UsageError, match="does not work on this machine: no C\\+\\+ compiler; use"):
         prepare_model(build("resnet8"), "compiled", "fp32")
 
 
