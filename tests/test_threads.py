@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -318,3 +319,23 @@ def test_training_and_evaluation_use_the_number_and_restore_it(
     train(small, tiny, tmp_path / "run", device="cpu", threads=1)
     assert (seen, torch.get_num_threads()) == ([1], 2)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["threads"] == 1
+
+
+def test_the_command_sees_every_core() -> None:
+    """The environment that the command sets for its libraries must not hide any."""
+    count = "from resnet56.threads import usable_cores; print(usable_cores())"
+    command = f"from resnet56.cli import main; main(['--version']); {count}"
+    environment = {key: os.environ[key] for key in os.environ if not key.startswith("JOBLIB")}
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()[-1]
+        for code in (count, command)
+    ]
+    assert outputs[0] == outputs[1]
+    if hasattr(os, "sched_getaffinity"):
+        assert int(outputs[0]) <= len(os.sched_getaffinity(0))

@@ -289,7 +289,8 @@ class ThroughputMonitor:
 
 def usable_cores() -> int:
     """Return the number of processors that the affinity mask and the container quota allow."""
-    from joblib import cpu_count
+    # joblib's own function returns 1 where JOBLIB_MULTIPROCESSING is off, as the command sets it.
+    from joblib.externals.loky import cpu_count
 
     return int(cpu_count())
 
