@@ -94,13 +94,17 @@ ARROWS: dict[str, set[str]] = {
     },
     # report
     "report.pictures": set(),
-    "report.plots": {"libraries"},
+    "report.notebook": set(),
+    "report.plots": {"libraries", "report.notebook"},
     "report.words": {"progress"},
     "report.recipe_words": {"recipe", "report.words"},
     "report.render": {"files", "report.plots", "report.words"},
     "report.story": {"recipe", "report.words", "runs.schema"},
     "report.read": {
         "errors", "files", "model", "recipe", "runs.checkpoint", "runs.directory", "runs.schema",
+    },
+    "report.figures": {
+        "errors", "report.plots", "report.read", "report.words", "runs.directory", "runs.schema",
     },
     "report.page": {
         "report.pictures", "report.plots", "report.read", "report.recipe_words", "report.story",
@@ -264,6 +268,7 @@ def test_the_public_names_are_pinned_and_there() -> None:
     assert resnet56.__all__ == [
         "RECIPES", "Dataset", "Error", "Prediction", "Predictor", "Recipe", "ResNet", "Split",
         "__version__", "build", "describe", "evaluate", "load", "load_digits", "load_folder",
+        "plot_calibration", "plot_confusion_matrix", "plot_curves", "plot_mistakes",
         "predict_logits", "train",
     ]  # fmt: skip
     for name in resnet56.__all__:

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from resnet56.model import ResNet, build, describe
     from resnet56.predict import Prediction, Predictor, load
     from resnet56.recipe import RECIPES, Recipe
+    from resnet56.report.figures import (
+        plot_calibration,
+        plot_confusion_matrix,
+        plot_curves,
+        plot_mistakes,
+    )
     from resnet56.training import train
 
 __version__ = "0.1.0"
@@ -34,6 +40,10 @@ _HOME = {
     "load": "predict",
     "load_digits": "data.readers",
     "load_folder": "data.readers",
+    "plot_calibration": "report.figures",
+    "plot_confusion_matrix": "report.figures",
+    "plot_curves": "report.figures",
+    "plot_mistakes": "report.figures",
     "predict_logits": "evaluation",
     "train": "training",
 }
@@ -54,6 +64,10 @@ __all__ = [
     "load",
     "load_digits",
     "load_folder",
+    "plot_calibration",
+    "plot_confusion_matrix",
+    "plot_curves",
+    "plot_mistakes",
     "predict_logits",
     "train",
 ]

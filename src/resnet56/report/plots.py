@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 4.0, 2.7  # inches; at 72 points per inch, legible at a width of 300 pixels
 PNG_DPI = 200
 FEW = 3  # maximum number of curves with a legend inside the axes
+LEGEND_ROW = 0.18  # height of a row of a legend below the axes, in inches
 LONGEST_LABEL = 24  # characters of a label in a legend with two columns
 
 
@@ -93,6 +94,14 @@ class Chart:
         """Draw a self-contained SVG file on a white background."""
         return self._file("svg", dict.fromkeys(("Date", "Creator", "Format", "Type")))
 
+    def figure(self) -> "Figure":
+        """Draw a Matplotlib figure on a white background, without pyplot."""
+        with _style(PAPER):
+            figure = self._figure(PAPER)
+            # Ticks are created when they are drawn, so draw them while the style applies.
+            figure.draw_without_rendering()
+        return figure
+
     def _file(self, format: str, metadata: Mapping[str, None]) -> bytes:
         buffer = io.BytesIO()
         with _style(PAPER):
@@ -101,9 +110,10 @@ class Chart:
         return buffer.getvalue()
 
     def _figure(self, palette: Palette) -> "Figure":
-        from matplotlib.figure import Figure
+        # Imported after _style, which prepares the import of Matplotlib.
+        from resnet56.report.notebook import NotebookFigure
 
-        figure = Figure(figsize=self.size, layout="constrained")
+        figure = NotebookFigure(figsize=self.size, layout="constrained")
         self.draw(figure, palette)
         return figure
 
@@ -152,6 +162,8 @@ class Line:
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    color: int | None = None  # index into the palette; by default, the index of the curve
+    style: str | None = None  # by default, see `line_style`
 
 
 def line_style(index: int, lines: int) -> str:
@@ -173,37 +185,75 @@ def curves(
     """Plot curves over epochs; `percent` converts fractions to percent."""
 
     def draw(figure: "Figure", palette: Palette) -> None:
-        from matplotlib.ticker import MaxNLocator
-
         axes = figure.subplots()
-        handles: list[Any] = []
-        for i, line in enumerate(lines):
-            handles += axes.plot(
-                line.x,
-                [100 * y for y in line.y] if percent else line.y,
-                color=palette.series[i % len(palette.series)],
-                linestyle=line_style(i, len(lines)) if len(line.x) > 1 else "",
-                marker="o" if len(line.x) == 1 else "",
-                markersize=4,
-            )
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-        # Start losses, rates and speeds at zero, so that heights are comparable.
-        if not percent and all(y >= 0 for line in lines for y in line.y):
-            axes.set_ylim(bottom=0)
-        axes.margins(x=0.02)
-        epochs = {x for line in lines for x in line.x}
-        if len(epochs) == 1:
-            axes.set_xlim(min(epochs) - 1, min(epochs) + 1)
-        labels = [line.label for line in lines]
+        handles = draw_curves(axes, palette, lines, label, percent=percent)
+        labels = [shortened(line.label) for line in lines]
         if 1 < len(lines) <= FEW:
-            axes.legend(handles, [*map(shortened, labels)])
+            axes.legend(handles, labels)
         elif len(lines) > FEW:
-            figure.legend(handles, [*map(shortened, labels)], loc="outside lower left", ncols=2)
+            figure.legend(handles, labels, loc="outside lower left", ncols=2)
 
-    rows = (len(lines) + 1) // 2 if len(lines) > FEW else 0
-    return Chart(name, title, alt, draw, (WIDTH, HEIGHT + 0.18 * rows))
+    rows = legend_rows(len(lines)) if len(lines) > FEW else 0
+    return Chart(name, title, alt, draw, (WIDTH, HEIGHT + LEGEND_ROW * rows))
+
+
+def curve_panels(panels: Sequence[tuple[str, bool, Sequence[Line]]]) -> Chart:
+    """Plot curves over epochs side by side, with a shared legend.
+
+    Args:
+        panels: for each panel, the label of its y-axis, whether to convert fractions to percent,
+            and its curves. Curves of equal labels have equal colors and styles.
+    """
+    labels = dict.fromkeys(line.label for _, _, lines in panels for line in lines)
+
+    def draw(figure: "Figure", palette: Palette) -> None:
+        grid = figure.subplots(1, len(panels), squeeze=False)
+        handles: dict[str, Any] = {}
+        for axes, (label, percent, lines) in zip(grid.flat, panels, strict=True):
+            drawn = draw_curves(axes, palette, lines, label, percent=percent)
+            handles |= {line.label: one for line, one in zip(lines, drawn, strict=True)}
+        names = [shortened(label) for label in labels]
+        figure.legend([handles[label] for label in labels], names, loc="outside lower left",
+                      ncols=2)  # fmt: skip
+
+    size = (WIDTH * len(panels), HEIGHT + LEGEND_ROW * legend_rows(len(labels)))
+    return Chart("curves", "", "", draw, size)
+
+
+def draw_curves(
+    axes: "Axes", palette: Palette, lines: Sequence[Line], label: str, *, percent: bool = False
+) -> list[Any]:
+    """Plot curves over epochs on `axes`, and return the drawn lines."""
+    from matplotlib.ticker import MaxNLocator
+
+    handles: list[Any] = []
+    for i, line in enumerate(lines):
+        color = i if line.color is None else line.color
+        style = line_style(i, len(lines)) if line.style is None else line.style
+        handles += axes.plot(
+            line.x,
+            [100 * y for y in line.y] if percent else line.y,
+            color=palette.series[color % len(palette.series)],
+            linestyle=style if len(line.x) > 1 else "",
+            marker="o" if len(line.x) == 1 else "",
+            markersize=4,
+        )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+    # Start losses, rates and speeds at zero, so that heights are comparable.
+    if not percent and all(y >= 0 for line in lines for y in line.y):
+        axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    epochs = {x for line in lines for x in line.x}
+    if len(epochs) == 1:
+        axes.set_xlim(min(epochs) - 1, min(epochs) + 1)
+    return handles
+
+
+def legend_rows(labels: int) -> int:
+    """Return the number of rows of a legend with two columns."""
+    return (labels + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -252,7 +302,7 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
         if len(labels) > 1:
             figure.legend(handles, [*map(shortened, labels)], loc="outside lower left", ncols=2)
 
-    legend = 0.18 * ((len(labels) + 1) // 2)
+    legend = LEGEND_ROW * legend_rows(len(labels))
     return Chart(name, title, alt, draw, (1.9 * WIDTH, 0.8 * HEIGHT * rows + legend))
 
 
@@ -297,8 +347,7 @@ def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | No
         labels = [training.label for training, _ in runs]
         figure.legend(handles, [*map(shortened, labels)], loc="outside lower left", ncols=2)
 
-    rows = (len(runs) + 1) // 2
-    return Chart(name, title, alt, draw, (WIDTH, HEIGHT + 0.18 * rows))
+    return Chart(name, title, alt, draw, (WIDTH, HEIGHT + LEGEND_ROW * legend_rows(len(runs))))
 
 
 def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart:
@@ -360,8 +409,17 @@ def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) 
     return Chart(name, "Accuracy on corrupted images", alt, draw, (WIDTH, 0.9 + 0.2 * len(order)))
 
 
-def confusion(name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Chart:
-    """Plot the confusion matrix; more than 20 classes are labeled by index instead of name."""
+def confusion(
+    name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str], *, normalize: bool = False
+) -> Chart:
+    """Plot the confusion matrix; more than 20 classes are labeled by index instead of name.
+
+    Args:
+        name: identifier, unique on its page.
+        matrix: counts, [true class][predicted class].
+        classes: class names.
+        normalize: write the share of the true class in percent in each cell instead of the count.
+    """
     counts = np.asarray(matrix, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = len(classes) <= 20
@@ -377,17 +435,45 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]
             axes.set_xticks(range(len(classes)), classes, rotation=90)
             axes.set_yticks(range(len(classes)), classes)
             for row, column in np.ndindex(*counts.shape):
+                share, count = shares[row, column], int(counts[row, column])
                 axes.text(
                     column,
                     row,
-                    f"{int(counts[row, column])}",
+                    f"{100 * share:.1f}" if normalize else f"{count}",
                     ha="center",
                     va="center",
                     fontsize=6.5,
-                    color="white" if shares[row, column] > 0.4 else palette.text,
+                    color="white" if share > 0.4 else palette.text,
                 )
 
     return Chart(name, "Confusion matrix", "Counts by true and predicted class.", draw, (5.0, 5.0))
+
+
+@dataclass(frozen=True)
+class LabeledImage:
+    """An image and the text below it."""
+
+    pixels: Any  # (3, H, W) uint8
+    label: str
+
+
+def gallery(images: Sequence[LabeledImage], columns: int, absent: str) -> Chart:
+    """Plot images with labels in a grid, or the text `absent` if there are none."""
+    columns = max(1, min(columns, len(images)))
+    rows = max(1, -(-len(images) // columns))
+
+    def draw(figure: "Figure", palette: Palette) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, image in zip(grid.flat, images, strict=False):
+            axes.imshow(image.pixels.transpose(1, 2, 0), interpolation="nearest")
+            axes.set_title(image.label, y=-0.02, va="top", fontsize=7)
+        if not images:
+            grid[0, 0].text(0.5, 0.5, absent, ha="center", va="center", wrap=True)
+
+    size = (1.1 * columns, 1.5 * rows) if images else (WIDTH, 1.0)
+    return Chart("gallery", "", "", draw, size)
 
 
 def data_uri(png: bytes) -> str:

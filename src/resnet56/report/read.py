@@ -135,12 +135,16 @@ def read_run(path: Path) -> RunFacts:
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
         # The samples include mistakes, which belong to the evaluated weights.
-        samples=_samples(run, len(config.classes)) if evaluation else None,
+        samples=read_samples(run, len(config.classes)) if evaluation else None,
     )
 
 
-def _samples(run: RunDirectory, classes: int) -> Samples | None:
-    """Read the images that an evaluation saved, or return None if there are none."""
+def read_samples(run: RunDirectory, classes: int) -> Samples | None:
+    """Read the images that an evaluation saved, or return None if there are none.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     arrays = run.read_samples()
     if arrays is None:
         return None
