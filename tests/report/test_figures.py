@@ -87,7 +87,7 @@ def test_the_mistakes_are_the_kept_ones(run: Path) -> None:
         strict=False,
     ):
         assert np.array_equal(axes.get_images()[0].get_array(), image.transpose(1, 2, 0))
-        lines = axes.get_title().splitlines()
+        lines = axes.get_xlabel().splitlines()
         assert lines[:2] == [CIFAR[true], f"→ {CIFAR[predicted]}"]
     label = int(kept["mistake_true"][0])
     figure = resnet56.plot_mistakes(run, true=CIFAR[label], count=100)

@@ -464,11 +464,13 @@ def gallery(images: Sequence[LabeledImage], columns: int, absent: str) -> Chart:
 
     def draw(figure: "Figure", palette: Palette) -> None:
         grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat:
+        for axes in grid.flat[len(images) :]:
             axes.set_axis_off()
         for axes, image in zip(grid.flat, images, strict=False):
             axes.imshow(image.pixels.transpose(1, 2, 0), interpolation="nearest")
-            axes.set_title(image.label, y=-0.02, va="top", fontsize=7)
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(image.label, fontsize=7)
+            axes.spines[:].set_visible(False)
         if not images:
             grid[0, 0].text(0.5, 0.5, absent, ha="center", va="center", wrap=True)
 
