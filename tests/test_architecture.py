@@ -41,7 +41,8 @@ ARROWS: dict[str, set[str]] = {
     "data.download": {"data.archives", "errors", "locks"},
     "data.folders": {"data.dataset", "data.image_files", "data.images", "errors"},
     "data.readers": {
-        "data.archives", "data.cifar", "data.class_names", "data.dataset", "data.folders", "errors",
+        "data.archives", "data.cifar", "data.class_names", "data.dataset", "data.download",
+        "data.folders", "errors", "files", "progress",
     },
     # model
     "model": {"errors"},
@@ -85,7 +86,7 @@ ARROWS: dict[str, set[str]] = {
         "runs.directory", "runs.schema", "runs.sources", "runtime", "step", "threads",
     },
     "predict": {
-        "data.augment", "data.images", "errors", "inference", "libraries", "metrics",
+        "data.augment", "data.images", "errors", "files", "inference", "libraries", "metrics",
         "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime", "threads",
     },
     "export": {
@@ -148,8 +149,8 @@ ARROWS: dict[str, set[str]] = {
     "cli.arguments": {"errors"},
     "cli.tables": {"errors", "progress"},
     "cli.describe": {"cli.arguments", "cli.tables", "files", "model"},
-    "cli.common": {"data.download", "data.readers", "distributed", "errors", "progress"},
-    "cli.data": {"cli.arguments", "cli.common", "errors"},
+    "cli.common": {"data.readers", "distributed", "errors", "progress"},
+    "cli.data": {"cli.arguments", "data.readers", "errors"},
     "cli.import_": {
         "cli.arguments", "cli.common", "data.class_names", "errors", "inference", "runs.directory",
         "runs.sources",
@@ -267,7 +268,7 @@ def test_only_the_door_knows_recipes() -> None:
 def test_the_public_names_are_pinned_and_there() -> None:
     assert resnet56.__all__ == [
         "RECIPES", "Dataset", "Error", "Prediction", "Predictor", "Recipe", "ResNet", "Split",
-        "__version__", "build", "describe", "evaluate", "load", "load_digits", "load_folder",
+        "__version__", "build", "describe", "evaluate", "load", "load_data",
         "plot_calibration", "plot_confusion_matrix", "plot_curves", "plot_mistakes",
         "predict_logits", "train",
     ]  # fmt: skip

@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def predictor(run: RunDirectory) -> Predictor:
-    return resnet56.load(run.path, device="cpu")
+    return resnet56.load(str(run.path), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ STEPS = 6  # per epoch: 50 images, batch size 8
 def uninterrupted(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with EMA."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train(dataclasses.replace(small, ema_decay=(0.9,)), tiny, out, device="cpu")
+    train(dataclasses.replace(small, ema_decay=(0.9,)), tiny, str(out), device="cpu")
     return out
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset, Split
-    from resnet56.data.readers import load_digits, load_folder
+    from resnet56.data.readers import load_data
     from resnet56.errors import Error
     from resnet56.evaluation import evaluate, predict_logits
     from resnet56.model import ResNet, build, describe
@@ -38,8 +38,7 @@ _HOME = {
     "describe": "model",
     "evaluate": "evaluation",
     "load": "predict",
-    "load_digits": "data.readers",
-    "load_folder": "data.readers",
+    "load_data": "data.readers",
     "plot_calibration": "report.figures",
     "plot_confusion_matrix": "report.figures",
     "plot_curves": "report.figures",
@@ -62,8 +61,7 @@ __all__ = [
     "describe",
     "evaluate",
     "load",
-    "load_digits",
-    "load_folder",
+    "load_data",
     "plot_calibration",
     "plot_confusion_matrix",
     "plot_curves",

@@ -12,13 +12,16 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from resnet56.errors import Error, RunError, one_line
 from resnet56.locks import create_temporary
+
+StrPath: TypeAlias = str | os.PathLike[str]
+"""The type of path arguments in the public API."""
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from PIL import Image
 
 from resnet56.data.images import Bytes, Floats, fit, image_errors, read_image, upright
 from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
+from resnet56.files import StrPath
 from resnet56.libraries import import_onnxruntime
 from resnet56.metrics import softmax
 from resnet56.runs.checkpoint import ModelConfig
@@ -34,9 +35,7 @@ BATCH = 64  # images per batch; limits memory use and the delay of the first res
 # A path, the bytes of an image file, an open image file, a Pillow image, an array of shape (H, W),
 # (H, W, 3) or (H, W, 4), or a tensor of shape (1, H, W), (3, H, W) or (4, H, W). Arrays and tensors
 # are uint8, or floating point from 0 to 1.
-ImageLike: TypeAlias = (
-    "str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any] | torch.Tensor"
-)
+ImageLike: TypeAlias = "StrPath | bytes | BinaryIO | Image.Image | npt.NDArray[Any] | torch.Tensor"
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +288,7 @@ class Predictor:
 
 
 def load(
-    source: str | Path = "resnet56", device: str = "auto", *, threads: int | None = None
+    source: StrPath = "resnet56", device: str = "auto", *, threads: int | None = None
 ) -> Predictor:
     """Load a model for inference.
 
@@ -334,7 +333,7 @@ def top_classes(
 
 def _as_iterable(images: Any) -> Iterable[ImageLike]:
     """Wrap a single image in a list. A batch of arrays or tensors already is an iterable."""
-    single = isinstance(images, str | Path | bytes | Image.Image) or hasattr(images, "read")
+    single = isinstance(images, str | os.PathLike | bytes | Image.Image) or hasattr(images, "read")
     if single or getattr(images, "ndim", 4) < 4:
         return [images]
     iterable: Iterable[ImageLike] = images
@@ -343,7 +342,7 @@ def _as_iterable(images: Any) -> Iterable[ImageLike]:
 
 def _preprocess(image: ImageLike) -> Bytes | ImageError:
     """Convert any image to (3, 32, 32), or return why it cannot be read."""
-    name = shown(str(image)) if isinstance(image, str | Path) else "the image"
+    name = shown(os.fspath(image)) if isinstance(image, str | os.PathLike) else "the image"
     try:
         with image_errors(name):
             return fit(to_pil(image))
@@ -364,7 +363,7 @@ def to_pil(image: ImageLike) -> Image.Image:
         if 0 in image.size:
             raise ImageError("the image has no pixels")
         return upright(image)
-    if isinstance(image, str | Path):
+    if isinstance(image, str | os.PathLike):
         return read_image(Path(image))
     if isinstance(image, bytes) or hasattr(image, "read"):
         return read_image(image)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from resnet56.distributed import (
 from resnet56.ema import REESTIMATION_DECAY, REESTIMATION_IMAGES, reestimate_batch_norm
 from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError
 from resnet56.evaluation import evaluate, evaluate_run
-from resnet56.files import read_json, write_json
+from resnet56.files import StrPath, read_json, write_json
 from resnet56.model import build
 from resnet56.progress import TrainingDisplay
 from resnet56.recipe import Recipe, from_fields
@@ -68,7 +68,7 @@ class Scalars(Protocol):
 def train(
     recipe: Recipe,
     dataset: Dataset,
-    out: Path,
+    out: StrPath,
     *,
     device: str = "auto",
     resume: bool = False,
@@ -103,7 +103,7 @@ def train(
     """
     display = display or TrainingDisplay(quiet=True)
     resolved = resolve_device(device)
-    run = RunDirectory(out)
+    run = RunDirectory(Path(out))
     with process_group(resolved) as dist, stop_requests() as stop, contextlib.ExitStack() as stack:
         fingerprint = dataset.fingerprint()
         if resume and dist.is_main_process:

@@ -417,7 +417,7 @@ def test_a_folder_goes_before_the_data_set_of_its_name(
     shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert load_data(name).classes == ("blue", "red")
-    assert f"reading the folder {tmp_path / name}" in capsys.readouterr().err
+    assert f"loaded the directory {tmp_path / name} instead of" in capsys.readouterr().err
     assert load_data(None).classes == tuple("0123456789")  # what is loaded without --data
     assert load_data(None, own="digits").classes == tuple("0123456789")  # or again for a run
     (tmp_path / name).rename(tmp_path / "other")

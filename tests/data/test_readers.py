@@ -18,8 +18,8 @@ from PIL import Image
 
 from resnet56.data.dataset import Dataset, channel_statistics, stratified_split
 from resnet56.data.images import to_32x32
-from resnet56.data.readers import load_digits, load_folder
-from resnet56.errors import DataError
+from resnet56.data.readers import load_data, load_digits, load_folder
+from resnet56.errors import DataError, UsageError
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 BIN = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
@@ -714,6 +714,38 @@ def test_digits_are_upsampled_from_scikit_learn() -> None:
         downsampled = split.images[:, 0].reshape(-1, 8, 4, 8, 4).double().mean(dim=(2, 4)).numpy()
         assert np.abs(downsampled / 255 - images / 16).mean() < 0.06
         assert np.corrcoef(downsampled.ravel(), images.ravel())[0, 1] > 0.99
+
+
+# By name
+
+
+def test_a_name_loads_the_data_set_of_the_cache(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESNET56_DATA", str(link(binary, tmp_path).parent))
+    loaded = load_data("cifar10")
+    assert loaded.fingerprint() == load_folder(binary).fingerprint()
+    assert load_data("digits").origin == "digits"
+
+
+def test_a_path_is_a_string_or_a_path(binary: Path) -> None:
+    fingerprints = {load_data(path).fingerprint() for path in (binary, str(binary))}
+    assert fingerprints == {load_folder(binary).fingerprint()}
+
+
+def test_a_directory_with_the_name_of_a_data_set_is_loaded_with_a_remark(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link(binary, tmp_path).rename(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_data("digits")
+    assert loaded.name == "cifar10"
+    assert str(tmp_path / "digits") in loaded.remarks[0]
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    with pytest.raises(UsageError, match="unknown data 'cifra10'; use digits, cifar10, cifar100"):
+        load_data("cifra10")
 
 
 # The published CIFAR-10

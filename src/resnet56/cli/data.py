@@ -7,7 +7,6 @@ from typing import Literal
 import tyro
 
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import fetch
 from resnet56.errors import UsageError
 
 
@@ -34,5 +33,7 @@ def run(arguments: list[str]) -> int:
     if arguments[0] != "fetch":
         raise UsageError(f"unknown command: resnet56 data {arguments[0]}; usage: {usage}")
     options = parse(FetchOptions, arguments[1:], "resnet56 data fetch")
+    from resnet56.data.readers import fetch
+
     print(fetch(options.name, options.dir, options.mirror))
     return 0

@@ -4,18 +4,77 @@ Each data set becomes a `Dataset` of 32x32 RGB images in memory. Files are untru
 malicious file raises a one-line `DataError`.
 """
 
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from resnet56.data import download
 from resnet56.data.archives import UnpackError, unpack
 from resnet56.data.cifar import ARCHIVES, LAYOUTS, find_layout, load_cifar
 from resnet56.data.class_names import DIGITS
 from resnet56.data.dataset import Dataset, Split
 from resnet56.data.folders import load_image_folder
-from resnet56.errors import DataError, one_line, shown
+from resnet56.errors import DataError, UsageError, one_line, shown
+from resnet56.files import StrPath
+
+NAMES = ("digits", *download.ARCHIVES)
+
+
+def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = False) -> Dataset:
+    """Load a data set by name, or from a directory or an archive.
+
+    The names are "digits", "cifar10" and "cifar100". CIFAR is downloaded if necessary. A directory
+    takes precedence over a data set with the same name.
+
+    Args:
+        data: a name, or a path, see `load_folder`.
+        evaluation: load for evaluation only, which requires only test images.
+        skip_broken: skip images that cannot be read, with a remark, instead of raising an error.
+
+    Raises:
+        UsageError: `data` is empty or an unknown name.
+        DataError: the data set cannot be read.
+        DownloadError: the data set cannot be downloaded.
+    """
+    name = os.fspath(data)
+    if not name.strip():
+        raise UsageError(f"--data is empty; use {', '.join(NAMES)} or an existing directory")
+    if name in NAMES and not Path(name).is_dir():
+        return load_digits() if name == "digits" else load_folder(fetch(name))
+    if not Path(name).exists() and not re.search(r"[/\\.]", name):
+        raise UsageError(f"unknown data {name!r}; use {', '.join(NAMES)} or an existing directory")
+    dataset = load_folder(name, evaluation=evaluation, skip_broken=skip_broken)
+    if name in NAMES:
+        path = shown(str(Path(name).resolve()))
+        remark = f"loaded the directory {path} instead of the data set {name}"
+        dataset = replace(dataset, remarks=(remark, *dataset.remarks))
+    return dataset
+
+
+def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> Path:
+    """Download CIFAR-10 or CIFAR-100 if necessary, with a progress bar, and return its directory.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        root: directory for data sets. By default, `download.default_root()`.
+        mirrors: URLs to try before the official one.
+
+    Raises:
+        DownloadError: the archive cannot be downloaded.
+    """
+    from resnet56.progress import DownloadProgress
+
+    archive = download.ARCHIVES[name]
+    with DownloadProgress(archive.filename) as progress:
+        return download.fetch(
+            archive, root or download.default_root(), mirrors=mirrors, progress=progress
+        )
 
 
 def load_digits() -> Dataset:
@@ -48,7 +107,7 @@ def load_digits() -> Dataset:
     )
 
 
-def load_folder(path: Path, *, evaluation: bool = False, skip_broken: bool = False) -> Dataset:
+def load_folder(path: StrPath, *, evaluation: bool = False, skip_broken: bool = False) -> Dataset:
     """Load the data set in `path`, or in its subfolder with the usual name of a CIFAR folder.
 
     This function supports CIFAR-10 and CIFAR-100 (fine labels) in their binary and Python forms, as

@@ -4,13 +4,14 @@ A source is a run directory, a file of its checkpoint, the name of a pretrained 
 that `resnet56 export` wrote, or a hub folder.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnet56.errors import RunError
-from resnet56.files import read_json
+from resnet56.files import StrPath, read_json
 from resnet56.runs import pretrained
 from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
@@ -28,7 +29,7 @@ class Source:
     pretrained: str | None = None  # its name, if it is a pretrained model
 
 
-def open_network(name_or_path: str | Path) -> Source:
+def open_network(name_or_path: StrPath) -> Source:
     """Open the model at a path or with a name.
 
     A run or a hub folder takes precedence over a pretrained model with the same name.
@@ -47,7 +48,7 @@ def open_network(name_or_path: str | Path) -> Source:
 
 
 def import_network(
-    name_or_path: str | Path,
+    name_or_path: StrPath,
     arch: str | None = None,
     *,
     mean: "Triple | None" = None,
@@ -63,19 +64,19 @@ def import_network(
         return convert.read(
             Path(name_or_path), arch, mean=mean, std=std, classes=classes, prefix=prefix
         )
-    return convert.override(source.checkpoint, str(name_or_path), arch, mean, std, classes)
+    return convert.override(source.checkpoint, os.fspath(name_or_path), arch, mean, std, classes)
 
 
-def _open_own(name_or_path: str | Path) -> Source | None:
+def _open_own(name_or_path: StrPath) -> Source | None:
     """Open a run or a pretrained model; None for any other file or folder."""
-    path = Path(name_or_path)
+    name, path = os.fspath(name_or_path), Path(name_or_path)
     run = _find_run(path)
     if run is not None:
         return Source(run.load(), run=run)
     if path.is_dir() and _has_weights(path):
         return None
-    if str(name_or_path) in pretrained.names():
-        return Source(pretrained.load(str(name_or_path)), pretrained=str(name_or_path))
+    if name in pretrained.names():
+        return Source(pretrained.load(name), pretrained=name)
     if path.is_dir():
         run = RunDirectory(path)
         return Source(run.load(), run=run)  # raises an error that says what is missing
@@ -83,7 +84,7 @@ def _open_own(name_or_path: str | Path) -> Source | None:
         return None
     available = ", ".join(pretrained.names()) or "none"
     raise RunError(
-        f"{name_or_path} is neither a run nor a pretrained model (available: {available}); choose "
+        f"{name} is neither a run nor a pretrained model (available: {available}); choose "
         "a run directory or a file that resnet56 export wrote"
     )
 
