@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from resnet56.data.dataset import Dataset, Split
-from resnet56.data.readers import load_folder
+from resnet56.data.readers import load_directory
 from resnet56.recipe import Recipe
 
 
@@ -56,4 +56,4 @@ def cifar10() -> Dataset:
     folder = os.environ.get("CIFAR10_DIR")
     if not folder:
         pytest.skip("CIFAR10_DIR is not set; it names a folder with cifar-10-batches-bin")
-    return load_folder(Path(folder))
+    return load_directory(Path(folder))

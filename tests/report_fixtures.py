@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from resnet56.files import write_json
-from resnet56.metrics import measure
+from resnet56.metrics import compute_metrics
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
@@ -38,7 +38,7 @@ def make_metrics(
     logits = generator.normal(0, 1, (images, count))
     margin = np.where(wrong, generator.exponential(2, images), generator.exponential(7, images))
     logits[np.arange(images), predicted] = logits.max(axis=1) + margin
-    return dict(measure(logits, labels, classes))
+    return dict(compute_metrics(logits, labels, classes))
 
 
 def evaluation(

@@ -39,10 +39,10 @@ ARROWS: dict[str, set[str]] = {
     "data.batches": {"data.augment", "data.dataset", "data.mixing", "errors"},
     "data.cifar": {"data.class_names", "data.dataset", "data.pickles", "errors"},
     "data.download": {"data.archives", "errors", "locks"},
-    "data.folders": {"data.dataset", "data.image_files", "data.images", "errors"},
+    "data.image_directory": {"data.dataset", "data.image_files", "data.images", "errors"},
     "data.readers": {
         "data.archives", "data.cifar", "data.class_names", "data.dataset", "data.download",
-        "data.folders", "errors", "files", "progress",
+        "data.image_directory", "errors", "files", "progress",
     },
     # model
     "model": {"errors"},

@@ -162,7 +162,9 @@ def test_inaccurate_export_is_not_written(
     """An error of 0.001 simulates an inaccurate runtime."""
     original_run = predict.OnnxBackend.run
 
-    def inaccurate_run(self: predict.OnnxBackend, images: predict.Bytes) -> tuple[object, object]:
+    def inaccurate_run(
+        self: predict.OnnxBackend, images: predict.UInt8Array
+    ) -> tuple[object, object]:
         logits, maps = original_run(self, images)
         return logits + np.float32(0.001), maps
 

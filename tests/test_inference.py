@@ -1,10 +1,10 @@
-"""InferenceForm compared with the model that it copies."""
+"""InferenceModel compared with the model that it copies."""
 
 import pytest
 import torch
 from torch import nn
 
-from resnet56.inference import InferenceForm
+from resnet56.inference import InferenceModel
 from resnet56.model import ResNet, build
 
 
@@ -27,7 +27,7 @@ IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("arch", ["resnet14", "resnet14-b", "resnet20-bottleneck", "plain14"])
 def test_folded_model_is_equal_up_to_rounding(arch: str) -> None:
     model = model_with_statistics(arch)
-    form = InferenceForm(model)
+    form = InferenceModel(model)
     with torch.inference_mode():
         assert torch.allclose(form(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
         assert torch.allclose(form.features(IMAGES), model.features(IMAGES), rtol=1e-3, atol=1e-4)
@@ -37,7 +37,7 @@ def test_folded_model_is_equal_up_to_rounding(arch: str) -> None:
 def test_original_model_is_not_modified() -> None:
     model = model_with_statistics("resnet8").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    InferenceForm(model, "bf16")(IMAGES)
+    InferenceModel(model, "bf16")(IMAGES)
     assert model.training
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
@@ -45,7 +45,7 @@ def test_original_model_is_not_modified() -> None:
 def test_bf16_logits_are_close_and_float32() -> None:
     model = model_with_statistics("resnet14")
     with torch.inference_mode():
-        logits, exact = InferenceForm(model, "bf16")(IMAGES), model(IMAGES)
+        logits, exact = InferenceModel(model, "bf16")(IMAGES), model(IMAGES)
     assert logits.dtype == torch.float32
     assert (logits - exact).norm() / exact.norm() < 0.03
     assert not torch.equal(logits, logits.bfloat16().float())  # the last layer is not rounded

@@ -203,7 +203,7 @@ def test_it_answers_for_runs_and_architectures_and_draws(
         (["plain8", "--device", "quantum"], "quantum"),
         (["RUN", "--no-batch-norm"], "at initialization"),
         (["resnet56", "--pretrained"], "choose --data"),
-        (["resnet56", "--pretrained", "--data", "digits"], "no class in common"),
+        (["resnet56", "--pretrained", "--data", "digits"], "no classes in common"),
         (["EMPTY"], "holds no|no checkpoint|there is no"),
         (["FILE.onnx"], "no gradients|ONNX"),
         (["FILE.txt"], "FILE.txt"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from resnet56.metrics import calibration, log_softmax, measure, most_confused, top_k
+from resnet56.metrics import calibration, compute_metrics, log_softmax, most_confused, top_k
 from resnet56.metrics import wilson_interval as wilson
 
 
@@ -40,7 +40,7 @@ PREDICTED = [*[0, 0, 0, 1, 1], *[0, 1, 1], *[1, 2]]
 
 
 def test_three_classes_are_measured_as_by_hand() -> None:
-    result = measure(deciding(PREDICTED, 3), np.array(TRUE), ("A", "B", "C"))
+    result = compute_metrics(deciding(PREDICTED, 3), np.array(TRUE), ("A", "B", "C"))
     assert result.n == 10
     assert result.accuracy == pytest.approx(6 / 10)
     assert result.confusion_matrix == [[3, 2, 0], [1, 2, 0], [0, 1, 1]]
@@ -64,14 +64,14 @@ def test_three_classes_are_measured_as_by_hand() -> None:
 
 
 def test_a_class_that_is_never_predicted_has_precision_0() -> None:
-    result = measure(deciding([0, 0, 1], 3), np.array([0, 2, 1]), names(3))
+    result = compute_metrics(deciding([0, 0, 1], 3), np.array([0, 2, 1]), names(3))
     assert result.per_class["class 2"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
     assert result.macro["precision"] == pytest.approx((1 / 2 + 1 + 0) / 3)
 
 
 def test_a_class_without_images_has_no_scores_and_is_in_no_mean() -> None:
     """Also if it is predicted. The means are those of the other classes, measured alone."""
-    result = measure(deciding([0, 1, 2, 1], 3), np.array([0, 1, 0, 0]), names(3))
+    result = compute_metrics(deciding([0, 1, 2, 1], 3), np.array([0, 1, 0, 0]), names(3))
     assert result.per_class["class 2"] == {
         "precision": None, "recall": None, "f1": None, "support": 0,
     }  # fmt: skip
@@ -86,13 +86,13 @@ def test_a_class_without_images_has_no_scores_and_is_in_no_mean() -> None:
     assert result.weighted["classes"] == 2
     assert result.weighted["recall"] == pytest.approx(result.accuracy)
     assert result.confusion_matrix[2] == [0, 0, 0]
-    result = measure(deciding([0, 1, 1], 3), np.array([0, 1, 0]), names(3))
+    result = compute_metrics(deciding([0, 1, 1], 3), np.array([0, 1, 0]), names(3))
     assert result.weighted["recall"] == pytest.approx(2 / 3)
     assert result.confusion_matrix[2] == [0, 0, 0]
 
 
 def test_one_image_is_enough() -> None:
-    result = measure(deciding([1], 2), np.array([1]), names(2))
+    result = compute_metrics(deciding([1], 2), np.array([1]), names(2))
     assert (result.n, result.accuracy, result.most_confused) == (1, 1.0, [])
 
 
@@ -107,7 +107,7 @@ def test_the_interval_is_scipys_wilson_interval(hits: int, n: int) -> None:
 @pytest.mark.parametrize("classes", [2, 3, 10, 100])
 def test_top_k_counts_labels_that_few_logits_surpass(classes: int) -> None:
     logits, labels = noise(300, classes)
-    result = measure(logits, labels, names(classes))
+    result = compute_metrics(logits, labels, names(classes))
     for k, measured in ((1, result.accuracy), (2, result.top2), (3, result.top3)):
         hits = sum(
             sum(other > row[label] for other in row) < k
@@ -122,7 +122,7 @@ def test_a_hit_is_in_the_top_two_and_three_even_where_logits_tie(classes: int) -
     rng = np.random.default_rng(1)
     for _ in range(30):
         logits = rng.integers(0, 2, (50, classes)).astype(np.float32)
-        result = measure(logits, logits.argmax(axis=1), names(classes))
+        result = compute_metrics(logits, logits.argmax(axis=1), names(classes))
         assert (result.accuracy, result.top2, result.top3) == (1, 1, 1)
 
 
@@ -140,13 +140,15 @@ def test_the_loss_is_pytorchs_in_double_precision(classes: int) -> None:
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
     )
-    assert measure(logits, labels, names(classes)).loss == pytest.approx(float(expected), rel=1e-12)
+    assert compute_metrics(logits, labels, names(classes)).loss == pytest.approx(
+        float(expected), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_extreme_logits_stay_finite(scale: float) -> None:
     logits, labels = scale * deciding(PREDICTED, 3) / 5, np.array(TRUE)
-    result = measure(logits, labels, names(3))
+    result = compute_metrics(logits, labels, names(3))
     json.dumps(dict(result), allow_nan=False)
     # Right where scale is positive, six of ten times; else all off by 1e4, or a tie of two.
     if scale > 0:
@@ -158,7 +160,7 @@ def test_extreme_logits_stay_finite(scale: float) -> None:
 @pytest.mark.parametrize("classes", [2, 100])
 def test_any_number_of_classes_becomes_plain_json(classes: int) -> None:
     logits, labels = noise(400, classes)
-    result = json.loads(json.dumps(dict(measure(logits, labels, names(classes)))))
+    result = json.loads(json.dumps(dict(compute_metrics(logits, labels, names(classes)))))
     matrix = np.zeros((classes, classes), dtype=int)
     for true, predicted in zip(labels, logits.argmax(axis=1), strict=True):
         matrix[true, predicted] += 1

@@ -13,7 +13,7 @@ from PIL import Image
 from report_fixtures import evaluation
 
 import resnet56
-from resnet56.data.images import prepare
+from resnet56.data.images import to_model_input, to_upright_rgb
 from resnet56.errors import ImageError, RunError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.files import write_json
@@ -80,7 +80,7 @@ def test_all_image_types_give_the_same_prediction(
     images = [
         file, str(file), file.read_bytes(), io.BytesIO(file.read_bytes()),
         image, array, array.astype(np.float32) / 255,
-        tensor, tensor.double() / 255, prepare(image).transpose(1, 2, 0),
+        tensor, tensor.double() / 255, to_model_input(to_upright_rgb(image)).transpose(1, 2, 0),
     ]  # fmt: skip
     predictions = predictor.predict(images)
     assert len({prediction.label for prediction in predictions}) == 1
@@ -98,7 +98,7 @@ def test_probabilities_are_sorted_and_limited_to_top(
     assert sum(full.probabilities.values()) == pytest.approx(1)
     assert list(full.probabilities.values()) == sorted(full.probabilities.values(), reverse=True)
     assert next(iter(full.probabilities.items())) == (full.label, full.probability)
-    _, maps = predictor.run(prepare(image)[None])
+    _, maps = predictor.run(to_model_input(to_upright_rgb(image))[None])
     assert full.map is not None
     assert np.allclose(full.map, maps[0, CLASSES.index(full.label)])
     [limited] = predictor.predict(image, top=2)

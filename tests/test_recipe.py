@@ -12,7 +12,7 @@ import pytest
 from resnet56 import recipe as recipes
 from resnet56.errors import UsageError
 from resnet56.files import write_json
-from resnet56.recipe import ABOUT, RECIPES, Recipe, find, from_fields, read
+from resnet56.recipe import DESCRIPTIONS, RECIPES, Recipe, find, from_fields, read
 from resnet56.runs.directory import RunDirectory
 
 
@@ -53,8 +53,8 @@ def test_he2015_matches_section_4_2_of_the_paper() -> None:
 
 
 def test_every_recipe_has_a_description() -> None:
-    assert set(ABOUT) == set(RECIPES) == {"report", "he2015", "fast", "best", "quick"}
-    assert all(text and "\n" not in text for text in ABOUT.values())
+    assert set(DESCRIPTIONS) == set(RECIPES) == {"report", "he2015", "fast", "best", "quick"}
+    assert all(text and "\n" not in text for text in DESCRIPTIONS.values())
 
 
 def test_recipes_are_immutable() -> None:
@@ -220,8 +220,8 @@ INVALID_VALUES: list[tuple[str, Any]] = [
     ("mix_alpha", 0),
     ("mix_probability", 0),
     ("mix_probability", 1.1),
-    ("plain_tail", -1),
-    ("plain_tail", 41),
+    ("weak_augmentation_epochs", -1),
+    ("weak_augmentation_epochs", 41),
     ("teacher", "resnet56"),
     ("teacher", (1,)),
     ("teacher", ("a", "a")),

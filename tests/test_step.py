@@ -295,10 +295,10 @@ def test_sums_start_from_zero_or_from_the_given_values() -> None:
     trainer = make_trainer(make_recipe())
     (loss,) = run(trainer, range(1))
     correct = int(trainer.sums[1])
-    trainer.begin_sums()
+    trainer.reset_sums()
     assert trainer.sums.tolist() == [0, 0]
     fresh = make_trainer(make_recipe())
-    fresh.begin_sums(12.5, 40)
+    fresh.reset_sums(12.5, 40)
     run(fresh, range(1))
     assert fresh.sums.tolist() == pytest.approx([12.5 + BATCH * loss, 40 + correct])
 
@@ -316,7 +316,7 @@ def test_training_overfits_one_batch() -> None:
     trainer = make_trainer(make_recipe(weight_decay=0.0))
     images, labels = batch(0)
     for step in range(25):
-        trainer.begin_sums()
+        trainer.reset_sums()
         trainer.step(images, labels, LR, step)
     loss, correct = trainer.sums.tolist()
     assert correct == BATCH

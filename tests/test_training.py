@@ -400,12 +400,12 @@ def test_images_are_flipped_only_if_the_data_set_allows_it(
 ) -> None:
     drawn: list[bool] = []
 
-    def spy(*arguments: Any) -> augment.Draws:
-        drawn.append(bool(draw(*arguments).flips.any()))
-        return draw(*arguments)
+    def spy(*arguments: Any) -> augment.AugmentationParams:
+        drawn.append(bool(sample_params(*arguments).flips.any()))
+        return sample_params(*arguments)
 
-    draw = augment.draw
-    monkeypatch.setattr(batches, "draw", spy)
+    sample_params = augment.sample_params
+    monkeypatch.setattr(batches, "sample_params", spy)
     dataset = dataclasses.replace(tiny, mirror=mirror)
     train(dataclasses.replace(small, epochs=1), dataset, tmp_path / "run", device="cpu")
     assert drawn == [mirror]
@@ -448,7 +448,7 @@ def test_the_ema_with_the_best_validation_accuracy_is_selected(
 def test_training_with_mixed_images_resumes_bitwise_identically(
     tiny: Dataset, small: Recipe, tmp_path: Path, mix: Any
 ) -> None:
-    recipe = dataclasses.replace(small, mix=mix, mix_probability=0.7, plain_tail=1)
+    recipe = dataclasses.replace(small, mix=mix, mix_probability=0.7, weak_augmentation_epochs=1)
     train(recipe, tiny, tmp_path / "uninterrupted", device="cpu")
     run_until(tmp_path / "run", STEPS + 2, recipe, tiny)
     train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)

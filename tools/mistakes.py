@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resnet56.data.augment import Augmentation, crop_and_flip, draw, normalize
 from resnet56.data.dataset import Split
-from resnet56.data.readers import load_folder
+from resnet56.data.readers import load_directory
 from resnet56.evaluation import predict_logits
 from resnet56.inference import restore
 from resnet56.model import ResNet
@@ -67,7 +67,7 @@ def test_procedures(
 def main(folder: str, source: str = "resnet56") -> None:
     """Print the table."""
     checkpoint = open_network(source).checkpoint
-    model, split = restore(checkpoint, CPU), load_folder(Path(folder)).test
+    model, split = restore(checkpoint, CPU), load_directory(Path(folder)).test
     print(f"| how `{source}` is tested | accuracy, % | points |\n|---|---|---|")
     reference = None
     for name, logits, labels in test_procedures(model, split, checkpoint.config):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from resnet56.data.readers import load_folder
+from resnet56.data.readers import load_directory
 from resnet56.evaluation import evaluated_model
 from resnet56.files import read_json, write_json, write_text
 from resnet56.model import describe
@@ -42,7 +42,7 @@ centered objects in 32x32 pixels; larger images are cropped to the central squar
 def main(run: Path, name: str, folder: Path) -> None:
     """Write all files and print the test accuracy."""
     # Check everything that can fail first, so that no card is left without measurements.
-    dataset = load_folder(folder)
+    dataset = load_directory(folder)
     directory = RunDirectory(run)
     if dataset.classes != directory.load().config.classes:
         sys.exit(f"the classes of {folder} differ from those of {run}")

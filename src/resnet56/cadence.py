@@ -52,7 +52,7 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-class Due(NamedTuple):
+class DueActions(NamedTuple):
     """The actions that are due after a step."""
 
     read_loss: bool
@@ -91,22 +91,22 @@ class Cadence:
         self.threads = threads
         self.dist = dist
         self.device = device
-        self.saved()
+        self.record_save()
 
-    def saved(self) -> None:
+    def record_save(self) -> None:
         """Record that a checkpoint has been written."""
         self.last_save = time.perf_counter()
 
-    def after_step(self, step: int, epoch_step: int) -> Due:
+    def after_step(self, step: int, epoch_step: int) -> DueActions:
         """Return the actions due after step `step`, which is step `epoch_step` of its epoch."""
         last = epoch_step == self.steps
         read_loss = last or epoch_step % READ_LOSS_EVERY == 0
         if last or (self.dist.world_size > 1 and not read_loss):
-            return Due(read_loss, save=False, stop=False)
+            return DueActions(read_loss, save=False, stop=False)
         message = self.threads.after_step(step)
         stop = self.stop_requested()
         save = stop or bool(message) or self._any(time.perf_counter() - self.last_save > SAVE_EVERY)
-        return Due(read_loss or save, save, stop, message)
+        return DueActions(read_loss or save, save, stop, message)
 
     def stop_requested(self) -> bool:
         """Return whether any process has received a stop request."""

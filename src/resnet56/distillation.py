@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet56.data.batches import derived_seed
+from resnet56.data.batches import derive_seed
 from resnet56.errors import UsageError
-from resnet56.inference import InferenceForm, restore
+from resnet56.inference import InferenceModel, restore
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runtime import Precision
 
@@ -17,7 +17,7 @@ TEACHER_STREAM = 2  # separates the random choice of teachers from other uses of
 
 
 class Teachers:
-    """One or more trained models in their `InferenceForm`.
+    """One or more trained models in their `InferenceModel`.
 
     Args:
         checkpoints: checkpoints of the teachers, by name.
@@ -37,7 +37,7 @@ class Teachers:
         device: torch.device,
         precision: Precision,
     ) -> None:
-        self.members: list[tuple[InferenceForm, Tensor, Tensor]] = []
+        self.members: list[tuple[InferenceModel, Tensor, Tensor]] = []
         for name, checkpoint in checkpoints.items():
             teacher = checkpoint.config
             if teacher.classes != student.classes:
@@ -54,7 +54,7 @@ class Teachers:
             scale, shift = stds[0] / stds[1], (means[0] - means[1]) / stds[1]
             self.members.append(
                 (
-                    InferenceForm(restore(checkpoint, device), precision),
+                    InferenceModel(restore(checkpoint, device), precision),
                     scale.float().to(device)[:, None, None],
                     shift.float().to(device)[:, None, None],
                 )
@@ -83,7 +83,7 @@ class Teachers:
 
     def random_member(self, seed: int, step: int) -> int:
         """Return the index of a random teacher. It depends only on the seed and the step."""
-        return derived_seed(seed, step, TEACHER_STREAM) % len(self.members)
+        return derive_seed(seed, step, TEACHER_STREAM) % len(self.members)
 
 
 def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as group
 
-from resnet56.errors import TrainingError, UsageError, one_line, shown
+from resnet56.errors import TrainingError, UsageError, escape, one_line
 
 
 class Distributed(NamedTuple):
@@ -48,7 +48,7 @@ def from_environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise UsageError(
-            f"{name}={shown(text[:40])} in the environment is not an integer; start with "
+            f"{name}={escape(text[:40])} in the environment is not an integer; start with "
             "torchrun, which sets it, or unset it"
         )
     return int(text)

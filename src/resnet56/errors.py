@@ -49,10 +49,10 @@ def one_line(value: object) -> str:
 
     An exception without a message is shown as its type.
     """
-    return shown(" ".join(str(value).split())[:200]) or type(value).__name__
+    return escape(" ".join(str(value).split())[:200]) or type(value).__name__
 
 
-def shown(text: str) -> str:
+def escape(text: str) -> str:
     """Return `text` unchanged if it is printable, otherwise escaped as by `ascii`.
 
     File names can contain any character. A line feed could forge a line of output, an escape
@@ -61,7 +61,7 @@ def shown(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def printable(line: str) -> str:
+def escape_line(line: str) -> str:
     """Escape each character of `line` that is not printable.
 
     Use it for a whole line just before it is written to the terminal. Use `shown` for a single name

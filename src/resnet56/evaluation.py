@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet56.data.augment import PLAIN_CROPS, Augmentation, normalize
+from resnet56.data.augment import CROP_AND_FLIP, Augmentation, normalize
 from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evenly_spaced
 from resnet56.data.dataset import Dataset, Split, training_split
 from resnet56.errors import NotFiniteError, RunError
-from resnet56.inference import UNUSABLE, InferenceForm, restore
-from resnet56.metrics import measure
+from resnet56.inference import NONFINITE_MESSAGE, InferenceModel, restore
+from resnet56.metrics import compute_metrics
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
@@ -50,7 +50,7 @@ def predict_logits(
     """Return the logits of images, without augmentation.
 
     Args:
-        model: a model in evaluation mode. A `ResNet` runs in its `InferenceForm`.
+        model: a model in evaluation mode. A `ResNet` runs in its `InferenceModel`.
         images: (N, 3, 32, 32) uint8, on any device.
         mean, std: channel statistics of the training images, for pixels in [0, 1].
         precision: precision of the forward pass.
@@ -64,7 +64,7 @@ def predict_logits(
         NotFiniteError: a logit is not finite.
     """
     if isinstance(model, ResNet):
-        model, precision = InferenceForm(model, precision), "fp32"
+        model, precision = InferenceModel(model, precision), "fp32"
     device = next(model.parameters()).device
     mean_std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     outputs = []
@@ -76,7 +76,7 @@ def predict_logits(
         advance(len(chunk))
     logits = torch.cat(outputs).cpu()
     if not bool(logits.isfinite().all()):
-        raise NotFiniteError(UNUSABLE)
+        raise NotFiniteError(NONFINITE_MESSAGE)
     return logits
 
 
@@ -92,12 +92,12 @@ def evaluate(
     training = model.training
     logits = predict_logits(model.eval(), split.images, mean, std, precision)
     model.train(training)
-    return metrics_of(logits, split, classes)
+    return split_metrics(logits, split, classes)
 
 
-def metrics_of(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metrics:
+def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metrics:
     """Return the metrics of (N, C) logits on `split`, as in evaluation.json."""
-    return measure(logits.numpy(), split.labels.cpu().numpy(), classes)
+    return compute_metrics(logits.numpy(), split.labels.cpu().numpy(), classes)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class EvaluatedModel:
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
         """Return the metrics on `split`, as in evaluation.json."""
-        return metrics_of(self.logits(split.images, advance=advance), split, self.config.classes)
+        return split_metrics(self.logits(split.images, advance=advance), split, self.config.classes)
 
     @property
     def device(self) -> torch.device:
@@ -139,8 +139,8 @@ def evaluate_run(
     device: torch.device,
     precision: Precision = "fp32",
     val_size: int = 0,
-    augmentation: Augmentation = PLAIN_CROPS,
-    show: ProgressFactory = no_progress,
+    augmentation: Augmentation = CROP_AND_FLIP,
+    progress: ProgressFactory = no_progress,
 ) -> Evaluation:
     """Evaluate the weights of a run on its data set, and write the results to the run directory.
 
@@ -155,7 +155,7 @@ def evaluate_run(
         device, precision: device and precision of the forward pass.
         val_size: number of validation images, as in the recipe of the run.
         augmentation: augmentation of the run, for the images in samples.npz.
-        show: shows the progress.
+        progress: displays the progress.
 
     Returns:
         The content of evaluation.json.
@@ -168,9 +168,9 @@ def evaluate_run(
     logits: dict[str, Tensor] = {}
     for name, split in splits.items():
         if split is not None:
-            with show(f"{len(split):,} images ({name})", len(split)) as advance:
+            with progress(f"{len(split):,} images ({name})", len(split)) as advance:
                 logits[name] = evaluated.logits(split.images, advance=advance)
-            metrics[name] = metrics_of(logits[name], split, checkpoint.config.classes)
+            metrics[name] = split_metrics(logits[name], split, checkpoint.config.classes)
     result: Evaluation = {
         **metrics,  # type: ignore[typeddict-item]
         "weights": checkpoint.metadata.get("weights", "final"),
@@ -208,12 +208,12 @@ def measure_extras(
     device: torch.device,
     precision: Precision = "fp32",
     robustness: int = 0,
-    show: ProgressFactory = no_progress,
+    progress: ProgressFactory = no_progress,
 ) -> Evaluation:
     """Measure inference speed and robustness, and add them to evaluation.json.
 
     Args:
-        run, dataset, device, precision, show: as in `evaluate_run`.
+        run, dataset, device, precision, progress: as in `evaluate_run`.
         robustness: number of test images to corrupt; 0 does not measure robustness and keeps an
             earlier result.
 
@@ -230,13 +230,13 @@ def measure_extras(
         raise RunError(f"{run.path} has not been evaluated; evaluate it first")
     result["speed"] = inference_speed(evaluated, dataset.test.images)
     if robustness:
-        result["robustness"] = measure_robustness(evaluated, dataset.test, robustness, show)
+        result["robustness"] = measure_robustness(evaluated, dataset.test, robustness, progress)
     run.write_evaluation(result)
     return result
 
 
 def measure_robustness(
-    evaluated: EvaluatedModel, split: Split, count: int, show: ProgressFactory = no_progress
+    evaluated: EvaluatedModel, split: Split, count: int, progress: ProgressFactory = no_progress
 ) -> Robustness:
     """Return the accuracy on `count` evenly spaced images for each corruption and severity."""
     index = evenly_spaced(len(split), count)
@@ -248,7 +248,7 @@ def measure_robustness(
 
     repeats = len(CORRUPTIONS) * len(SEVERITIES)
     description = f"{len(index):,} images with {repeats} corruptions"
-    with show(description, repeats * len(index)) as advance:
+    with progress(description, repeats * len(index)) as advance:
         corruptions = {
             name: [accuracy(corrupt(images, name, severity), advance) for severity in SEVERITIES]
             for name in CORRUPTIONS
@@ -267,7 +267,7 @@ def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
     """Return the median time from uint8 images to logits, with batch sizes 1 and 256."""
     result: dict[str, BatchSpeed] = {}
     if isinstance(evaluated.model, ResNet):  # once, not in every call
-        model = InferenceForm(evaluated.model, evaluated.precision)
+        model = InferenceModel(evaluated.model, evaluated.precision)
         evaluated = replace(evaluated, model=model, precision="fp32")  # it does not need autocast
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[torch.arange(batch) % len(images)]
@@ -307,7 +307,7 @@ def compare(
     second: Classifier,
     names: tuple[str, str],
     split: Split,
-    show: ProgressFactory = no_progress,
+    progress: ProgressFactory = no_progress,
 ) -> Comparison:
     """Compare the predictions of a model on two devices, runtimes or precisions.
 
@@ -316,7 +316,7 @@ def compare(
         changes, the median and largest absolute difference of logits, and a verdict.
     """
     labels = split.labels.cpu()
-    with show(f"{len(labels):,} images, twice", 2 * len(labels)) as advance:
+    with progress(f"{len(labels):,} images, twice", 2 * len(labels)) as advance:
         a, b = (classifier.logits(split.images, advance=advance) for classifier in (first, second))
     distance = (a - b).abs()
     correct = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]

@@ -1,4 +1,4 @@
-"""Export a trained model to ONNX or to a folder for model hubs."""
+"""Export a trained model to ONNX or to a directory for model hubs."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from resnet56.data.augment import normalize
 from resnet56.data.dataset import Split
 from resnet56.errors import Error, MissingExtraError, RunError
-from resnet56.evaluation import BATCH, ProgressCallback, metrics_of
+from resnet56.evaluation import BATCH, ProgressCallback, split_metrics
 from resnet56.files import write_bytes
 from resnet56.inference import restore
 from resnet56.libraries import import_onnxruntime
@@ -100,9 +100,11 @@ def _replace_padding(model: ResNet) -> ResNet:
     for block in model.modules():
         if isinstance(block, BasicBlock) and isinstance(pad := block.shortcut, PadShortcut):
             channels = block.conv1.in_channels
-            conv = conv1x1(channels, pad.before + channels + pad.behind, pad.stride)
+            conv = conv1x1(
+                channels, pad.channels_before + channels + pad.channels_after, pad.stride
+            )
             nn.init.zeros_(conv.weight)
-            nn.init.eye_(conv.weight[pad.before : pad.before + channels, :, 0, 0])
+            nn.init.eye_(conv.weight[pad.channels_before : pad.channels_before + channels, :, 0, 0])
             block.shortcut = conv
     return model
 
@@ -168,7 +170,7 @@ class OnnxModel:
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
         """Return the metrics on a split, in the format of evaluation.json."""
-        return metrics_of(self.logits(split.images, advance=advance), split, self.config.classes)
+        return split_metrics(self.logits(split.images, advance=advance), split, self.config.classes)
 
 
 def write_onnx(checkpoint: Checkpoint, path: Path) -> None:
@@ -176,40 +178,40 @@ def write_onnx(checkpoint: Checkpoint, path: Path) -> None:
     write_bytes(path, to_onnx(checkpoint))
 
 
-def write_hub_folder(
-    checkpoint: Checkpoint, folder: Path, evaluation: Mapping[str, Any] | None = None
+def write_hub_directory(
+    checkpoint: Checkpoint, directory: Path, evaluation: Mapping[str, Any] | None = None
 ) -> None:
     """Write config.json, model.safetensors and a model card atomically.
 
     Args:
         checkpoint: the model to export.
-        folder: the folder to create. It must not exist, or must be empty.
+        directory: the directory to create. It must not exist, or must be empty.
         evaluation: the content of evaluation.json, if available.
 
     Raises:
-        RunError: the folder already exists and is not empty, or the weights do not fit the
+        RunError: the directory already exists and is not empty, or the weights do not fit the
             architecture.
         NotFiniteError: the outputs of the model are not finite.
     """
-    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise RunError(f"{folder} already exists; choose another --out")
+    if directory.exists() and not (directory.is_dir() and next(directory.iterdir(), None) is None):
+        raise RunError(f"{directory} already exists; choose another --out")
     restore(checkpoint, CPU)  # rejects unusable weights
     state_dict = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
     # Hub libraries require the framework of the tensors in "format".
     metadata = config_to_metadata(checkpoint.config) | {"format": "pt"}
     weights = safetensors.torch.save(state_dict, metadata=metadata)
-    card = hub_card(checkpoint.config, folder.name, evaluation)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    card = model_card(checkpoint.config, directory.name, evaluation)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         write_bytes(temporary / "model.safetensors", weights)
         config = json.dumps(hub_config(checkpoint.config), indent=2)
         write_bytes(temporary / "config.json", f"{config}\n".encode())
         write_bytes(temporary / "README.md", card.encode())
-        temporary.chmod(0o755)  # mkdtemp creates folders for the owner only
-        if folder.exists():
-            folder.rmdir()
-        temporary.replace(folder)
+        temporary.chmod(0o755)  # mkdtemp creates directories for the owner only
+        if directory.exists():
+            directory.rmdir()
+        temporary.replace(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -227,7 +229,7 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def hub_card(config: ModelConfig, name: str, evaluation: Mapping[str, Any] | None) -> str:
+def model_card(config: ModelConfig, name: str, evaluation: Mapping[str, Any] | None) -> str:
     """Return a model card: front matter, description, accuracy and usage."""
     test = (evaluation or {}).get("test")
     front_matter: dict[str, Any] = {

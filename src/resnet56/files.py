@@ -28,7 +28,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 def _writing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block ends without an exception."""
     if path.is_dir():
-        raise RunError(f"cannot write {path}: it is a folder; choose a file")
+        raise RunError(f"cannot write {path}: it is a directory; choose a file")
     if path.exists() and not path.is_file():  # a rename would replace it
         raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
     if path.is_symlink():
@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def next_free(base: Path) -> Path:
+def unused_path(base: Path) -> Path:
     """Return the first of `base`, base-2, base-3, ... that does not exist."""
     path, number = base, 1
     while path.exists():

@@ -11,13 +11,13 @@ from resnet56.model import ResNet, build, norm_relu
 from resnet56.runs.checkpoint import Checkpoint, require_fit
 from resnet56.runtime import DTYPES, Precision
 
-UNUSABLE = "the network returns outputs that are not finite; its weights are unusable"
+NONFINITE_MESSAGE = "the network returns outputs that are not finite; its weights are unusable"
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
     """Return the model of a checkpoint on `device`, in evaluation mode.
 
-    Its parameters are contiguous. `InferenceForm` uses the channels-last format instead, in which
+    Its parameters are contiguous. `InferenceModel` uses the channels-last format instead, in which
     convolutions are faster.
 
     Raises:
@@ -46,10 +46,10 @@ def _require_finite_outputs(
     images[0] = 0
     images = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     if not bool(model(images.to(next(model.parameters()).device)).isfinite().all()):
-        raise NotFiniteError(UNUSABLE)
+        raise NotFiniteError(NONFINITE_MESSAGE)
 
 
-class InferenceForm(nn.Module):
+class InferenceModel(nn.Module):
     """A copy of a model with each batch norm folded into the preceding convolution.
 
     In evaluation mode, batch norm is a fixed scale and shift that the convolution can apply (Jacob
@@ -64,7 +64,7 @@ class InferenceForm(nn.Module):
     def __init__(self, model: ResNet, precision: Precision = "fp32") -> None:
         super().__init__()
         net = copy.deepcopy(model).eval()
-        net.use(norm_relu)
+        net.set_norm_relu(norm_relu)
         for module in list(net.modules()):
             _fold(module)
         self.dtype = DTYPES[precision]

@@ -70,7 +70,7 @@ def inspect_layers(
         dead[layer] = float((out.detach().amax(dim=(0, 2, 3)) <= 0).float().mean())
         return out
 
-    net.use(observe)
+    net.set_norm_relu(observe)
     with _full_precision():
         logits = net(images)
         logits.retain_grad()

@@ -1,4 +1,4 @@
-"""Open and lock files in folders that other users can write to, without following links."""
+"""Open and lock files in directories that other users can write to, without following links."""
 
 import errno
 import os
@@ -26,20 +26,20 @@ for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"
     _FLAGS |= getattr(os, _name, 0)
 
 
-def create_temporary(folder: Path) -> tuple[BufferedRandom, Path]:
-    """Create a file with an unpredictable name in `folder` and open it for writing.
+def create_temporary(directory: Path) -> tuple[BufferedRandom, Path]:
+    """Create a file with an unpredictable name in `directory` and open it for writing.
 
     Another user could place a link at a predictable name. Unlike a file from `mkstemp`, this one
     follows the user's umask. Raises OSError.
     """
-    path = folder / f".{secrets.token_hex(8)}.tmp"
+    path = directory / f".{secrets.token_hex(8)}.tmp"
     return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, 0o666), "r+b"), path
 
 
 def open_private(path: Path) -> BufferedRandom:
     """Open `path` for reading and writing without following links. Create it if it is missing.
 
-    In a shared folder, another user could place a link at `path` to have a file elsewhere
+    In a shared directory, another user could place a link at `path` to have a file elsewhere
     overwritten. A link is therefore removed and replaced by a new file.
 
     Raises:
@@ -75,7 +75,7 @@ def _open_private(path: Path) -> BufferedRandom:
         if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
             raise PermissionError(
                 errno.EACCES,
-                "it belongs to another user; remove it, or choose another folder",
+                "it belongs to another user; remove it, or choose another directory",
                 str(path),
             )
         return os.fdopen(descriptor, "r+b")

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from resnet56.runs.schema import Calibration, ConfusedPair, Metrics
 
-Floats = npt.NDArray[np.floating[Any]]
-Integers = npt.NDArray[np.integer[Any]]
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.integer[Any]]
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 BINS = 15  # of the reliability diagram, as in Guo et al. 2017
 
 
-def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metrics:
+def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ...]) -> Metrics:
     """Compute all metrics of a set of predictions.
 
     The scores of a class without images are None, and averages exclude it.
@@ -75,14 +75,14 @@ def measure(logits: Floats, labels: Integers, classes: tuple[str, ...]) -> Metri
     return cast(Metrics, result)
 
 
-def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
     """(N, C) logits -> (N, C) log-probabilities, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
 
 
-def softmax(logits: Floats) -> npt.NDArray[np.float64]:
+def softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
     """(N, C) logits -> (N, C) probabilities, in float64."""
     result: npt.NDArray[np.float64] = np.exp(log_softmax(logits))
     return result
@@ -102,7 +102,7 @@ def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def top_k(logits: Floats, labels: Integers, k: int) -> float:
+def top_k(logits: FloatArray, labels: IntArray, k: int) -> float:
     """Return the fraction of images whose class is among the k largest logits."""
     k = min(k, logits.shape[1])
     # A stable sort resolves ties in favor of the first class, as argmax does for the accuracy.
@@ -111,7 +111,7 @@ def top_k(logits: Floats, labels: Integers, k: int) -> float:
 
 
 def most_confused(
-    matrix: Integers, classes: tuple[str, ...], limit: int = 10
+    matrix: IntArray, classes: tuple[str, ...], limit: int = 10
 ) -> list[ConfusedPair]:
     """Return the most frequent errors as (true, predicted) pairs, in descending order."""
     errors = matrix.copy()
@@ -130,7 +130,7 @@ def most_confused(
     ]
 
 
-def calibration(probabilities: Floats, labels: Integers) -> Calibration:
+def calibration(probabilities: FloatArray, labels: IntArray) -> Calibration:
     """Measure how well the confidence matches the accuracy.
 
     Returns:

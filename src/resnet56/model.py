@@ -21,7 +21,7 @@ Shortcut = Literal["A", "B", "none"]
 
 MAX_CLASSES = 1_000_000  # a larger number would exhaust memory
 WIDTHS = (16, 32, 64)  # filters of stages 1 to 3
-LAYERS_A_BLOCK = {"basic": 2, "bottleneck": 3}
+LAYERS_PER_BLOCK = {"basic": 2, "bottleneck": 3}
 EXPANSION = {"basic": 1, "bottleneck": 4}  # output channels of a block / width
 
 
@@ -64,13 +64,13 @@ class PadShortcut(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.before = (channels_out - channels_in) // 2
-        self.behind = channels_out - channels_in - self.before
+        self.channels_before = (channels_out - channels_in) // 2
+        self.channels_after = channels_out - channels_in - self.channels_before
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels_in, H, W) -> (N, channels_out, H/stride, W/stride)."""
         x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, self.before, self.behind))
+        return F.pad(x, (0, 0, 0, 0, self.channels_before, self.channels_after))
 
 
 def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -165,9 +165,9 @@ class ResNet(nn.Module):
         self.conv1 = conv3x3(3, WIDTHS[0])
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         channels = WIDTHS[0]
-        self.stage1, channels = _stage(channels, WIDTHS[0], 1, blocks, block, shortcut)
-        self.stage2, channels = _stage(channels, WIDTHS[1], 2, blocks, block, shortcut)
-        self.stage3, channels = _stage(channels, WIDTHS[2], 2, blocks, block, shortcut)
+        self.stage1, channels = _make_stage(channels, WIDTHS[0], 1, blocks, block, shortcut)
+        self.stage2, channels = _make_stage(channels, WIDTHS[1], 2, blocks, block, shortcut)
+        self.stage3, channels = _make_stage(channels, WIDTHS[2], 2, blocks, block, shortcut)
         self.fc = nn.Linear(channels, classes)
         self.norm_relu: NormReLU = norm_relu
         self._initialize()
@@ -180,7 +180,7 @@ class ResNet(nn.Module):
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
-    def use(self, norm_relu: NormReLU) -> None:
+    def set_norm_relu(self, norm_relu: NormReLU) -> None:
         """Set the implementation of batch norm with ReLU for all layers."""
         for module in self.modules():
             if isinstance(module, ResNet | BasicBlock | BottleneckBlock):
@@ -213,7 +213,7 @@ class ResNet(nn.Module):
         return self.fc(features.mean(dim=(2, 3))), maps
 
 
-def _stage(
+def _make_stage(
     channels: int, width: int, stride: int, blocks: int, block: Block, shortcut: Shortcut
 ) -> tuple[nn.Sequential, int]:
     """Return a stage, whose first block has the stride, and its number of output channels."""
@@ -232,7 +232,7 @@ def _stage(
 
 def blocks_per_stage(depth: int, block: Block) -> int:
     """Return n in depth = 6n + 2 (basic) or 9n + 2 (bottleneck); UsageError for other depths."""
-    step = 3 * LAYERS_A_BLOCK[block]
+    step = 3 * LAYERS_PER_BLOCK[block]
     n, rest = divmod(depth - 2, step)
     if rest == 0 and n >= 1:
         return n
@@ -330,7 +330,7 @@ def describe(name: str, classes: int = 10) -> Description:
         module.register_forward_hook(record)
     model(image)
 
-    layers_per_block = LAYERS_A_BLOCK[architecture.block]
+    layers_per_block = LAYERS_PER_BLOCK[architecture.block]
     parts, counted = [], 0
     groups: tuple[tuple[str, int, tuple[nn.Module, ...]], ...] = (
         ("conv1", 1, (model.bn1, model.conv1)),

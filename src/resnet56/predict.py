@@ -15,8 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from resnet56.data.images import Bytes, Floats, fit, image_errors, read_image, upright
-from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, one_line, shown
+from resnet56.data.images import (
+    FloatArray,
+    UInt8Array,
+    image_errors,
+    read_image,
+    to_model_input,
+    to_upright_rgb,
+)
+from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, escape, one_line
 from resnet56.files import StrPath
 from resnet56.libraries import import_onnxruntime
 from resnet56.metrics import softmax
@@ -48,14 +55,14 @@ class Prediction:
     """Softmax probability of `label`."""
     probabilities: Mapping[str, float]
     """Probability of each class, in descending order."""
-    map: Floats | None = None
+    map: FloatArray | None = None
     """(8, 8) class activation map of `label` over the center square, if requested."""
 
 
 class Backend(Protocol):
     """Runs a model on preprocessed images."""
 
-    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
         ...
 
@@ -66,15 +73,15 @@ class TorchBackend:
     def __init__(self, model: "ResNet", config: ModelConfig, device: "torch.device") -> None:
         import torch
 
-        from resnet56.inference import InferenceForm
+        from resnet56.inference import InferenceModel
 
         self.model = model
-        self.form = InferenceForm(model)
+        self.form = InferenceModel(model)
         self.device = device
         self.mean = torch.tensor(config.mean, device=device)
         self.std = torch.tensor(config.std, device=device)
 
-    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
         import torch
 
@@ -144,7 +151,7 @@ class OnnxBackend:
             return f"does not return logits and maps for its {classes} classes"
         return None if finite else "returns outputs that are not finite"
 
-    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
         logits, maps = self.session.run(["logits", "maps"], {"images": images})
         return logits, maps
@@ -186,11 +193,11 @@ class Predictor:
             raise UsageError(f"{self.name} runs in ONNX Runtime and has no PyTorch module")
         return self.backend.model
 
-    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """Compute logits and class activation maps (Zhou et al. 2016) of preprocessed images.
 
         Args:
-            images: (N, 3, 32, 32) uint8, as returned by `images.prepare`.
+            images: (N, 3, 32, 32) uint8, as returned by `images.to_model_input`.
 
         Returns:
             (N, C) logits and (N, C, 8, 8) maps, float32. The mean of a map plus the bias of its
@@ -261,7 +268,7 @@ class Predictor:
                 yield from self._predict_batch(list(pool.map(_preprocess, batch)), top, maps)
 
     def _predict_batch(
-        self, batch: list[Bytes | ImageError], top: int | None, maps: bool
+        self, batch: list[UInt8Array | ImageError], top: int | None, maps: bool
     ) -> Iterator[Prediction | ImageError]:
         """Yield the predictions of one batch, with the errors at their positions."""
         valid = [image for image in batch if not isinstance(image, ImageError)]
@@ -269,7 +276,7 @@ class Predictor:
         for image in batch:
             yield image if isinstance(image, ImageError) else next(predictions)
 
-    def _predict_valid(self, images: Bytes, top: int | None, maps: bool) -> list[Prediction]:
+    def _predict_valid(self, images: UInt8Array, top: int | None, maps: bool) -> list[Prediction]:
         """Return one prediction per preprocessed image."""
         logits, class_maps = self.run(images)
         predictions = []
@@ -340,12 +347,12 @@ def _as_iterable(images: Any) -> Iterable[ImageLike]:
     return iterable
 
 
-def _preprocess(image: ImageLike) -> Bytes | ImageError:
+def _preprocess(image: ImageLike) -> UInt8Array | ImageError:
     """Convert any image to (3, 32, 32), or return why it cannot be read."""
-    name = shown(os.fspath(image)) if isinstance(image, str | os.PathLike) else "the image"
+    name = escape(os.fspath(image)) if isinstance(image, str | os.PathLike) else "the image"
     try:
         with image_errors(name):
-            return fit(to_pil(image))
+            return to_model_input(to_pil(image))
     except ImageError as error:
         return error
     except MemoryError:
@@ -362,17 +369,19 @@ def to_pil(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ImageError("the image has no pixels")
-        return upright(image)
+        return to_upright_rgb(image)
     if isinstance(image, str | os.PathLike):
         return read_image(Path(image))
     if isinstance(image, bytes) or hasattr(image, "read"):
         return read_image(image)  # type: ignore[arg-type]
     if isinstance(image, np.ndarray):
-        return upright(_array_to_pil(image))
+        return to_upright_rgb(_array_to_pil(image))
     if hasattr(image, "detach"):  # a tensor; this check does not import PyTorch
         tensor = image.detach().cpu()
         pixels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        return upright(_array_to_pil(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels))
+        return to_upright_rgb(
+            _array_to_pil(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels)
+        )
     raise ImageError(f"cannot read an image from type {type(image).__name__}")
 
 

@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from resnet56.errors import printable
+from resnet56.errors import escape_line
 
 ProgressCallback = Callable[[int], None]
 
@@ -66,7 +66,7 @@ class TrainingDisplay:
         if not self.quiet:
             # Wrap long lines on a terminal, but not in a log file.
             self.console.print(
-                printable(line), markup=False, soft_wrap=not self.console.is_terminal
+                escape_line(line), markup=False, soft_wrap=not self.console.is_terminal
             )
 
     def evaluation_progress(
@@ -149,7 +149,7 @@ def evaluation_progress(
     if quiet:
         yield lambda count: None
         return
-    line = printable(f"evaluating on {description}")
+    line = escape_line(f"evaluating on {description}")
     if not console.is_terminal:
         console.print(line, markup=False, soft_wrap=True)
         yield lambda count: None

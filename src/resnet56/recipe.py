@@ -21,7 +21,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Execution = Literal["eager", "fused", "native", "compiled"]
 ExecutionChoice = Literal["auto", Execution]
 
-LARGEST = 1_000_000  # upper bound of numbers without a natural one
+MAX_VALUE = 1_000_000  # upper bound of numbers without a natural one
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Recipe:
     mix_probability: float = 1.0
     """Probability that a batch is mixed."""
 
-    plain_tail: int = 0
+    weak_augmentation_epochs: int = 0
     """Number of final epochs without mixing, Cutout and TrivialAugment."""
 
     ema_decay: tuple[float, ...] = ()
@@ -144,20 +144,20 @@ class Recipe:
         """Check each value, and values that depend on each other."""
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
-        most = f"from 1 to {LARGEST:,}"
-        _require(1 <= self.epochs <= LARGEST, "epochs", self.epochs, most)
-        _require(1 <= self.batch_size <= LARGEST, "batch_size", self.batch_size, most)
-        _require(0 < self.lr <= LARGEST, "lr", self.lr, f"above 0 and at most {LARGEST:,}")
+        most = f"from 1 to {MAX_VALUE:,}"
+        _require(1 <= self.epochs <= MAX_VALUE, "epochs", self.epochs, most)
+        _require(1 <= self.batch_size <= MAX_VALUE, "batch_size", self.batch_size, most)
+        _require(0 < self.lr <= MAX_VALUE, "lr", self.lr, f"above 0 and at most {MAX_VALUE:,}")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
-        most = f"from 0 to {LARGEST:,}"
-        _require(0 <= self.weight_decay <= LARGEST, "weight_decay", self.weight_decay, most)
-        _require(0 <= self.warmup_epochs <= LARGEST, "warmup_epochs", self.warmup_epochs, most)
+        most = f"from 0 to {MAX_VALUE:,}"
+        _require(0 <= self.weight_decay <= MAX_VALUE, "weight_decay", self.weight_decay, most)
+        _require(0 <= self.warmup_epochs <= MAX_VALUE, "warmup_epochs", self.warmup_epochs, most)
         _require(
-            all(0 < epoch <= LARGEST for epoch in self.drop_epochs)
+            all(0 < epoch <= MAX_VALUE for epoch in self.drop_epochs)
             and list(self.drop_epochs) == sorted(set(self.drop_epochs)),
             "drop_epochs",
             self.drop_epochs,
-            f"above 0, ascending and at most {LARGEST:,}",
+            f"above 0, ascending and at most {MAX_VALUE:,}",
         )
         _require(0 < self.drop_factor <= 1, "drop_factor", self.drop_factor, "in (0, 1]")
         _require(
@@ -177,15 +177,15 @@ class Recipe:
             f"fewer than the {self.epochs} epochs, because the last epochs use 32x32",
         )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
-        most = f"above 0 and at most {LARGEST:,}"
-        _require(0 < self.mix_alpha <= LARGEST, "mix_alpha", self.mix_alpha, most)
+        most = f"above 0 and at most {MAX_VALUE:,}"
+        _require(0 < self.mix_alpha <= MAX_VALUE, "mix_alpha", self.mix_alpha, most)
         _require(
             0 < self.mix_probability <= 1, "mix_probability", self.mix_probability, "in (0, 1]"
         )
         _require(
-            0 <= self.plain_tail <= self.epochs,
-            "plain_tail",
-            self.plain_tail,
+            0 <= self.weak_augmentation_epochs <= self.epochs,
+            "weak_augmentation_epochs",
+            self.weak_augmentation_epochs,
             f"from 0 to the {self.epochs} epochs",
         )
         _require(
@@ -203,9 +203,9 @@ class Recipe:
             len(set(self.teacher)) == len(self.teacher), "teacher", self.teacher, "all different"
         )
         _require(0 < self.teacher_weight <= 1, "teacher_weight", self.teacher_weight, "in (0, 1]")
-        most = f"above 0 and at most {LARGEST:,}"
+        most = f"above 0 and at most {MAX_VALUE:,}"
         temperature = self.teacher_temperature
-        _require(0 < temperature <= LARGEST, "teacher_temperature", temperature, most)
+        _require(0 < temperature <= MAX_VALUE, "teacher_temperature", temperature, most)
         if len(self.ema_decay) > 1 and self.val_size == 0:
             raise UsageError(
                 "several values of ema_decay need validation images to choose one; set --val-size"
@@ -366,7 +366,7 @@ QUICK = Recipe(
 
 RECIPES = {"report": REPORT, "he2015": HE2015, "fast": FAST, "best": BEST, "quick": QUICK}
 
-ABOUT = {
+DESCRIPTIONS = {
     "report": "original report: bottleneck blocks, batch 32, lr 0.02 halved every 10 epochs",
     "he2015": "He et al. 2015: batch 128, lr 0.1 divided by 10 twice, 164 epochs",
     "fast": "about 90 % in 5 minutes on two cores with AMX (22 without); small images first",

@@ -157,10 +157,10 @@ def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
 
 def git_state() -> dict[str, Any] | None:
     """Return the commit of the package and whether files differ. None outside a checkout."""
-    folder = Path(__file__).parent
+    directory = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        command = ["git", "-C", str(directory), *arguments]
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         return result.stdout.strip()
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet56.data.augment import Augmentation, augment, draw
+from resnet56.data.augment import Augmentation, augment, sample_params
 from resnet56.data.dataset import Split, Triple
-from resnet56.data.mixing import draw_mixes, mix_images
-from resnet56.metrics import Floats, softmax
+from resnet56.data.mixing import mix_images, sample_mix_params
+from resnet56.metrics import FloatArray, softmax
 
 MISTAKES = 24  # maximum number of mistakes
 ORIGINALS, VARIANTS = 10, 5  # training images, and augmented versions of each
@@ -34,11 +34,11 @@ def augmented_samples(
     index = torch.from_numpy(np.unique(labels, return_index=True)[1][:ORIGINALS])
     originals = training.images[index].cpu()
     images = originals.repeat_interleave(VARIANTS, dim=0)
-    draws = draw(len(images), augmentation, torch.Generator().manual_seed(0))
+    params = sample_params(len(images), augmentation, torch.Generator().manual_seed(0))
     means, stds = torch.tensor(mean), torch.tensor(std)
-    augmented = augment(images, draws, means, stds, augmentation)
+    augmented = augment(images, params, means, stds, augmentation)
     if augmentation.mix != "none":
-        unmixed = augment(images, draws, means, stds, augmentation.before_mixing())
+        unmixed = augment(images, params, means, stds, augmentation.before_mixing())
         _mix_variants(augmented, unmixed, augmentation)
     # Undo the normalization. Pixels that Cutout erased become the mean.
     pixels = augmented * stds[:, None, None] + means[:, None, None]
@@ -51,7 +51,7 @@ def augmented_samples(
 
 
 def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation) -> None:
-    """Mix the same share of the variants as in training, but at least one variant.
+    """MixParams the same share of the variants as in training, but at least one variant.
 
     Args:
         augmented: (K * V, 3, 32, 32), changed in place.
@@ -60,7 +60,7 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
         augmentation: augmentation of the training images.
     """
     count = len(augmented) // VARIANTS
-    mixes = draw_mixes(
+    mixes = sample_mix_params(
         augmentation.mix, augmentation.mix_alpha, 1.0, steps=VARIANTS, batch=count, seed=0
     )
     for variant in range(math.ceil(VARIANTS * augmentation.mix_probability)):
@@ -70,7 +70,7 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
         augmented[variant::VARIANTS] = mix_images(images, mix)
 
 
-def confident_mistakes(logits: Floats, split: Split) -> dict[str, Any]:
+def confident_mistakes(logits: FloatArray, split: Split) -> dict[str, Any]:
     """Return the wrong predictions with the highest confidence, in descending order.
 
     Args:

@@ -62,7 +62,7 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return PreparedModel(compiled, "compiled")
     makers: dict[Execution, Callable[[ResNet, Precision], nn.Module]] = {
-        "native": partial(_native, vectors=execution == "native"),
+        "native": partial(_native, allow_avx512=execution == "native"),
         "fused": _fused,
     }
     reasons: list[str] = []
@@ -81,16 +81,16 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
     return PreparedModel(model, "eager", "; ".join(reasons), remedy)
 
 
-def _native(model: ResNet, precision: Precision, *, vectors: bool) -> nn.Module:
+def _native(model: ResNet, precision: Precision, *, allow_avx512: bool) -> nn.Module:
     if precision != "bf16":
         raise UnavailableError(f"it requires bf16, not {precision}")
-    return native_network(model, vectors=vectors)
+    return native_network(model, allow_avx512=allow_avx512)
 
 
 def _fused(model: ResNet, precision: Precision) -> nn.Module:
     if precision == "fp16":
         raise UnavailableError("it does not support fp16")
-    model.use(fused_norm_relu(DTYPES[precision]))
+    model.set_norm_relu(fused_norm_relu(DTYPES[precision]))
     return model
 
 
@@ -157,12 +157,12 @@ class Trainer:
         self.optimizer = make_optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.emas = [EMA(model, decay) for decay in recipe.ema_decay]
-        self.begin_sums()
+        self.reset_sums()
         self.first_nonfinite_step = torch.tensor(
             -1, device=self.device
         )  # first step whose loss is not finite
 
-    def begin_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
+    def reset_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
         """Reset the sums at the start of an epoch, or restore those of an interrupted epoch."""
         # MPS does not support float64.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64

@@ -137,7 +137,7 @@ def train(
             device=resolved,
             val_size=recipe.val_size,
             augmentation=augmentation_of(recipe, mirror=dataset.mirror),
-            show=display.evaluation_progress,
+            progress=display.evaluation_progress,
         )
 
 
@@ -153,7 +153,9 @@ def augmentation_of(recipe: Recipe, *, mirror: bool) -> Augmentation:
         mix=recipe.mix,
         mix_alpha=recipe.mix_alpha,
         mix_probability=recipe.mix_probability,
-        plain_from=recipe.epochs - recipe.plain_tail if recipe.plain_tail else None,
+        weak_augmentation_from=recipe.epochs - recipe.weak_augmentation_epochs
+        if recipe.weak_augmentation_epochs
+        else None,
     )
 
 
@@ -264,7 +266,7 @@ class TrainingLoop:
         """Run the rest of the current epoch, and return its last learning rate."""
         start, started, lr = self.progress, time.perf_counter(), 0.0
         # The saved sums cover all processes, so only the main process restores them.
-        self.trainer.begin_sums(
+        self.trainer.reset_sums(
             *((start.loss_sum, start.correct) if self.dist.is_main_process else ())
         )
         self.trainer.model.train()
@@ -382,7 +384,7 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Write a checkpoint. Raise TrainingError if it contains values that are not finite."""
-        self.cadence.saved()
+        self.cadence.record_save()
         if not self.dist.is_main_process:
             return
         metadata = {

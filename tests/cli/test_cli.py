@@ -380,7 +380,7 @@ def test_images_are_measured_by_the_names_of_their_classes(
     assert json.loads(capsys.readouterr().out)["n"] == 4
     shutil.rmtree(other / "test" / "red")
     assert cli.main(["evaluate", str(run), "--data", str(other)]) == 2
-    assert "no class in common (data: green;" in capsys.readouterr().err
+    assert "no classes in common (data: green;" in capsys.readouterr().err
 
 
 def test_a_run_on_undivided_folders_is_measured_on_its_own_test_part(
@@ -432,7 +432,7 @@ def test_a_tilde_that_no_shell_has_seen_is_the_home_folder(
     monkeypatch.setenv("HOME", str(folder.parent))
     monkeypatch.setenv("USERPROFILE", str(folder.parent))
     path = form.format(folder.name)
-    wanted = "no class in common (data: blue, red;"
+    wanted = "no classes in common (data: blue, red;"
     for arguments in ([f"--data={path}"], ["--data", path]):
         assert cli.main(["evaluate", "resnet56", *arguments]) == 2
         assert wanted in capsys.readouterr().err

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from resnet56.data.augment import (
     Augmentation,
-    Draws,
+    AugmentationParams,
     augment,
     crop_and_flip,
     cutout,
-    draw,
     normalize,
+    sample_params,
     shrink,
 )
 from resnet56.data.trivial_augment import trivial_augment
@@ -45,47 +45,49 @@ def erased(image: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
     return image
 
 
-def every_crop(padding: int) -> Draws:
-    """Return draws of all crop offsets, with and without flip."""
+def every_crop(padding: int) -> AugmentationParams:
+    """Return params of all crop offsets, with and without flip."""
     offsets = range(2 * padding + 1)
     grid = torch.tensor([(r, c, f) for r in offsets for c in offsets for f in (0, 1)])
-    draws = draw(len(grid), Augmentation(padding=padding, flip=True), generator())
-    return draws._replace(rows=grid[:, 0], cols=grid[:, 1], flips=grid[:, 2].bool())
+    params = sample_params(len(grid), Augmentation(padding=padding, flip=True), generator())
+    return params._replace(rows=grid[:, 0], cols=grid[:, 1], flips=grid[:, 2].bool())
 
 
 @pytest.mark.parametrize("padding", [0, 2, 4])
 def test_every_crop_is_a_slice_of_the_padded_image(padding: int) -> None:
-    draws = every_crop(padding)
-    images = random_images(len(draws.rows))
-    result = crop_and_flip(images, draws, padding)
+    params = every_crop(padding)
+    images = random_images(len(params.rows))
+    result = crop_and_flip(images, params, padding)
     assert result.dtype == torch.uint8
     assert len(result) == 2 * (2 * padding + 1) ** 2
-    for index, (row, col, flip) in enumerate(zip(*draws[:3], strict=True)):
+    for index, (row, col, flip) in enumerate(zip(*params[:3], strict=True)):
         expected = cropped(images[index].numpy(), padding, int(row), int(col), bool(flip))
         np.testing.assert_array_equal(result[index].numpy(), expected)
 
 
 def test_images_are_unchanged_without_padding_and_flips() -> None:
     images = random_images(20)
-    draws = draw(20, Augmentation(padding=0, flip=False), generator())
-    assert torch.equal(crop_and_flip(images, draws, 0), images)
+    params = sample_params(20, Augmentation(padding=0, flip=False), generator())
+    assert torch.equal(crop_and_flip(images, params, 0), images)
 
 
 def test_crops_and_flips_are_uniform() -> None:
     count = 81 * 2 * 100
-    draws = draw(count, Augmentation(padding=4, flip=True), generator(1))
-    cells = (draws.rows * 9 + draws.cols) * 2 + draws.flips
+    params = sample_params(count, Augmentation(padding=4, flip=True), generator(1))
+    cells = (params.rows * 9 + params.cols) * 2 + params.flips
     observed = torch.bincount(cells, minlength=162).numpy()
     assert len(observed) == 162  # no value is out of range
     assert stats.chisquare(observed).pvalue > 1e-3
-    centers = torch.bincount(draws.centers[:, 0] * 32 + draws.centers[:, 1], minlength=1024).numpy()
+    centers = torch.bincount(
+        params.centers[:, 0] * 32 + params.centers[:, 1], minlength=1024
+    ).numpy()
     assert len(centers) == 1024
     assert stats.chisquare(centers).pvalue > 1e-3
 
 
 def test_disabling_flips_keeps_the_crops() -> None:
-    mirrored = draw(500, Augmentation(padding=4, flip=True), generator(2))
-    plain = draw(500, Augmentation(padding=4, flip=False), generator(2))
+    mirrored = sample_params(500, Augmentation(padding=4, flip=True), generator(2))
+    plain = sample_params(500, Augmentation(padding=4, flip=False), generator(2))
     assert not plain.flips.any()
     assert torch.equal(plain.rows, mirrored.rows)
     assert torch.equal(plain.cols, mirrored.cols)
@@ -93,26 +95,26 @@ def test_disabling_flips_keeps_the_crops() -> None:
 
 def test_draws_depend_only_on_the_generator() -> None:
     before = torch.get_rng_state()
-    first = draw(50, Augmentation(padding=4, flip=True), generator(3))
-    again = draw(50, Augmentation(padding=4, flip=True), generator(3))
-    other = draw(50, Augmentation(padding=4, flip=True), generator(4))
+    first = sample_params(50, Augmentation(padding=4, flip=True), generator(3))
+    again = sample_params(50, Augmentation(padding=4, flip=True), generator(3))
+    other = sample_params(50, Augmentation(padding=4, flip=True), generator(4))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_crops_are_channels_last() -> None:
-    draws = draw(5, Augmentation(padding=4, flip=True), generator())
-    batch = crop_and_flip(random_images(5), draws, 4)
+    params = sample_params(5, Augmentation(padding=4, flip=True), generator())
+    batch = crop_and_flip(random_images(5), params, 4)
     assert batch.shape == (5, 3, 32, 32)
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("side", [0, 8])
 def test_augmented_images_are_channels_last(side: int) -> None:
-    draws = draw(5, Augmentation(padding=4, flip=True), generator())
+    params = sample_params(5, Augmentation(padding=4, flip=True), generator())
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    batch = augment(random_images(5), draws, *scale, Augmentation(cutout=side))
+    batch = augment(random_images(5), params, *scale, Augmentation(cutout=side))
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -142,11 +144,11 @@ def test_cutout_erases_only_the_square(side: int) -> None:
 @pytest.mark.parametrize("side", [0, 7, 16])
 def test_augment_crops_flips_normalizes_and_erases(side: int) -> None:
     images = random_images(30)
-    draws = draw(30, Augmentation(padding=4, flip=True), generator(5))
+    params = sample_params(30, Augmentation(padding=4, flip=True), generator(5))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    result = augment(images, draws, *scale, Augmentation(cutout=side)).numpy()
+    result = augment(images, params, *scale, Augmentation(cutout=side)).numpy()
     mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
-    for index, (row, col, flip, (down, across)) in enumerate(zip(*draws[:4], strict=True)):
+    for index, (row, col, flip, (down, across)) in enumerate(zip(*params[:4], strict=True)):
         crop = cropped(images[index].numpy(), 4, int(row), int(col), bool(flip))
         expected = erased((crop / 255 - mean) / std, int(down), int(across), side)
         np.testing.assert_allclose(result[index], expected, rtol=1e-5, atol=1e-6)
@@ -154,21 +156,23 @@ def test_augment_crops_flips_normalizes_and_erases(side: int) -> None:
 
 def test_a_part_of_a_batch_is_augmented_like_the_whole_batch() -> None:
     images, part = random_images(12), slice(4, 9)
-    draws = draw(12, Augmentation(padding=4, flip=True), generator(6)).to(torch.device("cpu"))
+    params = sample_params(12, Augmentation(padding=4, flip=True), generator(6)).to(
+        torch.device("cpu")
+    )
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    whole = augment(images, draws, *scale, Augmentation(cutout=8))
-    alone = augment(images[part], draws.part(part), *scale, Augmentation(cutout=8))
+    whole = augment(images, params, *scale, Augmentation(cutout=8))
+    alone = augment(images[part], params.select(part), *scale, Augmentation(cutout=8))
     assert torch.equal(whole[part], alone)
 
 
 def test_trivial_augment_precedes_the_crop() -> None:
     images = random_images(30)
-    draws = draw(30, Augmentation(padding=4, flip=True), generator(7))
+    params = sample_params(30, Augmentation(padding=4, flip=True), generator(7))
     scale = (torch.tensor(MEAN), torch.tensor(STD))
-    result = augment(images, draws, *scale, Augmentation(cutout=8, trivial_augment=True))
-    changed = trivial_augment(images, draws.transforms, draws.levels)
+    result = augment(images, params, *scale, Augmentation(cutout=8, trivial_augment=True))
+    changed = trivial_augment(images, params.transforms, params.levels)
     assert not torch.equal(changed, images)
-    assert torch.equal(result, augment(changed, draws, *scale, Augmentation(cutout=8)))
+    assert torch.equal(result, augment(changed, params, *scale, Augmentation(cutout=8)))
 
 
 @pytest.mark.parametrize("side", [16, 24, 28])

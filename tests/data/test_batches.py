@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet56.data.augment import Augmentation
-from resnet56.data.batches import Batches, derived_seed
+from resnet56.data.batches import Batches, derive_seed
 from resnet56.data.dataset import Split
 from resnet56.errors import UsageError
 
@@ -200,10 +200,12 @@ def test_ricap_is_not_cropped_from_padded_images() -> None:
 
 
 def test_the_last_epochs_are_crops_and_flips_only() -> None:
-    augmentation = Augmentation(cutout=8, trivial_augment=True, mix="mixup", plain_from=2)
+    augmentation = Augmentation(
+        cutout=8, trivial_augment=True, mix="mixup", weak_augmentation_from=2
+    )
     tail, crops = augmented(24, 8, augmentation), augmented(24, 8, Augmentation())
     assert same(list(tail.epoch(2)), list(crops.epoch(2)))
-    before = replace(augmentation, plain_from=None)
+    before = replace(augmentation, weak_augmentation_from=None)
     assert same(list(tail.epoch(1)), list(augmented(24, 8, before).epoch(1)))
 
 
@@ -247,7 +249,7 @@ def test_flip_and_padding_are_applied() -> None:
 
 
 def test_derived_seeds_are_63_bit_and_distinct() -> None:
-    seeds = {derived_seed(seed, epoch) for seed in range(40) for epoch in range(40)}
+    seeds = {derive_seed(seed, epoch) for seed in range(40) for epoch in range(40)}
     assert len(seeds) == 1600
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62

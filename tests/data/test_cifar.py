@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from resnet56.data import cifar
 from resnet56.data.dataset import Dataset
-from resnet56.data.readers import load_folder
+from resnet56.data.readers import load_directory
 from resnet56.errors import DataError, Error
 
 ROWS = {"cifar10": [20] * 5 + [20], "cifar100": [200, 100]}
-FOLDERS = [layout.folder for layout in cifar.LAYOUTS]
+FOLDERS = [layout.directory for layout in cifar.LAYOUTS]
 
 
 def records(name: str, file: int) -> np.ndarray:
@@ -45,7 +45,7 @@ def names_of(name: str) -> tuple[str, ...]:
 
 def write(layout: "cifar._Layout", root: Path) -> Path:
     """Write the data set in one form."""
-    folder = root / layout.folder
+    folder = root / layout.directory
     folder.mkdir(parents=True)
     for number, file in enumerate((*layout.train, layout.test)):
         content = records(layout.name, number)
@@ -53,13 +53,13 @@ def write(layout: "cifar._Layout", root: Path) -> Path:
         labels = {layout.labels: content[:, layout.label_bytes - 1]}
         if layout.name == "cifar100":
             labels["coarse_labels"] = content[:, 0]
-        if layout.form == "binary":
+        if layout.file_format == "binary":
             content.tofile(folder / file)
         else:
             lists = {key: value.tolist() for key, value in labels.items()}
             (folder / file).write_bytes(pickle.dumps({"data": pixels, **lists}, 2))
     names = names_of(layout.name)
-    if layout.form == "binary":
+    if layout.file_format == "binary":
         (folder / layout.meta).write_text("\n".join(names) + "\n")
     else:
         (folder / layout.meta).write_bytes(pickle.dumps({layout.names: list(names)}, 2))
@@ -95,7 +95,7 @@ def with_small_sizes(read: object) -> object:
 @pytest.fixture(scope="module")
 def folders(small_data_sets: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
-    return {layout.folder: write(layout, root) for layout in cifar.LAYOUTS}
+    return {layout.directory: write(layout, root) for layout in cifar.LAYOUTS}
 
 
 def copy(folder: Path, target: Path) -> Path:
@@ -103,12 +103,12 @@ def copy(folder: Path, target: Path) -> Path:
 
 
 def layout_of(folder: Path) -> "cifar._Layout":
-    return next(layout for layout in cifar.LAYOUTS if layout.folder == folder.name)
+    return next(layout for layout in cifar.LAYOUTS if layout.directory == folder.name)
 
 
 @pytest.mark.parametrize("form", FOLDERS)
 def test_published_images_are_recognized_in_every_form(folders: dict[str, Path], form: str) -> None:
-    loaded = load_folder(folders[form])
+    loaded = load_directory(folders[form])
     assert loaded.source.endswith("the published split")
     assert loaded.remarks == ()
     assert loaded.classes == names_of(loaded.name)
@@ -129,7 +129,7 @@ def test_minor_differences_cause_a_remark(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    loaded = load_folder(folder)
+    loaded = load_directory(folder)
     assert loaded.source.endswith(f"with differences in {file.name}")
     assert f"differs from the published data set in {file.name}" in loaded.remarks[0]
 
@@ -138,7 +138,8 @@ def test_different_class_names_cause_a_remark(folders: dict[str, Path], tmp_path
     folder = copy(folders["cifar-10-batches-bin"], tmp_path)
     (folder / "batches.meta.txt").write_text("\n".join(reversed(cifar.CIFAR10)))
     assert (
-        "differs from the published data set in batches.meta.txt" in load_folder(folder).remarks[0]
+        "differs from the published data set in batches.meta.txt"
+        in load_directory(folder).remarks[0]
     )
 
 
@@ -160,7 +161,7 @@ def test_images_of_one_color_are_rejected_in_every_form(
     monkeypatch.setitem(globals(), "records", damaged)
     folder = write(layout, tmp_path)
     with pytest.raises(DataError, match=r"is not the published data set: \d+ of its \d+ test"):
-        load_folder(folder)
+        load_directory(folder)
 
 
 @pytest.mark.parametrize("form", FOLDERS)
@@ -178,7 +179,7 @@ def test_a_wrong_class_count_is_rejected_in_every_form(
 
     monkeypatch.setitem(globals(), "records", damaged)
     with pytest.raises(DataError, match=r"images have the label .*, expected"):
-        load_folder(write(layout, tmp_path))
+        load_directory(write(layout, tmp_path))
 
 
 @pytest.mark.parametrize("form", FOLDERS)
@@ -201,7 +202,7 @@ def test_damaged_files_raise_only_package_errors(folders: dict[str, Path], form:
                 del content[data.draw(st.integers(0, len(content) - 1)) :]
             file.write_bytes(content)
             try:
-                assert isinstance(load_folder(damaged), Dataset)
+                assert isinstance(load_directory(damaged), Dataset)
             except Error as error:
                 assert str(error).isprintable()  # noqa: PT017
 
@@ -215,12 +216,12 @@ def test_an_archive_is_unpacked_into_its_own_folder(
     folder = folders[cifar.ARCHIVES[name]]
     with tarfile.open(tmp_path / name, "w:gz", compresslevel=1) as tar:
         tar.add(folder, folder.name)
-    loaded = load_folder(tmp_path / name)
+    loaded = load_directory(tmp_path / name)
     assert loaded.origin == str((tmp_path / folder.name).resolve())
     shutil.rmtree(tmp_path / folder.name)
-    assert load_folder(tmp_path).fingerprint() == loaded.fingerprint()
+    assert load_directory(tmp_path).fingerprint() == loaded.fingerprint()
     (tmp_path / name).write_bytes(b"")
-    assert load_folder(tmp_path / name).fingerprint() == loaded.fingerprint()
+    assert load_directory(tmp_path / name).fingerprint() == loaded.fingerprint()
 
 
 def test_invalid_archives_raise_one_line_errors(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_invalid_archives_raise_one_line_errors(tmp_path: Path) -> None:
     for content in (b"", b"\x1f\x8b" + bytes(99), gzip.compress(stream.getvalue())):
         (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
         with pytest.raises(DataError, match="cannot be unpacked: .*; download it again"):
-            load_folder(tmp_path)
+            load_directory(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-python.tar.gz"]
 
 
@@ -254,4 +255,4 @@ def test_errors_about_unsupported_formats_suggest_an_alternative(
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
     with pytest.raises(DataError, match=message):
-        load_folder(tmp_path)
+        load_directory(tmp_path)

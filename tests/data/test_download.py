@@ -483,7 +483,7 @@ def test_errors_do_not_contain_passwords(site: Site, root: Path, mirror: str) ->
 def test_links_are_not_followed(
     site: Site, archive: Archive, root: Path, tmp_path: Path, name: str, make: Any
 ) -> None:
-    """Another user can place a link in a shared folder."""
+    """Another user can place a link in a shared directory."""
     target = tmp_path / "precious"
     target.write_bytes(b"\x1f\x8b precious")
     root.mkdir(parents=True)
@@ -773,7 +773,7 @@ def test_a_file_in_place_of_the_folder_is_reported(
 ) -> None:
     root.mkdir(parents=True)
     (root / "toy").write_text("mine")
-    with pytest.raises(DownloadError, match="it is not a folder"):
+    with pytest.raises(DownloadError, match="it is not a directory"):
         fetch(archive, root)
     assert (root / "toy").read_text() == "mine"
     assert site.seen == []

@@ -1,4 +1,4 @@
-"""Image files that are found in a folder, and those that are skipped."""
+"""Image files that are found in a directory, and those that are skipped."""
 
 import os
 import sys

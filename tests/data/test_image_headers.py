@@ -8,7 +8,7 @@ import pytest
 from hostile_images import HOSTILE, overlapping_exif, png_chunk
 from PIL import Image
 
-from resnet56.data.image_headers import exif_overlaps, find_excess
+from resnet56.data.image_headers import exif_overlaps, find_exceeded_limit
 from resnet56.data.images import read_image
 from resnet56.errors import ImageError
 
@@ -59,7 +59,7 @@ def test_truncated_headers_do_not_raise() -> None:
     for make in HOSTILE.values():
         content = make()[:3000]
         for length in range(0, len(content), 7):
-            find_excess(io.BytesIO(content[:length]))
+            find_exceeded_limit(io.BytesIO(content[:length]))
             exif_overlaps(content[:length])
 
 

@@ -17,9 +17,10 @@ from resnet56.data import images
 from resnet56.data.images import (
     BROWSER_FORMATS,
     overlay,
-    prepare,
     read_image,
     read_pixels,
+    to_model_input,
+    to_upright_rgb,
 )
 from resnet56.errors import ImageError
 
@@ -31,7 +32,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
 
 
 def pixel(image: Image.Image) -> list[int]:
-    return prepare(image)[:, 16, 16].tolist()
+    return to_model_input(to_upright_rgb(image))[:, 16, 16].tolist()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_the_exif_orientation_is_applied_once() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encoded(Image.fromarray(pixels), "TIFF", exif=exif.tobytes())
-    result = prepare(read_image(content))
+    result = to_model_input(to_upright_rgb(read_image(content)))
     assert result[:, :, -4:].min() == 255
     assert result[:, :, :-4].max() == 0
 
@@ -236,7 +237,7 @@ def test_nearly_black_images_cause_a_warning_and_nan_an_error(
 ) -> None:
     read_image(encoded(ramp("uint16", 3000), "TIFF"), name="deep.tif")
     assert caplog.messages == [
-        "deep.tif is nearly black; check that its values use the range of their type"
+        "deep.tif is nearly black; check that its values use the full range of their type"
     ]
     read_image(encoded(ramp("uint16", 60_000), "TIFF"))
     assert len(caplog.messages) == 1
@@ -248,8 +249,8 @@ def test_nearly_black_images_cause_a_warning_and_nan_an_error(
 
 def test_upright_is_called_once_per_file(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    upright = images.upright
-    monkeypatch.setattr(images, "upright", lambda image: calls.append(1) or upright(image))
+    upright = images.to_upright_rgb
+    monkeypatch.setattr(images, "to_upright_rgb", lambda image: calls.append(1) or upright(image))
     content = encoded(Image.new("RGB", (40, 40)))
     read_pixels(content)
     overlay(read_image(content), np.zeros((8, 8), np.float32))

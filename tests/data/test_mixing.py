@@ -10,13 +10,13 @@ from scipy import stats
 from torch import Tensor
 
 from resnet56 import recipe
-from resnet56.data.mixing import METHODS, Mix, draw_mixes, mix_images, mix_labels
+from resnet56.data.mixing import METHODS, MixParams, mix_images, mix_labels, sample_mix_params
 
 BATCH = 6
 
 
-def drawn(method: str, count: int = 200, alpha: float = 1.0, seed: int = 0) -> list[Mix]:
-    mixes = draw_mixes(method, alpha, 1.0, steps=count, batch=BATCH, seed=seed)
+def drawn(method: str, count: int = 200, alpha: float = 1.0, seed: int = 0) -> list[MixParams]:
+    mixes = sample_mix_params(method, alpha, 1.0, steps=count, batch=BATCH, seed=seed)
     return [mix for mix in mixes if mix is not None]
 
 
@@ -28,7 +28,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def pixel_by_pixel(
-    images: np.ndarray, labels: np.ndarray, mix: Mix, i: int
+    images: np.ndarray, labels: np.ndarray, mix: MixParams, i: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return image `i` mixed as in the papers, and a target from the pixel counts of classes."""
     sources = [i, *(int(partners[i]) for partners in mix.partners)]
@@ -123,14 +123,14 @@ def test_the_common_corner_of_ricap_crops_follows_the_beta_distribution() -> Non
 
 def test_batches_are_mixed_with_the_given_probability() -> None:
     options: dict[str, Any] = {"steps": 2000, "batch": BATCH, "seed": 3}
-    half = draw_mixes("cutmix", 1.0, 0.5, **options)
+    half = sample_mix_params("cutmix", 1.0, 0.5, **options)
     assert stats.binomtest(sum(mix is not None for mix in half), 2000, 0.5).pvalue > 1e-3
-    every = draw_mixes("cutmix", 1.0, 1.0, **options)
+    every = sample_mix_params("cutmix", 1.0, 1.0, **options)
     for mix, same in zip(half, every, strict=True):
         if mix is not None and same is not None:
             assert mix[1:] == same[1:]
             assert torch.equal(mix.partners, same.partners)
-    assert draw_mixes("none", 1.0, 1.0, **options) == [None] * 2000
+    assert sample_mix_params("none", 1.0, 1.0, **options) == [None] * 2000
 
 
 def test_the_numbers_depend_only_on_the_seed() -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
 
 from resnet56.data.dataset import Dataset, channel_statistics, stratified_split
-from resnet56.data.images import to_32x32
-from resnet56.data.readers import load_data, load_digits, load_folder
+from resnet56.data.images import to_model_input, to_upright_rgb
+from resnet56.data.readers import load_data, load_digits, load_directory
 from resnet56.errors import DataError, UsageError
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
@@ -28,7 +29,7 @@ PY = [name.removesuffix(".bin") for name in BIN]
 
 def error_of(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        load_folder(path)
+        load_directory(path)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -139,7 +140,7 @@ def small_python_folder(parent: Path) -> Path:
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_binary_batches_are_read_exactly(binary: Path, inside: bool) -> None:
-    loaded = load_folder(binary if inside else binary.parent)
+    loaded = load_directory(binary if inside else binary.parent)
     assert (loaded.name, loaded.mirror) == ("cifar10", True)
     assert loaded.classes == tuple(NAMES[::-1])
     assert "50,000" in loaded.source
@@ -157,17 +158,17 @@ def test_binary_batches_are_read_exactly(binary: Path, inside: bool) -> None:
 
 
 def test_pickles_of_every_protocol_contain_the_same_data(binary: Path, pickled: Path) -> None:
-    assert load_folder(pickled.parent).fingerprint() == load_folder(binary).fingerprint()
+    assert load_directory(pickled.parent).fingerprint() == load_directory(binary).fingerprint()
 
 
 def test_missing_class_names_have_a_default(binary: Path, tmp_path: Path) -> None:
     folder = link(binary, tmp_path)
     (folder / "batches.meta.txt").unlink()
-    assert load_folder(folder).classes == tuple(NAMES)
+    assert load_directory(folder).classes == tuple(NAMES)
 
 
 def test_a_renamed_folder_is_recognized_by_its_files(binary: Path, tmp_path: Path) -> None:
-    assert load_folder(link(binary, tmp_path).rename(tmp_path / "mine")).name == "cifar10"
+    assert load_directory(link(binary, tmp_path).rename(tmp_path / "mine")).name == "cifar10"
 
 
 def test_cifar100_binary_has_fine_labels_and_needs_little_memory(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_cifar100_binary_has_fine_labels_and_needs_little_memory(tmp_path: Path)
     assert "fine_label_names.txt is missing" in error_of(folder)
     (folder / "fine_label_names.txt").write_text("\n".join(names))
     tracemalloc.start()
-    loaded = load_folder(tmp_path)
+    loaded = load_directory(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6  # without the images, which PyTorch allocates
@@ -223,7 +224,7 @@ def test_cifar100_python_has_fine_labels(tmp_path: Path) -> None:
     )
     names = [f"class_{number}" for number in range(100)]
     (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [n.encode() for n in names]}))
-    loaded = load_folder(folder)
+    loaded = load_directory(folder)
     assert loaded.classes == tuple(names)
     for split in (loaded.train, loaded.test):
         assert split.labels.tolist() == labels[: len(split)]
@@ -457,7 +458,7 @@ def test_images_are_read_from_class_folders(tmp_path: Path) -> None:
         file.write_bytes(b"junk")
     (root / "train" / ".git").mkdir()
     (root / "train" / "README.md").touch()
-    loaded = load_folder(root)
+    loaded = load_directory(root)
     assert (loaded.name, loaded.classes, loaded.mirror) == ("pets", ("cat", "dog"), True)
     assert loaded.train.labels.tolist() == [0, 1, 1]
     assert loaded.train.images[[0, 2], :, 16, 16].tolist() == [[7, 8, 9], [1, 2, 3]]
@@ -478,7 +479,7 @@ def test_a_class_name_that_is_not_utf_8_is_rejected(tmp_path: Path) -> None:
 def test_every_documented_format_is_read(tmp_path: Path, suffix: str) -> None:
     for folder in ("train/a", "train/b", "test/a"):
         save(tmp_path / folder / f"image.{suffix}", (200, 200, 200))
-    image = load_folder(tmp_path).test.images[0].int()
+    image = load_directory(tmp_path).test.images[0].int()
     assert (image - 200).abs().max() <= 3  # JPEG and WebP are lossy
 
 
@@ -487,19 +488,19 @@ def test_without_a_test_folder_a_stratified_fifth_is_split_off(tmp_path: Path) -
         save(tmp_path / "train" / "many" / f"{index}.png", (index, 0, 0))
     for index in range(5):
         save(tmp_path / "train" / "some" / f"{index}.png", (100 + index, 0, 0))
-    loaded = load_folder(tmp_path)
+    loaded = load_directory(tmp_path)
     assert loaded.train.labels.bincount().tolist() == [16, 4]
     assert loaded.test.labels.bincount().tolist() == [4, 1]
     assert "80/20" in loaded.source
     values = [split.images[:, 0, 0, 0].tolist() for split in (loaded.train, loaded.test)]
     assert sorted(values[0] + values[1]) == [*range(20), *range(100, 105)]
-    assert load_folder(tmp_path).fingerprint() == loaded.fingerprint()
+    assert load_directory(tmp_path).fingerprint() == loaded.fingerprint()
 
 
 def test_paths_without_a_data_set_are_rejected(tmp_path: Path) -> None:
     assert "does not exist" in error_of(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
-    assert "is not a folder" in error_of(tmp_path / "file")
+    assert "is not a directory" in error_of(tmp_path / "file")
     message = error_of(tmp_path)
     assert "unknown layout" in message
     for layout in ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-100-binary", "train/<"):
@@ -533,7 +534,7 @@ def test_any_decoder_error_becomes_one_line(
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setattr("resnet56.data.images.upright", fail)
+    monkeypatch.setattr("resnet56.data.images.to_upright_rgb", fail)
     assert ("two lines" if str(error) == "two\nlines" else "ValueError") in error_of(pets)
 
 
@@ -555,16 +556,16 @@ def test_invalid_class_folders_are_rejected(pets: Path) -> None:
     assert f"{pets / 'train' / 'empty'} contains no images" in error_of(pets)
     (pets / "train" / "empty").rmdir()
     (pets / "test").mkdir()
-    assert "test has no class folders" in error_of(pets)
+    assert "test has no class directories" in error_of(pets)
     save(pets / "test" / "fish" / "0.png")
     assert "fish is not a class in train/" in error_of(pets)
     shutil.rmtree(pets / "test")
     (pets / "train" / "dog" / "0.png").unlink()
     assert "dog has only one image, too few" in error_of(pets)
     shutil.rmtree(pets / "train" / "dog")
-    assert "at least two class folders, found 1;" in error_of(pets)
+    assert "at least two class directories, found 1;" in error_of(pets)
     shutil.rmtree(pets / "train" / "cat")
-    assert "at least two class folders, found 0;" in error_of(pets)
+    assert "at least two class directories, found 0;" in error_of(pets)
     (pets / "test").touch()
     save(pets / "train" / "cat" / "0.png")
     save(pets / "train" / "dog" / "0.png")
@@ -584,12 +585,17 @@ def test_damaged_images_raise_only_data_errors(pets: Path, suffix: str) -> None:
             del damaged[rng.randrange(len(damaged)) :]
         file.write_bytes(damaged)
         try:
-            load_folder(pets)
+            load_directory(pets)
         except DataError as error:
             assert "damaged" in str(error)  # noqa: PT017
 
 
 # One image
+
+
+def to_32x32(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Convert an image to a model input, as (32, 32, 3)."""
+    return to_model_input(to_upright_rgb(image)).transpose(1, 2, 0)
 
 
 def test_a_32x32_rgb_image_is_unchanged() -> None:
@@ -724,13 +730,13 @@ def test_a_name_loads_the_data_set_of_the_cache(
 ) -> None:
     monkeypatch.setenv("RESNET56_DATA", str(link(binary, tmp_path).parent))
     loaded = load_data("cifar10")
-    assert loaded.fingerprint() == load_folder(binary).fingerprint()
+    assert loaded.fingerprint() == load_directory(binary).fingerprint()
     assert load_data("digits").origin == "digits"
 
 
 def test_a_path_is_a_string_or_a_path(binary: Path) -> None:
     fingerprints = {load_data(path).fingerprint() for path in (binary, str(binary))}
-    assert fingerprints == {load_folder(binary).fingerprint()}
+    assert fingerprints == {load_directory(binary).fingerprint()}
 
 
 def test_a_directory_with_the_name_of_a_data_set_is_loaded_with_a_remark(

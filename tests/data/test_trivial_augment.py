@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from torch import Tensor
 
-from resnet56.data.augment import Augmentation, draw
+from resnet56.data.augment import Augmentation, sample_params
 from resnet56.data.trivial_augment import LEVELS, TRANSFORMS, trivial_augment
 
 Picture = Image.Image
@@ -96,23 +96,23 @@ def test_images_of_one_color_are_unchanged(name: str, value: int) -> None:
 
 def test_images_are_transformed_independently_and_not_in_place() -> None:
     images = smooth_images(120)
-    draws = draw(120, Augmentation(), torch.Generator().manual_seed(1))
+    params = sample_params(120, Augmentation(), torch.Generator().manual_seed(1))
     before = images.clone()
-    together = trivial_augment(images, draws.transforms, draws.levels)
+    together = trivial_augment(images, params.transforms, params.levels)
     alone = [
-        trivial_augment(images[i : i + 1], draws.transforms[i : i + 1], draws.levels[i : i + 1])
+        trivial_augment(images[i : i + 1], params.transforms[i : i + 1], params.levels[i : i + 1])
         for i in range(120)
     ]
     assert torch.equal(together, torch.cat(alone))
     assert torch.equal(images, before)
-    assert len(draws.transforms.unique()) == len(TRANSFORMS)
+    assert len(params.transforms.unique()) == len(TRANSFORMS)
 
 
 def test_transforms_and_magnitudes_are_uniform() -> None:
     generator = torch.Generator().manual_seed(2)
-    draws = draw(14 * 31 * 100, Augmentation(), generator)
-    cells = torch.bincount(draws.transforms * 31 + draws.levels.abs(), minlength=14 * 31).numpy()
+    params = sample_params(14 * 31 * 100, Augmentation(), generator)
+    cells = torch.bincount(params.transforms * 31 + params.levels.abs(), minlength=14 * 31).numpy()
     assert len(cells) == 14 * 31
     assert stats.chisquare(cells).pvalue > 1e-3
-    signs = draws.levels[draws.levels != 0].sign().float().mean().item()
+    signs = params.levels[params.levels != 0].sign().float().mean().item()
     assert abs(signs) < 0.02

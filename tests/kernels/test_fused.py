@@ -194,7 +194,7 @@ def run(arch: str, execution: str, steps: int, precision: Precision = "fp32") ->
     labels = torch.randint(0, 10, (64,), generator=generator)
     losses = []
     for step, part in zip(range(steps), itertools.cycle(torch.arange(64).split(16)), strict=False):
-        trainer.begin_sums()
+        trainer.reset_sums()
         trainer.step(images[part], labels[part], 0.01, step)
         losses.append(trainer.sums[0].item() / len(part))
     return torch.tensor(losses)

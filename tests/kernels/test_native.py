@@ -37,7 +37,7 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def native(model: ResNet) -> NativeNetwork:
     try:
-        return native_network(model, vectors=True)
+        return native_network(model, allow_avx512=True)
     except UnavailableError as reason:
         skip_without_kernel(reason)
 
@@ -354,12 +354,12 @@ def test_a_weight_that_changes_before_backward_is_an_error() -> None:
 def test_unsupported_layers_are_rejected() -> None:
     native(build("resnet8"))  # or skip
     with pytest.raises(UnavailableError, match="unsupported shortcut"):
-        native_network(ResNet(11, "bottleneck", "A"), vectors=True)  # padded with stride 1
+        native_network(ResNet(11, "bottleneck", "A"), allow_avx512=True)  # padded with stride 1
     for change in ({"bias": True}, {"padding": 0}, {"groups": 16}):
         model = build("resnet8")
         model.stage1[0].conv1 = nn.Conv2d(16, 16, 3, **({"padding": 1, "bias": False} | change))
         with pytest.raises(UnavailableError, match="unsupported layer"):
-            native_network(model, vectors=True)
+            native_network(model, allow_avx512=True)
 
 
 def test_the_default_dtype_does_not_matter() -> None:
@@ -397,7 +397,7 @@ def test_losses_of_native_training_match_eager_training(unit: str, arch: str) ->
         labels = torch.arange(64) % 10
         history = []
         for step in range(60):
-            trainer.begin_sums()
+            trainer.reset_sums()
             part = slice(step % 4 * 16, step % 4 * 16 + 16)
             trainer.step(images[part], labels[part], 0.02, step)
             history.append(trainer.sums[0].item() / 16)
@@ -432,14 +432,14 @@ def test_a_processor_without_bf16_vectors_is_rejected(monkeypatch: pytest.Monkey
     native(build("resnet8"))  # or skip
     monkeypatch.setenv("CC", "cc -mno-amx-tile -mno-amx-bf16 -mno-avx512bf16")
     with pytest.raises(UnavailableError, match="does not support AVX-512 BF16"):
-        native_network(build("resnet8"), vectors=True)
+        native_network(build("resnet8"), allow_avx512=True)
 
 
 def test_a_kernel_with_wrong_results_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     native(build("resnet8"))  # or skip
     monkeypatch.setenv("CC", "cc -Dsqrt=fabs")
     with pytest.raises(UnavailableError, match="results differ from PyTorch's"):
-        native_network(build("resnet8"), vectors=True)
+        native_network(build("resnet8"), allow_avx512=True)
 
 
 def _without(structure: type[ctypes.Structure], field: str) -> type[ctypes.Structure]:
@@ -469,7 +469,7 @@ def test_a_mirror_that_differs_from_its_struct_is_rejected_in_one_line(
     native(build("resnet8"))  # or skip
     monkeypatch.setattr(plan, mirror, change(getattr(plan, mirror)))
     with pytest.raises(UnavailableError, match=message) as caught:
-        native_network(build("resnet8"), vectors=True)
+        native_network(build("resnet8"), allow_avx512=True)
     assert "\n" not in str(caught.value)
 
 
@@ -482,4 +482,4 @@ def test_a_field_that_exists_only_in_c_is_rejected(
         (tmp_path / file.name).write_text(text.replace("} Conv;", "long extra;\n} Conv;"))
     monkeypatch.setattr("resnet56.kernels.compiler.files", lambda package: tmp_path)
     with pytest.raises(UnavailableError, match="struct conv differs between C and plan.py: sizeof"):
-        native_network(build("resnet8"), vectors=True)
+        native_network(build("resnet8"), allow_avx512=True)

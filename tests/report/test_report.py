@@ -699,7 +699,9 @@ def test_descriptions_of_recipes() -> None:
     assert "decays 0.999 and 0.9995); the best of them on the validation images is used" in told
     assert "distilled from an ensemble of 2 trained networks" in told
     assert "with weight 0.9 beside the labels" in told
-    mixed = Recipe(mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, plain_tail=15)
+    mixed = Recipe(
+        mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, weak_augmentation_epochs=15
+    )
     sentence = recipe_words.augmentation(mixed, mirrors=False)
     assert "In 50 % of batches, each image is composed of random crops of four images" in sentence
     assert "without Cutout" in sentence

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from resnet56.errors import Error, NotFiniteError, RunError
-from resnet56.files import next_free, read_json, to_json, write_json, write_text
-from resnet56.metrics import measure
+from resnet56.files import read_json, to_json, unused_path, write_json, write_text
+from resnet56.metrics import compute_metrics
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
 
@@ -261,7 +261,7 @@ def test_a_comparison_takes_the_place_of_an_earlier_one_of_its_pair(tmp_path: Pa
 def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.read_evaluation(7) is None
-    metrics = measure(np.eye(2), np.arange(2), ("a", "b"))
+    metrics = compute_metrics(np.eye(2), np.arange(2), ("a", "b"))
     facts = {"epoch": 1, "step": 7, "device": "cpu", "precision": "fp32"}
     evaluation = {"test": metrics, **facts, "weights": "final", "data": "made up"}
     run.write_evaluation(evaluation)
@@ -269,7 +269,7 @@ def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> No
     assert run.read_evaluation(8) is None
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows opens no folders")
+@pytest.mark.skipif(os.name != "posix", reason="Windows opens no directories")
 def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
     run, other = RunDirectory(tmp_path), RunDirectory(tmp_path)
     with (
@@ -288,7 +288,7 @@ def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
 def test_a_folder_is_not_written_over(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     path = tmp_path / name if name == "folder" else Path(name)
-    with pytest.raises(RunError, match=f"cannot write {path}: it is a folder"):
+    with pytest.raises(RunError, match=f"cannot write {path}: it is a directory"):
         write_json(path, {})
 
 
@@ -398,8 +398,8 @@ def test_a_position_says_all_that_an_interrupted_epoch_has_summed_up() -> None:
 
 def test_next_free_numbers_what_is_taken(tmp_path: Path) -> None:
     base = tmp_path / "quick-digits"
-    assert next_free(base) == base
+    assert unused_path(base) == base
     base.mkdir()
-    assert next_free(base) == tmp_path / "quick-digits-2"
+    assert unused_path(base) == tmp_path / "quick-digits-2"
     (tmp_path / "quick-digits-2").mkdir()
-    assert next_free(base) == tmp_path / "quick-digits-3"
+    assert unused_path(base) == tmp_path / "quick-digits-3"

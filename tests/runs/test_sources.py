@@ -29,7 +29,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("written")
     run = RunDirectory(folder / "run")
     run.save(lively())
-    export.write_hub_folder(run.load(), folder / "hub")
+    export.write_hub_directory(run.load(), folder / "hub")
     export.write_onnx(run.load(), folder / "net.onnx")
     shutil.copy(folder / "hub" / "model.safetensors", folder / "alone.bin")
     return {

@@ -25,7 +25,7 @@ from networks import lively
 from torch import nn
 
 from resnet56 import export
-from resnet56.data.pickles import reject_all, stand_in, unpickle, with_numpy
+from resnet56.data.pickles import make_stub, reject_all, unpickle, with_numpy
 from resnet56.errors import Error, RunError
 from resnet56.runs import convert
 from resnet56.runs.tensor_files import open_tensors
@@ -315,7 +315,7 @@ def exported() -> bytes:
 
 
 def test_stand_ins_have_no_behavior() -> None:
-    made = stand_in("a.b")(1, key=2)
+    made = make_stub("a.b")(1, key=2)
     made.__setstate__({"x": 1})
     made.append(1)
     assert made.state == {"x": 1}

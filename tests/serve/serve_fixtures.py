@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet56.data.images import BROWSER_FORMATS, FORMATS, Bytes, Floats
+from resnet56.data.images import BROWSER_FORMATS, FORMATS, FloatArray, UInt8Array
 from resnet56.serve.limits import Limits
 
 CLASSES = ("red", "green", "blue")
@@ -27,7 +27,7 @@ class ColorModel:
         self.seconds = seconds  # per run
         self.sizes: list[int] = []
 
-    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         self.sizes.append(len(images))
         time.sleep(self.seconds)
         cells = images.reshape(len(images), 3, 8, 4, 8, 4).astype(np.float32)

@@ -79,7 +79,7 @@ class BaselineLoop:
     ) -> None:
         self.device = device
         self.model = build(arch, classes=classes).to(device).train()
-        self.model.use(norm_relu)
+        self.model.set_norm_relu(norm_relu)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4

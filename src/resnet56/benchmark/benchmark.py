@@ -27,7 +27,7 @@ from resnet56.data.dataset import Dataset, Split, Triple, channel_statistics
 from resnet56.errors import MissingExtraError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.export import to_onnx
-from resnet56.inference import InferenceForm
+from resnet56.inference import InferenceModel
 from resnet56.model import build
 from resnet56.predict import OnnxBackend
 from resnet56.recipe import Recipe
@@ -127,10 +127,10 @@ def bench_inference(
     pixels = setup.split.images[torch.arange(batch) % len(setup.split)]
     images = pixels.float().to(setup.device) / 255
     model = build(arch).to(setup.device).eval()
-    model.use(baseline_norm_relu)
-    runners: dict[str, nn.Module] = {"baseline": model, "ours, fp32": InferenceForm(model)}
+    model.set_norm_relu(baseline_norm_relu)
+    runners: dict[str, nn.Module] = {"baseline": model, "ours, fp32": InferenceModel(model)}
     if setup.precision != "fp32":
-        runners[f"ours, {setup.precision}"] = InferenceForm(model, setup.precision)
+        runners[f"ours, {setup.precision}"] = InferenceModel(model, setup.precision)
 
     def run_once(runner: nn.Module) -> None:
         with torch.inference_mode():

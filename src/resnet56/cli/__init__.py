@@ -11,7 +11,7 @@ from keyword import iskeyword
 from typing import TextIO
 
 from resnet56 import __version__
-from resnet56.errors import Error, UsageError, printable
+from resnet56.errors import Error, UsageError, escape_line
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
@@ -157,7 +157,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 def _fail(line: str, code: int) -> int:
     """Print an error to stderr and return the exit code."""
     try:
-        print(printable(f"resnet56: {line}"), file=sys.stderr, flush=True)
+        print(escape_line(f"resnet56: {line}"), file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
     return code

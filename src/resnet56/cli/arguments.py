@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from resnet56.errors import UsageError, shown
+from resnet56.errors import UsageError, escape
 
 Options = TypeVar("Options")
 
@@ -82,7 +82,7 @@ def integer(text: str) -> int:
         ValueError: `text` is not an integer or has more than 18 digits.
     """
     if not re.fullmatch(r"[+-]?[0-9]+", text):
-        raise ValueError(f"expected an integer, not {shown(text[:MAX_VALUE_LENGTH])!r}")
+        raise ValueError(f"expected an integer, not {escape(text[:MAX_VALUE_LENGTH])!r}")
     if len(text) > 18:
         raise ValueError(f"{text[:18]}... is too large")
     return int(text)
@@ -95,7 +95,7 @@ def number(text: str) -> float:
         ValueError: `text` is not a number or is not finite.
     """
     if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
-        raise ValueError(f"expected a finite number, not {shown(text[:MAX_VALUE_LENGTH])!r}")
+        raise ValueError(f"expected a finite number, not {escape(text[:MAX_VALUE_LENGTH])!r}")
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:18]} is too large")
@@ -190,12 +190,12 @@ def _unknown(tokens: Sequence[str], options_type: type) -> str:
     """Return an error message about arguments that tyro did not recognize."""
     flags = [token for token in tokens if token.startswith("-")]
     if not flags:
-        return f"unexpected argument {shown(tokens[0][:MAX_VALUE_LENGTH])!r}"
+        return f"unexpected argument {escape(tokens[0][:MAX_VALUE_LENGTH])!r}"
     known = ["--help"]
     for owner, field in _nested(options_type):
         name = field.name.replace("_", "-")
         known += [f"--{name}"] if owner is options_type else [f"--{name}", f"--no-{name}"]
-    flag = shown(flags[0].partition("=")[0][:MAX_VALUE_LENGTH])
+    flag = escape(flags[0].partition("=")[0][:MAX_VALUE_LENGTH])
     return f"unknown option {flag}{suggestion(flag, known)}"
 
 

@@ -97,6 +97,6 @@ def _sizes(text: str) -> list[int]:
         sizes = [integer(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(f"--batch: {error}") from None
-    if not all(1 <= size <= recipe.LARGEST for size in sizes):
-        raise UsageError(f"--batch must be from 1 to {recipe.LARGEST:,}, such as 32,128")
+    if not all(1 <= size <= recipe.MAX_VALUE for size in sizes):
+        raise UsageError(f"--batch must be from 1 to {recipe.MAX_VALUE:,}, such as 32,128")
     return sizes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from resnet56.errors import printable
+from resnet56.errors import escape_line
 
 if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset
@@ -23,7 +23,7 @@ def say(line: str) -> None:
 
     Control characters are escaped, so the message stays on one line.
     """
-    print(printable(line), file=sys.stderr)
+    print(escape_line(line), file=sys.stderr)
 
 
 def show(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:

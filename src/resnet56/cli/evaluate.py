@@ -196,11 +196,11 @@ def _measure_run(
         precision=precision,
         val_size=recipe.val_size,
         augmentation=augmentation_of(recipe, mirror=dataset.mirror),
-        show=show,
+        progress=show,
     )
     robustness = min(options.robustness, len(dataset.test))
     result = measure_extras(
-        run, dataset, device=device, precision=precision, robustness=robustness, show=show
+        run, dataset, device=device, precision=precision, robustness=robustness, progress=show
     )
     if options.json:
         print(to_json(result))

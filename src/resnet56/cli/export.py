@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
     path = Path(options.run).resolve()
     name = path.stem if path.is_file() else path.name
 
-    from resnet56.export import CHECK_IMAGES, TOLERANCE, write_hub_folder, write_onnx
+    from resnet56.export import CHECK_IMAGES, TOLERANCE, write_hub_directory, write_onnx
 
     if options.format == "onnx":
         out = options.out or Path(f"{name}.onnx")
@@ -51,6 +51,6 @@ def run(arguments: list[str]) -> int:
             evaluation = pretrained.card(source.pretrained).get("evaluation")
         elif source.run is not None:
             evaluation = source.run.read_evaluation(checkpoint.progress.step)
-        write_hub_folder(checkpoint, out, evaluation)
+        write_hub_directory(checkpoint, out, evaluation)
     print(out)
     return 0

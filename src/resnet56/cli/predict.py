@@ -13,10 +13,10 @@ import tyro
 
 from resnet56.cli.arguments import parse
 from resnet56.cli.common import Threads, say
-from resnet56.errors import Error, ImageError, UsageError, shown
+from resnet56.errors import Error, ImageError, UsageError, escape
 
 if TYPE_CHECKING:
-    from resnet56.data.images import Floats
+    from resnet56.data.images import FloatArray
     from resnet56.predict import Prediction
 
 MAP_SUFFIX = ".cam.png"
@@ -124,9 +124,9 @@ def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
             found = find_images(path)
             files = [file for file in found.files if not file.name.endswith(MAP_SUFFIX)]
             if remark := describe_skipped(found.skipped):
-                say(f"{shown(str(path))}: {remark}")
+                say(f"{escape(str(path))}: {remark}")
             if not files:
-                _print_error(ImageError(f"{shown(str(path))} contains no images"))
+                _print_error(ImageError(f"{escape(str(path))} contains no images"))
                 failed += 1
             for file in files:
                 map_name = file.relative_to(path).with_suffix("").as_posix()
@@ -174,15 +174,15 @@ def _writer(output_format: str, top: int) -> Callable[[str, "Prediction"], None]
 
     def write_line(name: str, prediction: "Prediction") -> None:
         classes = (
-            f"{shown(label)} {100 * probability:.1f} %"
+            f"{escape(label)} {100 * probability:.1f} %"
             for label, probability in prediction.probabilities.items()
         )
-        print(f"{shown(name)}: {', '.join(classes)}")
+        print(f"{escape(name)}: {', '.join(classes)}")
 
     return write_line
 
 
-def _write_map(source: Source, class_map: "Floats", folder: Path, used_names: set[str]) -> None:
+def _write_map(source: Source, class_map: "FloatArray", folder: Path, used_names: set[str]) -> None:
     """Write the image with its class activation map.
 
     This reads the image again, because the originals of a batch may not fit in memory.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from resnet56.errors import printable, shown
+from resnet56.errors import escape, escape_line
 from resnet56.progress import percent
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def _table(*columns: str, left: int = 1) -> Table:
 
 def _cell(name: str) -> str:
     """Escape a name for a table cell, in which rich interprets brackets as markup."""
-    return shown(name).replace("[", r"\[")
+    return escape(name).replace("[", r"\[")
 
 
 def _percentage(value: float | None) -> str:
@@ -44,14 +44,14 @@ def show_metrics(metrics: "Metrics", title: str) -> None:
         f"{metrics['n']:,} images",
     )
     for line in lines:
-        console.print(printable(line), markup=False, soft_wrap=True)
+        console.print(escape_line(line), markup=False, soft_wrap=True)
     table = _table("class", "precision", "recall", "F1", "images")
     for name, row in metrics["per_class"].items():
         scores = map(_percentage, (row["precision"], row["recall"], row["f1"]))
         table.add_row(_cell(name), *scores, f"{row['support']:,}")
     console.print(table)
     for pair in metrics["most_confused"][:3]:
-        line = f"{pair['count']} {shown(pair['true'])} classified as {shown(pair['predicted'])}"
+        line = f"{pair['count']} {escape(pair['true'])} classified as {escape(pair['predicted'])}"
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -178,7 +178,7 @@ def show_inspection(inspection: dict[str, Any], images: int, data: str) -> None:
     """Print the inspection of one model."""
     console = Console(highlight=False)
     console.print(
-        printable(
+        escape_line(
             f"{inspection['name']}, {inspection['weights']} weights, loss "
             f"{inspection['loss']:.4f} on {images:,} images; {data}"
         ),

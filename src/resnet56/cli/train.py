@@ -126,7 +126,7 @@ def _choose(arguments: list[str]) -> _Job:
         raise UsageError("--resume needs --out RUN, the directory of the run to continue")
 
     from resnet56 import model, runtime, threads
-    from resnet56.files import next_free
+    from resnet56.files import unused_path
     from resnet56.runs.directory import RunDirectory
 
     model.Architecture.parse(options.recipe.arch)
@@ -136,7 +136,7 @@ def _choose(arguments: list[str]) -> _Job:
     own = _origin_of_resumed(options)
     data = options.data if options.data is not None else own or "digits"
     stem = Path(name).stem if name else "run"
-    out = options.out or next_free(Path("runs") / f"{stem}-{Path(data).resolve().name}")
+    out = options.out or unused_path(Path("runs") / f"{stem}-{Path(data).resolve().name}")
     run = RunDirectory(out)
     if options.resume:
         run.load()  # raises if there is nothing to resume
@@ -192,7 +192,7 @@ def _show_result(result: "Evaluation", out: Path, display: "TrainingDisplay") ->
 
 
 def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:
-    names = "\n".join(f"  {key:7} {text}" for key, text in recipes.ABOUT.items())
+    names = "\n".join(f"  {key:7} {text}" for key, text in recipes.DESCRIPTIONS.items())
     return parse(
         TrainOptions,
         arguments,

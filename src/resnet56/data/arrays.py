@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from resnet56.data.dataset import Split
-from resnet56.errors import DataError, one_line, shown
+from resnet56.errors import DataError, escape, one_line
 
-# Name patterns of an images file and its labels file, without suffix.
+# File name patterns of images and their labels, without the suffix.
 _PAIRS = (
     ("{}_data", "{}_labels"),
     ("{}_images", "{}_labels"),
@@ -26,12 +26,12 @@ _PAIRS = (
 
 
 def is_benchmark(path: Path) -> bool:
-    """Return whether `path` is a folder that contains .npy files."""
+    """Return whether `path` is a directory that contains .npy files."""
     return path.is_dir() and any(path.glob("*.npy"))
 
 
 def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
-    """Yield the name and the split of each test set in a folder of .npy files.
+    """Yield the name and the split of each test set in a directory of .npy files.
 
     CIFAR-10-C consists of `labels.npy` and one uint8 array (50,000, 32, 32, 3) per corruption, with
     its five severities in order. CIFAR-10.1 consists of `NAME_data.npy` and `NAME_labels.npy`.
@@ -39,36 +39,36 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
     shape (N,) or (N, 1).
 
     Raises:
-        DataError: an array has another shape or type, a label is missing or out of range, or there
-            are no images.
+        DataError: an array has an unexpected shape or type, labels are missing or out of range, or
+            there are no images.
     """
     stems = {file.stem: file for file in sorted(path.glob("*.npy"))}
     pairs = list(_pairs(path, stems))
     if not pairs:
         raise DataError(
-            f"{shown(str(path))} contains no images; name them NAME_data.npy or x_NAME.npy"
+            f"{escape(str(path))} contains no images; name them NAME_data.npy or x_NAME.npy"
         )
     for name, file, labels_file in pairs:
         images, labels = _read_array(file), _read_array(labels_file)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
             raise DataError(
-                f"{shown(str(file))} has shape {images.shape} and type "
+                f"{escape(str(file))} has shape {images.shape} and type "
                 f"{one_line(images.dtype)}; expected (N, 32, 32, 3) and uint8"
             )
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise DataError(
-                f"{shown(str(labels_file))} has shape {labels.shape} and type "
+                f"{escape(str(labels_file))} has shape {labels.shape} and type "
                 f"{one_line(labels.dtype)}; expected (N,) or (N, 1) and integers"
             )
         if len(images) != len(labels):
             raise DataError(
-                f"{shown(str(file))} has {len(images):,} images, but {labels_file.name} "
+                f"{escape(str(file))} has {len(images):,} images, but {labels_file.name} "
                 f"has {len(labels):,} labels"
             )
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise DataError(f"{shown(str(labels_file))}: expected labels from 0 to {classes - 1}")
+            raise DataError(f"{escape(str(labels_file))}: expected labels from 0 to {classes - 1}")
         severities = 5 if len(images) == 50_000 else 1
         size = len(images) // severities
         for severity in range(severities):
@@ -100,7 +100,7 @@ def _pairs(path: Path, stems: dict[str, Path]) -> Iterator[tuple[str, Path, Path
             candidates = f"{name}_labels.npy, labels.npy"
             if stem.lower().startswith("x"):
                 candidates += f", y{stem[1:]}.npy"
-            raise DataError(f"{shown(str(file))} has no labels; looked for {shown(candidates)}")
+            raise DataError(f"{escape(str(file))} has no labels; looked for {escape(candidates)}")
         yield name or stem, file, stems[labels_stem]
 
 
@@ -108,15 +108,17 @@ def _read_array(file: Path) -> npt.NDArray[Any]:
     """Memory-map the array in a .npy file. Raises DataError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NumPy parses the header as Python, which can warn
+            warnings.simplefilter(
+                "ignore"
+            )  # NumPy parses the header as Python code, which can warn
             array = np.load(file, mmap_mode="r", allow_pickle=False)
     except MemoryError as error:
         raise DataError(
-            f"cannot read {shown(str(file))}: its header requests too much memory"
+            f"cannot read {escape(str(file))}: its header requests too much memory"
         ) from error
-    except Exception as error:  # NumPy can raise any exception on a damaged header
+    except Exception as error:  # NumPy can raise any exception for a damaged header
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {shown(str(file))}: {one_line(reason)}") from error
+        raise DataError(f"cannot read {escape(str(file))}: {one_line(reason)}") from error
     if not isinstance(array, np.ndarray):
-        raise DataError(f"cannot read {shown(str(file))}: it is an .npz archive")
+        raise DataError(f"cannot read {escape(str(file))}: it is an .npz archive")
     return array

@@ -1,7 +1,7 @@
-"""Augmentation: pure functions on batches, with random numbers that are drawn in advance.
+"""Augment batches of images, with random parameters that are sampled in advance.
 
-`draw` draws the random numbers of one epoch on the CPU. `augment` applies them to a batch on any
-device. A batch is therefore the same on every device, in every process and after resuming.
+`sample_params` samples the parameters of an epoch on the CPU. `augment` applies them to a batch on
+any device. A batch is therefore the same on every device, in every process and after resuming.
 """
 
 from dataclasses import dataclass, replace
@@ -16,60 +16,64 @@ from resnet56.data.trivial_augment import LEVELS, TRANSFORMS, trivial_augment
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The augmentation of the training images."""
+    """Augmentation settings of the training images."""
 
     padding: int = 4  # black pixels added to each side before a random 32x32 crop
     flip: bool = True  # flip horizontally with probability 1/2
     alternate_flip: bool = False  # flip each image in every other epoch instead
     cutout: int = 0  # side of the square that Cutout erases, in pixels; 0 to disable
     trivial_augment: bool = False
-    sizes: tuple[int, ...] = ()  # image sizes in the first epochs, in pixels; then 32
+    sizes: tuple[int, ...] = ()  # image size in each of the first epochs, in pixels; then 32
     mix: str = "none"  # "none" or a method of `data.mixing`
-    mix_alpha: float = 1.0  # both parameters of the beta distribution of the weights
-    mix_probability: float = 1.0  # probability of mixing a batch
-    plain_from: int | None = None  # epoch from which only crops and flips are used
+    mix_alpha: float = 1.0  # parameter of the Beta(alpha, alpha) distribution of the weights
+    mix_probability: float = 1.0  # probability that a batch is mixed
+    weak_augmentation_from: int | None = None  # first epoch that uses only crops and flips
 
     def in_epoch(self, epoch: int) -> "Augmentation":
         """Return the augmentation of `epoch` (from 0)."""
-        if self.plain_from is None or epoch < self.plain_from:
+        if self.weak_augmentation_from is None or epoch < self.weak_augmentation_from:
             return self
         return replace(self, cutout=0, trivial_augment=False, mix="none")
 
     def before_mixing(self) -> "Augmentation":
         """Return the augmentation that is applied to images before they are mixed.
 
-        Cutout is disabled because it would erase parts of the mixed image. RICAP crops the images
-        itself, so padding is disabled.
+        Cutout is disabled because it would erase parts of the mixed image. Padding is disabled for
+        RICAP, which crops the images itself.
         """
         return replace(self, cutout=0, padding=0 if self.mix == "ricap" else self.padding)
 
 
-PLAIN_CROPS = Augmentation()
+CROP_AND_FLIP = Augmentation()
 
 
-class Draws(NamedTuple):
-    """The random numbers of N images."""
+class AugmentationParams(NamedTuple):
+    """Random augmentation parameters of N images."""
 
     rows: Tensor  # (N,) int64, top row of the crop in the padded image
     cols: Tensor  # (N,) int64, left column of the crop
     flips: Tensor  # (N,) bool
     centers: Tensor  # (N, 2) int64, center (row, column) of the Cutout square
     transforms: Tensor  # (N,) int64, index of the TrivialAugment transform
-    levels: Tensor  # (N,) int64, signed magnitude of the transform
+    levels: Tensor  # (N,) int64, level of the transform, from -LEVELS to LEVELS
 
-    def to(self, device: torch.device) -> "Draws":
-        """Move the random numbers to `device`, except `transforms`, which is read on the CPU."""
-        return Draws(*(numbers.to(device) for numbers in self))._replace(transforms=self.transforms)
+    def to(self, device: torch.device) -> "AugmentationParams":
+        """Move the parameters to `device`, except `transforms`, which is read on the CPU."""
+        return AugmentationParams(*(numbers.to(device) for numbers in self))._replace(
+            transforms=self.transforms
+        )
 
-    def part(self, index: slice | Tensor) -> "Draws":
-        """Return the random numbers of the images at `index`, a slice or an int64 CPU tensor."""
-        return Draws(*(numbers[index] for numbers in self))
+    def select(self, index: slice | Tensor) -> "AugmentationParams":
+        """Return the parameters of the images at `index`, a slice or an int64 CPU tensor."""
+        return AugmentationParams(*(numbers[index] for numbers in self))
 
 
-def draw(count: int, augmentation: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw random numbers for `count` images.
+def sample_params(
+    count: int, augmentation: Augmentation, generator: torch.Generator
+) -> AugmentationParams:
+    """Sample the parameters of `count` images.
 
-    All (2 * padding + 1)**2 crops have the same probability. The numbers taken from `generator` do
+    All (2 * padding + 1)**2 crops have the same probability. The final state of `generator` does
     not depend on which augmentations are enabled.
     """
     offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, count), generator=generator)
@@ -78,16 +82,18 @@ def draw(count: int, augmentation: Augmentation, generator: torch.Generator) -> 
     transforms = torch.randint(0, len(TRANSFORMS), (count,), generator=generator)
     magnitudes = torch.randint(0, LEVELS + 1, (count,), generator=generator)
     signs = 2 * torch.randint(0, 2, (count,), generator=generator) - 1
-    return Draws(offsets[0], offsets[1], flips, centers, transforms, signs * magnitudes)
+    return AugmentationParams(
+        offsets[0], offsets[1], flips, centers, transforms, signs * magnitudes
+    )
 
 
-def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
+def crop_and_flip(images: Tensor, params: AugmentationParams, padding: int) -> Tensor:
     """Pad with black, crop and flip each image.
 
     Args:
         images: (N, 3, H, W), any type.
-        draws: random numbers of the N images.
-        padding: black pixels on each side, as for `draw`, or 0 to disable the crop.
+        params: parameters of the N images.
+        padding: black pixels on each side, as for `sample_params`, or 0 to disable the crop.
 
     Returns:
         (N, 3, H, W) of the same type, in channels-last memory format.
@@ -97,24 +103,24 @@ def crop_and_flip(images: Tensor, draws: Draws, padding: int) -> Tensor:
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
     shifted = int(padding > 0)
-    rows = shifted * draws.rows[:, None] + y
-    cols = shifted * draws.cols[:, None] + torch.where(draws.flips[:, None], x.flip(0), x)
+    rows = shifted * params.rows[:, None] + y
+    cols = shifted * params.cols[:, None] + torch.where(params.flips[:, None], x.flip(0), x)
     index = torch.arange(count, device=images.device)[:, None, None]
-    # Indices on both sides of the channel dimension move it to the end.
+    # Index tensors on both sides of the channel dimension move it to the end.
     return padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 -> float32, with zero mean and unit variance per channel.
 
-    `mean` and `std` are (3,), for pixels in [0, 1].
+    `mean` and `std` have shape (3,) and apply to pixels in [0, 1].
     """
     mean, std = 255 * mean[:, None, None], 255 * std[:, None, None]
     return (images.float() - mean) / std
 
 
 def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
-    """Set a square of each image to zero, the mean (DeVries & Taylor 2017).
+    """Set a square of each image to zero, which is the mean (DeVries & Taylor 2017).
 
     The square is clipped at the edges of the image.
 
@@ -130,14 +136,14 @@ def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
     in_rows = (y >= top[:, None]) & (y < top[:, None] + side)
     in_cols = (x >= left[:, None]) & (x < left[:, None] + side)
     square = in_rows[:, None, :, None] & in_cols[:, None, None, :]
-    return torch.where(square, 0.0, images)  # masked_fill does not keep channels_last
+    return torch.where(square, 0.0, images)  # masked_fill does not preserve channels_last
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
     """(N, 3, H, W) float32 -> (N, 3, side, side), by bilinear interpolation with antialiasing.
 
-    Used for progressive resizing: early epochs take less time on smaller images (see Touvron et
-    al. 2019 on training and test resolution).
+    Progressive resizing makes early epochs faster (see Touvron et al. 2019 on training and test
+    resolution).
     """
     if images.shape[-1] == side:
         return images
@@ -146,13 +152,17 @@ def shrink(images: Tensor, side: int) -> Tensor:
 
 
 def augment(
-    images: Tensor, draws: Draws, mean: Tensor, std: Tensor, augmentation: Augmentation
+    images: Tensor,
+    params: AugmentationParams,
+    mean: Tensor,
+    std: Tensor,
+    augmentation: Augmentation,
 ) -> Tensor:
     """(N, 3, 32, 32) uint8 -> augmented and normalized float32.
 
-    The order is TrivialAugment, crop and flip, Cutout.
+    The steps are TrivialAugment, crop and flip, normalization, and Cutout.
     """
     if augmentation.trivial_augment:
-        images = trivial_augment(images, draws.transforms, draws.levels)
-    images = normalize(crop_and_flip(images, draws, augmentation.padding), mean, std)
-    return cutout(images, draws.centers, augmentation.cutout) if augmentation.cutout else images
+        images = trivial_augment(images, params.transforms, params.levels)
+    images = normalize(crop_and_flip(images, params, augmentation.padding), mean, std)
+    return cutout(images, params.centers, augmentation.cutout) if augmentation.cutout else images

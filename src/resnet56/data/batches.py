@@ -1,4 +1,4 @@
-"""Training batches as a pure function of seed, epoch, rank and world size.
+"""Training batches as a pure function of the seed, epoch, rank and world size.
 
 Resuming requires no saved state, and the global batches do not depend on the number of processes.
 """
@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet56.data.augment import Augmentation, augment, draw, shrink
+from resnet56.data.augment import Augmentation, augment, sample_params, shrink
 from resnet56.data.dataset import Split
-from resnet56.data.mixing import draw_mixes, mix_images, mix_labels
+from resnet56.data.mixing import mix_images, mix_labels, sample_mix_params
 from resnet56.errors import UsageError
 
-MIXING_STREAM = 1  # separates the random numbers of mixing from others of the epoch
+MIXING_STREAM = 1  # separates the random numbers for mixing from the others of an epoch
 
 
-def derived_seed(*parts: int) -> int:
-    """Derive a 63-bit seed from integers. The order of the integers matters.
+def derive_seed(*parts: int) -> int:
+    """Derive a 63-bit seed from integers, whose order matters.
 
     Trailing zeros have no effect: (0,) and (0, 0) give the same seed.
     """
@@ -30,9 +30,9 @@ def derived_seed(*parts: int) -> int:
 class Batches:
     """Augmented training batches of images that are stored on the training device.
 
-    Every global batch has exactly `batch_size` images, so that shapes do not change. The images
-    that do not fill a last batch are skipped; these are different in each epoch. If the data set
-    has fewer images than `batch_size`, it forms a single batch.
+    Every global batch has exactly `batch_size` images, so that shapes do not change. Each epoch
+    skips the images that do not fill its last batch. If the data set has fewer than `batch_size`
+    images, it forms a single batch.
     """
 
     split: Split  # on the device
@@ -41,7 +41,7 @@ class Batches:
     batch_size: int  # total over all processes
     seed: int
     augmentation: Augmentation = field(default_factory=Augmentation)
-    classes: int = 10  # number of classes of mixed targets
+    classes: int = 10  # number of classes, for mixed targets
     rank: int = 0
     world_size: int = 1
 
@@ -49,8 +49,8 @@ class Batches:
         """Check that all processes get batches of equal size, because gradients are averaged."""
         if self.global_batch % self.world_size:
             raise UsageError(
-                f"batch size {self.global_batch} is not divisible by {self.world_size} processes; "
-                "choose a multiple"
+                f"batch size {self.global_batch} is not divisible by the {self.world_size} "
+                f"processes; choose a multiple of {self.world_size}"
             )
 
     @property
@@ -64,15 +64,19 @@ class Batches:
         return len(self.split) // self.global_batch
 
     def _first_flips(self) -> Tensor:
-        """Return (N,) bool, the images that are flipped in the first epoch of alternating flips.
+        """Return a mask (N,) bool of the images that alternating flips flip in even epochs.
 
-        They share the seed of the order of epoch 0; this dependence does not matter.
+        The seed is the same as for the order of images in epoch 0. This correlation is harmless.
         """
-        generator = torch.Generator().manual_seed(derived_seed(self.seed))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the batches of `epoch` (from 0) for this process, from step `start` on.
+        """Iterate over the batches of this process in `epoch`, starting with step `start`.
+
+        Args:
+            epoch: index of the epoch, from 0.
+            start: index of the first step, from 0.
 
         Yields:
             images: (B, 3, S, S) float32, normalized, in channels-last memory format. S is 32
@@ -80,28 +84,28 @@ class Batches:
             targets: labels (B,) int64, or for a mixed batch probabilities (B, C) float32.
         """
         augmentation = self.augmentation.in_epoch(epoch)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = torch.randperm(len(self.split), generator=generator)
-        draws = draw(len(order), self.augmentation, generator)
+        params = sample_params(len(order), self.augmentation, generator)
         if augmentation.flip and augmentation.alternate_flip:
-            draws = draws._replace(flips=self._first_flips()[order] ^ bool(epoch % 2))
-        mixes = draw_mixes(
+            params = params._replace(flips=self._first_flips()[order] ^ bool(epoch % 2))
+        mixes = sample_mix_params(
             augmentation.mix,
             augmentation.mix_alpha,
             augmentation.mix_probability,
             steps=self.steps,
             batch=self.global_batch,
-            seed=derived_seed(self.seed, epoch, MIXING_STREAM),
+            seed=derive_seed(self.seed, epoch, MIXING_STREAM),
         )
         device = self.split.images.device
-        order, draws = order.to(device), draws.to(device)
+        order, params = order.to(device), params.to(device)
         local = self.global_batch // self.world_size
 
         def load(index: slice | Tensor, augmentation: Augmentation) -> tuple[Tensor, Tensor]:
             """Return the augmented images and labels at `index` in the order of the epoch."""
             selected = order[index]
             images = self.split.images[selected]
-            images = augment(images, draws.part(index), self.mean, self.std, augmentation)
+            images = augment(images, params.select(index), self.mean, self.std, augmentation)
             return images, self.split.labels[selected]
 
         for step in range(start, self.steps):

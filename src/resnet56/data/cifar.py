@@ -1,7 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 in their published formats and verify their checksums.
 
 The formats are described at https://www.cs.toronto.edu/~kriz/cifar.html. Files in every format
-are converted to records of the binary format, so that one checksum covers all of them.
+are converted to records of the binary format, so that the same checksums apply to all.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ import torch
 from resnet56.data.class_names import CIFAR10, PUBLISHED
 from resnet56.data.dataset import Dataset, Split, normalize_class_name
 from resnet56.data.pickles import PickledArray, read_pickle, text
-from resnet56.errors import DataError, shown
+from resnet56.errors import DataError, escape
 
-Bytes = npt.NDArray[np.uint8]
+UInt8Array = npt.NDArray[np.uint8]
 
 _PIXELS = 3 * 32 * 32
-_BLOCK = 1_000  # images to process at once, to limit memory
+_BLOCK = 1_000  # images to process at once, to limit memory use
 _ADVICE = "unpack the archive again"
-# SHA-1 of each file of the binary format: the training files, then the test file. Apache MXNet's
+# SHA-1 of each file in the binary format: the training files, then the test file. Apache MXNet's
 # gluon.data.vision uses the same values.
 _PUBLISHED = {
     "cifar10": (
@@ -42,38 +42,39 @@ _PUBLISHED = {
     ),
 }
 _TRAIN_SIZE, _TEST_SIZE = 50_000, 10_000
-_MIN_DISTINCT = 0.99  # fraction of a split; the published ones have at least 0.9997
+_MIN_DISTINCT = 0.99  # of the images of a split; the published splits have at least 0.9997
 
 
 @dataclass(frozen=True)
 class _Layout:
     """One published format of CIFAR: its files and the location of labels and class names.
 
-    A record of the binary format has `label_bytes` label bytes, the last of which is the label, and
-    3,072 pixel bytes (1,024 each of red, green and blue, row by row from the top). The pickle
-    format consists of dictionaries with the labels and names under the keys `labels` and `names`.
+    A record of the binary format consists of `label_bytes` label bytes, the last of which is the
+    label, and 3,072 pixel bytes (1,024 each of red, green and blue, row by row from the top). Files
+    in the pickle format contain dictionaries with the labels and names under the keys `labels` and
+    `names`.
     """
 
     name: str
-    folder: str
+    directory: str
     train: tuple[str, ...]
     test: str
     meta: str
     classes: int
-    form: Literal["binary", "pickle"]
+    file_format: Literal["binary", "pickle"]
     labels: str = ""
     names: str = ""
 
     @property
     def label_bytes(self) -> int:
-        """Bytes before the pixels. In CIFAR-100, a coarse label precedes the fine one."""
+        """Number of bytes before the pixels. In CIFAR-100, a coarse label precedes the fine one."""
         return 1 if self.name == "cifar10" else 2
 
-    def matches(self, folder: Path) -> bool:
-        """Return whether `folder` has this layout, even if files are missing."""
-        if folder.name == self.folder and folder.is_dir():
+    def matches(self, directory: Path) -> bool:
+        """Return whether `directory` has this layout, even if files are missing."""
+        if directory.name == self.directory and directory.is_dir():
             return True
-        return any((folder / file).is_file() for file in self.train)
+        return any((directory / file).is_file() for file in self.train)
 
 
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
@@ -81,16 +82,17 @@ _BINARY = tuple(f"{batch}.bin" for batch in _BATCHES)
 # fmt: off
 LAYOUTS = (
     _Layout("cifar10", "cifar-10-batches-bin", _BINARY, "test_batch.bin",
-            meta="batches.meta.txt", classes=10, form="binary"),
+            meta="batches.meta.txt", classes=10, file_format="binary"),
     _Layout("cifar10", "cifar-10-batches-py", _BATCHES, "test_batch",
-            meta="batches.meta", classes=10, form="pickle", labels="labels", names="label_names"),
+            meta="batches.meta", classes=10, file_format="pickle", labels="labels",
+            names="label_names"),
     _Layout("cifar100", "cifar-100-binary", ("train.bin",), "test.bin",
-            meta="fine_label_names.txt", classes=100, form="binary"),
+            meta="fine_label_names.txt", classes=100, file_format="binary"),
     _Layout("cifar100", "cifar-100-python", ("train",), "test",
-            meta="meta", classes=100, form="pickle", labels="fine_labels",
+            meta="meta", classes=100, file_format="pickle", labels="fine_labels",
             names="fine_label_names"),
 )
-# The published archives and the folders that they contain.
+# The published archives and the directories that they contain.
 ARCHIVES = {
     "cifar-10-binary.tar.gz": "cifar-10-batches-bin",
     "cifar-10-python.tar.gz": "cifar-10-batches-py",
@@ -101,28 +103,28 @@ ARCHIVES = {
 
 
 def find_layout(path: Path) -> tuple[_Layout, Path] | None:
-    """Return the layout of `path` or of its usual subfolder, and the folder with that layout."""
+    """Find the layout of `path` or of a subdirectory with a published name, or return None."""
     for layout in LAYOUTS:
-        for folder in (path, path / layout.folder):
-            if layout.matches(folder):
-                return layout, folder
+        for directory in (path, path / layout.directory):
+            if layout.matches(directory):
+                return layout, directory
     return None
 
 
-def load_cifar(layout: _Layout, folder: Path) -> Dataset:
-    """Load the data set in `folder`. Raises DataError if it is not the published one."""
+def load_cifar(layout: _Layout, directory: Path) -> Dataset:
+    """Load the data set in `directory`. Raises DataError if it is not the published one."""
     needed = [*layout.train, layout.test]
     if layout.classes != len(CIFAR10):  # only CIFAR-10 has default names
         needed.append(layout.meta)
     for file in needed:
-        if not (folder / file).is_file():
-            raise DataError(f"{shown(str(folder / file))} is missing; {_ADVICE}")
-    classes = _class_names(layout, folder / layout.meta)
-    with ThreadPoolExecutor(1) as pool:  # computes checksums during reading
+        if not (directory / file).is_file():
+            raise DataError(f"{escape(str(directory / file))} is missing; {_ADVICE}")
+    classes = _class_names(layout, directory / layout.meta)
+    with ThreadPoolExecutor(1) as pool:  # computes checksums while files are read
         train, sums = _read_files(
-            layout, [folder / file for file in layout.train], _TRAIN_SIZE, pool
+            layout, [directory / file for file in layout.train], _TRAIN_SIZE, pool
         )
-        test, test_sums = _read_files(layout, [folder / layout.test], _TEST_SIZE, pool)
+        test, test_sums = _read_files(layout, [directory / layout.test], _TEST_SIZE, pool)
     files = (*layout.train, layout.test)
     published = _PUBLISHED[layout.name]
     different = [
@@ -131,8 +133,8 @@ def load_cifar(layout: _Layout, folder: Path) -> Dataset:
         if actual != expected
     ]
     if different:
-        _check_split(layout, folder, train, classes, "training")
-        _check_split(layout, folder, test, classes, "test")
+        _check_split(layout, directory, train, classes, "training")
+        _check_split(layout, directory, test, classes, "test")
     if classes != PUBLISHED[layout.name]:
         different.append(layout.meta)
     description = "the published split"
@@ -140,37 +142,38 @@ def load_cifar(layout: _Layout, folder: Path) -> Dataset:
     if different:
         names = ", ".join(different)
         description = f"the published split with differences in {names}"
-        remarks = (f"{shown(str(folder))} differs from the published data set in {names}",)
+        remarks = (f"{escape(str(directory))} differs from the published data set in {names}",)
     return Dataset(
         name=layout.name,
         classes=classes,
         train=train,
         test=test,
         mirror=True,
-        source=f"{layout.folder}: {len(train):,} training and {len(test):,} test images, "
+        source=f"{layout.directory}: {len(train):,} training and {len(test):,} test images, "
         f"{description}",
-        origin=str(folder.resolve()),
+        origin=str(directory.resolve()),
         remarks=remarks,
     )
 
 
 def _check_split(
-    layout: _Layout, folder: Path, split: Split, classes: tuple[str, ...], kind: str
+    layout: _Layout, directory: Path, split: Split, classes: tuple[str, ...], kind: str
 ) -> None:
-    """Raise DataError unless these are the published images, apart from minor damage."""
+    """Raise DataError if `split` is not the published one, apart from minor damage."""
     total = len(split)
     counts = split.labels.bincount(minlength=layout.classes)
     expected = total // layout.classes
     if bool((counts != expected).any()):
         worst = int((counts - expected).abs().argmax())
         raise DataError(
-            f"{shown(str(folder))} is not the published data set: {int(counts[worst]):,} {kind} "
-            f"images have the label {shown(classes[worst])}, expected {expected:,}; {_ADVICE}"
+            f"{escape(str(directory))} is not the published data set: {int(counts[worst]):,} "
+            f"{kind} images have the label {escape(classes[worst])}, expected {expected:,}; "
+            f"{_ADVICE}"
         )
     distinct = len({hash(image.tobytes()) for image in split.images.numpy()})
     if distinct < _MIN_DISTINCT * total:
         raise DataError(
-            f"{shown(str(folder))} is not the published data set: {total - distinct:,} of its "
+            f"{escape(str(directory))} is not the published data set: {total - distinct:,} of its "
             f"{total:,} {kind} images are duplicates, so a file may be incomplete; {_ADVICE}"
         )
 
@@ -179,7 +182,7 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
     if not file.is_file():
         return CIFAR10
     names: object
-    if layout.form == "binary":
+    if layout.file_format == "binary":
         names = file.read_bytes().split()
     else:
         names = read_pickle(file).get(layout.names)
@@ -187,7 +190,7 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
         decoded = tuple(text(name) for name in names if isinstance(name, str | bytes))
         if len(names) == len(set(decoded)) == layout.classes:
             return tuple(map(normalize_class_name, decoded))
-    raise DataError(f"{shown(str(file))} does not contain {layout.classes} class names; {_ADVICE}")
+    raise DataError(f"{escape(str(file))} does not contain {layout.classes} class names; {_ADVICE}")
 
 
 def _read_files(
@@ -205,7 +208,7 @@ def _read_files(
         start = 0
         for records in _records(layout, file, rows):
             if pending:
-                pending.result()  # at most one pending block, to limit memory
+                pending.result()  # at most one pending block, to limit memory use
             pending = pool.submit(digest.update, records.data)
             block = slice(start, start + len(records))
             file_images[block] = records[:, layout.label_bytes :]
@@ -218,9 +221,9 @@ def _read_files(
     return split, sums
 
 
-def _records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
+def _records(layout: _Layout, file: Path, count: int) -> Iterator[UInt8Array]:
     """Yield `count` records of a file in blocks (n, label_bytes + 3072), in the binary format."""
-    if layout.form == "binary":
+    if layout.file_format == "binary":
         yield from _binary_records(layout, file, count)
     else:
         coarse = "coarse_labels" if layout.label_bytes == 2 else None
@@ -234,24 +237,26 @@ def _records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
             yield records
 
 
-def _binary_records(layout: _Layout, file: Path, count: int) -> Iterator[Bytes]:
+def _binary_records(layout: _Layout, file: Path, count: int) -> Iterator[UInt8Array]:
     record = layout.label_bytes + _PIXELS
     expected, actual = count * record, file.stat().st_size
     if actual != expected:
         raise DataError(
-            f"{shown(str(file))} has the wrong size: "
+            f"{escape(str(file))} has the wrong size: "
             f"expected {expected:,} bytes, found {actual:,}; {_ADVICE}"
         )
     with file.open("rb") as stream:
         for start in range(0, count, _BLOCK):
             size = min(_BLOCK, count - start) * record
             records = np.fromfile(stream, np.uint8, size)
-            if len(records) != size:  # truncated since the check
-                raise DataError(f"{shown(str(file))} is truncated; {_ADVICE}")
+            if len(records) != size:  # truncated after the check
+                raise DataError(f"{escape(str(file))} is truncated; {_ADVICE}")
             yield records.reshape(-1, record)
 
 
-_Batch = tuple[Bytes, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]  # pixels, labels, coarse labels
+_Batch = tuple[
+    UInt8Array, npt.NDArray[np.uint8], npt.NDArray[np.uint8]
+]  # pixels, labels, coarse labels
 
 
 def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> _Batch:
@@ -259,7 +264,9 @@ def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> 
     batch = read_pickle(file)
     data = batch.get("data")
     if not isinstance(data, PickledArray) or (pixels := data.pixels((count, _PIXELS))) is None:
-        raise DataError(f"{shown(str(file))}: 'data' is not a uint8 array of {count:,} x 3,072")
+        raise DataError(
+            f"{escape(str(file))}: 'data' is not a uint8 array of {count:,} x 3,072; {_ADVICE}"
+        )
     labels = _labels(batch.get(layout.labels), file, layout.labels, count, layout.classes)
     # Coarse labels are needed only for the checksum.
     stored = batch.get(coarse) if coarse else None
@@ -267,14 +274,16 @@ def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> 
     return pixels, labels, coarse_labels
 
 
-def _labels(values: object, file: Path, key: str, count: int, classes: int) -> Bytes:
+def _labels(values: object, file: Path, key: str, count: int, classes: int) -> UInt8Array:
     """Convert a list of integers to bytes. Raises DataError for anything else."""
     if not isinstance(values, list) or not all(
         type(value) is int and value.bit_length() < 64 for value in values
     ):
-        raise DataError(f"{shown(str(file))}: {key!r} is not a list of integers")
+        raise DataError(f"{escape(str(file))}: {key!r} is not a list of integers; {_ADVICE}")
     if len(values) != count:
-        raise DataError(f"{shown(str(file))}: {count:,} images, but {len(values):,} labels")
+        raise DataError(
+            f"{escape(str(file))}: {count:,} images, but {len(values):,} labels; {_ADVICE}"
+        )
     array = np.array(values, dtype=np.int64)
     _reject_labels(file, np.flatnonzero((array < 0) | (array >= classes)), array, classes)
     return array.astype(np.uint8)
@@ -290,7 +299,7 @@ def _reject_labels(
 ) -> None:
     if len(invalid):
         raise DataError(
-            f"{shown(str(file))}: record {invalid[0]} (counted from 0) has "
+            f"{escape(str(file))}: record {invalid[0]} (counted from 0) has "
             f"label {labels[invalid[0]]}, expected 0 to {classes - 1}; {_ADVICE}"
         )
 

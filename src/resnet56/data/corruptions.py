@@ -1,4 +1,4 @@
-"""Common corruptions of 32x32 images, after Hendrycks & Dietterich 2019 (CIFAR-10-C).
+"""Common corruptions of 32x32 images, from Hendrycks & Dietterich 2019 (CIFAR-10-C).
 
 This module implements ten of the benchmark's nineteen corruptions: those that need only arithmetic
 and Pillow. The severities match those of CIFAR-10-C. Results are reproducible for a given seed and
@@ -17,19 +17,18 @@ from torch.nn import functional as F
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-Corruption = Callable[
-    [Tensor, int, torch.Generator], Tensor
-]  # (N, 3, H, W) in [0, 1] -> same shape and range
+# (N, 3, H, W) in [0, 1], severity and generator -> the same shape
+Corruption = Callable[[Tensor, int, torch.Generator], Tensor]
 
 
 def gaussian_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Gaussian noise with a constant standard deviation, as from electronics."""
+    """Gaussian noise with a constant standard deviation, like electronic noise."""
     scale = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     return x + scale * torch.randn(x.shape, generator=generator)
 
 
 def shot_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Poisson noise of the photon counts, as in low light."""
+    """Poisson noise of photon counts, as in low light."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     return torch.poisson(x * photons, generator=generator) / photons
 
@@ -49,7 +48,7 @@ def speckle_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tenso
 
 
 def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Gaussian blur, as from a camera out of focus."""
+    """Gaussian blur, like that of an out-of-focus camera."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1]
     radius = int(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1)
@@ -60,7 +59,7 @@ def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def brightness(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Increases the value in HSV. Hue and saturation do not change."""
+    """Increased value in HSV, with the same hue and saturation."""
     increase = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
     value = x.amax(dim=1, keepdim=True)
     brighter = (value + increase).clamp(max=1)
@@ -79,14 +78,14 @@ def saturate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def contrast(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Lowers the contrast: moves values toward the mean of their channel in the image."""
+    """Lower contrast: each value is moved toward the mean of its channel in the image."""
     factor = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     means = x.mean(dim=(2, 3), keepdim=True)
     return means + factor * (x - means)
 
 
 def pixelate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Downsamples and upsamples again with box filters."""
+    """Downsampling and upsampling with box filters."""
     scale = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
 
     def resample(image: Image.Image) -> Image.Image:
@@ -143,8 +142,8 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
     """
     generator = torch.Generator().manual_seed(seed)
     out = CORRUPTIONS[name](images.float() / 255, severity, generator)
-    # Truncated rather than rounded, as in the benchmark's script. The offset prevents
-    # rounding errors from decreasing values that are exact integers.
+    # Truncate instead of rounding, as the benchmark's script does. The offset prevents rounding
+    # errors from decreasing values that are exact integers.
     return (out.clamp(0, 1) * 255 + 1e-3).floor().to(torch.uint8)
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from resnet56.errors import DataError, UsageError, shown
+from resnet56.errors import DataError, UsageError, escape
 
 Triple = tuple[float, float, float]
 
-_BLOCK = 1_000  # images to process at once, to limit memory
+_BLOCK = 1_000  # images to process at once, to limit memory use
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +34,11 @@ class Dataset:
 
     Attributes:
         mirror: whether a horizontal flip preserves the class.
-        source: one line for users: what was read, from where and how it was split.
-        origin: where to load the data from again: a folder, or "digits".
-        remarks: lines about skipped or unusual data.
-        predefined_split: whether the data define the test images. False if there are only class
-            folders, so that this package chose the test images.
+        source: one-line description of the data and their split, for users.
+        origin: the directory to load the data from again, or "digits".
+        remarks: one-line messages about skipped or unusual data.
+        predefined_split: whether the data set defines its test images. If False, this package
+            selected them.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Dataset:
         return digest.hexdigest()
 
     def for_classes(self, classes: Sequence[str]) -> "Dataset":
-        """Return the data set relabeled to `classes`, those of another data set or model.
+        """Return the data set with labels that index `classes`, the classes of a model.
 
-        Classes are matched by name, see `match_classes`. Images of other classes are skipped with a
-        remark. Without a predefined split, all images become test images.
+        Classes are matched by name (see `match_classes`). Images of other classes are skipped, and
+        a remark is added. Without a predefined split, all images become test images.
 
         Raises:
             UsageError: no class of this data set is in `classes`.
@@ -73,14 +73,14 @@ class Dataset:
         matches, remarks = match_classes(self.classes, classes)
         if not matches:
             raise UsageError(
-                "the data and the model have no class in common (data: "
+                "the data and the model have no classes in common (data: "
                 f"{_some(self.classes)}; model: {_some(classes)}); choose other data with --data"
             )
         others = [name for name in self.classes if name not in matches]
         if others:
             remarks.append(
-                f"skipped the images of {_some(others)}: the model does not have the "
-                f"class{'es' * (len(others) > 1)}"
+                f"skipped the images of {_some(others)}: the model does not have "
+                f"{'these classes' if len(others) > 1 else 'this class'}"
             )
         index = [classes.index(matches[name]) if name in matches else -1 for name in self.classes]
         labels = torch.tensor(index, dtype=torch.int64)
@@ -99,7 +99,7 @@ class Dataset:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(shown, names[:3])) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(escape, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _relabel(split: Split, new: torch.Tensor) -> Split:
@@ -113,7 +113,7 @@ def _relabel(split: Split, new: torch.Tensor) -> Split:
 def normalize_class_name(name: str) -> str:
     """Return a class name in NFC form without leading and trailing whitespace.
 
-    Folder names from macOS can be in decomposed form. Raises DataError for a name that is empty,
+    Directory names from macOS can be in decomposed form. Raises DataError for a name that is empty,
     not valid Unicode, or contains control characters.
     """
     composed = unicodedata.normalize("NFC", name).strip()
@@ -129,8 +129,8 @@ def normalize_class_name(name: str) -> str:
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Match names to `classes`. Return a mapping of the matched names, and remarks.
 
-    Names are compared in NFC form without surrounding whitespace. A name without a match is
-    compared again case-insensitively, and matches if exactly one class is then equal.
+    Names are compared in NFC form without surrounding whitespace. A name without an
+    exact match is compared case-insensitively, and matches if exactly one class is equal.
     """
 
     def normalized(name: str) -> str:
@@ -149,17 +149,17 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[st
         elif len(candidates) == 1:
             matches[name] = candidates[0]
             remarks.append(
-                f"treating {shown(name)} as the class {shown(candidates[0])}, which differs only "
+                f"treating {escape(name)} as the class {escape(candidates[0])}, which differs only "
                 "in case"
             )
     return matches, remarks
 
 
 def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
-    """Split a data set into (rest, `count` images), stratified by class and in the original order.
+    """Return the remaining images and a stratified sample of `count` images.
 
-    Each part has at least one image of every class, except that a class of one image stays in the
-    first part. The result depends only on the arguments.
+    Both parts keep the original order. Each has at least one image of every class, except that a
+    class with a single image stays in the first part. The result depends only on the arguments.
 
     Raises:
         UsageError: `count` leaves too few images in one part, or `seed` is not in 0..2**32-1.
@@ -174,7 +174,7 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
     if not low <= count <= high:
         advice = f"choose {low:,} to {high:,}" if high else "no class has two images"
         raise UsageError(
-            f"cannot split {count:,} from {total:,} images: {advice} "
+            f"cannot split off {count:,} of {total:,} images: {advice} "
             "(each part needs an image of every class)"
         )
     for _ in range(count - int(selected.sum())):
@@ -193,7 +193,7 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
 
 
 def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None]:
-    """Return the training images and `val_size` validation images, or None if it is 0."""
+    """Return the training images and `val_size` validation images (None if `val_size` is 0)."""
     if val_size == 0:
         return dataset.train, None
     return stratified_split(dataset.train, val_size)
@@ -202,12 +202,12 @@ def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None
 def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
     """Return the mean and standard deviation per channel of (N, 3, H, W) uint8 scaled to [0, 1].
 
-    The standard deviation of a constant channel is 1.0, so that images can be divided by it. Sums
-    are exact: they are integers over a histogram, which also avoids a copy of the images in a wider
-    type. Raises DataError if there are no images.
+    The standard deviation of a constant channel is 1.0, so that images can be divided by it. The
+    sums are computed from a histogram. They are exact integers, and need no copy of the images in a
+    wider type. Raises DataError if there are no images.
     """
     if not images.numel():
-        raise DataError("no images to compute the channel statistics of")
+        raise DataError("cannot compute channel statistics: there are no images")
     histogram = np.zeros((3, 256), dtype=np.int64)
     for start in range(0, len(images), _BLOCK):  # bincount converts to 8 bytes per value
         block = images[start : start + _BLOCK]
@@ -218,7 +218,7 @@ def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
 
 
 def _mean_std(counts: list[int]) -> tuple[float, float]:
-    """Return the mean and standard deviation of values 0..255 with these counts, divided by 255."""
+    """Return the mean and standard deviation of values 0..255 with `counts`, divided by 255."""
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))

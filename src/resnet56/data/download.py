@@ -1,4 +1,4 @@
-"""Download the official CIFAR archives, with resumption, MD5 verification and safe unpacking."""
+"""Download the official CIFAR archives, with resuming, MD5 verification and safe extraction."""
 
 import base64
 import errno
@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from resnet56.data.archives import MAX_BYTES, UnpackError, unpack
-from resnet56.errors import DownloadError, one_line, printable
+from resnet56.errors import DownloadError, escape_line, one_line
 from resnet56.locks import open_private, try_lock
 
 Progress = Callable[[int, int | None], None]
@@ -36,24 +36,24 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _UNREACHABLE_ERRNOS = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _ALTERNATIVES = (
-    "alternatives: --data digits (no download), --data DIR (an existing folder), "
+    "alternatives: --data digits (no download), --data DIR (an existing directory), "
     "or a mirror (--mirror URL or RESNET56_MIRROR)"
 )
 
 
 @dataclass(frozen=True)
 class Archive:
-    """The official archive of a data set: a gzipped tar that contains one folder."""
+    """The official archive of a data set: a gzipped tar that contains one directory."""
 
     name: str
     filename: str
     md5: str  # lowercase hex
     size: int | None  # bytes, if known
-    folder: str  # the folder in the archive
+    directory: str  # the directory in the archive
     url: str
 
 
-_KRIZ = "https://www.cs.toronto.edu/~kriz/"
+_BASE_URL = "https://www.cs.toronto.edu/~kriz/"
 # The MD5 sums are from cifar.html at this URL, the sizes from TensorFlow Datasets' url_checksums.
 ARCHIVES = {
     "cifar10": Archive(
@@ -61,16 +61,16 @@ ARCHIVES = {
         filename="cifar-10-binary.tar.gz",
         md5="c32a1d4ab5d03f1284b67883e8d87530",
         size=170_052_171,
-        folder="cifar-10-batches-bin",
-        url=_KRIZ + "cifar-10-binary.tar.gz",
+        directory="cifar-10-batches-bin",
+        url=_BASE_URL + "cifar-10-binary.tar.gz",
     ),
     "cifar100": Archive(
         name="cifar100",
         filename="cifar-100-binary.tar.gz",
         md5="03b5dce01913d631647c71ecec9e9cb8",
         size=168_513_733,
-        folder="cifar-100-binary",
-        url=_KRIZ + "cifar-100-binary.tar.gz",
+        directory="cifar-100-binary",
+        url=_BASE_URL + "cifar-100-binary.tar.gz",
     ),
 }
 
@@ -91,7 +91,7 @@ class _UrlError(Exception):
 
 
 def default_root() -> Path:
-    """Return the folder for data sets: $RESNET56_DATA, by default in the user's cache folder."""
+    """Return the directory for data sets: $RESNET56_DATA, or one in the user's cache."""
     if chosen := os.environ.get("RESNET56_DATA"):
         return _expand_user(chosen)
     if sys.platform == "win32":
@@ -103,12 +103,12 @@ def default_root() -> Path:
     return _expand_user(cache) / "resnet56"
 
 
-def _expand_user(folder: str) -> Path:
+def _expand_user(directory: str) -> Path:
     try:
-        return Path(folder).expanduser()
+        return Path(directory).expanduser()
     except RuntimeError:  # no HOME, and no entry in the password database
         raise DownloadError(
-            f"cannot expand {folder}; set HOME, or set RESNET56_DATA to a folder for data sets"
+            f"cannot expand {directory}; set HOME, or set RESNET56_DATA to an absolute path"
         ) from None
 
 
@@ -120,18 +120,18 @@ def fetch(
     timeout: float = 30.0,
     progress: Progress | None = None,
 ) -> Path:
-    """Return `root/archive.folder`. Download and unpack the archive if the folder is missing.
+    """Return `root/archive.directory`. If it is missing, download and unpack the archive.
 
-    The folder is created atomically, and the archive is then deleted. After a failure or Ctrl-C,
+    The directory is created atomically, and the archive is then deleted. After a failure or Ctrl-C,
     the next call resumes from `root/<filename>.part`. If several processes call this function, one
     of them locks the empty file `root/<filename>.lock` and downloads, while the others wait and
     report its progress. Without file system support for locks, they can corrupt each other's
     download, which the checksum detects. Neither file is opened through a link, so `root` can be a
-    shared folder.
+    shared directory.
 
     Args:
         archive: the archive to download, for example `ARCHIVES["cifar10"]`.
-        root: folder for data sets, created if missing. See `default_root`.
+        root: directory for data sets, created if missing. See `default_root`.
         mirrors: base or full URLs (http, https, file) to try, in order, before the official one. If
             empty, the URLs in $RESNET56_MIRROR are used, separated by commas or whitespace.
             Credentials in a URL are sent only to its host and never shown.
@@ -143,7 +143,7 @@ def fetch(
         DownloadError: no URL delivered the archive, it cannot be unpacked safely, or `root` is not
             writable. The message is one line.
     """
-    final = root / archive.folder
+    final = root / archive.directory
     part = root / f"{archive.filename}.part"
     lock = root / f"{archive.filename}.lock"
     report = progress or (lambda done, total: None)
@@ -151,7 +151,7 @@ def fetch(
         if final.is_dir():
             return final
         if final.exists():
-            raise FileExistsError(errno.EEXIST, "it is not a folder; remove it", str(final))
+            raise FileExistsError(errno.EEXIST, "it is not a directory; remove it", str(final))
         urls = _urls(archive, mirrors)
         root.mkdir(parents=True, exist_ok=True)
         with open_private(lock) as locked:
@@ -165,7 +165,7 @@ def fetch(
         path = err.filename or root
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
         raise DownloadError(_single_line(message)) from err
-    # Processes that still wait for the lock find the folder, even if the lock file is gone.
+    # Processes that still wait for the lock find the directory, even if the lock file is gone.
     for leftover in (part, lock):
         with suppress(OSError):
             leftover.unlink()
@@ -180,13 +180,13 @@ def _download_and_unpack(
     timeout: float,
     report: Progress,
 ) -> None:
-    """Create `root/archive.folder`. On failure, keep the downloaded bytes in `part`."""
-    # The file stays open throughout, since another user could otherwise replace it between its
-    # verification and its use.
+    """Create `root/archive.directory`. On failure, keep the downloaded bytes in `part`."""
+    # Keep the file open, because another user could otherwise replace it between its verification
+    # and its use.
     with open_private(part) as file:
         try:
             _download(archive, urls, file, timeout, report)
-            unpack(file, root, archive.folder)
+            unpack(file, root, archive.directory)
         except UnpackError as err:
             file.truncate(0)  # its MD5 is correct, so another download would not help
             message = f"{archive.filename} cannot be unpacked safely and was removed: {err}"
@@ -217,7 +217,7 @@ def _redact(url: str) -> str:
     """Remove possible secrets from a URL: credentials, query (signatures) and fragment."""
     address = re.split(r"[?#]", url)[0]
     scheme = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|", address)[0]  # type: ignore[index]
-    # Up to the last @ of the whole address, since an unquoted password can contain slashes.
+    # Remove everything up to the last @, because an unquoted password can contain slashes.
     return one_line(scheme + address.removeprefix(scheme).rpartition("@")[2])
 
 
@@ -272,7 +272,7 @@ def _receive(
             response = _open(request, timeout)
     except _UrlError as err:
         if done and err.status == 416:
-            return True  # no further bytes: `part` is complete, or is another file
+            return True  # no further bytes: `part` is complete, or a different file
         raise
     with response:
         # Servers that ignore Range, and file URLs, send everything with status 200.
@@ -281,7 +281,7 @@ def _receive(
             raise _UrlError("the server returned a range that was not requested")
         with _network_errors():
             first = response.read(len(_GZIP_MAGIC))
-        # Checked before `part` changes, so that a login page does not discard earlier bytes.
+        # Check this before changing `part`, so that a login page does not discard earlier bytes.
         is_page = response.headers.get_content_type() == "text/html"
         if is_page or not (resumed or _GZIP_MAGIC.startswith(first)):
             raise _UrlError("the server returned a web page instead of an archive")
@@ -289,7 +289,7 @@ def _receive(
             raise _UrlError("the response is empty", retry=True)
         done = done if resumed else 0
         length = response.headers.get("Content-Length", "")
-        is_valid = re.fullmatch(r"[0-9]{1,15}", length)  # int() raises on thousands of digits
+        is_valid = re.fullmatch(r"[0-9]{1,15}", length)  # int() rejects thousands of digits
         total = done + int(length) if is_valid else archive.size
         if archive.size not in (None, total):
             raise _UrlError(f"it has {total} bytes, but the official archive has {archive.size}")
@@ -349,7 +349,7 @@ def _copy(response: Any, block: bytes, file: BinaryIO, report: Callable[[int], N
                 )
             checked, checked_at = written, now
         with _network_errors():
-            # `read1` returns what has arrived, so an interruption loses nothing.
+            # `read1` returns the bytes that have arrived, so an interruption loses none.
             block = response.read1(_BLOCK)
     return written
 
@@ -371,7 +371,7 @@ def _network_errors() -> Iterator[None]:
         )
         retry = isinstance(err.reason, ConnectionError) and not offline
         raise _UrlError(_reason(err.reason), retry=retry, offline=offline) from err
-    except InvalidURL as err:  # its message contains the URL with all secrets
+    except InvalidURL as err:  # its message contains the URL, including its secrets
         raise _UrlError("it is not a valid URL") from err
     except ValueError as err:  # the response cannot be parsed
         raise _UrlError(_reason(err)) from err
@@ -415,4 +415,4 @@ def _reason(err: object) -> str:
 
 def _single_line(text: str) -> str:
     """Return `text`, which may come from a server or a file name, as one printable line."""
-    return printable(" ".join(text.split()))
+    return escape_line(" ".join(text.split()))

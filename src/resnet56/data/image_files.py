@@ -1,7 +1,7 @@
-"""Find the image files in a folder and count the images that are skipped.
+"""Find the image files in a directory and count the images that are skipped.
 
-Links to folders are followed. Hidden files and folders are ignored, as are the folders that file
-servers and archive programs create.
+Links to directories are followed. Hidden files and directories are ignored, as are the directories
+that file servers and archive programs create.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from resnet56.errors import shown
+from resnet56.errors import escape
 
 # fmt: off
 SUFFIXES = frozenset((
@@ -22,7 +22,7 @@ _UNSUPPORTED_SUFFIXES = frozenset((
     ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".ico", ".tga", ".dng", ".nef",
     ".cr2", ".cr3", ".arw", ".raw", ".exr", ".hdr", ".eps", ".xcf", ".pcx", ".dcm", ".emf", ".wmf",
 ))
-_SYSTEM_FOLDERS = frozenset((
+_SYSTEM_DIRECTORIES = frozenset((
     "@eadir", "#recycle", "@recycle", "$recycle.bin", "__macosx", "lost+found",
     "system volume information", "@recently-snapshot", "@tmp", "__pycache__",
 ))
@@ -33,21 +33,24 @@ _SIGNATURE_BYTES = 16  # enough to identify a format
 
 @dataclass
 class ImageFiles:
-    """Image files below a folder, sorted by path, and the number of skipped images."""
+    """Image files below a directory, sorted by path, and the number of skipped images."""
 
     files: list[Path] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # by suffix
 
 
-def find_images(folder: Path) -> ImageFiles:
-    """Find all images in `folder` and its subfolders. Raises OSError if one cannot be read.
+def find_images(directory: Path) -> ImageFiles:
+    """Find all images in `directory` and its subdirectories.
 
-    Images are recognized by suffix, and files without a suffix by content. Each folder is visited
-    once, even if several links lead to it. Parents of `folder` are not visited.
+    Images are recognized by suffix, and files without a suffix by content. Each directory is
+    visited once, even if several links lead to it. Parents of `directory` are not visited.
+
+    Raises:
+        OSError: a directory cannot be read.
     """
     found = ImageFiles()
-    parents = {_identity(parent) for parent in folder.resolve().parents}
-    for entry in _walk(folder, parents):
+    parents = {_identity(parent) for parent in directory.resolve().parents}
+    for entry in _walk(directory, parents):
         suffix = entry.suffix.lower()
         if entry.is_symlink() and not entry.exists():
             if suffix in SUFFIXES:
@@ -68,14 +71,14 @@ def find_images(folder: Path) -> ImageFiles:
 
 
 def is_visible(name: str) -> bool:
-    """Return whether a name is neither hidden nor the name of a system folder."""
-    return not name.startswith(".") and name.casefold() not in _SYSTEM_FOLDERS
+    """Return whether a name is neither hidden nor the name of a system directory."""
+    return not name.startswith(".") and name.casefold() not in _SYSTEM_DIRECTORIES
 
 
-def visible_folders(path: Path) -> list[Path]:
-    """Return the folders in `path`, including links, sorted by name. Raises OSError."""
-    folders = [entry for entry in path.iterdir() if is_visible(entry.name) and entry.is_dir()]
-    return sorted(folders, key=lambda entry: entry.name)
+def visible_directories(path: Path) -> list[Path]:
+    """Return the directories in `path`, including links, sorted by name. Raises OSError."""
+    directories = [entry for entry in path.iterdir() if is_visible(entry.name) and entry.is_dir()]
+    return sorted(directories, key=lambda entry: entry.name)
 
 
 def describe_skipped(skipped: Counter[str]) -> str | None:
@@ -83,7 +86,9 @@ def describe_skipped(skipped: Counter[str]) -> str | None:
     count = skipped.total()
     if not count:
         return None
-    suffixes = ", ".join(f"{number:,} {shown(suffix)}" for suffix, number in skipped.most_common(5))
+    suffixes = ", ".join(
+        f"{number:,} {escape(suffix)}" for suffix, number in skipped.most_common(5)
+    )
     more = ", ..." if len(skipped) > 5 else ""
     hint = ""
     if ".heic" in skipped or ".heif" in skipped:
@@ -91,14 +96,14 @@ def describe_skipped(skipped: Counter[str]) -> str | None:
     return f"skipped {count:,} image file{'s' * (count > 1)}: {suffixes}{more}{hint}"
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
+def _identity(directory: Path) -> tuple[int, int]:
+    status = directory.stat()
     return status.st_dev, status.st_ino
 
 
-def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yield all visible entries below `folder` that are not folders."""
-    pending = [folder]
+def _walk(directory: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yield all visible entries below `directory` that are not directories."""
+    pending = [directory]
     while pending:
         current = pending.pop()
         identity = _identity(current)
@@ -115,7 +120,7 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _detect_suffix(file: Path) -> str | None:
-    """Return the suffix of the image format that a file's first bytes show, or None."""
+    """Return the suffix of the image format that a file's first bytes indicate, or None."""
     try:
         with file.open("rb") as stream:
             head = stream.read(_SIGNATURE_BYTES)

@@ -1,10 +1,10 @@
 """Limits on image files, checked in the headers before decoding.
 
 Pillow iterates over segments, chunks, comments and directories in Python, and allocates buffers of
-the size that a header specifies. A small file can contain millions of them, or request a buffer of
-gigabytes. The limits are far above what encoders write, so a file that exceeds one is damaged or
-malicious. Headers that cannot be parsed here are left to the decoder, whose errors are more
-specific.
+the size that a header specifies. A small file can contain millions of such elements, or request a
+buffer of several gigabytes. The limits are far above what encoders write, so a file that exceeds
+one is damaged or malicious. Headers that cannot be parsed here are left to the decoder, whose
+errors are more specific.
 """
 
 import io
@@ -13,8 +13,8 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# A scan of a progressive JPEG needs only a few bytes, but the decoder processes the whole image for
-# each. Encoders write about ten; libtiff also stops at 100.
+# A scan of a progressive JPEG can be a few bytes long, but the decoder processes the entire image
+# for each scan. Encoders write about ten. libtiff also stops at 100.
 _MAX_SCANS = 100
 _MAX_SEGMENTS = 1_000  # of a JPEG; an ICC profile has up to 255, a depth map several hundred
 _MAX_PADDING = 4_096  # bytes between the segments of a JPEG, which Pillow reads one by one
@@ -32,7 +32,7 @@ _MAX_PPM_HEADER = 65_536  # bytes, which Pillow reads one at a time
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _TEM, _EOI, _SOS, _APP1 = b"\x01", b"\xd9", b"\xda", b"\xe1"
 _EXIF = b"Exif\0\0"
-# Whitespace and comments, then a token. Repeated for each number in the header.
+# Whitespace and comments, then a token. The header contains one per number.
 _PPM_TOKEN = rb"(?:\s|#[^\r\n]*+[\r\n])++[^\s#]++"
 
 # TIFF tags, and the sizes of TIFF types in bytes.
@@ -43,36 +43,32 @@ _TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), start=1)) 
 }  # fmt: skip
 
 
-def find_excess(stream: BinaryIO) -> str | None:
-    """Return the limit that an image file exceeds, as words to follow its name, or None."""
+def find_exceeded_limit(stream: BinaryIO) -> str | None:
+    """Describe the limit that an image file exceeds, as a phrase to follow its name, or None."""
     stream.seek(0)
     start = stream.read(8)
     try:
         if start.startswith(b"\xff\xd8"):
             stream.seek(2)
-            return _jpeg_excess(stream.read())
+            return _check_jpeg(stream.read())
         if start == b"\x89PNG\r\n\x1a\n":
-            return _png_excess(stream)
+            return _check_png(stream)
         if start.startswith(b"GIF8"):
-            return _gif_excess(stream)
+            return _check_gif(stream)
         if start[:2] in (b"II", b"MM"):
-            return _tiff_excess(stream)
+            return _check_tiff(stream)
         if start[:1] == b"P":
-            return _ppm_excess(stream)
-    except (
-        struct.error,
-        IndexError,
-        OverflowError,
-    ):  # truncated or invalid, which the decoder reports
-        pass
+            return _check_ppm(stream)
+    except (struct.error, IndexError, OverflowError):
+        pass  # truncated or invalid, which the decoder reports
     return None
 
 
-def _jpeg_excess(content: bytes) -> str | None:
+def _check_jpeg(content: bytes) -> str | None:
     """Check a JPEG without its first two bytes.
 
-    This follows the markers up to the end of the image, as decoders do. It does not count data
-    after the image, such as a video from a phone, or within a segment, such as a thumbnail.
+    The function follows the markers up to the end of the image, as decoders do. It ignores data
+    after the image, such as a video from a phone, and within a segment, such as a thumbnail.
     """
     scans = segments = padding = offset = 0
     exif = []
@@ -100,7 +96,7 @@ def _jpeg_excess(content: bytes) -> str | None:
     return None
 
 
-def _png_excess(stream: BinaryIO) -> str | None:
+def _check_png(stream: BinaryIO) -> str | None:
     chunks = others = profiles = 0
     size = stream.seek(0, 2)
     stream.seek(8)
@@ -111,7 +107,7 @@ def _png_excess(stream: BinaryIO) -> str | None:
         chunks += 1
         others += kind not in (b"IDAT", b"fcTL", b"fdAT")
         profiles += kind == b"iCCP"
-        if profiles > 1:  # the standard allows one, and each can decompress to a megabyte
+        if profiles > 1:  # the standard allows one; each can decompress to a megabyte
             return "is a PNG with more than one color profile"
         if others > _MAX_CHUNKS or chunks > _MAX_CHUNKS + size // _MIN_CHUNK:
             return f"is a PNG with more than {max(others, chunks) - 1:,} chunks"
@@ -119,7 +115,7 @@ def _png_excess(stream: BinaryIO) -> str | None:
     return None
 
 
-def _gif_excess(stream: BinaryIO) -> str | None:
+def _check_gif(stream: BinaryIO) -> str | None:
     """Check a GIF up to its first frame.
 
     Later blocks are not checked, because Pillow does not loop over them in Python.
@@ -141,7 +137,7 @@ def _gif_excess(stream: BinaryIO) -> str | None:
     return None
 
 
-def _ppm_excess(stream: BinaryIO) -> str | None:
+def _check_ppm(stream: BinaryIO) -> str | None:
     stream.seek(0)
     start = stream.read(_MAX_PPM_HEADER)
     numbers = 2 if start[1:2] in (b"1", b"4") else 3  # width, height and maximum value
@@ -157,7 +153,7 @@ def _ppm_excess(stream: BinaryIO) -> str | None:
     return None
 
 
-def _tiff_excess(stream: BinaryIO) -> str | None:
+def _check_tiff(stream: BinaryIO) -> str | None:
     size = stream.seek(0, 2)
     tags: dict[int, tuple[int, int]] = {}
     total = 0

@@ -17,17 +17,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
-from resnet56.data.image_headers import exif_overlaps, find_excess
-from resnet56.errors import ImageError, one_line, shown
+from resnet56.data.image_headers import exif_overlaps, find_exceeded_limit
+from resnet56.errors import ImageError, escape, one_line
 
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 
 
 def _has_avif() -> bool:
-    """Return whether Pillow supports AVIF, which needs version 11.3 and a build with AVIF."""
+    """Return whether Pillow supports AVIF. It requires version 11.3 or later, built with AVIF."""
     try:
         from PIL import AvifImagePlugin
     except ImportError:
@@ -36,8 +36,8 @@ def _has_avif() -> bool:
 
 
 SIZE = 32  # height and width of the model's input
-# Formats that browsers display, and all supported formats. Pillow detects formats by content, so
-# without this restriction a ".png" file could start Ghostscript.
+# Formats that browsers display, and all supported formats. Pillow detects formats by content.
+# Without this restriction, a ".png" file could start Ghostscript.
 BROWSER_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", *(["AVIF"] if _has_avif() else []))
 FORMATS = (*BROWSER_FORMATS, "TIFF", "PPM")
 # JPEGs up to this multiple of Pillow's pixel limit are decoded at 1/8 scale. For progressive JPEGs,
@@ -46,7 +46,7 @@ _REDUCED_LIMIT = 4
 _MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE = 281, 258  # TIFF tags
 _DARK = 15  # of 255; a high-bit-depth image without brighter pixels causes a warning
 
-# RGBA colors of the map, from no evidence (transparent) to the maximum.
+# RGBA colors of the map, from zero (transparent) to the maximum.
 # fmt: off
 _COLORS = np.array([(20, 0, 80, 0), (120, 30, 140, 90), (220, 70, 70, 140), (255, 160, 30, 165),
                      (255, 245, 90, 180)])
@@ -59,8 +59,8 @@ class _IgnoreWarnings:
     """A thread-safe `warnings.catch_warnings` that ignores all warnings.
 
     All threads share the warning filters. If each thread saved and restored them, one could restore
-    the filters of another. Here the first thread to enter sets them, and the last to leave restores
-    them.
+    the filters of another. Instead, the first thread to enter sets the filters, and the last thread
+    to leave restores them.
     """
 
     def __init__(self) -> None:
@@ -107,15 +107,16 @@ def read_image(
     Raises:
         ImageError: the image is broken, truncated, too large or of another format.
     """
-    name = name or (shown(str(source)) if isinstance(source, Path) else "the image")
-    with image_errors(name, formats), _ignore_warnings, _opened(source) as stream:
-        if problem := find_excess(stream):
+    name = name or (escape(str(source)) if isinstance(source, Path) else "the image")
+    with image_errors(name, formats), _ignore_warnings, _open_stream(source) as stream:
+        if problem := find_exceeded_limit(stream):
             raise ImageError(f"{name} {problem}; save it again")
         with _open(stream, name, max_pixels, formats) as image:
-            result = upright(image)
+            result = to_upright_rgb(image)
             if _is_high_bit_depth(image) and np.asarray(result).max() <= _DARK:
                 log.warning(
-                    "%s is nearly black; check that its values use the range of their type", name
+                    "%s is nearly black; check that its values use the full range of their type",
+                    name,
                 )
             return result
 
@@ -126,15 +127,15 @@ def read_pixels(
     name: str | None = None,
     max_pixels: int | None = None,
     formats: tuple[str, ...] = FORMATS,
-) -> Bytes:
-    """Read an image file as a model input (3, 32, 32); see `read_image`."""
-    return fit(read_image(source, name=name, max_pixels=max_pixels, formats=formats))
+) -> UInt8Array:
+    """Read an image file as a model input (3, 32, 32). See `read_image` for the arguments."""
+    return to_model_input(read_image(source, name=name, max_pixels=max_pixels, formats=formats))
 
 
 def _open(
     stream: BinaryIO, name: str, max_pixels: int | None, formats: tuple[str, ...]
 ) -> Image.Image:
-    """Open an image that is not too large, without decoding it."""
+    """Open an image without decoding it. Raises ImageError if it is too large."""
     try:
         image = Image.open(stream, formats=formats)
     except Image.DecompressionBombError:  # more than twice Pillow's limit
@@ -156,11 +157,9 @@ def _open(
 
 def _too_large(name: str, size: str, max_pixels: int | None) -> ImageError:
     limit = max_pixels or Image.MAX_IMAGE_PIXELS
-    option = (
-        ""
-        if max_pixels
-        else " or raise the limit (predict --max-pixels, PIL.Image.MAX_IMAGE_PIXELS)"
-    )
+    option = ""
+    if not max_pixels:
+        option = " or raise the limit (predict --max-pixels, PIL.Image.MAX_IMAGE_PIXELS)"
     return ImageError(
         f"{name} has {size} pixels, more than the {limit:,} allowed, and may be a decompression "
         f"bomb; use a smaller image{option}"
@@ -168,7 +167,7 @@ def _too_large(name: str, size: str, max_pixels: int | None) -> ImageError:
 
 
 @contextlib.contextmanager
-def _opened(source: Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
+def _open_stream(source: Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
     """Open `source` as a seekable stream. A stream that is already open stays open."""
     if isinstance(source, Path):
         with source.open("rb") as stream:
@@ -190,22 +189,20 @@ def image_errors(name: str, formats: tuple[str, ...] = FORMATS) -> Iterator[None
         reason = one_line(error)
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        elif (
-            "cannot identify image file" in reason
-        ):  # Pillow's message contains an object's address
+        elif "cannot identify image file" in reason:  # Pillow's message contains an address
             reason = f"it is not an image in a supported format ({', '.join(formats)})"
         raise ImageError(f"cannot read {name}: {reason}") from error
 
 
-def upright(image: Image.Image) -> Image.Image:
+def to_upright_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow image to an upright RGB image of the same resolution.
 
-    This uses the first frame of an animation, applies the EXIF orientation, and composites
-    transparent images on white, since colors under transparent pixels are arbitrary. Grayscale of
-    more than 8 bits is scaled, see `_to_8_bit`. Raises the exceptions of Pillow.
+    The function uses the first frame of an animation and applies the EXIF orientation. It
+    composites transparent images on white, because the colors of transparent pixels are arbitrary.
+    Grayscale images with more than 8 bits are scaled (see `_to_8_bit`). Raises Pillow's exceptions.
     """
     image.seek(0)
-    image.load()  # before getexif(), which decodes a PNG and whose errors are ignored
+    image.load()  # getexif() also decodes a PNG, but its errors are ignored
     image = _apply_orientation(image)
     if _is_high_bit_depth(image):
         image = _to_8_bit(image)
@@ -224,7 +221,7 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except Exception:  # Pillow can raise anything on damaged EXIF data
+    except Exception:  # Pillow can raise any exception for damaged EXIF data
         pass
     return image
 
@@ -234,12 +231,12 @@ def _is_high_bit_depth(image: Image.Image) -> bool:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale grayscale of more than 8 bits to 8 bits, and clip values outside the range.
+    """Scale a grayscale image with more than 8 bits to 8 bits, and clip values outside its range.
 
-    Floats have the range 0..1 if no value is above 1, otherwise 0..255. 16-bit integers have the
-    range that TIFF tags (MaxSampleValue, BitsPerSample) define, by default 0..65535. 32-bit
-    integers have the range 0..255 if no value is above 255, otherwise 0..65535, since files do not
-    use the full range.
+    The range of floats is 0..1 if no value is above 1, and 0..255 otherwise. TIFF tags
+    (MaxSampleValue, BitsPerSample) define the range of 16-bit integers, which is 0..65535 by
+    default. The range of 32-bit integers is 0..255 if no value is above 255, and 0..65535
+    otherwise, because files do not use all 32 bits.
     """
     values = np.asarray(image)
     if image.mode == "F":
@@ -260,43 +257,29 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((gray * 255 + maximum // 2) // maximum).astype(np.uint8))
 
 
-def to_32x32(image: Image.Image) -> Bytes:
-    """Convert any Pillow image to a (32, 32, 3) uint8 RGB array. A 32x32 RGB image is unchanged.
+def to_model_input(image: Image.Image) -> UInt8Array:
+    """Convert an upright RGB image from `read_image` to a model input (3, 32, 32) uint8.
 
-    The image is made upright, cropped to the central square and resized with antialiasing. Raises
-    the exceptions of Pillow.
+    The image is cropped to the central square and resized with antialiasing. A 32x32 image is
+    unchanged.
     """
-    return _resized_square(upright(image))
-
-
-def prepare(image: Image.Image) -> Bytes:
-    """Convert any Pillow image to a model input (3, 32, 32) uint8; see `to_32x32`."""
-    return fit(upright(image))
-
-
-def fit(image: Image.Image) -> Bytes:
-    """Convert an upright RGB image from `read_image` to a model input (3, 32, 32) uint8."""
-    return np.ascontiguousarray(_resized_square(image).transpose(2, 0, 1))
-
-
-def _resized_square(image: Image.Image) -> Bytes:
     resized = ImageOps.fit(image, (SIZE, SIZE), method=Image.Resampling.BICUBIC)
-    return np.array(resized, dtype=np.uint8)
+    return np.array(resized, dtype=np.uint8).transpose(2, 0, 1).copy()
 
 
-def overlay(image: Image.Image, evidence: Floats) -> Image.Image:
+def overlay(image: Image.Image, class_map: FloatArray) -> Image.Image:
     """Overlay a class activation map on its image, at the resolution of the image.
 
     Args:
         image: upright RGB image from `read_image`. The area outside the central square, which the
             model does not receive, is darkened.
-        evidence: (H, W), the map of the central square. Only positive values are shown, relative to
-            the maximum.
+        class_map: (H, W), the map of the central square. Only positive values are shown, relative
+            to the maximum.
     """
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    peak = float(evidence.max())
-    normalized = np.maximum(evidence, 0) / peak if peak > 0 else np.zeros_like(evidence)
+    peak = float(class_map.max())
+    normalized = np.maximum(class_map, 0) / peak if peak > 0 else np.zeros_like(class_map)
     resized = Image.fromarray(normalized.astype(np.float32)).resize(
         (side, side), Image.Resampling.BICUBIC
     )

@@ -1,11 +1,11 @@
 """Augmentations that mix the images of a batch: CutMix, mixup and RICAP.
 
 Each image is mixed with other images of its batch. Its target becomes a distribution over the
-classes of these images, each weighted by its image's fraction of the mixed image. As in the
-published methods, all images of a batch have the same weights and positions.
+classes of these images, weighted by their fractions of the mixed image. As in the published
+methods, all images of a batch have the same weights and positions.
 
-`draw_mixes` draws the random numbers of an epoch. `mix_images` and `mix_labels` apply them on any
-device without synchronization.
+`sample_mix_params` samples the parameters of an epoch. `mix_images` and `mix_labels` apply
+them on any device without synchronization.
 """
 
 import math
@@ -21,7 +21,7 @@ SIDE = 32  # height and width of an image
 
 
 class Patch(NamedTuple):
-    """A rectangle of one image that covers a rectangle of the mixed image."""
+    """A rectangle that is copied from an image to the mixed image."""
 
     image: int  # 0 for the image itself, k for its partner k - 1
     top: int
@@ -32,40 +32,38 @@ class Patch(NamedTuple):
     from_left: int
 
 
-class Mix(NamedTuple):
+class MixParams(NamedTuple):
     """The parameters for mixing the B images of one batch."""
 
     partners: Tensor  # (K, B) int64, the batch indices of the partners of each image
-    weights: tuple[float, ...]  # of the image and its K partners; the sum is 1
-    patches: tuple[
-        Patch, ...
-    ] = ()  # rectangles of the mixed image; if empty, the images are blended
+    weights: tuple[float, ...]  # of the image and its K partners; their sum is 1
+    patches: tuple[Patch, ...] = ()  # if empty, the images are blended
 
 
-def draw_mixes(
+def sample_mix_params(
     method: str, alpha: float, probability: float, *, steps: int, batch: int, seed: int
-) -> list[Mix | None]:
-    """Draw the random numbers of one epoch.
+) -> list[MixParams | None]:
+    """Sample the mixing parameters of an epoch.
 
     Args:
         method: "none" or one of `METHODS`.
-        alpha: both parameters of the beta distribution of the weights. With a low value, mixed
-            images are close to one of the originals.
-        probability: probability of mixing a batch.
+        alpha: parameter of the Beta(alpha, alpha) distribution of the weights. With a low value,
+            mixed images are close to one of the originals.
+        probability: probability that a batch is mixed.
         steps: number of batches.
         batch: batch size.
         seed: seed of the epoch.
 
     Returns:
-        A `Mix` for each batch, or None for a batch that is not mixed.
+        A `MixParams` for each batch, or None for a batch that is not mixed.
     """
     if method == "none":
         return [None] * steps
-    draw = METHODS[method]
+    sample = METHODS[method]
     generator = np.random.default_rng(seed)
-    # Draw for every batch, so that no batch depends on whether other batches are mixed.
+    # Sample for every batch, so that no batch depends on whether other batches are mixed.
     mixes = [
-        (generator.random() < probability, draw(generator, alpha, batch)) for _ in range(steps)
+        (generator.random() < probability, sample(generator, alpha, batch)) for _ in range(steps)
     ]
     return [mix if mixed else None for mixed, mix in mixes]
 
@@ -74,16 +72,17 @@ def _partners(generator: np.random.Generator, count: int, batch: int) -> Tensor:
     return torch.from_numpy(np.stack([generator.permutation(batch) for _ in range(count)]))
 
 
-def _mixup(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
-    """Zhang et al. 2018 (arXiv:1710.09412): a blend of the image and a partner."""
+def _mixup(generator: np.random.Generator, alpha: float, batch: int) -> MixParams:
+    """Zhang et al. 2018 (arXiv:1710.09412): blend the image with a partner."""
     weight = float(generator.beta(alpha, alpha))
-    return Mix(_partners(generator, 1, batch), (weight, 1 - weight))
+    return MixParams(_partners(generator, 1, batch), (weight, 1 - weight))
 
 
-def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
-    """Yun et al. 2019 (arXiv:1905.04899): a rectangle of a partner, at its original position.
+def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> MixParams:
+    """Yun et al. 2019 (arXiv:1905.04899): paste a rectangle of a partner at the same position.
 
-    The center is uniform. The rectangle is clipped at the edges, and the weights are areas.
+    The center is uniformly distributed. The rectangle is clipped at the edges, and the weights are
+    its area and the remaining area.
     """
     side = int(SIDE * math.sqrt(1 - generator.beta(alpha, alpha)))
     row, column = (int(center) for center in generator.integers(0, SIDE, 2))
@@ -92,13 +91,13 @@ def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
     width = min(column + side // 2, SIDE) - left
     weight = height * width / SIDE**2
     patch = Patch(1, top, left, height, width, top, left)
-    return Mix(_partners(generator, 1, batch), (1 - weight, weight), (patch,))
+    return MixParams(_partners(generator, 1, batch), (1 - weight, weight), (patch,))
 
 
-def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
-    """Takahashi et al. 2018 (arXiv:1811.09030): random crops of four images around one point.
+def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> MixParams:
+    """Takahashi et al. 2018 (arXiv:1811.09030): join random crops of four images at a point.
 
-    The order is upper left, upper right, lower left, lower right.
+    The patches are upper left, upper right, lower left and lower right.
     """
     width, height = (round(SIDE * fraction) for fraction in generator.beta(alpha, alpha, 2))
     patches = []
@@ -110,18 +109,18 @@ def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> Mix:
         from_left = int(generator.integers(0, SIDE - wide + 1))
         patches.append(Patch(image, top, left, high, wide, from_top, from_left))
     weights = tuple(patch.height * patch.width / SIDE**2 for patch in patches)
-    return Mix(_partners(generator, 3, batch), weights, tuple(patches))
+    return MixParams(_partners(generator, 3, batch), weights, tuple(patches))
 
 
-METHODS: dict[str, Callable[[np.random.Generator, float, int], Mix]] = {
+METHODS: dict[str, Callable[[np.random.Generator, float, int], MixParams]] = {
     "cutmix": _cutmix,
     "mixup": _mixup,
     "ricap": _ricap,
 }
 
 
-def mix_images(images: Sequence[Tensor], mix: Mix) -> Tensor:
-    """Mix the images of a batch.
+def mix_images(images: Sequence[Tensor], mix: MixParams) -> Tensor:
+    """MixParams the images of a batch.
 
     Args:
         images: the batch, followed by the partners in the order of `mix.partners`, each of shape
@@ -141,7 +140,7 @@ def mix_images(images: Sequence[Tensor], mix: Mix) -> Tensor:
     return mixed
 
 
-def mix_labels(labels: Sequence[Tensor], mix: Mix, classes: int) -> Tensor:
+def mix_labels(labels: Sequence[Tensor], mix: MixParams, classes: int) -> Tensor:
     """Return the targets of the mixed images.
 
     Args:

@@ -1,8 +1,8 @@
 """Read pickles without executing code: CIFAR batches and checkpoints of other projects.
 
 A pickle is a program. This unpickler supports containers, numbers and strings. It replaces every
-class or function that a file names with a stand-in that stores its content and does nothing. Memory
-use is proportional to the size of the file: no length, index, key or encoding can request more.
+class or function that a file names with a stub that stores its content and does nothing. Memory use
+is proportional to the size of the file, whatever lengths, indices, keys or encodings it contains.
 """
 
 import io
@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from resnet56.errors import DataError, one_line
 
-MAX_OPCODES = 2_000_000  # CIFAR-100's training batch has 0.4 million, the index of a checkpoint 0.1
+MAX_OPCODES = 2_000_000  # CIFAR-100's training batch has 0.4 million
 
-# A file that refers to one of these modules is not trustworthy, although nothing is called.
+# A file that refers to one of these modules is rejected, although nothing would be called.
 _DANGEROUS_MODULES = {
     "ctypes", "importlib", "nt", "os", "pdb", "posix", "pty", "runpy", "shutil", "socket",
     "subprocess", "sys", "webbrowser",
@@ -29,27 +29,27 @@ _DANGEROUS_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "i
 
 
 class UnsafePickleError(Exception):
-    """A pickle requests code or external objects. The message names them."""
+    """A pickle refers to dangerous code or to external objects. The message names them."""
 
 
-class StandIn(dict[Any, Any]):
-    """Stands in for an object of a class or function that is not loaded, and stores its content.
+class Stub(dict[Any, Any]):
+    """Replaces an object of a class or function that is not loaded, and stores its content.
 
-    It is a dictionary, since many configuration classes are. `state` is the state from which a
+    It is a dictionary because many configuration classes are. `state` is the state from which a
     pickle restores attributes.
     """
 
     name = ""  # of the class, as in the file
     state: object = None
 
-    def __new__(cls, *_args: object, **_kwargs: object) -> "StandIn":
+    def __new__(cls, *_args: object, **_kwargs: object) -> "Stub":
         """Ignore the arguments."""
         return super().__new__(cls)
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         super().__init__()
 
-    # Compares by identity, since the content can be anything.
+    # Compare by identity, because the content can be of any type.
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
@@ -62,13 +62,13 @@ class StandIn(dict[Any, Any]):
     extend = add = append
 
 
-def stand_in(name: str) -> type[StandIn]:
-    """Create a stand-in class for `name`."""
-    return type("StandIn", (StandIn,), {"name": name})
+def make_stub(name: str) -> type[Stub]:
+    """Create a stub class for `name`."""
+    return type("Stub", (Stub,), {"name": name})
 
 
-class DictStandIn(dict[Any, Any]):
-    """Stands in for OrderedDict and similar classes."""
+class DictStub(dict[Any, Any]):
+    """Replaces OrderedDict and similar classes."""
 
     def __init__(self, items: object = (), *_: object) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class DictStandIn(dict[Any, Any]):
 
 
 class _Dtype:
-    """Stands in for NumPy's dtype and stores its code."""
+    """Replaces NumPy's dtype and stores its code."""
 
     code: object = None
 
@@ -94,19 +94,19 @@ class _Dtype:
 
 
 class PickledArray:
-    """Stands in for NumPy's ndarray and for `_reconstruct`, which creates an empty array.
+    """Replaces NumPy's ndarray, and `_reconstruct`, which creates an empty array.
 
     The content is stored without checks. `pixels` checks it.
     """
 
-    # Class attributes, since a pickle can create an instance without calling __init__.
+    # Class attributes, because a pickle can create an instance without calling __init__.
     shape: object = None
     dtype: object = None
     data: object = None
     fortran: object = False
 
     def __init__(self, *_: object) -> None:
-        """Ignore the arguments, since the state defines the array."""
+        """Ignore the arguments, because the state defines the array."""
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
         _, self.shape, self.dtype, self.fortran, self.data = state
@@ -124,21 +124,21 @@ class PickledArray:
 
 
 class _Buffer(PickledArray):
-    """Stands in for NumPy's `_frombuffer`, which creates the arrays of protocol 5."""
+    """Replaces NumPy's `_frombuffer`, which creates arrays in protocol 5."""
 
     def __init__(self, data: object, dtype: object, shape: object, order: object) -> None:
         self.__setstate__((1, shape, dtype, order == "F", data))
 
 
-# These are classes rather than functions, since a pickle can set attributes on anything that it
-# names. Their __setstate__ prevents that.
+# These are classes rather than functions, because a pickle can set attributes on anything that it
+# names. Their __setstate__ prevents this.
 _NUMPY: dict[str, type] = {
     "numpy.ndarray": PickledArray,
     "numpy.dtype": _Dtype,
     **{
-        f"numpy.{core}.{name}": stand_in
+        f"numpy.{core}.{name}": stub
         for core in ("core", "_core")  # NumPy 1 and 2
-        for name, stand_in in (
+        for name, stub in (
             ("multiarray._reconstruct", PickledArray),
             ("numeric._frombuffer", _Buffer),
         )
@@ -147,11 +147,11 @@ _NUMPY: dict[str, type] = {
 
 
 def _encoder() -> type:
-    """Create a stand-in for `_codecs.encode`, which Python 3 uses for bytes in protocols 0 to 2.
+    """Create a stub for `_codecs.encode`, which Python 3 uses for bytes in protocols 0 to 2.
 
-    It supports only Latin-1, the encoding in use, since other codecs can need quadratic time or
-    produce a large output. Results are cached, so that a file cannot encode a long string many
-    times.
+    It supports only Latin-1, the encoding that Python uses, because other codecs can need quadratic
+    time or produce a large output. Results are cached, so that a file cannot make it encode a long
+    string many times.
     """
     cache: dict[str, bytes] = {}
 
@@ -190,10 +190,10 @@ def _with_checked_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Unpickles containers, numbers, strings and stand-ins without executing code from the file.
+    """Unpickles containers, numbers, strings and stubs without executing code from the file.
 
-    It extends the Python implementation in the standard library, since the one in C cannot check
-    keys before it hashes them.
+    It extends the Python implementation in the standard library, because the C implementation
+    hashes keys before they can be checked.
     """
 
     def __init__(
@@ -244,8 +244,8 @@ def unpickle(
 
     Args:
         stream: seekable stream. Afterward, its position is at the end of the pickle.
-        find: returns the stand-in for a class or function with a given full name.
-        persistent: returns the object with a given persistent ID. By default there are none.
+        find: returns the stub for a class or function with a given full name.
+        persistent: returns the object with a given persistent ID. By default, there are none.
         encoding: encoding of strings from Python 2, or "bytes" to return them as bytes.
 
     Raises:
@@ -265,7 +265,7 @@ def unpickle(
 
 
 def with_numpy(find: Callable[[str], type]) -> Callable[[str], type]:
-    """Extend `find` with the stand-ins for NumPy arrays."""
+    """Extend `find` with the stubs for NumPy arrays."""
     return lambda name: _NUMPY[name] if name in _NUMPY else find(name)
 
 
@@ -274,13 +274,13 @@ def reject_all(name: str) -> type:
     raise UnsafePickleError(f"tries to call {name[:80]!a}")
 
 
-def reject_dangerous(name: str) -> type[StandIn]:
-    """Return a stand-in for `name`. Raises UnsafePickleError if only an attack would use it."""
+def reject_dangerous(name: str) -> type[Stub]:
+    """Return a stub for `name`. Raises UnsafePickleError if `name` is dangerous."""
     module, _, attribute = name.rpartition(".")
     builtin = module in ("builtins", "__builtin__") and attribute in _DANGEROUS_BUILTINS
     if builtin or module.partition(".")[0] in _DANGEROUS_MODULES:
         raise UnsafePickleError(name[:80])
-    return stand_in(name)
+    return make_stub(name)
 
 
 def read_pickle(file: Path) -> dict[str, object]:

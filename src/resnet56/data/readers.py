@@ -1,4 +1,4 @@
-"""Load data sets: CIFAR-10 and CIFAR-100 in all forms, image folders, and digits.
+"""Load data sets: CIFAR-10 and CIFAR-100 in all formats, image directories, and digits.
 
 Each data set becomes a `Dataset` of 32x32 RGB images in memory. Files are untrusted: any damaged or
 malicious file raises a one-line `DataError`.
@@ -19,8 +19,8 @@ from resnet56.data.archives import UnpackError, unpack
 from resnet56.data.cifar import ARCHIVES, LAYOUTS, find_layout, load_cifar
 from resnet56.data.class_names import DIGITS
 from resnet56.data.dataset import Dataset, Split
-from resnet56.data.folders import load_image_folder
-from resnet56.errors import DataError, UsageError, one_line, shown
+from resnet56.data.image_directory import load_image_directory
+from resnet56.errors import DataError, UsageError, escape, one_line
 from resnet56.files import StrPath
 
 NAMES = ("digits", *download.ARCHIVES)
@@ -33,9 +33,9 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
     takes precedence over a data set with the same name.
 
     Args:
-        data: a name, or a path, see `load_folder`.
+        data: a name, or a path as for `load_directory`.
         evaluation: load for evaluation only, which requires only test images.
-        skip_broken: skip images that cannot be read, with a remark, instead of raising an error.
+        skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
         UsageError: `data` is empty or an unknown name.
@@ -46,12 +46,12 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
     if not name.strip():
         raise UsageError(f"--data is empty; use {', '.join(NAMES)} or an existing directory")
     if name in NAMES and not Path(name).is_dir():
-        return load_digits() if name == "digits" else load_folder(fetch(name))
+        return load_digits() if name == "digits" else load_directory(fetch(name))
     if not Path(name).exists() and not re.search(r"[/\\.]", name):
         raise UsageError(f"unknown data {name!r}; use {', '.join(NAMES)} or an existing directory")
-    dataset = load_folder(name, evaluation=evaluation, skip_broken=skip_broken)
+    dataset = load_directory(name, evaluation=evaluation, skip_broken=skip_broken)
     if name in NAMES:
-        path = shown(str(Path(name).resolve()))
+        path = escape(str(Path(name).resolve()))
         remark = f"loaded the directory {path} instead of the data set {name}"
         dataset = replace(dataset, remarks=(remark, *dataset.remarks))
     return dataset
@@ -80,8 +80,8 @@ def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> P
 def load_digits() -> Dataset:
     """Load scikit-learn's 1,797 handwritten digits, upsampled from 8x8 grayscale to 32x32 RGB.
 
-    scikit-learn includes the images, so this works offline. The test split is a fixed stratified
-    fifth.
+    scikit-learn includes the images, so no download is needed. The test split is a fixed,
+    stratified fifth of the images.
     """
     from sklearn import datasets, model_selection
 
@@ -107,35 +107,37 @@ def load_digits() -> Dataset:
     )
 
 
-def load_folder(path: StrPath, *, evaluation: bool = False, skip_broken: bool = False) -> Dataset:
-    """Load the data set in `path`, or in its subfolder with the usual name of a CIFAR folder.
+def load_directory(
+    path: StrPath, *, evaluation: bool = False, skip_broken: bool = False
+) -> Dataset:
+    """Load the data set in `path`, or in a CIFAR directory with its published name in `path`.
 
-    This function supports CIFAR-10 and CIFAR-100 (fine labels) in their binary and Python forms, as
-    folders or as the published archives, which are unpacked into their own folder. It also supports
-    image folders, see `folders.load_image_folder`. CIFAR is compared with the published data:
-    a minor difference causes a remark, a major one an error.
+    The function supports CIFAR-10 and CIFAR-100 (fine labels) in their binary and Python formats,
+    as directories or as the published archives. An archive is unpacked next to itself. CIFAR is
+    compared with the published data: a minor difference causes a remark, a major one an error. The
+    function also supports image directories (see `image_directory.load_image_directory`).
 
     Args:
-        path: a folder or an archive. A leading ~ is expanded.
+        path: a directory or an archive. A leading ~ is expanded.
         evaluation: load for evaluation only, which requires only test images.
-        skip_broken: skip images that cannot be read, with a remark, instead of raising an error.
+        skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
-        DataError: the data set cannot be read. The message says why and what to do.
+        DataError: the data set cannot be read.
     """
     path = Path(path).expanduser() if str(path).startswith("~") else Path(path)
-    name = shown(str(path))
+    name = escape(str(path))
     try:
         if path.name in ARCHIVES and path.is_file():
             return _load_archive(path)
         if not path.is_dir():
-            problem = "is not a folder" if path.exists() else "does not exist"
-            raise DataError(f"{name} {problem}; specify the folder of the data set")
+            problem = "is not a directory" if path.exists() else "does not exist"
+            raise DataError(f"{name} {problem}; specify the directory of the data set")
         if next(path.iterdir(), None) is None:
-            raise DataError(f"{name} is empty; specify the folder of the data set")
+            raise DataError(f"{name} is empty; specify the directory of the data set")
         if found := find_layout(path):
             return load_cifar(*found)
-        dataset = load_image_folder(path, evaluation=evaluation, skip_broken=skip_broken)
+        dataset = load_image_directory(path, evaluation=evaluation, skip_broken=skip_broken)
         if dataset is not None:
             return dataset
         for archive in ARCHIVES:
@@ -144,7 +146,7 @@ def load_folder(path: StrPath, *, evaluation: bool = False, skip_broken: bool = 
         if any(path.rglob("*.mat")) or any(path.glob("*-matlab.tar.gz")):
             # SciPy's reader crashes the process on some damaged files.
             raise DataError(
-                f"{name} contains MATLAB files, which are not supported; use the binary form "
+                f"{name} contains MATLAB files, which are not supported; use the binary format "
                 "(resnet56 data fetch)"
             )
         if any(path.rglob("*.parquet")):
@@ -154,9 +156,9 @@ def load_folder(path: StrPath, *, evaluation: bool = False, skip_broken: bool = 
             )
     except OSError as error:
         reason = error.strerror or one_line(error)
-        source = shown(str(error.filename or path))
+        source = escape(str(error.filename or path))
         raise DataError(f"cannot read {source}: {reason}") from error
-    layouts = ", ".join(layout.folder for layout in LAYOUTS)
+    layouts = ", ".join(layout.directory for layout in LAYOUTS)
     raise DataError(
         f"{name} has an unknown layout; expected {layouts}, one of their archives, or images in "
         "train/<class>/ or <class>/"
@@ -164,17 +166,19 @@ def load_folder(path: StrPath, *, evaluation: bool = False, skip_broken: bool = 
 
 
 def _load_archive(archive: Path) -> Dataset:
-    """Load a published archive, after unpacking it if its folder is missing."""
-    folder = archive.with_name(ARCHIVES[archive.name])
-    if not folder.is_dir():
+    """Load a published archive, after unpacking it if its directory is missing."""
+    directory = archive.with_name(ARCHIVES[archive.name])
+    if not directory.is_dir():
         try:
             with archive.open("rb") as file:
-                unpack(file, archive.parent, folder.name)
+                unpack(file, archive.parent, directory.name)
         except UnpackError as error:
             raise DataError(
-                f"{shown(str(archive))} cannot be unpacked: {error}; download it again"
+                f"{escape(str(archive))} cannot be unpacked: {error}; download it again"
             ) from error
-    found = find_layout(folder)
+    found = find_layout(directory)
     if found is None:
-        raise DataError(f"{shown(str(archive))} does not contain {folder.name}; download it again")
+        raise DataError(
+            f"{escape(str(archive))} does not contain {directory.name}; download it again"
+        )
     return load_cifar(*found)

@@ -1,7 +1,7 @@
 """TrivialAugment: one random transform of random magnitude for each image.
 
-From Müller & Hutter 2021 (arXiv:2103.10158), with their wide space of fourteen transforms. The
-results are equal to those of Pillow. The transforms run on whole batches, on any device.
+From Müller & Hutter 2021 (arXiv:2103.10158), with the wide augmentation space of 14 transforms. The
+results equal those of Pillow. The transforms process batches, on any device.
 """
 
 import math
@@ -40,7 +40,7 @@ def _identity(images: Tensor, _: Tensor) -> Tensor:
     return images
 
 
-# Geometric transforms, with nearest-neighbor sampling. Pixels from outside the image are black.
+# Geometric transforms, with nearest-neighbor sampling. Pixels outside the image are black.
 
 
 def _shear_x(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -106,10 +106,10 @@ def _contrast(images: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _sharpness(images: Tensor, magnitudes: Tensor) -> Tensor:
-    """The degenerate image is blurred, except for its border."""
+    """Blend with a degenerate image that is blurred, except for its border."""
     floats = images.float()
     blurred = floats.clone()
-    # A pixel has weight 5, its eight neighbors have weight 1.
+    # A pixel has weight 5, and each of its eight neighbors has weight 1.
     total = F.avg_pool2d(floats, 3, stride=1, divisor_override=1) + 4 * floats[..., 1:-1, 1:-1]
     blurred[..., 1:-1, 1:-1] = (total / 13 + 0.5).floor()
     return _blend(blurred, images, magnitudes)
@@ -126,7 +126,7 @@ def _blend(degenerate: Tensor, images: Tensor, magnitudes: Tensor) -> Tensor:
     return (degenerate + factors * (images - degenerate.float())).clamp(0, 255).byte()
 
 
-# Color transforms of each value. The sign of the magnitude has no effect.
+# Color transforms of individual values. The sign of the magnitude has no effect.
 
 
 def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
     ones = torch.ones_like(values)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(2, values, ones)
-    # As in Pillow, the step does not include the pixels of the largest value.
+    # As in Pillow, the step excludes the pixels with the largest value.
     largest = counts.gather(2, values.amax(dim=2, keepdim=True))
     step = (values.shape[2] - largest) // 255
     before = counts.cumsum(dim=2) - counts

@@ -45,12 +45,12 @@ def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
             raise UnavailableError(
                 f"no C compiler {compiler[0]!r} found", "install gcc, or set CC to a C compiler"
             )
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as directory:
             for file in files("resnet56.kernels").iterdir():
                 if file.name.endswith((".c", ".h")):
-                    (Path(folder) / file.name).write_bytes(file.read_bytes())
-            output = Path(folder) / "kernel.so"
-            path = Path(folder) / source
+                    (Path(directory) / file.name).write_bytes(file.read_bytes())
+            output = Path(directory) / "kernel.so"
+            path = Path(directory) / source
             command = [*compiler, *FLAGS, *flags, str(path), "-o", str(output), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             library = _load(output)
@@ -65,7 +65,7 @@ def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise UnavailableError(
             f"the kernel could not be compiled: {error}",
-            "set TMPDIR to a writable folder" if isinstance(error, OSError) else "",
+            "set TMPDIR to a writable directory" if isinstance(error, OSError) else "",
         ) from None
     _check_threads(library)
     return library
@@ -75,10 +75,10 @@ def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        # The usual reason is that the temporary folder is mounted with noexec.
+        # The usual reason is that the temporary directory is mounted with noexec.
         raise UnavailableError(
             f"the compiled kernel could not be loaded: {error}",
-            "set TMPDIR to a folder that allows execution",
+            "set TMPDIR to a directory that allows execution",
         ) from None
 
 

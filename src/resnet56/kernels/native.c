@@ -52,7 +52,7 @@ static void store_results(const Conv *c, const float *tile, long rows, long colu
 
 /* Computes mean, 1 / standard deviation, scale and shift from the sums of all threads, and updates
  * the running statistics. */
-static void finish_statistics(Norm *norm, const Memory *all, long channels, double rows) {
+static void finish_statistics(Norm *norm, const Scratch *all, long channels, double rows) {
 #pragma omp for
     for (long k = 0; k < channels; k++) {
         double sum = 0, squares = 0;
@@ -80,10 +80,10 @@ static void thread_range(long groups, long *first, long *end) {
 
 /* Initializes this thread's memory and sums, and configures its tile registers. `saved` receives
  * their previous configuration. */
-static Memory *begin_thread(const Conv *c, char *arena, long arena_bytes, Memory *all,
+static Scratch *begin_thread(const Conv *c, char *arena, long arena_bytes, Scratch *all,
                             struct config *saved) {
-    Memory *m = all + omp_get_thread_num();
-    layout_memory(c, arena + omp_get_thread_num() * arena_bytes, m);
+    Scratch *m = all + omp_get_thread_num();
+    allocate_scratch(c, arena + omp_get_thread_num() * arena_bytes, m);
     memset(m->sums, 0, 3 * MAX_CHANNELS * sizeof *m->sums);
     begin_tiles(saved);
     return m;
@@ -99,12 +99,12 @@ static inline void product(long columns, const bf16 *a, long stride, const int32
 /* z = conv(input), and the statistics of the batch norm after it. `arena` holds `arena_bytes` per
  * thread. */
 void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads) {
-    Memory all[threads];
+    Scratch all[threads];
     Layout l = layout_of(c);
 #pragma omp parallel num_threads(threads)
     {
         struct config saved;
-        Memory *m = begin_thread(c, arena, arena_bytes, all, &saved);
+        Scratch *m = begin_thread(c, arena, arena_bytes, all, &saved);
         pack(c, 0, c->packed);
         int32_t offsets[l.chunks_in];
         offsets_of(offsets, c->in, c->kernel, &l);
@@ -170,7 +170,7 @@ static inline __attribute__((always_inline)) void store_gradients_as(
             if (pixel_of[p] < 0) continue;
             long at = pixel_of[p] * channels;
             __m512 g = load_float(tile + p * columns + v);
-            if (skip == SAME) g += load(skip_g + at);
+            if (skip == IDENTITY) g += load(skip_g + at);
             else if (skip) g += shortcut_gradient(c, first_pixel + pixel_of[p], k + v);
             if (input != PLAIN) {
                 __m512 value = load(z + at), y = value * scale + shift;
@@ -196,14 +196,14 @@ static void store_gradients(const Conv *c, const float *tile, long rows, long co
     if (c->input == NORM) STORE(NORM, NONE, 0);
     else if (c->input == PLAIN) STORE(PLAIN, NONE, 0);
     else if (c->shortcut == PROJECTED) STORE(BLOCK, c->skip, 1);
-    else if (c->skip == SAME) STORE(BLOCK, SAME, 0);
+    else if (c->skip == IDENTITY) STORE(BLOCK, IDENTITY, 0);
     else STORE(BLOCK, c->skip, 0);
 #undef STORE
 }
 
 /* Computes the gradients of a batch norm's parameters from the sums of all threads, and the
  * coefficients of dz = scale (g - sum / rows - (z - mean) invstd^2 products / rows). */
-static void finish_gradient(Norm *norm, const Memory *all, long row, long channels, double rows) {
+static void finish_gradient(Norm *norm, const Scratch *all, long row, long channels, double rows) {
 #pragma omp for
     for (long k = 0; k < channels; k++) {
         double sum = 0, products = 0;
@@ -222,7 +222,7 @@ static void finish_gradient(Norm *norm, const Memory *all, long row, long channe
 }
 
 /* Accumulates the weight gradient of the images in the row of positions. */
-static void accumulate_weight_gradient(const Conv *c, const Layout *l, Memory *m, long count) {
+static void accumulate_weight_gradient(const Conv *c, const Layout *l, Scratch *m, long count) {
     long n = position_count(l), used = (count * l->span + 31) / 32 * 32;
     long plane_pitch = n + 32; /* an odd number of cache lines */
     interleave_positions(m->input, c->in, n, 0, m->pairs);
@@ -256,12 +256,12 @@ static void accumulate_weight_gradient(const Conv *c, const Layout *l, Memory *m
 /* Computes the gradients of the weights and the input, and the sums for the batch norms before the
  * convolution. The input PIXELS has no gradient. */
 void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long threads) {
-    Memory all[threads];
+    Scratch all[threads];
     Layout l = layout_of(c);
 #pragma omp parallel num_threads(threads)
     {
         struct config saved;
-        Memory *m = begin_thread(c, arena, arena_bytes, all, &saved);
+        Scratch *m = begin_thread(c, arena, arena_bytes, all, &saved);
         if (c->input != PIXELS) pack(c, 1, c->packed_back);
         memset(m->weight_grad, 0, c->out * l.taps * c->in * 4);
         int32_t offsets[l.chunks_out];
@@ -323,13 +323,13 @@ void resnet56_pool_forward(const Conv *c, float *pooled, long threads) {
 void resnet56_pool_backward(const Conv *c, const float *pooled_grad, char *arena,
                             long arena_bytes, long threads) {
     enum { ROWS = 64 };
-    Memory all[threads];
+    Scratch all[threads];
     long size = c->height * c->width;
     int32_t pixel_of[ROWS];
     for (long p = 0; p < ROWS; p++) pixel_of[p] = p;
 #pragma omp parallel num_threads(threads)
     {
-        Memory *m = all + omp_get_thread_num();
+        Scratch *m = all + omp_get_thread_num();
         m->sums = (double *)(arena + omp_get_thread_num() * arena_bytes);
         memset(m->sums, 0, 3 * MAX_CHANNELS * sizeof *m->sums);
         long image, end;

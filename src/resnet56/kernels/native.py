@@ -18,12 +18,12 @@ from resnet56.kernels.plan import Plan, check_layouts
 from resnet56.model import ResNet, build
 
 
-def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
+def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwork":
     """Wrap `model` to run its training steps in C.
 
     Args:
         model: in fp32 on the CPU.
-        vectors: whether to use AVX-512 BF16 on a CPU without a matrix unit.
+        allow_avx512: whether to use AVX-512 BF16 on a CPU without a matrix unit.
 
     Raises:
         UnavailableError: the kernel cannot be compiled, the processor or the model is not
@@ -34,11 +34,11 @@ def native_network(model: ResNet, *, vectors: bool = False) -> "NativeNetwork":
     unit = library.resnet56_matrix_unit()
     if unit == 0:
         raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
-    if unit == 1 and not vectors:
+    if unit == 1 and not allow_avx512:
         raise UnavailableError("the processor or the compiler does not support a matrix unit (AMX)")
-    config = NativeNetwork(model, library)
+    network = NativeNetwork(model, library)
     _check(library)
-    return config
+    return network
 
 
 class NativeNetwork(nn.Module):
@@ -127,9 +127,9 @@ def _check(library: ctypes.CDLL) -> None:
         results = []
         for native in (False, True):
             model = build(arch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            config = NativeNetwork(model, library) if native else model
+            network = NativeNetwork(model, library) if native else model
             with torch.autocast("cpu", torch.bfloat16, enabled=native):
-                logits = config(images).float()
+                logits = network(images).float()
             logits.square().sum().backward()
             statistics = [b for b in model.buffers() if b.is_floating_point()]
             # Rounding to bf16 switches some ReLUs, which changes the gradients abruptly.

@@ -13,7 +13,7 @@ from resnet56.kernels.compiler import UnavailableError
 from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet
 
 PIXELS, NORM, BLOCK, PLAIN = range(4)  # as in native.c
-NONE, SAME, PADDED, PROJECTED = range(4)
+NONE, IDENTITY, PADDED, PROJECTED = range(4)
 MAX_CHANNELS = 256  # as in native.c
 MAX_GROUP_VALUES = 32768  # values that a thread processes at a time, so that they fit in its caches
 
@@ -93,7 +93,7 @@ class _BlockOutput:
 
     last: _Layer
     shortcut: int = NONE
-    source: Tensor | None = None  # SAME, PADDED: the block's input
+    source: Tensor | None = None  # IDENTITY, PADDED: the block's input
     projection: _Layer | None = None
 
 
@@ -181,8 +181,8 @@ class Plan:
         if shortcut is None:
             return order, _BlockOutput(layers[-1]), height, width
         if isinstance(shortcut, nn.Identity):
-            head.skip = SAME
-            return order, _BlockOutput(layers[-1], SAME, x), height, width
+            head.skip = IDENTITY
+            return order, _BlockOutput(layers[-1], IDENTITY, x), height, width
         if isinstance(shortcut, PadShortcut) and shortcut.stride == 2:
             head.skip, head.skip_stride = PADDED, shortcut.stride
             head.skip_channels = layers[-1].conv.out
@@ -192,7 +192,7 @@ class Plan:
         input_stride = input_height // height
         projection = self._layer(shortcut[0], shortcut[1], height, width, input_stride=input_stride)
         projection.conv.input, projection.conv.x = PLAIN, x.data_ptr()
-        head.skip, head.skip_stride = SAME if input_stride == 1 else PROJECTED, input_stride
+        head.skip, head.skip_stride = IDENTITY if input_stride == 1 else PROJECTED, input_stride
         order.insert(
             len(order) - 1, projection.conv
         )  # the first convolution of the block adds its gradient

@@ -6,7 +6,7 @@
 
 enum { MAX_CHANNELS = 256 }; /* of a convolution */
 enum input { PIXELS, NORM, BLOCK, PLAIN };
-enum shortcut { NONE, SAME, PADDED, PROJECTED };
+enum shortcut { NONE, IDENTITY, PADDED, PROJECTED };
 
 /* A batch norm, y = z * scale + shift, and the coefficients of its gradient,
  * dz = g * g_scale + z * z_scale + constant. All pointers are to `channels` floats. */
@@ -33,14 +33,14 @@ typedef struct {
     const float *pixels;
     const bf16 *z;
     Norm *norm;
-    const bf16 *shortcut_map; /* SAME, PADDED: the block's input; PROJECTED: the projection's z */
+    const bf16 *shortcut_map; /* IDENTITY, PADDED: the block's input; PROJECTED: the projection's z */
     Norm *shortcut_norm;
     bf16 *x;
     bf16 *result;
     Norm *result_norm;
     const bf16 *g; /* gradient of the output of result_norm */
     bf16 *g_in;    /* gradient of the output of norm, or of the input if it is PLAIN */
-    /* The shortcut that starts at this input, whose gradient skip_g is added to g_in: NONE, SAME,
+    /* The shortcut that starts at this input, whose gradient skip_g is added to g_in: NONE, IDENTITY,
      * PADDED or PROJECTED. It reads every `skip_stride`-th pixel. */
     long skip;
     const bf16 *skip_g;
@@ -83,7 +83,7 @@ typedef struct {
     int32_t *pixel_of;      /* position -> pixel of the output map, or -1 */
     float *weight_grad;     /* (out, taps, in) */
     double *sums;           /* three rows of MAX_CHANNELS */
-} Memory;
+} Scratch;
 
 /* The row of positions of two images of 3x2 pixels (height 3, width 2) under a 3x3 kernel, so that
  * `pad` is 1. Digits are the pixels of image 0, letters those of image 1, and dots are zeros:
@@ -131,26 +131,26 @@ static long position_count(const Layout *l) { /* including what tiles read past 
 
 static long bytes(long count) { return (count + 63) / 64 * 64; }
 
-static long layout_memory(const Conv *c, char *base, Memory *m) {
+static long allocate_scratch(const Conv *c, char *base, Scratch *m) {
     Layout l = layout_of(c);
     long n = position_count(&l), at = 0;
     char *start = (char *)(((uintptr_t)base + 63) / 64 * 64);
-#define TAKE(name, size) m->name = (void *)(start + at); at += bytes(size) + 64
-    TAKE(sums, 3 * MAX_CHANNELS * 8);
-    TAKE(weight_grad, c->out * l.taps * c->in * 4);
-    TAKE(pixel_of, n * 4);
-    TAKE(input, n * c->in * 2);
-    TAKE(gradient, n * c->out * 2);
-    TAKE(pairs, 2 * n * c->in * 2);
-    TAKE(planes, (n + 32) * c->out * 2);
-#undef TAKE
+#define ALLOCATE(name, size) m->name = (void *)(start + at); at += bytes(size) + 64
+    ALLOCATE(sums, 3 * MAX_CHANNELS * 8);
+    ALLOCATE(weight_grad, c->out * l.taps * c->in * 4);
+    ALLOCATE(pixel_of, n * 4);
+    ALLOCATE(input, n * c->in * 2);
+    ALLOCATE(gradient, n * c->out * 2);
+    ALLOCATE(pairs, 2 * n * c->in * 2);
+    ALLOCATE(planes, (n + 32) * c->out * 2);
+#undef ALLOCATE
     return at + 64;
 }
 
 /* Returns the size of a thread's scratch memory for `c`, in bytes. */
 long resnet56_scratch_bytes(const Conv *c) {
-    Memory m;
-    return layout_memory(c, 0, &m);
+    Scratch m;
+    return allocate_scratch(c, 0, &m);
 }
 
 typedef struct {
@@ -266,7 +266,7 @@ static inline __attribute__((always_inline)) void write_block_row_as(
         for (long p = 0; p < width; p++) {
             long at = p * channels + k;
             __m512 v = load(c->z + row + at) * a + b;
-            if (shortcut == SAME) v += load(c->shortcut_map + row + at);
+            if (shortcut == IDENTITY) v += load(c->shortcut_map + row + at);
             if (shortcut == PROJECTED) v += load(c->shortcut_map + row + at) * d;
             if (shortcut == PADDED)
                 v += padded(source + 2 * p * c->shortcut_channels, k - channels_before,
@@ -279,7 +279,7 @@ static inline __attribute__((always_inline)) void write_block_row_as(
 }
 
 static void write_block_row(const Conv *c, long image, long y, bf16 *to) {
-    if (c->shortcut == SAME) write_block_row_as(c, SAME, image, y, to);
+    if (c->shortcut == IDENTITY) write_block_row_as(c, IDENTITY, image, y, to);
     else if (c->shortcut == PADDED) write_block_row_as(c, PADDED, image, y, to);
     else if (c->shortcut == PROJECTED) write_block_row_as(c, PROJECTED, image, y, to);
     else write_block_row_as(c, NONE, image, y, to);

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
-from resnet56.errors import RunError, UsageError, shown
+from resnet56.errors import RunError, UsageError, escape
 from resnet56.report import plots
 from resnet56.report.plots import LabeledImage, Line
 from resnet56.report.read import read_samples
@@ -95,7 +95,7 @@ def plot_curves(*runs: RunPath) -> "Figure":
     for number, run in enumerate(map(Path, runs)):
         rows = RunDirectory(run).read_metrics()
         if not rows:
-            raise RunError(f"{shown(str(run))} has no finished epoch; train first")
+            raise RunError(f"{escape(str(run))} has no finished epoch; train first")
         for i, (prefix, split, style) in enumerate(_SPLITS):
             label = f"{run.resolve().name}, {split}" if len(runs) > 1 else split
             color = number if len(runs) > 1 else i
@@ -146,7 +146,7 @@ def plot_mistakes(
     classes = checkpoint.config.classes
     for name in (true, predicted):
         if name is not None and name not in classes:
-            raise UsageError(f"{name!r} is not a class of {shown(str(run))}: {', '.join(classes)}")
+            raise UsageError(f"{name!r} is not a class of {escape(str(run))}: {', '.join(classes)}")
     evaluation = directory.read_evaluation(checkpoint.progress.step)
     samples = read_samples(directory, len(classes)) if evaluation else None
     if samples is None:
@@ -185,5 +185,5 @@ def _metrics(results: RunPath | Evaluation | Metrics, split: SplitName) -> Metri
 
 
 def _not_evaluated(run: RunDirectory) -> RunError:
-    path = shown(str(run.path))
+    path = escape(str(run.path))
     return RunError(f"{path} is not evaluated; evaluate it first: resnet56 evaluate {path}")

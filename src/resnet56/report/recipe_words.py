@@ -81,10 +81,11 @@ def _mixing(recipe: Recipe) -> list[str]:
             "targets are mixed in the same proportions. Training accuracy is then the mean target "
             "probability of the predicted class."
         )
-    if recipe.plain_tail and (recipe.mix != "none" or recipe.cutout or recipe.trivial_augment):
-        sentences.append(
-            f"In the last {_epochs(recipe.plain_tail)}, augmentation is limited to crops and flips."
-        )
+    if recipe.weak_augmentation_epochs and (
+        recipe.mix != "none" or recipe.cutout or recipe.trivial_augment
+    ):
+        epochs = _epochs(recipe.weak_augmentation_epochs)
+        sentences.append(f"In the last {epochs}, augmentation is limited to crops and flips.")
     return sentences
 
 

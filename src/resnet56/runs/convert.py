@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from resnet56.data.class_names import CIFAR10, CIFAR100
-from resnet56.data.pickles import StandIn
-from resnet56.errors import RunError, UsageError, one_line, shown
+from resnet56.data.pickles import Stub
+from resnet56.errors import RunError, UsageError, escape, one_line
 from resnet56.model import WIDTHS, Architecture, ResNet, build
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.pretrained import config_from_metadata
@@ -361,14 +361,14 @@ def _choose(
         chosen = [c for c in candidates if f"{c.name}.".startswith(f"{start}." if start else "")]
         if not chosen:
             names = _abbreviate([candidate.name for candidate in candidates])
-            raise UsageError(f"--prefix {shown(prefix)} is not in {file}; found: {names}")
+            raise UsageError(f"--prefix {escape(prefix)} is not in {file}; found: {names}")
         candidates = chosen
     matches = [(c, matched) for c in candidates if (matched := _matching_arch(c, arch))]
     if not matches:
         raise RunError(_mismatch_message(file, candidates[0], arch))
     averaged = [match for match in matches if match[0].averaged]
     if len(matches) > 1 and not (len(averaged) == 1 and len(matches) == 2):
-        names = ", ".join(shown(c.name) or "top level" for c, _ in matches[:5])
+        names = ", ".join(escape(c.name) or "top level" for c, _ in matches[:5])
         raise RunError(
             f"{file} contains {len(matches)} networks ({names}); choose one with --prefix"
         )
@@ -376,7 +376,7 @@ def _choose(
     candidate, name = (averaged or matches)[0]
     if len(matches) == 2:
         other = next(c for c, _ in matches if c is not candidate)
-        remarks.append(f"using the EMA weights {shown(candidate.name)}, not {shown(other.name)}")
+        remarks.append(f"using the EMA weights {escape(candidate.name)}, not {escape(other.name)}")
     if arch is None and Architecture.parse(name).shortcut == "A":
         plain = name.replace("resnet", "plain")
         remarks.append(
@@ -401,7 +401,7 @@ def _containers(tree: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
             seen.add(id(value))
             yield name, value
             inside = list(value.items())
-            if isinstance(value, StandIn) and isinstance(value.state, Mapping):
+            if isinstance(value, Stub) and isinstance(value.state, Mapping):
                 inside += value.state.items()  # attributes, as of argparse.Namespace
             below += [(_join(name, key), item) for key, item in inside if isinstance(key, str)]
         level = below
@@ -466,17 +466,17 @@ def _describe_content(
 ) -> str:
     """Describe a file in which no first and last layer of a network were found."""
     for _, container in containers:
-        if not isinstance(container, StandIn) or not isinstance(container.state, Mapping):
+        if not isinstance(container, Stub) or not isinstance(container.state, Mapping):
             continue
         if "_parameters" in container.state:
             return (
-                f"contains a whole module ({shown(container.name)}), which could run code, so it "
+                f"contains a whole module ({escape(container.name)}), which could run code, so it "
                 "was not loaded; save its state dict instead"
             )
     tree = contents.tree
     if isinstance(tree, StoredTensor):
         return "contains a tensor, not a state dict"
-    if isinstance(tree, StandIn):
+    if isinstance(tree, Stub):
         return f"contains a {one_line(tree.name)}, which cannot be loaded without running its code"
     if not isinstance(tree, Mapping):
         return f"contains a {type(tree).__name__}, not a state dict"

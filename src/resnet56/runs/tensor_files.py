@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from resnet56.data.pickles import (
-    DictStandIn,
+    DictStub,
     UnsafePickleError,
+    make_stub,
     reject_dangerous,
-    stand_in,
     unpickle,
     with_numpy,
 )
@@ -239,8 +239,8 @@ _REBUILDS = {
     "torch._utils._rebuild_parameter_with_state": _RebuildParameter,
     "torch._tensor._rebuild_from_type_v2": _RebuildSubclass,
     "torch._tensor._rebuild_from_type": _RebuildSubclass,
-    "collections.OrderedDict": DictStandIn,
-    "collections.defaultdict": DictStandIn,
+    "collections.OrderedDict": DictStub,
+    "collections.defaultdict": DictStub,
 }
 
 
@@ -294,7 +294,7 @@ class _TorchPickle:
         if name.startswith("torch._utils._rebuild_"):
             return _RebuildSpecial
         if name.startswith("torch."):  # a storage class, a data type, a shape, a device
-            return stand_in(name)
+            return make_stub(name)
         self.other_classes.add(name)
         return with_numpy(reject_dangerous)(name)
 

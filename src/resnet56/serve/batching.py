@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from resnet56.data.images import Bytes, Floats
+from resnet56.data.images import FloatArray, UInt8Array
 
 
 class Predictor(Protocol):
@@ -23,14 +23,14 @@ class Predictor(Protocol):
     def classes(self) -> tuple[str, ...]:
         """Names of its C outputs."""
 
-    def run(self, images: Bytes) -> tuple[Floats, Floats]:
+    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """(N, 3, 32, 32) -> logits (N, C) and class activation maps (N, C, 8, 8)."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    images: Bytes
-    result: "asyncio.Future[tuple[Floats, Floats]]"
+    images: UInt8Array
+    result: "asyncio.Future[tuple[FloatArray, FloatArray]]"
 
 
 class Batcher:
@@ -58,7 +58,7 @@ class Batcher:
         self.max_wait = max_wait
         self.on_batch = on_batch or (lambda size: None)
         self.queue: asyncio.Queue[_Job] = asyncio.Queue()
-        self.pending: set[asyncio.Future[tuple[Floats, Floats]]] = set()
+        self.pending: set[asyncio.Future[tuple[FloatArray, FloatArray]]] = set()
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
     async def __aenter__(self) -> "Batcher":
@@ -75,7 +75,7 @@ class Batcher:
             result.cancel()
         self.executor.shutdown()
 
-    async def run(self, images: Bytes) -> tuple[Floats, Floats]:
+    async def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """Run the images in a shared batch, and return the result of `Predictor.run` for them."""
         job = _Job(images, asyncio.get_running_loop().create_future())
         self.pending.add(job.result)
@@ -117,7 +117,7 @@ class Batcher:
                     size += len(jobs[-1].images)
         return jobs
 
-    def _run(self, images: Bytes) -> tuple[Floats, Floats]:
+    def _run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """Run the images in batches, each padded to a power of two.
 
         PyTorch caches a plan for every batch size. With arbitrary sizes up to 95, this cache takes

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import HTTPException
 
-from resnet56.data.images import SIZE, Bytes
+from resnet56.data.images import SIZE, UInt8Array
 from resnet56.serve.decode_worker import DECODED, OUT_OF_MEMORY, READY, REQUEST, RESPONSE
 from resnet56.serve.limits import Limits
 
@@ -88,7 +88,7 @@ class Decoders:
         alive = any(worker.alive for worker in self.workers)
         return alive and not self.progress.stalled(self.limits.stall_seconds)
 
-    async def decode(self, content: bytes, name: str) -> Bytes:
+    async def decode(self, content: bytes, name: str) -> UInt8Array:
         """Decode an image file.
 
         Args:
@@ -134,14 +134,14 @@ class Decoders:
         task.add_done_callback(self.tasks.discard)
         return task
 
-    async def _use(self, worker: "_Worker", content: bytes, name: str) -> Bytes | str | None:
+    async def _use(self, worker: "_Worker", content: bytes, name: str) -> UInt8Array | str | None:
         """Return the pixels, an error message, or None if the process ended."""
         message = f"cannot read {name}: "
         seconds = self.limits.decode_seconds
         try:
             async with asyncio.timeout(seconds):
                 status, body = await worker.request(content, name)
-            result: Bytes | str | None = _pixels(body) if status == DECODED else body.decode()
+            result: UInt8Array | str | None = _pixels(body) if status == DECODED else body.decode()
         except TimeoutError:
             result = f"{message}decoding takes longer than {seconds:g} seconds; re-encode the image"
         except (OSError, asyncio.IncompleteReadError, ValueError):
@@ -169,7 +169,7 @@ class Decoders:
         self._release(worker)
 
 
-def _pixels(body: bytes) -> Bytes:
+def _pixels(body: bytes) -> UInt8Array:
     return np.frombuffer(body, np.uint8).reshape(3, SIZE, SIZE)
 
 

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from resnet56.errors import printable
+from resnet56.errors import escape_line
 from resnet56.serve.meter import Meter
 
 HEADERS = {
@@ -58,7 +58,7 @@ class ResponseMiddleware:
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception:  # a bug: the traceback goes to the log, not to the client
-            log.exception("%s %s failed", scope["method"], printable(scope["path"]))
+            log.exception("%s %s failed", scope["method"], escape_line(scope["path"]))
             if not status:
                 detail = "internal server error; see the server log"
                 response = JSONResponse({"detail": detail}, 500)

@@ -17,7 +17,7 @@ import psutil
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from resnet56.errors import UsageError, shown
+from resnet56.errors import UsageError, escape
 from resnet56.serve.app import build_app
 from resnet56.serve.batching import Predictor
 from resnet56.serve.limits import Limits
@@ -198,7 +198,7 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=family)
     except UnicodeError:  # a label of the name is empty or too long
-        raise UsageError(f"--host {shown(host)}: not a valid host name") from None
+        raise UsageError(f"--host {escape(host)}: not a valid host name") from None
     except socket.gaierror as error:
         raise UsageError(f"--host {host}: {error.strerror}") from None
     except OSError as error:

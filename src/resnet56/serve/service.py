@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import Request
 
-from resnet56.data.images import Bytes, Floats
+from resnet56.data.images import FloatArray, UInt8Array
 from resnet56.metrics import softmax
 from resnet56.predict import top_classes
 from resnet56.serve.batching import Batcher, Predictor
@@ -76,16 +76,16 @@ class Service:
             ],
         )
 
-    async def _decode(self, uploads: Sequence[Upload]) -> Bytes:
+    async def _decode(self, uploads: Sequence[Upload]) -> UInt8Array:
         """Decode the uploads to (N, 3, 32, 32).
 
         Only a few run at a time, so that a large request does not delay others.
         """
 
-        async def decode(upload: Upload) -> Bytes:
+        async def decode(upload: Upload) -> UInt8Array:
             return await self.decoders.decode(await upload.read(), upload.name)
 
-        images: list[Bytes] = []
+        images: list[UInt8Array] = []
         for start in range(0, len(uploads), self.limits.decoders):
             group = uploads[start : start + self.limits.decoders]
             images += await asyncio.gather(*map(decode, group))
@@ -93,7 +93,10 @@ class Service:
 
 
 def _prediction(
-    classes: tuple[str, ...], probabilities: npt.NDArray[np.float64], maps: Floats | None, top: int
+    classes: tuple[str, ...],
+    probabilities: npt.NDArray[np.float64],
+    maps: FloatArray | None,
+    top: int,
 ) -> Prediction:
     """Return the `top` most probable classes of one image."""
     return Prediction(

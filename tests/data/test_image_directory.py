@@ -1,4 +1,4 @@
-"""Image folders in common layouts, and the errors and remarks about them."""
+"""Image directories in common layouts, and the errors and remarks about them."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from resnet56.data.dataset import match_classes
-from resnet56.data.readers import load_folder
+from resnet56.data.readers import load_directory
 from resnet56.errors import DataError, UsageError
 
 
@@ -29,7 +29,7 @@ def fill(root: Path, *classes: str, count: int = 5, first: int = 0) -> None:
 
 def error_of(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        load_folder(path)
+        load_directory(path)
     assert str(caught.value).isprintable()
     return str(caught.value)
 
@@ -38,7 +38,7 @@ def values(images: torch.Tensor) -> list[int]:
     return sorted(images[:, 0, 0, 0].tolist())
 
 
-# Training and test parts
+# Training and test splits
 
 
 @pytest.mark.parametrize("train", ["train", "Training", "TRAIN_SET"])
@@ -48,7 +48,7 @@ def values(images: torch.Tensor) -> list[int]:
 def test_the_folder_next_to_train_is_the_test_part(tmp_path: Path, train: str, test: str) -> None:
     fill(tmp_path / train, "a", "b", first=0)
     fill(tmp_path / test, "a", "b", first=100, count=2)
-    loaded = load_folder(tmp_path)
+    loaded = load_directory(tmp_path)
     assert values(loaded.train.images) == [*range(5), *range(10, 15)]
     assert values(loaded.test.images) == [100, 101, 110, 111]
     assert "80/20" not in loaded.source
@@ -58,7 +58,7 @@ def test_an_unused_validation_folder_causes_a_remark(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / "test", "a", "b", first=100)
     fill(tmp_path / "val", "a", "b", count=3)
-    loaded = load_folder(tmp_path)
+    loaded = load_directory(tmp_path)
     assert values(loaded.test.images)[0] == 100
     assert loaded.remarks == ("val/ is not used (6 images)",)
 
@@ -72,7 +72,7 @@ def test_an_unused_folder_of_the_same_classes_is_an_error(tmp_path: Path, other:
     assert "rename it to test/" in message
     shutil.rmtree(tmp_path / other)
     fill(tmp_path / other, "figures")
-    assert "80/20" in load_folder(tmp_path).source
+    assert "80/20" in load_directory(tmp_path).source
 
 
 def test_two_folders_of_the_same_role_are_an_error(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_class_folders_without_a_test_part_are_split(tmp_path: Path) -> None:
     fill(tmp_path, "a", "b", count=10)
     (tmp_path / "docs").mkdir()
     fill(tmp_path / "@eaDir", "thumbs")
-    loaded = load_folder(tmp_path)
+    loaded = load_directory(tmp_path)
     assert loaded.classes == ("a", "b")
     assert (len(loaded.train), len(loaded.test), loaded.predefined_split) == (16, 4, False)
     assert "docs/" in loaded.remarks[0]
@@ -111,7 +111,7 @@ def test_a_table_labels_the_images_of_one_folder(tmp_path: Path) -> None:
     rows = "".join(f"{number},{'odd' if number % 2 else 'even'}\n" for number in range(1, 11))
     (tmp_path / "trainLabels.csv").write_text("\ufeffid,label\n" + rows, encoding="utf-8")
     (tmp_path / "sampleSubmission.csv").write_text("id,label\n1,cat\n")
-    loaded = load_folder(tmp_path)
+    loaded = load_directory(tmp_path)
     assert loaded.classes == ("even", "odd")
     for split in (loaded.train, loaded.test):
         assert (split.images[:, 0, 0, 0] % 2).tolist() == split.labels.tolist()
@@ -124,10 +124,10 @@ def test_a_table_labels_the_images_of_one_folder(tmp_path: Path) -> None:
     [
         ("id,label\n1,a\n", "has no row for 1 of the 2 images"),
         ("id,label\n1,a\n2\n", "line 3 has too few columns"),
-        ("id,label\n1,a\n1,b\n2,a\n", "line 3 gives 1 another label"),
+        ("id,label\n1,a\n1,b\n2,a\n", "line 3 gives 1 a different label"),
         ("id,label\n1,a\n2,a\n", "expected at least two classes, found 1"),
         ("id,label\n1,a\n2,\x1b[2J\n", "is not a valid class name"),
-        ("name,size\n1,2\n", "images outside class folders"),
+        ("name,size\n1,2\n", "images outside class directories"),
         ('id,label\n1,"a\n', "has no row for"),
         ("id,label\n1,a\n2," + "b" * 200_000, "field larger than field limit"),
     ],
@@ -148,7 +148,7 @@ def test_class_names_are_normalized(tmp_path: Path) -> None:
     fill(tmp_path / "train", decomposed, "tea")
     fill(tmp_path / "test", composed, "tea ", first=100)
     save(tmp_path / "train" / composed / "more.png", 99)
-    loaded = load_folder(tmp_path)
+    loaded = load_directory(tmp_path)
     assert loaded.classes == (composed, "tea")
     assert loaded.train.labels.tolist().count(0) == 6
     assert loaded.remarks == ()
@@ -157,7 +157,7 @@ def test_class_names_are_normalized(tmp_path: Path) -> None:
 def test_names_that_differ_in_case_are_matched_with_a_remark(tmp_path: Path) -> None:
     fill(tmp_path / "train", "Cat", "dog")
     fill(tmp_path / "test", "cat", "dog", first=100)
-    loaded = load_folder(tmp_path)
+    loaded = load_directory(tmp_path)
     assert loaded.classes == ("Cat", "dog")
     assert loaded.test.labels.tolist() == [0] * 5 + [1] * 5
     assert "treating cat as the class Cat" in loaded.remarks[0]
@@ -197,7 +197,7 @@ def test_folder_names_in_errors_are_printable(tmp_path: Path) -> None:
         else:
             (root / "train" / "y").mkdir(exist_ok=True)
     fill(root / "train", "y")
-    assert load_folder(root).source.isprintable()
+    assert load_directory(root).source.isprintable()
     (root / "train" / "y" / "z\x1b.png").write_bytes(b"junk")
     error_of(root)
 
@@ -215,7 +215,7 @@ def test_an_error_lists_ten_broken_images_and_counts_the_others(tmp_path: Path) 
     assert sum(str(file) in message for file in broken) == 10
     assert "and 2 more" in message
     assert "--skip-broken" in message
-    loaded = load_folder(tmp_path, skip_broken=True)
+    loaded = load_directory(tmp_path, skip_broken=True)
     assert len(loaded.train) + len(loaded.test) == 28
     assert "skipped 12 images" in loaded.remarks[0]
 
@@ -225,7 +225,7 @@ def test_a_class_of_only_broken_images_is_an_error(tmp_path: Path) -> None:
     for file in (tmp_path / "train" / "a").iterdir():
         file.write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match="no readable images"):
-        load_folder(tmp_path, skip_broken=True)
+        load_directory(tmp_path, skip_broken=True)
 
 
 # Evaluation
@@ -235,17 +235,17 @@ def test_a_test_part_alone_can_be_evaluated(tmp_path: Path) -> None:
     fill(tmp_path / "only" / "test", "cat")
     (tmp_path / "only" / "test" / "dog").mkdir()
     error_of(tmp_path / "only")
-    loaded = load_folder(tmp_path / "only", evaluation=True).for_classes(("dog", "cat", "bird"))
+    loaded = load_directory(tmp_path / "only", evaluation=True).for_classes(("dog", "cat", "bird"))
     assert (len(loaded.train), loaded.test.labels.tolist()) == (0, [1] * 5)
     save(tmp_path / "one" / "Cat" / "x.png")
-    loaded = load_folder(tmp_path / "one", evaluation=True).for_classes(("dog", "cat"))
+    loaded = load_directory(tmp_path / "one", evaluation=True).for_classes(("dog", "cat"))
     assert loaded.test.labels.tolist() == [1]
     assert "differs only in case" in loaded.remarks[-1]
 
 
 def test_all_images_without_a_predefined_split_are_evaluated(tmp_path: Path) -> None:
     fill(tmp_path, "bird", "cat", "horse", count=10)
-    loaded = load_folder(tmp_path, evaluation=True)
+    loaded = load_directory(tmp_path, evaluation=True)
     evaluated = loaded.for_classes(("cat", "dog", "bird"))
     assert values(evaluated.test.images) == list(range(20))
     pairs = zip(
@@ -253,7 +253,7 @@ def test_all_images_without_a_predefined_split_are_evaluated(tmp_path: Path) -> 
     )
     assert all(label == (2 if value < 10 else 0) for value, label in pairs)
     assert "skipped the images of horse" in evaluated.remarks[-1]
-    with pytest.raises(UsageError, match="no class in common"):
+    with pytest.raises(UsageError, match="no classes in common"):
         loaded.for_classes(("x", "y"))
 
 
@@ -262,14 +262,14 @@ def test_training_and_evaluation_load_the_same_data(tmp_path: Path) -> None:
     fill(tmp_path / "plain", "a", "b")
     fill(tmp_path / "train only" / "train", "a", "b")
     for folder in tmp_path.iterdir():
-        trained = load_folder(folder)
-        assert load_folder(folder, evaluation=True).fingerprint() == trained.fingerprint()
+        trained = load_directory(folder)
+        assert load_directory(folder, evaluation=True).fingerprint() == trained.fingerprint()
 
 
 def test_classes_missing_from_train_can_be_evaluated(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a")
     fill(tmp_path / "test", "a", "b", first=100)
-    loaded = load_folder(tmp_path, evaluation=True)
+    loaded = load_directory(tmp_path, evaluation=True)
     assert loaded.classes == ("a", "b")
     assert loaded.test.labels.tolist() == [0] * 5 + [1] * 5
 
@@ -278,4 +278,4 @@ def test_a_tilde_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     fill(tmp_path / "pets", "a", "b")
     monkeypatch.setenv("HOME", os.fspath(tmp_path))
     monkeypatch.setenv("USERPROFILE", os.fspath(tmp_path))
-    assert load_folder(Path("~/pets")).name == "pets"
+    assert load_directory(Path("~/pets")).name == "pets"

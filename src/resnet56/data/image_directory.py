@@ -1,4 +1,4 @@
-"""Image folders as data sets: one folder per class, or one folder and a table of labels."""
+"""Data sets of image files: one directory per class, or one directory and a table of labels."""
 
 import csv
 import re
@@ -16,9 +16,9 @@ from resnet56.data.dataset import (
     normalize_class_name,
     stratified_split,
 )
-from resnet56.data.image_files import describe_skipped, find_images, is_visible, visible_folders
+from resnet56.data.image_files import describe_skipped, find_images, is_visible, visible_directories
 from resnet56.data.images import read_pixels
-from resnet56.errors import DataError, ImageError, one_line, shown
+from resnet56.errors import DataError, ImageError, escape, one_line
 
 _ROLES = {
     "train": {"train", "training", "trn"},
@@ -45,7 +45,7 @@ Files = dict[str, list[Path]]  # class -> images
 
 @dataclass
 class _Reader:
-    """Reads the parts of one data set, collects remarks and handles broken images."""
+    """Reads the splits of a data set, collects remarks and handles broken images."""
 
     path: Path
     skip_broken: bool
@@ -54,23 +54,23 @@ class _Reader:
     remarks: list[str] = field(default_factory=list)
 
     def find_files(self, root: Path) -> Files:
-        """Find the image files of each class folder in `root`, sorted by class name."""
+        """Find the image files of each class directory in `root`, sorted by class name."""
         files: Files = {}
-        for folder in visible_folders(root):
-            name = normalize_class_name(folder.name)
-            images = find_images(folder)
+        for directory in visible_directories(root):
+            name = normalize_class_name(directory.name)
+            images = find_images(directory)
             self.skipped += images.skipped
             if images.files:
                 files.setdefault(name, []).extend(images.files)
             elif not self.evaluation:
                 raise DataError(
-                    f"{shown(str(folder))} contains no images; add some, or remove the folder"
+                    f"{escape(str(directory))} contains no images; add some, or remove it"
                     + _in_parentheses(describe_skipped(images.skipped))
                 )
         return dict(sorted(files.items()))
 
     def read(self, files: Files, classes: Sequence[str]) -> Split:
-        """Read the images of each class. Raises DataError if any of them is broken."""
+        """Read the images of each class. Broken images are skipped, or raise DataError."""
         index = {name: number for number, name in enumerate(classes)}
         labeled = [(file, index[name]) for name in files for file in files[name]]
         images = torch.empty((len(labeled), 3, 32, 32), dtype=torch.uint8)
@@ -120,7 +120,7 @@ class _Reader:
             train=train,
             test=test,
             mirror=True,
-            source=f"images in {shown(name)}: {len(train):,} training and {len(test):,} test "
+            source=f"images in {escape(name)}: {len(train):,} training and {len(test):,} test "
             f"images, {description}",
             origin=str(self.path.resolve()),
             remarks=tuple(self.remarks),
@@ -128,116 +128,123 @@ class _Reader:
         )
 
 
-def load_image_folder(
+def load_image_directory(
     path: Path, *, evaluation: bool = False, skip_broken: bool = False
 ) -> Dataset | None:
-    """Load the images below `path`. Return None if the layout of the folder is unknown.
+    """Load the images in `path`. Return None if the layout of the directory is unknown.
 
-    Known layouts are `train/<class>/*` with a test part in `test/<class>/*` or else in
-    `val/<class>/*`; images in `train/` with a table of their labels (.csv); and `<class>/*`.
-    Without a test part, a fixed stratified fifth of the images becomes the test part.
+    The known layouts are:
+
+    - `train/<class>/*`, with a test split in `test/<class>/*` or else in `val/<class>/*`
+    - images in `train/`, with a table of their labels (.csv)
+    - `<class>/*`
+
+    If there is no test split, a fixed, stratified fifth of the images is used.
 
     Args:
-        path: an existing folder.
-        evaluation: load for evaluation only. This also accepts a test part alone, a single class,
-            classes that are not in train/, and empty class folders.
-        skip_broken: skip images that cannot be read, with a remark, instead of raising an error.
+        path: an existing directory.
+        evaluation: load for evaluation only. This also accepts a test split alone, a single class,
+            classes that are not in train/, and empty class directories.
+        skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
-        DataError: an image cannot be read, or the purpose of a folder is ambiguous.
-        OSError: a folder cannot be read.
+        DataError: an image cannot be read, or the purpose of a directory is ambiguous.
+        OSError: a directory cannot be read.
     """
     reader = _Reader(path, skip_broken, evaluation)
-    parts = {role: _find_parts(path, role) for role in _ROLES}
+    parts = {role: _find_splits(path, role) for role in _ROLES}
     if len(parts["train"]) > 1:
-        raise DataError(f"{shown(str(path))} has {_join_names(parts['train'])}; keep one of them")
+        raise DataError(f"{escape(str(path))} has {_join_names(parts['train'])}; keep one of them")
     if parts["train"]:
         [train] = parts["train"]
         files = reader.find_files(train)
         if not files and (table := _labels_table(path, train)):
             return _load_table(reader, train, table, parts)
-        return _load_parts(reader, train, files, parts)
+        return _load_splits(reader, train, files, parts)
     if evaluation and (parts["test"] or parts["validation"]):
         test = _single(path, parts["test"] or parts["validation"])
         files = reader.find_files(test)
         classes = tuple(files)
         images = reader.read(files, classes)
         if not len(images):
-            raise DataError(f"{shown(str(test))} has no class folders with images; add some")
+            raise DataError(f"{escape(str(test))} has no class directories with images; add some")
         return reader.dataset(classes, _empty_like(images), images, f"{test.name}/ only")
     return _load_classes(reader)
 
 
-def _load_parts(
+def _load_splits(
     reader: _Reader, train: Path, files: Files, parts: dict[str, list[Path]]
 ) -> Dataset:
-    """Load train/<class>/*, with or without a test part next to train/."""
+    """Load train/<class>/*, with or without a test split next to train/."""
     classes = tuple(files)
     if len(classes) < 2 and not reader.evaluation:
         raise DataError(
-            f"{shown(str(train))}: expected at least two class folders, found {len(classes)}; "
-            "put the images of each class in their own folder"
+            f"{escape(str(train))}: expected at least two class directories, found {len(classes)}; "
+            "put the images of each class in their own directory"
         )
     choices = parts["test"] or parts["validation"]
     if not choices:
         _reject_ambiguous(reader.path, train, classes)
-        return _split_test_part(
-            reader, files, f"no test/ folder, so a fixed stratified 80/20 split of {train.name}/"
+        return _split_off_test(
+            reader, files, f"no test/ directory, so a fixed stratified 80/20 split of {train.name}/"
         )
     test = _single(reader.path, choices)
     test_files = reader.find_files(test)
     if not test_files:
-        raise DataError(f"{shown(str(test))} has no class folders; add some, or remove it")
+        raise DataError(f"{escape(str(test))} has no class directories; add some, or remove it")
     if parts["test"]:
         for unused in parts["validation"]:
-            count = sum(len(find_images(folder).files) for folder in visible_folders(unused))
-            reader.remarks.append(f"{shown(unused.name)}/ is not used ({count:,} images)")
+            count = sum(len(find_images(path).files) for path in visible_directories(unused))
+            reader.remarks.append(f"{escape(unused.name)}/ is not used ({count:,} images)")
     matches, remarks = match_classes(tuple(test_files), classes)
     reader.remarks += remarks
     others = [name for name in test_files if name not in matches]
     if others and not reader.evaluation:
         raise DataError(
-            f"{shown(str(test / others[0]))} is not a class in {train.name}/; add it there, or "
+            f"{escape(str(test / others[0]))} is not a class in {train.name}/; add it there, or "
             "remove it"
         )
     classes = (*classes, *others)
     renamed: Files = {}
     for name, images in test_files.items():
         renamed.setdefault(matches.get(name, name), []).extend(images)
-    description = "split by folder" if parts["test"] else f"test images from {test.name}/"
+    description = "split by directory" if parts["test"] else f"test images from {test.name}/"
     return reader.dataset(
         classes, reader.read(files, classes), reader.read(renamed, classes), description
     )
 
 
 def _load_classes(reader: _Reader) -> Dataset | None:
-    """Load <class>/*, where no folder defines a split."""
+    """Load <class>/*, a layout that does not define a split."""
     nested = [
-        folder.name
-        for folder in visible_folders(reader.path)
-        if any(_role(inner.name) for inner in visible_folders(folder))
+        directory.name
+        for directory in visible_directories(reader.path)
+        if any(_role(inner.name) for inner in visible_directories(directory))
     ]
     if nested:
         raise DataError(
-            f"{shown(str(reader.path / nested[0]))} looks like a separate data set; use that "
-            "folder instead"
+            f"{escape(str(reader.path / nested[0]))} looks like a separate data set; use that "
+            "directory instead"
         )
-    lenient = _Reader(reader.path, reader.skip_broken, evaluation=True)  # other folders are allowed
+    # Class directories without images are skipped here, even in training.
+    lenient = _Reader(reader.path, reader.skip_broken, evaluation=True)
     files = lenient.find_files(reader.path)
     reader.skipped = lenient.skipped
     if len(files) < (1 if reader.evaluation else 2):
         return None
     empty = [
-        f.name for f in visible_folders(reader.path) if normalize_class_name(f.name) not in files
+        f.name
+        for f in visible_directories(reader.path)
+        if normalize_class_name(f.name) not in files
     ]
     if empty:
-        reader.remarks.append(f"skipped {_list_folders(empty)}: no images")
-    description = "no train/ folder, so a fixed stratified 80/20 split of the classes"
-    return _split_test_part(reader, files, description, predefined_split=False)
+        reader.remarks.append(f"skipped {_join_directories(empty)}: no images")
+    description = "no train/ directory, so a fixed stratified 80/20 split of the classes"
+    return _split_off_test(reader, files, description, predefined_split=False)
 
 
 def _load_table(reader: _Reader, train: Path, table: Path, parts: dict[str, list[Path]]) -> Dataset:
-    """Load a folder of images and a table of their labels, a common layout on Kaggle."""
+    """Load images and a table of their labels, a common layout on Kaggle."""
     labels = _read_table(table)
     found = find_images(train)
     reader.skipped += found.skipped
@@ -252,26 +259,27 @@ def _load_table(reader: _Reader, train: Path, table: Path, parts: dict[str, list
             files.setdefault(normalize_class_name(label), []).append(file)
     if unlabeled:
         raise DataError(
-            f"{shown(table.name)} has no row for {len(unlabeled):,} of the {len(found.files):,} "
-            f"images in {train.name}/, for example {shown(unlabeled[0].name)}; add the rows, or "
+            f"{escape(table.name)} has no row for {len(unlabeled):,} of the {len(found.files):,} "
+            f"images in {train.name}/, for example {escape(unlabeled[0].name)}; add the rows, or "
             "remove the images"
         )
     if len(labels) > len(found.files):
         reader.remarks.append(
-            f"{len(labels) - len(found.files):,} rows of {shown(table.name)} do not match an image "
-            f"in {train.name}/"
+            f"{len(labels) - len(found.files):,} rows of {escape(table.name)} do not match an "
+            f"image in {train.name}/"
         )
     reader.remarks += [
-        f"{shown(folder.name)}/ is not used: {shown(table.name)} has labels only for {train.name}/"
-        for folder in (*parts["test"], *parts["validation"])
+        f"{escape(unused.name)}/ is not used, because {escape(table.name)} has labels only for "
+        f"{train.name}/"
+        for unused in (*parts["test"], *parts["validation"])
     ]
     files = dict(sorted(files.items()))
     if len(files) < 2:
-        raise DataError(f"{shown(str(table))}: expected at least two classes, found {len(files)}")
+        raise DataError(f"{escape(str(table))}: expected at least two classes, found {len(files)}")
     description = (
-        f"labels from {shown(table.name)}, a fixed stratified 80/20 split of {train.name}/"
+        f"labels from {escape(table.name)}, a fixed stratified 80/20 split of {train.name}/"
     )
-    return _split_test_part(reader, files, description)
+    return _split_off_test(reader, files, description)
 
 
 def _labels_table(path: Path, train: Path) -> Path | None:
@@ -289,12 +297,12 @@ def _labels_table(path: Path, train: Path) -> Path | None:
     tables = train_tables or tables
     if len(tables) > 1:
         raise DataError(
-            f"{shown(str(path))} has several tables of labels, {_join_names(tables)}; keep one"
+            f"{escape(str(path))} has several tables of labels, {_join_names(tables)}; keep one"
         )
     if not tables:
         raise DataError(
-            f"{shown(str(train))} contains images outside class folders; put the images of each "
-            "class in their own folder, or add a table (.csv) with the columns id and label"
+            f"{escape(str(train))} contains images outside class directories; put the images of "
+            "each class in their own directory, or add a table (.csv) with the columns id and label"
         )
     return tables[0]
 
@@ -314,7 +322,9 @@ def _columns(header: Sequence[str]) -> tuple[int, int] | None:
 
 def _read_table(table: Path) -> dict[str, str]:
     if table.stat().st_size > _MAX_TABLE_BYTES:
-        raise DataError(f"{shown(str(table))} is too large for a table of labels")
+        raise DataError(
+            f"{escape(str(table))} is too large for a table of labels; the limit is 256 MiB"
+        )
     columns = _columns(_header(table))
     assert columns is not None, "the table is chosen by its header"
     labels: dict[str, str] = {}
@@ -328,20 +338,20 @@ def _read_table(table: Path) -> dict[str, str]:
                 name, label = (row[column].strip() for column in columns)
                 if labels.setdefault(name, label) != label:
                     raise DataError(
-                        f"{shown(str(table))}: line {rows.line_num} gives {shown(name)} another "
-                        "label"
+                        f"{escape(str(table))}: line {rows.line_num} gives {escape(name)} a "
+                        "different label than an earlier line"
                     )
     except IndexError:
-        raise DataError(f"{shown(str(table))}: line {rows.line_num} has too few columns") from None
+        raise DataError(f"{escape(str(table))}: line {rows.line_num} has too few columns") from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {shown(str(table))}: {one_line(error)}") from error
+        raise DataError(f"cannot read {escape(str(table))}: {one_line(error)}") from error
     return labels
 
 
-def _split_test_part(
+def _split_off_test(
     reader: _Reader, files: Files, description: str, *, predefined_split: bool = True
 ) -> Dataset:
-    """Split off a fixed, stratified fifth of the images as the test set."""
+    """Use a fixed, stratified fifth of the images as the test split."""
     classes = tuple(files)
     images = reader.read(files, classes)
     counts = images.labels.bincount(minlength=len(classes))
@@ -350,8 +360,8 @@ def _split_test_part(
             if count < 2:
                 found = "only one image" if count else "no readable images"
                 raise DataError(
-                    f"{shown(str(files[name][0].parent))} has {found}, too few to split off a test "
-                    "part; add images or a test/ folder"
+                    f"{escape(str(files[name][0].parent))} has {found}, too few for a test split; "
+                    "add images, or a test/ directory"
                 )
     if not bool((counts > 1).any()):  # only for evaluation: no class has two images
         return reader.dataset(
@@ -363,40 +373,41 @@ def _split_test_part(
 
 
 def _reject_ambiguous(path: Path, train: Path, classes: Sequence[str]) -> None:
-    """Raise DataError if an unused folder next to train/ has the same classes."""
-    for folder in visible_folders(path):
-        if folder == train:
+    """Raise DataError if an unused directory next to train/ has the same classes."""
+    for directory in visible_directories(path):
+        if directory == train:
             continue
-        names = [inner.name for inner in visible_folders(folder)]
+        names = [inner.name for inner in visible_directories(directory)]
         if match_classes(names, classes)[0]:
             raise DataError(
-                f"{shown(str(folder))} has the classes of {train.name}/, but its purpose is "
+                f"{escape(str(directory))} has the classes of {train.name}/, but its purpose is "
                 "unclear; rename it to test/ to use it for testing, or move it elsewhere"
             )
 
 
-def _single(path: Path, folders: Sequence[Path]) -> Path:
-    if len(folders) > 1:
+def _single(path: Path, directories: Sequence[Path]) -> Path:
+    if len(directories) > 1:
         raise DataError(
-            f"{shown(str(path))} has {_join_names(folders)}; rename the one for testing to test/"
+            f"{escape(str(path))} has {_join_names(directories)}; rename the one for testing to "
+            "test/"
         )
-    return folders[0]
+    return directories[0]
 
 
-def _find_parts(path: Path, role: str) -> list[Path]:
-    """Find the folders in `path` with a role, in any spelling."""
+def _find_splits(path: Path, role: str) -> list[Path]:
+    """Find the directories in `path` whose names imply `role`."""
     found = []
     for entry in sorted(path.iterdir()):
         if is_visible(entry.name) and _role(entry.name) == role:
             if entry.is_dir():
                 found.append(entry)
             elif not entry.suffix:
-                raise DataError(f"cannot read {shown(str(entry))}: it is not a folder")
+                raise DataError(f"cannot read {escape(str(entry))}: it is not a directory")
     return found
 
 
 def _role(name: str) -> str | None:
-    """Return the role that a folder's name implies: 'Training_Set' means train."""
+    """Return the role that a directory name implies, such as train for 'Training_Set'."""
     base = re.sub(r"[\s_-]", "", name.casefold())
     base = re.sub(r"(set|images|data|split)$", "", base)
     return next((role for role, names in _ROLES.items() if base in names), None)
@@ -407,11 +418,11 @@ def _empty_like(split: Split) -> Split:
 
 
 def _join_names(paths: Sequence[Path]) -> str:
-    return " and ".join(shown(path.name) + "/" * path.is_dir() for path in paths)
+    return " and ".join(escape(path.name) + "/" * path.is_dir() for path in paths)
 
 
-def _list_folders(names: Sequence[str]) -> str:
-    return ", ".join(f"{shown(name)}/" for name in names[:3]) + ", ..." * (len(names) > 3)
+def _join_directories(names: Sequence[str]) -> str:
+    return ", ".join(f"{escape(name)}/" for name in names[:3]) + ", ..." * (len(names) > 3)
 
 
 def _in_parentheses(text: str | None) -> str:
