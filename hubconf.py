@@ -12,7 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-dependencies = ["torch", "numpy", "safetensors"]
+dependencies = ["torch", "numpy", "safetensors", "msgspec"]
 
 
 def resnet56(pretrained: bool = True) -> nn.Module:
