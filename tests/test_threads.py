@@ -17,7 +17,7 @@ from resnet56 import threads, training
 from resnet56.cli import main
 from resnet56.data.dataset import Dataset
 from resnet56.errors import UsageError
-from resnet56.progress import TrainingDisplay
+from resnet56.progress import Output, TrainingDisplay
 from resnet56.recipe import Recipe
 from resnet56.runs.directory import RunDirectory
 from resnet56.threads import Load, LoadMeter, ThreadControl, ThroughputMonitor
@@ -166,7 +166,7 @@ class RecordedDisplay(TrainingDisplay):
     """Records the messages."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=True)
+        super().__init__(Output())
         self.lines: list[str] = []
 
     def log(self, line: str) -> None:

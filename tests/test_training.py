@@ -20,7 +20,7 @@ from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, TrainingError, UsageError
 from resnet56.evaluation import predict_logits
 from resnet56.inference import restore
-from resnet56.progress import TrainingDisplay
+from resnet56.progress import TrainingDisplay, stream_output
 from resnet56.recipe import Recipe, read
 from resnet56.report.read import read_run
 from resnet56.runs.directory import RunDirectory
@@ -292,8 +292,8 @@ def test_without_a_compiler_a_run_continues_in_eager_mode_with_a_message(
     if original["execution"] != "fused":
         pytest.skip(original["execution_reason"])
     monkeypatch.setenv("CC", "no-such-compiler")
-    with TrainingDisplay() as display:
-        train(small, tiny, tmp_path / "run", device="cpu", resume=True, display=display)
+    with TrainingDisplay(stream_output(sys.stdout)) as display:
+        train(small, tiny, tmp_path / "run", device="cpu", resume=True, progress=display)
     printed = capsys.readouterr().out
     assert "resuming with fp32 eager instead of fp32 fused" in printed
     assert "training is slower than necessary: " in printed
@@ -474,8 +474,8 @@ def test_half_precision_trains_and_resumes(
 def test_without_a_terminal_each_epoch_prints_one_line(
     tiny: Dataset, small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with TrainingDisplay() as display:
-        train(small, tiny, tmp_path / "run", device="cpu", display=display)
+    with TrainingDisplay(stream_output(sys.stdout)) as display:
+        train(small, tiny, tmp_path / "run", device="cpu", progress=display)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[:3]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     row = RunDirectory(tmp_path / "run").read_metrics()[2]

@@ -1,4 +1,46 @@
-"""Errors that users can cause. A message says in one line what failed, where, and what to do."""
+"""Errors that users can cause. A message says in one line what failed, where, and what to do.
+
+Messages name an option with `option`, so that Python users read `resume=True` and users of the
+command line read `--resume`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+_flags = False  # whether messages spell options as flags
+
+
+@contextlib.contextmanager
+def spell_flags() -> Iterator[None]:
+    """Within this context, all messages of the process are for the command line."""
+    global _flags
+    before, _flags = _flags, True
+    try:
+        yield
+    finally:
+        _flags = before
+
+
+def option(name: str, value: object = None) -> str:
+    """Return an option as the user writes it.
+
+    | call                      | in Python      | on the command line |
+    |---------------------------|----------------|---------------------|
+    | `option("val_size")`      | `val_size`     | `--val-size`        |
+    | `option("resume", True)`  | `resume=True`  | `--resume`          |
+    | `option("device", "cpu")` | `device="cpu"` | `--device cpu`      |
+    """
+    flag = f"--{name.replace('_', '-')}"
+    if value is None:
+        return flag if _flags else name
+    if _flags:
+        return flag if value is True else f"{flag} {value}"
+    return f'{name}="{value}"' if isinstance(value, str) else f"{name}={value!r}"
+
+
+def either(python: str, command_line: str) -> str:
+    """Return the text for the interface in use, if the two differ in more than an option."""
+    return command_line if _flags else python
 
 
 class Error(Exception):

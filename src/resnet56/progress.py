@@ -1,27 +1,28 @@
-"""Progress display: a live bar on a terminal, plain lines elsewhere."""
+"""Progress display: a status line on a terminal or in a notebook, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from html import escape
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn
 
 from resnet56.errors import escape_line
 
+if TYPE_CHECKING:
+    from resnet56.runs.schema import EpochMetrics, Evaluation
+
 ProgressCallback = Callable[[int], None]
 
-LINE_EVERY = 60.0  # seconds between lines within an epoch, if the output is not a terminal
+LINE_EVERY = 60.0  # seconds between status lines, if the output is not a terminal
+SKIP_WITHIN = 5.0  # seconds between lines about epochs, for a command in a notebook
+UPDATE_EVERY = 0.25  # seconds between updates of the output in a notebook
+NOTEBOOK_LINES = 40  # lines that the output in a notebook keeps
 
 
 def percent(fraction: float) -> str:
@@ -36,16 +37,191 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class TrainingDisplay:
-    """Displays the steps and epochs of a training run, or nothing if `quiet` is true."""
+class Output:
+    """Shows lines, and the status of a task. This base class shows nothing."""
 
-    def __init__(self, *, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(highlight=False)
-        self.quiet = quiet
+    def log(self, line: str, *, skippable: bool = False) -> None:
+        """Show a line. An output with limited space may omit a skippable line."""
+
+    def begin(self, label: str) -> None:
+        """Begin a task."""
+        self.status(label, 0.0, "")
+
+    def status(self, label: str, fraction: float, text: str) -> None:
+        """Show the status of the task: a label, the finished fraction and a text."""
+
+    def end(self) -> None:
+        """End the task, and remove its status."""
+
+
+class LineOutput(Output):
+    """Writes plain lines to a stream, such as a log file.
+
+    Args:
+        stream: text stream.
+        brief: write no status, and omit skippable lines within a few seconds.
+    """
+
+    def __init__(self, stream: TextIO, *, brief: bool = False) -> None:
+        self.stream = stream
+        self.brief = brief
+        self.last_line = time.monotonic()
+
+    def log(self, line: str, *, skippable: bool = False) -> None:
+        """Write a line."""
+        now = time.monotonic()
+        if skippable and self.brief and now - self.last_line < SKIP_WITHIN:
+            return
+        self.last_line = now
+        print(escape_line(line), file=self.stream, flush=True)
+
+    def begin(self, label: str) -> None:
+        """Write the label."""
+        self.log(label)
+
+    def status(self, label: str, fraction: float, text: str) -> None:
+        """Write the status if the last line is a minute old."""
+        if not self.brief and time.monotonic() - self.last_line >= LINE_EVERY:
+            self.log(f"  {label}  {text}")
+
+
+class TerminalOutput(Output):
+    """Writes lines to a terminal, with the status and a bar below them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.console = Console(file=stream, force_terminal=True, highlight=False)
+        self.bar: Progress | None = None
+
+    def log(self, line: str, *, skippable: bool = False) -> None:
+        """Write a line above the status."""
+        self.console.print(escape_line(line), markup=False)
+
+    def status(self, label: str, fraction: float, text: str) -> None:
+        """Show the status."""
+        if self.bar is None:
+            self.bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=self.console,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # rich must not change a file or a pipe
+            )
+            self.bar.add_task("", total=1.0, text="")
+            self.bar.start()
+        self.bar.update(
+            self.bar.task_ids[0], description=escape_line(label), completed=fraction, text=text
+        )
+
+    def end(self) -> None:
+        """Remove the status."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class NotebookOutput(Output):
+    """Shows everything in one output of a notebook cell, which is updated.
+
+    The notebook stores only the last content of this output. Its lines are limited.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.state: tuple[str, float, str] | None = None
+        self.handle: Any = None  # an IPython.display.DisplayHandle
+        self.updated = 0.0
+
+    def log(self, line: str, *, skippable: bool = False) -> None:
+        """Show a line."""
+        self.lines.append(escape_line(line))
+        self._update(force=not skippable)
+
+    def status(self, label: str, fraction: float, text: str) -> None:
+        """Show the status below the lines."""
+        self.state = (escape_line(label), fraction, text)
+        self._update()
+
+    def end(self) -> None:
+        """Remove the status."""
+        self.state = None
+        self._update(force=True)
+
+    def _update(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self.updated >= UPDATE_EVERY:
+            self.updated = now
+            if self.handle is not None:
+                self.handle.update(self.content(), raw=True)
+            elif self.lines or self.state:
+                from IPython.display import display
+
+                self.handle = display(self.content(), raw=True, display_id=True)
+
+    def content(self) -> dict[str, str]:
+        """Return the content of the output, by MIME type."""
+        earlier = len(self.lines) - NOTEBOOK_LINES
+        lines = self.lines[-NOTEBOOK_LINES:]
+        text = "\n".join([f"({earlier} earlier lines)", *lines] if earlier > 0 else lines)
+        if self.state is None:
+            return {"text/plain": text}
+        label, fraction, numbers = self.state
+        bar = f'<progress value="{fraction:.4f}"></progress>'
+        return {
+            "text/plain": f"{text}\n{label}  {100 * fraction:.0f} %  {numbers}",
+            "text/html": f"<pre>{escape(text)}\n{escape(label)} {bar} {escape(numbers)}</pre>",
+        }
+
+
+def stream_output(stream: TextIO) -> Output:
+    """Return the output for a stream: a status line on a terminal, plain lines elsewhere.
+
+    A command in a notebook cell (`!resnet56 train`) has a terminal, but the notebook stores all
+    characters that are written to it. It therefore gets a few plain lines.
+    """
+    brief = _started_by_notebook()
+    if stream.isatty() and not brief:
+        return TerminalOutput(stream)
+    return LineOutput(stream, brief=brief)
+
+
+def default_output(show: bool | None = None) -> Output:
+    """Return the output of a function that is called in Python.
+
+    Args:
+        show: True shows plain lines if there is neither a notebook nor a terminal, None shows
+            nothing then, and False never shows anything.
+    """
+    if show is False:
+        return Output()
+    if _in_notebook():
+        return NotebookOutput()
+    if sys.stderr is not None and (show or sys.stderr.isatty()):
+        return stream_output(sys.stderr)
+    return Output()
+
+
+def _in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
+
+
+def _started_by_notebook() -> bool:
+    """Return whether a notebook has started this process, with variables that ipykernel sets."""
+    names = ("TERM", "PAGER", "GIT_PAGER")
+    return [os.environ.get(name) for name in names] == ["xterm-color", "cat", "cat"]
+
+
+class TrainingDisplay:
+    """Displays the steps, epochs and results of a training run."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
         self.costs: Sequence[float] = ()
         self.steps = self.done = 0
-        self.bar: Progress | None = None
-        self.started = self.last_line = time.monotonic()
+        self.started = time.monotonic()
 
     def __enter__(self) -> "TrainingDisplay":
         """Return self. The display starts with `begin`."""
@@ -57,25 +233,19 @@ class TrainingDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove the bar."""
-        if self.bar is not None:
-            self.bar.stop()
+        """Remove the status."""
+        self.output.end()
 
     def log(self, line: str) -> None:
-        """Print one line, above the bar if there is one."""
-        if not self.quiet:
-            # Wrap long lines on a terminal, but not in a log file.
-            self.console.print(
-                escape_line(line), markup=False, soft_wrap=not self.console.is_terminal
-            )
+        """Show a line."""
+        self.output.log(line)
 
-    def evaluation_progress(
-        self, description: str, total: int
-    ) -> AbstractContextManager[ProgressCallback]:
+    @contextmanager
+    def evaluation_progress(self, description: str, total: int) -> Iterator[ProgressCallback]:
         """Show the progress of an evaluation after training."""
-        if self.bar is not None:
-            self.bar.stop()
-        return evaluation_progress(description, total, self.console, quiet=self.quiet)
+        self.output.end()
+        with image_progress(self.output, f"evaluating on {description}", total) as advance:
+            yield advance
 
     def begin(self, costs: Sequence[float], steps: int, done: int) -> None:
         """Start the display of a training run.
@@ -86,17 +256,8 @@ class TrainingDisplay:
             done: steps already finished, if the run is resumed.
         """
         self.costs, self.steps, self.done = costs, steps, done
-        self.started = self.last_line = time.monotonic()
-        if self.console.is_terminal and not self.quiet:
-            self.bar = Progress(
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[numbers]}"),
-                console=self.console,
-                transient=True,
-            )
-            self.bar.start()
-            self.bar.add_task("", total=self._work(len(costs) * steps), epoch="", numbers="")
+        self.started = time.monotonic()
+        self.output.status("training", self._work(done) / self._work(len(costs) * steps), "")
 
     def _work(self, step: int) -> float:
         """Return the relative duration of the first `step` steps."""
@@ -107,24 +268,16 @@ class TrainingDisplay:
 
     def step(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Show the state after `step` steps in total. Metrics are means over the epoch so far."""
-        if self.quiet:
-            return
-        now = time.monotonic()
-        work = self._work(step)
-        total = self._work(len(self.costs) * self.steps)
-        left = (now - self.started) * (total - work) / (work - self._work(self.done))
+        work, total = self._work(step), self._work(len(self.costs) * self.steps)
+        elapsed = time.monotonic() - self.started
+        left = elapsed * (total - work) / (work - self._work(self.done))
         epoch = f"{(step - 1) // self.steps + 1}/{len(self.costs)}"
         speed = f"{images_per_second:.0f} img/s"
         numbers = f"loss {loss:.3f}  acc {percent(accuracy)}  {speed}  {duration(left)} left"
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=work, epoch=epoch, numbers=numbers)
-        elif now - self.last_line >= LINE_EVERY:
-            self.last_line = now
-            self.log(f"  in epoch {epoch}  {numbers}")
+        self.output.status(f"epoch {epoch}", work / total, numbers)
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Print the metrics of a finished epoch. `row` is its row of metrics.jsonl."""
-        self.last_line = time.monotonic()
+    def epoch(self, row: "EpochMetrics") -> None:
+        """Show the metrics of a finished epoch."""
         epochs = len(self.costs)
         line = (
             f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
@@ -134,84 +287,77 @@ class TrainingDisplay:
             line += f"  val {percent(row['val_accuracy'])}"
         if "test_accuracy" in row:
             line += f"  test {percent(row['test_accuracy'])}"
-        self.log(f"{line}  {row['images_per_second']:.0f} img/s  {duration(row['seconds'])}")
+        line += f"  {row['images_per_second']:.0f} img/s  {duration(row['seconds'])}"
+        self.output.log(line, skippable=row["epoch"] < epochs)
+
+    def result(self, evaluation: "Evaluation") -> None:
+        """Show the metrics of the trained model."""
+        if val := evaluation.get("validation"):
+            self.log(
+                f"validation accuracy {percent(val['accuracy'])}, loss {val['loss']:.4f}, "
+                f"{val['n']:,} images; use it to choose between settings"
+            )
+        test, train = evaluation["test"], evaluation["train"]
+        low, high = test["accuracy_interval"]
+        self.log(
+            f"test accuracy {percent(test['accuracy'])} "
+            f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), loss {test['loss']:.4f}, "
+            f"{test['n']:,} images"
+        )
+        self.log(
+            f"training accuracy {percent(train['accuracy'])}, loss {train['loss']:.4f}, "
+            f"{train['n']:,} images without augmentation"
+        )
 
 
 @contextmanager
-def evaluation_progress(
-    description: str, total: int, console: Console, *, quiet: bool = False
-) -> Iterator[ProgressCallback]:
-    """Print what is being evaluated, and show a progress bar on a terminal.
+def image_progress(output: Output, label: str, total: int) -> Iterator[ProgressCallback]:
+    """Show how many of `total` images have been processed.
 
     Yields:
         A function to call with the number of images processed since the last call.
     """
-    if quiet:
-        yield lambda count: None
-        return
-    line = escape_line(f"evaluating on {description}")
-    if not console.is_terminal:
-        console.print(line, markup=False, soft_wrap=True)
-        yield lambda count: None
-        return
-    bar = Progress(
-        TextColumn(line, markup=False),
-        BarColumn(bar_width=None),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    task = bar.add_task("", total=total)
-    with bar:
-        yield lambda count: bar.advance(task, count)
-    console.print(line, markup=False)
+    started, done = time.monotonic(), 0
 
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        left = duration((time.monotonic() - started) * (total - done) / max(done, 1))
+        output.status(label, done / total, f"{done:,} of {total:,} images  {left} left")
 
-@contextmanager
-def prediction_progress(total: int) -> Iterator[ProgressCallback]:
-    """Show a progress bar for `total` images on stderr, below the printed results."""
-    bar = Progress(
-        TextColumn("{task.completed:,} of {task.total:,} images"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # rich must not change a file or a pipe
-    )
-    task = bar.add_task("", total=total)
-    with bar:
-        yield lambda count: bar.advance(task, count)
+    output.begin(label)
+    try:
+        yield advance
+    finally:
+        output.end()
 
 
 class DownloadProgress:
     """Displays a download. Call it with the received bytes and the total, or None if unknown."""
 
     def __init__(self, name: str) -> None:
-        self.console = Console(stderr=True, soft_wrap=True)
+        self.output = default_output(True)
         self.name = name
-        self.bar = Progress(
-            TextColumn(name),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task(name, total=None)
-        self.tenths = 0
+        self.started = time.monotonic()
+        self.first: int | None = None  # bytes received before, if the download is resumed
+        self.done = 0
 
     def __enter__(self) -> "DownloadProgress":
-        """Show the bar."""
-        self.bar.start()
+        """Return self. The display starts with the first call."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the bar, and leave it on the screen."""
-        self.bar.stop()
+        """Replace the status by a line."""
+        self.output.end()
+        if self.done:
+            self.output.log(f"{self.name}: {self.done / 1e6:.0f} MB received")
 
     def __call__(self, done: int, total: int | None) -> None:
         """Show that `done` of `total` bytes have been received."""
-        self.bar.update(self.task, completed=done, total=total)
-        if self.bar.disable and total and 10 * done // total > self.tenths:
-            self.tenths = 10 * done // total
-            self.console.print(f"{self.name}: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+        if self.first is None:
+            self.first, self.started = done, time.monotonic()
+        self.done = done
+        rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
+        size = f" of {total / 1e6:.0f}" if total else ""
+        text = f"{done / 1e6:.0f}{size} MB  {rate / 1e6:.1f} MB/s"
+        self.output.status(self.name, done / total if total else 0.0, text)

@@ -6,7 +6,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -29,15 +29,15 @@ from resnet56.distributed import (
     synchronize_batch_norm,
 )
 from resnet56.ema import REESTIMATION_DECAY, REESTIMATION_IMAGES, reestimate_batch_norm
-from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError
+from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError, option
 from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.files import StrPath, read_json, write_json
 from resnet56.model import build
-from resnet56.progress import TrainingDisplay
+from resnet56.progress import TrainingDisplay, default_output
 from resnet56.recipe import Recipe, from_fields
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress, require_fit
 from resnet56.runs.directory import RunDirectory
-from resnet56.runs.schema import Environment, Evaluation
+from resnet56.runs.schema import Environment, EpochMetrics, Evaluation
 from resnet56.runs.sources import open_network
 from resnet56.runtime import (
     Precision,
@@ -50,12 +50,19 @@ from resnet56.step import PreparedModel, Trainer, learning_rate, prepare_model
 from resnet56.threads import ThreadControl, ThroughputMonitor
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
+class Interrupted(KeyboardInterrupt):
     """Training stopped because of Ctrl-C or SIGTERM, after writing a checkpoint."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
+    def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
+        super().__init__(message)
         self.exit_code = 128 + signum
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython prints. The traceback would only show the current step."""
+        return [str(self)]
+
+
+EpochCallback = Callable[[EpochMetrics], object]
 
 
 class Scalars(Protocol):
@@ -75,7 +82,8 @@ def train(
     tensorboard: bool = False,
     test_every_epoch: bool = False,
     threads: int | None = None,
-    display: TrainingDisplay | None = None,
+    progress: bool | TrainingDisplay | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> Evaluation:
     """Train a model, save the run in `out`, and evaluate it.
 
@@ -90,55 +98,80 @@ def train(
             do not influence training.
         threads: number of CPU threads. By default, all cores that other programs leave free. This
             number is updated during training.
-        display: progress display. By default, nothing is shown.
+        progress: whether to show the progress. By default, it is shown in a notebook, and on stderr
+            if that is a terminal. True also writes lines to stderr if it is not a terminal.
+        on_epoch: called after each epoch with its row of metrics.jsonl. The checkpoint has been
+            saved.
 
     Returns:
         The content of evaluation.json. An empty dictionary if the rank is not 0.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM. A checkpoint has been written.
+        Interrupted: Ctrl-C or SIGTERM, a KeyboardInterrupt. A checkpoint has been written.
         TrainingError: the loss is not finite.
         RunError: `out` cannot be used or written.
         UsageError: the device is not available, or the validation set is too large.
     """
-    display = display or TrainingDisplay(quiet=True)
     resolved = resolve_device(device)
     run = RunDirectory(Path(out))
-    with process_group(resolved) as dist, stop_requests() as stop, contextlib.ExitStack() as stack:
-        fingerprint = dataset.fingerprint()
-        if resume and dist.is_main_process:
-            stack.enter_context(run.locked())
-        saved = _load_resumed(run, recipe, dataset.source, fingerprint) if resume else None
-        adaptive = resolved.type == "cpu" and dist.world_size == 1
-        control = stack.enter_context(ThreadControl(threads, adaptive=adaptive))
-        loop = TrainingLoop(
-            recipe, dataset, run, fingerprint, saved, resolved, dist, stop, control, display
+    with _open_display(progress) as display:
+        with (
+            process_group(resolved) as dist,
+            stop_requests() as stop,
+            contextlib.ExitStack() as stack,
+        ):
+            fingerprint = dataset.fingerprint()
+            if resume and dist.is_main_process:
+                stack.enter_context(run.locked())
+            saved = _load_resumed(run, recipe, dataset.source, fingerprint) if resume else None
+            adaptive = resolved.type == "cpu" and dist.world_size == 1
+            control = stack.enter_context(ThreadControl(threads, adaptive=adaptive))
+            loop = TrainingLoop(
+                recipe, dataset, run, fingerprint, saved, resolved, dist, stop, control, display
+            )
+            try:
+                with _tensorboard(
+                    tensorboard and dist.is_main_process, run, loop.progress.step
+                ) as scalars:
+                    if dist.is_main_process:  # after all checks, so that an error leaves no files
+                        if saved is None:
+                            run.create()
+                            stack.enter_context(run.locked())
+                        _write_run_files(run, recipe, loop.run_environment(dataset), saved)
+                    loop.run(dataset.test if test_every_epoch else None, scalars, on_epoch)
+            finally:
+                del loop  # DDP is released before its process group
+        unevaluated = (
+            f"the model in {run.path} is trained; evaluate it with {option('resume', True)}"
         )
+        if stop.signum is not None:  # received after the last step
+            raise Interrupted(unevaluated, stop.signum)
+        if not dist.is_main_process:
+            return {}  # type: ignore[typeddict-item]
         try:
-            with _tensorboard(
-                tensorboard and dist.is_main_process, run, loop.progress.step
-            ) as scalars:
-                if dist.is_main_process:  # after all checks, so that an error leaves no files
-                    if saved is None:
-                        run.create()
-                        stack.enter_context(run.locked())
-                    _write_run_files(run, recipe, loop.run_environment(dataset), saved)
-                loop.run(dataset.test if test_every_epoch else None, scalars)
-        finally:
-            del loop  # DDP is released before its process group
-    if stop.signum is not None:  # received after the last step
-        raise Interrupted(stop.signum)
-    if not dist.is_main_process:
-        return {}  # type: ignore[typeddict-item]
-    with control:
-        return evaluate_run(
-            run,
-            dataset,
-            device=resolved,
-            val_size=recipe.val_size,
-            augmentation=augmentation_of(recipe, mirror=dataset.mirror),
-            progress=display.evaluation_progress,
-        )
+            with control:
+                result = evaluate_run(
+                    run,
+                    dataset,
+                    device=resolved,
+                    val_size=recipe.val_size,
+                    augmentation=augmentation_of(recipe, mirror=dataset.mirror),
+                    progress=display.evaluation_progress,
+                )
+        except KeyboardInterrupt:
+            raise Interrupted(unevaluated) from None
+        display.result(result)
+        return result
+
+
+def _open_display(
+    progress: bool | TrainingDisplay | None,
+) -> contextlib.AbstractContextManager[TrainingDisplay]:
+    """Return the display of the main process. The caller closes its own display."""
+    if isinstance(progress, TrainingDisplay):
+        return contextlib.nullcontext(progress)
+    is_main_process = Distributed.from_environment().is_main_process
+    return TrainingDisplay(default_output(progress if is_main_process else False))
 
 
 def augmentation_of(recipe: Recipe, *, mirror: bool) -> Augmentation:
@@ -233,12 +266,18 @@ class TrainingLoop:
         if saved is not None:
             self._restore(saved)
 
-    def run(self, test: Split | None = None, scalars: Scalars | None = None) -> None:
+    def run(
+        self,
+        test: Split | None = None,
+        scalars: Scalars | None = None,
+        on_epoch: EpochCallback | None = None,
+    ) -> None:
         """Train from the current progress to the last epoch.
 
         Args:
             test: images to evaluate after each epoch, or None.
             scalars: TensorBoard writer, or None.
+            on_epoch: called with the row of each epoch, or None.
         """
         splits = {"val": self.validation, "test": test}
         self.display.begin(self.costs, self.batches.steps, self.progress.step)
@@ -251,7 +290,8 @@ class TrainingLoop:
                 if self.progress.epoch + 1 == self.recipe.epochs:
                     self.select_ema()
                 for name, split in splits.items():
-                    row |= self.measure(name, split, self.weights()) if split is not None else {}
+                    if split is not None:
+                        row |= self.measure(name, split, self.weights())  # type: ignore[typeddict-item]
                 self.run_directory.append_metrics(row)  # before saving; resuming removes extra rows
                 _log_scalars(scalars, row)
             self.progress = Progress(epoch=self.progress.epoch + 1, step=self.progress.step)
@@ -259,8 +299,10 @@ class TrainingLoop:
             self.save()
             self.log(message)
             self.display.epoch(row)
+            if on_epoch is not None and self.dist.is_main_process:
+                on_epoch(row)
             if self.progress.epoch < self.recipe.epochs and self.cadence.stop_requested():
-                raise Interrupted(self.cadence.stop.signum or signal.SIGTERM)
+                raise self.interrupted()
 
     def train_epoch(self) -> float:
         """Run the rest of the current epoch, and return its last learning rate."""
@@ -288,7 +330,7 @@ class TrainingLoop:
                 self.save()
             self.log(due.message)
             if due.stop:
-                raise Interrupted(self.cadence.stop.signum or signal.SIGTERM)
+                raise self.interrupted()
         seconds = start.seconds + time.perf_counter() - started
         self.progress = replace(self.progress, seconds=seconds)
         return lr
@@ -319,7 +361,17 @@ class TrainingLoop:
         if line and self.dist.is_main_process:
             self.display.log(line)
 
-    def summary(self, lr: float) -> dict[str, Any]:
+    def interrupted(self) -> Interrupted:
+        """Return the exception for a stop request. The checkpoint has been saved."""
+        finished, within = self.progress.epoch, self.progress.epoch_step > 0
+        epoch = f"in epoch {finished + 1}" if within else f"after epoch {finished}"
+        return Interrupted(
+            f"training stopped {epoch} of {self.recipe.epochs}; the checkpoint is saved in "
+            f"{self.run_directory.path}; continue with {option('resume', True)}",
+            self.cadence.stop.signum or signal.SIGTERM,
+        )
+
+    def summary(self, lr: float) -> EpochMetrics:
         """Return the row of metrics.jsonl for the finished epoch."""
         progress = self.progress
         return {
@@ -533,10 +585,11 @@ def _write_run_files(
     run.write_environment(record)
 
 
-def _log_scalars(scalars: Scalars | None, row: dict[str, Any]) -> None:
+def _log_scalars(scalars: Scalars | None, row: EpochMetrics) -> None:
     if scalars is not None:
-        for name in row.keys() - {"epoch", "step"}:
-            scalars.add_scalar(name, row[name], row["step"])
+        for name, value in row.items():
+            if name not in ("epoch", "step"):
+                scalars.add_scalar(name, cast(float, value), row["step"])
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from keyword import iskeyword
 from typing import TextIO
 
 from resnet56 import __version__
-from resnet56.errors import Error, UsageError, escape_line
+from resnet56.errors import Error, UsageError, escape_line, spell_flags
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that cannot be encoded
     try:
-        code = _run(arguments)
+        with spell_flags():
+            code = _run(arguments)
         sys.stdout.flush()
         return code
     except Error as error:

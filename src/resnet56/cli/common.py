@@ -27,12 +27,10 @@ def say(line: str) -> None:
 
 
 def show(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-    """Show a progress bar on stderr."""
-    from rich.console import Console
+    """Show the progress of an evaluation on stderr."""
+    from resnet56.progress import image_progress, stream_output
 
-    from resnet56.progress import evaluation_progress
-
-    return evaluation_progress(label, total, Console(stderr=True, highlight=False))
+    return image_progress(stream_output(sys.stderr), f"evaluating on {label}", total)
 
 
 def load_data(

@@ -206,7 +206,7 @@ def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
     if total <= PROGRESS_THRESHOLD or not sys.stderr.isatty():
         yield lambda count: None
         return
-    from resnet56.progress import prediction_progress
+    from resnet56.progress import image_progress, stream_output
 
-    with prediction_progress(total) as advance:
+    with image_progress(stream_output(sys.stderr), "classifying", total) as advance:
         yield advance

@@ -1,6 +1,7 @@
 """The `resnet56 train` command."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,6 @@ from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
     from resnet56.progress import TrainingDisplay
-    from resnet56.runs.schema import Evaluation
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,14 @@ def run(arguments: list[str]) -> int:
     job = _choose(arguments)
 
     from resnet56.distributed import Distributed
-    from resnet56.progress import TrainingDisplay
+    from resnet56.progress import Output, TrainingDisplay, stream_output
     from resnet56.training import Interrupted
 
     is_main_process = Distributed.from_environment().is_main_process
-    with TrainingDisplay(quiet=job.options.quiet or not is_main_process) as display:
+    quiet = job.options.quiet or not is_main_process
+    with TrainingDisplay(Output() if quiet else stream_output(sys.stdout)) as display:
         try:
-            result = _train(job, display)
+            _train(job, display)
         except Interrupted as interrupted:
             if is_main_process:
                 say("")  # start a new line after the terminal's ^C
@@ -100,7 +101,7 @@ def run(arguments: list[str]) -> int:
                 say("stopped before the first checkpoint")
             return INTERRUPTED
         if is_main_process:
-            _show_result(result, job.out, display)
+            _write_report(job.out, display)
     return 0
 
 
@@ -145,15 +146,15 @@ def _choose(arguments: list[str]) -> _Job:
     return _Job(options, own, out)
 
 
-def _train(job: _Job, display: "TrainingDisplay") -> "Evaluation":
-    """Load the data, train, and return the content of evaluation.json."""
+def _train(job: _Job, display: "TrainingDisplay") -> None:
+    """Load the data and train."""
     from resnet56.training import train
 
     options = job.options
     dataset = load_data(options.data, own=job.own_data, skip_broken=options.skip_broken)
     display.log(f"{options.recipe.arch} on {dataset.source}")
     display.log(f"run: {job.out}")
-    return train(
+    train(
         options.recipe,
         dataset,
         job.out,
@@ -162,31 +163,14 @@ def _train(job: _Job, display: "TrainingDisplay") -> "Evaluation":
         tensorboard=options.tensorboard,
         test_every_epoch=options.test_every_epoch,
         threads=options.threads,
-        display=display,
+        progress=display,
     )
 
 
-def _show_result(result: "Evaluation", out: Path, display: "TrainingDisplay") -> None:
-    """Print the metrics and write the report."""
-    from resnet56.progress import percent
+def _write_report(out: Path, display: "TrainingDisplay") -> None:
+    """Write the report."""
     from resnet56.report import write_report
 
-    if val := result.get("validation"):
-        display.log(
-            f"validation accuracy {percent(val['accuracy'])}, loss {val['loss']:.4f}, "
-            f"{val['n']:,} images; use it to choose between settings"
-        )
-    test, train = result["test"], result["train"]
-    low, high = test["accuracy_interval"]
-    display.log(
-        f"test accuracy {percent(test['accuracy'])} "
-        f"(95 % interval {100 * low:.2f} to {100 * high:.2f}), loss {test['loss']:.4f}, "
-        f"{test['n']:,} images"
-    )
-    display.log(
-        f"training accuracy {percent(train['accuracy'])}, loss {train['loss']:.4f}, "
-        f"{train['n']:,} images without augmentation"
-    )
     display.log("writing the report")
     display.log(f"run: {out}; report: {write_report([out])}")
 
