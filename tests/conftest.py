@@ -36,7 +36,7 @@ def tiny() -> Dataset:
         classes=("rows", "columns", "plain"),
         train=striped(50, seed=1),
         test=striped(24, seed=2),
-        mirror=True,
+        allow_flip=True,
         source="the tests' stripes",
         origin="nowhere",
     )

@@ -58,12 +58,17 @@ ARROWS: dict[str, set[str]] = {
     "runs.directory": {"errors", "files", "locks", "runs.checkpoint", "runs.schema"},
     "runs.pretrained": {"errors", "files", "runs.checkpoint", "runs.directory"},
     "runs.tensor_files": {"data.pickles", "errors", "runs.pretrained"},
+    "runs.layouts": set(),
+    "runs.hub": {"errors", "runs.layouts", "runs.pretrained"},
+    "runs.state_dicts": {"data.pickles", "errors", "runs.layouts", "runs.tensor_files"},
+    "runs.matching": {"errors", "model", "runs.hub", "runs.tensor_files"},
     "runs.convert": {
-        "data.class_names", "data.pickles", "errors", "model", "runs.checkpoint", "runs.pretrained",
-        "runs.tensor_files",
+        "data.class_names", "errors", "model", "runs.checkpoint", "runs.hub", "runs.layouts",
+        "runs.matching", "runs.state_dicts", "runs.tensor_files",
     },
     "runs.sources": {
-        "errors", "files", "runs.checkpoint", "runs.convert", "runs.directory", "runs.pretrained",
+        "errors", "files", "runs.checkpoint", "runs.convert", "runs.directory", "runs.hub",
+        "runs.pretrained",
     },
     # step and evaluation
     "inference": {"errors", "model", "runs.checkpoint", "runtime"},

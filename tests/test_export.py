@@ -280,13 +280,13 @@ def test_hub_folder_has_weights_config_and_card(run: Path, tmp_path: Path) -> No
 def test_card_of_a_pretrained_model_has_its_accuracy(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     copy = RunDirectory(tmp_path / "copy")
     copy.save(RunDirectory(run).load())
-    pretrained.save(copy, "bare", pretrained.FOLDER)
+    pretrained.save(copy, "bare", pretrained.DIRECTORY)
     copy.write_evaluation(evaluation(accuracy=0.9312, accuracy_interval=[0.9261, 0.936]))
-    pretrained.save(copy, "measured", pretrained.FOLDER)
+    pretrained.save(copy, "measured", pretrained.DIRECTORY)
     for name, text in (("measured", "93.12 %"), ("bare", "has not been evaluated")):
         assert cli.main(["export", name, "--format", "hub"]) == 0
         assert text in (tmp_path / f"{name}-hub" / "README.md").read_text()

@@ -57,9 +57,9 @@ def test_three_classes_are_measured_as_by_hand() -> None:
     assert result.macro == pytest.approx(macro)
     assert result.weighted == pytest.approx(weighted)
     assert result.most_confused == [
-        {"true": "A", "predicted": "B", "count": 2, "share": pytest.approx(2 / 5)},
-        {"true": "B", "predicted": "A", "count": 1, "share": pytest.approx(1 / 3)},
-        {"true": "C", "predicted": "B", "count": 1, "share": pytest.approx(1 / 2)},
+        {"true": "A", "predicted": "B", "count": 2, "fraction": pytest.approx(2 / 5)},
+        {"true": "B", "predicted": "A", "count": 1, "fraction": pytest.approx(1 / 3)},
+        {"true": "C", "predicted": "B", "count": 1, "fraction": pytest.approx(1 / 2)},
     ]
 
 
@@ -173,7 +173,7 @@ def test_the_most_confused_pairs_come_first_and_ties_in_the_order_of_classes() -
     matrix = np.array([[50, 3, 0, 1], [3, 60, 0, 0], [0, 7, 0, 0], [0, 0, 0, 9]])
     kept = matrix.copy()
     pairs = most_confused(matrix, ("A", "B", "C", "D"), limit=3)
-    assert [(p["true"], p["predicted"], p["count"], p["share"]) for p in pairs] == [
+    assert [(p["true"], p["predicted"], p["count"], p["fraction"]) for p in pairs] == [
         ("C", "B", 7, 1.0),
         ("A", "B", 3, pytest.approx(3 / 54)),
         ("B", "A", 3, pytest.approx(3 / 63)),

@@ -198,7 +198,7 @@ def test_missing_model_is_an_error(tmp_path: Path) -> None:
 def weights_folder(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Create a folder with one pretrained model, `small`."""
     pretrained.save(run, "small", tmp_path / "weights")
-    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -226,7 +226,7 @@ def test_card_has_recipe_and_evaluation(
     write_json(evaluated.recipe_file, {"lr": 0.1})
     evaluated.write_evaluation(evaluation(CLASSES, accuracy=0.5))
     pretrained.save(evaluated, "it", tmp_path / "weights")
-    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
     card = pretrained.card("it")
     assert card["recipe"] == {"lr": 0.1}
     assert card["evaluation"]["test"]["accuracy"] == 0.5
@@ -244,9 +244,9 @@ def test_run_takes_precedence_over_a_pretrained_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
-    assert sources.open_network("small").pretrained  # a folder without a run is ignored
+    assert sources.open_model("small").pretrained  # a folder without a run is ignored
     RunDirectory(tmp_path / "small").save(run.load())
-    assert sources.open_network("small").run
+    assert sources.open_model("small").run
 
 
 def test_damaged_pretrained_file_is_an_error(weights_folder: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_run_reduces_the_loss_and_writes_its_files(uninterrupted: Path, tiny: 
     assert evaluation["train"]["n"] == 50
     assert evaluation["weights"] == "ema"
     environment = json.loads((uninterrupted / "environment.json").read_text())
-    assert environment["data"] == {"origin": tiny.origin, "source": tiny.source, "mirrored": True}
+    assert environment["data"] == {"origin": tiny.origin, "source": tiny.source, "flip": True}
 
 
 def test_accuracies_match_the_saved_weights(uninterrupted: Path, tiny: Dataset) -> None:
@@ -305,7 +305,7 @@ def test_without_a_compiler_a_run_continues_in_eager_mode_with_a_message(
 
 
 def test_resuming_a_missing_run_is_an_error(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="there is no run at"):
+    with pytest.raises(RunError, match="no run found at"):
         train(small, tiny, tmp_path / "none", resume=True)
 
 
@@ -394,9 +394,9 @@ def test_recording_the_test_accuracy_of_each_epoch_does_not_change_training(
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
-@pytest.mark.parametrize("mirror", [True, False])
+@pytest.mark.parametrize("allow_flip", [True, False])
 def test_images_are_flipped_only_if_the_data_set_allows_it(
-    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allow_flip: bool
 ) -> None:
     drawn: list[bool] = []
 
@@ -406,10 +406,10 @@ def test_images_are_flipped_only_if_the_data_set_allows_it(
 
     sample_params = augment.sample_params
     monkeypatch.setattr(batches, "sample_params", spy)
-    dataset = dataclasses.replace(tiny, mirror=mirror)
+    dataset = dataclasses.replace(tiny, allow_flip=allow_flip)
     train(dataclasses.replace(small, epochs=1), dataset, tmp_path / "run", device="cpu")
-    assert drawn == [mirror]
-    assert read_run(tmp_path / "run").mirrors == mirror
+    assert drawn == [allow_flip]
+    assert read_run(tmp_path / "run").flips == allow_flip
 
 
 def test_the_ema_with_the_best_validation_accuracy_is_selected(

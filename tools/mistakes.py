@@ -19,7 +19,7 @@ from resnet56.evaluation import predict_logits
 from resnet56.inference import restore
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import ModelConfig
-from resnet56.runs.sources import open_network
+from resnet56.runs.sources import open_model
 
 CPU = torch.device("cpu")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,7 +66,7 @@ def test_procedures(
 
 def main(folder: str, source: str = "resnet56") -> None:
     """Print the table."""
-    checkpoint = open_network(source).checkpoint
+    checkpoint = open_model(source).checkpoint
     model, split = restore(checkpoint, CPU), load_directory(Path(folder)).test
     print(f"| how `{source}` is tested | accuracy, % | points |\n|---|---|---|")
     reference = None

@@ -102,8 +102,13 @@ def plain_type(annotation: ast.expr) -> str:
     text = re.sub(r"^NotRequired\[(.*)\]$", r"\1", text)
     text = re.sub(r"Annotated\[(.*), Meta\(.*\)\]", r"\1", text)
     for name, plain in (
-        *(("Text", "string"), ("str", "string"), ("Count", "integer"), ("Ordinal", "integer")),
-        *(("Share", "number"), ("Loss", "number"), ("Amount", "number"), ("float", "number")),
+        *(("Text", "string"), ("str", "string"), ("Count", "integer"), ("PositiveInt", "integer")),
+        *(
+            ("Fraction", "number"),
+            ("Loss", "number"),
+            ("NonNegative", "number"),
+            ("float", "number"),
+        ),
         *(("bool", "true or false"), ("None", "null"), ("int", "integer")),
     ):
         text = re.sub(rf"\b{name}\b", plain, text)

@@ -46,10 +46,10 @@ def main(run: Path, name: str, folder: Path) -> None:
     directory = RunDirectory(run)
     if dataset.classes != directory.load().config.classes:
         sys.exit(f"the classes of {folder} differ from those of {run}")
-    pretrained.save(directory, name, pretrained.FOLDER)
+    pretrained.save(directory, name, pretrained.DIRECTORY)
     checkpoint = pretrained.load(name)
     evaluated = evaluated_model(checkpoint, torch.device("cpu"))
-    card = pretrained.FOLDER / f"{name}.json"
+    card = pretrained.DIRECTORY / f"{name}.json"
     metrics = {"test": evaluated.metrics(dataset.test), "train": evaluated.metrics(dataset.train)}
     evaluation = {"of": "the half-precision weights", "data": dataset.source, **metrics}
     write_json(card, read_json(card) | {"evaluation": evaluation})
@@ -60,7 +60,7 @@ def main(run: Path, name: str, folder: Path) -> None:
 def write_readme() -> None:
     """Generate README.md from all cards."""
     sections = map(section, pretrained.names())
-    write_text(pretrained.FOLDER / "README.md", "\n".join((README, *sections)))
+    write_text(pretrained.DIRECTORY / "README.md", "\n".join((README, *sections)))
 
 
 def section(name: str) -> str:

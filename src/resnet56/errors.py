@@ -42,6 +42,8 @@ def either(python: str, command_line: str) -> str:
     """Return the text for the interface in use, if the two differ in more than an option."""
     return command_line if _flags else python
 
+from collections.abc import Sequence
+
 
 class Error(Exception):
     """Base class of the errors of this package. The command prints the message and exits."""
@@ -92,6 +94,11 @@ def one_line(value: object) -> str:
     An exception without a message is shown as its type.
     """
     return escape(" ".join(str(value).split())[:200]) or type(value).__name__
+
+
+def abbreviate(names: Sequence[object]) -> str:
+    """Format the first three names for an error message, followed by "..." if there are more."""
+    return ", ".join([*map(one_line, names[:3]), *(["..."] if len(names) > 3 else [])])
 
 
 def escape(text: str) -> str:

@@ -123,7 +123,7 @@ def most_confused(
             "true": classes[true],
             "predicted": classes[predicted],
             "count": int(errors[true, predicted]),
-            "share": float(errors[true, predicted] / matrix[true].sum()),
+            "fraction": float(errors[true, predicted] / matrix[true].sum()),
         }
         for true, predicted in pairs
         if errors[true, predicted] > 0

@@ -29,7 +29,7 @@ from resnet56.libraries import import_onnxruntime
 from resnet56.metrics import softmax
 from resnet56.runs.checkpoint import ModelConfig
 from resnet56.runs.pretrained import config_from_metadata, is_onnx
-from resnet56.runs.sources import open_network
+from resnet56.runs.sources import open_model
 from resnet56.threads import check_threads, set_threads
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def load(
             raise UsageError(f"an ONNX file runs on the CPU only, not on {device!r}")
         onnx = OnnxBackend.from_file(path, threads)
         return Predictor(path.stem, onnx.config, onnx)
-    checkpoint = open_network(source).checkpoint
+    checkpoint = open_model(source).checkpoint
 
     from resnet56.inference import restore
     from resnet56.runtime import resolve_device

@@ -38,7 +38,7 @@ from resnet56.recipe import Recipe, from_fields
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress, require_fit
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import Environment, EpochMetrics, Evaluation
-from resnet56.runs.sources import open_network
+from resnet56.runs.sources import open_model
 from resnet56.runtime import (
     Precision,
     environment,
@@ -155,7 +155,7 @@ def train(
                     dataset,
                     device=resolved,
                     val_size=recipe.val_size,
-                    augmentation=augmentation_of(recipe, mirror=dataset.mirror),
+                    augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
                     progress=display.evaluation_progress,
                 )
         except KeyboardInterrupt:
@@ -174,11 +174,11 @@ def _open_display(
     return TrainingDisplay(default_output(progress if is_main_process else False))
 
 
-def augmentation_of(recipe: Recipe, *, mirror: bool) -> Augmentation:
-    """Return the augmentation of a recipe. `mirror` tells whether the data set allows flips."""
+def augmentation_of(recipe: Recipe, *, allow_flip: bool) -> Augmentation:
+    """Return the augmentation of a recipe, without flips unless `allow_flip` is set."""
     return Augmentation(
         padding=recipe.padding,
-        flip=recipe.flip and mirror,
+        flip=recipe.flip and allow_flip,
         alternate_flip=recipe.alternate_flip,
         cutout=recipe.cutout,
         trivial_augment=recipe.trivial_augment,
@@ -229,7 +229,7 @@ class TrainingLoop:
         training, self.validation = training_split(dataset, recipe.val_size)
         mean, std = channel_statistics(training.images)
         self.config = ModelConfig(recipe.arch, dataset.classes, mean, std)
-        teachers = {name: open_network(name).checkpoint for name in recipe.teacher}
+        teachers = {name: open_model(name).checkpoint for name in recipe.teacher}
         self.teachers = [
             {
                 "teacher": name,
@@ -248,7 +248,7 @@ class TrainingLoop:
             torch.tensor(std, device=device),
             batch_size=recipe.batch_size,
             seed=recipe.seed,
-            augmentation=augmentation_of(recipe, mirror=dataset.mirror),
+            augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
             classes=len(dataset.classes),
             rank=dist.rank,
             world_size=dist.world_size,
@@ -477,7 +477,7 @@ class TrainingLoop:
             "data": {
                 "origin": dataset.origin,
                 "source": dataset.source,
-                "mirrored": self.batches.augmentation.flip,
+                "flip": self.batches.augmentation.flip,
             },
             "execution": self.prepared.execution,
         }

@@ -260,7 +260,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
     ("arguments", "says"),
     [
         (["train", "quick", "--data", "./none"], "none"),
-        (["train", "quick", "--resume", "--out", "none"], "there is no run at none"),
+        (["train", "quick", "--resume", "--out", "none"], "no run found at none"),
         (["evaluate", "none"], "none is neither a run nor a pretrained model"),
     ],
 )

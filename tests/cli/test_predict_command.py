@@ -172,7 +172,7 @@ def test_pretrained_name_is_accepted_in_place_of_a_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """predict uses resnet56 by default; evaluate accepts it and writes no files."""
-    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
     pretrained.save(RunDirectory(run), "resnet56", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["predict", str(album / "a.png"), "--top", "1"]) == 0

@@ -118,7 +118,7 @@ def test_channel_statistics_require_images() -> None:
 def test_the_fingerprint_covers_classes_shapes_images_and_labels() -> None:
     def dataset(train: Split, test: Split, classes: tuple[str, ...] = ("a", "b")) -> Dataset:
         return Dataset(
-            "any", classes, train, test, mirror=True, source="anywhere", origin="nowhere"
+            "any", classes, train, test, allow_flip=True, source="anywhere", origin="nowhere"
         )
 
     train, test = numbered([3, 3]), numbered([1, 1])

@@ -141,7 +141,7 @@ def small_python_folder(parent: Path) -> Path:
 @pytest.mark.parametrize("inside", [True, False])
 def test_binary_batches_are_read_exactly(binary: Path, inside: bool) -> None:
     loaded = load_directory(binary if inside else binary.parent)
-    assert (loaded.name, loaded.mirror) == ("cifar10", True)
+    assert (loaded.name, loaded.allow_flip) == ("cifar10", True)
     assert loaded.classes == tuple(NAMES[::-1])
     assert "50,000" in loaded.source
     assert binary.name in loaded.source
@@ -459,7 +459,7 @@ def test_images_are_read_from_class_folders(tmp_path: Path) -> None:
     (root / "train" / ".git").mkdir()
     (root / "train" / "README.md").touch()
     loaded = load_directory(root)
-    assert (loaded.name, loaded.classes, loaded.mirror) == ("pets", ("cat", "dog"), True)
+    assert (loaded.name, loaded.classes, loaded.allow_flip) == ("pets", ("cat", "dog"), True)
     assert loaded.train.labels.tolist() == [0, 1, 1]
     assert loaded.train.images[[0, 2], :, 16, 16].tolist() == [[7, 8, 9], [1, 2, 3]]
     assert np.array_equal(loaded.train.images[1].permute(1, 2, 0).numpy(), pixels)
@@ -703,7 +703,7 @@ def test_digits_are_upsampled_from_scikit_learn() -> None:
 
     loaded = load_digits()
     assert loaded.classes == tuple("0123456789")
-    assert (loaded.name, loaded.mirror) == ("digits", False)
+    assert (loaded.name, loaded.allow_flip) == ("digits", False)
     assert "80/20" in loaded.source
     digits = datasets.load_digits()
     train, test, train_labels, test_labels = model_selection.train_test_split(

@@ -342,14 +342,14 @@ def test_an_evaluation_of_other_classes_is_refused(tmp_path: Path) -> None:
     evaluation = read_json(run / "evaluation.json")
     evaluation["test"]["confusion_matrix"] = [[1, 2], [3, 4]]
     write_json(run / "evaluation.json", evaluation)
-    with pytest.raises(RunError, match="is not for 10 classes"):
+    with pytest.raises(RunError, match="does not have 10 rows and columns"):
         write_report([run])
 
 
 def test_missing_runs_and_unwritable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one"):
         write_report([])
-    with pytest.raises(RunError, match="there is no run at"):
+    with pytest.raises(RunError, match="no run found at"):
         write_report([tmp_path / "none"])
     run = make_run(tmp_path / "run", done=0, tested=False)
     file = tmp_path / "file"
@@ -626,8 +626,8 @@ def test_the_best_and_the_worst_class() -> None:
 
 def test_the_most_confused_pair() -> None:
     assert "All test images are classified correctly" in only(story.confusions([]))
-    one = {"true": "cat", "predicted": "dog", "count": 58, "share": 0.058}
-    back = {"true": "dog", "predicted": "cat", "count": 1, "share": 0.001}
+    one = {"true": "cat", "predicted": "dog", "count": 58, "fraction": 0.058}
+    back = {"true": "dog", "predicted": "cat", "count": 1, "fraction": 0.001}
     assert only(story.confusions([one])) == (
         "The most frequent error is to classify “cat” as “dog”: 58 images, 5.80 % of that class."
     )
@@ -682,18 +682,18 @@ def test_descriptions_of_recipes() -> None:
     )
     assert "over the first epoch, then falls linearly to zero" in schedule(RECIPES["quick"])
     bare = Recipe(padding=0, flip=True)
-    assert recipe_words.augmentation(bare, mirrors=False) == "Training images are not augmented."
+    assert recipe_words.augmentation(bare, flips=False) == "Training images are not augmented."
     assert "flipped horizontally with probability 0.5" in recipe_words.augmentation(
-        bare, mirrors=True
+        bare, flips=True
     )
-    turns = recipe_words.augmentation(Recipe(alternate_flip=True), mirrors=True)
+    turns = recipe_words.augmentation(Recipe(alternate_flip=True), flips=True)
     assert "flipped horizontally in every other epoch" in turns
-    grown = recipe_words.augmentation(Recipe(sizes=(16, 16, 24)), mirrors=True)
+    grown = recipe_words.augmentation(Recipe(sizes=(16, 16, 24)), flips=True)
     assert "downscaled to 16 \N{MULTIPLICATION SIGN} 16 for 2 epochs and to 24" in grown
     trivial = Recipe(padding=0, trivial_augment=True)
-    assert "geometry or color" in recipe_words.augmentation(trivial, mirrors=False)
-    assert recipe_words.is_augmented(trivial, mirrors=False)
-    assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), mirrors=False)
+    assert "geometry or color" in recipe_words.augmentation(trivial, flips=False)
+    assert recipe_words.is_augmented(trivial, flips=False)
+    assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), flips=False)
     several = Recipe(ema_decay=(0.999, 0.9995), val_size=1, teacher=("a", "b"), teacher_weight=0.9)
     told = recipe_words.optimizer(several)
     assert "decays 0.999 and 0.9995); the best of them on the validation images is used" in told
@@ -702,12 +702,12 @@ def test_descriptions_of_recipes() -> None:
     mixed = Recipe(
         mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, weak_augmentation_epochs=15
     )
-    sentence = recipe_words.augmentation(mixed, mirrors=False)
+    sentence = recipe_words.augmentation(mixed, flips=False)
     assert "In 50 % of batches, each image is composed of random crops of four images" in sentence
     assert "without Cutout" in sentence
     assert "= 0.3, and the targets are mixed" in sentence
     assert sentence.endswith("In the last 15 epochs, augmentation is limited to crops and flips.")
-    assert recipe_words.is_augmented(Recipe(padding=0, mix="mixup"), mirrors=False)
+    assert recipe_words.is_augmented(Recipe(padding=0, mix="mixup"), flips=False)
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))
 
 
@@ -725,14 +725,14 @@ def test_number_formats() -> None:
     assert words.listed(["a", "b", "c"]) == "a, b and c"
 
 
-@pytest.mark.parametrize("mirrored", [True, False])
-def test_flips_are_described_if_the_run_recorded_them(tmp_path: Path, mirrored: bool) -> None:
+@pytest.mark.parametrize("flip", [True, False])
+def test_flips_are_described_if_the_run_recorded_them(tmp_path: Path, flip: bool) -> None:
     run = make_run(tmp_path / "run", done=1, tested=False)
     environment = read_json(run / "environment.json")
-    environment["data"]["mirrored"] = mirrored
+    environment["data"]["flip"] = flip
     write_json(run / "environment.json", environment)
     text = page_of(run).text
-    assert ("flipped horizontally" in text) == mirrored
+    assert ("flipped horizontally" in text) == flip
 
 
 # In a browser

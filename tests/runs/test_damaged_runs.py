@@ -86,7 +86,7 @@ def _everything(path: Path, weights: bool) -> Iterator[Callable[[], object]]:
     yield lambda: run.data_origin()
     if weights:
         yield lambda: load(path, "cpu").run(np.zeros((1, 3, 32, 32), np.uint8))
-        yield lambda: sources.import_network(path)
+        yield lambda: sources.import_model(path)
 
 
 def require_one_line(path: Path, *, weights: bool = False) -> int:

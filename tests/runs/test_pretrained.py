@@ -31,7 +31,7 @@ def test_the_pretrained_networks_are_listed() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_small_and_match_their_card(name: str) -> None:
-    file = pretrained.FOLDER / f"{name}.safetensors"
+    file = pretrained.DIRECTORY / f"{name}.safetensors"
     assert file.stat().st_size < 2_000_000
     card = pretrained.card(name)
     assert card["recipe"]["arch"] == card["config"]["arch"] == name

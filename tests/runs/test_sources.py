@@ -17,7 +17,7 @@ from resnet56.errors import RunError
 from resnet56.runs import pretrained
 from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
-from resnet56.runs.sources import import_network, open_network
+from resnet56.runs.sources import import_model, open_model
 
 FORMS = ("run", "checkpoint folder", "checkpoint.json", "weights of the run", "hub folder",
          "hub weights", "renamed hub weights", "onnx")  # fmt: skip
@@ -84,8 +84,8 @@ def test_every_form_can_be_evaluated(
 
 
 def test_a_copy_of_pretrained_weights_opens_like_its_name(tmp_path: Path) -> None:
-    file = pretrained.FOLDER / "resnet56.safetensors"
-    by_name, by_file = open_network("resnet56"), open_network(shutil.copy(file, tmp_path / "it"))
+    file = pretrained.DIRECTORY / "resnet56.safetensors"
+    by_name, by_file = open_model("resnet56"), open_model(shutil.copy(file, tmp_path / "it"))
     assert by_name.pretrained == "resnet56"
     assert by_file.pretrained is None
     assert by_name.checkpoint.config == by_file.checkpoint.config
@@ -96,21 +96,21 @@ def test_a_copy_of_pretrained_weights_opens_like_its_name(tmp_path: Path) -> Non
 def test_weights_without_declared_classes_must_be_imported(tmp_path: Path) -> None:
     torch.save(dict(lively().model), tmp_path / "bare.pth")
     with pytest.raises(RunError, match="does not declare its classes and mean and std.* import"):
-        open_network(tmp_path / "bare.pth")
+        open_model(tmp_path / "bare.pth")
     with pytest.raises(RunError, match="nowhere is neither a run nor a pretrained model"):
-        open_network("nowhere")
+        open_model("nowhere")
 
 
 def test_the_training_state_of_a_run_is_not_accepted_as_weights(written: dict[str, Path]) -> None:
     file = next(written["checkpoint folder"].glob("training-*"))
     with pytest.raises(RunError, match="does not contain the weights of its run"):
-        open_network(file)
+        open_model(file)
 
 
 def test_flags_override_the_file_with_a_remark(written: dict[str, Path]) -> None:
     for form in ("run", "hub weights", "onnx"):
         names = ("x", "y", "z")
-        imported = import_network(written[form], mean=(0.1, 0.2, 0.3), classes=names)
+        imported = import_model(written[form], mean=(0.1, 0.2, 0.3), classes=names)
         assert imported.checkpoint.config.mean == (0.1, 0.2, 0.3)
         assert imported.checkpoint.config.classes == names
         assert sum("although" in remark for remark in imported.remarks) == 2
@@ -124,7 +124,7 @@ def test_the_config_of_a_hub_folder_declares_constants_and_classes(tmp_path: Pat
         {**declared, "label_names": None, "id2label": {"0": "a", "1": "b", "2": "c"}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        config = open_network(tmp_path).checkpoint.config
+        config = open_model(tmp_path).checkpoint.config
         assert config.arch == "resnet8-b"
         assert config.classes == ("a", "b", "c")
         assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

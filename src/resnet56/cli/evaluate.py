@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
     from resnet56.evaluation import evaluated_model
     from resnet56.files import to_json
     from resnet56.runs.pretrained import is_onnx
-    from resnet56.runs.sources import open_network
+    from resnet56.runs.sources import open_model
     from resnet56.threads import set_threads
 
     if options.robustness < 0:
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
     if options.threads is not None or device.type == "cpu":
         set_threads(options.threads)
     precision = runtime.resolve_precision(options.precision, device)
-    source = open_network(options.run)
+    source = open_model(options.run)
     checkpoint, run = source.checkpoint, source.run
     if _is_benchmark(options.data):
         if options.parity is not None:
@@ -195,7 +195,7 @@ def _measure_run(
         device=device,
         precision=precision,
         val_size=recipe.val_size,
-        augmentation=augmentation_of(recipe, mirror=dataset.mirror),
+        augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
         progress=show,
     )
     robustness = min(options.robustness, len(dataset.test))

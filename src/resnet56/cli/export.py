@@ -29,9 +29,9 @@ def run(arguments: list[str]) -> int:
     """resnet56 export RUN."""
     options = parse(ExportOptions, arguments, "resnet56 export")
     from resnet56.runs import pretrained
-    from resnet56.runs.sources import open_network
+    from resnet56.runs.sources import open_model
 
-    source = open_network(options.run)
+    source = open_model(options.run)
     checkpoint = source.checkpoint
     path = Path(options.run).resolve()
     name = path.stem if path.is_file() else path.name

@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
 
     from resnet56.inference import restore
     from resnet56.runs.directory import RunDirectory
-    from resnet56.runs.sources import import_network
+    from resnet56.runs.sources import import_model
 
     directory = RunDirectory(options.out)
     if not all(0 <= value <= 1 for value in options.mean or ()):
@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> int:
     if not all(0 < value <= 1 for value in options.std or ()):
         raise UsageError("--std must be numbers above 0 and at most 1")
     directory.require_unused()
-    imported = import_network(
+    imported = import_model(
         options.file,
         options.arch,
         prefix=options.prefix,
@@ -83,12 +83,12 @@ def _names(given: tuple[str, ...]) -> tuple[str, ...]:
         return given
     if given[0] in PUBLISHED:
         return PUBLISHED[given[0]]
-    from resnet56.runs.sources import open_network
+    from resnet56.runs.sources import open_model
 
     file = Path(given[0])
     try:
         if file.is_dir():
-            return open_network(file).checkpoint.config.classes
+            return open_model(file).checkpoint.config.classes
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UsageError(

@@ -117,7 +117,7 @@ def _source(name: str, options: InspectOptions) -> "Source | None":
     from resnet56.model import Architecture
     from resnet56.runs.directory import RunDirectory
     from resnet56.runs.pretrained import is_onnx
-    from resnet56.runs.sources import open_network
+    from resnet56.runs.sources import open_model
 
     path = Path(name)
     is_name = re.fullmatch(r"(resnet|plain)\d[\w-]*", name) is not None
@@ -133,7 +133,7 @@ def _source(name: str, options: InspectOptions) -> "Source | None":
         raise UsageError(f"{name} is an ONNX file and has no gradients; inspect its run")
     if not options.batch_norm:
         raise UsageError(f"--no-batch-norm needs an architecture at initialization, not {name}")
-    return open_network(path if path.exists() else name)
+    return open_model(path if path.exists() else name)
 
 
 def _inspect(
@@ -187,7 +187,7 @@ def _draw(entries: list[dict[str, Any]], out: Path) -> None:
         for entry in entries:
             values = [layer[field] for layer in entry["layers"]]
             points = [(i, y) for i, y in enumerate(values, start=1) if y is not None]
-            lines.append(Line(entry["name"], *map(list, zip(*points, strict=True))))
+            lines.append(Line(entry["name"], [i for i, _ in points], [y for _, y in points]))
         values = [y for line in lines for y in line.y]
         # Without batch norm, responses can also grow by orders of magnitude.
         panels.append(Panel(label, lines, log or 0 < 100 * min(values) < max(values)))

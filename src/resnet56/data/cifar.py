@@ -148,7 +148,7 @@ def load_cifar(layout: _Layout, directory: Path) -> Dataset:
         classes=classes,
         train=train,
         test=test,
-        mirror=True,
+        allow_flip=True,
         source=f"{layout.directory}: {len(train):,} training and {len(test):,} test images, "
         f"{description}",
         origin=str(directory.resolve()),

@@ -33,7 +33,7 @@ class Dataset:
     """A training and a test split with the same classes. Labels index `classes`.
 
     Attributes:
-        mirror: whether a horizontal flip preserves the class.
+        allow_flip: whether a horizontal flip preserves the class.
         source: one-line description of the data and their split, for users.
         origin: the directory to load the data from again, or "digits".
         remarks: one-line messages about skipped or unusual data.
@@ -45,7 +45,7 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split
     test: Split
-    mirror: bool
+    allow_flip: bool
     source: str
     origin: str
     remarks: tuple[str, ...] = ()

@@ -119,7 +119,7 @@ class _Reader:
             classes=tuple(classes),
             train=train,
             test=test,
-            mirror=True,
+            allow_flip=True,
             source=f"images in {escape(name)}: {len(train):,} training and {len(test):,} test "
             f"images, {description}",
             origin=str(self.path.resolve()),

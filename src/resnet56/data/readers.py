@@ -100,7 +100,7 @@ def load_digits() -> Dataset:
         classes=DIGITS,
         train=Split(images[train], labels[train]),
         test=Split(images[test], labels[test]),
-        mirror=False,
+        allow_flip=False,
         source=f"scikit-learn's digits: {len(train):,} training and {len(test):,} test images, "
         "a fixed stratified 80/20 split",
         origin="digits",

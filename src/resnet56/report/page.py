@@ -102,12 +102,12 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
         "trend": story.trend(facts.rows, recipe),
         "schedule": [recipe_words.schedule(recipe)],
         "optimizer": [recipe_words.optimizer(recipe)],
-        "augmentation": [recipe_words.augmentation(recipe, mirrors=facts.mirrors)],
+        "augmentation": [recipe_words.augmentation(recipe, flips=facts.flips)],
         "hardware": story.hardware(facts.comparisons),
     }
     if test:
         interval = (test["accuracy_interval"][0], test["accuracy_interval"][1])
-        augmented = recipe_words.is_augmented(recipe, mirrors=facts.mirrors)
+        augmented = recipe_words.is_augmented(recipe, flips=facts.flips)
         robust = facts.evaluation.get("robustness") if facts.evaluation else None
         sentences |= {
             "result": [

@@ -88,10 +88,10 @@ class RunFacts:
         return self.evaluation["data"] if self.evaluation else None
 
     @property
-    def mirrors(self) -> bool:
+    def flips(self) -> bool:
         """Whether training images were flipped horizontally."""
-        if "data" in self.environment and "mirrored" in self.environment["data"]:
-            return self.environment["data"]["mirrored"]
+        if "data" in self.environment and "flip" in self.environment["data"]:
+            return self.environment["data"]["flip"]
         return self.recipe.flip
 
     @property

@@ -27,7 +27,7 @@ def schedule(recipe: Recipe) -> str:
     return f"{start}is multiplied by {recipe.drop_factor:g} after {word} {listed(drops)}."
 
 
-def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
+def augmentation(recipe: Recipe, *, flips: bool) -> str:
     """Describe the augmentation of training images."""
     steps = []
     if recipe.trivial_augment:
@@ -39,7 +39,7 @@ def augmentation(recipe: Recipe, *, mirrors: bool) -> str:
             f"padded with {plural(recipe.padding, 'black pixel')} on each side and cropped to "
             f"32 {TIMES} 32 at a random position"
         )
-    if mirrors:
+    if flips:
         when = "in every other epoch" if recipe.alternate_flip else "with probability 0.5"
         steps.append(f"flipped horizontally {when}")
     if recipe.cutout:
@@ -89,10 +89,10 @@ def _mixing(recipe: Recipe) -> list[str]:
     return sentences
 
 
-def is_augmented(recipe: Recipe, *, mirrors: bool) -> bool:
+def is_augmented(recipe: Recipe, *, flips: bool) -> bool:
     """Whether training images are augmented at all."""
     return bool(
-        recipe.padding or mirrors or recipe.cutout or recipe.trivial_augment or recipe.mix != "none"
+        recipe.padding or flips or recipe.cutout or recipe.trivial_augment or recipe.mix != "none"
     )
 
 

@@ -159,7 +159,7 @@ def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
     true, predicted = quoted(first["true"]), quoted(first["predicted"])
     sentence = (
         f"The most frequent error is to classify {true} as {predicted}: "
-        f"{plural(first['count'], 'image')}, {percent(first['share'])} of that class"
+        f"{plural(first['count'], 'image')}, {percent(first['fraction'])} of that class"
     )
     for pair in most_confused[1:]:
         if (pair["true"], pair["predicted"]) == (first["predicted"], first["true"]):

@@ -1,1 +1,1 @@
-"""Run directories, checkpoints, and models converted from other programs."""
+"""Run directories, checkpoints, and models of other projects."""

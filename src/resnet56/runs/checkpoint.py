@@ -1,8 +1,8 @@
 """Checkpoints: the weights of a model, and the training state for resuming.
 
 A checkpoint consists of several files. checkpoint.json names the tensor files with their SHA-256.
-It is written last, and only then are the previous tensor files removed. The checkpoint on disk
-is always complete, even after a power failure.
+It is written last. Then the previous tensor files are removed. The checkpoint on disk is always
+complete, even after a power failure.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from resnet56.errors import NotFiniteError, RunError, one_line
+from resnet56.errors import NotFiniteError, RunError, abbreviate, one_line
 from resnet56.files import read_json, write_bytes, write_json
 from resnet56.runs.schema import (
     MAX_INTEGER,
-    Amount,
     Count,
     EmaCandidate,
+    Fraction,
     Loss,
-    Ordinal,
-    Share,
+    NonNegative,
+    PositiveInt,
     Teacher,
     Text,
     check,
@@ -33,10 +33,10 @@ if TYPE_CHECKING:  # commands that do not read tensors start without PyTorch
     from torch import Tensor
 
 FORMAT = 1  # version of the checkpoint format; newer ones are rejected
-ATTEMPTS = 10  # attempts to read a checkpoint that a training run is replacing
+ATTEMPTS = 10  # number of attempts to read a checkpoint that a training run is replacing
 
 Mean = Annotated[float, Meta(ge=-1000, le=1000)]
-Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # a divisor in fp32
+Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # used as a divisor in fp32
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,18 @@ class Progress:
     step: Count = 0  # training steps over all epochs
     epoch_step: Count = 0  # steps of the unfinished epoch
     loss_sum: Loss = 0.0  # sum over the images of the unfinished epoch
-    correct: Amount = 0.0  # correct predictions; fractional if targets are probabilities
+    correct: NonNegative = 0.0  # correct predictions; fractional if targets are probabilities
     images: Count = 0  # images of the unfinished epoch
-    seconds: Amount = 0.0  # training time of the unfinished epoch
+    seconds: NonNegative = 0.0  # training time of the unfinished epoch
 
 
 class LossScale(TypedDict):
     """The state of PyTorch's GradScaler."""
 
-    scale: Amount
-    growth_factor: Amount
-    backoff_factor: Amount
-    growth_interval: Ordinal
+    scale: NonNegative
+    growth_factor: NonNegative
+    backoff_factor: NonNegative
+    growth_interval: PositiveInt
     _growth_tracker: Count
 
 
@@ -81,7 +81,7 @@ class Threads(TypedDict):
     """The number of CPU threads during a training run."""
 
     fixed: bool  # whether the user set it
-    changes: Annotated[list[tuple[Count, Ordinal]], Meta(min_length=1)]  # (first step, threads)
+    changes: Annotated[list[tuple[Count, PositiveInt]], Meta(min_length=1)]  # (first step, threads)
 
 
 class CheckpointMetadata(TypedDict, total=False):
@@ -90,14 +90,14 @@ class CheckpointMetadata(TypedDict, total=False):
     resnet56: Text  # version of the package that wrote it
     data: Text | None  # fingerprint of the data set
     weights: Text  # "ema", "final", "pretrained" or "imported"
-    ema_decay: Share  # decay of the EMA weights, after the training
-    ema_candidates: list[EmaCandidate]  # the EMAs to choose from
+    ema_decay: Fraction  # decay of the EMA weights, at the end of the run
+    ema_candidates: list[EmaCandidate]  # all EMAs of the run
     teachers: list[Teacher]  # teachers of knowledge distillation
     precision: Text  # fp32, bf16 or fp16
     execution: Text  # eager, fused, native or compiled
     loss_scale: LossScale | None  # null unless the precision is fp16
-    threads: Threads  # CPU threads during the training run
-    file: Text  # imported file
+    threads: Threads  # number of CPU threads during the training run
+    file: Text  # name of the imported file
 
 
 @dataclass(frozen=True)
@@ -128,18 +128,18 @@ class Checkpoint:
     """The weights of a model and, for resuming, its training state."""
 
     config: ModelConfig
-    model: Mapping[str, "Tensor"]  # EMA weights if there are any, otherwise the raw ones
+    model: Mapping[str, "Tensor"]  # EMA weights if the run has any, otherwise the raw weights
     training: Mapping[str, "Tensor"] = field(default_factory=dict)  # momentum, raw weights
     progress: Progress = field(default_factory=Progress)
     metadata: Mapping[str, Any] = field(default_factory=dict)  # see CheckpointMetadata
 
 
 def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint atomically. If this fails, the old checkpoint is intact.
+    """Replace the checkpoint atomically. If this fails, the old checkpoint remains intact.
 
     Args:
         file: path of checkpoint.json. The tensor files are written to the same directory.
-        checkpoint: what to write.
+        checkpoint: the checkpoint to write.
 
     Raises:
         NotFiniteError: a tensor has values that are not finite.
@@ -148,7 +148,7 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
     import safetensors.torch
 
     if names := not_finite(checkpoint.model) + not_finite(checkpoint.training):
-        raise NotFiniteError(f"values are not finite in {_some(names)}")
+        raise NotFiniteError(f"values are not finite in {abbreviate(names)}")
     directory = file.parent
     files = {}
     for part in ("model", "training"):
@@ -174,11 +174,11 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
-    """Read a checkpoint. If a training run replaces it at the same time, read it again.
+    """Read a checkpoint. Retries if a training run replaces it at the same time.
 
     Args:
         file: path of checkpoint.json.
-        training: also read the training state, which is needed to resume.
+        training: whether to also read the training state, which is required to resume.
 
     Raises:
         RunError: the checkpoint does not exist, is damaged, or has a newer format.
@@ -228,7 +228,7 @@ def _read_tensors(directory: Path, entry: _TensorFile) -> dict[str, "Tensor"]:
     except Exception as error:  # such as dtypes that this version of safetensors does not support
         raise RunError(f"{path} is damaged: {one_line(error)}") from None
     if names := not_finite(tensors):
-        raise RunError(f"{path} is unusable: values are not finite in {_some(names)}")
+        raise RunError(f"{path} is unusable: values are not finite in {abbreviate(names)}")
     return tensors
 
 
@@ -239,7 +239,7 @@ def not_finite(tensors: Mapping[str, "Tensor"]) -> list[str]:
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
     if not floating:
         return []
-    # Stacked, to synchronize with a GPU only once.
+    # Stack the results to synchronize with a GPU only once.
     finite = torch.stack([t.isfinite().all() for t in floating.values()]).tolist()
     return [name for name, is_finite in zip(floating, finite, strict=True) if not is_finite]
 
@@ -247,15 +247,15 @@ def not_finite(tensors: Mapping[str, "Tensor"]) -> list[str]:
 def require_fit(
     tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], source: str
 ) -> None:
-    """Check that tensors match `expected` in name, shape and whether they are floating-point.
+    """Raise RunError unless the tensors match `expected`.
 
-    Raises RunError if they do not.
+    They must have the same names and shapes, and the same tensors must be floating-point.
     """
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
     for problem, names in (("missing", missing), ("unexpected", unknown)):
         if names:
-            raise RunError(f"{source}: {len(names)} {problem} tensors ({_some(names)})")
+            raise RunError(f"{source}: {len(names)} {problem} tensors ({abbreviate(names)})")
     for name, template in expected.items():
         found = tensors[name]
         is_floating = found.is_floating_point()
@@ -268,7 +268,3 @@ def require_fit(
 
 def _size(tensor: "Tensor") -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join([*map(one_line, names[:3]), *(["..."] if len(names) > 3 else [])])

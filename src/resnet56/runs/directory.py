@@ -79,25 +79,25 @@ class RunDirectory:
         others = [name for name in others if name not in replaceable and not name.endswith(".tmp")]
         if others:
             raise RunError(
-                f"{self.path} is not a run and not empty (it contains {others[0]}); choose another "
-                "--out"
+                f"{self.path} is not a run, but contains other files such as {others[0]}; choose "
+                "another --out"
             )
 
     def data_origin(self) -> str | None:
-        """Return the value of --data that loads the run's own data, if it is recorded."""
+        """Return the value of --data that loads the data of the run, or None if not recorded."""
         environment = self.read_environment()
         return environment["data"]["origin"] if environment and "data" in environment else None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the directory for training. Does nothing on Windows.
+        """Lock the directory for training until the block ends. Does nothing on Windows.
 
         Raises:
             RunError: another process is training in this directory.
         """
         try:
             directory = os.open(self.path, os.O_RDONLY)
-        except OSError:  # Windows cannot open folders; a missing one is reported elsewhere
+        except OSError:  # Windows cannot open directories; a missing one is reported elsewhere
             yield
             return
         try:
@@ -157,7 +157,7 @@ class RunDirectory:
     # metrics.jsonl
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a line and flush it to the disk. Raises RunError."""
+        """Append a line and flush it to disk. Raises RunError."""
         schema.check(row, EpochMetrics, str(self.metrics_file))
         try:
             with self.metrics_file.open("a", encoding="utf-8", newline="\n") as file:
@@ -193,7 +193,7 @@ class RunDirectory:
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Remove the rows after the first `epochs` epochs, which are those of the checkpoint."""
+        """Remove the lines after the first `epochs` epochs. Raises RunError."""
         if self.metrics_file.exists():
             rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
             text = "".join(to_json(row) + "\n" for row in rows)
@@ -211,7 +211,7 @@ class RunDirectory:
     def add_comparison(self, comparison: Comparison, step: int) -> None:
         """Add a comparison of two devices or precisions, for the weights after `step` steps.
 
-        It replaces a comparison of the same pair. Comparisons of other weights are removed.
+        Replaces an earlier comparison of the same pair, and removes comparisons of other weights.
         """
         pair = [comparison["a"], comparison["b"]]
         others = [e for e in self.read_comparisons(step) if [e["a"], e["b"]] != pair]
@@ -221,7 +221,7 @@ class RunDirectory:
     # checkpoint/
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint. If this raises RunError, the old checkpoint is intact."""
+        """Replace the checkpoint. If this raises RunError, the old checkpoint remains intact."""
         save_checkpoint(self.checkpoint_file, checkpoint)
 
     def load(self, *, training: bool = False) -> Checkpoint:
@@ -231,7 +231,7 @@ class RunDirectory:
             RunError: the checkpoint does not exist, is damaged, or has a newer format.
         """
         if not self.path.is_dir():
-            raise RunError(f"there is no run at {self.path}; choose the directory of a run")
+            raise RunError(f"no run found at {self.path}; choose a run directory")
         if not self.checkpoint_file.exists():
             raise RunError(f"{self.path} has no checkpoint yet; train first")
         return load_checkpoint(self.checkpoint_file, training=training)

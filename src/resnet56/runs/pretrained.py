@@ -1,8 +1,8 @@
 """Pretrained models: `weights/NAME.safetensors` and the model card `weights/NAME.json`.
 
-Weights are stored in half precision, in less than 2 MB per network. The header declares the
-architecture, the classes and the normalization constants; the card documents training and
-accuracy. Every command accepts such a name in place of a run.
+The weights are stored in half precision, in less than 2 MB per model. The header declares the
+architecture, the classes and the normalization constants. The card documents the training run and
+the accuracy. Commands that run a model accept this name in place of a run.
 """
 
 import json
@@ -21,26 +21,26 @@ from resnet56.runs.directory import RunDirectory
 if TYPE_CHECKING:
     from torch import Tensor
 
-FOLDER = Path(__file__).parents[1] / "weights"
+DIRECTORY = Path(__file__).parents[1] / "weights"
 MAX_SIZE = 2_000_000  # bytes
-HEAD = 512  # bytes at the start of a file that identify its format
+HEAD = 512  # number of bytes at the start of a file that identify its format
 
 
 def names() -> list[str]:
     """Return the names of all pretrained models."""
-    return sorted(file.stem for file in FOLDER.glob("*.safetensors"))
+    return sorted(file.stem for file in DIRECTORY.glob("*.safetensors"))
 
 
 def load(name: str) -> Checkpoint:
     """Load a pretrained model, with its weights in single precision.
 
     Raises:
-        RunError: there is no network of that name, or its file is damaged.
+        RunError: there is no pretrained model with this name, or its file is damaged.
     """
     if name not in names():
         available = ", ".join(names()) or "none"
         raise RunError(f"no pretrained model named {name!r}; available: {available}")
-    path = FOLDER / f"{name}.safetensors"
+    path = DIRECTORY / f"{name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             config = config_from_metadata(file.metadata() or {})
@@ -50,11 +50,14 @@ def load(name: str) -> Checkpoint:
     return Checkpoint(config, model, metadata={"weights": "pretrained"})
 
 
-def save(run: RunDirectory, name: str, folder: Path) -> Path:
-    """Write the weights of a run in half precision, and a model card, to `folder` as `name`.
+def save(run: RunDirectory, name: str, directory: Path) -> Path:
+    """Write the weights of a run in half precision, and a model card, to `directory` as `name`.
 
-    The card contains the recipe and the evaluation of the run, if they exist. That evaluation
+    The card contains the recipe and the evaluation of the run, if they exist. This evaluation
     used the original weights, so evaluate the half-precision weights before a release.
+
+    Returns:
+        The path of the weight file.
 
     Raises:
         RunError: the run cannot be read, its weights overflow half precision, or the file would
@@ -70,15 +73,15 @@ def save(run: RunDirectory, name: str, folder: Path) -> Path:
             f"{run.path} is too large for a pretrained model: {len(content) / 1e6:.1f} MB, more "
             f"than {MAX_SIZE / 1e6:.0f} MB"
         )
-    path = folder / f"{name}.safetensors"
+    path = directory / f"{name}.safetensors"
     write_json(path.with_suffix(".json"), _card(run, checkpoint))
-    write_bytes(path, content)  # last, since `names` lists the weight files
+    write_bytes(path, content)  # last, because `names` lists the weight files
     return path
 
 
 def card(name: str) -> dict[str, Any]:
-    """Return the model card: how the network was trained and its accuracy. Raises RunError."""
-    return read_json(FOLDER / f"{name}.json")
+    """Return the model card, with the recipe and the evaluation. Raises RunError."""
+    return read_json(DIRECTORY / f"{name}.json")
 
 
 def _card(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def config_to_metadata(config: ModelConfig) -> dict[str, str]:
 
 
 def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
-    """Convert the result of `config_to_metadata` back. Raises ValueError if it is invalid."""
+    """Convert metadata from `config_to_metadata` back. Raises ValueError if they are invalid."""
     if metadata.get("format") not in ("1", "pt"):  # hub libraries require "pt"
         raise ValueError(f"format {metadata.get('format')!r} is not supported by this version")
     try:
@@ -105,7 +108,7 @@ def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
     except KeyError as error:
         raise ValueError(f"{error} is missing") from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("a value is nested too deeply") from None
     arch, classes = values["arch"], values["classes"]
     if not isinstance(arch, str) or not arch:
         raise ValueError("arch is not a name")

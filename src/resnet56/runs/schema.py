@@ -1,9 +1,8 @@
-"""The schema of the files of a run. Every read and write is validated.
+"""The schema of the files of a run. Every file is checked when it is read or written.
 
-JSON objects are dictionaries with TypedDict types. Python users see the same types, for example in
-the results of `train` and `evaluate`. A field that is missing, has the wrong type or is out of
-range raises a one-line RunError with the file, the field, the value and what is expected. Unknown
-fields are preserved.
+JSON objects are dictionaries with TypedDict types. `train` and `evaluate` return the same types. If
+a field is missing, has the wrong type or is out of range, a one-line RunError states the file, the
+field, its value and what is expected. Unknown fields are preserved.
 """
 
 import math
@@ -28,11 +27,11 @@ MAX_INTEGER = 2**53  # some JSON parsers do not represent larger integers exactl
 MAX_ARRAY_BYTES = 1 << 30  # uncompressed size of an .npz file
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
-Ordinal = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
-# Because of rounding, a mean of fractions can be slightly above 1, and a loss slightly below 0.
-Share = Annotated[float, Meta(ge=0, le=1 + 1e-9)]
+PositiveInt = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
+# Rounding can make a mean of fractions slightly larger than 1, and a loss slightly negative.
+Fraction = Annotated[float, Meta(ge=0, le=1 + 1e-9)]
 Loss = Annotated[float, Meta(ge=-1e-6, le=1e300)]  # in nats
-Amount = Annotated[float, Meta(ge=0, le=1e300)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e300)]
 Text = Annotated[str, Meta(max_length=100_000)]
 
 
@@ -44,7 +43,7 @@ class Origin(TypedDict):
 
     origin: Text  # the value of `--data` that loads the data set again
     source: Text  # a sentence that describes the data set, its source and its split
-    mirrored: NotRequired[bool]  # whether training images were flipped horizontally
+    flip: NotRequired[bool]  # whether training images are flipped horizontally
 
 
 class GitState(TypedDict):
@@ -66,26 +65,26 @@ class Environment(TypedDict, total=False):
     """environment.json: the machine, software and data set of a run."""
 
     processor: Text  # the name of the CPU
-    cores: Count | None  # physical CPU cores, or null if unknown
-    threads: Count  # CPU threads of PyTorch
-    memory_gb: Amount  # main memory in GB
+    cores: Count | None  # number of physical CPU cores; null if unknown
+    threads: Count  # number of CPU threads of PyTorch
+    memory_gb: NonNegative  # main memory in GB
     system: Text  # operating system and version
     device: Text  # PyTorch device, such as cpu or cuda:0
     precision: Text  # fp32, bf16 or fp16
     gpu: Text  # the name of the GPU
-    gpu_memory_gb: Amount  # GPU memory in GB
+    gpu_memory_gb: NonNegative  # GPU memory in GB
     cuda: Text | None  # CUDA version of PyTorch
     cudnn: Count | None  # cuDNN version, as a number
     python: Text  # Python version
     versions: dict[str, Text]  # version of each package, by name
     command: Text  # the command line that started the run
     git: GitState | None  # null outside a git checkout
-    processes: Ordinal  # number of training processes
+    processes: PositiveInt  # number of training processes
     data: Origin  # the data set
     execution: Text  # eager, fused, native or compiled
     execution_reason: Text  # why a faster execution mode was not used
     teachers: list[Teacher]  # teachers of knowledge distillation
-    resumed: "list[Environment]"  # the environment of each resumption
+    resumed: "list[Environment]"  # one environment for each time the run was resumed
 
 
 # metrics.jsonl
@@ -94,19 +93,19 @@ class Environment(TypedDict, total=False):
 class EpochMetrics(TypedDict):
     """A line of metrics.jsonl: one epoch."""
 
-    epoch: Ordinal  # number of the epoch, from 1
+    epoch: PositiveInt  # number of the epoch, starting at 1
     step: Count  # training steps since the start of the run
-    lr: Amount  # learning rate of the last step
+    lr: NonNegative  # learning rate of the last step
     train_loss: Loss  # mean over the epoch's augmented images
-    train_accuracy: Share  # mean over the epoch's augmented images
-    images_per_second: Amount  # training throughput
-    seconds: Amount  # training time of the epoch
-    peak_memory_mb: NotRequired[Amount]  # peak memory in MB, of the GPU if it is used
+    train_accuracy: Fraction  # mean over the epoch's augmented images
+    images_per_second: NonNegative  # training throughput
+    seconds: NonNegative  # training time of the epoch
+    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB; of the GPU if one is used
     val_loss: NotRequired[Loss]  # on the validation set
-    val_accuracy: NotRequired[Share]  # on the validation set
+    val_accuracy: NotRequired[Fraction]  # on the validation set
     test_loss: NotRequired[Loss]  # on the test set, with --test-every-epoch
-    test_accuracy: NotRequired[Share]  # on the test set, with --test-every-epoch
-    threads: NotRequired[Ordinal]  # CPU threads at the end of the epoch
+    test_accuracy: NotRequired[Fraction]  # on the test set, with --test-every-epoch
+    threads: NotRequired[PositiveInt]  # number of CPU threads at the end of the epoch
 
 
 # evaluation.json
@@ -115,19 +114,19 @@ class EpochMetrics(TypedDict):
 class ClassMetrics(TypedDict):
     """Metrics of one class; null if the class has no images."""
 
-    precision: Share | None  # 0 if the class is never predicted
-    recall: Share | None  # fraction of the class's images that are classified correctly
-    f1: Share | None  # harmonic mean of precision and recall
-    support: Count  # images of the class
+    precision: Fraction | None  # 0 if the class is never predicted
+    recall: Fraction | None  # fraction of the class's images that are classified correctly
+    f1: Fraction | None  # harmonic mean of precision and recall
+    support: Count  # number of images of the class
 
 
 class MeanMetrics(TypedDict):
     """Metrics averaged over the classes that have images."""
 
-    precision: Share  # mean precision
-    recall: Share  # mean recall
-    f1: Share  # mean F1 score
-    classes: NotRequired[Ordinal]  # number of classes that have images
+    precision: Fraction  # mean precision
+    recall: Fraction  # mean recall
+    f1: Fraction  # mean F1 score
+    classes: NotRequired[PositiveInt]  # number of classes that have images
 
 
 class ConfusedPair(TypedDict):
@@ -135,18 +134,18 @@ class ConfusedPair(TypedDict):
 
     true: str  # name of the true class
     predicted: str  # name of the predicted class
-    count: Ordinal  # number of images
-    share: Share  # fraction of the true class's images
+    count: PositiveInt  # number of images
+    fraction: Fraction  # fraction of the true class's images
 
 
 CalibrationBin = TypedDict(
     "CalibrationBin",
     {
-        "from": Share,  # lower bound of the confidence, exclusive
-        "to": Share,  # upper bound of the confidence, inclusive
-        "count": Count,  # images in the bin
-        "confidence": Share | None,  # mean confidence; null if the bin is empty
-        "accuracy": Share | None,  # null if the bin is empty
+        "from": Fraction,  # lower bound of the confidence, exclusive
+        "to": Fraction,  # upper bound of the confidence, inclusive
+        "count": Count,  # number of images in the bin
+        "confidence": Fraction | None,  # mean confidence; null if the bin is empty
+        "accuracy": Fraction | None,  # null if the bin is empty
     },
 )
 
@@ -154,7 +153,7 @@ CalibrationBin = TypedDict(
 class Calibration(TypedDict):
     """How well the confidence matches the accuracy."""
 
-    ece: Share  # expected calibration error (Guo et al. 2017)
+    ece: Fraction  # expected calibration error (Guo et al. 2017)
     brier: Annotated[float, Meta(ge=0, le=2 + 1e-9)]  # Brier score, summed over classes (0 to 2)
     bins: Annotated[list[CalibrationBin], Meta(min_length=1)]  # equal-width bins of confidence
 
@@ -162,25 +161,25 @@ class Calibration(TypedDict):
 class Metrics(TypedDict):
     """Metrics of the predictions on one set of images."""
 
-    accuracy: Share  # top-1 accuracy
-    accuracy_interval: Annotated[list[Share], Meta(min_length=2, max_length=2)]  # 95 % (Wilson)
-    top2: Share  # top-2 accuracy
-    top3: Share  # top-3 accuracy
+    accuracy: Fraction  # top-1 accuracy
+    accuracy_interval: Annotated[list[Fraction], Meta(min_length=2, max_length=2)]  # 95 % (Wilson)
+    top2: Fraction  # top-2 accuracy
+    top3: Fraction  # top-3 accuracy
     loss: Loss  # mean cross-entropy
-    n: Ordinal  # number of images
-    confusion_matrix: list[list[Count]]  # image counts, [true class][predicted class]
+    n: PositiveInt  # number of images
+    confusion_matrix: list[list[Count]]  # image counts, by true class and predicted class
     per_class: dict[str, ClassMetrics]  # metrics of each class, by name
     macro: MeanMetrics  # unweighted means over classes
     weighted: MeanMetrics  # means over classes, weighted by support
-    most_confused: list[ConfusedPair]  # most frequent confusions, in descending order
+    most_confused: list[ConfusedPair]  # most frequent confusions, in descending order of count
     calibration: Calibration  # calibration of the confidence
 
 
 class BatchSpeed(TypedDict):
     """Inference speed at one batch size."""
 
-    ms_per_image: Amount  # time per image in ms
-    images_per_second: Amount  # throughput
+    ms_per_image: NonNegative  # time per image in ms
+    images_per_second: NonNegative  # throughput
 
 
 class Speed(TypedDict):
@@ -188,38 +187,38 @@ class Speed(TypedDict):
 
     batch_1: BatchSpeed  # with batch size 1
     batch_256: BatchSpeed  # with batch size 256
-    peak_memory_mb: NotRequired[Amount]  # peak memory in MB, of the GPU if it is used
+    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB; of the GPU if one is used
 
 
 class Robustness(TypedDict):
     """Accuracy on corrupted test images."""
 
-    images: Ordinal  # number of test images
-    severities: list[Ordinal]  # severities of the corruptions
-    clean_accuracy: Share  # accuracy on the same images without corruption
-    mean_accuracy: Share  # mean over all corruptions and severities
-    corruptions: dict[str, list[Share]]  # accuracies of each corruption, one per severity
+    images: PositiveInt  # number of test images
+    severities: list[PositiveInt]  # severities of the corruptions
+    clean_accuracy: Fraction  # accuracy on the same images without corruption
+    mean_accuracy: Fraction  # mean over all corruptions and severities
+    corruptions: dict[str, list[Fraction]]  # accuracies of each corruption, one per severity
 
 
 class EmaCandidate(TypedDict):
     """One of the exponential moving averages (EMA) of a run."""
 
-    decay: Share  # decay per step
+    decay: Fraction  # decay per step
     reestimated: bool  # whether its batch norm statistics were re-estimated
     val_loss: NotRequired[Loss]  # on the validation set
-    val_accuracy: NotRequired[Share]  # on the validation set
+    val_accuracy: NotRequired[Fraction]  # on the validation set
 
 
 class Evaluation(TypedDict):
-    """evaluation.json, and the result of `train`: the metrics of a run's weights."""
+    """evaluation.json, and the result of `train`: the metrics of the weights of a run."""
 
     test: Metrics  # on the test set
-    train: NotRequired[Metrics]  # on the training images, without augmentation
+    train: NotRequired[Metrics]  # on the training images without augmentation
     validation: NotRequired[Metrics]  # on the validation set
     weights: Text  # which weights were evaluated: ema or final
-    ema_decay: NotRequired[Share]  # decay of the EMA weights
-    ema_candidates: NotRequired[list[EmaCandidate]]  # the EMAs to choose from
-    epoch: Count  # finished epochs
+    ema_decay: NotRequired[Fraction]  # decay of the EMA weights
+    ema_candidates: NotRequired[list[EmaCandidate]]  # all EMAs of the run
+    epoch: Count  # number of finished epochs
     step: Count  # training steps since the start of the run
     device: Text  # device of the evaluation
     precision: Text  # precision of the evaluation
@@ -236,14 +235,14 @@ class Comparison(TypedDict):
 
     a: Text  # first device or precision
     b: Text  # second device or precision
-    images: Ordinal  # number of test images
-    accuracy_a: Share  # test accuracy with a
-    accuracy_b: Share  # test accuracy with b
-    changed: Count  # images with different predicted classes
-    median_difference: Amount  # median difference between the logits
-    largest_difference: Amount  # largest difference between the logits
+    images: PositiveInt  # number of test images
+    accuracy_a: Fraction  # test accuracy with a
+    accuracy_b: Fraction  # test accuracy with b
+    changed: Count  # number of images whose predicted class differs
+    median_difference: NonNegative  # median absolute difference between the logits
+    largest_difference: NonNegative  # largest absolute difference between the logits
     verdict: Text  # a sentence that states the result
-    step: NotRequired[Count]  # training steps of the weights
+    step: NotRequired[Count]  # training steps of the compared weights
 
 
 class Parity(TypedDict):
@@ -259,7 +258,7 @@ class Parity(TypedDict):
 class ArrayType:
     """The type of an array in an .npz file.
 
-    A dimension with a name has the same size in all arrays of the file.
+    Dimensions with the same name have the same size in all arrays of the file.
     """
 
     kinds: str  # NumPy dtype kinds: "u", "iu" or "f"
@@ -306,8 +305,8 @@ def check(content: object, expected: type[T], file: str) -> T:
 
     Args:
         content: parsed JSON.
-        expected: a TypedDict type or a dataclass. For a TypedDict, `content` is returned as it is.
-        file: file name for the error message. It may include a line number.
+        expected: a TypedDict type or a dataclass. For a TypedDict, `content` is returned unchanged.
+        file: file name for the error message, optionally with a line number.
 
     Raises:
         RunError: a field is missing, has the wrong type or is out of range.
@@ -338,14 +337,16 @@ def check_metrics(metrics: Metrics, source: str, classes: tuple[str, ...] | None
     names, matrix = list(metrics["per_class"]), metrics["confusion_matrix"]
     if classes is not None and set(names) != set(classes):
         raise RunError(
-            f"{source} is damaged: the {len(names)} classes of per_class are not the model's"
+            f"{source} is damaged: the {len(names)} classes in per_class differ from those of the "
+            "model"
         )
     if [len(row) for row in matrix] != [len(names)] * len(names):
-        raise RunError(f"{source} is damaged: the confusion matrix is not for {len(names)} classes")
-    if sum(map(sum, matrix)) != metrics["n"]:
         raise RunError(
-            f"{source} is damaged: the confusion matrix does not sum to n={metrics['n']} images"
+            f"{source} is damaged: confusion_matrix does not have {len(names)} rows and columns, "
+            "one per class"
         )
+    if sum(map(sum, matrix)) != metrics["n"]:
+        raise RunError(f"{source} is damaged: the sum of confusion_matrix is not n={metrics['n']}")
     for name, scores in metrics["per_class"].items():
         if scores["support"] and None in (scores["precision"], scores["recall"], scores["f1"]):
             raise RunError(
@@ -430,7 +431,7 @@ def _check_arrays(
 
 
 def _encodable(content: Any) -> Any:
-    """Return a copy with escapes for characters that UTF-8 cannot encode."""
+    """Return a copy in which characters that UTF-8 cannot encode are escaped."""
     if isinstance(content, Mapping):
         return {_encodable(key): _encodable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -454,7 +455,7 @@ _JSON_TYPES = {
 
 
 def _explanation(error: Exception, content: object, expected: Any) -> str:
-    """Return msgspec's error message with the full name of the field and its value."""
+    """Rewrite an error of msgspec with the full name of the field and its value."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     text, _, path = str(error).partition(" - at `$")
@@ -474,7 +475,7 @@ def _explanation(error: Exception, content: object, expected: Any) -> str:
 def _keys_of(path: str, content: Any, expected: Any) -> list[str | int]:
     """Split msgspec's path, such as `.a[2].b`, into keys and indices.
 
-    msgspec writes `[...]` for any key of a mapping. To find the key, check each value separately.
+    msgspec writes `[...]` for the key of a mapping. To find the key, check each value separately.
     """
     before, wildcard, after = path.partition("[...]")
     keys = _split(before)

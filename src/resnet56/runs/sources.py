@@ -1,7 +1,7 @@
 """Open a model by path or name, for all commands.
 
-A source is a run directory, a file of its checkpoint, the name of a pretrained model, a file
-that `resnet56 export` wrote, or a hub folder.
+A source is a run directory, a file of its checkpoint, the name of a pretrained model, a file that
+`resnet56 export` wrote, or a model hub directory.
 """
 
 import os
@@ -15,9 +15,11 @@ from resnet56.files import StrPath, read_json
 from resnet56.runs import pretrained
 from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
+from resnet56.runs.hub import has_weights
 
 if TYPE_CHECKING:
-    from resnet56.runs.convert import ImportedModel, Triple
+    from resnet56.runs.convert import ImportedModel
+    from resnet56.runs.layouts import Triple
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,17 @@ class Source:
     """A model and its origin."""
 
     checkpoint: Checkpoint
-    run: RunDirectory | None = None  # if it belongs to a run
-    pretrained: str | None = None  # its name, if it is a pretrained model
+    run: RunDirectory | None = None  # the run, if the model belongs to one
+    pretrained: str | None = None  # the name, if it is a pretrained model
 
 
-def open_network(name_or_path: StrPath) -> Source:
-    """Open the model at a path or with a name.
+def open_model(name_or_path: StrPath) -> Source:
+    """Open the model with a name or at a path.
 
-    A run or a hub folder takes precedence over a pretrained model with the same name.
+    A run or a model hub directory takes precedence over a pretrained model of the same name.
 
     Raises:
-        RunError: the network does not exist, is damaged, or does not declare its classes and
+        RunError: the model does not exist, is damaged, or does not declare its classes and
             normalization constants.
         MissingExtraError: the file is in ONNX format and the extra `onnx` is not installed.
     """
@@ -47,7 +49,7 @@ def open_network(name_or_path: StrPath) -> Source:
     return source
 
 
-def import_network(
+def import_model(
     name_or_path: StrPath,
     arch: str | None = None,
     *,
@@ -56,7 +58,7 @@ def import_network(
     classes: Sequence[str] = (),
     prefix: str | None = None,
 ) -> "ImportedModel":
-    """Open a model as `open_network` does, or a file of another project; see `convert.read`."""
+    """Open a model like `open_model`, or convert a file of another project (see `convert.read`)."""
     from resnet56.runs import convert
 
     source = _open_own(name_or_path)
@@ -68,12 +70,12 @@ def import_network(
 
 
 def _open_own(name_or_path: StrPath) -> Source | None:
-    """Open a run or a pretrained model; None for any other file or folder."""
+    """Open a run or a pretrained model. Return None for any other file or directory."""
     name, path = os.fspath(name_or_path), Path(name_or_path)
     run = _find_run(path)
     if run is not None:
         return Source(run.load(), run=run)
-    if path.is_dir() and _has_weights(path):
+    if path.is_dir() and has_weights(path):
         return None
     if name in pretrained.names():
         return Source(pretrained.load(name), pretrained=name)
@@ -90,28 +92,25 @@ def _open_own(name_or_path: StrPath) -> Source | None:
 
 
 def _find_run(path: Path) -> RunDirectory | None:
-    """Return the run that a path belongs to: a run directory, its checkpoint folder, or a file."""
+    """Return the run of a run directory, of its checkpoint directory, or of a file in the latter.
+
+    Returns None if the path does not belong to a run.
+
+    Raises:
+        RunError: the path is a file in the checkpoint directory, but not its weights.
+    """
     if RunDirectory(path).checkpoint_file.exists():
         return RunDirectory(path)
-    folder = path if path.is_dir() else path.parent
-    if folder.resolve().name != "checkpoint":
+    directory = path if path.is_dir() else path.parent
+    if directory.resolve().name != "checkpoint":
         return None
-    run = RunDirectory(folder / "..")
+    run = RunDirectory(directory / "..")
     if not run.checkpoint_file.exists():
         return None
-    run = RunDirectory(folder.resolve().parent)
+    run = RunDirectory(directory.resolve().parent)
     if path.is_file() and path.name != run.checkpoint_file.name:
         files = read_json(run.checkpoint_file).get("files")
         model = files.get("model") if isinstance(files, dict) else None
         if not isinstance(model, dict) or model.get("name") != path.name:
             raise RunError(f"{path} does not contain the weights of its run; choose {run.path}")
     return run
-
-
-def _has_weights(folder: Path) -> bool:
-    from resnet56.runs.convert import SUFFIXES
-
-    try:
-        return any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
-    except OSError as error:
-        raise RunError(f"cannot read {folder}: {error.strerror or error}") from None

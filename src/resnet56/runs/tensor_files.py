@@ -1,8 +1,8 @@
-"""Read tensor files without running code. The format is recognized by the content.
+"""Read tensor files without running code. The content of a file determines its format.
 
-Supported are the formats of `torch.save` (since 2017), safetensors, and the ONNX files that this
-package exports. Opening a file reads only names and shapes. Values are read on demand, so a file
-cannot claim more memory than its own size.
+The supported formats are those of `torch.save` (since 2017), safetensors, and the ONNX files that
+this package exports. Opening a file reads only names and shapes, and values are read on demand. A
+file cannot make this module allocate more memory than the size of the file.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from resnet56.data.pickles import (
 from resnet56.errors import MissingExtraError, RunError, one_line
 from resnet56.runs.pretrained import HEAD, has_onnx_header
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # at the start of files that torch.save wrote before version 1.6
+_MAGIC = 0x1950A86A20F9469CFC6C  # first object in files that PyTorch wrote before version 1.6
 _BN_EPS = 1e-5
 
-# Signatures of other formats that users pass instead of a checkpoint.
+# Signatures of other formats that users may pass by mistake.
 _OTHERS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run git lfs pull"),
     (b"\x1f\x8b", "is compressed with gzip; unpack it first"),
@@ -42,7 +42,7 @@ _OTHERS = (
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it first"),
     (b"7z\xbc\xaf", "is a 7z archive; unpack it first"),
     (b"Rar!", "is a RAR archive; unpack it first"),
-    (b"\x89HDF", "is an HDF5 file, as written by Keras; only PyTorch weights are supported"),
+    (b"\x89HDF", "is an HDF5 file, such as Keras writes; only PyTorch weights are supported"),
     (b"\x93NUMPY", "is a NumPy array; choose a state dict written by torch.save or safetensors"),
     (b"{", "is JSON text, not a checkpoint; choose the weight file"),
 )
@@ -67,27 +67,27 @@ _STORAGES = {
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file, whose values are not read yet."""
+    """A tensor in a file. Its values are read on demand."""
 
     shape: tuple[int, ...]
     type: str  # name of the data type, as in PyTorch or in the file
     read: Callable[[], Tensor]  # can raise any exception if the file is damaged
-    plain: bool = True  # dense and real
+    plain: bool = True  # whether it is a dense tensor of real numbers
     memory: object = field(default_factory=object)  # equal for tensors that share memory
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The content of a file: nested containers with `StoredTensor` leaves, and metadata."""
+    """The content of a file."""
 
-    tree: object
+    tree: object  # nested containers with `StoredTensor` leaves
     metadata: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()  # classes of objects that are not tensors
 
 
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[Contents]:
-    """Open a file; its tensors can be read until the block ends.
+    """Open a tensor file. Its tensors can be read until the block ends.
 
     Raises:
         RunError: the file cannot be read, has another format, is damaged, or could run code.
@@ -113,18 +113,18 @@ def open_tensors(file: Path) -> Iterator[Contents]:
             raise
         except UnsafePickleError as error:
             raise RunError(
-                f"{file} refers to {one_line(error)}, which could run code: it was not loaded; "
+                f"{file} refers to {one_line(error)}, which could run code, so it was not loaded; "
                 "do not trust this file"
             ) from None
         except OSError as error:
             raise RunError(f"cannot read {file}: {error.strerror or error}") from None
-        except Exception as error:  # a damaged file can make a parser raise anything
+        except Exception as error:  # parsers can raise any exception on a damaged file
             raise RunError(f"{file} is not a valid checkpoint: {one_line(error)}") from None
         yield contents
 
 
 def _describe_other(head: bytes) -> str | None:
-    """Describe a file of another format. Return None for a possible checkpoint."""
+    """Describe a file in another format. Return None if it can be a checkpoint."""
     if not head:
         return "is empty"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
@@ -167,13 +167,13 @@ def _safetensors(file: Path, stack: contextlib.ExitStack) -> Contents:
 
 
 class _Storage:
-    """A storage in a file; `raw` reads its bytes."""
+    """A storage in a file. `raw` reads its bytes."""
 
     def __init__(self, key: object, dtype: torch.dtype, count: int, raw: Any) -> None:
         self.key, self.dtype, self.count, self._raw = key, dtype, count, raw
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """Read all values, (N,)."""
+        """Read all values as a tensor of shape (N,)."""
         return torch.frombuffer(self._raw(self), dtype=dtype, count=self.size // dtype.itemsize)
 
     @property
@@ -192,7 +192,7 @@ class _Rebuild:
         return _view(storage, storage.dtype, offset, shape, stride)
 
     def __setstate__(self, state: object) -> None:
-        """Do nothing; `__new__` returns no instance of this class."""
+        """Do nothing. Without this method, a pickle could set attributes of the class itself."""
 
 
 class _RebuildTyped(_Rebuild):
@@ -204,28 +204,28 @@ class _RebuildTyped(_Rebuild):
     ) -> Any:  # fmt: skip
         resolved = getattr(torch, str(dtype.name).removeprefix("torch."), None)
         if not isinstance(resolved, torch.dtype):
-            raise ValueError(f"a tensor of unknown type {dtype.name}")
+            raise ValueError(f"a tensor has the unknown type {dtype.name}")
         return _view(storage, resolved, offset, shape, stride)
 
 
 class _RebuildParameter(_Rebuild):
-    """Returns the tensor of a parameter."""
+    """Stands in for the functions that convert a tensor to a parameter."""
 
     def __new__(cls, tensor: object, *_: object) -> Any:
         return tensor
 
 
 class _RebuildSubclass(_Rebuild):
-    """Builds the tensor of a subclass with another of these classes."""
+    """Stands in for the functions that rebuild tensor subclasses with another such function."""
 
     def __new__(cls, make: Any, _type: object, arguments: tuple[Any, ...], *_: object) -> Any:
         if not (isinstance(make, type) and issubclass(make, _Rebuild)):
-            raise ValueError("a tensor of an unknown class")
+            raise ValueError("a tensor has an unknown class")
         return make(*arguments)
 
 
 class _RebuildSpecial(_Rebuild):
-    """Stands in for sparse, quantized and meta tensors."""
+    """Stands in for the functions that build sparse, quantized and meta tensors."""
 
     def __new__(cls, *_: object) -> Any:
         return StoredTensor((), "a special tensor", _unreadable, plain=False)
@@ -253,14 +253,14 @@ def _view(
 ) -> StoredTensor:
     """Return a view of a storage. Raises ValueError unless the view lies inside the storage."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple | list):
-        raise ValueError("a tensor without a storage")
+        raise ValueError("a tensor has no storage")
     if not isinstance(stride, tuple | list) or len(stride) != len(shape) or len(shape) > 64:
-        raise ValueError("a tensor without a shape")
+        raise ValueError("a tensor has no valid shape")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *stride)):
-        raise ValueError("a tensor with an invalid shape")
+        raise ValueError("a tensor has an invalid shape")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if math.prod(shape) and last >= storage.size // dtype.itemsize:
-        raise ValueError("a tensor outside its storage")
+        raise ValueError("a tensor exceeds its storage")
     sizes = tuple(shape)
     return StoredTensor(
         sizes,
@@ -272,7 +272,7 @@ def _view(
 
 
 class _TorchPickle:
-    """Unpickles a file of torch.save and records the names of other classes."""
+    """Unpickles a file of `torch.save`, and records the classes that do not belong to PyTorch."""
 
     def __init__(self, raw: Callable[[_Storage], Any]) -> None:
         self.raw = raw
@@ -281,7 +281,7 @@ class _TorchPickle:
 
     def load(self, stream: BinaryIO) -> Any:
         """Read the next object."""
-        # Python 2 strings are read as Latin-1: keys are ASCII, and other strings are not used.
+        # Decode Python 2 strings as Latin-1. Keys are ASCII, and other strings are not used.
         return unpickle(stream, self._find, self._storage, encoding="latin-1")
 
     def contents(self, tree: object) -> Contents:
@@ -305,52 +305,55 @@ class _TorchPickle:
         tag, storage_class, key, _, count, *view = pid
         name = storage_class.name.rpartition(".")[2].removesuffix("Storage")
         if tag != "storage" or name not in _STORAGES or any(part is not None for part in view):
-            raise ValueError(f"a storage of unknown type {one_line(name)}")
+            raise ValueError(f"a storage has the unknown type {one_line(name)}")
         if type(count) is not int or not 0 <= count < 2**60 or not isinstance(key, str | int):
-            raise ValueError("a storage without a valid size")
+            raise ValueError("a storage has an invalid size or key")
         storage = _Storage(key, _STORAGES[name], count, self.raw)
         known = self.storages.setdefault(key, storage)
         return known if (known.dtype, known.count) == (storage.dtype, count) else storage
 
 
 def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
-    """Read a file of torch.save since 1.6: a zip archive of a pickle and one entry per storage."""
+    """Read a zip archive with a pickle and one entry per storage, as written since PyTorch 1.6."""
     names = set(archive.namelist())
     index = next((name for name in names if name.split("/")[1:] == ["data.pkl"]), None)
     if index is None:
-        raise RunError(f"{file} is a zip archive, but not a PyTorch checkpoint")
-    folder = index.removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in names:
         raise RunError(
-            f"{file} is a TorchScript program, which could run code: it was not loaded; save the "
-            "state dict instead"
+            f"{file} is a zip archive, but not a PyTorch checkpoint; if it contains one, unpack it "
+            "first"
+        )
+    prefix = index.removesuffix("data.pkl")
+    if f"{prefix}constants.pkl" in names:
+        raise RunError(
+            f"{file} is a TorchScript program, which could run code, so it was not loaded; save "
+            "the state dict instead"
         )
     cache: dict[object, bytearray] = {}
 
     def read(name: str) -> bytes:
         entry = archive.getinfo(name)
-        # PyTorch does not compress. Overlapping entries could multiply the size of the file.
+        # PyTorch does not compress entries, so none is larger than the file.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
             raise ValueError(f"{one_line(name)} is compressed or larger than the file")
         return archive.read(entry)
 
     def raw(storage: _Storage) -> bytearray:
         if storage.key not in cache:
-            cache[storage.key] = bytearray(read(f"{folder}data/{storage.key}"))
+            cache[storage.key] = bytearray(read(f"{prefix}data/{storage.key}"))
             if sum(map(len, cache.values())) > size:
                 raise ValueError("entries of the archive overlap")
         if len(cache[storage.key]) < storage.size:
             raise ValueError("a storage is truncated")
         return cache[storage.key]
 
-    if f"{folder}byteorder" in names and read(f"{folder}byteorder") != b"little":
+    if f"{prefix}byteorder" in names and read(f"{prefix}byteorder") != b"little":
         raise RunError(f"{file} is in big-endian byte order, which is not supported")
     loader = _TorchPickle(raw)
     return loader.contents(loader.load(io.BytesIO(read(index))))
 
 
 def _legacy(stream: BinaryIO, size: int) -> Contents:
-    """Read a file of torch.save before 1.6 (pickles, then the storages) or a single pickle."""
+    """Read pickles followed by the storages, as written before PyTorch 1.6, or a single pickle."""
     offsets: dict[object, int] = {}
 
     def raw(storage: _Storage) -> bytearray:
@@ -377,10 +380,10 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
 
 
 def _onnx(file: Path, content: bytes) -> Contents:
-    """Read the weights of a file that `resnet56 export` wrote, under their PyTorch names.
+    """Read a file that `resnet56 export` wrote. Return the weights with their PyTorch names.
 
-    The export folds each batch norm into the preceding convolution. This function
-    converts the bias of the convolution to a batch norm that only adds this bias.
+    The export folds each batch norm into the preceding convolution. This function converts the
+    bias of each convolution to a batch norm that only adds this bias.
     """
     try:
         import onnx
@@ -390,8 +393,8 @@ def _onnx(file: Path, content: bytes) -> Contents:
     model = onnx.load_model_from_string(content)
     values = {}
     for entry in model.graph.initializer:
-        if entry.external_data:  # an external file could be any file on this machine
-            raise RunError(f"{file} stores its weights in other files; export it as one file")
+        if entry.external_data:  # the name could refer to any file on this machine
+            raise RunError(f"{file} stores its weights in other files; export it to a single file")
         values[entry.name] = torch.from_numpy(numpy_helper.to_array(entry).copy())
     parts = ("weight", "bias", "running_mean", "running_var")
     tree = {

@@ -1,0 +1,132 @@
+"""Model hub directories: find the weight file, and read the configuration of the model."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resnet56.errors import RunError, abbreviate, one_line
+from resnet56.runs.layouts import Triple
+from resnet56.runs.pretrained import config_from_metadata
+
+MAX_CLASSES = 100_000  # of a classifier
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # standard file names, preferred first
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl"}
+ARCHS = r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?"  # architecture names of this package
+
+
+def has_weights(directory: Path) -> bool:
+    """Return whether a directory contains a weight file. Raises RunError if it cannot be read."""
+    return bool(_weight_files(directory))
+
+
+def find_weights(directory: Path) -> Path:
+    """Return the weight file in a hub directory.
+
+    Raises:
+        RunError: the directory cannot be read, or it contains no weight file or several of which
+            none has a standard name.
+    """
+    files = _weight_files(directory)
+    standard = [file for name in WEIGHT_FILES for file in files if file.name == name]
+    if standard or len(files) == 1:
+        return (standard or files)[0]
+    if files:
+        raise RunError(
+            f"{directory} contains several checkpoints ({abbreviate(files)}); choose one of them"
+        )
+    raise RunError(
+        f"{directory} contains neither a run nor weights; choose a run directory, a checkpoint "
+        "file or a model hub directory"
+    )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    try:
+        files = sorted(directory.iterdir())
+    except OSError as error:
+        raise RunError(f"cannot read {directory}: {error.strerror or error}") from None
+    return [file for file in files if file.suffix.lower() in WEIGHT_SUFFIXES]
+
+
+@dataclass(frozen=True)
+class DeclaredConfig:
+    """The configuration of a model, as far as its file or config.json declares it."""
+
+    arch: str | None = None
+    classes: tuple[str, ...] | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    file: str = ""  # name of the file that declares it
+
+    def missing(self) -> list[str]:
+        """Return which of classes, mean and std are not declared."""
+        required = {"classes": self.classes, "mean": self.mean, "std": self.std}
+        return [name for name, value in required.items() if value is None]
+
+
+def declared_config(file: Path, metadata: Mapping[str, str]) -> DeclaredConfig:
+    """Read the configuration from the metadata of a weight file or the config.json next to it.
+
+    Raises:
+        RunError: the metadata or config.json is invalid.
+    """
+    if "arch" in metadata and "classes" in metadata:
+        try:
+            config = config_from_metadata(metadata)
+        except ValueError as error:
+            raise RunError(f"{file} has invalid metadata: {one_line(error)}") from None
+        return DeclaredConfig(config.arch, config.classes, config.mean, config.std, file.name)
+    config_file = file.with_name("config.json")
+    return _read_config(config_file) if config_file.is_file() else DeclaredConfig()
+
+
+def _read_config(file: Path) -> DeclaredConfig:
+    """Read a config.json of this package, timm or Transformers."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file} is damaged: {one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise RunError(f"{file} is damaged: it is not a JSON object")
+    inner = config.get("pretrained_cfg")  # timm
+    merged = {**config, **(inner if isinstance(inner, dict) else {})}
+    arch = merged.get("architecture")
+    if not isinstance(arch, str) or not re.fullmatch(ARCHS, arch):
+        arch = None
+    # In other projects, "resnet56" can have projection shortcuts. The shapes determine the type.
+    if "mean" not in config or "id2label" not in config:
+        arch = None
+    return DeclaredConfig(
+        arch,
+        _labels(merged),
+        _triple(merged.get("mean")),
+        _triple(merged.get("std")),
+        file.name,
+    )
+
+
+def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the declared class names if they are distinct."""
+    labels = config.get("label_names")  # timm
+    by_index = config.get("id2label")  # this package, Transformers
+    if not isinstance(labels, list) and isinstance(by_index, dict):
+        labels = [by_index.get(str(index)) for index in range(len(by_index))]
+    if not isinstance(labels, list) or not labels or len(labels) > MAX_CLASSES:
+        return None
+    if not all(isinstance(label, str) and label for label in labels):
+        return None
+    return tuple(labels) if len(set(labels)) == len(labels) else None
+
+
+def _triple(value: object) -> Triple | None:
+    if not isinstance(value, list) or len(value) != 3:
+        return None
+    if not all(isinstance(x, int | float) and abs(x) < 1e6 for x in value):
+        return None
+    first, second, third = map(float, value)
+    return first, second, third
