@@ -248,7 +248,7 @@ def test_class_names_come_from_the_flag_or_a_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="3 classes requires --mean and --std"):
         convert.read(file)
     ones = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    with pytest.raises(UsageError, match="3 classes; set --classes"):
+    with pytest.raises(UsageError, match="names of the 3 classes are unknown; set --classes"):
         convert.read(file, **ones)
     with pytest.raises(UsageError, match="2 different names, but the network has 3 outputs"):
         convert.read(file, classes=("a", "b"), **ones)
