@@ -250,7 +250,7 @@ def test_class_names_come_from_the_flag_or_a_file(tmp_path: Path) -> None:
     ones = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     with pytest.raises(UsageError, match="names of the 3 classes are unknown; set --classes"):
         convert.read(file, **ones)
-    with pytest.raises(UsageError, match="2 different names, but the network has 3 outputs"):
+    with pytest.raises(UsageError, match="2 different names, but the model has 3 outputs"):
         convert.read(file, classes=("a", "b"), **ones)
 
 
