@@ -5,7 +5,7 @@ command line read `--resume`.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _flags = False  # whether messages spell options as flags
 
@@ -41,8 +41,6 @@ def option(name: str, value: object = None) -> str:
 def either(python: str, command_line: str) -> str:
     """Return the text for the interface in use, if the two differ in more than an option."""
     return command_line if _flags else python
-
-from collections.abc import Sequence
 
 
 class Error(Exception):
