@@ -105,7 +105,7 @@ ARROWS: dict[str, set[str]] = {
     "report.words": {"progress"},
     "report.recipe_words": {"recipe", "report.words"},
     "report.render": {"files", "report.plots", "report.words"},
-    "report.story": {"recipe", "report.words", "runs.schema"},
+    "report.story": {"recipe", "report.recipe_words", "report.words", "runs.schema"},
     "report.read": {
         "errors", "files", "model", "recipe", "runs.checkpoint", "runs.directory", "runs.schema",
     },
@@ -113,8 +113,8 @@ ARROWS: dict[str, set[str]] = {
         "errors", "report.plots", "report.read", "report.words", "runs.directory", "runs.schema",
     },
     "report.page": {
-        "report.pictures", "report.plots", "report.read", "report.recipe_words", "report.story",
-        "report.words",
+        "data.cifar", "report.pictures", "report.plots", "report.read", "report.recipe_words",
+        "report.story", "report.words",
     },
     "report.comparison": {
         "report.page", "report.plots", "report.read", "report.story", "report.words", "runs.schema",

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from resnet56 import evaluation
+from resnet56 import evaluation, samples
 from resnet56.data.augment import Augmentation
 from resnet56.data.corruptions import CORRUPTIONS, corrupt, evenly_spaced
-from resnet56.data.dataset import Dataset
+from resnet56.data.dataset import Dataset, Split
 from resnet56.evaluation import (
     compare,
     evaluate_run,
@@ -24,6 +24,7 @@ from resnet56.evaluation import (
 )
 from resnet56.files import write_json
 from resnet56.recipe import Recipe
+from resnet56.runs.checkpoint import ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.training import train
 
@@ -55,6 +56,21 @@ def test_predictions_match_the_metrics(run: RunDirectory, tiny: Dataset) -> None
     matrix = np.zeros((3, 3), int)
     np.add.at(matrix, (saved["labels"], predicted), 1)
     assert matrix.tolist() == metrics["confusion_matrix"]
+
+
+def test_the_kept_mistakes_are_from_all_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "MOST_CONFIDENT", 2)
+    # Class 0 as class 1 with high confidence, nine times; class 1 as 2 and 2 as 0 with lower ones.
+    cells = [(0, 1)] * 9 + [(1, 2)] * 3 + [(2, 0)]
+    labels = torch.tensor([true for true, _ in cells])
+    logits = np.zeros((13, 3))
+    for i, (_, predicted) in enumerate(cells):
+        logits[i, predicted] = 10 - i / 2
+    split = Split(torch.zeros(13, 3, 32, 32, dtype=torch.uint8), labels)
+    assert samples.kept_mistakes(logits, split)["mistake_index"].tolist() == list(range(13))
+    kept = samples.kept_mistakes(logits, split, limit=6)
+    # The two most confident; then the first of each other cell, and the second ones.
+    assert kept["mistake_index"].tolist() == [0, 1, 2, 9, 10, 12]
 
 
 def test_samples_are_confident_mistakes_and_crops(run: RunDirectory, tiny: Dataset) -> None:
@@ -163,7 +179,7 @@ def test_a_model_compared_with_itself_has_no_changes(run: RunDirectory, tiny: Da
     evaluated = evaluated_model(run.load(), CPU)
     result = compare(evaluated, evaluated, ("cpu fp32", "cpu fp32"), tiny.test)
     assert (result["changed"], result["largest_difference"]) == (0, 0.0)
-    assert "explains none" in result["verdict"]
+    assert result["verdict"].endswith("so this difference does not explain any accuracy gap.")
 
 
 def test_a_comparison_counts_the_changed_predictions(run: RunDirectory, tiny: Dataset) -> None:
@@ -176,8 +192,33 @@ def test_a_comparison_counts_the_changed_predictions(run: RunDirectory, tiny: Da
     assert result["accuracy_b"] == pytest.approx(8 / 24)
     assert result["largest_difference"] == pytest.approx(100, rel=1e-3)
     assert result["median_difference"] == pytest.approx(0, abs=1e-5)
-    points = 100 * (result["accuracy_b"] - result["accuracy_a"])
-    assert f"{points:+.2f} points" in result["verdict"]
+
+
+class Fixed:
+    """A classifier that returns these logits for all images."""
+
+    def __init__(self, config: ModelConfig, outputs: torch.Tensor) -> None:
+        self.config, self.outputs = config, outputs
+
+    def logits(self, images: torch.Tensor, batch: int = 1, advance: object = None) -> torch.Tensor:
+        return self.outputs
+
+
+def test_a_comparison_says_how_much_of_a_gap_it_explains(run: RunDirectory, tiny: Dataset) -> None:
+    config = run.load().config
+    correct = torch.nn.functional.one_hot(tiny.test.labels, 3).float()
+    wrong = correct.clone()
+    wrong[:6] = correct[:6].roll(1, dims=1)
+    a, b = (Fixed(config, outputs) for outputs in (correct, wrong))
+    assert compare(a, b, ("a", "b"), tiny.test)["verdict"] == (
+        "6 of 24 images (25.00 %) change their predicted class from a to b. Accuracy changes by "
+        "-25.00 points, so this difference explains at most 25.00 points of an accuracy gap."
+    )
+    # Two wrong answers differ, but not in accuracy.
+    first, second = (Fixed(config, correct.roll(shift, dims=1)) for shift in (1, 2))
+    assert compare(first, second, ("a", "b"), tiny.test)["verdict"].endswith(
+        "Accuracy does not change, so this difference does not explain any accuracy gap."
+    )
 
 
 def test_bf16_logits_are_close_to_fp32(run: RunDirectory, tiny: Dataset) -> None:

@@ -22,7 +22,7 @@ from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import BatchSpeed, Comparison, Evaluation, Metrics, Robustness, Speed
 from resnet56.runtime import Precision, autocast, peak_memory_mb
-from resnet56.samples import augmented_samples, confident_mistakes
+from resnet56.samples import augmented_samples, kept_mistakes
 
 BATCH = 256
 
@@ -196,7 +196,7 @@ def evaluate_run(
     run.write_predictions({"logits": test_logits, "labels": test_labels, "indices": indices})
     config = evaluated.config
     samples = augmented_samples(training, config.mean, config.std, augmentation)
-    run.write_samples(samples | confident_mistakes(test_logits, dataset.test))
+    run.write_samples(samples | kept_mistakes(test_logits, dataset.test))
     run.write_evaluation(result)
     return result
 
@@ -322,16 +322,22 @@ def compare(
     correct = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]
     changed = int((a.argmax(dim=1) != b.argmax(dim=1)).sum())
     points = 100 * (correct[1] - correct[0]) / len(labels)
+    no_gap = "so this difference does not explain any accuracy gap."
     if changed == 0:
         verdict = (
-            f"{names[0]} and {names[1]} predict the same class for all {len(labels):,} images, so "
-            "the difference explains none of an accuracy gap."
+            f"{names[0]} and {names[1]} predict the same class for all {len(labels):,} images, "
+            f"{no_gap}"
         )
     else:
         verdict = (
             f"{changed:,} of {len(labels):,} images ({100 * changed / len(labels):.2f} %) change "
-            f"their class from {names[0]} to {names[1]}, and accuracy changes by {points:+.2f} "
-            "points, so it explains at most that much of a gap."
+            f"their predicted class from {names[0]} to {names[1]}. "
+        )
+        verdict += (
+            f"Accuracy changes by {points:+.2f} points, so this difference explains at most "
+            f"{abs(points):.2f} points of an accuracy gap."
+            if points
+            else f"Accuracy does not change, {no_gap}"
         )
     return {
         "a": names[0],

@@ -1,4 +1,4 @@
-"""Select images for the report: augmented training images and confident mistakes."""
+"""Select images for the report: augmented training images and misclassified test images."""
 
 import math
 from typing import Any
@@ -10,9 +10,10 @@ from torch import Tensor
 from resnet56.data.augment import Augmentation, augment, sample_params
 from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, sample_mix_params
-from resnet56.metrics import FloatArray, softmax
+from resnet56.metrics import FloatArray, IntArray, softmax
 
-MISTAKES = 24  # maximum number of mistakes
+MISTAKES = 500  # maximum number of mistakes
+MOST_CONFIDENT = 24  # mistakes that are always kept, whatever their classes
 ORIGINALS, VARIANTS = 10, 5  # training images, and augmented versions of each
 
 
@@ -51,7 +52,7 @@ def augmented_samples(
 
 
 def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation) -> None:
-    """MixParams the same share of the variants as in training, but at least one variant.
+    """Mix the same share of the variants as in training, but at least one variant.
 
     Args:
         augmented: (K * V, 3, 32, 32), changed in place.
@@ -70,12 +71,16 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
         augmented[variant::VARIANTS] = mix_images(images, mix)
 
 
-def confident_mistakes(logits: FloatArray, split: Split) -> dict[str, Any]:
-    """Return the wrong predictions with the highest confidence, in descending order.
+def kept_mistakes(logits: FloatArray, split: Split, limit: int = MISTAKES) -> dict[str, Any]:
+    """Return wrong predictions from every cell of the confusion matrix, by descending confidence.
+
+    If there are more than `limit`, the most confident ones are kept: a few overall, then one of
+    each cell, then two, and so on, beginning with the cells that have the most images.
 
     Args:
         logits: (N, C), of the images of `split`.
         split: N images and their labels.
+        limit: maximum number of images.
 
     Returns:
         `mistakes` (M, 3, 32, 32) uint8, and `mistake_index`, `mistake_true`, `mistake_predicted`
@@ -84,7 +89,8 @@ def confident_mistakes(logits: FloatArray, split: Split) -> dict[str, Any]:
     labels, predicted = split.labels.cpu().numpy(), logits.argmax(axis=1)
     confidence = softmax(logits).max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
-    index = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
+    index = wrong[_spread(labels[wrong] * logits.shape[1] + predicted[wrong], limit)]
     return {
         "mistakes": split.images[torch.from_numpy(index)].cpu().numpy(),
         "mistake_index": index,
@@ -92,3 +98,17 @@ def confident_mistakes(logits: FloatArray, split: Split) -> dict[str, Any]:
         "mistake_predicted": predicted[index],
         "mistake_confidence": confidence[index],
     }
+
+
+def _spread(cells: IntArray, limit: int) -> IntArray:
+    """Choose at most `limit` positions of `cells`, as evenly as possible from all its values.
+
+    The first `MOST_CONFIDENT` positions are always chosen. The result is in ascending order.
+    """
+    by_cell = np.argsort(cells, kind="stable")
+    _, starts, counts = np.unique(cells[by_cell], return_index=True, return_counts=True)
+    rank, size = np.empty_like(by_cell), np.empty_like(by_cell)
+    rank[by_cell] = np.arange(len(cells)) - np.repeat(starts, counts)  # within its cell
+    size[by_cell] = np.repeat(counts, counts)
+    rank[:MOST_CONFIDENT] = -1
+    return np.sort(np.lexsort((-size, rank))[:limit])

@@ -109,7 +109,9 @@ def layout_of(folder: Path) -> "cifar._Layout":
 @pytest.mark.parametrize("form", FOLDERS)
 def test_published_images_are_recognized_in_every_form(folders: dict[str, Path], form: str) -> None:
     loaded = load_directory(folders[form])
-    assert loaded.source.endswith("the published split")
+    title = loaded.name.replace("cifar", "CIFAR-")
+    sizes = f"{len(loaded.train):,} training and {len(loaded.test):,} test images"
+    assert loaded.source == f"{title} (official split): {sizes}"
     assert loaded.remarks == ()
     assert loaded.classes == names_of(loaded.name)
     expected = np.concatenate([records(loaded.name, n) for n in range(len(ROWS[loaded.name]))])
@@ -130,7 +132,7 @@ def test_minor_differences_cause_a_remark(
     content[-1] ^= 1
     file.write_bytes(content)
     loaded = load_directory(folder)
-    assert loaded.source.endswith(f"with differences in {file.name}")
+    assert f"(official split, with differences in {file.name}): " in loaded.source
     assert f"differs from the published data set in {file.name}" in loaded.remarks[0]
 
 

@@ -136,7 +136,7 @@ def test_the_tables_equal_the_evaluation(full: Path, page: Page) -> None:
 
 def test_all_measurements_are_shown(page: Page) -> None:
     assert PARITY["comparisons"][0]["verdict"] in page.text
-    assert "73.25 % on average" in page.text
+    assert "the mean accuracy is 73.25 %" in page.text
     assert "4.732" in page.text
     pictures = [v for tag, name, v in page.attributes if (tag, name) == ("img", "alt")]
     assert sum(alt.startswith("Test image") for alt in pictures) == 24
@@ -196,7 +196,7 @@ def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
     parity = read_json(run / "parity.json")["comparisons"]
     write_json(run / "parity.json", {"comparisons": [one | {"step": 390 * 3} for one in parity]})
     page = page_of(run)
-    assert "finished, but has not been tested yet" in page.text
+    assert "finished, but it has not been tested" in page.text
     assert "test-accuracy" not in page.by_id
     for comparison in parity:
         assert comparison["verdict"] not in page.text
@@ -252,7 +252,7 @@ def test_class_names_with_markup_are_escaped(tmp_path: Path) -> None:
     assert page.tables["confusion"][2][0] == EVIL[1]
     titles = [value for tag, name, value in page.attributes if name == "title"]
     assert any(EVIL[0] in title and EVIL[1] in title for title in titles)
-    assert "One epoch is not enough for a trend." in page.text
+    assert "One epoch is not enough to show a trend." in page.text
 
 
 def test_a_report_of_100_classes_is_smaller_than_3_mb(tmp_path: Path) -> None:
@@ -550,29 +550,32 @@ def only(sentences: list[str]) -> str:
 def test_the_gap_is_classified() -> None:
     gap = story.gap
     sentence = only(gap(0.9998, 0.9303, (0.9251, 0.9351), augmented=True))
-    assert sentence.startswith(
-        "Overfitting: training accuracy is 99.98 % and test accuracy 93.03 %."
+    assert sentence == (
+        "The network overfits: training accuracy is 99.98 % and test accuracy is 93.03 %, a gap of "
+        "6.95 points. It fits almost all training images. It was trained with augmentation."
     )
-    assert "6.95 points" in sentence
-    assert sentence.endswith("Augmentation did not prevent it.")
     sentence = only(gap(0.90, 0.80, (0.79, 0.81), augmented=False))
-    assert sentence.startswith("Some overfitting")
-    assert "a gap of 10.00 points. The training used no augmentation" in sentence
-    assert only(gap(0.95, 0.935, (0.93, 0.94), augmented=True)).startswith("Little overfitting")
-    assert only(gap(0.95, 0.94, (0.93, 0.96), augmented=True)).startswith(
-        "No significant overfitting"
-    )
+    assert sentence.startswith("The network overfits")
+    assert "a gap of 10.00 points. It does not fit all training images." in sentence
+    assert sentence.endswith("It was trained without augmentation.")
+    assert "is little overfitting" in only(gap(0.95, 0.935, (0.93, 0.94), augmented=True))
+    assert "is no significant overfitting" in only(gap(0.95, 0.94, (0.93, 0.96), augmented=True))
     sentence = only(gap(0.93, 0.95, (0.94, 0.96), augmented=True))
-    assert sentence.startswith("No sign of overfitting")
-    assert "2.00 points higher on images" in sentence
-    assert only(gap(1.0, 1.0, (0.99, 1.0), augmented=True)).startswith("No significant overfitting")
+    assert sentence.startswith("There is no sign of overfitting")
+    assert sentence.endswith("test accuracy is 95.00 %, which is 2.00 points higher.")
+    assert "is no significant overfitting" in only(gap(1.0, 1.0, (0.99, 1.0), augmented=True))
 
 
 def test_a_result_at_chance_level_is_stated() -> None:
-    assert story.against_chance((0.92, 0.94), 10) == []
-    assert "includes 10.00 %" in only(story.against_chance((0.09, 0.11), 10))
-    assert "lies below 50.00 %" in only(story.against_chance((0.3, 0.4), 2))
-    assert "includes 50.00 %" in only(story.against_chance((0.48, 0.52), 2))
+    even = {"n": 100, "confusion_matrix": [[40, 10], [10, 40]]}
+    uneven = {"n": 100, "confusion_matrix": [[85, 5], [5, 5]]}
+    assert story.against_chance(even | {"accuracy_interval": [0.71, 0.87]}) == []
+    assert "includes 90.00 %" in only(
+        story.against_chance(uneven | {"accuracy_interval": [0.83, 0.94]})
+    )
+    assert "lies below 50.00 %" in only(
+        story.against_chance(even | {"accuracy_interval": [0.3, 0.4]})
+    )
 
 
 def rows(*losses: float, validation: tuple[float, ...] = ()) -> list[dict[str, Any]]:
@@ -585,24 +588,36 @@ def rows(*losses: float, validation: tuple[float, ...] = ()) -> list[dict[str, A
 def test_the_trend_of_the_last_epochs() -> None:
     step, cosine = Recipe(epochs=1), Recipe(epochs=1, schedule="cosine")
     assert story.trend([], step) == []
-    assert story.trend(rows(2.0), step) == ["One epoch is not enough for a trend."]
+    assert story.trend(rows(2.0), step) == ["One epoch is not enough to show a trend."]
     sentence = only(story.trend(rows(1.0, 0.9), step))
-    assert "still falling at the end, from 1.0000 to 0.9000 in the last epoch" in sentence
-    assert "More epochs may help" in sentence
-    assert "More epochs may help" not in only(story.trend(rows(1.0, 0.9), cosine))
+    assert sentence == (
+        "The training loss was still falling at the end: it was 0.9000 in the last epoch and "
+        "1.0000 in the epoch before. More epochs may help."
+    )
+    falling = only(story.trend(rows(1.0, 0.9), cosine))
+    assert "expected, because the learning rate falls to zero, so it does not show" in falling
+    # The last epoch has weaker augmentation; with 15 of them, the loss falls for other reasons.
+    tail = Recipe(epochs=1, cutout=8, weak_augmentation_epochs=1)
+    falling = only(story.trend(rows(1.0, 0.9), tail))
+    assert "expected, because the augmentation is weaker in the last epochs" in falling
+    unused = Recipe(epochs=1, weak_augmentation_epochs=1)
+    assert "More epochs may help" in only(story.trend(rows(1.0, 0.9), unused))
     assert "leveled off" in only(story.trend(rows(1.0, 0.96), step))
     assert "rising" in only(story.trend(rows(1.0, 1.2), step))
     assert only(story.trend(rows(1.0, 0.5), Recipe(epochs=3))) == (
         "So far, the training loss has changed from 1.0000 in epoch 1 to 0.5000 in epoch 2."
     )
     assert "leveled off" in only(story.trend(rows(0.0, 0.0), step))
+    assert "rising" in only(story.trend(rows(0.0, 0.5), step))
     # Twenty epochs: the last two (mean 0.55) against the two before (0.95).
     many = rows(*[1.0] * 17, 0.9, 0.6, 0.5)
-    assert "from 0.9500 to 0.5500 over the last 2 epochs" in only(story.trend(many, step))
+    assert "its mean was 0.5500 over the last 2 epochs and 0.9500 over the 2 epochs before" in only(
+        story.trend(many, step)
+    )
     peak = story.trend(rows(1.0, 1.0, 1.0, validation=(0.5, 0.7, 0.6)), step)
-    assert "highest after epoch 2 (70.00 %) and was 60.00 % after the last" in peak[1]
+    assert "highest after epoch 2 (70.00 %). It was 60.00 % after epoch 3." in peak[1]
     end = story.trend(rows(1.0, 1.0, validation=(0.5, 0.7)), step)
-    assert "highest at the end: 70.00 % after epoch 2" in end[1]
+    assert "highest at the end, 70.00 % after epoch 2" in end[1]
 
 
 def per_class(**f1: float) -> dict[str, dict[str, float]]:
@@ -611,7 +626,9 @@ def per_class(**f1: float) -> dict[str, dict[str, float]]:
 
 def test_the_best_and_the_worst_class() -> None:
     sentence = only(story.best_and_worst(per_class(cat=0.8, dog=0.9, frog=0.95)))
-    assert sentence == "“frog” has the highest F1 score (0.9500) and “cat” the lowest (0.8000)."
+    assert sentence == (
+        "“frog” has the highest F1 score (0.9500), and “cat” has the lowest (0.8000)."
+    )
     sentence = only(story.best_and_worst(per_class(a=1.0, b=1.0, c=0.5)))
     assert "“a” and “b” have the highest F1 score" in sentence
     assert "All 2 classes have the same F1 score" in only(
@@ -620,7 +637,7 @@ def test_the_best_and_the_worst_class() -> None:
     many = per_class(**{f"c{i}": 1.0 for i in range(9)}, bad=0.5)
     assert "9 classes have the highest F1 score" in only(story.best_and_worst(many))
     absent = per_class(a=1.0, b=0.5) | {"none": {"f1": 0.0, "support": 0}}
-    assert "“b” the lowest" in only(story.best_and_worst(absent))
+    assert "“b” has the lowest" in only(story.best_and_worst(absent))
     assert story.best_and_worst(per_class(a=1.0)) == []
 
 
@@ -629,9 +646,97 @@ def test_the_most_confused_pair() -> None:
     one = {"true": "cat", "predicted": "dog", "count": 58, "fraction": 0.058}
     back = {"true": "dog", "predicted": "cat", "count": 1, "fraction": 0.001}
     assert only(story.confusions([one])) == (
-        "The most frequent error is to classify “cat” as “dog”: 58 images, 5.80 % of that class."
+        "The most frequent error is “cat” classified as “dog”: 58 images, 5.80 % of the class."
     )
-    assert only(story.confusions([one, back])).endswith("The reverse error occurs for 1 image.")
+    assert only(story.confusions([one, back])).endswith("The reverse error occurs on 1 image.")
+    tied = one | {"true": "a", "predicted": "b"}
+    assert only(story.confusions([one, tied])).startswith(
+        "One of the most frequent errors is “cat”"
+    )
+
+
+def split(accuracy: float, interval: tuple[float, float], **metrics: Any) -> dict[str, Any]:
+    """Metrics on 1,000 images of two classes, of which 600 are in the first."""
+    wrong = round(1000 * (1 - accuracy))
+    made = {
+        "accuracy": accuracy,
+        "accuracy_interval": list(interval),
+        "n": 1000,
+        "confusion_matrix": [[600 - wrong, wrong], [0, 400]],
+        "per_class": {
+            "cat": {"support": 600, "recall": 1 - wrong / 600},
+            "dog": {"support": 400, "recall": 1.0},
+        },
+        "most_confused": [
+            {"true": "cat", "predicted": "dog", "count": wrong, "fraction": wrong / 600}
+        ],
+    }
+    return made | metrics
+
+
+def meeting(
+    test: dict[str, Any],
+    train: dict[str, Any] | None,
+    published: float | None = None,
+    **options: bool,
+) -> list[str]:
+    options = {"augmented": True, "finished": True} | options
+    return story.meeting("ResNet-56", test, train, published=published, **options)
+
+
+def test_the_meeting_gets_five_sentences() -> None:
+    test, train = split(0.9, (0.88, 0.92)), split(0.995, (0.99, 0.999))
+    assert meeting(test, train, 0.93) == [
+        "ResNet-56 reaches 90.00 % test accuracy on 1,000 images (95 % confidence interval: "
+        "88.00 % to 92.00 %).",
+        "For comparison, He et al. (2015) report 93.00 % for the same network (above this "
+        "interval), and always predicting the most frequent class would reach 60.00 %.",
+        "The most frequent error is “cat” classified as “dog” (100 images); “cat” has the lowest "
+        "recall, 83.33 %.",
+        "Training accuracy is 99.50 %, 9.50 points higher, so the network overfits: it fits almost "
+        "all training images.",
+        "Next, try stronger augmentation or more training images, and repeat the run with other "
+        "seeds to measure how much the accuracy varies.",
+    ]
+    assert "(within this interval)" in meeting(test, train, 0.91)[1]
+    assert "(below this interval)" in meeting(test, train, 0.87)[1]
+    assert meeting(test, train)[1].startswith("For comparison, always predicting")
+
+
+def test_the_meeting_is_told_the_truth_about_every_gap() -> None:
+    test = split(0.9, (0.88, 0.92))
+
+    def told(train: dict[str, Any] | None, **options: bool) -> tuple[str, str]:
+        _, _, _, gap, step = meeting(test, train, **options)
+        return gap, step
+
+    gap, step = told(None)
+    assert "was not measured, so it is unknown whether the network overfits" in gap
+    assert step.startswith("Next, repeat the run with other seeds")
+    for accuracy in (0.85, 0.91):  # a negative gap, and one within the interval
+        gap, step = told(split(accuracy, (0.0, 1.0)))
+        assert "so there is no significant overfitting" in gap
+        assert step.startswith("Next, try more epochs or a larger network, and repeat")
+    gap, step = told(split(0.97, (0.96, 0.98)), augmented=False)
+    assert "overfits, and it does not fit all training images either" in gap
+    assert step.startswith("Next, try augmentation or more training images")
+    narrow = split(0.9, (0.895, 0.905))
+    assert "little overfitting" in meeting(narrow, split(0.915, (0.91, 0.92)))[3]
+
+
+def test_the_meeting_hears_what_makes_the_result_preliminary() -> None:
+    good, train = split(0.9, (0.88, 0.92)), split(0.9, (0.88, 0.92))
+    assert "finish the training run" in meeting(good, train, finished=False)[4]
+    chance = split(0.6, (0.57, 0.63))
+    assert "check the labels" in meeting(chance, train)[4]
+    perfect = split(1.0, (0.996, 1.0), most_confused=[])
+    sentences = meeting(perfect, perfect)
+    assert "classifies all test images correctly, so they do not show" in sentences[2]
+    assert "with 0 mistakes, an improvement is hard to measure" in sentences[4]
+    assert "with 1 mistake, " in meeting(split(0.999, (0.995, 1.0)), perfect)[4]
+    absent = split(0.9, (0.88, 0.92))
+    absent["per_class"]["none"] = {"support": 0, "recall": None}
+    assert "“cat” has the lowest recall" in meeting(absent, train)[2]
 
 
 def bins(*filled: tuple[int, float]) -> dict[str, Any]:
@@ -643,10 +748,10 @@ def test_confidence_is_judged_by_the_interval() -> None:
     # (30 * 0.9 + 10 * 0.5) / 40 = 0.8
     calibration = bins((30, 0.9), (10, 0.5))
     assert story.mean_confidence(calibration["bins"]) == pytest.approx(0.8)
-    assert "overconfident by 10.00 points" in only(story.confidence(calibration, 0.7, (0.65, 0.75)))
-    assert "underconfident by 10.00 points" in only(
-        story.confidence(calibration, 0.9, (0.85, 0.95))
-    )
+    over = only(story.confidence(calibration, 0.7, (0.65, 0.75)))
+    assert "is overconfident: its mean confidence is 80.00 %, 10.00 points above" in over
+    under = only(story.confidence(calibration, 0.9, (0.85, 0.95)))
+    assert "is underconfident: its mean confidence is 80.00 %, 10.00 points below" in under
     assert "neither" in only(story.confidence(calibration, 0.78, (0.7, 0.85)))
 
 
@@ -658,14 +763,19 @@ def test_robustness_hardware_and_unfinished_runs() -> None:
         "corruptions": {"fog": [0.8, 0.6], "motion_blur": [0.7, 0.9]},
     }
     sentence = only(story.robustness(metrics))
-    assert "70.00 % on average, 20.00 points lower" in sentence
-    assert (
-        "It is lowest for “fog” (mean 70.00 %) and highest for “motion blur” (80.00 %)" in sentence
-    )
+    assert "the mean accuracy is 70.00 %, 20.00 points lower than" in sentence
+    assert "It is lowest for “fog” (70.00 %) and highest for “motion blur” (80.00 %)" in sentence
+    equal = {
+        "clean_accuracy": 0.7,
+        "mean_accuracy": 0.75,
+        "corruptions": {"a": [0.75], "b": [0.75]},
+    }
+    sentence = only(story.robustness(equal))
+    assert sentence.endswith("5.00 points higher than on the same images without corruption.")
     assert story.hardware([]) == []
     assert story.hardware(PARITY["comparisons"]) == [PARITY["comparisons"][0]["verdict"]]
     assert story.unfinished(5, 5, tested=True) == []
-    assert "finished, but has not been tested" in only(story.unfinished(5, 5, tested=False))
+    assert "finished, but it has not been tested" in only(story.unfinished(5, 5, tested=False))
     assert "has completed 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))
     assert "It was tested after 1 of 5" in only(story.unfinished(1, 5, tested=True))
 
@@ -676,11 +786,14 @@ def test_descriptions_of_recipes() -> None:
         "The learning rate starts at 0.1 and is multiplied by 0.1 after epochs 82 and 123."
     )
     assert schedule(Recipe(epochs=5)) == "The learning rate starts at 0.02 and stays constant."
-    assert (
-        "rises linearly to 0.1 over the first 5 epochs, then follows a cosine to zero"
-        in schedule(BEST)
+    assert schedule(BEST) == (
+        "The learning rate rises linearly to 0.1 over the first 5 epochs, then decays to zero at "
+        "epoch 200 (cosine schedule)."
     )
-    assert "over the first epoch, then falls linearly to zero" in schedule(RECIPES["quick"])
+    assert "over the first epoch, then decays linearly to zero" in schedule(RECIPES["quick"])
+    assert schedule(Recipe(epochs=2, warmup_epochs=2)).endswith(
+        "rises linearly toward 0.02 until the end of training."
+    )
     bare = Recipe(padding=0, flip=True)
     assert recipe_words.augmentation(bare, flips=False) == "Training images are not augmented."
     assert "flipped horizontally with probability 0.5" in recipe_words.augmentation(
@@ -691,14 +804,14 @@ def test_descriptions_of_recipes() -> None:
     grown = recipe_words.augmentation(Recipe(sizes=(16, 16, 24)), flips=True)
     assert "downscaled to 16 \N{MULTIPLICATION SIGN} 16 for 2 epochs and to 24" in grown
     trivial = Recipe(padding=0, trivial_augment=True)
-    assert "geometry or color" in recipe_words.augmentation(trivial, flips=False)
+    assert "geometric or color" in recipe_words.augmentation(trivial, flips=False)
     assert recipe_words.is_augmented(trivial, flips=False)
     assert "1 black pixel on" in recipe_words.augmentation(Recipe(padding=1), flips=False)
     several = Recipe(ema_decay=(0.999, 0.9995), val_size=1, teacher=("a", "b"), teacher_weight=0.9)
     told = recipe_words.optimizer(several)
-    assert "decays 0.999 and 0.9995); the best of them on the validation images is used" in told
-    assert "distilled from an ensemble of 2 trained networks" in told
-    assert "with weight 0.9 beside the labels" in told
+    assert "decays of 0.999 and 0.9995 per step, and uses the one with the highest" in told
+    assert "probabilities of an ensemble of 2 trained networks for the same" in told
+    assert told.count("with weight 0.9, and the labels with weight 0.1.") == 1
     mixed = Recipe(
         mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, weak_augmentation_epochs=15
     )
@@ -706,7 +819,9 @@ def test_descriptions_of_recipes() -> None:
     assert "In 50 % of batches, each image is composed of random crops of four images" in sentence
     assert "without Cutout" in sentence
     assert "= 0.3, and the targets are mixed" in sentence
-    assert sentence.endswith("In the last 15 epochs, augmentation is limited to crops and flips.")
+    assert sentence.endswith("Cutout and RICAP are disabled in the last 15 epochs.")
+    plain = Recipe(weak_augmentation_epochs=15)  # there is nothing to disable
+    assert "disabled" not in recipe_words.augmentation(plain, flips=True)
     assert recipe_words.is_augmented(Recipe(padding=0, mix="mixup"), flips=False)
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))
 
@@ -722,7 +837,8 @@ def test_number_formats() -> None:
     ]
     assert words.listed([]) == ""
     assert words.listed(["a"]) == "a"
-    assert words.listed(["a", "b", "c"]) == "a, b and c"
+    assert words.listed(["a", "b", "c"]) == "a, b, and c"
+    assert words.listed(["a", "b"]) == "a and b"
 
 
 @pytest.mark.parametrize("flip", [True, False])

@@ -22,6 +22,8 @@ from resnet56.errors import DataError, escape
 
 UInt8Array = npt.NDArray[np.uint8]
 
+OFFICIAL = "official split"  # in `Dataset.source`, if all checksums match
+
 _PIXELS = 3 * 32 * 32
 _BLOCK = 1_000  # images to process at once, to limit memory use
 _ADVICE = "unpack the archive again"
@@ -64,6 +66,11 @@ class _Layout:
     file_format: Literal["binary", "pickle"]
     labels: str = ""
     names: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name of the data set in prose."""
+        return self.name.replace("cifar", "CIFAR-")
 
     @property
     def label_bytes(self) -> int:
@@ -137,11 +144,11 @@ def load_cifar(layout: _Layout, directory: Path) -> Dataset:
         _check_split(layout, directory, test, classes, "test")
     if classes != PUBLISHED[layout.name]:
         different.append(layout.meta)
-    description = "the published split"
+    description = OFFICIAL
     remarks: tuple[str, ...] = ()
     if different:
         names = ", ".join(different)
-        description = f"the published split with differences in {names}"
+        description = f"{OFFICIAL}, with differences in {names}"
         remarks = (f"{escape(str(directory))} differs from the published data set in {names}",)
     return Dataset(
         name=layout.name,
@@ -149,8 +156,8 @@ def load_cifar(layout: _Layout, directory: Path) -> Dataset:
         train=train,
         test=test,
         allow_flip=True,
-        source=f"{layout.directory}: {len(train):,} training and {len(test):,} test images, "
-        f"{description}",
+        source=f"{layout.title} ({description}): {len(train):,} training and {len(test):,} test "
+        "images",
         origin=str(directory.resolve()),
         remarks=remarks,
     )

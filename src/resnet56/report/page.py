@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from resnet56.data.cifar import OFFICIAL
 from resnet56.report import pictures, plots, recipe_words, story, words
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
@@ -96,7 +97,7 @@ def title(facts: RunFacts) -> str:
 def stories(facts: RunFacts) -> dict[str, list[str]]:
     """Return the sentences of the page by section."""
     test, train, recipe = facts.test, facts.train, facts.recipe
-    sentences: dict[str, list[str]] = {part: [] for part in PARTS}
+    sentences: dict[str, list[str]] = {part: [] for part in (*PARTS, "meeting")}
     sentences |= {
         "state": story.unfinished(facts.progress.epoch, recipe.epochs, tested=test is not None),
         "trend": story.trend(facts.rows, recipe),
@@ -112,7 +113,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
         sentences |= {
             "result": [
                 story.result(test),
-                *story.against_chance(interval, len(facts.classes)),
+                *story.against_chance(test),
             ],
             "gap": story.gap(train["accuracy"], test["accuracy"], interval, augmented=augmented)
             if train
@@ -121,9 +122,23 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
             "confusions": story.confusions(test["most_confused"]),
             "confidence": story.confidence(test["calibration"], test["accuracy"], interval),
             "robustness": story.robustness(robust),
+            "meeting": story.meeting(
+                network_name(facts),
+                test,
+                train,
+                published=published_accuracy(facts),
+                augmented=augmented,
+                finished=facts.finished,
+            ),
         }
     sentences["takeaways"] = [sentence for part in PARTS for sentence in sentences[part]]
     return sentences
+
+
+def published_accuracy(facts: RunFacts) -> float | None:
+    """The accuracy in the paper of the same network on the same images, if there is one."""
+    same_images = (facts.source or "").startswith(f"CIFAR-10 ({OFFICIAL})")
+    return story.PUBLISHED.get(facts.config.arch) if same_images else None
 
 
 def training_charts(facts: RunFacts) -> list[Chart]:

@@ -10,30 +10,30 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 def schedule(recipe: Recipe) -> str:
     """Describe the learning-rate schedule."""
+    if recipe.warmup_epochs >= recipe.epochs:
+        return f"The learning rate rises linearly toward {recipe.lr:g} until the end of training."
     start = (
         f"The learning rate rises linearly to {recipe.lr:g} over the first "
-        f"{_epochs(recipe.warmup_epochs)}, then "
+        f"{_epochs(recipe.warmup_epochs)}, then"
         if recipe.warmup_epochs
-        else f"The learning rate starts at {recipe.lr:g} and "
+        else f"The learning rate starts at {recipe.lr:g} and"
     )
     if recipe.schedule == "cosine":
-        return f"{start}follows a cosine to zero at epoch {recipe.epochs}."
+        return f"{start} decays to zero at epoch {recipe.epochs} (cosine schedule)."
     if recipe.schedule == "one-cycle":
-        return f"{start}falls linearly to zero at epoch {recipe.epochs}."
+        return f"{start} decays linearly to zero at epoch {recipe.epochs}."
     drops = [f"{epoch:g}" for epoch in recipe.drop_epochs if epoch < recipe.epochs]
     if not drops:
-        return f"{start}stays constant."
+        return f"{start} stays constant."
     word = "epoch" if len(drops) == 1 else "epochs"
-    return f"{start}is multiplied by {recipe.drop_factor:g} after {word} {listed(drops)}."
+    return f"{start} is multiplied by {recipe.drop_factor:g} after {word} {listed(drops)}."
 
 
 def augmentation(recipe: Recipe, *, flips: bool) -> str:
     """Describe the augmentation of training images."""
     steps = []
     if recipe.trivial_augment:
-        steps.append(
-            "transformed by one of fourteen operations on geometry or color (TrivialAugment)"
-        )
+        steps.append("changed by a random geometric or color transform (TrivialAugment)")
     if recipe.padding:
         steps.append(
             f"padded with {plural(recipe.padding, 'black pixel')} on each side and cropped to "
@@ -44,21 +44,18 @@ def augmentation(recipe: Recipe, *, flips: bool) -> str:
         steps.append(f"flipped horizontally {when}")
     if recipe.cutout:
         steps.append(
-            f"covered by a {recipe.cutout} {TIMES} {recipe.cutout} square of the mean color at a "
-            "random position (Cutout)"
+            f"partly covered by a {recipe.cutout} {TIMES} {recipe.cutout} square of the mean color "
+            "at a random position (Cutout)"
         )
     if steps:
-        sentence = f"In each epoch, every training image is {listed(steps)}."
-    else:
+        # With a comma even for two steps, because a step can contain "and".
+        joined = ", and ".join(part for part in (", ".join(steps[:-1]), steps[-1]) if part)
+        sentence = f"Each training image is {joined}."
+    elif recipe.mix == "none":
         sentence = "Training images are not augmented."
-    sentence = " ".join([sentence, *_mixing(recipe)])
-    runs = [(size, len(list(epochs))) for size, epochs in groupby(recipe.sizes) if size != 32]
-    if not runs:
-        return sentence
-    downscaled = [
-        f"to {size} {TIMES} {size} for {plural(epochs, 'epoch')}" for size, epochs in runs
-    ]
-    return f"{sentence} At first, images are downscaled {listed(downscaled)}."
+    else:
+        sentence = ""
+    return " ".join(filter(None, [sentence, *_mixing(recipe), *_sizes(recipe)]))
 
 
 MIX_EFFECTS = {
@@ -70,7 +67,7 @@ MIX_EFFECTS = {
 
 
 def _mixing(recipe: Recipe) -> list[str]:
-    """Describe how images are mixed and when mixing ends."""
+    """Describe how images are mixed and when augmentations end."""
     sentences = []
     if recipe.mix != "none":
         share = f"{100 * recipe.mix_probability:g} % of" if recipe.mix_probability < 1 else "all"
@@ -81,12 +78,33 @@ def _mixing(recipe: Recipe) -> list[str]:
             "targets are mixed in the same proportions. Training accuracy is then the mean target "
             "probability of the predicted class."
         )
-    if recipe.weak_augmentation_epochs and (
-        recipe.mix != "none" or recipe.cutout or recipe.trivial_augment
-    ):
+    if disabled := disabled_in_tail(recipe):
+        names, verb = listed(disabled), "is" if len(disabled) == 1 else "are"
         epochs = _epochs(recipe.weak_augmentation_epochs)
-        sentences.append(f"In the last {epochs}, augmentation is limited to crops and flips.")
+        sentences.append(f"{names[0].upper()}{names[1:]} {verb} disabled in the last {epochs}.")
     return sentences
+
+
+def disabled_in_tail(recipe: Recipe) -> list[str]:
+    """The augmentations that the recipe disables in its last epochs."""
+    names = {"cutmix": "CutMix", "mixup": "mixup", "ricap": "RICAP"}
+    used = (
+        ("TrivialAugment", recipe.trivial_augment),
+        ("Cutout", recipe.cutout),
+        (names.get(recipe.mix, ""), recipe.mix != "none"),
+    )
+    return [name for name, on in used if on] if recipe.weak_augmentation_epochs else []
+
+
+def _sizes(recipe: Recipe) -> list[str]:
+    """Describe the epochs with smaller images."""
+    runs = [(size, len(list(epochs))) for size, epochs in groupby(recipe.sizes) if size != 32]
+    if not runs:
+        return []
+    downscaled = [
+        f"to {size} {TIMES} {size} for {plural(epochs, 'epoch')}" for size, epochs in runs
+    ]
+    return [f"At the start of training, images are downscaled {listed(downscaled)}."]
 
 
 def is_augmented(recipe: Recipe, *, flips: bool) -> bool:
@@ -102,43 +120,50 @@ def optimizer(recipe: Recipe) -> str:
     if recipe.nesterov:
         momentum = f"Nesterov {momentum}"
     sentences = [
-        f"The network is trained by stochastic gradient descent with {momentum} and a batch size "
-        f"of {recipe.batch_size:,}, for {plural(recipe.epochs, 'epoch')}."
+        f"The network is trained with stochastic gradient descent ({momentum}, batch size "
+        f"{recipe.batch_size:,}) for {plural(recipe.epochs, 'epoch')}."
     ]
     if recipe.weight_decay:
-        exempt = "" if recipe.decay_norm else ", not applied to batch norm and biases"
-        sentences.append(f"Weight decay is {recipe.weight_decay:g}{exempt}.")
+        exempt = "" if recipe.decay_norm else " It does not apply to batch norm and biases."
+        sentences.append(f"The weight decay is {recipe.weight_decay:g}.{exempt}")
     if recipe.label_smoothing:
-        sentences.append(f"Label smoothing is {recipe.label_smoothing:g}.")
+        sentences.append(f"The label smoothing is {recipe.label_smoothing:g}.")
     if recipe.teacher:
-        teachers = (
-            "a trained network"
-            if len(recipe.teacher) == 1
-            else (f"an ensemble of {len(recipe.teacher)} trained networks")
-        )
-        one = ", one random member per step" if recipe.teacher_random else ""
-        rest = (
-            f" with weight {recipe.teacher_weight:g} beside the labels"
-            if recipe.teacher_weight < 1
-            else " instead of the labels"
-        )
+        sentences.append(_distillation(recipe))
+    if len(recipe.ema_decay) == 1:
         sentences.append(
-            f"The network is distilled from {teachers}{one}: it learns their probabilities on the "
-            f"same augmented images at temperature {recipe.teacher_temperature:g}{rest}."
+            "The run uses an exponential moving average (EMA) of the weights, with a decay of "
+            f"{recipe.ema_decay[0]:g} per step."
         )
-    if recipe.ema_decay:
+    elif recipe.ema_decay:
         decays = listed([f"{decay:g}" for decay in recipe.ema_decay])
-        word = "decay" if len(recipe.ema_decay) == 1 else "decays"
-        chosen = (
-            "; the best of them on the validation images is used"
-            if len(recipe.ema_decay) > 1
-            else ""
-        )
         sentences.append(
-            "The final weights are an exponential moving average over the steps "
-            f"({word} {decays}){chosen}."
+            f"The run keeps exponential moving averages (EMA) of the weights, with decays of "
+            f"{decays} per step, and uses the one with the highest validation accuracy."
         )
     return " ".join(sentences)
+
+
+def _distillation(recipe: Recipe) -> str:
+    """Describe the knowledge distillation."""
+    teachers = (
+        "a trained network"
+        if len(recipe.teacher) == 1
+        else f"an ensemble of {len(recipe.teacher)} trained networks"
+    )
+    random = (
+        ", one random network per step" if recipe.teacher_random and len(recipe.teacher) > 1 else ""
+    )
+    labels = (
+        "instead of the labels"
+        if recipe.teacher_weight == 1
+        else f"with weight {recipe.teacher_weight:g}, and the labels with weight "
+        f"{1 - recipe.teacher_weight:g}"
+    )
+    return (
+        f"It learns the class probabilities of {teachers} for the same augmented images (knowledge "
+        f"distillation at temperature {recipe.teacher_temperature:g}{random}), {labels}."
+    )
 
 
 def _epochs(number: float) -> str:

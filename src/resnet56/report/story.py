@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resnet56.recipe import Recipe
+from resnet56.report.recipe_words import disabled_in_tail
 from resnet56.report.words import count, listed, loss, percent, plural, points, quoted
 from resnet56.runs.schema import ClassMetrics
 
 LARGE_GAP = 0.02  # a gap outside the interval is large from this value on
-MEMORIZED = 0.99  # training accuracy above which the training images count as memorized
+FITTED = 0.99  # training accuracy from which the network fits almost all training images
 STILL_FALLING = 0.05  # relative drop of the loss over the last epochs that counts as a trend
 TAIL = 10  # the trend compares the last tenth of the epochs with the tenth before it
+FEW_MISTAKES = 30  # fewer mistakes cannot show whether a change is an improvement
+# Test accuracy on CIFAR-10 in He et al. 2015 (arXiv:1512.03385), table 6.
+PUBLISHED = {"resnet56": 0.9303}
 
 Interval = tuple[float, float]
 
@@ -21,60 +25,64 @@ Interval = tuple[float, float]
 def result(test: Mapping[str, Any]) -> str:
     """The test accuracy and its confidence interval."""
     low, high = test["accuracy_interval"]
-    right = sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
+    correct = sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
     return (
-        f"The network classifies {count(right)} of {count(test['n'])} test images correctly: "
-        f"{percent(test['accuracy'])} test accuracy. The 95 % confidence interval for this number "
-        f"of images is {percent(low)} to {percent(high)}, {points(high - low)} wide."
+        f"The network reaches {percent(test['accuracy'])} test accuracy: it classifies "
+        f"{count(correct)} of {plural(test['n'], 'test image')} correctly. The 95 % confidence "
+        f"interval is {percent(low)} to {percent(high)}."
     )
 
 
-def against_chance(accuracy_interval: Interval, classes: int) -> list[str]:
-    """A warning if the result could be guessing among equally frequent classes."""
-    low, high = accuracy_interval
-    chance = 1 / classes
+def most_frequent(test: Mapping[str, Any]) -> float:
+    """The accuracy of always predicting the most frequent class."""
+    return float(max(sum(row) for row in test["confusion_matrix"]) / test["n"])
+
+
+def against_chance(test: Mapping[str, Any]) -> list[str]:
+    """A warning if always predicting the most frequent class could be as accurate."""
+    low, high = test["accuracy_interval"]
+    chance = most_frequent(test)
     if low > chance:
         return []
-    relation = "includes" if high >= chance else "lies below"
-    return [
-        f"The interval {relation} {percent(chance)}, the accuracy of guessing among {classes} "
-        "equally frequent classes, so there is no evidence that the network has learned the task."
-    ]
+    baseline = f"{percent(chance)}, the accuracy of always predicting the most frequent class"
+    if high >= chance:
+        return [
+            f"The interval includes {baseline}, so there is no evidence that the network has "
+            "learned the task."
+        ]
+    return [f"The interval lies below {baseline}."]
 
 
 def gap(train: float, test: float, test_interval: Interval, *, augmented: bool) -> list[str]:
     """Compare training accuracy (without augmentation) with test accuracy."""
     difference = train - test
     low, high = test_interval
-    numbers = f"training accuracy is {percent(train)} and test accuracy {percent(test)}"
+    numbers = f"training accuracy is {percent(train)} and test accuracy is {percent(test)}"
     if difference < 0:
         return [
-            f"No sign of overfitting: {numbers}, {points(-difference)} higher on images that the "
-            "network has not seen."
+            f"There is no sign of overfitting: {numbers}, which is {points(-difference)} higher."
         ]
     if low <= train <= high:
         return [
-            f"No significant overfitting: {numbers}. The gap of {points(difference)} lies within "
+            f"There is no significant overfitting: {numbers}. The training accuracy lies within "
             "the confidence interval of the test accuracy."
         ]
-    helped = "Augmentation did not prevent it" if augmented else "The training used no augmentation"
     if difference < LARGE_GAP:
-        return [f"Little overfitting: {numbers}, a gap of {points(difference)}."]
-    if train >= MEMORIZED:
-        return [
-            f"Overfitting: {numbers}. The network has almost memorized its training images, and "
-            f"{points(difference)} of this accuracy do not generalize to new images. {helped}."
-        ]
-    return [
-        f"Some overfitting: {numbers}, a gap of {points(difference)}. {helped}. With a training "
-        f"accuracy of {percent(train)}, the network has not memorized its training images."
-    ]
+        return [f"There is little overfitting: {numbers}, a gap of {points(difference)}."]
+    overfitting = f"The network overfits: {numbers}, a gap of {points(difference)}."
+    fit = (
+        "It fits almost all training images"
+        if train >= FITTED
+        else "It does not fit all training images"
+    )
+    used = "with augmentation" if augmented else "without augmentation"
+    return [f"{overfitting} {fit}. It was trained {used}."]
 
 
 def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
     """Whether the loss was still falling in the last epochs."""
     if len(rows) < 2:
-        return ["One epoch is not enough for a trend."] if rows else []
+        return ["One epoch is not enough to show a trend."] if rows else []
     if rows[-1]["epoch"] < recipe.epochs:
         first, last = rows[0], rows[-1]
         return [
@@ -85,23 +93,32 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
     late = [row["train_loss"] for row in rows[-tail:]]
     before = [row["train_loss"] for row in rows[-2 * tail : -tail]]
     now, then = sum(late) / len(late), sum(before) / len(before)
-    span = "in the last epoch" if tail == 1 else f"over the last {tail} epochs"
-    numbers = f"from {loss(then)} to {loss(now)} {span}"
-    falls_to_zero = recipe.schedule != "step"
-    sentences = []
-    if then > 0 and (then - now) / then > STILL_FALLING:
-        cause = (
-            ". Part of this is due to the learning rate, which falls to zero, so only a longer "
-            "run can show whether more epochs help"
-            if falls_to_zero
-            else ". More epochs may help"
-        )
-        sentences.append(f"The training loss was still falling at the end, {numbers}{cause}.")
-    elif then > 0 and (now - then) / then > STILL_FALLING:
-        sentences.append(f"The training loss was rising at the end, {numbers}.")
+    numbers = (
+        f"it was {loss(now)} in the last epoch and {loss(then)} in the epoch before"
+        if tail == 1
+        else f"its mean was {loss(now)} over the last {tail} epochs and {loss(then)} over the "
+        f"{tail} epochs before"
+    )
+    if then - now > STILL_FALLING * then:
+        sentence = f"The training loss was still falling at the end: {numbers}. "
+        sentence += _why_falling(recipe, 2 * tail)
+    elif now - then > STILL_FALLING * then:
+        sentence = f"The training loss was rising at the end: {numbers}."
     else:
-        sentences.append(f"The training loss had leveled off, {numbers}.")
-    return sentences + best_epoch(rows)
+        sentence = f"The training loss had leveled off: {numbers}."
+    return [sentence, *best_epoch(rows)]
+
+
+def _why_falling(recipe: Recipe, window: int) -> str:
+    """What a loss that still falls over the last `window` epochs means for a longer run."""
+    causes = []
+    if recipe.schedule != "step":
+        causes.append("the learning rate falls to zero")
+    if recipe.weak_augmentation_epochs < window and disabled_in_tail(recipe):
+        causes.append("the augmentation is weaker in the last epochs")
+    if not causes:
+        return "More epochs may help."
+    return f"This is expected, because {listed(causes)}, so it does not show that more epochs help."
 
 
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -113,33 +130,37 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     last = validated[-1]
     if best["val_accuracy"] <= last["val_accuracy"]:
         return [
-            "Validation accuracy was highest at the end: "
-            f"{percent(last['val_accuracy'])} after epoch {last['epoch']}."
+            f"Validation accuracy was highest at the end, {percent(last['val_accuracy'])} after "
+            f"epoch {last['epoch']}."
         ]
     return [
         f"Validation accuracy was highest after epoch {best['epoch']} "
-        f"({percent(best['val_accuracy'])}) and was {percent(last['val_accuracy'])} after "
-        "the last epoch."
+        f"({percent(best['val_accuracy'])}). It was {percent(last['val_accuracy'])} after epoch "
+        f"{last['epoch']}."
     ]
 
 
 def best_and_worst(per_class: Mapping[str, ClassMetrics]) -> list[str]:
     """The classes with the highest and the lowest F1, among those that have images."""
-    scored = {
-        name: row["f1"]
-        for name, row in per_class.items()
-        if row["support"] > 0 and row["f1"] is not None
-    }
+    scored = scores(per_class, "f1")
     if len(scored) < 2:
         return []
     high, low = max(scored.values()), min(scored.values())
     if high == low:
         return [f"All {len(scored)} classes have the same F1 score, {high:.4f}."]
-    best, worst = (_names(scored, value) for value in (high, low))
-    return [
-        f"{best} {_verb(scored, high)} the highest F1 score ({high:.4f}) and {worst} the lowest "
-        f"({low:.4f})."
-    ]
+    best, worst = (
+        f"{_names(scored, value)} {_verb(scored, value)} the {word} ({value:.4f})"
+        for value, word in ((high, "highest F1 score"), (low, "lowest"))
+    )
+    return [f"{best}, and {worst}."]
+
+
+def scores(per_class: Mapping[str, ClassMetrics], key: str) -> dict[str, float]:
+    """One metric of each class that has images."""
+    rows: Mapping[str, Mapping[str, Any]] = per_class
+    return {
+        name: row[key] for name, row in rows.items() if row["support"] > 0 and row[key] is not None
+    }
 
 
 def _names(scored: Mapping[str, float], value: float, most: int = 3) -> str:
@@ -154,17 +175,23 @@ def _verb(scored: Mapping[str, float], value: float) -> str:
 def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
     """The pair of classes that is confused most often, and its reverse if that is listed."""
     if not most_confused:
-        return ["All test images are classified correctly, so no classes are confused."]
+        return ["All test images are classified correctly."]
     first = most_confused[0]
-    true, predicted = quoted(first["true"]), quoted(first["predicted"])
-    sentence = (
-        f"The most frequent error is to classify {true} as {predicted}: "
-        f"{plural(first['count'], 'image')}, {percent(first['fraction'])} of that class"
-    )
+    sentences = [
+        f"{_most_frequent_error(most_confused)}: {plural(first['count'], 'image')}, "
+        f"{percent(first['fraction'])} of the class."
+    ]
     for pair in most_confused[1:]:
         if (pair["true"], pair["predicted"]) == (first["predicted"], first["true"]):
-            return [f"{sentence}. The reverse error occurs for {plural(pair['count'], 'image')}."]
-    return [sentence + "."]
+            sentences.append(f"The reverse error occurs on {plural(pair['count'], 'image')}.")
+    return [" ".join(sentences)]
+
+
+def _most_frequent_error(most_confused: Sequence[Mapping[str, Any]]) -> str:
+    first = most_confused[0]
+    tied = sum(pair["count"] == first["count"] for pair in most_confused) > 1
+    subject = "One of the most frequent errors" if tied else "The most frequent error"
+    return f"{subject} is {quoted(first['true'])} classified as {quoted(first['predicted'])}"
 
 
 def mean_confidence(bins: Sequence[Mapping[str, Any]]) -> float:
@@ -178,16 +205,17 @@ def confidence(calibration: Mapping[str, Any], accuracy: float, interval: Interv
     """Whether the network is overconfident, underconfident, or neither within the interval."""
     mean = mean_confidence(calibration["bins"])
     low, high = interval
-    numbers = f"mean confidence is {percent(mean)} and accuracy {percent(accuracy)}"
-    error = f"the expected calibration error is {calibration['ece']:.4f}"
+    error = f"The expected calibration error is {calibration['ece']:.4f}."
     if low <= mean <= high:
         return [
-            "The network is neither overconfident nor underconfident within the interval: "
-            f"{numbers}, and {error}."
+            f"On average, the network is neither overconfident nor underconfident: its mean "
+            f"confidence of {percent(mean)} lies within the confidence interval of the accuracy. "
+            f"{error}"
         ]
-    word = "over" if mean > accuracy else "under"
+    word, side = ("over", "above") if mean > accuracy else ("under", "below")
     return [
-        f"The network is {word}confident by {points(abs(mean - accuracy))}: {numbers}, and {error}."
+        f"The network is {word}confident: its mean confidence is {percent(mean)}, "
+        f"{points(abs(mean - accuracy))} {side} its accuracy. {error}"
     ]
 
 
@@ -198,15 +226,16 @@ def robustness(metrics: Mapping[str, Any] | None) -> list[str]:
     means = {name: sum(v) / len(v) for name, v in metrics["corruptions"].items() if v}
     worst = min(means, key=lambda name: means[name])
     mildest = max(means, key=lambda name: means[name])
+    lower = metrics["clean_accuracy"] - metrics["mean_accuracy"]
     sentence = (
-        f"On corrupted images, accuracy is {percent(metrics['mean_accuracy'])} on average, "
-        f"{points(metrics['clean_accuracy'] - metrics['mean_accuracy'])} lower than on the clean "
-        "images"
+        f"On corrupted images, the mean accuracy is {percent(metrics['mean_accuracy'])}, "
+        f"{points(abs(lower))} {'lower' if lower >= 0 else 'higher'} than on the same images "
+        "without corruption."
     )
-    if len(means) < 2:
-        return [f"{sentence}."]
+    if means[worst] == means[mildest]:
+        return [sentence]
     return [
-        f"{sentence}. It is lowest for {quoted(spaced(worst))} (mean {percent(means[worst])}) and "
+        f"{sentence} It is lowest for {quoted(spaced(worst))} ({percent(means[worst])}) and "
         f"highest for {quoted(spaced(mildest))} ({percent(means[mildest])})."
     ]
 
@@ -228,4 +257,101 @@ def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:
         if tested:
             return [f"This run is not finished. It was tested after {done}."]
         return [f"This run has completed {done} and has not been tested."]
-    return [] if tested else ["This run is finished, but has not been tested yet."]
+    return [] if tested else ["This run is finished, but it has not been tested."]
+
+
+def meeting(
+    network: str,
+    test: Mapping[str, Any],
+    train: Mapping[str, Any] | None,
+    *,
+    published: float | None,
+    augmented: bool,
+    finished: bool,
+) -> list[str]:
+    """Five sentences for a team: accuracy, baseline, mistakes, gap, and what to do next.
+
+    Args:
+        network: name of the network, such as ResNet-56.
+        test: metrics on the test images.
+        train: metrics on the training images without augmentation, if they were evaluated.
+        published: test accuracy in He et al. 2015 for the same network and data, if there is one.
+        augmented: whether the training images were augmented.
+        finished: whether all epochs of the recipe are finished.
+    """
+    low, high = test["accuracy_interval"]
+    return [
+        f"{network} reaches {percent(test['accuracy'])} test accuracy on "
+        f"{plural(test['n'], 'image')} (95 % confidence interval: {percent(low)} to "
+        f"{percent(high)}).",
+        _baseline(test, published),
+        _weakness(test),
+        _gap_in_brief(test, train),
+        _next_step(test, train, augmented=augmented, finished=finished),
+    ]
+
+
+def _baseline(test: Mapping[str, Any], published: float | None) -> str:
+    low, high = test["accuracy_interval"]
+    baseline = (
+        f"always predicting the most frequent class would reach {percent(most_frequent(test))}"
+    )
+    if published is None:
+        return f"For comparison, {baseline}."
+    side = "below" if published < low else "above" if published > high else "within"
+    return (
+        f"For comparison, He et al. (2015) report {percent(published)} for the same network "
+        f"({side} this interval), and {baseline}."
+    )
+
+
+def _weakness(test: Mapping[str, Any]) -> str:
+    if not test["most_confused"]:
+        return "It classifies all test images correctly, so they do not show where it fails."
+    recalls = scores(test["per_class"], "recall")
+    low = min(recalls.values())
+    error = _most_frequent_error(test["most_confused"])
+    images = plural(test["most_confused"][0]["count"], "image")
+    return (
+        f"{error} ({images}); {_names(recalls, low)} {_verb(recalls, low)} the lowest recall, "
+        f"{percent(low)}."
+    )
+
+
+def _gap_in_brief(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
+    if train is None:
+        return "Training accuracy was not measured, so it is unknown whether the network overfits."
+    accuracy, difference = percent(train["accuracy"]), train["accuracy"] - test["accuracy"]
+    if train["accuracy"] <= test["accuracy_interval"][1]:
+        return f"Training accuracy is {accuracy}, so there is no significant overfitting."
+    numbers = f"Training accuracy is {accuracy}, {points(difference)} higher"
+    if difference < LARGE_GAP:
+        return f"{numbers}, so there is little overfitting."
+    if train["accuracy"] >= FITTED:
+        return f"{numbers}, so the network overfits: it fits almost all training images."
+    return f"{numbers}, so the network overfits, and it does not fit all training images either."
+
+
+def _next_step(
+    test: Mapping[str, Any], train: Mapping[str, Any] | None, *, augmented: bool, finished: bool
+) -> str:
+    if not finished:
+        return "Next, finish the training run, because these numbers are from an early checkpoint."
+    if against_chance(test):
+        return "Next, check the labels, the learning rate and the training loss."
+    mistakes = test["n"] - sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
+    if mistakes < FEW_MISTAKES:
+        return (
+            f"Next, test on more images: with {plural(mistakes, 'mistake')}, an improvement is "
+            "hard to measure."
+        )
+    seeds = "repeat the run with other seeds to measure how much the accuracy varies"
+    if train is None:
+        return f"Next, {seeds}."
+    difference = train["accuracy"] - test["accuracy"]
+    if difference >= LARGE_GAP and train["accuracy"] > test["accuracy_interval"][1]:
+        remedy = "stronger augmentation" if augmented else "augmentation"
+        return f"Next, try {remedy} or more training images, and {seeds}."
+    if train["accuracy"] < FITTED:
+        return f"Next, try more epochs or a larger network, and {seeds}."
+    return f"Next, {seeds}."

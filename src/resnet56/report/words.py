@@ -53,8 +53,10 @@ def plural(number: int, one: str, many: str | None = None) -> str:
 
 
 def listed(items: Sequence[str]) -> str:
-    """['a', 'b', 'c'] -> 'a, b and c'."""
-    return " and ".join(part for part in (", ".join(items[:-1]), *items[-1:]) if part)
+    """['a', 'b'] -> 'a and b'; ['a', 'b', 'c'] -> 'a, b, and c'."""
+    if len(items) < 3:
+        return " and ".join(items)
+    return f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
 def quoted(name: str) -> str:

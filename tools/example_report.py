@@ -1,0 +1,97 @@
+"""Write docs/example-report.html and docs/report.png: python tools/example_report.py DIR
+
+The example is the report of the pretrained network. Its training run is not part of the repository,
+so a run directory is put together from the files of that run in results/ and the pretrained
+weights, and is evaluated on the images in DIR. The page states this. With Chromium on the PATH, a
+screenshot of the page is saved, too.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from resnet56.data.dataset import Dataset
+from resnet56.data.readers import load_directory
+from resnet56.evaluation import compare, evaluate_run, evaluated_model, measure_extras
+from resnet56.files import read_json, write_json
+from resnet56.recipe import from_fields
+from resnet56.report import page, render
+from resnet56.report.read import read_run
+from resnet56.runs import pretrained
+from resnet56.runs.checkpoint import Progress
+from resnet56.runs.directory import RunDirectory
+from resnet56.training import augmentation_of
+
+USAGE = "usage: python tools/example_report.py DIR"
+ROOT = Path(__file__).parents[1]
+KEPT = RunDirectory(ROOT / "results" / "best120-seed0")
+NETWORK = "resnet56"  # the half-precision weights of that run
+CPU = torch.device("cpu")
+NOTE = (
+    "This example was written by tools/example_report.py. The curves, the recipe, and the system "
+    "are those of the training run results/best120-seed0. The results are those of its "
+    "half-precision weights, which are part of the package, on the original images of CIFAR-10. "
+    "In the copy that the run was trained on, 72 of the 50,000 training images were re-encoded as "
+    "JPEG."
+)
+
+
+def make_run(path: Path, dataset: Dataset) -> RunDirectory:
+    """Write the run directory and evaluate it."""
+    run = RunDirectory(path)
+    run.create()
+    recipe = from_fields(read_json(KEPT.recipe_file), str(KEPT.recipe_file))
+    write_json(run.recipe_file, recipe.to_json())
+    environment = KEPT.read_environment()
+    assert environment is not None
+    environment["data"] = {
+        "origin": environment["data"]["origin"],
+        "source": dataset.source,
+        "flip": dataset.allow_flip,
+    }
+    run.write_environment(environment)
+    rows = KEPT.read_metrics()
+    for row in rows:
+        run.append_metrics(row)
+    progress = Progress(epoch=rows[-1]["epoch"], step=rows[-1]["step"])
+    metadata = {"weights": pretrained.card(NETWORK)["weights"], "data": dataset.fingerprint()}
+    run.save(replace(pretrained.load(NETWORK), progress=progress, metadata=metadata))
+    evaluate_run(
+        run,
+        dataset,
+        device=CPU,
+        augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
+    )
+    measure_extras(run, dataset, device=CPU, robustness=500)
+    checkpoint = run.load()
+    first, second = evaluated_model(checkpoint, CPU), evaluated_model(checkpoint, CPU, "bf16")
+    comparison = compare(first, second, ("cpu fp32", "cpu bf16"), dataset.test)
+    run.add_comparison(comparison, progress.step)
+    return run
+
+
+def write(run: RunDirectory) -> None:
+    """Write the page and the screenshot."""
+    facts = replace(read_run(run.path), path=KEPT.path)  # the name on the page
+    out = ROOT / "docs" / "example-report.html"
+    content = page.content(facts)
+    content["story"]["state"].append(NOTE)
+    render.write_html(out, "page", content)
+    if chromium := shutil.which("chromium"):
+        command = [chromium, "--headless", "--no-sandbox", "--window-size=1280,900"]
+        screenshot = f"--screenshot={ROOT / 'docs' / 'report.png'}"
+        subprocess.run([*command, "--hide-scrollbars", screenshot, out.as_uri()], check=True)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case [folder]:
+            with tempfile.TemporaryDirectory() as temporary:
+                write(make_run(Path(temporary) / "run", load_directory(Path(folder))))
+        case _:
+            sys.exit(USAGE)
