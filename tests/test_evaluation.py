@@ -67,8 +67,8 @@ def test_the_kept_mistakes_are_from_all_cells(monkeypatch: pytest.MonkeyPatch) -
     for i, (_, predicted) in enumerate(cells):
         logits[i, predicted] = 10 - i / 2
     split = Split(torch.zeros(13, 3, 32, 32, dtype=torch.uint8), labels)
-    assert samples.kept_mistakes(logits, split)["mistake_index"].tolist() == list(range(13))
-    kept = samples.kept_mistakes(logits, split, limit=6)
+    assert samples.select_mistakes(logits, split)["mistake_index"].tolist() == list(range(13))
+    kept = samples.select_mistakes(logits, split, limit=6)
     # The two most confident; then the first of each other cell, and the second ones.
     assert kept["mistake_index"].tolist() == [0, 1, 2, 9, 10, 12]
 

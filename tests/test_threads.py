@@ -129,13 +129,13 @@ def test_resuming_keeps_the_number_or_reports_the_change() -> None:
         assert control.state()["changes"] == [[0, 2], [7, 1], [10, 2]]
     with ThreadControl(2, meter=ScriptedMeter()) as control:
         assert control.begin(9, saved) == (
-            "the run used 1 thread so far and continues with 2 threads: the results are equal up "
-            "to rounding, but not bitwise identical"
+            "the run has used 1 thread so far and continues with 2 threads; the results are equal "
+            "up to rounding, but not bitwise identical"
         )
     elsewhere = {"fixed": True, "changes": [[0, 8]]}  # on a machine with more cores
     with ThreadControl(meter=ScriptedMeter(1.0, 1.0)) as control:
         message = control.begin(9, elsewhere)
-        assert "the run used 8 threads so far and continues with 2 threads" in message
+        assert "the run has used 8 threads so far and continues with 2 threads" in message
         assert not control.after_step(10)  # still fixed
         assert control.threads == 2
 

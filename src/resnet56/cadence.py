@@ -1,4 +1,7 @@
-"""Decide when training reads the loss, saves and stops. All processes act at the same step."""
+"""Decide when training reads the loss, saves a checkpoint and stops.
+
+All processes act at the same step.
+"""
 
 import contextlib
 import signal
@@ -53,7 +56,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 class DueActions(NamedTuple):
-    """The actions that are due after a step."""
+    """Actions that are due after a step."""
 
     read_loss: bool
     save: bool
@@ -65,10 +68,10 @@ class Cadence:
     """Decides which actions are due after each step.
 
     All processes must save and stop at the same step, but each has its own clock and receives its
-    own signals. They synchronize only when they read the loss, because that waits for the device
-    anyway. The training loop saves at the end of every epoch, so no other action is due there. A
-    checkpoint is saved when the number of threads changes, so that a resumed run gives bitwise
-    identical results.
+    own signals. They synchronize only when they read the loss, because reading it waits for the
+    device anyway. After the last step of an epoch, only reading the loss is due, because the
+    training loop then saves a checkpoint itself. A checkpoint is also saved when the number of
+    threads changes, so that a resumed run gives bitwise identical results.
 
     Args:
         steps: steps per epoch.

@@ -13,11 +13,11 @@ from resnet56.inference import InferenceModel, restore
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runtime import Precision
 
-TEACHER_STREAM = 2  # separates the random choice of teachers from other uses of the seed
+TEACHER_STREAM = 2  # separates the choice of random teachers from other uses of the seed
 
 
 class Teachers:
-    """One or more trained models in their `InferenceModel`.
+    """One or more trained models, each as an `InferenceModel`.
 
     Args:
         checkpoints: checkpoints of the teachers, by name.
@@ -42,9 +42,9 @@ class Teachers:
             teacher = checkpoint.config
             if teacher.classes != student.classes:
                 raise UsageError(
-                    f"teacher {name} has different classes ({', '.join(teacher.classes[:3])}, ...) "
-                    f"than the images ({', '.join(student.classes[:3])}, ...); choose another "
-                    "--teacher"
+                    f"the classes of teacher {name} ({', '.join(teacher.classes[:3])}, ...) differ "
+                    f"from those of the images ({', '.join(student.classes[:3])}, ...); choose "
+                    "another --teacher"
                 )
             # Convert the student's normalization to the teacher's: scale * x + shift.
             means, stds = (
@@ -76,8 +76,8 @@ class Teachers:
         """
         members = self.members if member is None else [self.members[member]]
         outputs = [
-            (form(images * scale + shift).float() / temperature).softmax(dim=1)
-            for form, scale, shift in members
+            (model(images * scale + shift).float() / temperature).softmax(dim=1)
+            for model, scale, shift in members
         ]
         return torch.stack(outputs).mean(dim=0)
 

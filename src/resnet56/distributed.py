@@ -23,7 +23,7 @@ class Distributed(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> "Distributed":
-        """Read the variables that torchrun sets. Without them there is a single process.
+        """Read the variables that torchrun sets. Without them, there is a single process.
 
         Raises:
             UsageError: RANK or WORLD_SIZE is not an integer, or they contradict each other.
@@ -44,7 +44,7 @@ class Distributed(NamedTuple):
 
 
 def from_environment(name: str, default: int) -> int:
-    """Return an integer that torchrun sets. UsageError if the value is not an integer."""
+    """Return an integer that torchrun sets. Raises UsageError for any other value."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise UsageError(
@@ -72,7 +72,7 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
         group.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing or invalid
         raise UsageError(
-            f"WORLD_SIZE={dist.world_size} in the environment, but the processes cannot find each "
+            f"WORLD_SIZE={dist.world_size} is set, but the processes cannot find each "
             f"other ({one_line(error)}); start with torchrun, or unset WORLD_SIZE"
         ) from None
     except RuntimeError as error:
@@ -85,7 +85,7 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
             raise _connection_error(error) from None
         raise
     finally:
-        gc.collect()  # reference cycles hold DDP, which is released before its process group
+        gc.collect()  # release DDP, which reference cycles keep alive, before its process group
         group.destroy_process_group()
 
 
@@ -97,7 +97,7 @@ def _is_connection_error(error: RuntimeError) -> bool:
 def _connection_error(error: RuntimeError) -> TrainingError:
     reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # gloo starts with [file.cc:9]
     return TrainingError(
-        "another process of this training has ended or cannot be reached "
+        "another process of this run has ended or cannot be reached "
         f"({one_line(reason)}); restart all processes with --resume"
     )
 
@@ -135,8 +135,8 @@ class _Sum(torch.autograd.Function):
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes.
 
-    PyTorch's SyncBatchNorm supports GPUs only. This one supports any device with a process group,
-    and requires batches of equal size, as `Batches` yields.
+    PyTorch's SyncBatchNorm supports GPUs only. This class supports any device with a process group.
+    It requires batches of equal size, as `Batches` yields.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace each batch norm of `model` with a synchronized one of the same state and name."""
+    """Replace each batch norm of `model` with a synchronized one with the same state and name."""
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
     for parent in list(model.modules()):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from resnet56.runtime import Precision, autocast
 
-# Batch norm statistics are re-estimated above this decay, because the averaged statistics belong to
-# much older weights than the EMA weights do.
+# Batch norm statistics are re-estimated above this decay, because the averaged statistics no longer
+# match the EMA weights.
 REESTIMATION_DECAY = 0.9995
 REESTIMATION_IMAGES = 10_000  # number of training images
 
@@ -46,7 +46,7 @@ class EMA:
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Tensor], precision: Precision = "fp32"
 ) -> None:
-    """Replace the running statistics of batch norm by their means over `batches`.
+    """Replace the running statistics of batch norm with the means over `batches`.
 
     The forward pass uses the statistics of each batch, as in training (Izmailov et al. 2018,
     section 3.2). `num_batches_tracked` does not change.

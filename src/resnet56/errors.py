@@ -44,7 +44,7 @@ def either(python: str, command_line: str) -> str:
 
 
 class Error(Exception):
-    """Base class of the errors of this package. The command prints the message and exits."""
+    """Base class of the errors. The command line prints the message and exits."""
 
     exit_code = 1
 
@@ -60,7 +60,7 @@ class DataError(Error):
 
 
 class ImageError(DataError):
-    """An image cannot be read: it is broken, truncated, too large, or not an image."""
+    """An image cannot be read: it is broken, truncated, too large, or in an unsupported format."""
 
 
 class DownloadError(Error):
@@ -89,7 +89,7 @@ class TrainingError(Error):
 def one_line(value: object) -> str:
     """Format `value` for an error message: at most 200 characters on one line.
 
-    An exception without a message is shown as its type.
+    An exception without a message is represented by its type.
     """
     return escape(" ".join(str(value).split())[:200]) or type(value).__name__
 
@@ -100,7 +100,7 @@ def abbreviate(names: Sequence[object]) -> str:
 
 
 def escape(text: str) -> str:
-    """Return `text` unchanged if it is printable, otherwise escaped as by `ascii`.
+    """Return `text` if it is printable, and its `ascii` representation otherwise.
 
     File names can contain any character. A line feed could forge a line of output, an escape
     sequence could clear the terminal, and invalid UTF-8 cannot be written at all.
@@ -111,8 +111,8 @@ def escape(text: str) -> str:
 def escape_line(line: str) -> str:
     """Escape each character of `line` that is not printable.
 
-    Use it for a whole line just before it is written to the terminal. Use `shown` for a single name
-    within a message.
+    Use this function for a complete line just before it is written to the terminal. Use `escape`
+    for a name within a message.
     """
     if line.isprintable():
         return line

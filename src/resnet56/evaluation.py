@@ -22,7 +22,7 @@ from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import BatchSpeed, Comparison, Evaluation, Metrics, Robustness, Speed
 from resnet56.runtime import Precision, autocast, peak_memory_mb
-from resnet56.samples import augmented_samples, kept_mistakes
+from resnet56.samples import augmented_samples, select_mistakes
 
 BATCH = 256
 
@@ -33,7 +33,7 @@ ProgressFactory = Callable[[str, int], AbstractContextManager[ProgressCallback]]
 
 
 def no_progress(description: str, total: int) -> AbstractContextManager[ProgressCallback]:
-    """A `ProgressFactory` that shows nothing."""
+    """A `ProgressFactory` that displays nothing."""
     return nullcontext(lambda count: None)
 
 
@@ -47,10 +47,10 @@ def predict_logits(
     batch: int = BATCH,
     advance: ProgressCallback = lambda count: None,
 ) -> Tensor:
-    """Return the logits of images, without augmentation.
+    """Compute the logits of images, without augmentation.
 
     Args:
-        model: a model in evaluation mode. A `ResNet` runs in its `InferenceModel`.
+        model: a model in evaluation mode. A `ResNet` is converted to an `InferenceModel`.
         images: (N, 3, 32, 32) uint8, on any device.
         mean, std: channel statistics of the training images, for pixels in [0, 1].
         precision: precision of the forward pass.
@@ -196,7 +196,7 @@ def evaluate_run(
     run.write_predictions({"logits": test_logits, "labels": test_labels, "indices": indices})
     config = evaluated.config
     samples = augmented_samples(training, config.mean, config.std, augmentation)
-    run.write_samples(samples | kept_mistakes(test_logits, dataset.test))
+    run.write_samples(samples | select_mistakes(test_logits, dataset.test))
     run.write_evaluation(result)
     return result
 
@@ -214,8 +214,8 @@ def measure_extras(
 
     Args:
         run, dataset, device, precision, progress: as in `evaluate_run`.
-        robustness: number of test images to corrupt; 0 does not measure robustness and keeps an
-            earlier result.
+        robustness: number of test images to corrupt. If 0, robustness is not measured, and an
+            earlier result is kept.
 
     Returns:
         The content of evaluation.json.
@@ -266,9 +266,9 @@ def measure_robustness(
 def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
     """Return the median time from uint8 images to logits, with batch sizes 1 and 256."""
     result: dict[str, BatchSpeed] = {}
-    if isinstance(evaluated.model, ResNet):  # once, not in every call
+    if isinstance(evaluated.model, ResNet):  # convert it once, not in every call
         model = InferenceModel(evaluated.model, evaluated.precision)
-        evaluated = replace(evaluated, model=model, precision="fp32")  # it does not need autocast
+        evaluated = replace(evaluated, model=model, precision="fp32")  # it runs without autocast
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[torch.arange(batch) % len(images)]
         evaluated.logits(batch_images, batch)  # warm up
@@ -290,7 +290,7 @@ def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
 
 
 class Classifier(Protocol):
-    """Anything that returns logits: an `EvaluatedModel`, or a model in another runtime."""
+    """A model that returns logits: an `EvaluatedModel`, or a model in another runtime."""
 
     @property
     def config(self) -> ModelConfig:

@@ -29,13 +29,13 @@ from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.pretrained import config_to_metadata
 from resnet56.runs.schema import Metrics
 
-TOLERANCE = 1e-4  # of the logits
-CHECK_IMAGES = 256  # on which the exported file must match PyTorch
+TOLERANCE = 1e-4  # largest difference of logits; maps may differ ten times as much
+CHECK_IMAGES = 256  # images on which the exported file must match PyTorch
 CPU = torch.device("cpu")
 
 
 class _WithNormalization(nn.Module):
-    """A model that normalizes its input, so that users of the file do not have to."""
+    """A model that normalizes its own input, so that users of the file do not have to."""
 
     def __init__(self, model: ResNet, config: ModelConfig) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
     """Export a checkpoint to ONNX, and return the content of the file.
 
     The input `images` is (N, 3, 32, 32) uint8 RGB. The outputs are `logits` (N, C) and `maps`
-    (N, C, 8, 8). The batch size N is dynamic. The metadata contain arch, classes, mean and std as
+    (N, C, 8, 8). The batch size N is dynamic. The metadata contains arch, classes, mean and std as
     JSON.
 
     Args:
@@ -61,7 +61,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
 
     Raises:
         MissingExtraError: the extra `onnx` is not installed.
-        Error: the outputs differ from PyTorch on the `CHECK_IMAGES` images.
+        Error: the outputs differ from PyTorch. See `check_onnx`.
     """
     try:
         import_onnxruntime()  # for the check
@@ -87,7 +87,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
         proto.metadata_props.add(key=key, value=value)
     content: bytes = proto.SerializeToString()
     if checked:
-        check(content, checkpoint)
+        check_onnx(content, checkpoint)
     return content
 
 
@@ -121,11 +121,11 @@ def _silence_exporter() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def check(content: bytes, checkpoint: Checkpoint) -> None:
-    """Check that an ONNX file matches PyTorch.
+def check_onnx(content: bytes, checkpoint: Checkpoint) -> None:
+    """Check that an ONNX file matches PyTorch on `CHECK_IMAGES` random images.
 
     Raises:
-        Error: a predicted class differs, or logits by more than `TOLERANCE`.
+        Error: a predicted class differs, or the logits or maps differ by more than the tolerance.
     """
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randint(0, 256, (CHECK_IMAGES // 2, 3, 8, 8), generator=generator)
@@ -140,9 +140,9 @@ def check(content: bytes, checkpoint: Checkpoint) -> None:
     map_error = float(np.abs(maps - onnx_maps).max())
     if not (changed == 0 and logit_error <= TOLERANCE and map_error <= 10 * TOLERANCE):
         raise Error(
-            f"the exported model does not match PyTorch: the class of {changed} of {len(images)} "
-            f"images changes, logits differ by up to {logit_error:.2g}, maps by {map_error:.2g}; "
-            "no file is written"
+            f"the exported model does not match PyTorch: the predicted class of {changed} of "
+            f"{len(images)} images changes, logits differ by up to {logit_error:.2g}, and maps by "
+            f"up to {map_error:.2g}; no file is written"
         )
 
 
@@ -155,7 +155,7 @@ class OnnxModel:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, threads: int | None = None) -> "OnnxModel":
-        """Export a checkpoint."""
+        """Export a checkpoint to ONNX, and load the result in ONNX Runtime."""
         return cls(OnnxBackend(to_onnx(checkpoint), "the exported file", threads))
 
     def logits(
@@ -208,7 +208,7 @@ def write_hub_directory(
         config = json.dumps(hub_config(checkpoint.config), indent=2)
         write_bytes(temporary / "config.json", f"{config}\n".encode())
         write_bytes(temporary / "README.md", card.encode())
-        temporary.chmod(0o755)  # mkdtemp creates directories for the owner only
+        temporary.chmod(0o755)  # mkdtemp gives access to the owner only
         if directory.exists():
             directory.rmdir()
         temporary.replace(directory)

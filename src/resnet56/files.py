@@ -72,9 +72,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON atomically, with lists of numbers on one line. Raises RunError."""
+    """Write indented JSON atomically, with each list of numbers on one line. Raises RunError."""
     try:
-        text = _indented(content)
+        text = _format_json(content)
     except (Error, RecursionError) as error:
         raise RunError(f"cannot write {path}: {one_line(error)}") from None
     write_text(path, text + "\n")
@@ -87,14 +87,14 @@ def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
     write_bytes(path, content.getvalue())
 
 
-def _indented(content: Any, indent: str = "") -> str:
-    """Format JSON with one line per key, and innermost lists on one line."""
+def _format_json(content: Any, indent: str = "") -> str:
+    """Format JSON with one line per key, and each innermost list on one line."""
     deeper = indent + "  "
     if isinstance(content, Mapping) and content:
-        lines = [f"{json.dumps(str(k))}: {_indented(v, deeper)}" for k, v in content.items()]
+        lines = [f"{json.dumps(str(k))}: {_format_json(v, deeper)}" for k, v in content.items()]
         return "{\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}}}"
     if isinstance(content, list | tuple) and any(isinstance(v, list | dict) for v in content):
-        lines = [_indented(value, deeper) for value in content]
+        lines = [_format_json(value, deeper) for value in content]
         return "[\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}]"
     return to_json(content)
 

@@ -25,15 +25,15 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
         NotFiniteError: the outputs are not finite, for example because of a negative variance.
         UsageError: the architecture is unknown.
     """
-    net = checkpoint.config
-    with torch.device("meta"):  # check the weights before allocating and initializing
-        model = build(net.arch, classes=len(net.classes))
-    message = f"the weights do not fit {net.arch} with {len(net.classes)} classes"
+    config = checkpoint.config
+    with torch.device("meta"):  # check the weights before allocating memory
+        model = build(config.arch, classes=len(config.classes))
+    message = f"the weights do not fit {config.arch} with {len(config.classes)} classes"
     require_fit(checkpoint.model, model.state_dict(), message)
     model.to_empty(device=device)
     model.load_state_dict(checkpoint.model)
     model.eval()
-    _require_finite_outputs(model, net.mean, net.std)
+    _require_finite_outputs(model, config.mean, config.std)
     return model
 
 
@@ -53,8 +53,8 @@ class InferenceModel(nn.Module):
     """A copy of a model with each batch norm folded into the preceding convolution.
 
     In evaluation mode, batch norm is a fixed scale and shift that the convolution can apply (Jacob
-    et al. 2018, section 3.2). The outputs are equal up to rounding. The convolutions run in
-    `precision`, without the casts of autocast. The last layer stays in fp32.
+    et al. 2018, section 3.2). The outputs equal those of the model up to rounding. The
+    convolutions run in `precision`, without the casts of autocast. The last layer stays in fp32.
 
     Args:
         model: the model to copy.

@@ -1,7 +1,7 @@
 """Measure layer responses and gradients on one batch.
 
-They answer two questions of He et al. 2015: whether gradients vanish in deep networks (section
-4.1), and how large the responses of the layers are (figure 7).
+The measurements answer two questions of He et al. 2015: whether gradients vanish in deep networks
+(section 4.1), and how large the responses of the layers are (figure 7).
 """
 
 import copy
@@ -28,7 +28,7 @@ class LayerStatistics:
     response_std: float  # standard deviation over images, channels and positions
     response_gradient: float  # norm of the gradient of the loss with respect to the response
     weight_gradient: float  # norm of the gradient of the loss with respect to the weights
-    dead_relus: float | None  # fraction of channels that are always zero; None without ReLU
+    dead_relus: float | None  # fraction of channels that are zero in all images; None without ReLU
 
 
 @dataclass(frozen=True)

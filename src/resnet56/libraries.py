@@ -8,14 +8,14 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-# Releases differ in the name they read, so both are set. ONNX Runtime reads it once, on import.
+# Releases read different names, so both are set. ONNX Runtime reads the variable on import.
 _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 
 def import_onnxruntime() -> ModuleType:
-    """Import ONNX Runtime with telemetry disabled, unless the environment sets it.
+    """Import ONNX Runtime with telemetry disabled, unless its environment variables are set.
 
-    Otherwise some releases look up a telemetry host and write a device id to the user's cache
+    Otherwise, some releases look up a telemetry host and write a device ID to the user's cache
     directory (microsoft/onnxruntime issues 27379 and 29843).
 
     Raises:
@@ -32,7 +32,7 @@ def import_onnxruntime() -> ModuleType:
 def import_matplotlib() -> ModuleType:
     """Import Matplotlib, with a temporary font cache if the home directory is not writable.
 
-    Otherwise it prints warnings to stderr in containers whose user has no home directory.
+    Otherwise, it prints warnings to stderr in containers whose user has no home directory.
     """
     if "MPLCONFIGDIR" not in os.environ and not _home_is_writable():
         os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir()) / f"matplotlib-{_user()}")

@@ -40,12 +40,12 @@ def open_private(path: Path) -> BufferedRandom:
     """Open `path` for reading and writing without following links. Create it if it is missing.
 
     In a shared directory, another user could place a link at `path` to have a file elsewhere
-    overwritten. A link is therefore removed and replaced by a new file.
+    overwritten. A link is therefore replaced with a new file.
 
     Raises:
         OSError: `path` cannot be opened, belongs to another user, or is not a regular file.
     """
-    for _ in range(100):  # bounded, since another user could keep recreating the link
+    for _ in range(100):  # bounded, because another user could keep recreating the link
         try:
             return _open_private(path)
         except _LinkError:

@@ -15,14 +15,14 @@ from resnet56.runs.schema import Calibration, ConfusedPair, Metrics
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
 
-Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 BINS = 15  # of the reliability diagram, as in Guo et al. 2017
 
 
 def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ...]) -> Metrics:
     """Compute all metrics of a set of predictions.
 
-    The scores of a class without images are None, and averages exclude it.
+    The scores of classes without images are None, and averages exclude these classes.
 
     Args:
         logits: (N, C) finite floats, N >= 1.
@@ -30,7 +30,7 @@ def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ..
         classes: names of the C classes.
 
     Returns:
-        A dictionary whose keys are also attributes.
+        A dictionary whose keys can also be read as attributes.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
     from sklearn.utils import Bunch
@@ -134,9 +134,10 @@ def calibration(probabilities: FloatArray, labels: IntArray) -> Calibration:
     """Measure how well the confidence matches the accuracy.
 
     Returns:
-        `ece`: expected calibration error (Guo et al. 2017) over 15 equal-width bins; `brier`: Brier
-        score (Brier 1950), summed over classes, from 0 to 2; `bins`: count, confidence and accuracy
-        of each bin. Confidence and accuracy of an empty bin are None.
+        `ece`, the expected calibration error (Guo et al. 2017) over 15 bins of equal width.
+        `brier`, the Brier score (Brier 1950), summed over classes, from 0 to 2.
+        `bins`, the count, confidence and accuracy of each bin. The confidence and accuracy of an
+        empty bin are None.
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels

@@ -2,7 +2,7 @@
 
 The network consists of a 3x3 convolution, three stages of residual blocks with 16, 32 and 64
 filters on feature maps of 32x32, 16x16 and 8x8, global average pooling, and a linear layer. The
-plain networks of the paper are the same without the shortcuts.
+plain networks of the paper have the same layers without shortcuts.
 """
 
 import re
@@ -26,7 +26,7 @@ EXPANSION = {"basic": 1, "bottleneck": 4}  # output channels of a block / width
 
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """3x3 convolution with padding 1 and no bias."""
+    """3x3 convolution with padding 1 and without bias."""
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
 
 
@@ -46,7 +46,7 @@ class NormReLU(Protocol):
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Compute relu(norm(x) + residual) with PyTorch operations.
 
-    Addition and ReLU run in place, since only the norm needs its input for the backward pass.
+    Addition and ReLU run in place, because the backward pass does not need the output of the norm.
     """
     out: Tensor = norm(x)
     if residual is not None:
@@ -74,14 +74,14 @@ class PadShortcut(nn.Module):
 
 
 def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    """Option B: a 1x1 convolution with batch norm, where the shape changes."""
+    """Option B: a 1x1 convolution with batch norm."""
     return nn.Sequential(conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut (figure 5 of the paper, left).
 
-    If `shortcut` is None, the block is that of a plain network and adds nothing.
+    If `shortcut` is None, this is the block of a plain network.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1x1 to `width`, 3x3, 1x1 to 4 * `width`, with a shortcut (figure 5 of the paper, right).
 
-    The stride is on the 3x3 convolution, as in all current implementations. On the first 1x1
-    convolution, as in the paper, it would skip three quarters of the input.
+    The 3x3 convolution has the stride, as in torchvision. In the paper, the first 1x1 convolution
+    has it, and skips three quarters of the input.
     """
 
     def __init__(
@@ -181,13 +181,13 @@ class ResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def set_norm_relu(self, norm_relu: NormReLU) -> None:
-        """Set the implementation of batch norm with ReLU for all layers."""
+        """Set the implementation of relu(norm(x) + residual) in all layers."""
         for module in self.modules():
             if isinstance(module, ResNet | BasicBlock | BottleneckBlock):
                 module.norm_relu = norm_relu
 
     def features(self, x: Tensor) -> Tensor:
-        """Feature maps of the last stage: (N, 3, 32, 32) normalized images -> (N, C, 8, 8)."""
+        """(N, 3, 32, 32) normalized images -> (N, C, 8, 8) feature maps of the last stage."""
         x = self.norm_relu(self.bn1, self.conv1(x))
         return self.stage3(self.stage2(self.stage1(x)))  # type: ignore[no-any-return]
 
@@ -216,7 +216,7 @@ class ResNet(nn.Module):
 def _make_stage(
     channels: int, width: int, stride: int, blocks: int, block: Block, shortcut: Shortcut
 ) -> tuple[nn.Sequential, int]:
-    """Return a stage, whose first block has the stride, and its number of output channels."""
+    """Return a stage and its number of output channels. Its first block has the stride."""
     channels_out = width * EXPANSION[block]
     stage = nn.Sequential()
     for index in range(blocks):
@@ -231,10 +231,14 @@ def _make_stage(
 
 
 def blocks_per_stage(depth: int, block: Block) -> int:
-    """Return n in depth = 6n + 2 (basic) or 9n + 2 (bottleneck); UsageError for other depths."""
+    """Return n in depth = 6n + 2 (basic) or 9n + 2 (bottleneck).
+
+    Raises:
+        UsageError: the depth is not of this form.
+    """
     step = 3 * LAYERS_PER_BLOCK[block]
-    n, rest = divmod(depth - 2, step)
-    if rest == 0 and n >= 1:
+    n, remainder = divmod(depth - 2, step)
+    if remainder == 0 and n >= 1:
         return n
     below, above = max(n, 1) * step + 2, max(n + 1, 1) * step + 2
     nearest = f"are {below} and {above}" if below != above else f"is {below}"
@@ -245,7 +249,7 @@ def blocks_per_stage(depth: int, block: Block) -> int:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The architecture behind a name such as `resnet56-bottleneck`."""
+    """The architecture that a name such as `resnet56-bottleneck` specifies."""
 
     depth: int
     block: Block
@@ -279,7 +283,16 @@ class Architecture:
 
 
 def build(name: str, *, classes: int = 10, seed: int = 0) -> ResNet:
-    """Build the named network, with initial weights that depend only on the arguments."""
+    """Build a network by name. The initial weights depend only on the arguments.
+
+    Args:
+        name: architecture, such as "resnet56" or "plain20". See `Architecture.parse`.
+        classes: number of outputs.
+        seed: seed of the initial weights.
+
+    Raises:
+        UsageError: the name, the depth or the number of classes is not valid.
+    """
     architecture = Architecture.parse(name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -288,7 +301,7 @@ def build(name: str, *, classes: int = 10, seed: int = 0) -> ResNet:
 
 @dataclass(frozen=True)
 class Part:
-    """One row in the description of a network."""
+    """A row of a `Description`."""
 
     name: str
     layers: str  # such as "2-19", counted from the image to the classifier
@@ -313,9 +326,9 @@ class Description:
 
 
 def describe(name: str, classes: int = 10) -> Description:
-    """Compute layers, blocks, output shapes, parameters and multiply-accumulates of a network."""
+    """Compute the layers, output shapes, parameters and multiply-accumulates of a network."""
     architecture = Architecture.parse(name)
-    with torch.device("meta"):  # shapes only, without memory and arithmetic
+    with torch.device("meta"):  # only shapes, without memory or arithmetic
         model = ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)
         image = torch.empty(1, 3, 32, 32)
     macs = dict.fromkeys(model.modules(), 0)

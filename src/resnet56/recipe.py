@@ -21,12 +21,12 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Execution = Literal["eager", "fused", "native", "compiled"]
 ExecutionChoice = Literal["auto", Execution]
 
-MAX_VALUE = 1_000_000  # upper bound of numbers without a natural one
+MAX_VALUE = 1_000_000  # upper bound of settings without a natural limit
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training settings. Values that are out of range are rejected."""
+    """The settings of a training run. Raises UsageError for an invalid value."""
 
     arch: str = "resnet56"
     """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56
@@ -51,7 +51,7 @@ class Recipe:
     """Weight decay (L2 penalty)."""
 
     decay_norm: bool = True
-    """Also apply weight decay to batch norm weights and biases."""
+    """Also apply weight decay to batch norm parameters and biases."""
 
     schedule: Schedule = "step"
     """Learning-rate schedule after the warm-up. step: drop at drop_epochs; cosine: cosine decay to
@@ -61,19 +61,19 @@ class Recipe:
     """Epochs after which the step schedule multiplies the learning rate by drop_factor."""
 
     drop_factor: float = 0.5
-    """Factor of the learning rate at each drop of the step schedule."""
+    """Factor by which the step schedule multiplies the learning rate at each drop."""
 
     warmup_epochs: float = 0.0
     """Epochs of linear learning-rate warm-up from zero."""
 
     label_smoothing: float = 0.0
-    """Label smoothing: fraction of the target that is spread evenly over all classes."""
+    """Label smoothing: fraction of the target that is distributed evenly over all classes."""
 
     padding: int = 4
     """Black pixels added on each side before a random 32x32 crop; 0 disables the crop."""
 
     flip: bool = True
-    """Random horizontal flips. They are disabled for data that must not be mirrored (digits)."""
+    """Random horizontal flips. They are disabled for digits, which must not be mirrored."""
 
     alternate_flip: bool = False
     """Flip each image in every other epoch instead of at random (Jordan 2024,
@@ -86,7 +86,7 @@ class Recipe:
     """Cutout: size in pixels of a random square that is set to the mean; 0 disables it."""
 
     trivial_augment: bool = False
-    """Apply one of 14 random geometric or color transforms to each image before the crop
+    """Apply a random geometric or color transform, out of 14, to each image before the crop
     (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
 
     mix: Mixing = "none"
@@ -96,14 +96,14 @@ class Recipe:
     training accuracy is then the mean target of the predicted class."""
 
     mix_alpha: float = 1.0
-    """Parameter of the beta distribution of the mixing ratio. 1 is uniform. Lower values keep mixed
-    images closer to one of the originals (0.3 in the RICAP paper)."""
+    """Parameter of the beta distribution of the mixing ratio. 1 is the uniform distribution. Lower
+    values keep mixed images closer to one of the originals (0.3 in the RICAP paper)."""
 
     mix_probability: float = 1.0
     """Probability that a batch is mixed."""
 
     weak_augmentation_epochs: int = 0
-    """Number of final epochs without mixing, Cutout and TrivialAugment."""
+    """Number of final epochs with crops and flips only: no mixing, Cutout or TrivialAugment."""
 
     ema_decay: tuple[float, ...] = ()
     """Decay per step of an exponential moving average (EMA) of the weights. The run then uses the
@@ -125,12 +125,12 @@ class Recipe:
     is the same."""
 
     precision: Precision = "auto"
-    """Precision. auto: the fastest that the device supports in hardware."""
+    """Numerical precision. auto: the fastest that the device supports in hardware."""
 
     execution: ExecutionChoice = "auto"
     """Implementation of the training step. All give the same results up to rounding. eager: PyTorch
     operations; fused: batch norm and ReLU in one kernel (CPU); native: C kernels in bf16 (CPUs with
-    AMX); compiled: torch.compile, which compiles for a minute; auto: the first available of native,
+    AMX); compiled: torch.compile, which takes about a minute; auto: the first available of native,
     fused and eager."""
 
     val_size: int = 0
@@ -143,15 +143,15 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check each value, and values that depend on each other."""
         for name, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
-        most = f"from 1 to {MAX_VALUE:,}"
-        _require(1 <= self.epochs <= MAX_VALUE, "epochs", self.epochs, most)
-        _require(1 <= self.batch_size <= MAX_VALUE, "batch_size", self.batch_size, most)
+            object.__setattr__(self, name, _convert(name, kind, getattr(self, name)))
+        bounds = f"from 1 to {MAX_VALUE:,}"
+        _require(1 <= self.epochs <= MAX_VALUE, "epochs", self.epochs, bounds)
+        _require(1 <= self.batch_size <= MAX_VALUE, "batch_size", self.batch_size, bounds)
         _require(0 < self.lr <= MAX_VALUE, "lr", self.lr, f"above 0 and at most {MAX_VALUE:,}")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
-        most = f"from 0 to {MAX_VALUE:,}"
-        _require(0 <= self.weight_decay <= MAX_VALUE, "weight_decay", self.weight_decay, most)
-        _require(0 <= self.warmup_epochs <= MAX_VALUE, "warmup_epochs", self.warmup_epochs, most)
+        bounds = f"from 0 to {MAX_VALUE:,}"
+        _require(0 <= self.weight_decay <= MAX_VALUE, "weight_decay", self.weight_decay, bounds)
+        _require(0 <= self.warmup_epochs <= MAX_VALUE, "warmup_epochs", self.warmup_epochs, bounds)
         _require(
             all(0 < epoch <= MAX_VALUE for epoch in self.drop_epochs)
             and list(self.drop_epochs) == sorted(set(self.drop_epochs)),
@@ -174,11 +174,11 @@ class Recipe:
             all(size == 32 for size in self.sizes[self.epochs - 1 :]),
             "sizes",
             self.sizes,
-            f"fewer than the {self.epochs} epochs, because the last epochs use 32x32",
+            f"shorter than the {self.epochs} epochs, because the last epoch uses 32x32",
         )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
-        most = f"above 0 and at most {MAX_VALUE:,}"
-        _require(0 < self.mix_alpha <= MAX_VALUE, "mix_alpha", self.mix_alpha, most)
+        bounds = f"above 0 and at most {MAX_VALUE:,}"
+        _require(0 < self.mix_alpha <= MAX_VALUE, "mix_alpha", self.mix_alpha, bounds)
         _require(
             0 < self.mix_probability <= 1, "mix_probability", self.mix_probability, "in (0, 1]"
         )
@@ -198,34 +198,35 @@ class Recipe:
         _require(0 <= self.val_size < 10**9, "val_size", self.val_size, "at least 0 and below 10^9")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.nesterov and self.momentum == 0:
-            raise UsageError("nesterov needs a momentum above 0")
+            raise UsageError("nesterov requires a momentum above 0")
         _require(
             len(set(self.teacher)) == len(self.teacher), "teacher", self.teacher, "all different"
         )
         _require(0 < self.teacher_weight <= 1, "teacher_weight", self.teacher_weight, "in (0, 1]")
-        most = f"above 0 and at most {MAX_VALUE:,}"
+        bounds = f"above 0 and at most {MAX_VALUE:,}"
         temperature = self.teacher_temperature
-        _require(0 < temperature <= MAX_VALUE, "teacher_temperature", temperature, most)
+        _require(0 < temperature <= MAX_VALUE, "teacher_temperature", temperature, bounds)
         if len(self.ema_decay) > 1 and self.val_size == 0:
             raise UsageError(
-                "several values of ema_decay need validation images to choose one; set --val-size"
+                "choosing between several values of ema_decay requires validation images; set "
+                "--val-size"
             )
         if self.alternate_flip and not self.flip:
-            raise UsageError("alternate_flip needs flip")
+            raise UsageError("alternate_flip requires flip")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values. The inverse is `from_fields`."""
+        """Return the fields as JSON values. `from_fields` is the inverse."""
         fields = dataclasses.asdict(self)
         fields |= {name: list(v) for name, v in fields.items() if isinstance(v, tuple)}
         return fields
 
 
 def from_fields(fields: dict[str, Any], source: str) -> Recipe:
-    """Create a recipe from a mapping. Missing fields have their defaults.
+    """Create a recipe from a mapping. Missing fields get their default values.
 
     Args:
-        fields: names and values of fields.
-        source: file name for the error message.
+        fields: names and values of the fields.
+        source: file name, for error messages.
 
     Raises:
         UsageError: a field is unknown or has an invalid value.
@@ -280,13 +281,13 @@ def find(name: str) -> Recipe:
     )
 
 
-def _require(holds: bool, name: str, value: object, condition: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} must be {condition}, not {one_line(value)}")
+def _require(condition: bool, name: str, value: object, requirement: str) -> None:
+    if not condition:
+        raise UsageError(f"{name} must be {requirement}, not {one_line(value)}")
 
 
-def _checked(name: str, kind: Any, value: Any) -> Any:
-    """Convert a value to the type of its field. Integers become floats, and lists tuples."""
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    """Convert a value to the type of its field: an integer to a float, or a list to a tuple."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise UsageError(
@@ -296,7 +297,7 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise UsageError(f"{name} must be a list of numbers, not {one_line(repr(value))}")
-        return tuple(_checked(name, get_args(kind)[0], item) for item in value)
+        return tuple(_convert(name, get_args(kind)[0], item) for item in value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             number = float(value)
@@ -310,8 +311,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-# The settings of the original report. It does not state the weight decay; 1e-4 is the value of the
-# ResNet paper.
+# The settings of the original report. The report does not state the weight decay. 1e-4 is the value
+# in the ResNet paper.
 REPORT = Recipe(arch="resnet56-bottleneck")
 
 # He et al. 2015, section 4.2: batch 128, learning rate 0.1 divided by 10 at 32k and 48k of 64k
@@ -336,10 +337,10 @@ BEST = Recipe(
     ema_decay=(0.999,),
 )
 
-# The fastest recipe found for about 90 % on two CPU cores, selected on 5,000 validation images
-# (docs/results.md). Small images come first: epochs at 16 and 24 pixels take two fifths and two
-# thirds of the time. Alternating flips helped wherever flips did (Jordan 2024). Label smoothing is
-# not used because it impairs the calibration.
+# The fastest recipe found for about 90 % accuracy on two CPU cores, selected on 5,000 validation
+# images (docs/results.md). Small images come first: epochs at 16 and 24 pixels take two fifths and
+# two thirds of the time of a full-size epoch. Alternating flips help wherever random flips do
+# (Jordan 2024). Label smoothing is not used because it makes the calibration worse.
 FAST = Recipe(
     epochs=13,
     batch_size=64,

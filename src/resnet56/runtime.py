@@ -28,7 +28,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the device for `auto` or a PyTorch device name (cpu, cuda:1, mps).
 
     `auto` selects a GPU if there is one. Each process that torchrun starts gets its own GPU. TF32
-    is disabled on CUDA, because its convolutions round fp32 inputs to ten bits.
+    is disabled on CUDA, because it rounds the inputs of convolutions to ten mantissa bits.
 
     Raises:
         UsageError: the device is unknown or not available, or several processes cannot share it.
@@ -63,7 +63,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Return the precision for `auto`, or `name` itself.
+    """Return the precision that `name` specifies.
 
     `auto` selects the fastest precision that the hardware supports. A CPU uses bf16 only if it has
     bf16 instructions, because emulation is several times slower than fp32. A GPU without bf16 (such
@@ -97,11 +97,11 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak memory in MB (10**6 bytes): allocated on the GPU, or resident on a CPU."""
+    """Return the peak memory in MB (10**6 bytes): allocated on a GPU, otherwise resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")
-    if status.exists():  # Linux; getrusage includes the time before exec
+    if status.exists():  # Linux, where getrusage also counts memory used before exec
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6
@@ -115,7 +115,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def processor_name() -> str:
-    """Return the processor's model name, or the platform's name for it."""
+    """Return the model name of the processor, or a generic name if it is unknown."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -130,7 +130,7 @@ def processor_name() -> str:
 
 def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
     """Return the hardware, the software and the command of a run, for environment.json."""
-    facts: dict[str, Any] = {
+    info: dict[str, Any] = {
         "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -141,22 +141,22 @@ def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
     }
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        facts["gpu"] = gpu.name
-        facts["gpu_memory_gb"] = round(gpu.total_memory / 1e9, 1)
-        facts["cuda"] = torch.version.cuda
-        facts["cudnn"] = torch.backends.cudnn.version()
-    facts["python"] = platform.python_version()
-    facts["versions"] = {
+        info["gpu"] = gpu.name
+        info["gpu_memory_gb"] = round(gpu.total_memory / 1e9, 1)
+        info["cuda"] = torch.version.cuda
+        info["cudnn"] = torch.backends.cudnn.version()
+    info["python"] = platform.python_version()
+    info["versions"] = {
         name: metadata.version(name)
         for name in ("resnet56", "torch", "numpy", "safetensors", "scikit-learn", "pillow")
     }
-    facts["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    facts["git"] = git_state()
-    return facts
+    info["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    info["git"] = git_state()
+    return info
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit of the package and whether files differ. None outside a checkout."""
+    """Return the commit and whether files have changed, or None outside a git checkout."""
     directory = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -12,15 +12,16 @@ from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, sample_mix_params
 from resnet56.metrics import FloatArray, IntArray, softmax
 
-MISTAKES = 500  # maximum number of mistakes
-MOST_CONFIDENT = 24  # mistakes that are always kept, whatever their classes
-ORIGINALS, VARIANTS = 10, 5  # training images, and augmented versions of each
+MAX_MISTAKES = 500
+MOST_CONFIDENT = 24  # mistakes that are always selected, whatever their classes
+MAX_ORIGINALS = 10  # training images
+VARIANTS = 5  # augmented versions of each training image
 
 
 def augmented_samples(
     training: Split, mean: Triple, std: Triple, augmentation: Augmentation
 ) -> dict[str, Any]:
-    """Augment one training image of each class, for at most `ORIGINALS` classes.
+    """Augment one training image of each class, for at most `MAX_ORIGINALS` classes.
 
     Args:
         training: training images and labels.
@@ -32,7 +33,7 @@ def augmented_samples(
         (K, V, 3, 32, 32) uint8.
     """
     labels = training.labels.cpu().numpy()
-    index = torch.from_numpy(np.unique(labels, return_index=True)[1][:ORIGINALS])
+    index = torch.from_numpy(np.unique(labels, return_index=True)[1][:MAX_ORIGINALS])
     originals = training.images[index].cpu()
     images = originals.repeat_interleave(VARIANTS, dim=0)
     params = sample_params(len(images), augmentation, torch.Generator().manual_seed(0))
@@ -56,8 +57,8 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
 
     Args:
         augmented: (K * V, 3, 32, 32), changed in place.
-        unmixed: the same images as augmented before mixing. The k-th variants of all originals
-            form a batch.
+        unmixed: the same images, augmented but not mixed. The k-th variants of all originals form
+            a batch.
         augmentation: augmentation of the training images.
     """
     count = len(augmented) // VARIANTS
@@ -71,11 +72,12 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
         augmented[variant::VARIANTS] = mix_images(images, mix)
 
 
-def kept_mistakes(logits: FloatArray, split: Split, limit: int = MISTAKES) -> dict[str, Any]:
+def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES) -> dict[str, Any]:
     """Return wrong predictions from every cell of the confusion matrix, by descending confidence.
 
-    If there are more than `limit`, the most confident ones are kept: a few overall, then one of
-    each cell, then two, and so on, beginning with the cells that have the most images.
+    If there are more than `limit`, only the most confident predictions are returned: first the
+    `MOST_CONFIDENT` overall, then one from each cell, then a second one, and so on. Larger cells
+    come first.
 
     Args:
         logits: (N, C), of the images of `split`.
@@ -90,7 +92,7 @@ def kept_mistakes(logits: FloatArray, split: Split, limit: int = MISTAKES) -> di
     confidence = softmax(logits).max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
-    index = wrong[_spread(labels[wrong] * logits.shape[1] + predicted[wrong], limit)]
+    index = wrong[_select_evenly(labels[wrong] * logits.shape[1] + predicted[wrong], limit)]
     return {
         "mistakes": split.images[torch.from_numpy(index)].cpu().numpy(),
         "mistake_index": index,
@@ -100,10 +102,10 @@ def kept_mistakes(logits: FloatArray, split: Split, limit: int = MISTAKES) -> di
     }
 
 
-def _spread(cells: IntArray, limit: int) -> IntArray:
-    """Choose at most `limit` positions of `cells`, as evenly as possible from all its values.
+def _select_evenly(cells: IntArray, limit: int) -> IntArray:
+    """Select at most `limit` indices of `cells`, distributed evenly over its values.
 
-    The first `MOST_CONFIDENT` positions are always chosen. The result is in ascending order.
+    The first `MOST_CONFIDENT` indices are always selected. The result is in ascending order.
     """
     by_cell = np.argsort(cells, kind="stable")
     _, starts, counts = np.unique(cells[by_cell], return_index=True, return_counts=True)

@@ -48,9 +48,9 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
     """Prepare a model for an execution mode. All modes give the same results up to rounding.
 
     Args:
-        model: the model on its device; changed in place by fused execution.
+        model: the model on its device. Fused execution changes it in place.
         execution: `execution` of a recipe. `auto` selects native execution only on a CPU with a
-            matrix unit. It never selects `torch.compile`, which needs about a minute to compile
+            matrix unit. It never selects `torch.compile`, which takes about a minute to compile
             and is faster only in long runs.
         precision: precision of the forward pass.
 
@@ -61,22 +61,22 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
         _probe_compiler(model)
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         return PreparedModel(compiled, "compiled")
-    makers: dict[Execution, Callable[[ResNet, Precision], nn.Module]] = {
+    preparers: dict[Execution, Callable[[ResNet, Precision], nn.Module]] = {
         "native": partial(_native, allow_avx512=execution == "native"),
         "fused": _fused,
     }
     reasons: list[str] = []
     remedy = ""
-    for mode, make in makers.items():
+    for mode, prepare in preparers.items():
         if execution in (mode, "auto"):
             try:
                 if next(model.parameters()).device.type != "cpu":
                     raise UnavailableError("the kernels run on the CPU only")
-                return PreparedModel(make(model, precision), mode, "; ".join(reasons))
+                return PreparedModel(prepare(model, precision), mode, "; ".join(reasons))
             except UnavailableError as error:
                 reasons.append(f"{mode} execution is not available: {error}")
                 remedy = error.remedy
-    if execution in makers:
+    if execution in preparers:
         raise UsageError(f"{reasons[0]}; use --execution auto")
     return PreparedModel(model, "eager", "; ".join(reasons), remedy)
 
@@ -95,7 +95,7 @@ def _fused(model: ResNet, precision: Precision) -> nn.Module:
 
 
 def _probe_compiler(model: nn.Module) -> None:
-    """Raise UsageError if `torch.compile` does not work, before the first step fails."""
+    """Raise UsageError if `torch.compile` does not work, instead of failing in the first step."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=next(model.parameters()).device))
     except Exception as error:  # Dynamo and Inductor errors have no common base class
@@ -106,7 +106,10 @@ def _probe_compiler(model: nn.Module) -> None:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Return SGD. Without `decay_norm`, weight decay skips batch norm parameters and biases."""
+    """Return an SGD optimizer.
+
+    Without `decay_norm`, weight decay does not apply to batch norm parameters and biases.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     vector_decay = recipe.weight_decay if recipe.decay_norm else 0.0
@@ -122,21 +125,21 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     )
     if recipe.momentum:
         # If the first fp16 step overflows, the fused kernel leaves the buffers that it creates
-        # uninitialized. Starting from zero gives the same first step.
+        # uninitialized. Zeros give the same first step.
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 class Trainer:
-    """Takes training steps, and sums the loss and the accuracy of the epoch on the device.
+    """Performs training steps, and sums the loss and the accuracy of the epoch on the device.
 
     Args:
         model: the model. Its state is saved in checkpoints.
         wrapped: the module for the forward pass: the model, or a module that wraps it, such as
             DistributedDataParallel.
         recipe: the training configuration.
-        precision: precision of the forward and backward pass.
+        precision: precision of the forward and backward passes.
         teachers: teachers for distillation, or None.
     """
 
@@ -158,9 +161,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.emas = [EMA(model, decay) for decay in recipe.ema_decay]
         self.reset_sums()
-        self.first_nonfinite_step = torch.tensor(
-            -1, device=self.device
-        )  # first step whose loss is not finite
+        # The first step whose loss is not finite, or -1.
+        self.first_nonfinite_step = torch.tensor(-1, device=self.device)
 
     def reset_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
         """Reset the sums at the start of an epoch, or restore those of an interrupted epoch."""
@@ -169,11 +171,11 @@ class Trainer:
         self.sums = torch.tensor([loss_sum, correct], dtype=dtype, device=self.device)
 
     def step(self, images: Tensor, targets: Tensor, lr: float, step: int) -> None:
-        """Take one SGD step.
+        """Perform one SGD step.
 
         Adds the loss and the number of correct predictions to `sums`, without synchronizing with
-        the device. If the targets are probabilities, each prediction adds the target probability of
-        the predicted class.
+        the device. If the targets are probabilities, a prediction counts as the target probability
+        of the predicted class.
 
         Args:
             images: (B, 3, S, S), normalized.
@@ -221,10 +223,10 @@ class Trainer:
         return self.emas[0].tensors if self.emas else self.model.state_dict()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors besides `weights` that resuming needs.
+        """Return the tensors that resuming needs in addition to `weights`.
 
-        These are the momentum buffers; with EMA, also the weights of the model; with several EMAs,
-        also all EMAs.
+        These are the momentum buffers, the weights of the model if there is an EMA, and all EMAs if
+        there are several.
         """
         state = {
             f"momentum.{name}": self.optimizer.state[parameter]["momentum_buffer"]
@@ -239,7 +241,7 @@ class Trainer:
         return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Restore tensors returned by `weights` and `state`."""
+        """Restore the tensors that `weights` and `state` returned."""
         self.model.load_state_dict(_with_prefix(state, "raw.") if self.emas else weights)
         for i, ema in enumerate(self.emas):
             ema.restore(_with_prefix(state, f"ema.{i}.") if len(self.emas) > 1 else weights)

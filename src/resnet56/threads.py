@@ -1,12 +1,12 @@
 """Choose the number of CPU threads according to the load from other programs.
 
 A training step has hundreds of barriers at which every thread waits for the slowest. A thread that
-shares its core with another program runs only part of the time, and all others wait for it: two
-threads next to one busy program are slower than one thread. Training on the CPU therefore uses as
-many threads as there are free cores, and adjusts the number as the load changes.
+shares its core with another program runs only part of the time, and all others wait for it. If
+another program keeps one of two cores busy, two threads are therefore slower than one. Training on
+the CPU uses as many threads as there are free cores, and adjusts the number as the load changes.
 
-The number of threads determines the order of some sums, and so the last bits of the weights. Every
-change is recorded with its first step, and a resumed run uses the recorded numbers.
+The number of threads determines the order of some sums, and therefore the last bits of the weights.
+Every change is recorded with its first step, and a resumed run uses the recorded numbers.
 """
 
 import math
@@ -25,8 +25,8 @@ WINDOW = 5.0  # seconds between two decisions
 FIRST_WINDOW = 0.3  # seconds before the first decision; CPU times have a resolution of 10 ms
 BUSY = 0.4  # a core counts as busy above this load from other programs
 FREE = 0.25  # a busy core counts as free again at or below this load
-RELAPSE_WINDOWS = 12  # if cores are busy again within these windows, the wait doubles
-MAX_WAIT = 12  # windows; upper bound of the wait before free cores are used
+BACKOFF_WINDOWS = 12  # if cores become busy again within these windows, the wait doubles
+MAX_WAIT = 12  # maximum number of windows to wait before free cores are used
 
 SLOW = 0.5  # fraction of the run's median throughput below which a warning is shown
 RECOVERED = 0.75  # fraction above which the warning can be shown again
@@ -41,7 +41,7 @@ class Load(NamedTuple):
 
 
 class Meter(Protocol):
-    """Measures how much other programs use the cores available to this process."""
+    """The interface of `LoadMeter`."""
 
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
         """Return the load since the last window, or None if that is less than `seconds` ago."""
@@ -94,7 +94,7 @@ class ThreadControl:
     Use it as a context manager. It restores PyTorch's number of threads on exit.
 
     Args:
-        requested: a fixed number of threads, or None to choose it.
+        requested: a fixed number of threads, or None to choose the number automatically.
         adaptive: whether to adjust the number to the load. Use False on a GPU or if several
             processes share the cores.
         meter: measures the load.
@@ -121,9 +121,9 @@ class ThreadControl:
         # Two hyperthreads share a core.
         self.cores = min(usable, psutil.cpu_count(logical=False) or usable)
         self._meter = meter or LoadMeter()
-        self._wait_windows = 1  # windows that cores must be free before they are used
+        self._wait_windows = 1  # windows in which cores must be free before they are used
         self._free_windows = 0
-        self._windows_since_up = RELAPSE_WINDOWS
+        self._windows_since_up = BACKOFF_WINDOWS
 
     def __enter__(self) -> "ThreadControl":
         """Set the number of threads that `begin` or `after_step` chose last, if any."""
@@ -155,7 +155,7 @@ class ThreadControl:
         Returns:
             A message for the user, or an empty string.
         """
-        line, chosen = "", self._max_threads
+        message, chosen = "", self._max_threads
         if recorded is not None:
             self.changes = [list(change) for change in recorded["changes"]]
             chosen = min(self.changes[-1][1], self._max_threads)
@@ -166,16 +166,18 @@ class ThreadControl:
             self.others = load.others
             chosen = self._free_threads(load.others, BUSY)
             if chosen < self._max_threads:
-                line = f"{self.load_text()}; training with {_count(chosen)} (--threads N overrides)"
+                message = (
+                    f"{self.load_text()}; training with {_count(chosen)} (--threads N overrides)"
+                )
         if self.requested is not None:
             chosen = self.requested
         if recorded is not None and chosen != self.changes[-1][1]:
-            line = (
-                f"the run used {_count(self.changes[-1][1])} so far and continues with "
-                f"{_count(chosen)}: the results are equal up to rounding, but not bitwise identical"
+            message = (
+                f"the run has used {_count(self.changes[-1][1])} so far and continues with "
+                f"{_count(chosen)}; the results are equal up to rounding, but not bitwise identical"
             )
         self._set(chosen, step)
-        return line
+        return message
 
     def after_step(self, step: int) -> str:
         """Adjust the number of threads for the steps from `step` on.
@@ -195,8 +197,8 @@ class ThreadControl:
         fewer, more = self._free_threads(load.others, BUSY), self._free_threads(load.others, FREE)
         self._free_windows = self._free_windows + 1 if more > now else 0
         if fewer < now:
-            relapse = self._windows_since_up <= RELAPSE_WINDOWS
-            self._wait_windows = min(2 * self._wait_windows, MAX_WAIT) if relapse else 1
+            recent = self._windows_since_up <= BACKOFF_WINDOWS
+            self._wait_windows = min(2 * self._wait_windows, MAX_WAIT) if recent else 1
             self._set(fewer, step)
             return f"{self.load_text()}; continuing with {_count(fewer)} (--threads N overrides)"
         if self._free_windows >= self._wait_windows:
@@ -246,7 +248,7 @@ class ThroughputMonitor:
         Args:
             images: number of images of this epoch so far.
             seconds: training time of these images.
-            cost: the cost of an image in this epoch, relative to other epochs.
+            cost: cost of an image in this epoch, relative to other epochs.
         """
         if images < self._last[0]:  # a new epoch
             self._last = (0, 0.0)
@@ -254,7 +256,9 @@ class ThroughputMonitor:
         self._cost += cost * (images - self._last[0])
         self._seconds += seconds - self._last[1]
         self._last = (images, seconds)
-        if self._changes != len(self._control.changes):  # the window has two numbers of threads
+        if self._changes != len(
+            self._control.changes
+        ):  # the number of threads changed within the window
             self._changes = len(self._control.changes)
             self._images = self._cost = self._seconds = 0.0
         if self._seconds < WINDOW:
@@ -289,7 +293,7 @@ class ThroughputMonitor:
 
 def usable_cores() -> int:
     """Return the number of processors that the affinity mask and the container quota allow."""
-    # joblib's own function returns 1 where JOBLIB_MULTIPROCESSING is off, as the command sets it.
+    # joblib.cpu_count returns 1 if JOBLIB_MULTIPROCESSING is off, which it is in the command line.
     from joblib.externals.loky import cpu_count
 
     return int(cpu_count())

@@ -120,7 +120,7 @@ METHODS: dict[str, Callable[[np.random.Generator, float, int], MixParams]] = {
 
 
 def mix_images(images: Sequence[Tensor], mix: MixParams) -> Tensor:
-    """MixParams the images of a batch.
+    """Mix the images of a batch.
 
     Args:
         images: the batch, followed by the partners in the order of `mix.partners`, each of shape
