@@ -20,7 +20,7 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPI
 class UnavailableError(Exception):
     """A kernel is not available on this machine.
 
-    The message is the reason. `remedy` says what the user can do, or is empty.
+    The message is the reason. `remedy` says what the user can do, if anything.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
@@ -31,11 +31,11 @@ class UnavailableError(Exception):
 def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     """Compile and load a C file of `kernels/`, which must define `int resnet56_threads(void)`.
 
-    The file is deleted after it is loaded, so the library cannot become outdated or be modified.
+    The library is deleted after it is loaded, so that it cannot become outdated or be modified.
 
     Raises:
-        UnavailableError: there is no compiler, the compilation fails, or the library uses another
-            OpenMP runtime than PyTorch.
+        UnavailableError: there is no compiler, the compilation fails, or the library uses a
+            different OpenMP runtime than PyTorch.
     """
     if sys.platform != "linux":
         raise UnavailableError("the kernels require Linux")
@@ -83,7 +83,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _check_threads(library: ctypes.CDLL) -> None:
-    """Check that the kernel shares PyTorch's threads. Two pools would compete for the cores."""
+    """Check that the kernel uses PyTorch's thread pool. Two pools would compete for the cores."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)

@@ -16,15 +16,15 @@ from resnet56.kernels.compiler import UnavailableError, compile_kernel
 from resnet56.model import NormReLU, norm_relu
 
 LANES = 16  # as in fused.c; the number of channels must be a multiple of it
-MAX_CHANNELS = 1024  # upper bound, because the kernel keeps its sums on the stack
+MAX_CHANNELS = 1024  # a limit, because the kernel keeps its sums on the stack
 REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
 
 
 def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
     """Return the kernel for training with activations of `dtype`, float32 or bfloat16.
 
-    It replaces `model.norm_relu`. It calls that function in evaluation, and for tensors of another
-    dtype, device or number of channels.
+    The kernel replaces `model.norm_relu`. It calls that function in evaluation mode, and for
+    tensors with an unsupported dtype, device or number of channels.
 
     Raises:
         UnavailableError: the kernel cannot be compiled, or its results differ from PyTorch's.
@@ -47,7 +47,7 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
 
 
 def _supports_norm(norm: nn.Module) -> bool:
-    """Return whether `norm` is a BatchNorm2d in training: fp32, affine, with running statistics."""
+    """Return whether `norm` is a supported BatchNorm2d in training mode."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training

@@ -9,11 +9,10 @@
  * and gradients `g`.
  *
  * Feature maps are (images, height, width, channels); channels is a multiple of 16. A thread
- * copies a few images at a time into a row of positions (pictured in positions.h). A zero pixel
- * follows each row of pixels and a row of zeros follows each image; they are the padding on both
- * sides. In this layout, a tap of the kernel is a shift within the row. A convolution is therefore
- * a sum of matrix products of 16 positions by 32 inputs and 32 inputs by 16 outputs, the tile size
- * of the unit.
+ * copies a few images at a time into a row of positions (illustrated in positions.h). A zero pixel
+ * follows each row of pixels, and a row of zeros follows each image. They provide the padding on
+ * both sides. In this layout, a tap of the kernel is a shift within the row. A convolution is
+ * therefore a sum of products of two tiles: 16 positions by 32 inputs, and 32 inputs by 16 outputs.
  *
  * tests/kernels/reference.py computes the same convolution with plain loops over this layout.
  */
@@ -78,7 +77,7 @@ static void thread_range(long groups, long *first, long *end) {
     *end = groups * (thread + 1) / threads;
 }
 
-/* Initializes this thread's memory and sums, and configures its tile registers. `saved` receives
+/* Initializes the scratch memory of this thread and configures its tile registers. `saved` receives
  * their previous configuration. */
 static Scratch *begin_thread(const Conv *c, char *arena, long arena_bytes, Scratch *all,
                             struct config *saved) {
@@ -96,8 +95,8 @@ static inline void product(long columns, const bf16 *a, long stride, const int32
     else product_32x32(a, stride, offsets, chunks, b, tile);
 }
 
-/* z = conv(input), and the statistics of the batch norm after it. `arena` holds `arena_bytes` per
- * thread. */
+/* Computes z = conv(input) and the statistics of the batch norm after it. `arena` has `arena_bytes`
+ * per thread. */
 void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads) {
     Scratch all[threads];
     Layout l = layout_of(c);
@@ -221,15 +220,15 @@ static void finish_gradient(Norm *norm, const Scratch *all, long row, long chann
     }
 }
 
-/* Accumulates the weight gradient of the images in the row of positions. */
+/* Accumulates the weight gradient over the images in the row of positions. */
 static void accumulate_weight_gradient(const Conv *c, const Layout *l, Scratch *m, long count) {
     long n = position_count(l), used = (count * l->span + 31) / 32 * 32;
-    long plane_pitch = n + 32; /* an odd number of cache lines */
+    long plane_pitch = n + 32; /* an odd number of cache lines, against cache conflicts */
     interleave_positions(m->input, c->in, n, 0, m->pairs);
     if (l->pad) interleave_positions(m->input, c->in, n, 1, m->pairs + n * c->in);
     transpose_positions(m->gradient + l->lead * c->out, c->out, used, plane_pitch, m->planes);
-    /* A tile holds 16 inputs of one tap. A call computes five tiles for 16 outputs, or two for
-     * 32. */
+    /* A tile holds 16 inputs of one tap. A call computes five tiles for 16 outputs, or two tiles
+     * for 32 outputs. */
     long tiles = l->taps * c->in / LANES, tiles_per_call = c->out == LANES || tiles % 2 ? 5 : 2;
     long row_bytes = 4 * l->taps * c->in, rows = tiles_per_call == 2 ? 2 * LANES : LANES;
     for (long o = 0; o < c->out; o += rows)
@@ -306,7 +305,7 @@ void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long thread
 
 /* ---- the output of the last block and its global average pooling ---- */
 
-/* `c` is a BLOCK without a convolution. `pooled` is (images, in). */
+/* `c` describes a BLOCK input without a convolution. `pooled` is (images, in). */
 void resnet56_pool_forward(const Conv *c, float *pooled, long threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < c->images; i++) {

@@ -1,9 +1,9 @@
 """Training steps in C on the matrix unit of a CPU (kernels/native.c).
 
 In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write whole
-feature maps. Here each convolution, fused with the operations around it, is one call forward and
-one backward. Like the smaller kernel of `fused`, it is compiled at run time and compared with
-PyTorch before it is used. Where it is not available, training falls back to a slower mode.
+feature maps. Here, each convolution is fused with the operations around it, and takes one call in
+each direction. Like the smaller kernel of `fused`, the kernel is compiled at run time and compared
+with PyTorch before it is used. If it is not available, training falls back to a slower mode.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwo
     """Wrap `model` to run its training steps in C.
 
     Args:
-        model: in fp32 on the CPU.
+        model: model in fp32 on the CPU.
         allow_avx512: whether to use AVX-512 BF16 on a CPU without a matrix unit.
 
     Raises:
@@ -42,7 +42,7 @@ def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwo
 
 
 class NativeNetwork(nn.Module):
-    """`model` with its training step in C.
+    """Runs the training steps of `model` in C.
 
     It calls `model` for evaluation and for unsupported inputs. It cannot be copied or pickled, but
     `model` can.
@@ -85,8 +85,8 @@ class NativeNetwork(nn.Module):
             and x.ndim == 4
             and x.shape[1] == self.model.conv1.in_channels
             and x.shape[2] % 4 == x.shape[3] % 4 == 0
-            and x.shape[0] * x.shape[2] * x.shape[3]
-            > 16  # otherwise, a batch norm would have a single value per channel
+            # With 16 pixels, the last batch norms would have a single value per channel.
+            and x.shape[0] * x.shape[2] * x.shape[3] > 16
             and not x.requires_grad
             and all(n.training and n.momentum is not None for n in self._norms)
             and all(t is not None and t.is_cpu and t.dtype == torch.float32 for t in tensors)
@@ -99,9 +99,7 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, images: Tensor, *parameters: Tensor) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(
-            *parameters
-        )  # so that autograd detects changes before the backward pass
+        ctx.save_for_backward(*parameters)  # lets autograd detect changes before the backward pass
         pooled = plan.forward(images.contiguous(memory_format=torch.channels_last))
         ctx.generation = plan.generation
         return pooled
@@ -132,7 +130,7 @@ def _check(library: ctypes.CDLL) -> None:
                 logits = network(images).float()
             logits.square().sum().backward()
             statistics = [b for b in model.buffers() if b.is_floating_point()]
-            # Rounding to bf16 switches some ReLUs, which changes the gradients abruptly.
+            # Rounding to bf16 switches some ReLUs, which changes the gradients considerably.
             gradients = [p.grad for p in model.parameters()]
             results.append([(0.02, [logits, *statistics]), (0.5, gradients)])
         for (tolerance, expected), (_, actual) in zip(*results, strict=True):

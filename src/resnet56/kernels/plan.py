@@ -1,4 +1,4 @@
-"""The calls of kernels/native.c that make up a training step, and their buffers."""
+"""The calls to kernels/native.c that make up a training step, and their buffers."""
 
 import ctypes
 import itertools
@@ -15,7 +15,7 @@ from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet
 PIXELS, NORM, BLOCK, PLAIN = range(4)  # as in native.c
 NONE, IDENTITY, PADDED, PROJECTED = range(4)
 MAX_CHANNELS = 256  # as in native.c
-MAX_GROUP_VALUES = 32768  # values that a thread processes at a time, so that they fit in its caches
+MAX_GROUP_VALUES = 32768  # values that a thread processes at a time, to fit in its caches
 
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -53,7 +53,7 @@ class _Field(ctypes.Structure):
 
 
 def check_layouts(library: ctypes.CDLL) -> None:
-    """Compare the layouts of the library's structs with those of their mirrors above.
+    """Compare the layouts of the structs in the library and in this module.
 
     Raises:
         UnavailableError: a field is missing on one side, or its offsets differ.
@@ -89,7 +89,7 @@ class _Layer:
 
 @dataclass
 class _BlockOutput:
-    """The operands of a block's output, relu(norm(z) + shortcut)."""
+    """The operands of the output of a block, relu(norm(z) + shortcut)."""
 
     last: _Layer
     shortcut: int = NONE
@@ -193,9 +193,8 @@ class Plan:
         projection = self._layer(shortcut[0], shortcut[1], height, width, input_stride=input_stride)
         projection.conv.input, projection.conv.x = PLAIN, x.data_ptr()
         head.skip, head.skip_stride = IDENTITY if input_stride == 1 else PROJECTED, input_stride
-        order.insert(
-            len(order) - 1, projection.conv
-        )  # the first convolution of the block adds its gradient
+        # The first convolution of the block, the last in `order`, adds this gradient.
+        order.insert(len(order) - 1, projection.conv)
         return order, _BlockOutput(layers[-1], PROJECTED, None, projection), height, width
 
     def _layer(
@@ -224,21 +223,20 @@ class Plan:
             8, -(-self.images // self.threads), MAX_GROUP_VALUES // (positions * max(padded, out))
         )
         z = torch.empty(self.images, height // stride, width // stride, out, dtype=torch.bfloat16)
-        values = (
-            kernel * (kernel + 1) * max(padded, 32) * max(out, 32)
-        )  # upper bound of the size of the tiles
-        structure = _Norm()
+        # An upper bound of the size of the tiles.
+        values = kernel * (kernel + 1) * max(padded, 32) * max(out, 32)
+        norm_struct = _Norm()
         for name in ("mean", "invstd", "scale", "shift", "g_scale", "z_scale", "constant"):
-            setattr(structure, name, self._address(torch.empty(out, dtype=torch.float32)))
+            setattr(norm_struct, name, self._address(torch.empty(out, dtype=torch.float32)))
         conv = _Conv(
             images=self.images, height=height, width=width, real_in=in_channels, in_=padded,
             out=out, kernel=kernel, stride=stride, input_stride=input_stride, group=max(1, group),
             result=self._address(z),
             packed=self._address(torch.empty(values, dtype=torch.bfloat16)),
             packed_back=self._address(torch.empty(values, dtype=torch.bfloat16)),
-            result_norm=ctypes.addressof(structure),
+            result_norm=ctypes.addressof(norm_struct),
         )  # fmt: skip
-        self.layers.append(_Layer(module, norm, conv, structure, z))
+        self.layers.append(_Layer(module, norm, conv, norm_struct, z))
         return self.layers[-1]
 
     def _read_block_output(self, previous: _BlockOutput, conv: _Conv) -> Tensor:

@@ -33,22 +33,22 @@ typedef struct {
     const float *pixels;
     const bf16 *z;
     Norm *norm;
-    const bf16 *shortcut_map; /* IDENTITY, PADDED: the block's input; PROJECTED: the projection's z */
+    const bf16 *shortcut_map; /* IDENTITY, PADDED: input of the block; PROJECTED: its z */
     Norm *shortcut_norm;
     bf16 *x;
     bf16 *result;
     Norm *result_norm;
     const bf16 *g; /* gradient of the output of result_norm */
     bf16 *g_in;    /* gradient of the output of norm, or of the input if it is PLAIN */
-    /* The shortcut that starts at this input, whose gradient skip_g is added to g_in: NONE, IDENTITY,
-     * PADDED or PROJECTED. It reads every `skip_stride`-th pixel. */
+    /* The shortcut that starts at this input: NONE, IDENTITY, PADDED or PROJECTED. It reads every
+     * `skip_stride`-th pixel. Its gradient skip_g is added to g_in. */
     long skip;
     const bf16 *skip_g;
     long skip_stride, skip_channels;
 } Conv;
 
-/* The layout of the structs that plan.py mirrors. It compares them when it loads the library,
- * because a missing or moved field would shift all fields after it. */
+/* The layouts of the structs, which plan.py compares with its own when it loads the library. A
+ * missing or moved field would shift all fields after it. */
 typedef struct {
     const char *name; /* a field, or "sizeof" for the struct; null ends the table */
     long offset;
@@ -105,8 +105,8 @@ typedef struct {
     long pad, pitch, span, lead, count, taps, chunks_in, chunks_out;
 } Layout;
 
-/* The number of chunks of 32 inputs that make up a result. With 16 channels, a chunk covers two
- * adjacent taps. */
+/* Returns the number of chunks of 32 inputs that make up a result. With 16 channels, a chunk covers
+ * two adjacent taps. */
 static long chunks_of(long channels, long kernel) {
     if (channels == LANES) return kernel * ((kernel + 1) / 2);
     return kernel * kernel * (channels / 32);
@@ -125,7 +125,7 @@ static Layout layout_of(const Conv *c) {
     return l;
 }
 
-static long position_count(const Layout *l) { /* including what tiles read past the end */
+static long position_count(const Layout *l) { /* including those that tiles read past the end */
     return (l->count + 2 * l->lead + 64 + 32 + 63) / 64 * 64;
 }
 
@@ -226,7 +226,7 @@ static void map_pixels(int32_t *pixel_of, const Conv *c, const Layout *l, long s
                     (i * height + y) * width + x;
 }
 
-/* Zeros the lead, the padding of rows and images, and what products read past the end. */
+/* Zeros the lead, the padding of rows and images, and the positions read past the end. */
 static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long channels,
                          long count) {
     memset(positions, 0, l->lead * channels * 2);
@@ -239,7 +239,7 @@ static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long c
     }
 }
 
-/* Returns 16 channels of a pixel of the larger map. Channels that it does not have are zero. */
+/* Returns 16 channels of a pixel of the larger map. Channels that do not exist are zero. */
 static __m512 padded(const bf16 *pixel, long first, long channels) {
     float v[LANES];
     for (long k = first; k < first + LANES; k++) {

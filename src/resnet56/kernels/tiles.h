@@ -1,6 +1,6 @@
-/* Products of tiles of 16 rows by 32 bfloat16 values. They use the processor's matrix unit (AMX:
- * Intel Architecture Software Developer's Manual, volume 1, chapter 18) if it has one, and vectors
- * otherwise. The results differ only in the order of summation.
+/* Products of tiles of 16 rows by 32 bfloat16 values. They use the matrix unit of the processor
+ * (AMX: Intel Architecture Software Developer's Manual, volume 1, chapter 18) if it has one, and
+ * vectors otherwise. The results differ only in the order of summation.
  *
  * A tile of the second factor has 16 rows of 16 pairs: pair j of row i holds values 2i and 2i + 1
  * of column j.

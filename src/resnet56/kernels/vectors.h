@@ -1,4 +1,4 @@
-/* Vectors of 16 values: bfloat16 in memory, float in registers. */
+/* Vectors of 16 values, stored as bfloat16 in memory and as float in registers. */
 #ifndef __AVX512BF16__
 #error this processor or compiler does not support AVX-512 BF16
 #endif
@@ -34,7 +34,7 @@ static inline void add_to(float *p, __m512 v) { _mm512_storeu_ps(p, load_float(p
 
 static inline long min_long(long a, long b) { return a < b ? a : b; }
 
-/* Interleaves 16 values of `a` with 16 of `b`. */
+/* Interleaves 16 values of `a` with 16 values of `b`. */
 static inline __m512i interleave(const bf16 *a, const bf16 *b) {
     const __m512i order = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
