@@ -1,5 +1,6 @@
 """Readers, compared with hand-written files, NumPy, scikit-learn and Pillow."""
 
+import hashlib
 import os
 import pickle
 import random
@@ -776,6 +777,26 @@ def test_cifar10_is_split_evenly(cifar10: Dataset) -> None:
     assert selected.labels.bincount().tolist() == [500] * 10
 
 
+# SHA-1 of the files of the binary version, from gluon.data.vision.CIFAR10 of Apache MXNet.
+SHA1 = [
+    "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
+    "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
+    "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
+    "aab85764eb3584312d3c7f65fd2fd016e36a258e",
+    "26e2849e66a845b7f1e4614ae70f4889ae604628",
+    "67eb016db431130d61cd03c7ad570b013799c88c",
+]
+
+
 def test_cifar10_matches_the_published_checksums(cifar10: Dataset) -> None:
+    """Compute the checksums from the loaded images and labels, in the binary format."""
+    sums = []
+    for split in (cifar10.train, cifar10.test):
+        records = np.empty((len(split), 1 + 3072), np.uint8)
+        records[:, 0] = split.labels.numpy()
+        records[:, 1:] = split.images.numpy().reshape(len(split), 3072)
+        for file in np.split(records, len(split) // 10_000):
+            sums.append(hashlib.sha1(file.tobytes(), usedforsecurity=False).hexdigest())
+    assert sums == SHA1
     assert cifar10.source.startswith("CIFAR-10 (official split): 50,000 training")
     assert cifar10.remarks == ()
