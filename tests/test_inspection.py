@@ -176,11 +176,11 @@ def test_it_answers_for_runs_and_architectures_and_draws(
 ) -> None:
     out = tmp_path / "layers.svg"
     found = inspected(capsys, str(run), "resnet8", "--out", str(out))
-    trained, initial = found["networks"]
+    trained, initial = found["models"]
     assert (trained["weights"], initial["weights"]) == ("trained", "initial")
     assert [len(config["layers"]) for config in (trained, initial)] == [8, 8]
     assert out.read_text(encoding="utf-8").count("resnet8") >= 1
-    without = inspected(capsys, "resnet8", "--no-batch-norm")["networks"][0]
+    without = inspected(capsys, "resnet8", "--no-batch-norm")["models"][0]
     assert without["loss"] != initial["loss"]
     assert not math.isclose(
         without["layers"][3]["response_std"], initial["layers"][3]["response_std"]
@@ -198,11 +198,11 @@ def test_it_answers_for_runs_and_architectures_and_draws(
         (["plain56-bottleneck"], "choose plain56"),
         (["vgg16"], "neither a run nor an architecture"),
         (["plain8", "--images", "0"], "--images must be at least 1"),
-        (["plain8", "--images", "1000000"], "more than the"),
+        (["plain8", "--images", "1000000"], "--images must be at most"),
         (["plain8", "--out", "layers.gif"], "--out must end in"),
         (["plain8", "--device", "quantum"], "quantum"),
         (["RUN", "--no-batch-norm"], "at initialization"),
-        (["resnet56", "--pretrained"], "choose --data"),
+        (["resnet56", "--pretrained"], "--data is required"),
         (["resnet56", "--pretrained", "--data", "digits"], "no classes in common"),
         (["EMPTY"], "holds no|no checkpoint|there is no"),
         (["FILE.onnx"], "no gradients|ONNX"),

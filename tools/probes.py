@@ -90,7 +90,7 @@ def main(arch: str, batch: int, rounds: int) -> None:
         print(
             f"| {'+ ' if row['name'] != runners[0].name else ''}{row['name']} | "
             f"{row['ms']:.0f} | {row['ratio']:.2f}x | "
-            f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f} |"
+            f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f} |"
         )
     categories = time_by_category(runners[-1].run_once)
     print(f"\n| time of a step with {runners[-1].name} | share |\n|---|---|")

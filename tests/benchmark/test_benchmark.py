@@ -13,7 +13,7 @@ from resnet56.benchmark import benchmark
 from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
 from resnet56.benchmark.benchmark import BenchmarkSetup
 from resnet56.benchmark.interleave import Candidate, interleave, summarize
-from resnet56.benchmark.roofline import floor
+from resnet56.benchmark.roofline import roofline_times
 from resnet56.cli import main
 from resnet56.data.dataset import Dataset, channel_statistics
 from resnet56.errors import UsageError
@@ -35,33 +35,33 @@ def test_measurements_are_interleaved() -> None:
 
 
 def test_a_ratio_is_the_median_of_ratios_to_the_faster_baseline() -> None:
-    slow, fast, ours = (Candidate(n, int, CPU) for n in ("baseline, 2", "baseline, 0", "ours"))
-    slow.seconds, fast.seconds, ours.seconds = [9, 9, 9], [4, 8, 6], [1, 4, 3]
+    slow, fast, new = (Candidate(n, int, CPU) for n in ("baseline, 2", "baseline, 0", "eager"))
+    slow.seconds, fast.seconds, new.seconds = [9, 9, 9], [4, 8, 6], [1, 4, 3]
     rows = {
-        row["name"]: row for row in summarize([slow, fast, ours], images=12, baseline="baseline")
+        row["name"]: row for row in summarize([slow, fast, new], images=12, baseline="baseline")
     }
     assert rows["baseline, 0"]["baseline"]
     assert not rows["baseline, 2"]["baseline"]
-    row = rows["ours"]
-    assert (row["ratio"], row["ratio_least"], row["ratio_most"]) == (2, 2, 4)
+    row = rows["eager"]
+    assert (row["ratio"], row["ratio_min"], row["ratio_max"]) == (2, 2, 4)
     assert row["images_per_second"] == 4
 
 
-def test_the_arithmetic_floor_is_three_forward_passes() -> None:
+def test_the_compute_time_is_three_forward_passes() -> None:
     """The network of the paper has 127 million multiply-accumulates per image."""
     limits = {"gflops": 1.0, "gigabytes_per_second": 1.0}
-    bound = floor("resnet56", 1, "fp32", limits)
-    assert bound["arithmetic_ms"] == pytest.approx(3 * 2 * 127, rel=0.02)
+    bound = roofline_times("resnet56", 1, "fp32", limits)
+    assert bound["compute_ms"] == pytest.approx(3 * 2 * 127, rel=0.02)
 
 
-def test_the_memory_floor_counts_each_activation_five_times() -> None:
+def test_the_memory_time_counts_each_activation_five_times() -> None:
     """resnet8 has three convolutions with 16x32x32 outputs, two with 32x16x16, two with 64x8x8."""
     limits = {"gflops": 1.0, "gigabytes_per_second": 1.0}
     maps = 3 * 16 * 32 * 32 + 2 * 32 * 16 * 16 + 2 * 64 * 8 * 8
     bytes_moved = 5 * 2 * maps * 4  # outputs of convolutions and norms, in fp32
-    bound = floor("resnet8", 1, "fp32", limits)
+    bound = roofline_times("resnet8", 1, "fp32", limits)
     assert bound["memory_ms"] == pytest.approx(bytes_moved / 1e6)
-    assert floor("resnet8", 1, "bf16", limits)["memory_ms"] == bound["memory_ms"] / 2
+    assert roofline_times("resnet8", 1, "bf16", limits)["memory_ms"] == bound["memory_ms"] / 2
 
 
 def test_a_baseline_image_is_a_crop_of_the_padded_image_with_or_without_flip(tiny: Dataset) -> None:
@@ -96,7 +96,7 @@ def ten_classes(tiny: Dataset) -> Dataset:
     return dataclasses.replace(tiny, classes=tuple("0123456789"))
 
 
-def test_our_step_is_the_step_of_training(
+def test_the_measured_step_is_the_step_of_training(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Trainer] = []
@@ -107,7 +107,7 @@ def test_our_step_is_the_step_of_training(
 
     monkeypatch.setattr(benchmark, "Trainer", recorded)
     setup = BenchmarkSetup(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
-    run_once = setup.our_step("resnet8", 16, "eager")
+    run_once = setup.package_step("resnet8", 16, "eager")
     for _ in range(3):  # one epoch
         run_once()
     recipe = Recipe(arch="resnet8", batch_size=16, epochs=1, execution="eager", precision="fp32")
@@ -131,7 +131,7 @@ def test_networks_have_one_output_per_class(tiny: Dataset) -> None:
     last = dataclasses.replace(tiny.train, labels=tiny.train.labels + 10)  # 13 classes
     mean, std = channel_statistics(last.images)
     setup = BenchmarkSetup(last, mean, std, CPU, "fp32", classes=13)
-    setup.our_step("resnet8", 16, "eager")()
+    setup.package_step("resnet8", 16, "eager")()
     loop = BaselineLoop("resnet8", setup.augmented_images(), 16, CPU, workers=0, classes=13)
     loop.step()
     names = tuple(map(str, range(13)))
@@ -168,7 +168,7 @@ def test_the_command_prints_tables_and_writes_json(
     (comparison,) = result["training"]
     names = [row["name"] for row in comparison["rows"]]
     assert names[:2] == ["baseline, 0 workers", "baseline, 2 workers"]
-    assert "ours, eager" in names
+    assert "eager" in names
     assert sum(row["baseline"] for row in comparison["rows"]) == 1
     assert result["limits"]["gflops"] > 0
 
@@ -180,10 +180,10 @@ def test_the_command_prints_tables_and_writes_json(
         (["--batch", "0"], "--batch must be from 1 to 1,000,000"),
         (["--seconds", "nan"], "--seconds: expected a finite number"),
         (
-            ["--json", "no/such/folder/x.json"],
-            "--json no/such/folder/x.json: the folder does not exist",
+            ["--json", "no/such/directory/x.json"],
+            "--json no/such/directory/x.json: the directory does not exist",
         ),
-        (["--json", "."], "--json . is a folder; choose a file"),
+        (["--json", "."], "--json . is a directory; choose a file"),
         (["--rounds", "0"], "--rounds must be from 1"),
         (["--arch", "resnet57"], "depth 57 is not of the form 6n + 2"),
     ],

@@ -173,7 +173,7 @@ def test_parity_is_kept_once_and_gives_a_verdict(
     assert json.loads((run / "parity.json").read_text())["comparisons"] == kept
     capsys.readouterr()
     assert cli.main(["evaluate", str(run), "--parity", "cpu"]) == 2
-    assert "two sides" in capsys.readouterr().err
+    assert "requires a pair" in capsys.readouterr().err
 
 
 def test_a_runs_own_recipe_trains_it_again(
@@ -243,7 +243,7 @@ def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]
         (["train", "quick", "--device", "abacus"], "unknown device 'abacus'"),
         (["train", "quick", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["train", "quick", "--data", "cifar11"], "unknown data 'cifar11'.*cifar10"),
-        (["train", "--resume"], "--resume needs --out"),
+        (["train", "--resume"], "--resume requires --out"),
         (["describe", "--arch", "resnet1"], "nearest is 8"),
         (["describe", "--classes", "1"], "2 to 1,000,000 classes"),
         (["data", "nonsense"], "unknown command: resnet56 data nonsense.*fetch"),

@@ -187,7 +187,7 @@ def test_pretrained_name_is_accepted_in_place_of_a_run(
                     tmp_path / "data" / split / name / f"{index}.png"
                 )
     assert cli.main(["evaluate", "resnet56"]) == 2
-    assert "choose --data" in capsys.readouterr().err
+    assert "--data is required" in capsys.readouterr().err
     assert cli.main(["evaluate", "resnet56", "--data", "data", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 6
     parity = ["evaluate", "resnet56", "--data", "data", "--parity", "fp32,bf16", "--device", "cpu"]

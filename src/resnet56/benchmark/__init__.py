@@ -1,1 +1,1 @@
-"""Training and inference speed of this package, compared with a conventional loop."""
+"""Training and inference speed of this package, compared with a standard PyTorch loop."""

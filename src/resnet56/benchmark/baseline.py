@@ -1,8 +1,8 @@
-"""A conventional training loop, used only as the baseline of the benchmark.
+"""A standard training loop, which the benchmark uses as its baseline.
 
-It follows the most widely used ResNet-56 repositories: a `Dataset` of PIL images with a random
-crop, a flip, conversion and normalization per image, a `DataLoader`, fp32, NCHW, eager execution,
-and `loss.item()` and accuracy in every step.
+It follows the most widely used ResNet-56 repositories: a `Dataset` that crops, flips, converts and
+normalizes one PIL image at a time, a `DataLoader`, eager execution in fp32 and NCHW, and
+`loss.item()` and the accuracy in every step.
 """
 
 import random
@@ -22,7 +22,7 @@ PADDING = 4
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Data set that creates and augments a PIL image on each access.
+    """A data set that creates and augments a PIL image on each access.
 
     Args:
         split: images and labels.
@@ -49,7 +49,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Compute relu(norm(x) + residual) as in those repositories: only the addition is in place."""
+    """Compute relu(norm(x) + residual). As in these repositories, only the addition is in place."""
     out: Tensor = norm(x)
     if residual is not None:
         out += residual
@@ -57,14 +57,14 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 class BaselineLoop:
-    """Conventional training, one step per call.
+    """A standard training loop that runs one step per call.
 
     Args:
         arch: name of an architecture; see `build`.
         dataset: training images.
         batch: batch size.
-        device: device of the training.
-        workers: number of loader processes. They start with the first step and end with `close`.
+        device: device to train on.
+        workers: number of `DataLoader` workers. They start in the first step and stop in `close`.
         classes: number of classes.
     """
 

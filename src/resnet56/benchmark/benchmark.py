@@ -1,4 +1,4 @@
-"""Benchmark of complete training steps on real images against a conventional loop."""
+"""Benchmarks of training steps, inference and everything else, against a standard loop."""
 
 import contextlib
 import itertools
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
 from resnet56.benchmark.baseline import norm_relu as baseline_norm_relu
 from resnet56.benchmark.interleave import Candidate, interleave, summarize
-from resnet56.benchmark.roofline import floor, machine_limits
+from resnet56.benchmark.roofline import machine_limits, roofline_times
 from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.batches import Batches
 from resnet56.data.dataset import Dataset, Split, Triple, channel_statistics
@@ -42,7 +42,7 @@ from resnet56.runtime import (
 )
 from resnet56.step import Trainer, learning_rate, prepare_model
 
-START_REPEATS = 3  # number of measurements of each start-up
+START_REPEATS = 3  # number of times that each program is started
 Say = Callable[[str], None]
 
 
@@ -55,14 +55,14 @@ class BenchmarkSetup:
     std: Triple
     device: torch.device
     precision: Precision
-    classes: int = 10  # number of classes, and of outputs of all networks
+    classes: int = 10  # number of classes, and of outputs of every model
 
     def augmented_images(self) -> AugmentedImages:
-        """Return the same images for the baseline loop."""
+        """Return the images for the baseline loop."""
         return AugmentedImages(self.split, self.mean, self.std)
 
-    def our_step(self, arch: str, batch: int, execution: str) -> Callable[[], None]:
-        """Return a function that runs one step of `resnet56 train`, with data and loss readings."""
+    def package_step(self, arch: str, batch: int, execution: str) -> Callable[[], None]:
+        """Return a function that runs one step of `resnet56 train`, including its data loading."""
         recipe = Recipe(arch=arch, batch_size=batch, execution=execution)  # type: ignore[arg-type]
         model = build(arch, classes=self.classes)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -101,7 +101,7 @@ def available_modes(device: torch.device, precision: Precision, compiled: bool) 
 def bench_training(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Compare baseline loops with 0 and 2 workers and our step in each execution mode."""
+    """Compare the step of this package in each mode with baseline loops with 0 and 2 workers."""
     loops = {
         f"baseline, {workers} workers": BaselineLoop(
             arch, setup.augmented_images(), batch, setup.device, workers, setup.classes
@@ -110,8 +110,8 @@ def bench_training(
     }
     candidates = [Candidate(n, loop.step, setup.device) for n, loop in loops.items()]
     for mode in modes:
-        run_once = setup.our_step(arch, batch, mode)
-        candidates.append(Candidate(f"ours, {mode}", run_once, setup.device))
+        run_once = setup.package_step(arch, batch, mode)
+        candidates.append(Candidate(mode, run_once, setup.device))
     try:
         interleave(candidates, rounds, seconds)
     finally:
@@ -123,14 +123,14 @@ def bench_training(
 def bench_inference(
     setup: BenchmarkSetup, arch: str, batch: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Compare the model in evaluation mode with its inference form and ONNX Runtime."""
+    """Compare the model in evaluation mode with an `InferenceModel` and ONNX Runtime."""
     pixels = setup.split.images[torch.arange(batch) % len(setup.split)]
     images = pixels.float().to(setup.device) / 255
     model = build(arch).to(setup.device).eval()
     model.set_norm_relu(baseline_norm_relu)
-    runners: dict[str, nn.Module] = {"baseline": model, "ours, fp32": InferenceModel(model)}
+    runners: dict[str, nn.Module] = {"baseline": model, "folded, fp32": InferenceModel(model)}
     if setup.precision != "fp32":
-        runners[f"ours, {setup.precision}"] = InferenceModel(model, setup.precision)
+        runners[f"folded, {setup.precision}"] = InferenceModel(model, setup.precision)
 
     def run_once(runner: nn.Module) -> None:
         with torch.inference_mode():
@@ -141,14 +141,16 @@ def bench_inference(
         for name, runner in runners.items()
     ]
     if setup.device.type == "cpu":
-        with contextlib.suppress(MissingExtraError):  # omitted without the optional package
+        with contextlib.suppress(MissingExtraError):  # the extra `onnx` is not installed
             config = ModelConfig(arch, tuple("0123456789"), setup.mean, setup.std)
             checkpoint = Checkpoint(config, model.state_dict())
             content = to_onnx(checkpoint, checked=False)
             exported = OnnxBackend(content, arch, torch.get_num_threads())
             array = pixels.numpy()
             candidates.append(
-                Candidate("ours, ONNX", lambda: exported.run(array)[0].argmax(axis=1), setup.device)
+                Candidate(
+                    "ONNX Runtime", lambda: exported.run(array)[0].argmax(axis=1), setup.device
+                )
             )
     interleave(candidates, rounds, seconds)
     return summarize(candidates, batch, baseline="baseline")
@@ -160,7 +162,7 @@ def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> flo
         images = setup.augmented_images()
         run_once = BaselineLoop(arch, images, batch, setup.device, 0, setup.classes).step
     else:
-        run_once = setup.our_step(arch, batch, mode)
+        run_once = setup.package_step(arch, batch, mode)
     for _ in range(3):
         run_once()
     return peak_memory_mb(setup.device)
@@ -170,7 +172,7 @@ def peak_memory(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
 ) -> dict[str, float]:
     """Measure the peak memory of the baseline loop and each execution mode, in new processes."""
-    few = slice(0, 4 * batch)  # cloned, since pickling a view would copy the whole storage
+    few = slice(0, 4 * batch)  # cloned, because pickling a view would copy the entire storage
     split = Split(setup.split.images[few].clone(), setup.split.labels[few].clone())
     setup = replace(setup, split=split)
     peaks = {}
@@ -180,8 +182,8 @@ def peak_memory(
     return peaks
 
 
-def bench_rest(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Time everything else, in seconds: start-up, loading data, a checkpoint, an evaluation."""
+def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
+    """Return the times in s of start-up, data loading, writing a checkpoint, and evaluation."""
 
     def start_time(*arguments: str) -> float:
         times = []
@@ -194,8 +196,8 @@ def bench_rest(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> 
     model = build("resnet56").to(setup.device)
     trainer = Trainer(model, model, Recipe(), "fp32")
     config = ModelConfig("resnet56", dataset.classes, setup.mean, setup.std)
-    with tempfile.TemporaryDirectory() as folder:
-        run = RunDirectory(Path(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        run = RunDirectory(Path(directory))
         started = time.perf_counter()
         run.save(Checkpoint(config, trainer.weights(), trainer.state(), Progress(), {}))
         saved = time.perf_counter() - started
@@ -227,18 +229,18 @@ def bench(
     """Run all benchmarks.
 
     Args:
-        load: function that loads the data set. Its duration is also measured.
+        load: function that loads the data set. It is also timed.
         archs: names of architectures.
         batches: batch sizes for training.
         device: "auto", "cpu", "cuda", ...
         precision: precision of this package: "auto", "fp32", "bf16" or "fp16".
         compiled: whether to include torch.compile, which takes another minute per comparison.
         rounds: number of rounds per comparison.
-        seconds: duration of one measurement per round.
+        seconds: duration of each measurement.
         say: called with a description of each measurement.
 
     Returns:
-        machine, limits, training, inference and rest, serializable as JSON.
+        A dictionary with the machine and all measurements, serializable as JSON.
     """
     resolved_device = resolve_device(device)
     resolved_precision = resolve_precision(precision, resolved_device)
@@ -262,11 +264,11 @@ def bench(
         say(f"training {arch}, batch {batch}")
         rows = bench_training(setup, arch, batch, modes, rounds, seconds)
         memory = peak_memory(setup, arch, batch, modes)
-        least_time = floor(arch, batch, resolved_precision, limits)
         for row in rows:
-            mode = row["name"].removeprefix("ours, ").replace("baseline, 0 workers", "baseline")
+            mode = row["name"].replace("baseline, 0 workers", "baseline")
             row["peak_memory_mb"] = memory.get(mode)
-        training.append({"arch": arch, "batch": batch, "floor": least_time, "rows": rows})
+        times = roofline_times(arch, batch, resolved_precision, limits)
+        training.append({"arch": arch, "batch": batch, "roofline": times, "rows": rows})
     for arch, batch in itertools.product(archs, (1, 256)):
         say(f"inference {arch}, batch {batch}")
         rows = bench_inference(setup, arch, batch, rounds, seconds / 3)
@@ -279,5 +281,5 @@ def bench(
         "limits": limits,
         "training": training,
         "inference": inference,
-        "rest": bench_rest(setup, dataset, load_seconds),
+        "other": bench_other(setup, dataset, load_seconds),
     }

@@ -1,7 +1,7 @@
 """Time several functions alternately in one process.
 
-The functions run alternately for about a second each, A B C A B C, so that other load on the
-machine affects all of them. A reported ratio is the median of the ratios within each round.
+Each function runs for about a second in turn (A B C A B C ...), so that other programs on the
+machine slow down all functions alike. A reported ratio is the median of the ratios of the rounds.
 """
 
 import statistics
@@ -46,11 +46,13 @@ def interleave(candidates: Sequence[Candidate], rounds: int, seconds: float) -> 
 def summarize(
     candidates: Sequence[Candidate], images: int, *, baseline: str
 ) -> list[dict[str, Any]]:
-    """Return a row per candidate: median times, and ratios to the fastest baseline.
+    """Return one row per candidate, with its median time and its speed-up over the baseline.
+
+    The fastest baseline is used. A ratio of 2 means twice the speed.
 
     Args:
         candidates: candidates with measurements.
-        images: images per call.
+        images: number of images per call.
         baseline: prefix of the names of the baselines.
     """
     baselines = [c for c in candidates if c.name.startswith(baseline)]
@@ -65,8 +67,8 @@ def summarize(
                 "ms": 1000 * median,
                 "images_per_second": images / median,
                 "ratio": statistics.median(ratios),
-                "ratio_least": min(ratios),
-                "ratio_most": max(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
                 "baseline": candidate is fastest,
             }
         )

@@ -1,4 +1,4 @@
-"""Limits of a machine, and the resulting lower bound on the time of a training step."""
+"""Roofline model: the limits of a machine, and the time of a training step at these limits."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from resnet56.runtime import DTYPES, Precision
 
 
 def machine_limits(device: torch.device, precision: Precision) -> dict[str, float]:
-    """Measure GFLOP/s of a matrix product and GB/s of a copy, as the best of ten runs."""
+    """Measure the GFLOP/s of a matrix product and the GB/s of a copy, as the best of ten runs."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    # Not zeros, because zero pages that are never written share memory.
+    # Not zeros, because pages of zeros share physical memory until they are written.
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
 
@@ -29,26 +29,26 @@ def machine_limits(device: torch.device, precision: Precision) -> dict[str, floa
     }
 
 
-def floor(
+def roofline_times(
     arch: str, batch: int, precision: Precision, limits: dict[str, float]
 ) -> dict[str, float]:
-    """Return the minimum time of a step within the limits of the machine, in ms.
+    """Return the times of the arithmetic and of the memory traffic of a training step, in ms.
 
-    The arithmetic is that of a forward pass, plus twice as much for the backward pass. The memory
-    traffic assumes that all other operations are fused and that no cache holds any tensor. Then
-    the output of each convolution and norm is written once and read twice, and its gradient is
-    written and read once: five passes over all stored activations.
+    The backward pass takes twice as many operations as the forward pass. The memory traffic assumes
+    that all other operations are fused and that no tensor stays in a cache. The output of each
+    convolution and batch norm is then written once and read twice, and its gradient is written and
+    read once: five passes over all stored activations.
     """
     operations = 3 * 2 * describe(arch).macs * batch
     bytes_moved = 5 * batch * _stored_activations(arch) * DTYPES[precision].itemsize
     return {
-        "arithmetic_ms": operations / limits["gflops"] / 1e6,
+        "compute_ms": operations / limits["gflops"] / 1e6,
         "memory_ms": bytes_moved / limits["gigabytes_per_second"] / 1e6,
     }
 
 
 def _stored_activations(arch: str) -> int:
-    """Count the activations per image that convolutions and norms store in a forward pass."""
+    """Count the outputs of convolutions and batch norms per image."""
     total = 0
 
     def count(module: nn.Module, _: object, output: Tensor) -> None:

@@ -25,11 +25,11 @@ COMMANDS = {
     "evaluate": "evaluate a model on this machine",
     "predict": "classify images and explain the predictions",
     "serve": "serve predictions over HTTP, with a demo page",
-    "import": "convert a checkpoint from another project to a run",
-    "export": "export a model to ONNX or to a model hub folder",
+    "import": "convert a checkpoint of another project to a run",
+    "export": "export a model to ONNX or to a model hub directory",
     "report": "write a report on a run, or a comparison of several runs",
     "inspect": "measure gradients and responses of each layer",
-    "describe": "print a model's layers, parameters and multiply-accumulates",
+    "describe": "print the layers, parameters and multiply-accumulates of a model",
     "bench": "benchmark training and inference against a standard loop",
     "data": "download CIFAR-10 or CIFAR-100",
 }
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except Error as error:
         return _fail(str(error), error.exit_code)
-    except SystemExit as stopped:  # tyro has printed the help, or rich met a broken pipe
+    except SystemExit as stopped:  # tyro printed the help, or rich found a broken pipe
         if isinstance(stopped.__context__, BrokenPipeError):
             return _pipe_closed(arguments)
         return int(stopped.code or 0)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prefix = f"{error.filename}: " if error.filename else ""
         line = f"{prefix}{error.strerror or error}"
         if "usable temporary directory" in line:
-            line += "; set TMPDIR to a writable folder"
+            line += "; set TMPDIR to a writable directory"
         return _fail(line, 1)
     except (MemoryError, RuntimeError) as error:
         message = str(error)
@@ -100,8 +100,8 @@ def _expand(argument: str) -> str:
 def _open_standard_streams() -> None:
     """Open standard streams that are closed (`>&-`) on the null device.
 
-    Otherwise, the next file to be opened would get the descriptor of the stream, and C libraries
-    would write messages to the file.
+    Otherwise, the next file that is opened would get the descriptor of the stream, and C libraries
+    would write messages to this file.
     """
     modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
     for number, (name, mode) in enumerate(modes.items()):
@@ -114,7 +114,7 @@ def _open_standard_streams() -> None:
 
 
 def _pipe_closed(arguments: Sequence[str]) -> int:
-    """Handle a closed stdout pipe, as in `| head -1`, like SIGPIPE."""
+    """Return the exit code after stdout was closed, as by `| head -1`."""
     _discard(sys.stdout)
     if arguments[:1] != ["train"]:
         return BROKEN_PIPE
@@ -126,7 +126,7 @@ def _pipe_closed(arguments: Sequence[str]) -> int:
 
 
 def _discard(stream: TextIO) -> None:
-    """Discard buffered output, for which Python would print an error at exit."""
+    """Discard buffered output. Otherwise, Python would print an error at exit."""
     with contextlib.suppress(OSError, ValueError):  # no file descriptor, as in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -1,7 +1,7 @@
-"""Parse command-line arguments into a dataclass with tyro. Errors are one line.
+"""Parse command-line arguments into a dataclass with tyro. Error messages are one line.
 
-Number syntax is stricter than in Python: only ASCII digits, no underscores, finite values.
-Integers have at most 18 digits, so they fit in 64 bits.
+The syntax of numbers is stricter than in Python: they must be finite and use only ASCII digits,
+without underscores. Integers have at most 18 digits, so they fit in 64 bits.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def parse(
     """Parse flags into an instance of `options_type`, a dataclass.
 
     Raises:
-        UsageError: a flag is unknown or missing, or a value has the wrong type.
+        UsageError: a flag is unknown or missing, or a value is invalid.
         SystemExit: the help was requested and printed.
     """
     extra: dict[str, Any] = {} if default is None else {"default": default}
@@ -70,7 +70,7 @@ def parse(
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """Return `; did you mean ...?`, or an empty string if no known name is similar."""
+    """Return "; did you mean ...?", or an empty string if no known name is similar."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -200,7 +200,7 @@ def _unknown(tokens: Sequence[str], options_type: type) -> str:
 
 
 def _error_line(output: str) -> str:
-    """Extract tyro's error from its box, which has a title, the error, a rule and help."""
+    """Extract the error from tyro's box, which contains a title, the error, a rule and the help."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", output).partition("\n")[2]
     error = re.split(r"\n\W*───", box)[0]
     rows = [re.sub("[│╭╮╰╯─]", " ", row).rstrip() for row in error.splitlines()]
@@ -213,7 +213,7 @@ def _error_line(output: str) -> str:
     return line
 
 
-# Patterns of tyro's errors about a value -> the messages that replace them.
+# Patterns of errors by tyro -> the messages that replace them.
 ERROR_MESSAGES = {
     r"Missing value for argument '(\S+/)?(?P<flag>\S+)'": "{flag}: a value is missing",
     r"invalid choice (?P<value>.*) for argument '(\S+/)?(?P<flag>\S+)'. Expected one of "

@@ -18,12 +18,13 @@ COMMA_SEPARATED = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
 class BenchOptions:
     """Benchmark training and inference against a standard PyTorch loop.
 
-    The candidates run in alternation. This takes a few minutes. Do not run other programs at the
+    The candidates are measured alternately, for a few minutes. Do not run other programs at the
     same time.
     """
 
     data: Data = None
-    """Data set: digits (the default; no download), cifar10, cifar100 or a folder."""
+    """Data set: digits (the default, no download), cifar10, cifar100 or a
+    directory."""
 
     arch: COMMA_SEPARATED = "resnet56,resnet56-bottleneck"
     """Architectures."""
@@ -41,29 +42,29 @@ class BenchOptions:
     """Precision of this package. The standard loop always uses fp32."""
 
     compiled: bool = False
-    """Also benchmark torch.compile, which takes one more minute per table."""
+    """Also benchmark torch.compile, which takes another minute per table."""
 
     rounds: int = 7
     """Number of measurements per candidate."""
 
     seconds: float = 1.5
-    """Duration of a measurement."""
+    """Duration of one measurement in seconds."""
 
     json: Path | None = None
     """Also write all results to this file."""
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 bench [options]."""
+    """Run `resnet56 bench`."""
     options = parse(BenchOptions, arguments, "resnet56 bench")
     if not (1 <= options.rounds <= 10_000 and 0 < options.seconds <= 3600):
         raise UsageError(
-            "--rounds must be from 1 to 10,000, and --seconds above 0 and at most 3,600"
+            "--rounds must be from 1 to 10,000, and --seconds positive and at most 3,600"
         )
     if options.json and not options.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {options.json}: the folder does not exist")
+        raise UsageError(f"--json {options.json}: the directory does not exist")
     if options.json and options.json.is_dir():
-        raise UsageError(f"--json {options.json} is a folder; choose a file")
+        raise UsageError(f"--json {options.json} is a directory; choose a file")
     from resnet56 import model
     from resnet56.benchmark.benchmark import bench
     from resnet56.cli.tables import show_bench

@@ -40,11 +40,11 @@ def load_data(
     evaluation: bool = False,
     skip_broken: bool = False,
 ) -> "Dataset":
-    """Load a data set with `readers.load_data`, and print its remarks.
+    """Load a data set with `readers.load_data` and print its remarks.
 
     Args:
         data: the value of --data, or None to load `own`.
-        own: the origin of the data of the run (`Dataset.origin`), or None for the digits.
+        own: the origin of the run's data (`Dataset.origin`), or None for the digits.
         evaluation, skip_broken: as in `readers.load_data`.
     """
     from resnet56.data import readers
@@ -60,7 +60,7 @@ def load_data(
 
 
 def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
-    """Select the images of a model's classes, and print a remark about the others."""
+    """Select the images of the given classes, and print a remark about any others."""
     printed = len(dataset.remarks)
     dataset = dataset.for_classes(classes)
     for remark in dataset.remarks[printed:]:

@@ -18,7 +18,7 @@ class FetchOptions:
     """Data set to download."""
 
     dir: Path | None = None
-    """Folder for data sets. By default, $RESNET56_DATA or a folder in the user's cache."""
+    """Directory for data sets. By default, $RESNET56_DATA, or a directory in the user's cache."""
 
     mirror: tuple[str, ...] = ()
     """URLs to try before the official one. By default, $RESNET56_MIRROR."""

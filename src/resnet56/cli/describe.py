@@ -21,7 +21,7 @@ class DescribeOptions:
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 describe [--arch NAME]."""
+    """Run `resnet56 describe`."""
     options = parse(DescribeOptions, arguments, "resnet56 describe")
     from resnet56.files import to_json
     from resnet56.model import describe as describe_architecture

@@ -27,11 +27,11 @@ class EvaluateOptions:
     """Evaluate a model. Results of a run on its own data are saved in the run directory."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
-    """Run directory, model hub folder, exported file, or name of a pretrained model."""
+    """Run directory, model hub directory, exported file, or name of a pretrained model."""
 
     data: Data = None
-    """Data set, image folder, or folder of CIFAR-10-C or CIFAR-10.1 .npy files. By default, the
-    data of the run."""
+    """Data set: a name, an image directory, or a directory with the .npy files of CIFAR-10-C or
+    CIFAR-10.1. By default, the data of the run."""
 
     split: Literal["test", "train", "validation"] = "test"
     """Split to print. For a run on its own data, all splits are evaluated."""
@@ -61,7 +61,7 @@ class EvaluateOptions:
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 evaluate RUN."""
+    """Run `resnet56 evaluate`."""
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
     from resnet56 import runtime
     from resnet56.cli.tables import show_metrics
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     if options.robustness < 0:
         raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
     if is_onnx(Path(options.run)):
-        return _measure_onnx(options)
+        return _evaluate_onnx(options)
     device = runtime.resolve_device(options.device)
     if options.threads is not None or device.type == "cpu":
         set_threads(options.threads)
@@ -83,12 +83,12 @@ def run(arguments: list[str]) -> int:
     checkpoint, run = source.checkpoint, source.run
     if _is_benchmark(options.data):
         if options.parity is not None:
-            raise UsageError("--parity does not support CIFAR-10-C or 10.1; choose other --data")
-        _measure_benchmark(evaluated_model(checkpoint, device, precision), options)
+            raise UsageError("--parity does not support CIFAR-10-C and CIFAR-10.1; omit --data")
+        _evaluate_benchmark(evaluated_model(checkpoint, device, precision), options)
         return 0
 
     if run is None and options.data is None:
-        raise UsageError(f"{options.run} is not a run and has no data; choose --data")
+        raise UsageError(f"{options.run} is not a run, so --data is required")
     net = checkpoint.config
     dataset = load_data(
         options.data,
@@ -100,12 +100,12 @@ def run(arguments: list[str]) -> int:
     if not own:
         dataset = for_classes(dataset, net.classes)
         if run is not None:
-            say("the images are not those of the run; the results are not saved")
+            say("these are not the data of the run, so the results are not saved")
     title = f"{net.arch} on the {options.split} images; {dataset.source}"
     if options.parity is not None:
         _compare(checkpoint, dataset.test, options, device, save_to=run if own else None)
     elif own and run is not None:
-        _measure_run(run, dataset, options, device, precision, title)
+        _evaluate_run(run, dataset, options, device, precision, title)
     else:
         split = _other_split(dataset, options)
         with show(f"{len(split):,} images", len(split)) as advance:
@@ -121,18 +121,19 @@ def _is_benchmark(data: str | None) -> bool:
 
 
 def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
-    """Return the split to evaluate if the data are not those of the run."""
+    """Return the split to evaluate of a data set other than that of the run."""
     if options.split == "validation":
-        raise UsageError("validation images are part of the run's own data; omit --data")
+        raise UsageError("only a run on its own data has validation images; choose another --split")
     split = dataset.test if options.split == "test" else dataset.train
     if not len(split):
         raise UsageError(
-            f"no {options.split} images of the model's classes; choose another --split"
+            f"the data contain no {options.split} images of the model's classes; choose another "
+            "--split"
         )
     return split
 
 
-def _measure_onnx(options: EvaluateOptions) -> int:
+def _evaluate_onnx(options: EvaluateOptions) -> int:
     """Evaluate an ONNX file in ONNX Runtime on the images of `--data`."""
     from resnet56.cli.tables import show_metrics
     from resnet56.export import OnnxModel
@@ -144,10 +145,10 @@ def _measure_onnx(options: EvaluateOptions) -> int:
     if options.device not in ("auto", "cpu") or options.precision not in ("auto", "fp32"):
         raise UsageError("an ONNX file runs on the CPU in fp32; omit --device and --precision")
     if options.data is None:
-        raise UsageError(f"{options.run} is not a run and has no data; choose --data")
+        raise UsageError(f"{options.run} is not a run, so --data is required")
     model = OnnxModel(OnnxBackend.from_file(Path(options.run), options.threads))
     if _is_benchmark(options.data):
-        _measure_benchmark(model, options)
+        _evaluate_benchmark(model, options)
         return 0
     dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
     dataset = for_classes(dataset, model.config.classes)
@@ -159,7 +160,7 @@ def _measure_onnx(options: EvaluateOptions) -> int:
     return 0
 
 
-def _measure_benchmark(evaluated: "EvaluatedModel | OnnxModel", options: EvaluateOptions) -> None:
+def _evaluate_benchmark(evaluated: "EvaluatedModel | OnnxModel", options: EvaluateOptions) -> None:
     """Evaluate on the arrays of CIFAR-10-C or CIFAR-10.1."""
     from resnet56.cli.tables import show_accuracies
     from resnet56.data.arrays import load_benchmark
@@ -172,7 +173,7 @@ def _measure_benchmark(evaluated: "EvaluatedModel | OnnxModel", options: Evaluat
     print(to_json(metrics)) if options.json else show_accuracies(metrics)
 
 
-def _measure_run(
+def _evaluate_run(
     run: "RunDirectory",
     dataset: "Dataset",
     options: EvaluateOptions,
@@ -188,7 +189,7 @@ def _measure_run(
 
     recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
     if options.split == "validation" and recipe.val_size == 0:
-        raise UsageError(f"{run.path} has no validation images (resnet56 train --val-size N)")
+        raise UsageError(f"{run.path} has no validation images; train with --val-size N")
     evaluate_run(
         run,
         dataset,
@@ -241,7 +242,7 @@ def _compare(
         evaluated_models.append(evaluated_model(checkpoint, side_device, precision))
     if len(names) != 2:
         raise UsageError(
-            f"--parity requires two sides, such as cpu,cuda, fp32,bf16 or torch,onnx, not {sides!r}"
+            f"--parity requires a pair, such as cpu,cuda or fp32,bf16 or torch,onnx, not {sides!r}"
         )
     comparison = compare(
         evaluated_models[0], evaluated_models[1], (names[0], names[1]), split, show

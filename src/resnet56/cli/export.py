@@ -13,20 +13,20 @@ from resnet56.errors import UsageError
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Export a model to ONNX or to a model hub folder."""
+    """Export a model to ONNX or to a model hub directory."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
-    """Run directory, model hub folder, exported file, or name of a pretrained model."""
+    """Run directory, model hub directory, exported file, or name of a pretrained model."""
 
     format: Literal["onnx", "hub"] = "onnx"
-    """An ONNX file, or a folder with config.json, model.safetensors and README.md."""
+    """An ONNX file, or a directory with config.json, model.safetensors and README.md."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=("--output",), metavar="PATH")] = None
     """Output path. By default, NAME.onnx or NAME-hub in the current directory."""
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 export RUN."""
+    """Run `resnet56 export`."""
     options = parse(ExportOptions, arguments, "resnet56 export")
     from resnet56.runs import pretrained
     from resnet56.runs.sources import open_model
@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     if options.format == "onnx":
         out = options.out or Path(f"{name}.onnx")
         if out.is_dir():
-            raise UsageError(f"--out {out} is a folder; choose a file, such as {name}.onnx")
+            raise UsageError(f"--out {out} is a directory; choose a file, such as {name}.onnx")
         write_onnx(checkpoint, out)
         say(f"matches PyTorch on {CHECK_IMAGES} images: same classes, logits within {TOLERANCE:g}")
     else:

@@ -14,10 +14,11 @@ from resnet56.errors import UsageError
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Convert a checkpoint from another project to a run. Code in the file is never executed."""
+    """Convert a checkpoint of another project to a run. Code in the file is never executed."""
 
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE|FOLDER|NAME")]
-    """Checkpoint (torch.save or safetensors), model hub folder, or output of resnet56 export."""
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE|DIR|NAME")]
+    """Checkpoint (torch.save or safetensors), exported file, model hub directory, run directory, or
+    name of a pretrained model."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=("--output-dir",), metavar="RUN")]
     """Run directory to create."""
@@ -31,20 +32,20 @@ class ImportOptions:
     contains several models."""
 
     mean: tuple[float, float, float] | None = None
-    """Channel means of the training images, from 0 to 1. By default, read from the file, or the
-    values that the authors of the model used."""
+    """Channel means of the training images, from 0 to 1. By default, the values in the file, or
+    those that the authors of the model used."""
 
     std: tuple[float, float, float] | None = None
-    """Channel standard deviations of the training images."""
+    """Channel standard deviations of the training images. The defaults are those of --mean."""
 
     classes: tuple[str, ...] = ()
     """Class names in the order of the outputs, a text file with one name per line, cifar10,
-    cifar100, digits, or a run with the same classes. By default, read from the file, or the classes
+    cifar100, digits, or a run with the same classes. By default, the classes in the file, or those
     of CIFAR-10 or CIFAR-100."""
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 import FILE --out RUN."""
+    """Run `resnet56 import`."""
     options = parse(ImportOptions, arguments, "resnet56 import")
     import torch
 
@@ -54,9 +55,9 @@ def run(arguments: list[str]) -> int:
 
     directory = RunDirectory(options.out)
     if not all(0 <= value <= 1 for value in options.mean or ()):
-        raise UsageError("--mean must be numbers from 0 to 1, the range of the images")
+        raise UsageError("--mean must be from 0 to 1, the range of the pixel values")
     if not all(0 < value <= 1 for value in options.std or ()):
-        raise UsageError("--std must be numbers above 0 and at most 1")
+        raise UsageError("--std must be positive and at most 1")
     directory.require_unused()
     imported = import_model(
         options.file,
@@ -72,7 +73,7 @@ def run(arguments: list[str]) -> int:
     for remark in imported.remarks:
         say(remark)
     arch = imported.checkpoint.config.arch
-    say(f"{arch}; to evaluate it: resnet56 evaluate {options.out} --data DIR")
+    say(f"imported {arch}; evaluate it with: resnet56 evaluate {options.out} --data DIR")
     print(options.out)
     return 0
 
@@ -92,7 +93,7 @@ def _names(given: tuple[str, ...]) -> tuple[str, ...]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UsageError(
-            "--classes must be names, a text file of names, cifar10, cifar100, digits or a run, "
-            f"not {file}"
+            "--classes must be names, a text file with one name per line, cifar10, cifar100, "
+            f"digits or a run, not {file}"
         ) from None
     return tuple(line.strip() for line in lines if line.strip())

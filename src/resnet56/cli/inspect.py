@@ -31,7 +31,7 @@ QUANTITIES = (  # field of LayerStatistics, panel label, logarithmic axis
 class InspectOptions:
     """Measure the gradients and responses of each layer on one batch of training images."""
 
-    networks: Annotated[
+    models: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|ARCH [...]")
     ]
     """Runs, or architectures at initialization such as plain56. All are drawn in one plot."""
@@ -40,7 +40,7 @@ class InspectOptions:
     """Use the pretrained weights of an architecture instead of its initial weights."""
 
     data: Data = None
-    """Data set: a name or a folder. By default, the data of the first run, or the digits."""
+    """Data set: a name or a directory. By default, the data of the first run, or the digits."""
 
     images: int = 128
     """Number of training images in the batch. They are not augmented."""
@@ -48,10 +48,8 @@ class InspectOptions:
     seed: int = 0
     """Seed of the initial weights and the choice of images."""
 
-    # The help of --no-batch-norm.
-    batch_norm: bool = True
-
-    """Replace each batch norm with the identity. At initialization only."""
+    batch_norm: bool = True  # the help below is that of --no-batch-norm
+    """Replace each batch norm with the identity. Only for architectures at initialization."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
@@ -67,10 +65,10 @@ class InspectOptions:
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 inspect RUN|ARCH."""
+    """Run `resnet56 inspect`."""
     options = parse(InspectOptions, arguments, "resnet56 inspect")
-    if not options.networks:
-        raise UsageError("no model given: resnet56 inspect RUN|ARCH ...; see --help")
+    if not options.models:
+        raise UsageError("no model given; use resnet56 inspect RUN|ARCH ...")
     if options.images < 1:
         raise UsageError(f"--images must be at least 1, not {options.images}")
     if not 0 <= options.seed < 2**32:
@@ -84,12 +82,10 @@ def run(arguments: list[str]) -> int:
     device = resolve_device(options.device)
     if options.threads is not None or device.type == "cpu":
         set_threads(options.threads)
-    sources = [(name, _source(name, options)) for name in options.networks]
+    sources = [(name, _source(name, options)) for name in options.models]
     first = next((source for _, source in sources if source is not None), None)
     if options.data is None and first is not None and first.run is None:
-        raise UsageError(
-            f"{options.networks[0]} is not a run and has no data of its own; choose --data"
-        )
+        raise UsageError(f"{options.models[0]} is not a run, so --data is required")
     own = first.run.data_origin() if first is not None and first.run is not None else None
     dataset = load_data(options.data, own=own)
     entries = [_inspect(name, source, dataset, options, device) for name, source in sources]
@@ -98,7 +94,7 @@ def run(arguments: list[str]) -> int:
         "images": options.images,
         "seed": options.seed,
         "batch_norm": options.batch_norm,
-        "networks": entries,
+        "models": entries,
     }
     if options.out is not None:
         _draw(entries, options.out)
@@ -130,9 +126,9 @@ def _source(name: str, options: InspectOptions) -> "Source | None":
             "resnet56-b, resnet56-bottleneck, plain56, and other depths"
         )
     if is_onnx(path):
-        raise UsageError(f"{name} is an ONNX file and has no gradients; inspect its run")
+        raise UsageError(f"{name} is an ONNX file, which has no gradients; inspect its run")
     if not options.batch_norm:
-        raise UsageError(f"--no-batch-norm needs an architecture at initialization, not {name}")
+        raise UsageError(f"--no-batch-norm requires an architecture at initialization, not {name}")
     return open_model(path if path.exists() else name)
 
 
@@ -165,7 +161,8 @@ def _inspect(
         weights = "trained"
     if options.images > len(dataset.train):
         raise UsageError(
-            f"--images {options.images:,} is more than the {len(dataset.train):,} training images"
+            f"--images must be at most {len(dataset.train):,}, the number of training images, not "
+            f"{options.images:,}"
         )
     generator = torch.Generator().manual_seed(options.seed)
     chosen = torch.randperm(len(dataset.train), generator=generator)[: options.images]

@@ -28,12 +28,12 @@ class PredictOptions:
     """Print the most probable classes of images of any size."""
 
     images: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE|FOLDER|- [...]")
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE|DIR|- [...]")
     ]
-    """Image files, folders of images, or - for one image on stdin."""
+    """Image files, image directories, or - for one image on stdin."""
 
     run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE")] = "resnet56"
-    """Run directory, model hub folder, exported file, or name of a pretrained model."""
+    """Run directory, model hub directory, exported file, or name of a pretrained model."""
 
     top: int = 3
     """Number of classes to print."""
@@ -45,11 +45,11 @@ class PredictOptions:
     """Print comma-separated values with a header line."""
 
     cam: Path | None = None
-    """Write each image, overlaid with its class activation map, to this folder as NAME.cam.png."""
+    """Directory in which to write each image, overlaid with its class activation map, as
+    NAME.cam.png."""
 
     max_pixels: int | None = None
-    """Maximum number of pixels per image. By default, 89 million, or four times as many for a
-    JPEG."""
+    """Maximum number of pixels per image. By default, 89 million, or 358 million for JPEG."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
@@ -64,14 +64,14 @@ class Source:
 
     name: str
     image: Path | bytes
-    map_name: str  # relative path in the --cam folder, without suffix
+    map_name: str  # relative path in the --cam directory, without suffix
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 predict IMAGE ...: classify all images; return 1 if any could not be read."""
+    """Run `resnet56 predict`. Return 1 if an image could not be read."""
     options = parse(PredictOptions, arguments, "resnet56 predict")
     if not options.images:
-        raise UsageError("no images given; use resnet56 predict IMAGE|FOLDER|- ...")
+        raise UsageError("no images given; use resnet56 predict IMAGE|DIR|- ...")
     if options.json and options.csv:
         raise UsageError("--json and --csv cannot be combined")
     if options.top < 1:
@@ -111,7 +111,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
-    """Return the images given by the arguments, and the number of folders without images."""
+    """Return the images that the arguments name, and the number of directories without images."""
     from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0
@@ -120,7 +120,7 @@ def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
         if argument == "-":
             sources.append(Source("-", sys.stdin.buffer.read(), "stdin"))
         elif path.is_dir():
-            # An earlier call with --cam may have written maps into the same folder.
+            # An earlier call with --cam may have written maps to the same directory.
             found = find_images(path)
             files = [file for file in found.files if not file.name.endswith(MAP_SUFFIX)]
             if remark := describe_skipped(found.skipped):
@@ -182,7 +182,9 @@ def _writer(output_format: str, top: int) -> Callable[[str, "Prediction"], None]
     return write_line
 
 
-def _write_map(source: Source, class_map: "FloatArray", folder: Path, used_names: set[str]) -> None:
+def _write_map(
+    source: Source, class_map: "FloatArray", directory: Path, used_names: set[str]
+) -> None:
     """Write the image with its class activation map.
 
     This reads the image again, because the originals of a batch may not fit in memory.
@@ -191,18 +193,18 @@ def _write_map(source: Source, class_map: "FloatArray", folder: Path, used_names
     from resnet56.files import write_bytes
 
     name, number = source.map_name, 1
-    while name in used_names:  # images with the same name from several folders
+    while name in used_names:  # images with the same name from several directories
         number += 1
         name = f"{source.map_name}-{number}"
     used_names.add(name)
     content = io.BytesIO()
     overlay(read_image(source.image), class_map).save(content, "PNG")
-    write_bytes(folder / f"{name}{MAP_SUFFIX}", content.getvalue())
+    write_bytes(directory / f"{name}{MAP_SUFFIX}", content.getvalue())
 
 
 @contextlib.contextmanager
 def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal if there are many images, and nothing otherwise."""
+    """Show a progress bar if there are many images and stderr is a terminal."""
     if total <= PROGRESS_THRESHOLD or not sys.stderr.isatty():
         yield lambda count: None
         return

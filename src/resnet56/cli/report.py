@@ -19,17 +19,18 @@ class ReportOptions:
     """Run directories."""
 
     out: Path | None = None
-    """Output file. By default, report.html in the run, or comparison.html in the current folder."""
+    """Output file. By default, report.html in the run directory, or comparison.html in the current
+    directory."""
 
     format: Literal["html", "md"] = "html"
     """One self-contained HTML page, or Markdown with separate image files."""
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 report RUN [RUN ...]. Return 1 if a run was skipped."""
+    """Run `resnet56 report`. Return 1 if a run was skipped."""
     options = parse(ReportOptions, arguments, "resnet56 report")
     if not options.runs:
-        raise UsageError("no run given: resnet56 report RUN [RUN ...]; see resnet56 report --help")
+        raise UsageError("no run given; use resnet56 report RUN [RUN ...]")
     from resnet56.report import write_report
 
     skipped = 0

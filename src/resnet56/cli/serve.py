@@ -16,10 +16,11 @@ class ServeOptions:
     """Classify images over HTTP, with a demo page at /."""
 
     run: Annotated[str, tyro.conf.arg(metavar="RUN|NAME|FILE")] = "resnet56"
-    """Run directory, model hub folder, exported file, or name of a pretrained model."""
+    """Run directory, model hub directory, exported file, or name of a pretrained model."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 allows other machines, without authentication or encryption."""
+    """Address to listen on. 0.0.0.0 lets other machines connect, without authentication or
+    encryption."""
 
     port: int = 8056
     """Port to listen on. 0 selects a free port."""
@@ -38,7 +39,7 @@ class ServeOptions:
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 serve [--run RUN]: serve until Ctrl-C or SIGTERM, then finish requests in flight."""
+    """Run `resnet56 serve` until Ctrl-C or SIGTERM, then finish the requests in flight."""
     options = parse(ServeOptions, arguments, "resnet56 serve")
     if not 0 <= options.drain <= 3600:  # also true for NaN
         raise UsageError(f"--drain must be from 0 to 3600 seconds, not {options.drain:g}")

@@ -140,18 +140,18 @@ def show_bench(result: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     for comparison in result["training"]:
-        floor = comparison["floor"]
-        floor_ms = max(floor.values())
-        bound = "arithmetic" if floor_ms == floor["arithmetic_ms"] else "memory"
-        table = _table("step", "ms", "images/s", "ratio", "min", "max", "floor", "peak MB")
+        times = comparison["roofline"]
+        roofline_ms = max(times.values())
+        bound = "compute" if roofline_ms == times["compute_ms"] else "memory"
+        table = _table("step", "ms", "images/s", "ratio", "min", "max", "roofline", "peak MB")
         for row in comparison["rows"]:
-            ours = not row["name"].startswith("baseline")
-            multiple = f"{row['ms'] / floor_ms:.1f}x" if ours else ""
+            is_baseline = row["name"].startswith("baseline")
+            multiple = "" if is_baseline else f"{row['ms'] / roofline_ms:.1f}x"
             peak = row["peak_memory_mb"]
             table.add_row(*_timing_cells(row), multiple, f"{peak:,.0f}" if peak else "")
         console.print(
             f"\ntraining {comparison['arch']}, batch {comparison['batch']}; "
-            f"floor {floor_ms:.1f} ms, limited by {bound}"
+            f"roofline {roofline_ms:.1f} ms ({bound}-bound)"
         )
         console.print(table)
     for comparison in result["inference"]:
@@ -161,21 +161,21 @@ def show_bench(result: dict[str, Any]) -> None:
         console.print(f"\ninference {comparison['arch']}, batch {comparison['batch']}")
         console.print(table)
     table = _table("other", "seconds")
-    for name, seconds in result["rest"].items():
+    for name, seconds in result["other"].items():
         table.add_row(name, f"{seconds:.2f}")
     console.print()
     console.print(table)
 
 
 def _timing_cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells for name, time, throughput, and ratio with its range."""
-    ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_least", "ratio_most")]
+    """Return the cells for the name, the time, the throughput, and the ratio with its range."""
+    ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_min", "ratio_max")]
     cells = ["1", "", ""] if row["baseline"] else ratios
     return [row["name"], f"{row['ms']:.1f}", f"{row['images_per_second']:,.0f}", *cells]
 
 
 def show_inspection(inspection: dict[str, Any], images: int, data: str) -> None:
-    """Print the inspection of one model."""
+    """Print the gradients and responses of one model."""
     console = Console(highlight=False)
     console.print(
         escape_line(

@@ -24,7 +24,7 @@ class TrainOptions:
     """Train a model, write a run directory and evaluate the model."""
 
     data: Data = None
-    """Data set: digits (the default; no download), cifar10, cifar100 or a folder."""
+    """Data set: digits (the default, no download), cifar10, cifar100 or a directory."""
 
     out: Out = None
     """Run directory. By default, a new directory runs/RECIPE-DATA."""
@@ -46,8 +46,8 @@ class TrainOptions:
     """Also write TensorBoard logs to RUN/tensorboard."""
 
     test_every_epoch: bool = False
-    """Also record the test loss and accuracy after each epoch, as in figure 6 of He et al. 2015.
-    They do not affect the training. Repeat this flag with --resume."""
+    """Also record the test loss and accuracy after each epoch, as in Figure 6 of He et al. (2015).
+    They do not affect training. Repeat this flag with --resume."""
 
     quiet: bool = False
     """Print errors only."""
@@ -75,7 +75,7 @@ class _Job:
 
 
 def run(arguments: list[str]) -> int:
-    """resnet56 train [RECIPE] [options]."""
+    """Run `resnet56 train`."""
     job = _choose(arguments)
 
     from resnet56.distributed import Distributed
@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> int:
         except Interrupted as interrupted:
             if is_main_process:
                 say("")  # start a new line after the terminal's ^C
-                say(f"stopped; the checkpoint is saved; continue with: {job.resume_command}")
+                say(f"stopped and saved a checkpoint; continue with: {job.resume_command}")
             return interrupted.exit_code
         except KeyboardInterrupt:
             has_checkpoint = (job.out / "checkpoint" / "checkpoint.json").exists()
@@ -106,7 +106,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _choose(arguments: list[str]) -> _Job:
-    """Parse recipe, data and run directory. Report errors before loading data."""
+    """Parse the arguments, and report errors in them before the data are loaded."""
     from resnet56.distributed import Distributed
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
@@ -118,13 +118,13 @@ def _choose(arguments: list[str]) -> _Job:
             options = _parse_train(arguments, name, recipes.read(file))
     if name is None and not options.resume:
         raise UsageError(
-            "no recipe given: resnet56 train RECIPE, where RECIPE is "
+            "no recipe given; use resnet56 train RECIPE, where RECIPE is "
             f"{', '.join(recipes.RECIPES)} or a file"
         )
     if options.out is None and Distributed.from_environment().world_size > 1:
-        raise UsageError("several processes need --out RUN to use the same directory")
+        raise UsageError("training in several processes requires --out RUN, the same for all")
     if options.resume and options.out is None:
-        raise UsageError("--resume needs --out RUN, the directory of the run to continue")
+        raise UsageError("--resume requires --out RUN, the directory of the run to continue")
 
     from resnet56 import model, runtime, threads
     from resnet56.files import unused_path
@@ -184,7 +184,7 @@ def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recip
         default=TrainOptions(recipe=base),
         description=(
             "Train a model, write a run directory and evaluate the model.\n\nRECIPE is a .json or "
-            f".toml file, such as a run's recipe.json, or one of\n{names}\n\n"
+            f".toml file, such as the recipe.json of a run, or one of\n{names}\n\n"
             "Each field of a recipe is also a flag."
         ),
     )
