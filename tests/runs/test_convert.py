@@ -263,7 +263,9 @@ def test_invalid_constants_are_refused(
     given = {"mean": "0.5", "std": "0.2"} | wrong
     flags = [word for name, value in given.items() for word in (f"--{name}", ".5", value, ".5")]
     assert cli.main(["import", str(file), "--out", str(tmp_path / "run"), *flags]) == 2
-    assert re.fullmatch(r"resnet56: --(mean|std)\b.* (numbers|positive)\b.*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"resnet56: --(mean|std)\b.* (numbers|positive)\b.*\n", capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 
