@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +201,10 @@ def run(arch: str, execution: str, steps: int, precision: Precision = "fp32") ->
     return torch.tensor(losses)
 
 
+def test_a_process_compiles_a_kernel_once(fused: NormReLU, dtype: torch.dtype) -> None:
+    assert fused_norm_relu(dtype) is fused
+
+
 @linux_only
 def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
@@ -242,7 +247,7 @@ def test_auto_falls_back_to_eager_and_reports_the_reason(monkeypatch: pytest.Mon
 
 @linux_only
 def test_a_noexec_temporary_folder_is_reported_with_a_remedy(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(path: str) -> None:
         raise OSError(f"{path}: failed to map segment from shared object")  # as with noexec
@@ -251,6 +256,7 @@ def test_a_noexec_temporary_folder_is_reported_with_a_remedy(
         fused_norm_relu(torch.float32)
     except UnavailableError as reason:
         skip_without_kernel(reason)
+    monkeypatch.setenv("CC", f"cc -I{tmp_path}")  # not the kernel that is already loaded
     monkeypatch.setattr("ctypes.CDLL", refuse)
     forward = prepare_model(build("resnet8"), "auto", "fp32")
     assert forward.execution == "eager"

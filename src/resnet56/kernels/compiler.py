@@ -1,6 +1,7 @@
 """Compile and load the C kernels at run time. Callers fall back to PyTorch if that fails."""
 
 import ctypes
+import functools
 import os
 import shlex
 import shutil
@@ -31,7 +32,8 @@ class UnavailableError(Exception):
 def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     """Compile and load a C file of `kernels/`, which must define `int resnet56_threads(void)`.
 
-    The library is deleted after it is loaded, so that it cannot become outdated or be modified.
+    A process compiles a kernel once per compiler. The library is deleted after it is loaded, so
+    that it cannot become outdated or be modified.
 
     Raises:
         UnavailableError: there is no compiler, the compilation fails, or the library uses a
@@ -39,8 +41,13 @@ def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     """
     if sys.platform != "linux":
         raise UnavailableError("the kernels require Linux")
+    return _compile(source, tuple(flags), os.environ.get("CC", ""))
+
+
+@functools.cache
+def _compile(source: str, flags: tuple[str, ...], cc: str) -> ctypes.CDLL:
     try:
-        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+        compiler = shlex.split(cc) or ["cc"]
         if not shutil.which(compiler[0]):
             raise UnavailableError(
                 f"no C compiler {compiler[0]!r} found", "install gcc, or set CC to a C compiler"

@@ -6,6 +6,7 @@ operations if there is no C compiler or if the kernel's results differ from PyTo
 """
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
     Raises:
         UnavailableError: the kernel cannot be compiled, or its results differ from PyTorch's.
     """
-    library = _load(dtype)
+    return _fused_norm_relu(_load(dtype), dtype)
 
+
+@functools.cache  # compares each library with PyTorch once
+def _fused_norm_relu(library: ctypes.CDLL, dtype: torch.dtype) -> NormReLU:
     def fused(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not (_supports_norm(norm) and _supports_input(x, dtype)):
             return norm_relu(norm, x, residual)

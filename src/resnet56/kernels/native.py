@@ -7,6 +7,7 @@ with PyTorch before it is used. If it is not available, training falls back to a
 """
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ class _Features(torch.autograd.Function):
         return None, None, *ctx.plan.backward(grad.float().contiguous())
 
 
+@functools.cache
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _check(library: ctypes.CDLL) -> None:
