@@ -4,7 +4,10 @@ import re
 from typing import NoReturn
 
 import pytest
+import torch
 
+# How the native kernel is compiled: for this processor, and without its matrix unit if it has one.
+UNITS = ["native", "vectors"] if torch.cpu._is_amx_tile_supported() else ["native"]
 UNSUPPORTED = "no C compiler|AVX-512 BF16|matrix unit|denies|require Linux|OpenMP|unrecognized"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from reference import ReferenceConvolution
-from requires_kernels import skip_without_kernel
+from requires_kernels import UNITS, skip_without_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ SHAPES = [(5, 8, 8), (2, 6, 10), (19, 4, 2)]  # (N, H, W)
 CHANNELS = [(16, 16), (16, 32), (32, 64), (64, 16), (96, 128), (256, 64)]
 
 
-@pytest.fixture(scope="module", params=["native", "vectors"])
+@pytest.fixture(scope="module", params=UNITS)
 def library(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
     """The kernel compiled for this processor, and without its matrix unit."""
     with pytest.MonkeyPatch.context() as patch:

@@ -30,13 +30,15 @@ def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwo
         UnavailableError: the kernel cannot be compiled, the processor or the model is not
             supported, or the kernel's results differ from PyTorch's.
     """
+    if not allow_avx512 and not _has_matrix_unit():  # compiling would take more than a second
+        raise UnavailableError("the processor does not support a matrix unit (AMX)")
     library = compile_kernel("native.c")
     check_layouts(library)
     unit = library.resnet56_matrix_unit()
     if unit == 0:
         raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
     if unit == 1 and not allow_avx512:
-        raise UnavailableError("the processor or the compiler does not support a matrix unit (AMX)")
+        raise UnavailableError("the compiler does not support a matrix unit (AMX)")
     network = NativeNetwork(model, library)
     _check(library)
     return network
@@ -114,6 +116,11 @@ class _Features(torch.autograd.Function):
             )
         _ = ctx.saved_tensors  # autograd raises an error if a parameter has changed
         return None, None, *ctx.plan.backward(grad.float().contiguous())
+
+
+def _has_matrix_unit() -> bool:
+    # This private function was added in PyTorch 2.4.
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
 
 
 @functools.cache
