@@ -173,7 +173,7 @@ def test_file_that_is_too_large_is_not_sent(page: "Page", tmp_path: Path) -> Non
 def test_stopped_server_shows_an_error(page: "Page", image_file: Path) -> None:
     page.route("**/v1/predict*", lambda route: route.abort())
     page.set_input_files("#file", image_file)
-    expect(page.get_by_role("alert")).to_contain_text("The server does not respond")
+    expect(page.get_by_role("alert")).to_contain_text("The server is not responding")
 
 
 def test_keyboard_reaches_all_controls(page: "Page", image_file: Path) -> None:

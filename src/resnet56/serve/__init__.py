@@ -1,4 +1,4 @@
-"""HTTP server for a trained model: a prediction API, its reference page, and a demo page.
+"""HTTP server for a model: a prediction API, its reference page, and a demo page.
 
 limits.py         limits on requests, images and decoding
 uploads.py        reads the images of a request body
@@ -7,10 +7,11 @@ decode_worker.py  the program that such a subprocess runs
 batching.py       groups concurrent requests into batches
 schema.py         request and response types
 meter.py          Prometheus metrics
-middleware.py     response headers, request metrics, and the Host and cross-site checks
-service.py        handles a prediction request from upload to response
+middleware.py     response headers, request metrics, and checks of hosts and sites
+service.py        handles a prediction request from the upload to the response
 app.py            the FastAPI application
 docs.py           prepares the OpenAPI description for the reference page
 server.py         listening socket, signals, and stalled connections
+
 index.html.j2, docs.html.j2, page.css, page.js
 """

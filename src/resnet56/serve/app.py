@@ -50,7 +50,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in {
         400: "The body is not valid multipart/form-data, or the Host header is not allowed.",
-        403: "The request comes from a page of another site.",
+        403: "The request comes from a page on another site.",
         408: "The body took too long to arrive.",
         413: "The body is too large or contains too many images.",
         415: "The media type or the content encoding of the body is not supported.",
@@ -69,8 +69,8 @@ def build_app(
     Args:
         predictor: the model. Its `run` is called from a single thread.
         limits: limits on requests.
-        hosts: allowed values of the Host header, "*" for any. On a loopback address, a list of
-            names protects the server from DNS rebinding.
+        hosts: host names that the Host header may contain, "*" for any. On a loopback address, a
+            list of names protects the server from DNS rebinding.
     """
     limits = limits or Limits()
     meter = Meter()
@@ -104,11 +104,11 @@ def build_app(
 def _description(predictor: Predictor, limits: Limits) -> str:
     return (
         f"The model {predictor.name} has {len(predictor.classes)} classes and always predicts one "
-        f"of them: {', '.join(predictor.classes)}. It sees the center square of an image at 32x32 "
-        f"pixels. A request may contain at most {limits.images} images and "
+        f"of them: {', '.join(predictor.classes)}. It uses only the center square of an image, "
+        f"resized to 32x32 pixels. A request can contain at most {limits.images} images and "
         f"{limits.body_bytes / 2**20:g} MiB, and an image at most {limits.pixels / 1e6:g} million "
-        f"pixels. Supported formats are {', '.join(limits.formats)}. Decoding an image may take at "
-        f"most {limits.decode_seconds:g} seconds. The server does not store images."
+        f"pixels. The supported formats are {', '.join(limits.formats)}. Decoding an image can "
+        f"take at most {limits.decode_seconds:g} seconds. The server does not store images."
     )
 
 
@@ -131,7 +131,7 @@ def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
     ) -> PredictResponse:
         """Return the most probable classes of each image with their probabilities.
 
-        If an image cannot be read, the whole request fails, and the error names the image.
+        If one image cannot be read, the request fails, and the error names the image.
         """
         return await service.predict(request, top, maps)
 
@@ -145,7 +145,7 @@ def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
     async def healthz() -> HealthResponse:
         """Return 200 while the server can classify images, and 503 otherwise."""
         if not service.ready:
-            raise HTTPException(503, "the server cannot classify images now; requests are waiting")
+            raise HTTPException(503, "the server cannot classify images now; retry later")
         classes = list(predictor.classes)
         return HealthResponse(
             status="ok", model=predictor.name, classes=classes, version=__version__
@@ -158,7 +158,7 @@ def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        """Return request counts by path and status, image counts, batch sizes, times and memory."""
+        """Return request counts, response times, image counts, batch sizes and memory usage."""
         return Response(meter.render(), media_type=meter.content_type)
 
 
@@ -203,5 +203,5 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
 
 
 async def _handle_disconnect(_: Request, error: Exception) -> Response:
-    """Return a response that the client no longer reads, so that the metrics count it."""
+    """Return a response so that the metrics count the request. The client does not read it."""
     return JSONResponse({"detail": "the client disconnected"}, 400)

@@ -24,7 +24,7 @@ class Predictor(Protocol):
         """Names of its C outputs."""
 
     def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """(N, 3, 32, 32) -> logits (N, C) and class activation maps (N, C, 8, 8)."""
+        """Return logits (N, C) and class activation maps (N, C, 8, 8) of (N, 3, 32, 32) images."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Batcher:
     Args:
         predictor: called from a single thread.
         max_batch: largest batch, a power of two. On a CPU, batches of 8 to 16 took the least time
-            per image. A batch of 64 took twice as long per image, because its activations no
-            longer fit the caches.
+            per image. A batch of 64 took twice as long per image, because its activations do not
+            fit in the caches.
         max_wait: seconds to wait for more images, without blocking the event loop.
-        on_batch: called with the number of images in every batch.
+        on_batch: called with the number of images of each batch.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Batcher:
         self.executor.shutdown()
 
     async def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Run the images in a shared batch, and return the result of `Predictor.run` for them."""
+        """Run the images in a batch with others, and return their result of `Predictor.run`."""
         job = _Job(images, asyncio.get_running_loop().create_future())
         self.pending.add(job.result)
         try:
@@ -88,7 +88,7 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            # The future of a job is already done if its client has disconnected.
+            # If a client has disconnected, the future of its job is already done.
             jobs = [job for job in await self._collect() if not job.result.done()]
             if not jobs:
                 continue
@@ -107,7 +107,7 @@ class Batcher:
                     job.result.set_result((logits[rows], maps[rows]))
 
     async def _collect(self) -> list[_Job]:
-        """Wait for a job, then collect the jobs that arrive in time to share its batch."""
+        """Wait for a job, then collect the jobs that arrive in time for the same batch."""
         jobs = [await self.queue.get()]
         size = len(jobs[0].images)
         with suppress(TimeoutError):
@@ -120,7 +120,7 @@ class Batcher:
     def _run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """Run the images in batches, each padded to a power of two.
 
-        PyTorch caches a plan for every batch size. With arbitrary sizes up to 95, this cache takes
+        PyTorch caches a plan for each batch size. With arbitrary sizes up to 95, this cache takes
         half a gigabyte.
         """
         logits, maps = [], []

@@ -1,7 +1,7 @@
 """Decode images in a subprocess of the server: python -m resnet56.serve.decode_worker ...
 
-It reads requests from stdin and writes responses to stdout until stdin ends. A decoder that hangs
-or crashes affects only this process, and the server replaces it.
+The process reads requests from stdin and writes responses to stdout until stdin ends. If a decoder
+hangs or crashes, it affects only this process, and the server replaces the process.
 
     request:   length of the name, length of the file (REQUEST), name, file
     response:  status, length (RESPONSE), then (3, 32, 32) bytes or an error message
@@ -21,7 +21,7 @@ from resnet56.errors import ImageError
 REQUEST = struct.Struct("<II")
 RESPONSE = struct.Struct("<BI")
 DECODED, REJECTED, OUT_OF_MEMORY = range(3)
-READY = b"\n"  # written once the process accepts requests
+READY = b"\n"  # written when the process is ready for requests
 
 
 def main(arguments: list[str]) -> int:
@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
     while head := source.read(REQUEST.size):
         name_length, length = REQUEST.unpack(head)
         name, content = source.read(name_length).decode(), source.read(length)
-        # The server kills a process that takes too long. The alarm ends the process if the server
-        # itself has been killed.
+        # The server kills this process if it takes too long. If the server was killed, the alarm
+        # ends this process.
         _set_alarm(seconds)
         status, body = _decode(content, name, max_pixels, formats)
         _set_alarm(0)
@@ -65,7 +65,7 @@ def _decode(
 
 
 def _load_decoders() -> None:
-    """Import Pillow's plugins before memory is limited, and restrict AVIF to one thread."""
+    """Import all plugins of Pillow before memory is limited, and restrict AVIF to one thread."""
     Image.init()
     with contextlib.suppress(ImportError):
         from PIL import AvifImagePlugin
@@ -74,7 +74,7 @@ def _load_decoders() -> None:
 
 
 def _limit_resources(memory: int) -> None:
-    """Limit additional memory, and forbid files and core dumps. Has no effect on Windows."""
+    """Limit additional memory, and prevent writing files and core dumps. No effect on Windows."""
     try:
         import resource
     except ImportError:
@@ -91,9 +91,7 @@ def _limit_resources(memory: int) -> None:
 
 def _set_alarm(seconds: int) -> None:
     if hasattr(signal, "alarm"):
-        signal.alarm(
-            seconds
-        )  # the default action of the signal ends the process even inside C code
+        signal.alarm(seconds)  # by default, the signal ends the process even inside C code
 
 
 if __name__ == "__main__":

@@ -15,17 +15,17 @@ from resnet56.data.images import SIZE, UInt8Array
 from resnet56.serve.decode_worker import DECODED, OUT_OF_MEMORY, READY, REQUEST, RESPONSE
 from resnet56.serve.limits import Limits
 
-START_SECONDS = 60.0  # for a process to start, on a heavily loaded machine
-RETRY_SECONDS = 1.0  # between attempts to replace a process
-MAX_RESPONSE_BYTES = 10_000  # upper bound of the pixels or an error message
-ALARM_DELAY = 5  # seconds between the server's deadline and the process's own alarm
+START_SECONDS = 60.0  # time limit for a process to start, even on a heavily loaded machine
+RETRY_SECONDS = 1.0  # time between attempts to replace a process
+MAX_RESPONSE_BYTES = 10_000  # more than the pixels or an error message take
+ALARM_DELAY = 5  # seconds from the deadline of the server to the alarm of the process
 
 
 T = TypeVar("T")
 
 
 class StallDetector:
-    """Detects that requests are waiting at a stage while none completes it."""
+    """Detects when requests wait at a stage and none completes it."""
 
     def __init__(self) -> None:
         self.pending = 0
@@ -63,8 +63,8 @@ class Decoders:
         self.progress = StallDetector()
         self.workers = [_Worker(limits) for _ in range(limits.decoders)]
         self.idle: list[_Worker] = []
-        # Counts the idle workers. A semaphore is first in, first out; with a queue, a new request
-        # could overtake those that wait.
+        # Counts the idle workers. A semaphore serves requests in order. With a queue, a new request
+        # could overtake waiting ones.
         self.available = asyncio.Semaphore(0)
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -76,7 +76,7 @@ class Decoders:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Kill the processes, even those that are decoding."""
+        """Kill all processes, including those that are decoding."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -102,12 +102,11 @@ class Decoders:
             HTTPException: 422 if the image cannot be decoded within the limits.
         """
         with self.progress.waiting():
-            # Something other than the image may have ended a process, or all of them, and the event
-            # loop learns of it late.
+            # All processes can have ended for reasons other than this image, and the event loop
+            # can notice this late.
             for _ in range(len(self.workers) + 1):
                 worker = await self._acquire()
-                # Shielded: a client that disconnects must not leave a process with an unread
-                # response.
+                # Shielded, because the response must be read even if the client disconnects.
                 result = await asyncio.shield(self._create_task(self._use(worker, content, name)))
                 if isinstance(result, np.ndarray):
                     return result
@@ -116,7 +115,7 @@ class Decoders:
         raise HTTPException(422, f"cannot read {name}: the decoder crashed; re-encode the image")
 
     async def _acquire(self) -> "_Worker":
-        """Wait for an idle worker; those that ended while idle are replaced."""
+        """Wait for an idle worker. Workers that ended while idle are replaced."""
         await self.available.acquire()
         while not (worker := self.idle.pop()).alive:
             self._create_task(self._replace(worker))
@@ -150,7 +149,7 @@ class Decoders:
             self._release(worker)
             if status == OUT_OF_MEMORY:
                 mebibytes = self.limits.decode_bytes >> 20
-                return message + f"decoding takes more than {mebibytes} MiB; use a smaller image"
+                return message + f"decoding needs more than {mebibytes} MiB; use a smaller image"
             self.progress.advance()
             return result
         worker.kill()
@@ -158,7 +157,7 @@ class Decoders:
         return result
 
     async def _replace(self, worker: "_Worker") -> None:
-        """Restart a worker, retrying until it starts, and return it to the pool."""
+        """Restart a worker, with retries until it starts, and return it to the pool."""
         await worker.stop()
         while not worker.alive:
             try:
@@ -198,7 +197,7 @@ class _Worker:
             sys.executable, "-P", "-m", "resnet56.serve.decode_worker", *self.arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # C decoders can write unlimited output to it
+            stderr=asyncio.subprocess.DEVNULL,  # C decoders can write unlimited output
             env={**os.environ, **threads, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C must reach only the server, which then drains
         )  # fmt: skip

@@ -43,7 +43,7 @@ def _parameter(parameter: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contents(holder: Mapping[str, Any], components: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the media types of a request or response body, and the fields of each."""
+    """Return the media types of a request or response body with their fields."""
     return [
         {"type": media_type, "fields": list(_fields(content.get("schema", {}), components))}
         for media_type, content in holder.get("content", {}).items()
@@ -67,7 +67,7 @@ def _fields(schema: Mapping[str, Any], components: Mapping[str, Any], prefix: st
 
 
 def _resolve(schema: Mapping[str, Any], components: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follow a $ref, and select the non-null type of an optional one."""
+    """Follow a $ref, or select the non-null type of an optional field."""
     if "$ref" in schema:
         return components[schema["$ref"].rpartition("/")[2]]  # type: ignore[no-any-return]
     if "anyOf" in schema:

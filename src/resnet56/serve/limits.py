@@ -11,25 +11,25 @@ from resnet56.data.images import BROWSER_FORMATS
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that protect the server from mistakes and attacks. Normal use is well below them."""
+    """Limits that protect the server from mistakes and attacks. Normal requests are well below."""
 
     images: int = 32  # per request
-    pixels: int = 25_000_000  # per image; phone cameras stay below it by default
+    pixels: int = 25_000_000  # per image; more than phone cameras produce by default
     body_bytes: int = 16 * 2**20  # per request
-    body_seconds: float = 30.0  # to receive the whole body
-    answer_seconds: float = 30.0  # from the received body to the response
+    body_seconds: float = 30.0  # to receive the body
+    answer_seconds: float = 30.0  # from the end of the body to the response
     requests: int = 128  # in flight
-    buffered_bytes: int = 256 * 2**20  # bodies of all requests in flight
+    buffered_bytes: int = 256 * 2**20  # total size of the bodies of all requests in flight
     formats: tuple[str, ...] = BROWSER_FORMATS  # Pillow's names of image formats
-    decoders: int = 2  # decoding processes
+    decoders: int = 2  # number of decoding processes
     decode_seconds: float = 6.0  # per image; the slowest ordinary images take about 1 s
     decode_bytes: int = 768 * 2**20  # memory per image; the largest ordinary images take 400 MiB
-    stall_seconds: float = 10.0  # without progress on pending requests, until /healthz fails
+    stall_seconds: float = 10.0  # without progress on waiting requests, until /healthz fails
     drain_seconds: float = 30.0  # to finish requests in flight on shutdown
 
 
 def too_busy() -> HTTPException:
-    """Return the 429 response for a server at capacity."""
+    """Return the 429 error for a server at capacity."""
     return HTTPException(
         429, "too many requests in flight; retry in a second", {"Retry-After": "1"}
     )

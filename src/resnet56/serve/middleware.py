@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 
 
 class ResponseMiddleware:
-    """Adds the security headers, records metrics, and handles unhandled exceptions.
+    """Adds security headers, records metrics, and catches unhandled exceptions.
 
     Args:
         app: the wrapped application.
         meter: records the responses.
-        paths: paths with their own metrics label. All others share one label, so that a client
-            cannot create an unlimited number of them.
+        paths: paths that have their own label in the metrics. All others share one label, so that
+            a client cannot create an unlimited number of labels.
     """
 
     def __init__(self, app: ASGIApp, meter: Meter, paths: Collection[str]) -> None:
@@ -70,11 +70,11 @@ class ResponseMiddleware:
 
 
 class CrossSiteMiddleware:
-    """Rejects requests that a page of another site makes a browser send.
+    """Rejects requests that browsers send on behalf of pages on other sites.
 
-    A form on any page can upload a file to a server on the visitor's own machine. Current browsers
-    report the origin of a request in Sec-Fetch-Site, older ones in Origin. Other clients send
-    neither. GET requests are allowed, because browsers do not show their responses to other sites.
+    A form on any page can upload a file to a server on the machine of the visitor. Current browsers
+    report the origin of a request in Sec-Fetch-Site, and older ones in Origin. Other clients send
+    neither. GET requests are allowed, because browsers do not show the responses to other sites.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -95,7 +95,7 @@ class CrossSiteMiddleware:
 
 
 class HostMiddleware:
-    """Rejects requests whose Host header is not one of the names of the server.
+    """Rejects requests whose Host header does not contain an allowed name.
 
     Starlette's TrustedHostMiddleware does the same, but its errors are not JSON.
 

@@ -1,9 +1,9 @@
-// The demo page: sends an image, then shows the class probabilities and the class activation map.
+// The demo page: sends an image, and shows the class probabilities and a class activation map.
 const $ = (id) => document.getElementById(id);
 const MAP_SIZE = 8; // the model's activation maps are 8x8
 const OVERLAY_COLOR = [38, 48, 66]; // visible on light and on dark images
 const MAX_OPACITY = 0.8; // of the overlay, where the map shows no evidence
-const FORM_BYTES = 4096; // more than a form takes besides its file
+const FORM_BYTES = 4096; // more than the size of a form without its file
 
 let controller; // aborts the current request when the user chooses another image
 let classes = []; // the current result, in descending order of probability
@@ -34,7 +34,7 @@ async function requestPrediction(file, signal) {
     response = await fetch("v1/predict?top=10&maps=true", { method: "POST", body, signal });
     content = await response.json();
   } catch (error) {
-    throw new Error("The server does not respond. Is it still running?", { cause: error });
+    throw new Error("The server is not responding. Is it still running?", { cause: error });
   }
   if (!response.ok) throw new Error(content.detail);
   return content.predictions[0].classes;
@@ -84,7 +84,7 @@ function showResult(result) {
   $("rows").replaceChildren(...classes.map(createRow));
   for (const id of ["classes", "tools"]) $(id).hidden = false;
   document.body.classList.add("has-result");
-  // Set the widths in the next frame, so that their transition runs.
+  // Set the widths in the next frame so that the transition runs.
   requestAnimationFrame(() => {
     document.querySelectorAll(".track i").forEach((bar, index) => {
       bar.style.width = `${100 * classes[index].probability}%`;
@@ -108,7 +108,7 @@ function percent(fraction) {
   return `${(100 * fraction).toFixed(1)} %`;
 }
 
-// All classes share one scale, so that their maps are comparable.
+// The maps of all classes have the same scale, so that they can be compared.
 function updateMap() {
   const selected = classes[document.querySelector("[name=class]:checked")?.value ?? 0];
   const maximum = Math.max(...classes.flatMap(({ map }) => map.flat()));
@@ -139,10 +139,9 @@ function drawOverlay(canvas, evidence) {
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
-// An image can be chosen, dropped or pasted.
 $("file").addEventListener("change", ({ target }) => {
   if (target.files.length) classify(target.files[0]);
-  target.value = ""; // otherwise choosing the same file again fires no event
+  target.value = ""; // otherwise, choosing the same file again would fire no event
 });
 addEventListener("dragover", (event) => {
   event.preventDefault();

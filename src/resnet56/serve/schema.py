@@ -1,4 +1,4 @@
-"""Request and response types of the API. They validate the data and describe it in OpenAPI."""
+"""Request and response types of the API, which also define its OpenAPI description."""
 
 from typing import Annotated, Literal
 
@@ -30,8 +30,8 @@ class ClassScore(BaseModel):
         None,
         description="Class activation map, if requested: 8 rows of 8 numbers over the center "
         "square of the image, starting at the top left. Positive values are evidence for the "
-        "class, negative values against it. The mean of the map plus the bias of the class is the "
-        "logit.",
+        "class, and negative values are evidence against it. The logit is the mean of the map plus "
+        "the bias of the class.",
     )
 
 
@@ -58,6 +58,6 @@ class HealthResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The reason that a request failed."""
+    """The reason why a request failed."""
 
-    detail: str = Field(description="What is wrong and how to fix it, in one line.")
+    detail: str = Field(description="One line that states what is wrong and how to fix it.")

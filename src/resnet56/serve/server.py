@@ -22,17 +22,17 @@ from resnet56.serve.app import build_app
 from resnet56.serve.batching import Predictor
 from resnet56.serve.limits import Limits
 
-IDLE_SECONDS = 10.0  # for which a connection may stay open without a complete request
-MAX_CONNECTIONS = 600  # reduced if the process may open only a few files
-# Files other than connections: pipes of the decoders and of a replacement, and the event loop's.
+IDLE_SECONDS = 10.0  # time that a connection can stay open without a complete request
+MAX_CONNECTIONS = 600  # reduced if the process can open only a few files
+# Files other than connections: pipes of the decoders and a replacement, and of the event loop.
 RESERVED_FILES = 24
 MIN_CONNECTION_FILES = 16
-BACKLOG = 128  # connections waiting to be accepted; up to this many are accepted at once
-EXIT_SECONDS = 5.0  # after the drain time, until the process exits unconditionally
+BACKLOG = 128  # maximum number of connections that wait to be accepted
+EXIT_SECONDS = 5.0  # time after the drain time until the process exits in any case
 
 
 class Stopped(BaseException):
-    """A signal requested the server to stop."""
+    """A signal has requested that the server stop."""
 
 
 class _Config(uvicorn.Config):
@@ -60,11 +60,11 @@ class _Server(uvicorn.Server):
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 protocol that closes connections without complete requests or read responses.
+    """HTTP/1.1 protocol that closes stalled connections.
 
     Uvicorn applies its timeout only between a response and the next request. Without this class, a
-    client could hold a connection forever by sending request headers byte by byte, by sending
-    an endless body after its rejection, or by sending requests without reading the responses.
+    client could hold a connection forever by sending request headers byte by byte, sending an
+    endless body after the request was rejected, or sending requests without reading the responses.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -82,9 +82,9 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _close_if_stalled(self) -> None:
-        """Close the connection if it made no progress since the previous check.
+        """Close the connection if it has made no progress since the previous check.
 
-        Progress is a new request, a response in preparation, or a client that reads.
+        Progress means a new request, a response in preparation, or a client that reads.
         """
         unread = self.transport.get_write_buffer_size()
         awaiting_request = self.cycle is None or self.cycle.response_complete
@@ -115,7 +115,7 @@ def serve(
         The exit code: 0 after a signal.
 
     Raises:
-        UsageError: the server cannot listen on this address or may open too few files.
+        UsageError: the server cannot listen on this address, or can open too few files.
     """
     limits = limits or Limits()
     connections, backlog = _connection_limits()
@@ -138,11 +138,7 @@ def serve(
     )
     config.max_connections = connections
     server = _Server(config)
-    for name in (
-        "uvicorn.error",
-        "asyncio",
-        "python_multipart",
-    ):  # these loggers report client errors
+    for name in ("uvicorn.error", "asyncio", "python_multipart"):  # they log errors of clients
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def announce() -> None:
@@ -159,18 +155,18 @@ def serve(
 def _connection_limits() -> tuple[int, int]:
     """Return the maximum number of open connections, and the backlog.
 
-    Both are reduced if the process may open few files (`ulimit -n`). Otherwise, asyncio would
-    repeatedly fail to accept a connection, and log a traceback each time.
+    Both are reduced if the process can open only a few files (`ulimit -n`). Otherwise, asyncio
+    would repeatedly fail to accept a connection and log a traceback each time.
 
     Raises:
-        UsageError: the process may open too few files.
+        UsageError: the process can open too few files.
     """
     try:
         import resource
     except ImportError:  # Windows
         return MAX_CONNECTIONS, BACKLOG
     used = psutil.Process().num_fds() + RESERVED_FILES
-    # Excess connections are accepted before they are closed, a few backlogs at a time.
+    # Connections above the limit are accepted before they are closed, a few backlogs at a time.
     required = used + MAX_CONNECTIONS + 4 * BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= required:
@@ -182,7 +178,7 @@ def _connection_limits() -> tuple[int, int]:
     available = soft - used
     if available < MIN_CONNECTION_FILES:
         raise UsageError(
-            f"the process may open only {soft} files, too few for a server; raise the limit "
+            f"the process can open only {soft} files, too few for a server; raise the limit "
             f"(ulimit -n {used + MIN_CONNECTION_FILES} or more)"
         )
     return min(MAX_CONNECTIONS, available // 2), min(BACKLOG, available // 8)
@@ -210,7 +206,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _run(server: uvicorn.Server, listener: socket.socket, say: Callable[[str], None]) -> int:
-    """Run until a signal arrives. Uvicorn handles it, drains, then raises it again."""
+    """Run until a signal arrives. Uvicorn handles the signal, drains, and raises it again."""
 
     def stop(*_: object) -> None:
         raise Stopped

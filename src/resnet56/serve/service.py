@@ -53,7 +53,7 @@ class Service:
         """Return the `top` most probable classes of each image, optionally with their maps.
 
         Raises:
-            HTTPException: 4xx for an invalid or too large request, or a server at capacity.
+            HTTPException: 4xx if the request is invalid or too large, or the server is at capacity.
         """
         with self.limiter.admit() as reserve:
             async with receive(request, self.limits, reserve) as uploads:
@@ -79,7 +79,7 @@ class Service:
     async def _decode(self, uploads: Sequence[Upload]) -> UInt8Array:
         """Decode the uploads to (N, 3, 32, 32).
 
-        Only a few run at a time, so that a large request does not delay others.
+        Only a few images are decoded at a time, so that a large request does not delay others.
         """
 
         async def decode(upload: Upload) -> UInt8Array:

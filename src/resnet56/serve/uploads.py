@@ -44,7 +44,7 @@ async def receive(
         reserve: called with the size of each received chunk.
 
     Raises:
-        HTTPException: 400, 408, 413, 415 or 422; or whatever `reserve` raises.
+        HTTPException: 400, 408, 413, 415 or 422, or an exception that `reserve` raises.
     """
     media_type = _media_type(request)
     body = _body(request, limits, reserve)
@@ -87,7 +87,7 @@ def _media_type(request: Request) -> str:
 async def _body(
     request: Request, limits: Limits, reserve: Callable[[int], None]
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the body in chunks. A Content-Length above the limit is rejected at once."""
+    """Yield the body in chunks. A Content-Length above the limit is rejected immediately."""
     error = HTTPException(
         413, f"the request is larger than {limits.body_bytes / 2**20:g} MiB; send fewer images"
     )
@@ -129,7 +129,7 @@ async def _from_multipart(
 
 
 async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[Upload]:
-    """Return the images of a JSON body. A thread parses it, because it may be long."""
+    """Return the images of a JSON body. The body is parsed in a thread, because it can be long."""
     content = b"".join([chunk async for chunk in body])
     images = (await asyncio.to_thread(_parse, content, limits)).images
     return [
@@ -141,7 +141,7 @@ async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[
 def _parse(content: bytes, limits: Limits) -> PredictRequest:
     """Parse a JSON body. A body with too many values is rejected before it is parsed.
 
-    Base64 contains no commas, so a valid body has one comma fewer than it has images.
+    Base64 contains no commas, so a valid body has one fewer comma than images.
     """
     if content.count(b",") > limits.images:
         raise _too_many(limits)
@@ -173,7 +173,7 @@ def _unexpected_field() -> HTTPException:
 
 
 def validation_message(errors: Sequence[object]) -> str:
-    """Describe the first of pydantic's errors in one line that names the field."""
+    """Describe the first validation error in one line that names the field."""
     error = errors[0]
     assert isinstance(error, dict)
     field = ".".join(str(part) for part in error["loc"] if part not in ("query", "body"))
