@@ -46,7 +46,7 @@ VARIABLES = {
     CSS.faint: "var(--faint)",
     **{color: f"var(--s{i})" for i, color in enumerate(CSS.series)},
 }
-# Colors of the light theme in page.css, for PNG files on a white background.
+# Colors of the light theme in base.css, for PNG files on a white background.
 PAPER = Palette(
     "#4a505a",
     "#dcdee2",

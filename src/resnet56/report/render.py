@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from resnet56.files import write_bytes, write_text
 from resnet56.report import words
-from resnet56.report.plots import Chart
+from resnet56.report.plots import Chart, shortened
 
 TEMPLATE_DIR = Path(__file__).parent
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]|$~])")  # special anywhere in a line
@@ -36,12 +36,14 @@ def unbroken(text: str) -> Markup:
     return Markup("").join(marked)
 
 
-def write_html(out: Path, template: str, content: dict[str, Any]) -> None:
-    """Render a template as HTML and write the file. Raises RunError."""
+def write_html(out: Path, template: str, content: dict[str, Any], style: str = "page") -> None:
+    """Render a template as HTML with a style sheet and write the file. Raises RunError."""
     environment = _environment(autoescape=True)
     environment.filters["unbroken"] = unbroken
+    environment.filters["shortened"] = shortened
     environment.filters["svg"] = lambda chart: Markup(chart.svg())
-    css = Markup((TEMPLATE_DIR / "page.css").read_text(encoding="utf-8"))
+    sheets = (TEMPLATE_DIR / f"{name}.css" for name in ("base", style))
+    css = Markup("".join(sheet.read_text(encoding="utf-8") for sheet in sheets))
     text = environment.get_template(f"{template}.html.j2").render(content, css=css)
     write_text(out, re.sub(r"\n\s*\n+", "\n", text))
 
