@@ -9,7 +9,7 @@ import numpy as np
 from resnet56.data.cifar import OFFICIAL
 from resnet56.report import pictures, plots, recipe_words, story, words
 from resnet56.report.plots import Chart, Line
-from resnet56.report.read import RunFacts
+from resnet56.report.read import ModelFacts, RunFacts
 
 MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 48  # images shown, to limit the file size
 # The parts of the conclusion, in order. Without a test, most of them are empty.
@@ -77,13 +77,13 @@ def content(facts: RunFacts) -> dict[str, Any]:
     }
 
 
-def network_name(facts: RunFacts) -> str:
+def network_name(facts: ModelFacts) -> str:
     """'resnet56-bottleneck' -> 'ResNet-56', 'plain56' -> 'Plain-56'; without the block."""
     family = "Plain" if facts.description.shortcut == "none" else "ResNet"
     return f"{family}-{facts.description.depth}"
 
 
-def title(facts: RunFacts) -> str:
+def title(facts: ModelFacts) -> str:
     """Return the headline: the test result, or the state of the training run."""
     arch = network_name(facts)
     if facts.test:
@@ -141,7 +141,7 @@ def published_accuracy(facts: RunFacts) -> float | None:
     return story.PUBLISHED.get(facts.config.arch) if same_images else None
 
 
-def training_charts(facts: RunFacts) -> list[Chart]:
+def training_charts(facts: ModelFacts) -> list[Chart]:
     """Loss, accuracy, learning rate and throughput over epochs; none before the first epoch."""
     rows = facts.rows
     if not rows:
@@ -229,7 +229,7 @@ def shade(share: float, *, diagonal: bool) -> str:
     return ("d" if diagonal else "e") + str(1 + sum(share >= step for step in steps))
 
 
-def confusion_table(facts: RunFacts) -> list[list[Cell]] | None:
+def confusion_table(facts: ModelFacts) -> list[list[Cell]] | None:
     """The confusion matrix as cells, [true][predicted]."""
     if not facts.test:
         return None
@@ -255,7 +255,7 @@ def confusion_picture(facts: RunFacts) -> Chart | None:
     return plots.confusion("confusion", facts.test["confusion_matrix"], facts.classes)
 
 
-def originals(facts: RunFacts) -> list[tuple[Picture, list[Picture]]]:
+def originals(facts: ModelFacts) -> list[tuple[Picture, list[Picture]]]:
     """Training images, each with its augmented versions."""
     if facts.samples is None:
         return []
@@ -281,7 +281,7 @@ def sample_sheet(facts: RunFacts) -> Picture | None:
     return Picture("samples", pictures.grid(rows), "Training images")
 
 
-def mistakes(facts: RunFacts) -> list[Mistake]:
+def mistakes(facts: ModelFacts) -> list[Mistake]:
     """The most confident wrong predictions."""
     if facts.samples is None:
         return []

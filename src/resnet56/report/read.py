@@ -40,11 +40,13 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """All data about a run that a report uses."""
+class ModelFacts:
+    """All data about a run that a report uses, except for its recipe.
+
+    A model that `resnet56 import` converted has no recipe.
+    """
 
     path: Path
-    recipe: Recipe
     environment: Environment  # empty if it is missing
     rows: list[EpochMetrics]  # metrics.jsonl, one row per epoch
     config: ModelConfig
@@ -88,16 +90,23 @@ class RunFacts:
         return self.evaluation["data"] if self.evaluation else None
 
     @property
+    def seconds(self) -> float:
+        """Training time in seconds, over all finished epochs."""
+        return float(sum(row["seconds"] for row in self.rows))
+
+
+@dataclass(frozen=True)
+class RunFacts(ModelFacts):
+    """All data about a training run that a report uses."""
+
+    recipe: Recipe
+
+    @property
     def flips(self) -> bool:
         """Whether training images were flipped horizontally."""
         if "data" in self.environment and "flip" in self.environment["data"]:
             return self.environment["data"]["flip"]
         return self.recipe.flip
-
-    @property
-    def seconds(self) -> float:
-        """Training time in seconds, over all finished epochs."""
-        return float(sum(row["seconds"] for row in self.rows))
 
     @property
     def finished(self) -> bool:
@@ -106,7 +115,23 @@ class RunFacts:
 
 
 def read_run(path: Path) -> RunFacts:
-    """Read a run.
+    """Read a training run.
+
+    Raises:
+        RunError: the run does not exist, has no recipe, or one of its files is damaged.
+        UsageError: recipe.json is not a valid recipe.
+    """
+    facts = read_model(path)
+    if not isinstance(facts, RunFacts):
+        raise RunError(
+            f"cannot write a report: {path} is not a training run (it has no recipe.json); to "
+            f"evaluate it: resnet56 evaluate {path} --data DIR"
+        )
+    return facts
+
+
+def read_model(path: Path) -> ModelFacts:
+    """Read a training run as `RunFacts`, or an imported model.
 
     Raises:
         RunError: the run does not exist, or one of its files is damaged.
@@ -114,18 +139,12 @@ def read_run(path: Path) -> RunFacts:
     """
     run = RunDirectory(path)
     checkpoint = run.load()
-    if not run.recipe_file.exists():
-        raise RunError(
-            f"cannot write a report: {path} is not a training run (it has no recipe.json); to "
-            f"evaluate it: resnet56 evaluate {path} --data DIR"
-        )
     config, step = checkpoint.config, checkpoint.progress.step
     evaluation = run.read_evaluation(step)
     if evaluation is not None:
         check_evaluation(evaluation, run.evaluation_file, config.classes)
-    return RunFacts(
+    facts = ModelFacts(
         path=path,
-        recipe=recipe_from_fields(read_json(run.recipe_file), str(run.recipe_file)),
         environment=run.read_environment() or {},
         rows=run.read_metrics(),
         config=config,
@@ -137,6 +156,10 @@ def read_run(path: Path) -> RunFacts:
         # The samples include mistakes, which belong to the evaluated weights.
         samples=read_samples(run, len(config.classes)) if evaluation else None,
     )
+    if not run.recipe_file.exists():
+        return facts
+    recipe = recipe_from_fields(read_json(run.recipe_file), str(run.recipe_file))
+    return RunFacts(**vars(facts), recipe=recipe)
 
 
 def read_samples(run: RunDirectory, classes: int) -> Samples | None:
