@@ -1,7 +1,9 @@
-"""Synthetic run directories for the report: seeded and internally consistent."""
+"""Synthetic run directories for the report, seeded and internally consistent; parsed pages."""
 
 import json
 import math
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,63 @@ CIFAR = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+EVIL = ("<script>alert(1)</script>", "猫 & \"Hund\" $x_1$ | `b` 'c' " + "x" * 300)
+NUMBERS = tuple(f"{i}th class" for i in range(100))
 SIMILAR = {3: 5, 5: 3, 0: 8, 8: 0, 1: 9, 9: 1, 2: 4, 4: 2}  # cat and dog, airplane and ship, ...
+
+
+class Page(HTMLParser):
+    """A page as parsed by a browser: text by id, tables as cells, attributes, tags."""
+
+    VOID = ("meta", "link", "br", "img", "path", "rect", "circle", "use")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.by_id: dict[str, str] = {}
+        self.tables: dict[str, list[list[str]]] = {}
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.open: list[tuple[str, str | None]] = []
+        self.table: list[list[str]] | None = None
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        attributes = {name: value or "" for name, value in attrs}
+        self.attributes += [(tag, name, value) for name, value in attributes.items()]
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "table":
+            self.table = self.tables[attributes.get("id", f"table-{len(self.tables)}")] = []
+        elif tag == "tr" and self.table is not None:
+            self.table.append([])
+        elif tag in ("td", "th") and self.table is not None:
+            self.table[-1].append("")
+        if tag not in self.VOID:
+            self.open.append((tag, attributes.get("id")))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        opened = self.open.pop()
+        assert opened[0] == tag, f"</{tag}> closes <{opened[0]}>"
+
+    def handle_data(self, data: str) -> None:
+        inside = [tag for tag, _ in self.open]
+        if "script" in inside or "style" in inside:
+            return
+        self.text += data
+        for _, name in self.open:
+            if name:
+                self.by_id[name] = self.by_id.get(name, "") + data
+        if self.table and self.table[-1] and ("td" in inside or "th" in inside):
+            self.table[-1][-1] += data.strip()
 
 
 def make_metrics(
@@ -131,6 +189,34 @@ def make_run(
         write_json(path / "parity.json", PARITY)
         np.savez_compressed(path / "samples.npz", **samples(classes, seed))
     return path
+
+
+def make_runs(path: Path) -> dict[str, Path]:
+    """One run of each kind, by name."""
+    short = replace(RECIPES["best"], epochs=3)
+    plain = replace(RECIPES["report"], epochs=3, arch="plain20", padding=0, flip=False)
+    runs = {
+        "full": make_run(path / "full", replace(RECIPES["best"], val_size=500), extras=True),
+        "two": make_run(path / "two", short, ("cat", "dog"), images=100, extras=True),
+        "hundred": make_run(path / "hundred", short, NUMBERS, extras=True),
+        "evil": make_run(path / ("<b>e" + "v" * 100), short, EVIL, images=100, extras=True),
+        "perfect": make_run(path / "perfect", short, accuracy=1.0, extras=True),
+        "chance": make_run(path / "chance", short, accuracy=0.1, images=300, extras=True),
+        "plain": make_run(path / "plain", plain),
+        "bottleneck": make_run(path / "bottleneck", replace(short, arch="resnet164-bottleneck")),
+        "validated": make_run(path / "validated", replace(short, val_size=500), tested=False),
+        "unfinished": make_run(path / "unfinished", done=4, tested=False),
+        "new": make_run(path / "new", done=0, tested=False),
+        "imported": make_run(path / "imported", short, done=0, extras=True),
+        "converted": make_run(path / "converted", short, done=0, tested=False),
+    }
+    arrays = samples(CIFAR)
+    none = {key: array[:0] for key, array in arrays.items() if key.startswith("mistake")}
+    RunDirectory(runs["perfect"]).write_samples(arrays | none)
+    for name in ("imported", "converted"):
+        for file in ("recipe.json", "environment.json", "metrics.jsonl"):
+            (runs[name] / file).unlink()
+    return runs
 
 
 def samples(classes: tuple[str, ...], seed: int = 0, mistakes: int = 24) -> dict[str, Any]:

@@ -116,10 +116,17 @@ ARROWS: dict[str, set[str]] = {
         "data.cifar", "report.pictures", "report.plots", "report.read", "report.recipe_words",
         "report.story", "report.words",
     },
+    "report.slides": {
+        "recipe", "report.page", "report.plots", "report.read", "report.recipe_words",
+        "report.story", "report.words", "runs.schema",
+    },
     "report.comparison": {
         "report.page", "report.plots", "report.read", "report.story", "report.words", "runs.schema",
     },
-    "report": {"errors", "report.comparison", "report.page", "report.read", "report.render"},
+    "report": {
+        "errors", "report.comparison", "report.page", "report.read", "report.render",
+        "report.slides",
+    },
     # benchmark
     "benchmark.interleave": set(),
     "benchmark.baseline": {"data.dataset", "model"},

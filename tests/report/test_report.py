@@ -8,14 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from report_fixtures import CIFAR, PARITY, make_run, samples
+from report_fixtures import CIFAR, PARITY, Page, make_run, samples
 
 from resnet56 import cli
 from resnet56.errors import RunError, UsageError
@@ -29,60 +28,6 @@ from resnet56.runs.directory import RunDirectory
 
 BEST = RECIPES["best"]
 EVIL = ("<script>alert(1)</script>", "猫 & \"Hund\" $x_1$ | `b` 'c'")
-
-
-class Page(HTMLParser):
-    """A page as parsed by a browser: text by id, tables as cells, attributes, tags."""
-
-    VOID = ("meta", "link", "br", "img", "path", "rect", "circle", "use")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.by_id: dict[str, str] = {}
-        self.tables: dict[str, list[list[str]]] = {}
-        self.attributes: list[tuple[str, str, str]] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.open: list[tuple[str, str | None]] = []
-        self.table: list[list[str]] | None = None
-        self.feed(text)
-        assert not self.open, f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        attributes = {name: value or "" for name, value in attrs}
-        self.attributes += [(tag, name, value) for name, value in attributes.items()]
-        if "id" in attributes:
-            self.ids.append(attributes["id"])
-        if tag == "table":
-            self.table = self.tables[attributes.get("id", f"table-{len(self.tables)}")] = []
-        elif tag == "tr" and self.table is not None:
-            self.table.append([])
-        elif tag in ("td", "th") and self.table is not None:
-            self.table[-1].append("")
-        if tag not in self.VOID:
-            self.open.append((tag, attributes.get("id")))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        opened = self.open.pop()
-        assert opened[0] == tag, f"</{tag}> closes <{opened[0]}>"
-
-    def handle_data(self, data: str) -> None:
-        inside = [tag for tag, _ in self.open]
-        if "script" in inside or "style" in inside:
-            return
-        self.text += data
-        for _, name in self.open:
-            if name:
-                self.by_id[name] = self.by_id.get(name, "") + data
-        if self.table and self.table[-1] and ("td" in inside or "th" in inside):
-            self.table[-1][-1] += data.strip()
 
 
 def page_of(run: Path, **options: Any) -> Page:

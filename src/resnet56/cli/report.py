@@ -13,17 +13,18 @@ from resnet56.errors import Error, UsageError
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write a report on one run, or a comparison of several runs."""
+    """Write a report on one run, a comparison of several runs, or slides about one run."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run directories."""
 
     out: Path | None = None
-    """Output file. By default, report.html in the run directory, or comparison.html in the current
-    directory."""
+    """Output file. By default, report.html or slides.html in the
+    run directory, or comparison.html in the current directory."""
 
-    format: Literal["html", "md"] = "html"
-    """One self-contained HTML page, or Markdown with separate image files."""
+    format: Literal["html", "md", "slides"] = "html"
+    """One self-contained HTML page, Markdown with separate image
+    files, or ten slides about one run in one HTML file."""
 
 
 def run(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Reports from run directories, as one HTML file or as Markdown with a folder of images.
+"""Reports from run directories: one HTML file, Markdown with a folder of images, or slides.
 
 A report needs only the files of the run, neither the data set nor a GPU.
 """
@@ -16,17 +16,18 @@ def write_report(
     runs: Sequence[Path],
     out: Path | None = None,
     *,
-    format: Literal["html", "md"] = "html",
+    format: Literal["html", "md", "slides"] = "html",
     on_error: Callable[[Error], None] | None = None,
 ) -> Path:
-    """Write the report of one run, or the comparison of several.
+    """Write the report of one run, or the comparison of several, or slides about one run.
 
     Args:
         runs: run directories; at least one.
-        out: the file to write. By default, report.html (or .md) in the run directory for one run,
-            and comparison.html (or .md) in the current directory for several. The images of a
-            Markdown report are written to a folder next to it, such as report-files.
-        format: "html" for one self-contained file, "md" for GitHub-flavored Markdown.
+        out: the file to write. By default, report.html (or .md) or slides.html in the run directory
+            for one run, and comparison.html (or .md) in the current directory for several. The
+            images of a Markdown report are written to a folder next to it, such as report-files.
+        format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, "slides" for
+            ten slides in one HTML file, about one run or imported model.
         on_error: called with the error of each run that cannot be read, if there are several runs.
             The comparison omits these runs. By default, the error is raised.
 
@@ -34,16 +35,24 @@ def write_report(
         The path of the written file.
 
     Raises:
-        UsageError: there are no runs, `out` is a folder, or a recipe.json has invalid values.
+        UsageError: there are no runs, there are several runs for slides, `out` is a folder, or a
+            recipe.json has invalid values.
         RunError: a run is missing or damaged, or a file cannot be written.
     """
-    from resnet56.report import comparison, page, render
-    from resnet56.report.read import read_run
+    from resnet56.report import comparison, page, render, slides
+    from resnet56.report.read import read_model, read_run
 
     if not runs:
         raise UsageError("a report needs at least one run directory")
     if out is not None and out.is_dir():
-        raise UsageError(f"{out} is a folder; choose a file such as {out / f'report.{format}'}")
+        name = "slides.html" if format == "slides" else f"report.{format}"
+        raise UsageError(f"{out} is a folder; choose a file such as {out / name}")
+    if format == "slides":
+        if len(runs) > 1:
+            raise UsageError(f"slides show one run, not {len(runs)}; choose one, or --format html")
+        out = out or Path(runs[0]) / "slides.html"
+        render.write_html(out, "slides", slides.content(read_model(Path(runs[0]))), "slides")
+        return out
     facts, last = [], None
     for path in runs:
         try:

@@ -1,0 +1,477 @@
+"""Content of the slides about one run, for the template.
+
+Slides are read from a distance, so they show few words: short sentences with the numbers of the
+run, and at most a dozen bars, images or classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from resnet56.recipe import Recipe
+from resnet56.report import page, recipe_words, story
+from resnet56.report.plots import Chart, shortened
+from resnet56.report.read import ModelFacts, RunFacts
+from resnet56.report.words import big, count, listed, percent, plural, points, quoted
+from resnet56.runs.schema import ConfusedPair, Evaluation, Metrics
+
+MAX_CELLS = 12  # classes up to which the confusion matrix is shown, instead of the largest errors
+MAX_BARS = 10
+MAX_PAIRS = 7
+MAX_ORIGINALS, MAX_VERSIONS = 5, 5
+MAX_MISTAKES = 12
+MAX_DROPS = 4  # drops of the learning rate that are listed
+MAX_COMMAND = 100  # characters of a command that fits on a slide
+CHART_SIZE = (3.3, 1.95)  # inches; smaller than in the report, so that its text is larger
+
+SIZE = "32 \N{MULTIPLICATION SIGN} 32"
+UNTESTED = "There are no test results yet"
+
+
+@dataclass(frozen=True)
+class Slide:
+    """The text of a slide."""
+
+    id: str
+    name: str  # the topic, above the title
+    title: str
+    sentences: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A labeled horizontal bar."""
+
+    label: str
+    value: str
+    share: float  # of the full length
+    interval: tuple[float, float] | None = None  # confidence interval, as shares
+
+
+def content(facts: ModelFacts) -> dict[str, Any]:
+    """Return the content of the ten slides about a run."""
+    test = facts.test
+    few = len(facts.classes) <= MAX_CELLS
+    return {
+        "facts": facts,
+        "slides": slides(facts),
+        "name": shortened(facts.name),
+        "charts": training_charts(facts),
+        "strip": [image for image, _ in page.originals(facts)],
+        "originals": originals(facts),
+        "validated": last_validated(facts),
+        "class_bars": class_bars(test) if test else [],
+        "confusion": page.confusion_table(facts) if few else None,
+        "pair_bars": pair_bars(test) if test else [],
+        "mistakes": page.mistakes(facts)[:MAX_MISTAKES],
+        "wrong": wrong(test) if test else None,
+        "split_bars": split_bars(facts),
+        "command": command(facts),
+    }
+
+
+def slides(facts: ModelFacts) -> list[Slide]:
+    """Return the text of the slides, in order."""
+    return [
+        opening(facts),
+        idea(facts),
+        architecture(facts),
+        data(facts),
+        training(facts),
+        results(facts),
+        confusion(facts),
+        mistakes(facts),
+        overfitting(facts),
+        takeaways(facts),
+    ]
+
+
+def opening(facts: ModelFacts) -> Slide:
+    """The main result, the data and the training run."""
+    sentences = [f"{facts.source}."] if facts.source else []
+    machine = facts.environment.get("gpu") or facts.environment.get("processor")
+    if facts.rows:
+        on = f" on {machine}" if machine else ""
+        epochs = plural(facts.progress.epoch, "epoch")
+        sentences.append(f"Trained for {epochs} in {time_taken(facts.seconds)}{on}.")
+    return Slide("title", facts.name, headline(facts), sentences)
+
+
+def headline(facts: ModelFacts) -> str:
+    """The title of the deck."""
+    arch, validated = page.network_name(facts), last_validated(facts)
+    if facts.test is None and validated:
+        return (
+            f"{arch} reaches {percent(validated['val_accuracy'])} validation accuracy after "
+            f"{plural(validated['epoch'], 'epoch')}"
+        )
+    return page.title(facts) if isinstance(facts, RunFacts) or facts.test else f"{arch}, not tested"
+
+
+def idea(facts: ModelFacts) -> Slide:
+    """What residual blocks do, or that the network has none."""
+    network, arch = facts.description, page.network_name(facts)
+    blocks = plural(sum(part.blocks for part in network.parts), "block")
+    size = f"{arch} has {blocks} of {network.layers_per_block} layers."
+    if network.shortcut == "none":
+        title = "A plain network: no block has a shortcut"
+        sentences = [size, f"Every signal passes through all {network.depth} layers."]
+    else:
+        title = "Each block adds its input to its output"
+        sentences = [
+            size,
+            "The layers of a block compute a change, and the shortcut adds the input.",
+            "Signals and gradients therefore have a short path through all "
+            f"{network.depth} layers.",
+        ]
+    return Slide("idea", "Idea", title, sentences)
+
+
+def architecture(facts: ModelFacts) -> Slide:
+    """The size of the network."""
+    network = facts.description
+    title = f"From {SIZE} pixels to {len(facts.classes):,} classes in {network.depth} layers"
+    sentences = [
+        f"{count(network.parameters)} parameters, {big(network.macs)} multiply-accumulates per "
+        "image.",
+        "Stages 2 and 3 halve the resolution and double the channels.",
+    ]
+    return Slide("architecture", "Architecture", title, sentences)
+
+
+def data(facts: ModelFacts) -> Slide:
+    """The number of images and classes, and the augmentation."""
+    splits = evaluated_splits(facts.evaluation)
+    classes = plural(len(facts.classes), "class", "classes")
+    numbers = [f"{count(metrics['n'])} {name}" for name, metrics in splits.items()]
+    title = f"{listed(numbers)} images in {classes}" if numbers else f"Images in {classes}"
+    sentences = [f"Images have {SIZE} pixels and are normalized per channel."]
+    if isinstance(facts, RunFacts):
+        sentences.append(augmentation(facts))
+    return Slide("data", "Data", title, sentences)
+
+
+def augmentation(facts: RunFacts) -> str:
+    """Name the operations that augment training images."""
+    recipe = facts.recipe
+    names = [
+        *(["TrivialAugment"] if recipe.trivial_augment else []),
+        *(["random crops"] if recipe.padding else []),
+        *(["horizontal flips"] if facts.flips else []),
+        *(["Cutout"] if recipe.cutout else []),
+        *([{"cutmix": "CutMix", "mixup": "mixup", "ricap": "RICAP"}[recipe.mix]]
+          if recipe.mix != "none" else []),
+    ]  # fmt: skip
+    if not names:
+        return "Training images are not augmented."
+    return f"Training images are augmented with {listed(names)}; test images are not."
+
+
+def training(facts: ModelFacts) -> Slide:
+    """The duration, the optimizer and the schedule."""
+    if not facts.rows:
+        reason = "No epoch is finished yet" if isinstance(facts, RunFacts) else "Imported weights"
+        sentences = [f"{reason}: this run has no training curves."]
+        return Slide("training", "Training", "No training curves", sentences)
+    title = f"{plural(facts.rows[-1]['epoch'], 'epoch')} in {time_taken(facts.seconds)}"
+    sentences = []
+    if isinstance(facts, RunFacts):
+        sentences = [optimizer(facts.recipe), schedule(facts.recipe)]
+    return Slide("training", "Training", title, sentences)
+
+
+def optimizer(recipe: Recipe) -> str:
+    """The optimizer in a few words."""
+    momentum = f"{'Nesterov ' if recipe.nesterov else ''}momentum {recipe.momentum:g}"
+    settings = [
+        *([momentum] if recipe.momentum else []),
+        f"batch size {count(recipe.batch_size)}",
+        *([f"weight decay {recipe.weight_decay:g}"] if recipe.weight_decay else []),
+        *(["distillation"] if recipe.teacher else []),
+        *(["EMA"] if recipe.ema_decay else []),
+    ]
+    return f"Optimizer: SGD with {listed(settings)}."
+
+
+def schedule(recipe: Recipe) -> str:
+    """The learning-rate schedule in a few words."""
+    start = f"{recipe.lr:g}"
+    if recipe.warmup_epochs:
+        word = "epoch" if recipe.warmup_epochs == 1 else "epochs"
+        start = f"warm-up to {start} over {recipe.warmup_epochs:g} {word}"
+    drops = [f"{epoch:g}" for epoch in recipe.drop_epochs if epoch < recipe.epochs]
+    if recipe.schedule == "cosine":
+        rest = "then a cosine to zero"
+    elif recipe.schedule == "one-cycle":
+        rest = "then linear to zero"
+    elif not drops:
+        rest = "then constant"
+    elif len(drops) > MAX_DROPS:
+        rest = f"multiplied by {recipe.drop_factor:g} at {len(drops)} epochs"
+    else:
+        word = "epoch" if len(drops) == 1 else "epochs"
+        rest = f"multiplied by {recipe.drop_factor:g} after {word} {listed(drops)}"
+    return f"Learning rate: {start}, {rest}."
+
+
+def results(facts: ModelFacts) -> Slide:
+    """The test accuracy, its interval, and the range over classes."""
+    test = facts.test
+    if test is None:
+        sentences = ["The test images have not been used."]
+        if isinstance(facts, RunFacts):
+            sentences = story.unfinished(facts.progress.epoch, facts.recipe.epochs, tested=False)
+        return Slide("results", "Results", UNTESTED, sentences)
+    low, high = test["accuracy_interval"]
+    right = test["n"] - wrong(test)
+    title = f"{count(right)} of {count(test['n'])} test images are classified correctly"
+    sentences = [
+        f"The 95 % confidence interval is {percent(low)} to {percent(high)}.",
+        *(story.against_chance(test) or class_range(test)),
+    ]
+    return Slide("results", "Results", title, sentences)
+
+
+def class_range(test: Metrics) -> list[str]:
+    """The lowest and the highest accuracy of a class."""
+    recalls = story.scores(test["per_class"], "recall")
+    low, high = min(recalls.values()), max(recalls.values())
+    if low == high:
+        return [f"All {len(recalls)} classes have the same accuracy."] if len(recalls) > 1 else []
+    return [
+        f"Accuracy per class ranges from {percent(low)} ({classes_with(recalls, low)}) to "
+        f"{percent(high)} ({classes_with(recalls, high)})."
+    ]
+
+
+def classes_with(values: Mapping[str, float], value: float) -> str:
+    """Name the class that has a value, or count the classes."""
+    names = [name for name, other in values.items() if other == value]
+    return quoted(shortened(names[0])) if len(names) == 1 else f"{len(names)} classes"
+
+
+def confusion(facts: ModelFacts) -> Slide:
+    """The most frequent error."""
+    test = facts.test
+    if test is None:
+        return Slide("confusion", "Confusion matrix", UNTESTED)
+    errors = test["most_confused"]
+    if not errors:
+        return Slide("confusion", "Confusion matrix", "No classes are confused")
+    first = errors[0]
+    images, part = plural(first["count"], "image"), percent(first["fraction"])
+    sentences = [f"This error affects {images}, {part} of the class."]
+    for pair in errors[1:]:
+        if (pair["true"], pair["predicted"]) == (first["predicted"], first["true"]):
+            sentences.append(f"The reverse error affects {plural(pair['count'], 'image')}.")
+    return Slide("confusion", "Confusion matrix", most_frequent_error(errors), sentences)
+
+
+def most_frequent_error(errors: Sequence[ConfusedPair]) -> str:
+    """Name the classes of the most frequent error, or of one of the most frequent errors."""
+    first = errors[0]
+    tied = sum(pair["count"] == first["count"] for pair in errors) > 1
+    subject = "One of the most frequent errors" if tied else "Most frequent error"
+    true, predicted = (quoted(shortened(first[key])) for key in ("true", "predicted"))
+    return f"{subject}: {true} classified as {predicted}"
+
+
+def mistakes(facts: ModelFacts) -> Slide:
+    """The number of mistakes."""
+    test = facts.test
+    if test is None:
+        return Slide("mistakes", "Mistakes", UNTESTED)
+    number = wrong(test)
+    if not number:
+        title = f"No mistakes on {plural(test['n'], 'test image')}"
+        return Slide("mistakes", "Mistakes", title)
+    title = f"{count(number)} of {count(test['n'])} test images are classified incorrectly"
+    shown = min(len(page.mistakes(facts)), MAX_MISTAKES)
+    sentences = []
+    if shown:
+        those = "The mistake" if shown == 1 else f"The {shown} most confident mistakes"
+        sentences = [f"{those}: predicted class, true class and confidence."]
+    return Slide("mistakes", "Mistakes", title, sentences)
+
+
+def overfitting(facts: ModelFacts) -> Slide:
+    """Training accuracy against test accuracy."""
+    title, sentences = UNTESTED, []
+    validated = last_validated(facts)
+    if facts.test:
+        title = "The training accuracy was not measured"
+        if verdict := gap(facts):
+            title, sentences = verdict.title, [verdict.sentence]
+    elif validated:
+        difference = validated["train_accuracy"] - validated["val_accuracy"]
+        title = (
+            f"Training accuracy is {points(difference)} above validation accuracy"
+            if difference >= 0
+            else f"Validation accuracy is {points(-difference)} above training accuracy"
+        )
+        sentences = [
+            f"After epoch {validated['epoch']}. Training accuracy is a running average over "
+            "augmented images."
+        ]
+    return Slide("overfitting", "Overfitting", title, sentences)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The verdict on the gap between training and test accuracy."""
+
+    title: str
+    sentence: str
+
+
+def gap(facts: ModelFacts) -> Gap | None:
+    """Split the sentence of the report into a title and the rest."""
+    test, train = facts.test, facts.train
+    if not test or not train:
+        return None
+    augmented = isinstance(facts, RunFacts) and recipe_words.is_augmented(
+        facts.recipe, flips=facts.flips
+    )
+    low, high = test["accuracy_interval"]
+    [sentence] = story.gap(train["accuracy"], test["accuracy"], (low, high), augmented=augmented)
+    verdict, _, rest = sentence.removeprefix("There is ").partition(": ")
+    difference = train["accuracy"] - test["accuracy"]
+    numbers = (
+        f"a gap of {points(difference)}"
+        if difference >= 0
+        else f"test accuracy is {points(-difference)} higher"
+    )
+    return Gap(f"{capitalized(verdict)}: {numbers}", capitalized(rest))
+
+
+def capitalized(text: str) -> str:
+    """Make the first letter uppercase, and keep the others."""
+    return text[:1].upper() + text[1:]
+
+
+def takeaways(facts: ModelFacts) -> Slide:
+    """The results in one sentence each."""
+    test = facts.test
+    sentences = []
+    if isinstance(facts, RunFacts):
+        sentences += story.unfinished(
+            facts.progress.epoch, facts.recipe.epochs, tested=test is not None
+        )
+    parameters = f"{count(facts.description.parameters)} parameters"
+    validated = last_validated(facts)
+    if test is None and validated:
+        accuracy = percent(validated["val_accuracy"])
+        sentences.append(f"Validation accuracy after epoch {validated['epoch']}: {accuracy}.")
+    if test is None:
+        title = f"{page.network_name(facts)} with {parameters}"
+        return Slide("takeaways", "Takeaways", title, sentences or ["The network was not tested."])
+    title = f"{percent(test['accuracy'])} test accuracy with {parameters}"
+    low, high = test["accuracy_interval"]
+    sentences.append(f"The 95 % confidence interval is {percent(low)} to {percent(high)}.")
+    if verdict := gap(facts):
+        sentences.append(f"{verdict.title}.")
+    if test["most_confused"]:
+        sentences.append(f"{most_frequent_error(test['most_confused'])}.")
+    sentences.append(confidence(test))
+    robust = facts.evaluation.get("robustness") if facts.evaluation else None
+    if robust:
+        mean = percent(robust["mean_accuracy"])
+        sentences.append(f"Mean accuracy on corrupted images: {mean}.")
+    return Slide("takeaways", "Takeaways", title, sentences)
+
+
+def confidence(test: Metrics) -> str:
+    """Whether the network is overconfident, in a few words."""
+    mean = story.mean_confidence(test["calibration"]["bins"])
+    low, high = test["accuracy_interval"]
+    difference = mean - test["accuracy"]
+    if low <= mean <= high:
+        return f"Confidence matches accuracy: {percent(mean)} on average."
+    word = "Overconfident" if difference > 0 else "Underconfident"
+    return f"{word} by {points(abs(difference))}."
+
+
+def training_charts(facts: ModelFacts) -> list[Chart]:
+    """Loss and accuracy over epochs."""
+    return [replace(chart, size=CHART_SIZE) for chart in page.training_charts(facts)[:2]]
+
+
+def originals(facts: ModelFacts) -> list[tuple[page.Picture, list[page.Picture]]]:
+    """Training images, with augmented versions if the training augments images."""
+    shown = page.originals(facts)
+    if isinstance(facts, RunFacts) and recipe_words.is_augmented(facts.recipe, flips=facts.flips):
+        return [(image, versions[:MAX_VERSIONS]) for image, versions in shown[:MAX_ORIGINALS]]
+    return [(image, []) for image, _ in shown]
+
+
+def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
+    """The metrics of each split of the data, by name."""
+    if evaluation is None:
+        return {}
+    splits = {"training": evaluation.get("train"), "validation": evaluation.get("validation")}
+    return {name: m for name, m in splits.items() if m} | {"test": evaluation["test"]}
+
+
+def split_bars(facts: ModelFacts) -> list[Bar]:
+    """The accuracy on each split."""
+    bars = []
+    for name, metrics in evaluated_splits(facts.evaluation).items():
+        low, high = metrics["accuracy_interval"]
+        accuracy = metrics["accuracy"]
+        bars.append(Bar(name, percent(accuracy), accuracy, (low, high)))
+    validated = last_validated(facts)
+    if not bars and validated:
+        for name, accuracy in (
+            ("training", validated["train_accuracy"]),
+            ("validation", validated["val_accuracy"]),
+        ):
+            bars.append(Bar(name, percent(accuracy), accuracy))
+    return bars
+
+
+def last_validated(facts: ModelFacts) -> Mapping[str, Any] | None:
+    """The last epoch with validation metrics."""
+    return next((row for row in reversed(facts.rows) if "val_accuracy" in row), None)
+
+
+def class_bars(test: Metrics) -> list[Bar]:
+    """The accuracy of each class, in descending order; of many classes, the highest and lowest."""
+    ranked = sorted(story.scores(test["per_class"], "recall").items(), key=lambda item: -item[1])
+    if len(ranked) > MAX_BARS:
+        ranked = ranked[: MAX_BARS // 2] + ranked[-MAX_BARS // 2 :]
+    return [Bar(shortened(name), percent(value), value) for name, value in ranked]
+
+
+def pair_bars(test: Metrics) -> list[Bar]:
+    """The most frequent errors."""
+    errors = test["most_confused"][:MAX_PAIRS]
+    most = max((pair["count"] for pair in errors), default=1)
+    return [
+        Bar(
+            f"{shortened(pair['true'])} \N{RIGHTWARDS ARROW} {shortened(pair['predicted'])}",
+            f"{count(pair['count'])} ({percent(pair['fraction'])})",
+            pair["count"] / most,
+        )
+        for pair in errors
+    ]
+
+
+def time_taken(seconds: float) -> str:
+    """45 -> '45 s', 110 -> '1 min 50 s', 4500 -> '1 h 15 min'."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{count(hours)} h {minutes} min"
+
+
+def wrong(test: Metrics) -> int:
+    """The number of test images that are classified incorrectly."""
+    matrix = test["confusion_matrix"]
+    return test["n"] - sum(row[i] for i, row in enumerate(matrix))
+
+
+def command(facts: ModelFacts) -> str | None:
+    """The command that started the run, if it is short enough for a slide."""
+    text = facts.environment.get("command", "")
+    return text if text.startswith("resnet56 ") and len(text) <= MAX_COMMAND else None
