@@ -38,8 +38,8 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
     """
     commands = offline_commands()
     assert [words[1] for words in commands] == [
-        "describe", "inspect", "train", "evaluate", "evaluate", "report", "predict", "export",
-        "predict",
+        "describe", "inspect", "train", "evaluate", "evaluate", "report", "report", "predict",
+        "export", "predict",
     ]  # fmt: skip
     Image.effect_noise((400, 300), 60).save(tmp_path / "photo.jpg")
     said = []
