@@ -1,6 +1,6 @@
 # make install                                set up .venv
-# make train                                  train on the digits and test the result
-# make train RECIPE=report DATA=cifar10       train on CIFAR-10 (DATA=/a/folder for your own copy)
+# make train                                  train on the digits and evaluate the model
+# make train RECIPE=report DATA=cifar10       train on CIFAR-10 (DATA=DIR for your own copy)
 # make test                                   run the test suite
 # make docs                                   build the documentation site in site/
 # make lint                                   check style and types
@@ -38,7 +38,7 @@ lint: $(VENV)/.ready-dev
 clean:
 	rm -rf $(VENV)
 
-# The stamps are made last, so that an interrupted installation starts again.
+# The stamp files are created last, so that an interrupted installation starts again.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('resnet56 needs Python 3.11 or newer')"
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
-"""Networks for torch.hub: torch.hub.load("OWNER/resnet56", "resnet56").
+"""Models for torch.hub: torch.hub.load("OWNER/resnet56", "resnet56").
 
-A network takes (N, 3, 32, 32) images, normalized with its attributes `mean` and `std` (in units of
-[0, 1]), and returns (N, 10) logits in the order of its attribute `classes`. These attributes exist
-only with pretrained weights.
+A model takes (N, 3, 32, 32) images that are normalized with its attributes `mean` and `std` (in
+units of [0, 1]). It returns (N, 10) logits in the order of its attribute `classes`. Only pretrained
+models have these attributes.
 """
 
 import sys
@@ -16,16 +16,24 @@ dependencies = ["torch", "numpy", "safetensors", "msgspec"]
 
 
 def resnet56(pretrained: bool = True) -> nn.Module:
-    """ResNet-56 with basic blocks and shortcut A, 853,018 parameters."""
-    return _network("resnet56", pretrained)
+    """ResNet-56 with basic blocks and shortcut A (853,018 parameters).
+
+    Args:
+        pretrained: whether to load the pretrained weights.
+    """
+    return _model("resnet56", pretrained)
 
 
 def resnet56_bottleneck(pretrained: bool = True) -> nn.Module:
-    """ResNet-56 with bottleneck blocks, 591,322 parameters."""
-    return _network("resnet56-bottleneck", pretrained)
+    """ResNet-56 with bottleneck blocks (591,322 parameters).
+
+    Args:
+        pretrained: whether to load the pretrained weights.
+    """
+    return _model("resnet56-bottleneck", pretrained)
 
 
-def _network(name: str, pretrained: bool) -> nn.Module:
+def _model(name: str, pretrained: bool) -> nn.Module:
     from resnet56.model import build
     from resnet56.runs.pretrained import load
 

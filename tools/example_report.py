@@ -1,9 +1,9 @@
 """Write docs/example-report.html and docs/report.png: python tools/example_report.py DIR
 
-The example is the report of the pretrained network. Its training run is not part of the repository,
-so a run directory is put together from the files of that run in results/ and the pretrained
-weights, and is evaluated on the images in DIR. The page states this. With Chromium on the PATH, a
-screenshot of the page is saved, too.
+The example is the report of the pretrained model. Its run directory is not part of the repository,
+so the tool creates one from the files of this run in results/ and the pretrained weights, and
+evaluates it on the images in DIR. The page states this. If Chromium is on the PATH, the tool also
+saves a screenshot of the page.
 """
 
 import shutil
@@ -90,8 +90,8 @@ def write(run: RunDirectory) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case [folder]:
+        case [directory]:
             with tempfile.TemporaryDirectory() as temporary:
-                write(make_run(Path(temporary) / "run", load_directory(Path(folder))))
+                write(make_run(Path(temporary) / "run", load_directory(Path(directory))))
         case _:
             sys.exit(USAGE)

@@ -1,7 +1,7 @@
-"""Measure the effect of common errors in test code: python tools/mistakes.py DIR [RUN|NAME]
+"""Measure the effect of mistakes in evaluation code: python tools/mistakes.py DIR [RUN|NAME]
 
-The tool tests a trained network on the CIFAR-10 test images, correctly and with common errors, and
-prints a table. Nothing is trained.
+The tool evaluates a trained model on the CIFAR-10 test images in DIR, correctly and with common
+mistakes, and prints a table.
 """
 
 import copy
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet56.data.augment import Augmentation, crop_and_flip, draw, normalize
+from resnet56.data.augment import Augmentation, crop_and_flip, normalize, sample_params
 from resnet56.data.dataset import Split
 from resnet56.data.readers import load_directory
 from resnet56.evaluation import predict_logits
@@ -29,16 +29,16 @@ USAGE = "usage: python tools/mistakes.py DIR [RUN|NAME]"
 
 @torch.inference_mode()
 def predict_with_batch_statistics(model: ResNet, images: Tensor, config: ModelConfig) -> Tensor:
-    """Compute the logits of a network left in training mode, in batches of 32."""
+    """Return the logits of a model that was left in training mode, in batches of 32."""
     model = copy.deepcopy(model).train()
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     return torch.cat([model(normalize(part, mean, std)) for part in images.split(32)])
 
 
-def test_procedures(
+def evaluations(
     model: ResNet, split: Split, config: ModelConfig
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield a description, logits (N, C) and labels (N,) for each procedure."""
+    """Yield a description, the logits (N, C) and the labels (N,) for each mistake."""
     images, labels, constants = split.images, split.labels, (config.mean, config.std)
     yield "correctly", predict_logits(model, images, *constants), labels
     yield "in bf16 instead of fp32", predict_logits(model, images, *constants, "bf16"), labels
@@ -55,8 +55,8 @@ def test_procedures(
         predict_logits(model, images.flip(1), *constants),
         labels,
     )
-    draws = draw(len(images), Augmentation(), torch.Generator().manual_seed(0))
-    augmented = crop_and_flip(images, draws, 4)
+    params = sample_params(len(images), Augmentation(), torch.Generator().manual_seed(0))
+    augmented = crop_and_flip(images, params, 4)
     yield (
         "cropped and flipped at random, as in training",
         predict_logits(model, augmented, *constants),
@@ -64,13 +64,13 @@ def test_procedures(
     )
 
 
-def main(folder: str, source: str = "resnet56") -> None:
+def main(directory: str, source: str = "resnet56") -> None:
     """Print the table."""
     checkpoint = open_model(source).checkpoint
-    model, split = restore(checkpoint, CPU), load_directory(Path(folder)).test
+    model, split = restore(checkpoint, CPU), load_directory(Path(directory)).test
     print(f"| how `{source}` is tested | accuracy, % | points |\n|---|---|---|")
     reference = None
-    for name, logits, labels in test_procedures(model, split, checkpoint.config):
+    for name, logits, labels in evaluations(model, split, checkpoint.config):
         accuracy = 100 * (logits.argmax(dim=1) == labels).double().mean().item()
         reference = accuracy if reference is None else reference
         print(f"| {name} | {accuracy:.2f} | {accuracy - reference:+.2f} |", flush=True)

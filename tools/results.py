@@ -2,7 +2,7 @@
 
 python tools/results.py keep RUN NAME    copy the files to results/NAME, without local paths
 python tools/results.py                  print the tables of docs/results.md
-python tools/results.py draw             draw docs/results.png from its table of published results
+python tools/results.py draw             draw docs/results.png from the published results there
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def keep(run: RunDirectory, name: str) -> None:
         files.append(run.parity_file)
     for file in files:
         text = file.read_text(encoding="utf-8")
-        # The command can name the folder or its parent. Replace the longer path first.
+        # The command can contain the directory or its parent. Replace the longer path first.
         for path in (origin, str(Path(origin).parent)) if "/" in origin else ():
             text = text.replace(path, "DIR")
         write_text(RESULTS / name / file.name, text)
@@ -84,7 +84,7 @@ def percent(values: list[float]) -> str:
 
 
 def machine(facts: dict[str, Any]) -> str:
-    """Describe the machine: the GPU, or threads and processor."""
+    """Describe the machine by its GPU, or by its threads and processor."""
     threads, cores = facts["threads"], facts["cores"]
     share = f"{cores} cores" if threads == cores else f"{threads} of {cores} cores"
     processor = facts["processor"].replace("(R)", "").removesuffix(" Processor")
@@ -93,7 +93,7 @@ def machine(facts: dict[str, Any]) -> str:
 
 def kept_runs() -> list[tuple[Recipe, RunDirectory]]:
     """Return all runs in results/ with their recipes."""
-    runs = [RunDirectory(folder) for folder in sorted(RESULTS.iterdir())]
+    runs = [RunDirectory(path) for path in sorted(RESULTS.iterdir())]
     return [(from_fields(read_json(run.recipe_file), str(run.recipe_file)), run) for run in runs]
 
 
@@ -114,7 +114,7 @@ class Group:
     def test_accuracy(self) -> str:
         """Format the test accuracy with its 95 % confidence interval."""
         accuracies = self.accuracies("test")
-        # All seeds are tested on the same images, so more seeds do not narrow the interval.
+        # All seeds are evaluated on the same images, so more seeds do not narrow the interval.
         images = self.metrics[0]["test"]["n"]
         low, high = wilson_interval(images * statistics.fmean(accuracies), images)
         return f"{percent(accuracies)} ({100 * low:.2f} to {100 * high:.2f})"
@@ -139,7 +139,7 @@ def groups() -> list[Group]:
 
 
 def changed(recipe: Recipe) -> bool:
-    """Whether a recipe differs from a named one in more than architecture and epochs."""
+    """Return whether a recipe differs from all named ones in more than arch and epochs."""
     return not nearest(recipe)[1].keys() <= {"arch", "epochs"}
 
 
@@ -161,7 +161,7 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def variations() -> dict[str, list[tuple[str, ...]]]:
-    """Return, for each named recipe with variations, the rows of the recipe and its variations."""
+    """Return the rows of each named recipe that has variations, and of these variations."""
     found: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     varied = {nearest(group.recipe)[0] for group in groups() if changed(group.recipe)}
     for group in groups():
@@ -239,33 +239,36 @@ def published() -> list[Published]:
 
 
 def draw(figure: "Figure", palette: Palette) -> None:
-    """Draw one dot per result, hollow if selected on the test set, and our intervals."""
+    """Draw one dot per result, and the confidence intervals of this package.
+
+    A dot is hollow if the weights were selected on the test set.
+    """
     axes = figure.subplots()
     rows = published()
-    ours, theirs = palette.series[0], palette.text
-    for progress, row in enumerate(rows):
-        color = ours if row.interval else theirs
-        axes.plot(row.interval, [progress] * len(row.interval), color=color, linewidth=2)
+    own_color, other_color = palette.series[0], palette.text
+    for position, row in enumerate(rows):
+        color = own_color if row.interval else other_color
+        axes.plot(row.interval, [position] * len(row.interval), color=color, linewidth=2)
         face = "white" if row.selected_on_test else color
-        axes.plot(row.accuracy, progress, "o", color=color, markerfacecolor=face)
+        axes.plot(row.accuracy, position, "o", color=color, markerfacecolor=face)
         axes.annotate(
             f"{row.accuracy:.2f}",
-            (row.accuracy, progress),
+            (row.accuracy, position),
             (0, 5),
             textcoords="offset points",
             ha="center",
             color=color,
         )
     for label, color, face, line in (
-        ("this package, with 95 % interval", ours, ours, "-"),
-        ("published", theirs, theirs, "none"),
-        ("published, selected on the test set", theirs, "white", "none"),
+        ("this package, with 95 % interval", own_color, own_color, "-"),
+        ("published", other_color, other_color, "none"),
+        ("published, selected on the test set", other_color, "white", "none"),
     ):
         axes.plot(
             [], [], color=color, linestyle=line, marker="o", markerfacecolor=face, label=label
         )
     axes.legend(loc="lower right", frameon=True, framealpha=1, edgecolor="none")
-    axes.set_title("ResNet-56 on CIFAR-10: test accuracy", loc="left", color=theirs)
+    axes.set_title("ResNet-56 on CIFAR-10: test accuracy", loc="left", color=other_color)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], parse_math=False)
     axes.set_ylim(-0.5, len(rows) - 0.2)
     axes.set_xlabel("test accuracy, %")

@@ -1,8 +1,8 @@
-"""Add the weights of a run to the package: python tools/ship.py RUN NAME DIR
+"""Add the weights of a run to the package: python tools/add_pretrained.py RUN NAME DIR
 
-Writes src/resnet56/weights/NAME.safetensors (half precision), its card NAME.json, and the
-directory's README.md, which is generated from the cards. The accuracy on a card is that of the
-half-precision weights, measured here on the images in DIR.
+The tool writes src/resnet56/weights/NAME.safetensors in half precision, the model card NAME.json,
+and README.md, which is generated from all cards. It measures the metrics of a card with the
+half-precision weights on the images in DIR.
 """
 
 import sys
@@ -20,32 +20,33 @@ from resnet56.runs import pretrained
 from resnet56.runs.directory import RunDirectory
 from results import command
 
-USAGE = "usage: python tools/ship.py RUN NAME DIR"
+USAGE = "usage: python tools/add_pretrained.py RUN NAME DIR"
 README = """\
 # Pretrained weights
 
-`NAME.safetensors` holds weights in half precision. `NAME.json` contains the architecture,
-normalization constants, recipe and all metrics. `resnet56.load("resnet56")` loads a network in
-Python, and `resnet56 evaluate NAME --data DIR` evaluates it again. `resnet56 predict` and `resnet56
-serve` use `resnet56` by default. `tools/ship.py` writes all files in this directory.
+`NAME.safetensors` contains the weights in half precision. `NAME.json` contains the architecture,
+the normalization constants, the recipe and all metrics. `resnet56.load("resnet56")` loads a model
+in Python, and `resnet56 evaluate NAME --data DIR` evaluates a model. `resnet56 predict` and
+`resnet56 serve` use `resnet56` by default. `tools/add_pretrained.py` writes all files in this
+directory.
 
-**Data.** The networks were trained on the 50,000 training images of CIFAR-10, of which 72 were
-re-encoded as JPEG; the numbers below are for the original images. Each network is the result of a
-single training run with a recipe that was fixed beforehand. Nothing was selected on the test
-images.
+**Data.** The models were trained on the 50,000 training images of CIFAR-10, of which 72 were
+re-encoded as JPEG. The metrics below were measured on the original images. Each model is the result
+of a single training run with a recipe that was fixed beforehand. The test images were not used to
+select anything.
 
-**Limits.** Each network predicts one of ten classes for any image. The networks were trained on
-centered objects in 32x32 pixels; larger images are cropped to the central square and resized.
+**Limitations.** Each model predicts one of ten classes for any image. The training images show
+centered objects in 32x32 pixels. Larger images are cropped to the center square and resized.
 """
 
 
-def main(run: Path, name: str, folder: Path) -> None:
+def main(run: Path, name: str, data: Path) -> None:
     """Write all files and print the test accuracy."""
-    # Check everything that can fail first, so that no card is left without measurements.
-    dataset = load_directory(folder)
+    # Check everything that can fail first, so that no card remains without metrics.
+    dataset = load_directory(data)
     directory = RunDirectory(run)
     if dataset.classes != directory.load().config.classes:
-        sys.exit(f"the classes of {folder} differ from those of {run}")
+        sys.exit(f"the classes of {data} differ from those of {run}")
     pretrained.save(directory, name, pretrained.DIRECTORY)
     checkpoint = pretrained.load(name)
     evaluated = evaluated_model(checkpoint, torch.device("cpu"))
@@ -64,7 +65,7 @@ def write_readme() -> None:
 
 
 def section(name: str) -> str:
-    """Format the card of a network as Markdown."""
+    """Format the card of a model as Markdown."""
     card = pretrained.card(name)
     recipe, evaluation = from_fields(card["recipe"], name), card["evaluation"]
     test, train = evaluation["test"], evaluation["train"]

@@ -1,8 +1,8 @@
-"""Measure each optimization of the training step: python tools/probes.py [ARCH] [BATCH] [ROUNDS]
+"""Measure each optimization of the training step: python tools/ablation.py [ARCH] [BATCH] [ROUNDS]
 
 The first table compares training steps on random images, from plain PyTorch to the step with all
-optimizations, measured alternately. The second shows where the last step spends its time,
-according to the PyTorch profiler.
+optimizations. The steps are measured alternately. The second table shows how the time of the last
+step is distributed, according to the PyTorch profiler.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from resnet56.runtime import Precision, resolve_precision
 from resnet56.step import Trainer, prepare_model
 
 CPU = torch.device("cpu")
-USAGE = "usage: python tools/probes.py [ARCH] [BATCH] [ROUNDS]"
+USAGE = "usage: python tools/ablation.py [ARCH] [BATCH] [ROUNDS]"
 PROFILED_STEPS = 10
 
 
 def training_step(
     arch: str, batch: int, layout: torch.memory_format, precision: Precision, execution: str
 ) -> Callable[[], None]:
-    """Return a function that runs one step, always on the same random images."""
+    """Return a function that runs one step on the same random images in every call."""
     model = build(arch)
     model.to(memory_format=layout)  # type: ignore[call-overload]
     forward = prepare_model(model.train(), execution, precision)
@@ -40,7 +40,7 @@ def training_step(
 
 
 def time_by_category(run_once: Callable[[], object]) -> Counter[str]:
-    """Measure the time per category of operation, without the overhead of Python."""
+    """Measure the time of each category of operations, without the overhead of Python."""
     run_once()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(PROFILED_STEPS):

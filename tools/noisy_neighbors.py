@@ -1,9 +1,9 @@
-"""Measure training next to busy programs: python tools/busy_neighbors.py [SECONDS] [MODE ...]
+"""Measure training while the CPU is busy: python tools/noisy_neighbors.py [SECONDS] [MODE ...]
 
-The tool runs training steps of ResNet-56 on random images next to zero, one and two programs that
-keep a core busy: with one thread, with all threads, and with the number that `resnet56 train`
-chooses. Ratios are relative to one thread next to the same programs. MODE is eager, fused or
-native; the default is all three.
+The tool runs training steps of ResNet-56 on random images while zero, one and two other programs
+each keep a core busy. It compares one thread, all threads, and the number of threads that `resnet56
+train` chooses. Ratios are relative to one thread with the same other programs. MODE is eager, fused
+or native. By default, the tool measures all three.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
-from probes import training_step
+from ablation import training_step
 
 from resnet56.errors import UsageError
 from resnet56.runtime import resolve_precision
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def neighbors(count: int) -> Iterator[None]:
-    """Run a number of busy programs for the duration of the block."""
+    """Run `count` busy programs until the block ends."""
     running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
     try:
         yield
@@ -39,7 +39,7 @@ def neighbors(count: int) -> Iterator[None]:
 def throughput(
     run_step: Callable[[], None], threads: int | None, seconds: float
 ) -> tuple[float, int]:
-    """Return images/s and the final number of threads; with None, ThreadControl chooses it."""
+    """Return images/s and the final number of threads, which ThreadControl chooses by default."""
     with ThreadControl(threads) as control:
         control.begin(0)
         run_step()
@@ -52,7 +52,7 @@ def throughput(
 
 
 def main(seconds: float, modes: list[str]) -> None:
-    """Print one row per mode and number of busy programs."""
+    """Print one row for each mode and number of busy programs."""
     all_threads = torch.get_num_threads()
     print(f"| mode | busy programs | 1 thread | {all_threads} threads | chosen | ratios |")
     print("|---|---|---|---|---|---|")
