@@ -95,7 +95,7 @@ def _is_connection_error(error: RuntimeError) -> bool:
 
 
 def _connection_error(error: RuntimeError) -> TrainingError:
-    reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # gloo starts with [file.cc:9]
+    reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # [file.cc:9] from gloo
     return TrainingError(
         "another process of this run has ended or cannot be reached "
         f"({one_line(reason)}); restart all processes with --resume"
@@ -163,7 +163,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace each batch norm of `model` with a synchronized one with the same state and name."""
+    """Replace each batch norm of `model` with a synchronized one, keeping its state and name."""
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
     for parent in list(model.modules()):

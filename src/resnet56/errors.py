@@ -12,7 +12,7 @@ _flags = False  # whether messages spell options as flags
 
 @contextlib.contextmanager
 def spell_flags() -> Iterator[None]:
-    """Within this context, all messages of the process are for the command line."""
+    """Write options as command-line flags in all messages of the process."""
     global _flags
     before, _flags = _flags, True
     try:
@@ -39,7 +39,7 @@ def option(name: str, value: object = None) -> str:
 
 
 def either(python: str, command_line: str) -> str:
-    """Return the text for the interface in use, if the two differ in more than an option."""
+    """Return the text for the interface in use: Python or the command line."""
     return command_line if _flags else python
 
 

@@ -155,7 +155,7 @@ def evaluate_run(
         device, precision: device and precision of the forward pass.
         val_size: number of validation images, as in the recipe of the run.
         augmentation: augmentation of the run, for the images in samples.npz.
-        progress: displays the progress.
+        progress: displays the progress of the evaluation.
 
     Returns:
         The content of evaluation.json.
@@ -264,7 +264,7 @@ def measure_robustness(
 
 
 def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
-    """Return the median time from uint8 images to logits, with batch sizes 1 and 256."""
+    """Return the median time from uint8 images to logits, for batch sizes 1 and 256."""
     result: dict[str, BatchSpeed] = {}
     if isinstance(evaluated.model, ResNet):  # convert it once, not in every call
         model = InferenceModel(evaluated.model, evaluated.precision)

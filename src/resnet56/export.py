@@ -57,7 +57,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
 
     Args:
         checkpoint: the model to export.
-        checked: whether to compare the outputs with PyTorch. Speed measurements skip this.
+        checked: whether to compare the outputs with PyTorch. Speed measurements do not need this.
 
     Raises:
         MissingExtraError: the extra `onnx` is not installed.

@@ -1,6 +1,6 @@
 """Atomic file writes.
 
-A file is written under a temporary name, flushed to the disk and renamed. After a crash, it has
+A file is written under a temporary name, flushed to disk and renamed. After a crash, it has
 either the old or the new content.
 """
 
@@ -42,7 +42,7 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        if os.name == "posix":  # flush the rename to the disk before older files are removed
+        if os.name == "posix":  # flush the rename to disk before older files are removed
             directory = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(directory)
@@ -127,7 +127,7 @@ def _finite(text: str) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Raises RunError."""
+    """Read a JSON file that contains an object. Raises RunError."""
     try:
         content = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -87,7 +87,7 @@ class InferenceModel(nn.Module):
 
 
 def _fold(parent: nn.Module) -> None:
-    """Fold the batch norms among the children of `parent` into the preceding child."""
+    """Fold each batch norm among the children of `parent` into the preceding convolution."""
     children = dict(parent.named_children())
     previous = ""
     for name, child in children.items():

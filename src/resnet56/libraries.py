@@ -13,7 +13,7 @@ _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 
 def import_onnxruntime() -> ModuleType:
-    """Import ONNX Runtime with telemetry disabled, unless its environment variables are set.
+    """Import ONNX Runtime with telemetry disabled, unless the variables below are already set.
 
     Otherwise, some releases look up a telemetry host and write a device ID to the user's cache
     directory (microsoft/onnxruntime issues 27379 and 29843).

@@ -1,7 +1,7 @@
 """Classification metrics, computed from logits and labels.
 
-They include accuracy with a confidence interval, precision, recall and F1 per class, the confusion
-matrix, top-k accuracy, and calibration. Fractions are in [0, 1], and losses in nats.
+The metrics include accuracy with a confidence interval, precision, recall and F1 per class, the
+confusion matrix, top-k accuracy, and calibration. Fractions are in [0, 1], and losses in nats.
 """
 
 import math

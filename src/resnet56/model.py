@@ -57,8 +57,8 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 class PadShortcut(nn.Module):
     """Option A: subsampled identity with added zero channels, without parameters.
 
-    Half of the zero channels come before and half after the input channels. This matches the most
-    widely used PyTorch port, so its published weights give the same outputs.
+    Half of the zero channels precede the input channels, and half follow them. This matches the
+    most widely used PyTorch port, so its published weights give the same outputs.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
@@ -104,8 +104,8 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1x1 to `width`, 3x3, 1x1 to 4 * `width`, with a shortcut (figure 5 of the paper, right).
 
-    The 3x3 convolution has the stride, as in torchvision. In the paper, the first 1x1 convolution
-    has it, and skips three quarters of the input.
+    The stride applies to the 3x3 convolution, as in torchvision. In the paper, it applies to the
+    first 1x1 convolution, which then skips three quarters of the input.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ResNet(nn.Module):
     """The CIFAR network of the paper.
 
     Args:
-        depth: number of weighted layers: 6n + 2 with basic blocks, 9n + 2 with bottleneck blocks.
+        depth: number of weighted layers, 6n + 2 with basic blocks or 9n + 2 with bottleneck blocks.
             Projection shortcuts are not counted.
         block: "basic" (two layers) or "bottleneck" (three).
         shortcut: "A" (zero-padded identity) or "B" (projection) where the shape changes, and the
@@ -216,7 +216,7 @@ class ResNet(nn.Module):
 def _make_stage(
     channels: int, width: int, stride: int, blocks: int, block: Block, shortcut: Shortcut
 ) -> tuple[nn.Sequential, int]:
-    """Return a stage and its number of output channels. Its first block has the stride."""
+    """Return a stage and its number of output channels. The stride applies to the first block."""
     channels_out = width * EXPANSION[block]
     stage = nn.Sequential()
     for index in range(blocks):
@@ -260,7 +260,7 @@ class Architecture:
         """Parse `resnetD` (basic, A), `resnetD-b` (basic, B), `resnetD-bottleneck` or `plainD`.
 
         Raises:
-            UsageError: the name has another form, or the depth is not valid for the block.
+            UsageError: the name is not of this form, or the depth is not valid for the block.
         """
         match = re.fullmatch(r"(resnet|plain)([0-9]{1,4})(-b|-bottleneck)?", name)
         if match is None:

@@ -86,8 +86,8 @@ class Recipe:
     """Cutout: size in pixels of a random square that is set to the mean; 0 disables it."""
 
     trivial_augment: bool = False
-    """Apply a random geometric or color transform, out of 14, to each image before the crop
-    (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
+    """Apply one of 14 geometric or color transforms, chosen at random, to each image before the
+    crop (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
 
     mix: Mixing = "none"
     """Mix the images of a batch and their targets. cutmix: paste a rectangle of another image (Yun
@@ -118,11 +118,11 @@ class Recipe:
     """Weight of the distillation loss. The loss on the labels has weight 1 - teacher_weight."""
 
     teacher_temperature: float = 1.0
-    """Temperature of the softmax of teacher and student in the distillation loss."""
+    """Softmax temperature of the teachers and the student in the distillation loss."""
 
     teacher_random: bool = False
-    """Use one random teacher per step. This is faster than all teachers, and the expected gradient
-    is the same."""
+    """Use one random teacher per step. This is faster than using all teachers, and the expected
+    gradient is the same."""
 
     precision: Precision = "auto"
     """Numerical precision. auto: the fastest that the device supports in hardware."""

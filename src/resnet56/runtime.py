@@ -97,7 +97,10 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak memory in MB (10**6 bytes): allocated on a GPU, otherwise resident."""
+    """Return the peak memory in MB (10**6 bytes).
+
+    On CUDA, this is the memory that PyTorch allocated; otherwise, the resident memory.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")

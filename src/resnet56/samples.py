@@ -13,7 +13,7 @@ from resnet56.data.mixing import mix_images, sample_mix_params
 from resnet56.metrics import FloatArray, IntArray, softmax
 
 MAX_MISTAKES = 500
-MOST_CONFIDENT = 24  # mistakes that are always selected, whatever their classes
+MOST_CONFIDENT = 24  # mistakes that are selected regardless of their classes
 MAX_ORIGINALS = 10  # training images
 VARIANTS = 5  # augmented versions of each training image
 
@@ -53,7 +53,7 @@ def augmented_samples(
 
 
 def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation) -> None:
-    """Mix the same share of the variants as in training, but at least one variant.
+    """Mix the same fraction of the variants as in training, but at least one.
 
     Args:
         augmented: (K * V, 3, 32, 32), changed in place.

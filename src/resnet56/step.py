@@ -95,7 +95,7 @@ def _fused(model: ResNet, precision: Precision) -> nn.Module:
 
 
 def _probe_compiler(model: nn.Module) -> None:
-    """Raise UsageError if `torch.compile` does not work, instead of failing in the first step."""
+    """Raise UsageError if `torch.compile` does not work on this machine."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=next(model.parameters()).device))
     except Exception as error:  # Dynamo and Inductor errors have no common base class
@@ -125,7 +125,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     )
     if recipe.momentum:
         # If the first fp16 step overflows, the fused kernel leaves the buffers that it creates
-        # uninitialized. Zeros give the same first step.
+        # uninitialized. Buffers of zeros give the same first step.
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -136,7 +136,7 @@ class Trainer:
 
     Args:
         model: the model. Its state is saved in checkpoints.
-        wrapped: the module for the forward pass: the model, or a module that wraps it, such as
+        wrapped: the module to call in the forward pass: `model` or a wrapper of it, such as
             DistributedDataParallel.
         recipe: the training configuration.
         precision: precision of the forward and backward passes.

@@ -30,7 +30,7 @@ MAX_WAIT = 12  # maximum number of windows to wait before free cores are used
 
 SLOW = 0.5  # fraction of the run's median throughput below which a warning is shown
 RECOVERED = 0.75  # fraction above which the warning can be shown again
-MIN_WINDOWS = 6  # windows that the median requires
+MIN_WINDOWS = 6  # number of windows required for the median
 
 
 class Load(NamedTuple):
@@ -44,14 +44,14 @@ class Meter(Protocol):
     """The interface of `LoadMeter`."""
 
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
-        """Return the load since the last window, or None if that is less than `seconds` ago."""
+        """Return the load since the last window, or None if it ended less than `seconds` ago."""
         ...
 
 
 class LoadMeter:
     """Measures how much other programs use the cores available to this process.
 
-    Time that a hypervisor gives to other machines (steal) counts as use by other programs.
+    Time that a hypervisor gives to other machines (steal time) counts as use by other programs.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class LoadMeter:
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
         """Return the load since the last window.
 
-        If that is less than `seconds` ago, return None or, with `wait`, sleep until then.
+        If the last window ended less than `seconds` ago, return None. With `wait`, sleep instead.
         """
         missing = seconds - (time.perf_counter() - self._last[0])
         if missing > 0:
@@ -146,7 +146,7 @@ class ThreadControl:
         return self._torch.get_num_threads()
 
     def begin(self, step: int, recorded: Mapping[str, Any] | None = None) -> str:
-        """Set the number of threads from `step` on.
+        """Set the number of threads for the steps from `step` on.
 
         Args:
             step: the first step to run.
@@ -212,7 +212,7 @@ class ThreadControl:
         return {"fixed": not self.adaptive, "changes": self.changes}
 
     def _free_threads(self, others: float, tolerance: float) -> int:
-        """Return the number of threads for which cores are free if `others` cores are busy."""
+        """Return the number of threads that have a free core if `others` cores are busy."""
         return max(1, min(math.floor(self.cores - others + tolerance), self._max_threads))
 
     def _set(self, threads: int, step: int) -> None:
@@ -293,7 +293,7 @@ class ThroughputMonitor:
 
 def usable_cores() -> int:
     """Return the number of processors that the affinity mask and the container quota allow."""
-    # joblib.cpu_count returns 1 if JOBLIB_MULTIPROCESSING is off, which it is in the command line.
+    # joblib.cpu_count returns 1 if JOBLIB_MULTIPROCESSING is 0, as the command line sets it.
     from joblib.externals.loky import cpu_count
 
     return int(cpu_count())

@@ -17,7 +17,7 @@ _BLOCK = 1 << 18  # bytes
 
 
 class UnpackError(Exception):
-    """The archive is damaged, unsafe, or lacks the expected directory."""
+    """The archive is damaged or unsafe, or lacks the expected directory."""
 
 
 def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
@@ -39,7 +39,7 @@ def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
             _extract(archive, temporary, directory)
         except (tarfile.TarError, gzip.BadGzipFile, EOFError) as err:
             raise UnpackError(one_line(err)) from err
-        except OSError:  # an error of the disk, not of the archive
+        except OSError:  # a disk error, not an archive error
             raise
         except Exception as err:  # `tarfile` can raise any exception for a damaged header
             raise UnpackError(one_line(err)) from err

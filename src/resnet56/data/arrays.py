@@ -46,7 +46,7 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
     pairs = list(_pairs(path, stems))
     if not pairs:
         raise DataError(
-            f"{escape(str(path))} contains no images; name them NAME_data.npy or x_NAME.npy"
+            f"{escape(str(path))} contains no image arrays; name them NAME_data.npy or x_NAME.npy"
         )
     for name, file, labels_file in pairs:
         images, labels = _read_array(file), _read_array(labels_file)
@@ -108,9 +108,7 @@ def _read_array(file: Path) -> npt.NDArray[Any]:
     """Memory-map the array in a .npy file. Raises DataError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # NumPy parses the header as Python code, which can warn
+            warnings.simplefilter("ignore")  # parsing the header can emit warnings
             array = np.load(file, mmap_mode="r", allow_pickle=False)
     except MemoryError as error:
         raise DataError(

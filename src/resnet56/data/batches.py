@@ -64,9 +64,9 @@ class Batches:
         return len(self.split) // self.global_batch
 
     def _first_flips(self) -> Tensor:
-        """Return a mask (N,) bool of the images that alternating flips flip in even epochs.
+        """Return a mask (N,) bool of the images to flip in even epochs, with alternating flips.
 
-        The seed is the same as for the order of images in epoch 0. This correlation is harmless.
+        The same seed determines the order of the images in epoch 0. This correlation is harmless.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()

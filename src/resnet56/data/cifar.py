@@ -44,7 +44,8 @@ _PUBLISHED = {
     ),
 }
 _TRAIN_SIZE, _TEST_SIZE = 50_000, 10_000
-_MIN_DISTINCT = 0.99  # of the images of a split; the published splits have at least 0.9997
+# Minimum fraction of distinct images in a split. The published splits have at least 0.9997.
+_MIN_DISTINCT = 0.99
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class _Layout:
 
     @property
     def title(self) -> str:
-        """The name of the data set in prose."""
+        """Name of the data set, for messages."""
         return self.name.replace("cifar", "CIFAR-")
 
     @property
@@ -110,7 +111,7 @@ ARCHIVES = {
 
 
 def find_layout(path: Path) -> tuple[_Layout, Path] | None:
-    """Find the layout of `path` or of a subdirectory with a published name, or return None."""
+    """Find a published layout in `path` or a subdirectory. Return it with its directory."""
     for layout in LAYOUTS:
         for directory in (path, path / layout.directory):
             if layout.matches(directory):
@@ -166,7 +167,7 @@ def load_cifar(layout: _Layout, directory: Path) -> Dataset:
 def _check_split(
     layout: _Layout, directory: Path, split: Split, classes: tuple[str, ...], kind: str
 ) -> None:
-    """Raise DataError if `split` is not the published one, apart from minor damage."""
+    """Raise DataError if `split` differs from the published one by more than minor damage."""
     total = len(split)
     counts = split.labels.bincount(minlength=layout.classes)
     expected = total // layout.classes

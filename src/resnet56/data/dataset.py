@@ -165,7 +165,7 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
         UsageError: `count` leaves too few images in one part, or `seed` is not in 0..2**32-1.
     """
     if not 0 <= seed < 2**32:
-        raise UsageError(f"seed {seed} is out of range: choose 0 to {2**32 - 1}")
+        raise UsageError(f"seed {seed} is out of range; choose a value from 0 to {2**32 - 1}")
     total = len(split)
     _, classes, sizes = np.unique(split.labels.numpy(), return_inverse=True, return_counts=True)
     maximum = sizes - 1
@@ -203,7 +203,7 @@ def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
     """Return the mean and standard deviation per channel of (N, 3, H, W) uint8 scaled to [0, 1].
 
     The standard deviation of a constant channel is 1.0, so that images can be divided by it. The
-    sums are computed from a histogram. They are exact integers, and need no copy of the images in a
+    sums are computed from a histogram, which makes them exact and avoids a copy of the images in a
     wider type. Raises DataError if there are no images.
     """
     if not images.numel():

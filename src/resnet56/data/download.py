@@ -1,4 +1,4 @@
-"""Download the official CIFAR archives, with resuming, MD5 verification and safe extraction."""
+"""Download the official CIFAR archives. Downloads can be resumed and are verified by MD5."""
 
 import base64
 import errno
@@ -78,7 +78,8 @@ ARCHIVES = {
 class _UrlError(Exception):
     """A download from one URL failed.
 
-    `retry` tells whether another attempt can succeed, `offline` whether the host was unreachable.
+    `retry` indicates whether another attempt can succeed, and `offline` whether the host is
+    unreachable.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class _UrlError(Exception):
 
 
 def default_root() -> Path:
-    """Return the directory for data sets: $RESNET56_DATA, or one in the user's cache."""
+    """Return the directory for data sets: $RESNET56_DATA, or resnet56 in the user's cache."""
     if chosen := os.environ.get("RESNET56_DATA"):
         return _expand_user(chosen)
     if sys.platform == "win32":
@@ -125,8 +126,8 @@ def fetch(
     The directory is created atomically, and the archive is then deleted. After a failure or Ctrl-C,
     the next call resumes from `root/<filename>.part`. If several processes call this function, one
     of them locks the empty file `root/<filename>.lock` and downloads, while the others wait and
-    report its progress. Without file system support for locks, they can corrupt each other's
-    download, which the checksum detects. Neither file is opened through a link, so `root` can be a
+    report its progress. If the file system does not support locks, they can corrupt each
+    other's download, which the checksum detects. Neither file is opened through a link, so `root` can be a
     shared directory.
 
     Args:
@@ -165,7 +166,7 @@ def fetch(
         path = err.filename or root
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
         raise DownloadError(_single_line(message)) from err
-    # Processes that still wait for the lock find the directory, even if the lock file is gone.
+    # Processes that are still waiting for the lock find the directory, even without the lock file.
     for leftover in (part, lock):
         with suppress(OSError):
             leftover.unlink()
@@ -198,7 +199,7 @@ def _download_and_unpack(
 
 
 def _urls(archive: Archive, mirrors: Sequence[str]) -> list[str]:
-    """Return the URLs to try, in order. The official one is last."""
+    """Return the URLs to try, in order. The official URL is last."""
     bases = mirrors or re.split(r"[,\s]+", os.environ.get("RESNET56_MIRROR", ""))
     urls = []
     for mirror in filter(None, bases):
@@ -260,7 +261,7 @@ def _download(
 def _receive(
     url: str, archive: Archive, part: BufferedRandom, timeout: float, report: Progress
 ) -> bool:
-    """Append one response to `part`. Return whether this resumed an earlier download."""
+    """Append one response to `part`. Return whether it resumed an earlier download."""
     done = _length(part)
     if archive.size is not None and done >= archive.size:
         return True

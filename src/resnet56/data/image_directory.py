@@ -70,7 +70,7 @@ class _Reader:
         return dict(sorted(files.items()))
 
     def read(self, files: Files, classes: Sequence[str]) -> Split:
-        """Read the images of each class. Broken images are skipped, or raise DataError."""
+        """Read the images of each class. Broken images are skipped or raise DataError."""
         index = {name: number for number, name in enumerate(classes)}
         labeled = [(file, index[name]) for name in files for file in files[name]]
         images = torch.empty((len(labeled), 3, 32, 32), dtype=torch.uint8)
@@ -139,7 +139,7 @@ def load_image_directory(
     - images in `train/`, with a table of their labels (.csv)
     - `<class>/*`
 
-    If there is no test split, a fixed, stratified fifth of the images is used.
+    If there is no test split, a fixed stratified fifth of the images is used.
 
     Args:
         path: an existing directory.
@@ -351,7 +351,7 @@ def _read_table(table: Path) -> dict[str, str]:
 def _split_off_test(
     reader: _Reader, files: Files, description: str, *, predefined_split: bool = True
 ) -> Dataset:
-    """Use a fixed, stratified fifth of the images as the test split."""
+    """Use a fixed stratified fifth of the images as the test split."""
     classes = tuple(files)
     images = reader.read(files, classes)
     counts = images.labels.bincount(minlength=len(classes))

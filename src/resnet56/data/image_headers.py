@@ -44,7 +44,7 @@ _TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), start=1)) 
 
 
 def find_exceeded_limit(stream: BinaryIO) -> str | None:
-    """Describe the limit that an image file exceeds, as a phrase to follow its name, or None."""
+    """Return a phrase that describes the limit that an image file exceeds, or None."""
     stream.seek(0)
     start = stream.read(8)
     try:

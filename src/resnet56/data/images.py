@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def _has_avif() -> bool:
-    """Return whether Pillow supports AVIF. It requires version 11.3 or later, built with AVIF."""
+    """Return whether Pillow supports AVIF: version 11.3 or later, built with AVIF support."""
     try:
         from PIL import AvifImagePlugin
     except ImportError:
@@ -98,14 +98,14 @@ def read_image(
 
     Args:
         source: an image file. The format is detected from the content.
-        name: name of the image in errors. The default is its path.
+        name: name of the image for error messages. The default is its path.
         max_pixels: the largest number of pixels to decode. The default is Pillow's limit of 89
-            million (see `PIL.Image.MAX_IMAGE_PIXELS`); JPEGs of up to four times as many pixels are
-            then decoded at 1/8 scale.
+            million (see `PIL.Image.MAX_IMAGE_PIXELS`). JPEGs with up to four times as many pixels
+            are then decoded at 1/8 scale.
         formats: accepted formats, by their names in Pillow.
 
     Raises:
-        ImageError: the image is broken, truncated, too large or of another format.
+        ImageError: the image is broken, truncated, too large or not in an accepted format.
     """
     name = name or (escape(str(source)) if isinstance(source, Path) else "the image")
     with image_errors(name, formats), _ignore_warnings, _open_stream(source) as stream:

@@ -81,8 +81,8 @@ def _mixup(generator: np.random.Generator, alpha: float, batch: int) -> MixParam
 def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> MixParams:
     """Yun et al. 2019 (arXiv:1905.04899): paste a rectangle of a partner at the same position.
 
-    The center is uniformly distributed. The rectangle is clipped at the edges, and the weights are
-    its area and the remaining area.
+    The center is uniformly distributed. The rectangle is clipped at the edges. Its area
+    determines the weights.
     """
     side = int(SIDE * math.sqrt(1 - generator.beta(alpha, alpha)))
     row, column = (int(center) for center in generator.integers(0, SIDE, 2))
@@ -97,7 +97,7 @@ def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> MixPara
 def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> MixParams:
     """Takahashi et al. 2018 (arXiv:1811.09030): join random crops of four images at a point.
 
-    The patches are upper left, upper right, lower left and lower right.
+    The patches are in the order upper left, upper right, lower left, lower right.
     """
     width, height = (round(SIDE * fraction) for fraction in generator.beta(alpha, alpha, 2))
     patches = []

@@ -2,7 +2,7 @@
 
 A pickle is a program. This unpickler supports containers, numbers and strings. It replaces every
 class or function that a file names with a stub that stores its content and does nothing. Memory use
-is proportional to the size of the file, whatever lengths, indices, keys or encodings it contains.
+is proportional to the size of the file, regardless of the lengths, indices and keys in it.
 """
 
 import io
@@ -20,7 +20,7 @@ from resnet56.errors import DataError, one_line
 
 MAX_OPCODES = 2_000_000  # CIFAR-100's training batch has 0.4 million
 
-# A file that refers to one of these modules is rejected, although nothing would be called.
+# A file that refers to one of these modules is rejected, even though nothing would be called.
 _DANGEROUS_MODULES = {
     "ctypes", "importlib", "nt", "os", "pdb", "posix", "pty", "runpy", "shutil", "socket",
     "subprocess", "sys", "webbrowser",
@@ -35,8 +35,8 @@ class UnsafePickleError(Exception):
 class Stub(dict[Any, Any]):
     """Replaces an object of a class or function that is not loaded, and stores its content.
 
-    It is a dictionary because many configuration classes are. `state` is the state from which a
-    pickle restores attributes.
+    It is a dictionary, like many configuration classes. `state` is the state from which a pickle
+    restores attributes.
     """
 
     name = ""  # of the class, as in the file
@@ -112,7 +112,7 @@ class PickledArray:
         _, self.shape, self.dtype, self.fortran, self.data = state
 
     def pixels(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
-        """Return the array, or None unless its type is uint8 and its shape is `shape`."""
+        """Return the array if its type is uint8 and its shape is `shape`, otherwise None."""
         if not isinstance(self.dtype, _Dtype) or self.dtype.code not in ("u1", b"u1"):
             return None
         if not isinstance(self.data, bytes | bytearray) or self.shape != shape:
@@ -150,8 +150,8 @@ def _encoder() -> type:
     """Create a stub for `_codecs.encode`, which Python 3 uses for bytes in protocols 0 to 2.
 
     It supports only Latin-1, the encoding that Python uses, because other codecs can need quadratic
-    time or produce a large output. Results are cached, so that a file cannot make it encode a long
-    string many times.
+    time or produce a large output. Results are cached, so that a file cannot cause repeated
+    encoding of a long string.
     """
     cache: dict[str, bytes] = {}
 
@@ -253,8 +253,8 @@ def unpickle(
         Exception: any exception, if the pickle is damaged.
     """
     start = stream.tell()
-    # The unpickler allocates memory for lengths and memo indices before it reads further, which can
-    # be gigabytes in a damaged file. genops checks lengths against the available bytes.
+    # The unpickler allocates memory for lengths and memo indices before it reads the data. In a
+    # damaged file, this can be gigabytes. genops checks lengths against the available bytes.
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
             raise ValueError("memo index out of range")
@@ -292,7 +292,7 @@ def read_pickle(file: Path) -> dict[str, object]:
         raise DataError(
             f"{file} {error}, which no data set needs (it was not executed); do not trust this file"
         ) from error
-    except Exception as error:  # the unpickler can raise any exception on damaged data
+    except Exception as error:  # the unpickler can raise any exception for damaged data
         raise DataError(
             f"{file} is not a valid pickle ({one_line(error)}); unpack the archive again"
         ) from error
@@ -302,5 +302,5 @@ def read_pickle(file: Path) -> dict[str, object]:
 
 
 def text(value: str | bytes) -> str:
-    """Return a string, decoding those that Python 2 pickled as bytes."""
+    """Return `value` as a string. Python 2 pickles strings as bytes."""
     return value if isinstance(value, str) else value.decode("utf-8", "replace")

@@ -110,12 +110,13 @@ def load_digits() -> Dataset:
 def load_directory(
     path: StrPath, *, evaluation: bool = False, skip_broken: bool = False
 ) -> Dataset:
-    """Load the data set in `path`, or in a CIFAR directory with its published name in `path`.
+    """Load the data set in `path` or, for CIFAR, in a subdirectory with the published name.
 
     The function supports CIFAR-10 and CIFAR-100 (fine labels) in their binary and Python formats,
-    as directories or as the published archives. An archive is unpacked next to itself. CIFAR is
-    compared with the published data: a minor difference causes a remark, a major one an error. The
-    function also supports image directories (see `image_directory.load_image_directory`).
+    as directories or as the published archives. An archive is unpacked in the directory that
+    contains it. CIFAR is compared with the published data: a minor difference causes a remark, a
+    major one an error. The function also supports image directories (see
+    `image_directory.load_image_directory`).
 
     Args:
         path: a directory or an archive. A leading ~ is expanded.
@@ -166,7 +167,7 @@ def load_directory(
 
 
 def _load_archive(archive: Path) -> Dataset:
-    """Load a published archive, after unpacking it if its directory is missing."""
+    """Load a published archive. Unpack it if its directory is missing."""
     directory = archive.with_name(ARCHIVES[archive.name])
     if not directory.is_dir():
         try:

@@ -1,7 +1,7 @@
 """TrivialAugment: one random transform of random magnitude for each image.
 
 From Müller & Hutter 2021 (arXiv:2103.10158), with the wide augmentation space of 14 transforms. The
-results equal those of Pillow. The transforms process batches, on any device.
+results equal those of Pillow. The transforms process batches on any device.
 """
 
 import math

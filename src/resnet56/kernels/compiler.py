@@ -21,7 +21,7 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPI
 class UnavailableError(Exception):
     """A kernel is not available on this machine.
 
-    The message is the reason. `remedy` says what the user can do, if anything.
+    The message states the reason. `remedy` says what the user can do, if anything.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:

@@ -1,8 +1,8 @@
 /* The convolutions of a residual network, fused with the operations around them, on a processor's
  * matrix unit.
  *
- * As separate operations, a training step is memory-bound: each convolution, batch norm, ReLU and
- * addition reads and writes whole feature maps. Here, one call computes a convolution, forward or
+ * With separate operations, a training step is memory-bound: each convolution, batch norm, ReLU and
+ * addition reads and writes entire feature maps. Here, one call computes a convolution, forward or
  * backward. In the same pass, in the L1 cache, it computes the operations before the convolution
  * (batch norm, shortcut, ReLU) and the sums for the batch norm after it. Only three kinds of
  * feature maps are stored in memory, all in bfloat16: convolution outputs `z`, block outputs `x`
@@ -223,7 +223,7 @@ static void finish_gradient(Norm *norm, const Scratch *all, long row, long chann
 /* Accumulates the weight gradient over the images in the row of positions. */
 static void accumulate_weight_gradient(const Conv *c, const Layout *l, Scratch *m, long count) {
     long n = position_count(l), used = (count * l->span + 31) / 32 * 32;
-    long plane_pitch = n + 32; /* an odd number of cache lines, against cache conflicts */
+    long plane_pitch = n + 32; /* an odd number of cache lines avoids conflicts */
     interleave_positions(m->input, c->in, n, 0, m->pairs);
     if (l->pad) interleave_positions(m->input, c->in, n, 1, m->pairs + n * c->in);
     transpose_positions(m->gradient + l->lead * c->out, c->out, used, plane_pitch, m->planes);

@@ -1,6 +1,6 @@
 """Training steps in C on the matrix unit of a CPU (kernels/native.c).
 
-In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write whole
+In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write entire
 feature maps. Here, each convolution is fused with the operations around it, and takes one call in
 each direction. Like the smaller kernel of `fused`, the kernel is compiled at run time and compared
 with PyTorch before it is used. If it is not available, training falls back to a slower mode.

@@ -15,7 +15,7 @@ from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet
 PIXELS, NORM, BLOCK, PLAIN = range(4)  # as in native.c
 NONE, IDENTITY, PADDED, PROJECTED = range(4)
 MAX_CHANNELS = 256  # as in native.c
-MAX_GROUP_VALUES = 32768  # values that a thread processes at a time, to fit in its caches
+MAX_GROUP_VALUES = 32768  # values that a thread processes at a time; they fit in its caches
 
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 

@@ -33,7 +33,7 @@ typedef struct {
     const float *pixels;
     const bf16 *z;
     Norm *norm;
-    const bf16 *shortcut_map; /* IDENTITY, PADDED: input of the block; PROJECTED: its z */
+    const bf16 *shortcut_map; /* IDENTITY, PADDED: block input; PROJECTED: projection z */
     Norm *shortcut_norm;
     bf16 *x;
     bf16 *result;
@@ -239,7 +239,7 @@ static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long c
     }
 }
 
-/* Returns 16 channels of a pixel of the larger map. Channels that do not exist are zero. */
+/* Returns 16 channels of a pixel of the larger map. Channels outside the map are zero. */
 static __m512 padded(const bf16 *pixel, long first, long channels) {
     float v[LANES];
     for (long k = first; k < first + LANES; k++) {
