@@ -167,7 +167,8 @@ class ThreadControl:
             chosen = self._free_threads(load.others, BUSY)
             if chosen < self._max_threads:
                 message = (
-                    f"{self.load_text()}; training with {_count(chosen)} (--threads N overrides)"
+                    f"{self.describe_load()}; training with {_count(chosen)} "
+                    "(--threads N overrides)"
                 )
         if self.requested is not None:
             chosen = self.requested
@@ -200,7 +201,9 @@ class ThreadControl:
             recent = self._windows_since_up <= BACKOFF_WINDOWS
             self._wait_windows = min(2 * self._wait_windows, MAX_WAIT) if recent else 1
             self._set(fewer, step)
-            return f"{self.load_text()}; continuing with {_count(fewer)} (--threads N overrides)"
+            return (
+                f"{self.describe_load()}; continuing with {_count(fewer)} (--threads N overrides)"
+            )
         if self._free_windows >= self._wait_windows:
             self._free_windows = self._windows_since_up = 0
             self._set(more, step)
@@ -220,7 +223,7 @@ class ThreadControl:
         if not self.changes or self.changes[-1][1] != threads:
             self.changes.append([step, threads])
 
-    def load_text(self) -> str:
+    def describe_load(self) -> str:
         """Describe the load from other programs."""
         return f"other programs use {self.others:.1f} of {self.cores} cores"
 
@@ -284,7 +287,10 @@ class ThroughputMonitor:
                 "another program may be using the device, or heat or power limits may throttle it"
             )
         if control.others > BUSY:
-            return f"{control.load_text()}; using {_count(control.threads)} (--threads N overrides)"
+            return (
+                f"{control.describe_load()}; using {_count(control.threads)} "
+                "(--threads N overrides)"
+            )
         return (
             "no other program uses these cores; the processor may be throttled by heat, power or a "
             f"container limit; using {_count(control.threads)} (--threads N overrides)"

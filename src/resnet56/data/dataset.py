@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from resnet56.errors import DataError, UsageError, escape
+from resnet56.errors import DataError, UsageError, abbreviate, escape
 
 Triple = tuple[float, float, float]
 
@@ -74,12 +74,13 @@ class Dataset:
         if not matches:
             raise UsageError(
                 "the data and the model have no classes in common (data: "
-                f"{_some(self.classes)}; model: {_some(classes)}); choose other data with --data"
+                f"{abbreviate(self.classes)}; model: {abbreviate(classes)}); choose other data "
+                "with --data"
             )
         others = [name for name in self.classes if name not in matches]
         if others:
             remarks.append(
-                f"skipped the images of {_some(others)}: the model does not have "
+                f"skipped the images of {abbreviate(others)}: the model does not have "
                 f"{'these classes' if len(others) > 1 else 'this class'}"
             )
         index = [classes.index(matches[name]) if name in matches else -1 for name in self.classes]
@@ -96,10 +97,6 @@ class Dataset:
             test=_relabel(test, labels),
             remarks=(*self.remarks, *remarks),
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(escape, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _relabel(split: Split, new: torch.Tensor) -> Split:

@@ -126,8 +126,8 @@ def fetch(
     The directory is created atomically, and the archive is then deleted. After a failure or Ctrl-C,
     the next call resumes from `root/<filename>.part`. If several processes call this function, one
     of them locks the empty file `root/<filename>.lock` and downloads, while the others wait and
-    report its progress. If the file system does not support locks, they can corrupt each
-    other's download, which the checksum detects. Neither file is opened through a link, so `root` can be a
+    report its progress. If the file system does not support locks, they can corrupt each other's
+    download, which the checksum detects. Neither file is opened through a link, so `root` can be a
     shared directory.
 
     Args:
