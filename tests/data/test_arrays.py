@@ -112,7 +112,7 @@ def test_an_error_about_missing_labels_lists_the_expected_names(tmp_path: Path) 
     with pytest.raises(DataError, match=r"looked for x_test_labels.npy, labels.npy, y_test.npy"):
         list(load_benchmark(folder, 10))
     folder = arrays(tmp_path / "l", labels=np.arange(4))
-    with pytest.raises(DataError, match="contains no images"):
+    with pytest.raises(DataError, match="contains no image arrays"):
         list(load_benchmark(folder, 10))
 
 
