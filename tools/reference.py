@@ -32,7 +32,7 @@ A training run writes a directory:
 
 | file | content |
 |---|---|
-| `recipe.json` | the training options, named as the [flags](command-line.md#resnet56-train) |
+| `recipe.json` | the training options, named like the [flags](command-line.md#resnet56-train) |
 | `environment.json` | processor, memory, versions, command, git state, data |
 | `metrics.jsonl` | one JSON object per epoch |
 | `checkpoint/` | `checkpoint.json` and the safetensors files that it names, with their SHA-256 |

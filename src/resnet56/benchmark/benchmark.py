@@ -1,4 +1,4 @@
-"""Benchmarks of training steps, inference and everything else, against a standard loop."""
+"""Benchmarks of training, inference and start-up, against a standard PyTorch loop."""
 
 import contextlib
 import itertools
@@ -171,7 +171,7 @@ def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> flo
 def peak_memory(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
 ) -> dict[str, float]:
-    """Measure the peak memory of the baseline loop and each execution mode, in new processes."""
+    """Measure the peak memory of the baseline loop and of each mode, each in a new process."""
     few = slice(0, 4 * batch)  # cloned, because pickling a view would copy the entire storage
     split = Split(setup.split.images[few].clone(), setup.split.labels[few].clone())
     setup = replace(setup, split=split)
@@ -183,7 +183,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Return the times in s of start-up, data loading, writing a checkpoint, and evaluation."""
+    """Return the times of start-up, data loading, a checkpoint and an evaluation, in seconds."""
 
     def start_time(*arguments: str) -> float:
         times = []

@@ -121,7 +121,7 @@ def _is_benchmark(data: str | None) -> bool:
 
 
 def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
-    """Return the split to evaluate of a data set other than that of the run."""
+    """Return the split to evaluate if the data are not those of the run."""
     if options.split == "validation":
         raise UsageError("only a run on its own data has validation images; choose another --split")
     split = dataset.test if options.split == "test" else dataset.train

@@ -1,9 +1,9 @@
 """Convert checkpoints of other projects without running code in them.
 
-A model is recognized by the names and shapes of its tensors, anywhere in a file. Supported are the
-layouts of akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models, torchvision,
-osmr/imgclsmob, hysts/pytorch_image_classification and D-X-Y/ResNeXt-DenseNet, and the files that
-this package writes.
+A model is recognized by the names and shapes of its tensors, anywhere in a file. This module
+supports the layouts of akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models,
+torchvision, osmr/imgclsmob, hysts/pytorch_image_classification and D-X-Y/ResNeXt-DenseNet, and the
+files that this package writes.
 """
 
 import math
@@ -52,8 +52,7 @@ def read(
     """Read the model in a file or a model hub directory.
 
     The metadata of the file or the config.json next to it can declare the architecture, the classes
-    and the normalization constants. For values that are not declared, defaults are used, with a
-    remark.
+    and the normalization constants. A value that is not declared gets a default and a remark.
 
     Args:
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this

@@ -65,7 +65,7 @@ class RunDirectory:
             return
         except OSError as error:  # such as a path that is a file
             raise RunError(
-                f"{self.path} cannot be a run directory: {error.strerror or error}; choose "
+                f"cannot use {self.path} as a run directory: {error.strerror or error}; choose "
                 "another --out"
             ) from None
         # Files of a run that was stopped before its first checkpoint may be overwritten.
@@ -84,7 +84,7 @@ class RunDirectory:
             )
 
     def data_origin(self) -> str | None:
-        """Return the value of --data that loads the data of the run, or None if not recorded."""
+        """Return the value of --data for the data of the run, or None if it is not recorded."""
         environment = self.read_environment()
         return environment["data"]["origin"] if environment and "data" in environment else None
 

@@ -100,7 +100,7 @@ def config_to_metadata(config: ModelConfig) -> dict[str, str]:
 
 
 def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
-    """Convert metadata from `config_to_metadata` back. Raises ValueError if they are invalid."""
+    """Convert the result of `config_to_metadata` back. Raises ValueError for invalid metadata."""
     if metadata.get("format") not in ("1", "pt"):  # hub libraries require "pt"
         raise ValueError(f"format {metadata.get('format')!r} is not supported by this version")
     try:

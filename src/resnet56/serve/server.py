@@ -24,11 +24,11 @@ from resnet56.serve.limits import Limits
 
 IDLE_SECONDS = 10.0  # time that a connection can stay open without a complete request
 MAX_CONNECTIONS = 600  # reduced if the process can open only a few files
-# Files other than connections: pipes of the decoders and a replacement, and of the event loop.
+# Files other than connections: the pipes of the decoders, of a replacement and of the event loop.
 RESERVED_FILES = 24
 MIN_CONNECTION_FILES = 16
 BACKLOG = 128  # maximum number of connections that wait to be accepted
-EXIT_SECONDS = 5.0  # time after the drain time until the process exits in any case
+EXIT_SECONDS = 5.0  # grace period after the drain time
 
 
 class Stopped(BaseException):
@@ -138,7 +138,7 @@ def serve(
     )
     config.max_connections = connections
     server = _Server(config)
-    for name in ("uvicorn.error", "asyncio", "python_multipart"):  # they log errors of clients
+    for name in ("uvicorn.error", "asyncio", "python_multipart"):  # they log invalid requests
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def announce() -> None:
