@@ -5,6 +5,7 @@ filters on feature maps of 32x32, 16x16 and 8x8, global average pooling, and a l
 plain networks of the paper have the same layers without shortcuts.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -325,6 +326,7 @@ class Description:
     macs: int
 
 
+@functools.cache
 def describe(name: str, classes: int = 10) -> Description:
     """Compute the layers, output shapes, parameters and multiply-accumulates of a network."""
     architecture = Architecture.parse(name)
