@@ -1,6 +1,7 @@
 """Benchmarks of training, inference and start-up, against a standard PyTorch loop."""
 
 import contextlib
+import functools
 import itertools
 import statistics
 import subprocess
@@ -142,9 +143,7 @@ def bench_inference(
     ]
     if setup.device.type == "cpu":
         with contextlib.suppress(MissingExtraError):  # the extra `onnx` is not installed
-            config = ModelConfig(arch, tuple("0123456789"), setup.mean, setup.std)
-            checkpoint = Checkpoint(config, model.state_dict())
-            content = to_onnx(checkpoint, checked=False)
+            content = _exported(arch, setup.mean, setup.std)
             exported = OnnxBackend(content, arch, torch.get_num_threads())
             array = pixels.numpy()
             candidates.append(
@@ -154,6 +153,12 @@ def bench_inference(
             )
     interleave(candidates, rounds, seconds)
     return summarize(candidates, batch, baseline="baseline")
+
+
+@functools.cache  # for all batch sizes
+def _exported(arch: str, mean: Triple, std: Triple) -> bytes:
+    config = ModelConfig(arch, tuple("0123456789"), mean, std)
+    return to_onnx(Checkpoint(config, build(arch).state_dict()), checked=False)
 
 
 def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> float:
