@@ -108,7 +108,7 @@ def test_the_setting_of_pytorch_is_the_maximum() -> None:
 @pytest.mark.parametrize("wrong", [0, -1, 3, 10**9])
 @pytest.mark.usefixtures("cores")
 def test_a_number_out_of_range_is_an_error(wrong: int) -> None:
-    with pytest.raises(UsageError, match="--threads must be from 1 to 2 on this machine"):
+    with pytest.raises(UsageError, match="threads must be from 1 to 2 on this machine"):
         ThreadControl(wrong)
 
 
@@ -117,7 +117,7 @@ def test_resuming_keeps_the_number_or_reports_the_change() -> None:
     with ThreadControl(meter=ScriptedMeter(0.0, 1.0)) as control:
         control.begin(0)
         assert control.after_step(7) == (
-            "other programs use 1.0 of 2 cores; continuing with 1 thread (--threads N overrides)"
+            "other programs use 1.0 of 2 cores; continuing with 1 thread (override with threads)"
         )
         saved = json.loads(json.dumps(control.state()))
     assert saved == {"fixed": False, "changes": [[0, 2], [7, 1]]}
@@ -263,7 +263,7 @@ def test_throughput_below_half_the_median_is_reported_once() -> None:
     (line,) = lines(steady + [40.0] * 3)
     assert line == (
         "40 images/s, less than half of this run's median of 240: other programs use 1.0 of 2 "
-        "cores; using 2 threads (--threads N overrides)"
+        "cores; using 2 threads (override with threads)"
     )
     assert len(lines([*steady, 40.0, 60.0, 240.0, 40.0])) == 2
     assert "no other program" in lines([*steady, 40.0], others=0.0)[0]

@@ -25,7 +25,7 @@ from resnet56.benchmark.roofline import machine_limits, roofline_times
 from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.batches import Batches
 from resnet56.data.dataset import Dataset, Split, Triple, channel_statistics
-from resnet56.errors import MissingExtraError, UsageError
+from resnet56.errors import MissingExtraError, UsageError, option
 from resnet56.evaluation import predict_logits
 from resnet56.export import to_onnx
 from resnet56.inference import InferenceModel
@@ -255,7 +255,7 @@ def bench(
     if max(batches) > len(dataset.train):
         raise UsageError(
             f"batch size {max(batches)} exceeds the {len(dataset.train)} training images; choose a "
-            "smaller --batch or other --data"
+            f"smaller {option('batch')} or other {option('data')}"
         )
     mean, std = channel_statistics(dataset.train.images)
     setup = BenchmarkSetup(

@@ -74,8 +74,8 @@ class Dataset:
         if not matches:
             raise UsageError(
                 "the data and the model have no classes in common (data: "
-                f"{abbreviate(self.classes)}; model: {abbreviate(classes)}); choose other data "
-                "with --data"
+                f"{abbreviate(self.classes)}; model: {abbreviate(classes)}); choose "
+                "another data set"
             )
         others = [name for name in self.classes if name not in matches]
         if others:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet56.errors import abbreviate, one_line
+from resnet56.errors import abbreviate, one_line, option
 from resnet56.model import WIDTHS, Architecture, ResNet
 from resnet56.runs.hub import MAX_CLASSES
 from resnet56.runs.tensor_files import StoredTensor
@@ -41,7 +41,7 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
         return f"{file} contains sparse, quantized, complex or meta tensors: {names}"
     if arch is not None:
         other = matching_arch(tensors)
-        hint = f"; it matches --arch {other}" if other else ""
+        hint = f"; it matches {option('arch', other)}" if other else ""
         return f"{file} does not match {arch}: {'; '.join(_mismatches(tensors, arch))}{hint}"
     stages = {match[1] for key in tensors if (match := re.match(r"stage(\d)\.", key))}
     stem = tensors["conv1.weight"].shape

@@ -187,21 +187,21 @@ def _connection_limits() -> tuple[int, int]:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises UsageError if the address is not available."""
     if not 0 <= port <= 65535:
-        raise UsageError(f"--port must be from 0 to 65535, not {port}")
+        raise UsageError(f"the port must be from 0 to 65535, not {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
     except UnicodeError:  # a label of the name is empty or too long
-        raise UsageError(f"--host {escape(host)}: not a valid host name") from None
+        raise UsageError(f"{escape(host)} is not a valid host name") from None
     except socket.gaierror as error:
-        raise UsageError(f"--host {host}: {error.strerror}") from None
+        raise UsageError(f"cannot resolve the host name {host}: {error.strerror}") from None
     except OSError as error:
         # The message also contains the address: "Address already in use (...)".
         reason = str(error.strerror).partition(" (")[0]
         raise UsageError(
-            f"cannot listen on {host} port {port}: {reason}; choose another --port"
+            f"cannot listen on {host} port {port}: {reason}; choose another port"
         ) from None
 
 
