@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet56.errors import UsageError
+from resnet56.notebook import table
 
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "none"]
@@ -324,6 +325,28 @@ class Description:
     parts: tuple[Part, ...]
     parameters: int
     macs: int
+
+    def __repr__(self) -> str:
+        return (
+            f"Description({self.arch}: {self.depth} layers, {self.parameters:,} parameters, "
+            f"{self.macs:,} multiply-accumulates)"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                part.name,
+                part.layers,
+                part.blocks or "",
+                "x".join(map(str, part.output)),
+                f"{part.parameters:,}",
+                f"{part.macs:,}",
+            )
+            for part in self.parts
+        ]
+        total = ("total", self.depth, "", "", f"{self.parameters:,}", f"{self.macs:,}")
+        columns = ("part", "layers", "blocks", "output", "parameters", "MACs")
+        return table([*rows, total], columns=columns, caption=self.arch)
 
 
 @functools.cache
