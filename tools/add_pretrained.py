@@ -33,7 +33,7 @@ directory.
 **Data.** The models were trained on the 50,000 training images of CIFAR-10, of which 72 were
 re-encoded as JPEG. The metrics below were measured on the original images. Each model is the result
 of a single training run with a recipe that was fixed beforehand. The test images were not used
-for any selection.
+for selection.
 
 **Limitations.** Each model predicts one of ten classes for any image. The training images show
 centered objects at 32x32 pixels. Larger images are cropped to the center square and resized.

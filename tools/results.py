@@ -121,7 +121,7 @@ class Group:
 
 
 def groups() -> list[Group]:
-    """Group all runs without a validation set, sorted by architecture and test accuracy."""
+    """Group the runs without a validation set. Sort the groups by arch and test accuracy."""
     runs: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
     for recipe, run in kept_runs():
         if not recipe.val_size:

@@ -176,7 +176,7 @@ def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> flo
 def peak_memory(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
 ) -> dict[str, float]:
-    """Measure the peak memory of the baseline loop and of each mode, each in a new process."""
+    """Measure the peak memory of the baseline loop and all modes, each in a new process."""
     few = slice(0, 4 * batch)  # cloned, because pickling a view would copy the entire storage
     split = Split(setup.split.images[few].clone(), setup.split.labels[few].clone())
     setup = replace(setup, split=split)

@@ -26,7 +26,9 @@ def say(line: str) -> None:
     print(escape_line(line), file=sys.stderr)
 
 
-def show(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+def show_progress(
+    label: str, total: int
+) -> contextlib.AbstractContextManager[Callable[[int], None]]:
     """Show the progress of an evaluation on stderr."""
     from resnet56.progress import image_progress, stream_output
 

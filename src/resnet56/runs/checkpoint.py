@@ -157,15 +157,15 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
         name = f"{part}-{checkpoint.progress.step:08d}.safetensors"
         write_bytes(directory / name, content)
         files[part] = {"name": name, "sha256": hashlib.sha256(content).hexdigest()}
-    head = {
+    manifest = {
         "format": FORMAT,
         "config": asdict(checkpoint.config),
         "progress": asdict(checkpoint.progress),
         "metadata": dict(checkpoint.metadata),
         "files": files,
     }
-    check(head, _Manifest, str(file))
-    write_json(file, head)
+    check(manifest, _Manifest, str(file))
+    write_json(file, manifest)
     named = {entry["name"] for entry in files.values()} | {file.name}
     for path in directory.iterdir():
         if path.name not in named:
@@ -183,15 +183,15 @@ def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
     Raises:
         RunError: the checkpoint does not exist, is damaged, or has a newer format.
     """
-    head = _read_manifest(file)
+    manifest = _read_manifest(file)
     for _ in range(ATTEMPTS):
         try:
-            return _load_parts(file, head, training)
+            return _load_parts(file, manifest, training)
         except RunError:
             newer = _read_manifest(file)
-            if newer == head:
+            if newer == manifest:
                 raise
-            head = newer
+            manifest = newer
     raise RunError(f"{file} is being replaced continuously; try again")
 
 
@@ -203,14 +203,14 @@ def _read_manifest(file: Path) -> _Manifest:
             f"{file} has format {found}, but this version of resnet56 supports formats up to "
             f"{FORMAT}; update resnet56"
         )
-    head = check(content, _Manifest, str(file))
-    return replace(head, metadata=content["metadata"])  # preserve unknown fields
+    manifest = check(content, _Manifest, str(file))
+    return replace(manifest, metadata=content["metadata"])  # preserve unknown fields
 
 
-def _load_parts(file: Path, head: _Manifest, training: bool) -> Checkpoint:
-    model = _read_tensors(file.parent, head.files.model)
-    state = _read_tensors(file.parent, head.files.training) if training else {}
-    return Checkpoint(head.config, model, state, head.progress, dict(head.metadata))
+def _load_parts(file: Path, manifest: _Manifest, training: bool) -> Checkpoint:
+    model = _read_tensors(file.parent, manifest.files.model)
+    state = _read_tensors(file.parent, manifest.files.training) if training else {}
+    return Checkpoint(manifest.config, model, state, manifest.progress, dict(manifest.metadata))
 
 
 def _read_tensors(directory: Path, entry: _TensorFile) -> dict[str, "Tensor"]:

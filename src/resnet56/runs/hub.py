@@ -14,7 +14,7 @@ from resnet56.runs.pretrained import config_from_metadata
 MAX_CLASSES = 100_000  # of a classifier
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # standard file names, preferred first
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl"}
-ARCHS = r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?"  # architecture names of this package
+ARCH_PATTERN = r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?"  # architecture names of this package
 
 
 def has_weights(directory: Path) -> bool:
@@ -26,8 +26,8 @@ def find_weights(directory: Path) -> Path:
     """Return the weight file in a hub directory.
 
     Raises:
-        RunError: the directory cannot be read, or it does not contain exactly one weight file or
-            one with a standard name.
+        RunError: the directory cannot be read, contains no weight file, or contains several files
+            without a standard name.
     """
     files = _weight_files(directory)
     standard = [file for name in WEIGHT_FILES for file in files if file.name == name]
@@ -96,7 +96,7 @@ def _read_config(file: Path) -> DeclaredConfig:
     inner = config.get("pretrained_cfg")  # timm
     merged = {**config, **(inner if isinstance(inner, dict) else {})}
     arch = merged.get("architecture")
-    if not isinstance(arch, str) or not re.fullmatch(ARCHS, arch):
+    if not isinstance(arch, str) or not re.fullmatch(ARCH_PATTERN, arch):
         arch = None
     # In other projects, "resnet56" can have other shortcuts, so the shapes determine the name.
     if "mean" not in config or "id2label" not in config:

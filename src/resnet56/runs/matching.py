@@ -35,7 +35,7 @@ def matching_arch(tensors: StoredTensors, arch: str | None = None) -> str | None
 
 
 def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> str:
-    """Explain why the tensors of a file do not match `arch`, or any architecture if it is None."""
+    """Explain why the tensors of a file match no architecture, or do not match `arch` if set."""
     if special := [key for key, tensor in tensors.items() if not tensor.plain]:
         names = abbreviate(special)
         return f"{file} contains sparse, quantized, complex or meta tensors: {names}"

@@ -111,7 +111,7 @@ def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
         raise ValueError("a value is nested too deeply") from None
     arch, classes = values["arch"], values["classes"]
     if not isinstance(arch, str) or not arch:
-        raise ValueError("arch is not a name")
+        raise ValueError("arch is not a non-empty string")
     if not isinstance(classes, list) or not all(isinstance(c, str) and c for c in classes):
         raise ValueError("classes is not a list of names")
     if len(set(classes)) != len(classes) or len(classes) < 2:

@@ -91,7 +91,7 @@ class Environment(TypedDict, total=False):
 
 
 class EpochMetrics(TypedDict):
-    """A line of metrics.jsonl: one epoch."""
+    """One line of metrics.jsonl: the metrics of an epoch."""
 
     epoch: PositiveInt  # number of the epoch, starting at 1
     step: Count  # training steps since the start of the run

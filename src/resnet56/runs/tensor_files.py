@@ -1,8 +1,8 @@
 """Read tensor files without running code. The content of a file determines its format.
 
 The supported formats are those of `torch.save` (since 2017), safetensors, and the ONNX files that
-this package exports. Opening a file reads only names and shapes. Values are read on demand, and no
-tensor can allocate more memory than the size of its file.
+this package exports. Opening a file reads only names and shapes. Values are read on demand. Reading
+a tensor never allocates more memory than the size of its file.
 """
 
 import contextlib
@@ -314,7 +314,7 @@ class _TorchPickle:
 
 
 def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
-    """Read the format since PyTorch 1.6: a zip archive with a pickle and one entry per storage."""
+    """Read the zip format of PyTorch 1.6 and later: a pickle, and one entry per storage."""
     names = set(archive.namelist())
     index = next((name for name in names if name.split("/")[1:] == ["data.pkl"]), None)
     if index is None:
@@ -353,7 +353,7 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
 
 
 def _legacy(stream: BinaryIO, size: int) -> Contents:
-    """Read a single pickle, or the format before PyTorch 1.6: pickles, followed by storages."""
+    """Read a single pickle, or the format of older PyTorch versions: pickles, then storages."""
     offsets: dict[object, int] = {}
 
     def raw(storage: _Storage) -> bytearray:

@@ -42,7 +42,7 @@ class Batcher:
             per image. A batch of 64 took twice as long per image, because its activations do not
             fit in the caches.
         max_wait: seconds to wait for more images, without blocking the event loop.
-        on_batch: called with the number of images of each batch.
+        on_batch: called with the number of images in each batch.
     """
 
     def __init__(
