@@ -121,6 +121,7 @@ def plain_type(annotation: ast.expr) -> str:
     text = re.sub(r"dict\[string, (.*)\]", r"object of \1", text)
     while "list[" in text:
         text = re.sub(r"list\[([^][]*)\]", r"list of \1", text)
+    text = re.sub(r"\bof (integer|number|string|list)\b", r"of \1s", text)
     text = text.replace(" | ", " or ")
     return f"{text}, optional" if optional else text
 
