@@ -52,7 +52,8 @@ def predict_logits(
     Args:
         model: a model in evaluation mode. A `ResNet` is converted to an `InferenceModel`.
         images: (N, 3, 32, 32) uint8, on any device.
-        mean, std: channel statistics of the training images, for pixels in [0, 1].
+        mean: channel means of the training images, for pixels in [0, 1].
+        std: their channel standard deviations.
         precision: precision of the forward pass.
         batch: batch size.
         advance: called after each batch with its size.
