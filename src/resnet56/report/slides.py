@@ -290,7 +290,7 @@ def mistakes(facts: ModelFacts) -> Slide:
     sentences = []
     if shown:
         those = "The mistake" if shown == 1 else f"The {shown} most confident mistakes"
-        sentences = [f"{those}: predicted class, true class and confidence."]
+        sentences = [f"{those}: predicted class, true class, and confidence."]
     return Slide("mistakes", "Mistakes", title, sentences)
 
 
