@@ -135,6 +135,8 @@ def test_a_hundred_classes_show_the_largest_errors(
     pair = read_json(runs["hundred"] / "evaluation.json")["test"]["most_confused"][0]
     label = f"{pair['true']} \N{RIGHTWARDS ARROW} {pair['predicted']}"
     rows = [row for table in deck.tables.values() for row in table if label in row]
+    assert "the highest and the lowest" in deck.by_id["6"]
+    assert "the highest and the lowest" not in decks["full"].by_id["6"]
     assert [row[2] for row in rows] == [f"{pair['count']} ({100 * pair['fraction']:.2f} %)"]
 
 
@@ -220,7 +222,7 @@ def test_optimizers_and_schedules_in_a_few_words() -> None:
     )
     often = replace(RECIPES["report"], drop_epochs=tuple(map(float, range(1, 12))))
     assert slides.schedule(often) == "Learning rate: 0.02, multiplied by 0.5 at 11 epochs."
-    assert slides.schedule(replace(often, drop_epochs=())) == "Learning rate: 0.02, then constant."
+    assert slides.schedule(replace(often, drop_epochs=())) == "Learning rate: 0.02, constant."
     assert "distillation, and EMA" in slides.optimizer(replace(BEST, teacher=("resnet56",)))
 
 

@@ -87,8 +87,11 @@ def title(facts: ModelFacts) -> str:
     """Return the headline: the test result, or the state of the training run."""
     arch = network_name(facts)
     if facts.test:
-        share, n = words.percent(facts.test["accuracy"]), words.count(facts.test["n"])
-        return f"{arch} reaches {share} test accuracy on {n} images"
+        share, images = (
+            words.percent(facts.test["accuracy"]),
+            words.plural(facts.test["n"], "image"),
+        )
+        return f"{arch} reaches {share} test accuracy on {images}"
     if facts.rows:
         return f"{arch} after {words.plural(facts.progress.epoch, 'epoch')}, not yet tested"
     return f"{arch}, before the end of its first epoch"

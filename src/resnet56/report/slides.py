@@ -61,6 +61,7 @@ def content(facts: ModelFacts) -> dict[str, Any]:
         "originals": originals(facts),
         "validated": last_validated(facts),
         "class_bars": class_bars(test) if test else [],
+        "all_bars": test is None or len(story.scores(test["per_class"], "recall")) <= MAX_BARS,
         "confusion": page.confusion_table(facts) if few else None,
         "pair_bars": pair_bars(test) if test else [],
         "mistakes": page.mistakes(facts)[:MAX_MISTAKES],
@@ -205,7 +206,7 @@ def schedule(recipe: Recipe) -> str:
     elif recipe.schedule == "one-cycle":
         rest = "then linear to zero"
     elif not drops:
-        rest = "then constant"
+        rest = "then constant" if recipe.warmup_epochs else "constant"
     elif len(drops) > MAX_DROPS:
         rest = f"multiplied by {recipe.drop_factor:g} at {len(drops)} epochs"
     else:
