@@ -17,7 +17,7 @@ from resnet56.serve.limits import Limits
 
 START_SECONDS = 60.0  # time limit for a process to start, even on a heavily loaded machine
 RETRY_SECONDS = 1.0  # time between attempts to replace a process
-MAX_RESPONSE_BYTES = 10_000  # more than the pixels or an error message take
+MAX_RESPONSE_BYTES = 10_000  # larger than any valid response
 ALARM_DELAY = 5  # seconds from the deadline of the server to the alarm of the process
 
 
