@@ -15,6 +15,7 @@ ARROWS: dict[str, set[str]] = {
     # ground
     "errors": set(),
     "libraries": set(),
+    "notebook": {"errors"},
     "locks": set(),
     "distributed": {"errors"},
     "files": {"errors", "locks"},
@@ -31,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "data.trivial_augment": set(),
     "data.archives": {"errors"},
     "data.augment": {"data.trivial_augment"},
-    "data.dataset": {"errors"},
+    "data.dataset": {"errors", "notebook"},
     "data.image_files": {"errors"},
     "data.images": {"data.image_headers", "errors"},
     "data.pickles": {"errors"},
@@ -45,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
         "data.image_directory", "errors", "files", "progress",
     },
     # model
-    "model": {"errors"},
+    "model": {"errors", "notebook"},
     "inspection": {"model"},
     # kernels
     "kernels.compiler": set(),
@@ -92,7 +93,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "predict": {
         "data.augment", "data.images", "errors", "files", "inference", "libraries", "metrics",
-        "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime", "threads",
+        "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime", "threads",
     },
     "export": {
         "data.augment", "data.dataset", "errors", "evaluation", "files", "inference", "libraries",
@@ -279,7 +280,8 @@ def test_only_the_door_knows_recipes() -> None:
 
 def test_the_public_names_are_pinned_and_there() -> None:
     assert resnet56.__all__ == [
-        "RECIPES", "Dataset", "Error", "Prediction", "Predictor", "Recipe", "ResNet", "Split",
+        "RECIPES", "Dataset", "EpochMetrics", "Error", "Evaluation", "Metrics", "Prediction",
+        "Predictor", "Recipe", "ResNet", "Split",
         "__version__", "build", "describe", "evaluate", "load", "load_data",
         "plot_calibration", "plot_confusion_matrix", "plot_curves", "plot_mistakes",
         "predict_logits", "train",

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from networks import lively
 
 import resnet56
+from resnet56.runs.directory import RunDirectory
 
 SOURCE = Path(resnet56.__file__).parent
 
@@ -52,8 +54,9 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime")
     folder = tmp_path_factory.mktemp("onnx")
     (folder / "home").mkdir()
+    RunDirectory(folder / "run").save(lively())
     path = folder / "net.onnx"
-    command = [sys.executable, "-m", "resnet56", "export", "resnet56", "--out", str(path)]
+    command = [sys.executable, "-m", "resnet56", "export", str(folder / "run"), "--out", str(path)]
     environment = clean_environment(folder / "home")
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return path

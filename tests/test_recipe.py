@@ -157,7 +157,7 @@ def test_the_error_about_an_unknown_field_suggests_fields(
 
 
 def test_several_emas_require_validation_images() -> None:
-    assert "--val-size" in error_message(lambda: Recipe(ema_decay=(0.9, 0.99)))
+    assert "set val_size" in error_message(lambda: Recipe(ema_decay=(0.9, 0.99)))
     assert Recipe(ema_decay=(0.9, 0.99), val_size=10).ema_decay == (0.9, 0.99)
 
 

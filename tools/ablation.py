@@ -1,4 +1,4 @@
-"""Measure each optimization of the training step: python tools/ablation.py [ARCH] [BATCH] [ROUNDS]
+"""Measure the optimizations of the training step: python tools/ablation.py [ARCH] [BATCH] [ROUNDS]
 
 The first table compares training steps on random images, from plain PyTorch to the step with all
 optimizations. The steps are measured alternately. The second table shows how the time of the last

@@ -1,7 +1,7 @@
 """Add the weights of a run to the package: python tools/add_pretrained.py RUN NAME DIR
 
 The tool writes src/resnet56/weights/NAME.safetensors in half precision, the model card NAME.json,
-and README.md, which is generated from all cards. It measures the metrics of a card with the
+and README.md, which is generated from all cards. The metrics on a card are measured with the
 half-precision weights on the images in DIR.
 """
 
@@ -32,11 +32,11 @@ directory.
 
 **Data.** The models were trained on the 50,000 training images of CIFAR-10, of which 72 were
 re-encoded as JPEG. The metrics below were measured on the original images. Each model is the result
-of a single training run with a recipe that was fixed beforehand. The test images were not used to
-select anything.
+of a single training run with a recipe that was fixed beforehand. The test images were not used
+for selection.
 
 **Limitations.** Each model predicts one of ten classes for any image. The training images show
-centered objects in 32x32 pixels. Larger images are cropped to the center square and resized.
+centered objects at 32x32 pixels. Larger images are cropped to the center square and resized.
 """
 
 

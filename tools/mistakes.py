@@ -38,7 +38,7 @@ def predict_with_batch_statistics(model: ResNet, images: Tensor, config: ModelCo
 def evaluations(
     model: ResNet, split: Split, config: ModelConfig
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield a description, the logits (N, C) and the labels (N,) for each mistake."""
+    """Yield a description, the logits (N, C) and the labels (N,) for each evaluation."""
     images, labels, constants = split.images, split.labels, (config.mean, config.std)
     yield "correctly", predict_logits(model, images, *constants), labels
     yield "in bf16 instead of fp32", predict_logits(model, images, *constants, "bf16"), labels

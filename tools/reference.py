@@ -32,7 +32,7 @@ A training run writes a directory:
 
 | file | content |
 |---|---|
-| `recipe.json` | the training options, named as the [flags](command-line.md#resnet56-train) |
+| `recipe.json` | the training options, named like the [flags](command-line.md#resnet56-train) |
 | `environment.json` | processor, memory, versions, command, git state, data |
 | `metrics.jsonl` | one JSON object per epoch |
 | `checkpoint/` | `checkpoint.json` and the safetensors files that it names, with their SHA-256 |
@@ -121,6 +121,7 @@ def plain_type(annotation: ast.expr) -> str:
     text = re.sub(r"dict\[string, (.*)\]", r"object of \1", text)
     while "list[" in text:
         text = re.sub(r"list\[([^][]*)\]", r"list of \1", text)
+    text = re.sub(r"\bof (integer|number|string|list)\b", r"of \1s", text)
     text = text.replace(" | ", " or ")
     return f"{text}, optional" if optional else text
 

@@ -1,8 +1,8 @@
-"""Keep the small files of runs in results/, and generate the tables of docs/results.md.
+"""Copy the small files of runs to results/, and generate the tables of docs/results.md.
 
 python tools/results.py keep RUN NAME    copy the files to results/NAME, without local paths
 python tools/results.py                  print the tables of docs/results.md
-python tools/results.py draw             draw docs/results.png from the published results there
+python tools/results.py draw             draw docs/results.png from the table of published results
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ class Group:
 
 
 def groups() -> list[Group]:
-    """Group all runs without a validation set, sorted by architecture and test accuracy."""
+    """Group the runs without a validation set. Sort the groups by arch and test accuracy."""
     runs: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
     for recipe, run in kept_runs():
         if not recipe.val_size:
@@ -224,7 +224,7 @@ class Published:
 
 
 def published() -> list[Published]:
-    """Parse the table of published results, the best last."""
+    """Parse the table of published results, and sort it by accuracy."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     lines = text[text.index("| source |") :].partition("\n\n")[0].splitlines()[2:]
     found = []

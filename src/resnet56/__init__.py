@@ -21,13 +21,17 @@ if TYPE_CHECKING:
         plot_curves,
         plot_mistakes,
     )
+    from resnet56.runs.schema import EpochMetrics, Evaluation, Metrics
     from resnet56.training import train
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Dataset": "data.dataset",
+    "EpochMetrics": "runs.schema",
     "Error": "errors",
+    "Evaluation": "runs.schema",
+    "Metrics": "runs.schema",
     "Prediction": "predict",
     "Predictor": "predict",
     "RECIPES": "recipe",
@@ -50,7 +54,10 @@ _HOME = {
 __all__ = [
     "RECIPES",
     "Dataset",
+    "EpochMetrics",
     "Error",
+    "Evaluation",
+    "Metrics",
     "Prediction",
     "Predictor",
     "Recipe",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet56.data.batches import derive_seed
-from resnet56.errors import UsageError, abbreviate
+from resnet56.errors import UsageError, abbreviate, option
 from resnet56.inference import InferenceModel, restore
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runtime import Precision
@@ -43,7 +43,8 @@ class Teachers:
             if teacher.classes != student.classes:
                 raise UsageError(
                     f"the classes of teacher {name} ({abbreviate(teacher.classes)}) differ from "
-                    f"those of the images ({abbreviate(student.classes)}); choose another --teacher"
+                    f"those of the images ({abbreviate(student.classes)}); choose another "
+                    f"{option('teacher')}"
                 )
             # Convert the student's normalization to the teacher's: scale * x + shift.
             means, stds = (

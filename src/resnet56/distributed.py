@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as group
 
-from resnet56.errors import TrainingError, UsageError, escape, one_line
+from resnet56.errors import TrainingError, UsageError, escape, one_line, option
 
 
 class Distributed(NamedTuple):
@@ -98,7 +98,7 @@ def _connection_error(error: RuntimeError) -> TrainingError:
     reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # [file.cc:9] from gloo
     return TrainingError(
         "another process of this run has ended or cannot be reached "
-        f"({one_line(reason)}); restart all processes with --resume"
+        f"({one_line(reason)}); restart all processes with {option('resume', True)}"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resnet56.data.augment import normalize
 from resnet56.data.dataset import Split
-from resnet56.errors import Error, MissingExtraError, RunError
+from resnet56.errors import Error, MissingExtraError, RunError, option
 from resnet56.evaluation import BATCH, ProgressCallback, split_metrics
 from resnet56.files import write_bytes
 from resnet56.inference import restore
@@ -194,7 +194,7 @@ def write_hub_directory(
         NotFiniteError: the outputs of the model are not finite.
     """
     if directory.exists() and not (directory.is_dir() and next(directory.iterdir(), None) is None):
-        raise RunError(f"{directory} already exists; choose another --out")
+        raise RunError(f"{directory} already exists; choose another {option('out')}")
     restore(checkpoint, CPU)  # rejects unusable weights
     state_dict = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
     # Hub libraries require the framework of the tensors in "format".

@@ -5,6 +5,7 @@ filters on feature maps of 32x32, 16x16 and 8x8, global average pooling, and a l
 plain networks of the paper have the same layers without shortcuts.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet56.errors import UsageError
+from resnet56.notebook import table
 
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "none"]
@@ -324,7 +326,30 @@ class Description:
     parameters: int
     macs: int
 
+    def __repr__(self) -> str:
+        return (
+            f"Description({self.arch}: {self.depth} layers, {self.parameters:,} parameters, "
+            f"{self.macs:,} multiply-accumulates)"
+        )
 
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                part.name,
+                part.layers,
+                part.blocks or "",
+                "x".join(map(str, part.output)),
+                f"{part.parameters:,}",
+                f"{part.macs:,}",
+            )
+            for part in self.parts
+        ]
+        total = ("total", self.depth, "", "", f"{self.parameters:,}", f"{self.macs:,}")
+        columns = ("part", "layers", "blocks", "output", "parameters", "MACs")
+        return table([*rows, total], columns=columns, caption=self.arch)
+
+
+@functools.cache
 def describe(name: str, classes: int = 10) -> Description:
     """Compute the layers, output shapes, parameters and multiply-accumulates of a network."""
     architecture = Architecture.parse(name)

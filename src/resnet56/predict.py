@@ -27,6 +27,7 @@ from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError,
 from resnet56.files import StrPath
 from resnet56.libraries import import_onnxruntime
 from resnet56.metrics import softmax
+from resnet56.notebook import bar, table
 from resnet56.runs.checkpoint import ModelConfig
 from resnet56.runs.pretrained import config_from_metadata, is_onnx
 from resnet56.runs.sources import open_model
@@ -58,9 +59,19 @@ class Prediction:
     map: FloatArray | None = None
     """(8, 8) class activation map of `label` over the center square, if requested."""
 
+    def __repr__(self) -> str:
+        best = islice(self.probabilities.items(), 3)
+        return f"Prediction({', '.join(f'{escape(name)} {100 * p:.1f} %' for name, p in best)})"
+
+    def _repr_html_(self) -> str:
+        best = islice(self.probabilities.items(), 5)
+        return table([(name, bar(p), f"{100 * p:.1f} %") for name, p in best])
+
 
 class Backend(Protocol):
     """Runs a model on preprocessed images."""
+
+    runtime: str  # library and device, for users
 
     def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
@@ -78,6 +89,7 @@ class TorchBackend:
         self.model = model
         self.form = InferenceModel(model)
         self.device = device
+        self.runtime = f"PyTorch on {device}"
         self.mean = torch.tensor(config.mean, device=device)
         self.std = torch.tensor(config.std, device=device)
 
@@ -95,6 +107,8 @@ class TorchBackend:
 
 class OnnxBackend:
     """Runs a file from `resnet56 export` in ONNX Runtime, on the CPU."""
+
+    runtime = "ONNX Runtime on cpu"
 
     @classmethod
     def from_file(cls, path: Path, threads: int | None = None) -> "OnnxBackend":
@@ -164,6 +178,10 @@ class Predictor:
         self.name = name
         self.config = config
         self.backend = backend
+
+    def __repr__(self) -> str:
+        classes = f"{len(self.classes):,} classes"
+        return f"Predictor({escape(self.name)}: {classes}, {self.backend.runtime})"
 
     @property
     def classes(self) -> tuple[str, ...]:

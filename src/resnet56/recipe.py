@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from resnet56.errors import UsageError, one_line
+from resnet56.errors import UsageError, one_line, option
 
 Schedule = Literal["step", "cosine", "one-cycle"]
 Mixing = Literal["none", "cutmix", "mixup", "ricap"]
@@ -209,7 +209,7 @@ class Recipe:
         if len(self.ema_decay) > 1 and self.val_size == 0:
             raise UsageError(
                 "choosing between several values of ema_decay requires validation images; set "
-                "--val-size"
+                f"{option('val_size')}"
             )
         if self.alternate_flip and not self.flip:
             raise UsageError("alternate_flip requires flip")

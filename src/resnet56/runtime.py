@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from resnet56.distributed import from_environment
-from resnet56.errors import UsageError
+from resnet56.errors import UsageError, option
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -46,7 +46,10 @@ def resolve_device(name: str) -> torch.device:
     if distributed and (
         device.type == "mps" or (device.type == "cuda" and device.index is not None)
     ):
-        raise UsageError(f"several processes cannot share {name!r}; use --device cuda or cpu")
+        raise UsageError(
+            f"several processes cannot share {name!r}; use {option('device', 'cuda')} or "
+            f"{option('device', 'cpu')}"
+        )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from resnet56.distillation import Teachers, distillation_loss
 from resnet56.ema import EMA
-from resnet56.errors import UsageError
+from resnet56.errors import UsageError, option
 from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.fused import fused_norm_relu
 from resnet56.kernels.native import native_network
@@ -77,7 +77,7 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
                 reasons.append(f"{mode} execution is not available: {error}")
                 remedy = error.remedy
     if execution in preparers:
-        raise UsageError(f"{reasons[0]}; use --execution auto")
+        raise UsageError(f"{reasons[0]}; use {option('execution', 'auto')}")
     return PreparedModel(model, "eager", "; ".join(reasons), remedy)
 
 
@@ -101,7 +101,8 @@ def _probe_compiler(model: nn.Module) -> None:
     except Exception as error:  # Dynamo and Inductor errors have no common base class
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"torch.compile does not work on this machine: {message}; use --execution eager"
+            f"torch.compile does not work on this machine: {message}; use "
+            f"{option('execution', 'eager')}"
         ) from None
 
 

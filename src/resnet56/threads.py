@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import psutil
 
-from resnet56.errors import UsageError
+from resnet56.errors import UsageError, option
 
 WINDOW = 5.0  # seconds between two decisions
 FIRST_WINDOW = 0.3  # seconds before the first decision; CPU times have a resolution of 10 ms
@@ -166,10 +166,7 @@ class ThreadControl:
             self.others = load.others
             chosen = self._free_threads(load.others, BUSY)
             if chosen < self._max_threads:
-                message = (
-                    f"{self.describe_load()}; training with {_count(chosen)} "
-                    "(--threads N overrides)"
-                )
+                message = f"{self.describe_load()}; training with {_count(chosen)} ({_override()})"
         if self.requested is not None:
             chosen = self.requested
         if recorded is not None and chosen != self.changes[-1][1]:
@@ -201,9 +198,7 @@ class ThreadControl:
             recent = self._windows_since_up <= BACKOFF_WINDOWS
             self._wait_windows = min(2 * self._wait_windows, MAX_WAIT) if recent else 1
             self._set(fewer, step)
-            return (
-                f"{self.describe_load()}; continuing with {_count(fewer)} (--threads N overrides)"
-            )
+            return f"{self.describe_load()}; continuing with {_count(fewer)} ({_override()})"
         if self._free_windows >= self._wait_windows:
             self._free_windows = self._windows_since_up = 0
             self._set(more, step)
@@ -287,14 +282,15 @@ class ThroughputMonitor:
                 "another program may be using the device, or heat or power limits may throttle it"
             )
         if control.others > BUSY:
-            return (
-                f"{control.describe_load()}; using {_count(control.threads)} "
-                "(--threads N overrides)"
-            )
+            return f"{control.describe_load()}; using {_count(control.threads)} ({_override()})"
         return (
             "no other program uses these cores; the processor may be throttled by heat, power or a "
-            f"container limit; using {_count(control.threads)} (--threads N overrides)"
+            f"container limit; using {_count(control.threads)} ({_override()})"
         )
+
+
+def _override() -> str:
+    return f"override with {option('threads')}"
 
 
 def usable_cores() -> int:
@@ -309,7 +305,9 @@ def check_threads(threads: int) -> None:
     """Raise UsageError unless `threads` is from 1 to the number of processors."""
     processors = os.cpu_count() or 1
     if not 1 <= threads <= processors:
-        raise UsageError(f"--threads must be from 1 to {processors} on this machine, not {threads}")
+        raise UsageError(
+            f"{option('threads')} must be from 1 to {processors} on this machine, not {threads}"
+        )
 
 
 def set_threads(requested: int | None) -> None:

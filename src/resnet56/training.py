@@ -29,7 +29,7 @@ from resnet56.distributed import (
     synchronize_batch_norm,
 )
 from resnet56.ema import REESTIMATION_DECAY, REESTIMATION_IMAGES, reestimate_batch_norm
-from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError, option
+from resnet56.errors import NotFiniteError, RunError, TrainingError, UsageError, either, option
 from resnet56.evaluation import evaluate, evaluate_run
 from resnet56.files import StrPath, read_json, write_json
 from resnet56.model import build
@@ -345,7 +345,7 @@ class TrainingLoop:
             raise TrainingError(
                 f"the loss is not finite in epoch {epoch}, step {diverged + 1}, at learning rate "
                 f"{lr:g}; the last good checkpoint is in {self.run_directory.path}; try a "
-                "lower --lr or a longer --warmup-epochs"
+                f"lower {option('lr')} or a longer {option('warmup_epochs')}"
             )
         loss_sum, correct = all_reduce_sum(self.trainer.sums.clone(), self.dist).tolist()
         self.progress = replace(self.progress, loss_sum=loss_sum, correct=correct)
@@ -459,14 +459,16 @@ class TrainingLoop:
             raise self._diverged(error) from error
         except RunError as error:
             begun = self.run_directory.checkpoint_file.exists()
-            remedy = "continue with --resume" if begun else "then start training again"
+            remedy = (
+                f"continue with {option('resume', True)}" if begun else "then start training again"
+            )
             raise RunError(f"{error}; {remedy}") from error
 
     def _diverged(self, error: NotFiniteError) -> TrainingError:
         return TrainingError(
             f"training diverged at step {self.progress.step:,}: {error}; the last good "
-            f"checkpoint is in {self.run_directory.path}; try a lower --lr or a longer "
-            "--warmup-epochs"
+            f"checkpoint is in {self.run_directory.path}; try a lower {option('lr')} or a "
+            f"longer {option('warmup_epochs')}"
         )
 
     def run_environment(self, dataset: Dataset) -> Environment:
@@ -493,7 +495,8 @@ class TrainingLoop:
         if hashes != [teacher["sha256"] for teacher in self.teachers]:
             raise RunError(
                 f"cannot resume {self.run_directory.path}: the weights of its teachers "
-                f"({', '.join(self.recipe.teacher)}) have changed; choose another --out"
+                f"({', '.join(self.recipe.teacher)}) have changed; "
+                f"choose another directory for {option('out')}"
             )
         self.progress = saved.progress
         message = f"{self.run_directory.checkpoint_file} does not match the recipe"
@@ -527,7 +530,8 @@ def _trainer(
         return Trainer(model, prepared.module, recipe, precision, teachers), prepared
     if recipe.execution not in ("auto", "eager"):
         raise UsageError(
-            f"{recipe.execution} execution does not support several processes; use --execution auto"
+            f"{recipe.execution} execution does not support several processes; use "
+            f"{option('execution', 'auto')}"
         )
     model = synchronize_batch_norm(model)  # type: ignore[assignment]
     ids = [device] if device.type == "cuda" else None
@@ -560,10 +564,11 @@ def _load_resumed(run: RunDirectory, recipe: Recipe, source: str, fingerprint: s
     if differing:
         raise RunError(
             f"{run.path} has a different recipe ({', '.join(differing)}); resume it with the same "
-            "options, or choose another --out"
+            f"options, or choose another directory for {option('out')}"
         )
     if checkpoint.metadata.get("data") != fingerprint:
-        raise RunError(f"{run.path} was not trained on {source}; pass its data set with --data")
+        its_data = either("its own data set", "its own data with --data")
+        raise RunError(f"{run.path} was not trained on {source}; pass {its_data}")
     return checkpoint
 
 

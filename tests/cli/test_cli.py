@@ -355,7 +355,7 @@ def test_a_file_in_the_way_is_refused_before_anything_is_read(
     file = tmp_path / "mine"
     file.write_text("precious")
     assert cli.main(["train", "quick", "--data", "./none", "--out", str(file)]) == 1
-    assert "cannot be a run directory" in capsys.readouterr().err
+    assert "as a run directory" in capsys.readouterr().err
     assert file.read_text() == "precious"
 
 

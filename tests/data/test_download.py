@@ -30,7 +30,7 @@ from resnet56.data.download import ARCHIVES, Archive, default_root, fetch
 from resnet56.errors import DownloadError
 
 FILES = {"toy/train.bin": random.Random(0).randbytes(600_000), "toy/readme.txt": b"a toy\n"}
-ALTERNATIVES = ("--data digits", "--data DIR", "--mirror URL", "RESNET56_MIRROR")
+ALTERNATIVES = ('load_data("digits")', "load_data(DIR)", "RESNET56_MIRROR")
 
 
 class Site(ThreadingHTTPServer):

@@ -214,7 +214,7 @@ def test_an_error_lists_ten_broken_images_and_counts_the_others(tmp_path: Path) 
     assert message.startswith("cannot read 12 images: ")
     assert sum(str(file) in message for file in broken) == 10
     assert "and 2 more" in message
-    assert "--skip-broken" in message
+    assert "skip_broken=True" in message
     loaded = load_directory(tmp_path, skip_broken=True)
     assert len(loaded.train) + len(loaded.test) == 28
     assert "skipped 12 images" in loaded.remarks[0]

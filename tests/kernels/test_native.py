@@ -423,7 +423,7 @@ def test_auto_selects_native_only_with_a_matrix_unit(unit: str) -> None:
 
 def test_another_precision_is_an_error_in_one_line() -> None:
     with pytest.raises(
-        UsageError, match=r"native execution is not available: .*fp32; use --execution auto"
+        UsageError, match=r"native execution is not available: .*fp32; use execution=\"auto\""
     ):
         prepare_model(build("resnet8"), "native", "fp32")
 

@@ -196,7 +196,7 @@ def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
 
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(RunError, match="file cannot be a run directory"):
+    with pytest.raises(RunError, match="file as a run directory"):
         RunDirectory(file).create()
     with pytest.raises(RunError, match="file"):
         RunDirectory(file / "run").create()
@@ -210,7 +210,7 @@ def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
 
     run = RunDirectory(tmp_path / "run")
     run.save(checkpoint())
-    with pytest.raises(RunError, match="already contains a run.*--resume"):
+    with pytest.raises(RunError, match="already contains a run.*resume=True"):
         run.create()
     assert run.load().progress.step == 7
 

@@ -692,7 +692,7 @@ def test_listen_errors() -> None:
     port = occupied.getsockname()[1]
     with (
         occupied,
-        pytest.raises(UsageError, match=rf"127.0.0.1 port {port}: .*choose another --port"),
+        pytest.raises(UsageError, match=rf"127.0.0.1 port {port}: .*choose another port"),
     ):
         listen("127.0.0.1", port)
     with pytest.raises(UsageError, match="--port must be from 0 to 65535"):

@@ -1,6 +1,7 @@
-"""Benchmarks of training steps, inference and everything else, against a standard loop."""
+"""Benchmarks of training, inference and start-up, against a standard PyTorch loop."""
 
 import contextlib
+import functools
 import itertools
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ from resnet56.benchmark.roofline import machine_limits, roofline_times
 from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.batches import Batches
 from resnet56.data.dataset import Dataset, Split, Triple, channel_statistics
-from resnet56.errors import MissingExtraError, UsageError
+from resnet56.errors import MissingExtraError, UsageError, option
 from resnet56.evaluation import predict_logits
 from resnet56.export import to_onnx
 from resnet56.inference import InferenceModel
@@ -142,9 +143,7 @@ def bench_inference(
     ]
     if setup.device.type == "cpu":
         with contextlib.suppress(MissingExtraError):  # the extra `onnx` is not installed
-            config = ModelConfig(arch, tuple("0123456789"), setup.mean, setup.std)
-            checkpoint = Checkpoint(config, model.state_dict())
-            content = to_onnx(checkpoint, checked=False)
+            content = _exported(arch, setup.mean, setup.std)
             exported = OnnxBackend(content, arch, torch.get_num_threads())
             array = pixels.numpy()
             candidates.append(
@@ -154,6 +153,12 @@ def bench_inference(
             )
     interleave(candidates, rounds, seconds)
     return summarize(candidates, batch, baseline="baseline")
+
+
+@functools.cache  # for all batch sizes
+def _exported(arch: str, mean: Triple, std: Triple) -> bytes:
+    config = ModelConfig(arch, tuple("0123456789"), mean, std)
+    return to_onnx(Checkpoint(config, build(arch).state_dict()), checked=False)
 
 
 def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> float:
@@ -171,7 +176,7 @@ def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> flo
 def peak_memory(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
 ) -> dict[str, float]:
-    """Measure the peak memory of the baseline loop and each execution mode, in new processes."""
+    """Measure the peak memory of the baseline loop and all modes, each in a new process."""
     few = slice(0, 4 * batch)  # cloned, because pickling a view would copy the entire storage
     split = Split(setup.split.images[few].clone(), setup.split.labels[few].clone())
     setup = replace(setup, split=split)
@@ -183,7 +188,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Return the times in s of start-up, data loading, writing a checkpoint, and evaluation."""
+    """Return the times of start-up, data loading, a checkpoint and an evaluation, in seconds."""
 
     def start_time(*arguments: str) -> float:
         times = []
@@ -250,7 +255,7 @@ def bench(
     if max(batches) > len(dataset.train):
         raise UsageError(
             f"batch size {max(batches)} exceeds the {len(dataset.train)} training images; choose a "
-            "smaller --batch or other --data"
+            f"smaller {option('batch')} or other {option('data')}"
         )
     mean, std = channel_statistics(dataset.train.images)
     setup = BenchmarkSetup(

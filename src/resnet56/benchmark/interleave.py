@@ -46,9 +46,9 @@ def interleave(candidates: Sequence[Candidate], rounds: int, seconds: float) -> 
 def summarize(
     candidates: Sequence[Candidate], images: int, *, baseline: str
 ) -> list[dict[str, Any]]:
-    """Return one row per candidate, with its median time and its speed-up over the baseline.
+    """Return one row per candidate, with its median time and its speed-up.
 
-    The fastest baseline is used. A ratio of 2 means twice the speed.
+    Ratios are relative to the fastest baseline. A ratio of 2 means twice the speed.
 
     Args:
         candidates: candidates with measurements.

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _expand(argument: str) -> str:
-    """Expand `~` in `~/x` and `--flag=~/x`, which shells do not always do."""
+    """Expand `~` in `~/x` and `--flag=~/x`, which shells do not always expand."""
     flag, equals, value = argument.partition("=")
     if equals and flag.startswith("--"):
         return f"{flag}={os.path.expanduser(value)}"  # noqa: PTH111 - pathlib drops "./" and raises

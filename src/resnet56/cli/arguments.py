@@ -168,7 +168,7 @@ def _hint(label: str) -> str:
 
 
 def _format_help(text: str) -> str:
-    """Wrap usage and description, and use ASCII if stdout cannot encode the boxes."""
+    """Wrap the usage and the description. Use ASCII if stdout cannot encode the boxes."""
     width = min(COLUMNS, shutil.get_terminal_size().columns)
     lines = []
     for line in text.splitlines():
@@ -213,7 +213,7 @@ def _error_line(output: str) -> str:
     return line
 
 
-# Patterns of errors by tyro -> the messages that replace them.
+# Patterns that match errors of tyro, and the messages that replace them.
 ERROR_MESSAGES = {
     r"Missing value for argument '(\S+/)?(?P<flag>\S+)'": "{flag}: a value is missing",
     r"invalid choice (?P<value>.*) for argument '(\S+/)?(?P<flag>\S+)'. Expected one of "
@@ -225,7 +225,7 @@ ERROR_MESSAGES = {
 
 
 def _missing(rows: Sequence[str]) -> str:
-    """Return a message about missing arguments, from rows with names and indented help."""
+    """Convert rows with names and indented help to a message about missing arguments."""
     missing: list[tuple[str, str]] = []
     for row in rows:
         text = row.strip()

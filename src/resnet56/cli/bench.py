@@ -18,8 +18,8 @@ COMMA_SEPARATED = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
 class BenchOptions:
     """Benchmark training and inference against a standard PyTorch loop.
 
-    The candidates are measured alternately, for a few minutes. Do not run other programs at the
-    same time.
+    The candidates are measured alternately, which takes a few minutes. Do not run other programs at
+    the same time.
     """
 
     data: Data = None

@@ -26,7 +26,9 @@ def say(line: str) -> None:
     print(escape_line(line), file=sys.stderr)
 
 
-def show(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+def show_progress(
+    label: str, total: int
+) -> contextlib.AbstractContextManager[Callable[[int], None]]:
     """Show the progress of an evaluation on stderr."""
     from resnet56.progress import image_progress, stream_output
 
@@ -50,7 +52,7 @@ def load_data(
     from resnet56.data import readers
     from resnet56.distributed import Distributed
 
-    if data is None and (own or "digits") == "digits":  # not a directory with this name
+    if data is None and (own or "digits") == "digits":  # even if a directory has this name
         return readers.load_digits()
     name = data if data is not None else own or "digits"
     dataset = readers.load_data(name, evaluation=evaluation, skip_broken=skip_broken)

@@ -8,7 +8,7 @@ import tyro
 
 from resnet56 import recipe as recipes
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import Data, Threads, for_classes, load_data, say, show
+from resnet56.cli.common import Data, Threads, for_classes, load_data, say, show_progress
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def run(arguments: list[str]) -> int:
         _evaluate_run(run, dataset, options, device, precision, title)
     else:
         split = _other_split(dataset, options)
-        with show(f"{len(split):,} images", len(split)) as advance:
+        with show_progress(f"{len(split):,} images", len(split)) as advance:
             metrics = evaluated_model(checkpoint, device, precision).metrics(split, advance)
         print(to_json(metrics)) if options.json else show_metrics(metrics, title)
     return 0
@@ -121,7 +121,7 @@ def _is_benchmark(data: str | None) -> bool:
 
 
 def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
-    """Return the split to evaluate of a data set other than that of the run."""
+    """Return the split to evaluate if the data are not those of the run."""
     if options.split == "validation":
         raise UsageError("only a run on its own data has validation images; choose another --split")
     split = dataset.test if options.split == "test" else dataset.train
@@ -153,7 +153,7 @@ def _evaluate_onnx(options: EvaluateOptions) -> int:
     dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
     dataset = for_classes(dataset, model.config.classes)
     split = _other_split(dataset, options)
-    with show(f"{len(split):,} images", len(split)) as advance:
+    with show_progress(f"{len(split):,} images", len(split)) as advance:
         metrics = model.metrics(split, advance)
     title = f"{model.config.arch} in ONNX Runtime on the {options.split} images; {dataset.source}"
     print(to_json(metrics)) if options.json else show_metrics(metrics, title)
@@ -168,7 +168,7 @@ def _evaluate_benchmark(evaluated: "EvaluatedModel | OnnxModel", options: Evalua
 
     metrics = {}
     for name, images in load_benchmark(Path(options.data or ""), len(evaluated.config.classes)):
-        with show(f"{len(images):,} images ({name})", len(images)) as advance:
+        with show_progress(f"{len(images):,} images ({name})", len(images)) as advance:
             metrics[name] = evaluated.metrics(images, advance)
     print(to_json(metrics)) if options.json else show_accuracies(metrics)
 
@@ -197,11 +197,16 @@ def _evaluate_run(
         precision=precision,
         val_size=recipe.val_size,
         augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
-        progress=show,
+        progress=show_progress,
     )
     robustness = min(options.robustness, len(dataset.test))
     result = measure_extras(
-        run, dataset, device=device, precision=precision, robustness=robustness, progress=show
+        run,
+        dataset,
+        device=device,
+        precision=precision,
+        robustness=robustness,
+        progress=show_progress,
     )
     if options.json:
         print(to_json(result))
@@ -245,7 +250,7 @@ def _compare(
             f"--parity requires a pair, such as cpu,cuda or fp32,bf16 or torch,onnx, not {sides!r}"
         )
     comparison = compare(
-        evaluated_models[0], evaluated_models[1], (names[0], names[1]), split, show
+        evaluated_models[0], evaluated_models[1], (names[0], names[1]), split, show_progress
     )
     if save_to is not None:
         save_to.add_comparison(comparison, checkpoint.progress.step)

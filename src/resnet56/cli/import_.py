@@ -36,7 +36,7 @@ class ImportOptions:
     those that the authors of the model used."""
 
     std: tuple[float, float, float] | None = None
-    """Channel standard deviations of the training images. The defaults are those of --mean."""
+    """Channel standard deviations of the training images. By default, as for --mean."""
 
     classes: tuple[str, ...] = ()
     """Class names in the order of the outputs, a text file with one name per line, cifar10,

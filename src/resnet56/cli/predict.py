@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from resnet56.predict import Prediction
 
 MAP_SUFFIX = ".cam.png"
-PROGRESS_THRESHOLD = 64  # images above which a progress bar is shown
+PROGRESS_THRESHOLD = 64  # number of images above which a progress bar is shown
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _choose(arguments: list[str]) -> _Job:
-    """Parse the arguments, and report errors in them before the data are loaded."""
+    """Parse the arguments, and check them before the data are loaded."""
     from resnet56.distributed import Distributed
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
@@ -122,7 +122,7 @@ def _choose(arguments: list[str]) -> _Job:
             f"{', '.join(recipes.RECIPES)} or a file"
         )
     if options.out is None and Distributed.from_environment().world_size > 1:
-        raise UsageError("training in several processes requires --out RUN, the same for all")
+        raise UsageError("training in several processes requires --out RUN, the same RUN for all")
     if options.resume and options.out is None:
         raise UsageError("--resume requires --out RUN, the directory of the run to continue")
 

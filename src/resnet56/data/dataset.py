@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from resnet56.errors import DataError, UsageError, abbreviate, escape
+from resnet56.notebook import table
 
 Triple = tuple[float, float, float]
 
 _BLOCK = 1_000  # images to process at once, to limit memory use
+_SHOWN_CLASSES = 10  # classes in the table that notebooks show
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,9 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Split({len(self):,} images on {self.images.device})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +56,30 @@ class Dataset:
     remarks: tuple[str, ...] = ()
     predefined_split: bool = True
 
+    def __repr__(self) -> str:
+        return (
+            f"Dataset({escape(self.name)}: {len(self.train):,} training and {len(self.test):,} "
+            f"test images, {len(self.classes):,} classes)"
+        )
+
+    def _repr_html_(self) -> str:
+        counts = [
+            split.labels.bincount(minlength=len(self.classes)).tolist()
+            for split in (self.train, self.test)
+        ]
+        rows = [
+            (name, f"{train:,}", f"{test:,}")
+            for name, train, test in zip(self.classes, *counts, strict=True)
+        ]
+        hidden = len(rows) - _SHOWN_CLASSES
+        more = [(f"{hidden:,} more classes", "", "")] if hidden > 0 else []
+        total = ("total", f"{len(self.train):,}", f"{len(self.test):,}")
+        return table(
+            [*rows[:_SHOWN_CLASSES], *more, total],
+            columns=("class", "training images", "test images"),
+            caption="; ".join((self.source, *self.remarks)),
+        )
+
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the classes, shapes, images and labels."""
         splits = (self.train, self.test)
@@ -74,8 +103,8 @@ class Dataset:
         if not matches:
             raise UsageError(
                 "the data and the model have no classes in common (data: "
-                f"{abbreviate(self.classes)}; model: {abbreviate(classes)}); choose other data "
-                "with --data"
+                f"{abbreviate(self.classes)}; model: {abbreviate(classes)}); choose "
+                "another data set"
             )
         others = [name for name in self.classes if name not in matches]
         if others:

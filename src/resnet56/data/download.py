@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from resnet56.data.archives import MAX_BYTES, UnpackError, unpack
-from resnet56.errors import DownloadError, escape_line, one_line
+from resnet56.errors import DownloadError, either, escape_line, one_line
 from resnet56.locks import open_private, try_lock
 
 Progress = Callable[[int, int | None], None]
@@ -35,10 +35,6 @@ _HEADER_TIMEOUTS = 4  # time limit for the response headers, as a multiple of th
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNREACHABLE_ERRNOS = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-_ALTERNATIVES = (
-    "alternatives: --data digits (no download), --data DIR (an existing directory), "
-    "or a mirror (--mirror URL or RESNET56_MIRROR)"
-)
 
 
 @dataclass(frozen=True)
@@ -254,8 +250,17 @@ def _download(
     offline = all(error.offline for _, error in failures)
     cause = "; this machine appears to be offline" if offline else ""
     resume = _resume_note(_length(part))
-    message = f"cannot download {archive.filename} ({reasons}){cause}{resume}; {_ALTERNATIVES}"
+    message = f"cannot download {archive.filename} ({reasons}){cause}{resume}; {_alternatives()}"
     raise DownloadError(_single_line(message))
+
+
+def _alternatives() -> str:
+    return either(
+        'alternatives: load_data("digits"), load_data(DIR) with an existing directory, or a mirror '
+        "in RESNET56_MIRROR",
+        "alternatives: --data digits (no download), --data DIR (an existing directory), or a "
+        "mirror (--mirror URL or RESNET56_MIRROR)",
+    )
 
 
 def _receive(

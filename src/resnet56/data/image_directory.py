@@ -18,7 +18,7 @@ from resnet56.data.dataset import (
 )
 from resnet56.data.image_files import describe_skipped, find_images, is_visible, visible_directories
 from resnet56.data.images import read_pixels
-from resnet56.errors import DataError, ImageError, escape, one_line
+from resnet56.errors import DataError, ImageError, escape, one_line, option
 
 _ROLES = {
     "train": {"train", "training", "trn"},
@@ -99,7 +99,7 @@ class _Reader:
         count = "" if len(broken) == 1 else f"{len(broken):,} images: "
         raise DataError(
             f"cannot read {count}{listed}{more}; repair or remove {pronoun}, or skip {pronoun} "
-            "with --skip-broken"
+            f"with {option('skip_broken', True)}"
         )
 
     def dataset(

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from resnet56.data.image_headers import exif_overlaps, find_exceeded_limit
-from resnet56.errors import ImageError, escape, one_line
+from resnet56.errors import ImageError, either, escape, one_line
 
 UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -157,12 +157,13 @@ def _open(
 
 def _too_large(name: str, size: str, max_pixels: int | None) -> ImageError:
     limit = max_pixels or Image.MAX_IMAGE_PIXELS
-    option = ""
+    remedy = "use a smaller image"
     if not max_pixels:
-        option = " or raise the limit (predict --max-pixels, PIL.Image.MAX_IMAGE_PIXELS)"
+        limits = either("PIL.Image.MAX_IMAGE_PIXELS", "--max-pixels of resnet56 predict")
+        remedy += f" or raise the limit, {limits}"
     return ImageError(
         f"{name} has {size} pixels, more than the {limit:,} allowed, and may be a decompression "
-        f"bomb; use a smaller image{option}"
+        f"bomb; {remedy}"
     )
 
 

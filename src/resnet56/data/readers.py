@@ -20,7 +20,7 @@ from resnet56.data.cifar import ARCHIVES, LAYOUTS, find_layout, load_cifar
 from resnet56.data.class_names import DIGITS
 from resnet56.data.dataset import Dataset, Split
 from resnet56.data.image_directory import load_image_directory
-from resnet56.errors import DataError, UsageError, escape, one_line
+from resnet56.errors import DataError, UsageError, escape, one_line, option
 from resnet56.files import StrPath
 
 NAMES = ("digits", *download.ARCHIVES)
@@ -44,7 +44,9 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
     """
     name = os.fspath(data)
     if not name.strip():
-        raise UsageError(f"--data is empty; use {', '.join(NAMES)} or an existing directory")
+        raise UsageError(
+            f"{option('data')} is empty; use {', '.join(NAMES)} or an existing directory"
+        )
     if name in NAMES and not Path(name).is_dir():
         return load_digits() if name == "digits" else load_directory(fetch(name))
     if not Path(name).exists() and not re.search(r"[/\\.]", name):

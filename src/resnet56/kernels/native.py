@@ -139,7 +139,7 @@ def _check(library: ctypes.CDLL) -> None:
                 logits = network(images).float()
             logits.square().sum().backward()
             statistics = [b for b in model.buffers() if b.is_floating_point()]
-            # Rounding to bf16 switches some ReLUs, which changes the gradients considerably.
+            # Rounding to bf16 changes some ReLU masks, which changes the gradients considerably.
             gradients = [p.grad for p in model.parameters()]
             results.append([(0.02, [logits, *statistics]), (0.5, gradients)])
         for (tolerance, expected), (_, actual) in zip(*results, strict=True):

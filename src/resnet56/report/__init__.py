@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from resnet56.errors import Error, UsageError
+from resnet56.errors import Error, UsageError, option
 
 __all__ = ["write_report"]
 
@@ -49,7 +49,8 @@ def write_report(
         raise UsageError(f"{out} is a folder; choose a file such as {out / name}")
     if format == "slides":
         if len(runs) > 1:
-            raise UsageError(f"slides show one run, not {len(runs)}; choose one, or --format html")
+            html = option("format", "html")
+            raise UsageError(f"slides show one run, not {len(runs)}; choose one, or {html}")
         out = out or Path(runs[0]) / "slides.html"
         render.write_html(out, "slides", slides.content(read_model(Path(runs[0]))), "slides")
         return out

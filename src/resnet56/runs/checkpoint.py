@@ -1,8 +1,8 @@
 """Checkpoints: the weights of a model, and the training state for resuming.
 
-A checkpoint consists of several files. checkpoint.json names the tensor files with their SHA-256.
-It is written last. Then the previous tensor files are removed. The checkpoint on disk is always
-complete, even after a power failure.
+A checkpoint consists of several files. checkpoint.json contains the names and SHA-256 hashes of the
+tensor files. It is written after the new tensor files and before the previous ones are removed, so
+the checkpoint on disk is always complete, even after a power failure.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class CheckpointMetadata(TypedDict, total=False):
     resnet56: Text  # version of the package that wrote it
     data: Text | None  # fingerprint of the data set
     weights: Text  # "ema", "final", "pretrained" or "imported"
-    ema_decay: Fraction  # decay of the EMA weights, at the end of the run
+    ema_decay: Fraction  # decay of the selected EMA; set at the end of the run
     ema_candidates: list[EmaCandidate]  # all EMAs of the run
     teachers: list[Teacher]  # teachers of knowledge distillation
     precision: Text  # fp32, bf16 or fp16
@@ -135,7 +135,7 @@ class Checkpoint:
 
 
 def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint atomically. If this fails, the old checkpoint remains intact.
+    """Replace the checkpoint atomically. If writing fails, the old checkpoint remains intact.
 
     Args:
         file: path of checkpoint.json. The tensor files are written to the same directory.
@@ -157,15 +157,15 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
         name = f"{part}-{checkpoint.progress.step:08d}.safetensors"
         write_bytes(directory / name, content)
         files[part] = {"name": name, "sha256": hashlib.sha256(content).hexdigest()}
-    head = {
+    manifest = {
         "format": FORMAT,
         "config": asdict(checkpoint.config),
         "progress": asdict(checkpoint.progress),
         "metadata": dict(checkpoint.metadata),
         "files": files,
     }
-    check(head, _Manifest, str(file))
-    write_json(file, head)
+    check(manifest, _Manifest, str(file))
+    write_json(file, manifest)
     named = {entry["name"] for entry in files.values()} | {file.name}
     for path in directory.iterdir():
         if path.name not in named:
@@ -183,15 +183,15 @@ def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
     Raises:
         RunError: the checkpoint does not exist, is damaged, or has a newer format.
     """
-    head = _read_manifest(file)
+    manifest = _read_manifest(file)
     for _ in range(ATTEMPTS):
         try:
-            return _load_parts(file, head, training)
+            return _load_parts(file, manifest, training)
         except RunError:
             newer = _read_manifest(file)
-            if newer == head:
+            if newer == manifest:
                 raise
-            head = newer
+            manifest = newer
     raise RunError(f"{file} is being replaced continuously; try again")
 
 
@@ -200,17 +200,17 @@ def _read_manifest(file: Path) -> _Manifest:
     found = content.get("format")
     if isinstance(found, int) and found > FORMAT:
         raise RunError(
-            f"{file} has format {found}, but this version of resnet56 supports up to {FORMAT}; "
-            "update resnet56"
+            f"{file} has format {found}, but this version of resnet56 supports formats up to "
+            f"{FORMAT}; update resnet56"
         )
-    head = check(content, _Manifest, str(file))
-    return replace(head, metadata=content["metadata"])  # preserve unknown fields
+    manifest = check(content, _Manifest, str(file))
+    return replace(manifest, metadata=content["metadata"])  # preserve unknown fields
 
 
-def _load_parts(file: Path, head: _Manifest, training: bool) -> Checkpoint:
-    model = _read_tensors(file.parent, head.files.model)
-    state = _read_tensors(file.parent, head.files.training) if training else {}
-    return Checkpoint(head.config, model, state, head.progress, dict(head.metadata))
+def _load_parts(file: Path, manifest: _Manifest, training: bool) -> Checkpoint:
+    model = _read_tensors(file.parent, manifest.files.model)
+    state = _read_tensors(file.parent, manifest.files.training) if training else {}
+    return Checkpoint(manifest.config, model, state, manifest.progress, dict(manifest.metadata))
 
 
 def _read_tensors(directory: Path, entry: _TensorFile) -> dict[str, "Tensor"]:

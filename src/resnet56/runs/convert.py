@@ -1,9 +1,9 @@
 """Convert checkpoints of other projects without running code in them.
 
-A model is recognized by the names and shapes of its tensors, anywhere in a file. Supported are the
-layouts of akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models, torchvision,
-osmr/imgclsmob, hysts/pytorch_image_classification and D-X-Y/ResNeXt-DenseNet, and the files that
-this package writes.
+A model is recognized by the names and shapes of its tensors, anywhere in a file. This module
+supports the layouts of akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models,
+torchvision, osmr/imgclsmob, hysts/pytorch_image_classification and D-X-Y/ResNeXt-DenseNet, and the
+files that this package writes.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet56.data.class_names import CIFAR10, CIFAR100
-from resnet56.errors import RunError, UsageError, abbreviate, escape, one_line
+from resnet56.errors import RunError, UsageError, abbreviate, escape, one_line, option
 from resnet56.model import WIDTHS, Architecture, build
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.hub import DeclaredConfig, declared_config, find_weights
@@ -52,8 +52,7 @@ def read(
     """Read the model in a file or a model hub directory.
 
     The metadata of the file or the config.json next to it can declare the architecture, the classes
-    and the normalization constants. For values that are not declared, defaults are used, with a
-    remark.
+    and the normalization constants. A value that is not declared gets a default and a remark.
 
     Args:
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this
@@ -131,7 +130,7 @@ def _choose(
         chosen = [c for c in candidates if f"{c.path}.".startswith(f"{start}." if start else "")]
         if not chosen:
             paths = abbreviate([candidate.path for candidate in candidates])
-            raise UsageError(f"--prefix {escape(prefix)} is not in {file}; found: {paths}")
+            raise UsageError(f"{option('prefix', escape(prefix))} is not in {file}; found: {paths}")
         candidates = chosen
     matches = [(c, matched) for c in candidates if (matched := matching_arch(c.tensors, arch))]
     if not matches:
@@ -139,7 +138,10 @@ def _choose(
     averaged = [match for match in matches if match[0].averaged]
     if len(matches) > 1 and not (len(averaged) == 1 and len(matches) == 2):
         paths = ", ".join(escape(c.path) or "top level" for c, _ in matches[:5])
-        raise RunError(f"{file} contains {len(matches)} models ({paths}); choose one with --prefix")
+        raise RunError(
+            f"{file} contains {len(matches)} models ({paths}); choose one: resnet56 import {file} "
+            "--prefix PATH"
+        )
     remarks = []
     state_dict, name = (averaged or matches)[0]
     if len(matches) == 2:
@@ -148,7 +150,8 @@ def _choose(
     if arch is None and Architecture.parse(name).shortcut == "A":
         plain = name.replace("resnet", "plain")
         remarks.append(
-            f"assuming {name}; for {plain}, whose tensors have the same shapes, use --arch {plain}"
+            f"assuming {name}; for {plain}, whose tensors have the same shapes, use "
+            f"{option('arch', plain)}"
         )
     expected = expected_tensors(name, state_dict.tensors)
     extra = [*state_dict.siblings, *(key for key in state_dict.tensors if key not in expected)]
@@ -174,21 +177,27 @@ def _resolve_constants(
 ) -> tuple[Constants, list[str]]:
     """Return mean and std from the arguments, the file or the defaults, and remarks."""
     remarks = []
-    for flag, given, in_file in (("--mean", mean, declared.mean), ("--std", std, declared.std)):
+    for name, given, in_file in (("mean", mean, declared.mean), ("std", std, declared.std)):
         if given and in_file and not all(map(math.isclose, given, in_file)):
-            remarks.append(f"using {flag} {given}, although {declared.file} declares {in_file}")
+            remarks.append(
+                f"using {option(name)} {given}, although {declared.file} declares {in_file}"
+            )
     mean, std = mean or declared.mean, std or declared.std
     if mean is None or std is None:
         constants, origin = defaults
         if constants is None:
-            raise UsageError(f"a model with {outputs} classes requires --mean and --std")
+            raise UsageError(
+                f"a model with {outputs} classes requires {option('mean')} and {option('std')}"
+            )
         mean, std = mean or constants[0], std or constants[1]
         remarks.append(
-            f"assuming mean {mean} and std {std} ({origin}); override with --mean and --std"
+            f"assuming mean {mean} and std {std} ({origin}); override with {option('mean')} and "
+            f"{option('std')}"
         )
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise UsageError(
-            f"--mean must be finite, and --std finite and positive, not {mean} and {std}"
+            f"{option('mean')} must be finite, and {option('std')} finite and positive, not {mean} "
+            f"and {std}"
         )
     return (mean, std), remarks
 
@@ -200,26 +209,28 @@ def _resolve_classes(
     if names:
         if len(names) != outputs or len(set(names)) != outputs:
             raise UsageError(
-                f"--classes has {len(set(names))} different names, but the model has {outputs} "
-                "outputs"
+                f"{option('classes')} has {len(set(names))} different names, but the model has "
+                f"{outputs} outputs"
             )
         if declared.classes and tuple(names) != declared.classes:
-            return tuple(names), [f"using --classes, although {declared.file} declares other names"]
+            return tuple(names), [
+                f"using {option('classes')}, although {declared.file} declares other names"
+            ]
         return tuple(names), []
     if declared.classes:
         if len(declared.classes) != outputs:
             raise RunError(
                 f"{declared.file} declares {len(declared.classes)} classes, but the model has "
-                f"{outputs} outputs; set the names with --classes"
+                f"{outputs} outputs; set the names with {option('classes')}"
             )
         return declared.classes, []
     if outputs == len(CIFAR10):
         return CIFAR10, []
     if outputs == len(CIFAR100):
-        return CIFAR100, ["assuming the classes of CIFAR-100; override with --classes"]
+        return CIFAR100, [f"assuming the classes of CIFAR-100; override with {option('classes')}"]
     raise UsageError(
-        f"the names of the {outputs} classes are unknown; set --classes to the names, a file with "
-        "one name per line, cifar10, cifar100, digits or a run"
+        f"the names of the {outputs} classes are unknown; set {option('classes')} to the names, a "
+        "file with one name per line, cifar10, cifar100, digits or a run"
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from resnet56.errors import RunError, one_line
+from resnet56.errors import RunError, one_line, option
 from resnet56.files import from_json, to_json, write_text
 from resnet56.locks import try_lock
 from resnet56.runs import schema
@@ -56,8 +56,8 @@ class RunDirectory:
         """Raise RunError if the directory cannot be used for a new run."""
         if self.checkpoint_file.exists():
             raise RunError(
-                f"{self.path} already contains a run; continue it with --resume or choose another "
-                "--out"
+                f"{self.path} already contains a run; continue it with {option('resume', True)} or "
+                f"choose another directory for {option('out')}"
             )
         try:
             others = sorted(entry.name for entry in self.path.iterdir())
@@ -65,8 +65,8 @@ class RunDirectory:
             return
         except OSError as error:  # such as a path that is a file
             raise RunError(
-                f"{self.path} cannot be a run directory: {error.strerror or error}; choose "
-                "another --out"
+                f"cannot use {self.path} as a run directory: {error.strerror or error}; choose "
+                f"another directory for {option('out')}"
             ) from None
         # Files of a run that was stopped before its first checkpoint may be overwritten.
         replaceable = (
@@ -80,11 +80,11 @@ class RunDirectory:
         if others:
             raise RunError(
                 f"{self.path} is not a run, but contains other files such as {others[0]}; choose "
-                "another --out"
+                f"another directory for {option('out')}"
             )
 
     def data_origin(self) -> str | None:
-        """Return the value of --data that loads the data of the run, or None if not recorded."""
+        """Return the value of --data for the data of the run, or None if it is not recorded."""
         environment = self.read_environment()
         return environment["data"]["origin"] if environment and "data" in environment else None
 
@@ -167,7 +167,7 @@ class RunDirectory:
         except OSError as error:
             raise RunError(
                 f"cannot write {self.metrics_file}: {error.strerror or error}; continue with "
-                "--resume"
+                f"{option('resume', True)}"
             ) from None
 
     def read_metrics(self) -> list[EpochMetrics]:

@@ -14,7 +14,7 @@ from resnet56.runs.pretrained import config_from_metadata
 MAX_CLASSES = 100_000  # of a classifier
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # standard file names, preferred first
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl"}
-ARCHS = r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?"  # architecture names of this package
+ARCH_PATTERN = r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?"  # architecture names of this package
 
 
 def has_weights(directory: Path) -> bool:
@@ -26,8 +26,8 @@ def find_weights(directory: Path) -> Path:
     """Return the weight file in a hub directory.
 
     Raises:
-        RunError: the directory cannot be read, or it contains no weight file or several of which
-            none has a standard name.
+        RunError: the directory cannot be read, contains no weight file, or contains several files
+            without a standard name.
     """
     files = _weight_files(directory)
     standard = [file for name in WEIGHT_FILES for file in files if file.name == name]
@@ -53,7 +53,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class DeclaredConfig:
-    """The configuration of a model, as far as its file or config.json declares it."""
+    """The part of a model's configuration that its file or config.json declares."""
 
     arch: str | None = None
     classes: tuple[str, ...] | None = None
@@ -96,9 +96,9 @@ def _read_config(file: Path) -> DeclaredConfig:
     inner = config.get("pretrained_cfg")  # timm
     merged = {**config, **(inner if isinstance(inner, dict) else {})}
     arch = merged.get("architecture")
-    if not isinstance(arch, str) or not re.fullmatch(ARCHS, arch):
+    if not isinstance(arch, str) or not re.fullmatch(ARCH_PATTERN, arch):
         arch = None
-    # In other projects, "resnet56" can have projection shortcuts. The shapes determine the type.
+    # In other projects, "resnet56" can have other shortcuts, so the shapes determine the name.
     if "mean" not in config or "id2label" not in config:
         arch = None
     return DeclaredConfig(

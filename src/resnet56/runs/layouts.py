@@ -34,7 +34,7 @@ class Layout:
 
 
 def _one_based(form: str) -> Callable[[re.Match[str]], str]:
-    """Return a replacement for `Layout.rules` that converts one-based block numbers to zero-based.
+    """Return a replacement for `Layout.rules` that subtracts 1 from one-based block numbers.
 
     The match groups are the stage and the block.
     """

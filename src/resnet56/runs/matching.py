@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet56.errors import abbreviate, one_line
+from resnet56.errors import abbreviate, one_line, option
 from resnet56.model import WIDTHS, Architecture, ResNet
 from resnet56.runs.hub import MAX_CLASSES
 from resnet56.runs.tensor_files import StoredTensor
@@ -35,13 +35,13 @@ def matching_arch(tensors: StoredTensors, arch: str | None = None) -> str | None
 
 
 def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> str:
-    """Explain why the tensors of a file match no architecture, or not the given one."""
+    """Explain why the tensors of a file match no architecture, or do not match `arch` if set."""
     if special := [key for key, tensor in tensors.items() if not tensor.plain]:
         names = abbreviate(special)
         return f"{file} contains sparse, quantized, complex or meta tensors: {names}"
     if arch is not None:
         other = matching_arch(tensors)
-        hint = f"; it matches --arch {other}" if other else ""
+        hint = f"; it matches {option('arch', other)}" if other else ""
         return f"{file} does not match {arch}: {'; '.join(_mismatches(tensors, arch))}{hint}"
     stages = {match[1] for key in tensors if (match := re.match(r"stage(\d)\.", key))}
     stem = tensors["conv1.weight"].shape
@@ -59,12 +59,12 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
 
 
 def expected_tensors(arch: str, tensors: StoredTensors) -> dict[str, Tensor]:
-    """Return the state dict of an architecture on the meta device, with as many outputs."""
+    """Return the state dict of an architecture, with the same outputs, on the meta device."""
     return _expected(arch, num_outputs(tensors))
 
 
 def num_outputs(tensors: StoredTensors) -> int:
-    """Return the number of outputs: the size of the bias of the classifier, or 10 if invalid."""
+    """Return the number of outputs, the size of the classifier's bias, or 10 if it is invalid."""
     bias = tensors.get("fc.bias")
     if bias is None or len(bias.shape) != 1 or not 1 < bias.shape[0] <= MAX_CLASSES:
         return 10

@@ -100,7 +100,7 @@ def config_to_metadata(config: ModelConfig) -> dict[str, str]:
 
 
 def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
-    """Convert metadata from `config_to_metadata` back. Raises ValueError if they are invalid."""
+    """Convert the result of `config_to_metadata` back. Raises ValueError for invalid metadata."""
     if metadata.get("format") not in ("1", "pt"):  # hub libraries require "pt"
         raise ValueError(f"format {metadata.get('format')!r} is not supported by this version")
     try:
@@ -111,7 +111,7 @@ def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
         raise ValueError("a value is nested too deeply") from None
     arch, classes = values["arch"], values["classes"]
     if not isinstance(arch, str) or not arch:
-        raise ValueError("arch is not a name")
+        raise ValueError("arch is not a non-empty string")
     if not isinstance(classes, list) or not all(isinstance(c, str) and c for c in classes):
         raise ValueError("classes is not a list of names")
     if len(set(classes)) != len(classes) or len(classes) < 2:

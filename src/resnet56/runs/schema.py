@@ -91,7 +91,7 @@ class Environment(TypedDict, total=False):
 
 
 class EpochMetrics(TypedDict):
-    """A line of metrics.jsonl: one epoch."""
+    """One line of metrics.jsonl: the metrics of an epoch."""
 
     epoch: PositiveInt  # number of the epoch, starting at 1
     step: Count  # training steps since the start of the run
@@ -100,7 +100,7 @@ class EpochMetrics(TypedDict):
     train_accuracy: Fraction  # mean over the epoch's augmented images
     images_per_second: NonNegative  # training throughput
     seconds: NonNegative  # training time of the epoch
-    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB; of the GPU if one is used
+    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (of the GPU, if it is used)
     val_loss: NotRequired[Loss]  # on the validation set
     val_accuracy: NotRequired[Fraction]  # on the validation set
     test_loss: NotRequired[Loss]  # on the test set, with --test-every-epoch
@@ -187,7 +187,7 @@ class Speed(TypedDict):
 
     batch_1: BatchSpeed  # with batch size 1
     batch_256: BatchSpeed  # with batch size 256
-    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB; of the GPU if one is used
+    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (of the GPU, if it is used)
 
 
 class Robustness(TypedDict):
@@ -236,8 +236,8 @@ class Comparison(TypedDict):
     a: Text  # first device or precision
     b: Text  # second device or precision
     images: PositiveInt  # number of test images
-    accuracy_a: Fraction  # test accuracy with a
-    accuracy_b: Fraction  # test accuracy with b
+    accuracy_a: Fraction  # test accuracy of `a`
+    accuracy_b: Fraction  # test accuracy of `b`
     changed: Count  # number of images whose predicted class differs
     median_difference: NonNegative  # median absolute difference between the logits
     largest_difference: NonNegative  # largest absolute difference between the logits

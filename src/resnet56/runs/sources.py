@@ -58,7 +58,10 @@ def import_model(
     classes: Sequence[str] = (),
     prefix: str | None = None,
 ) -> "ImportedModel":
-    """Open a model like `open_model`, or convert a file of another project (see `convert.read`)."""
+    """Open a model as `open_model` does, or convert a file of another project.
+
+    See `convert.read` for the arguments and the errors.
+    """
     from resnet56.runs import convert
 
     source = _open_own(name_or_path)
@@ -92,12 +95,12 @@ def _open_own(name_or_path: StrPath) -> Source | None:
 
 
 def _find_run(path: Path) -> RunDirectory | None:
-    """Return the run of a run directory, of its checkpoint directory, or of a file in the latter.
+    """Return the run that a path belongs to, or None.
 
-    Returns None if the path does not belong to a run.
+    The path can be a run directory, its checkpoint directory, or a file in the latter.
 
     Raises:
-        RunError: the path is a file in the checkpoint directory, but not its weights.
+        RunError: the path is a file in the checkpoint directory without the weights of the model.
     """
     if RunDirectory(path).checkpoint_file.exists():
         return RunDirectory(path)

@@ -20,7 +20,7 @@ _AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged", "averaging", "pol
 
 @dataclass(frozen=True)
 class StateDict:
-    """The tensors of a possible ResNet in a file."""
+    """A state dict in a file that can belong to a ResNet."""
 
     path: str  # path inside the file, such as "model_ema.module"
     layout: Layout
@@ -31,7 +31,7 @@ class StateDict:
 
 
 def find_state_dicts(contents: Contents) -> list[StateDict]:
-    """Return the state dicts in a file, outer ones first. Aliases of one state dict are omitted."""
+    """Return the distinct state dicts in a file, outermost first."""
     found = [
         state_dict
         for path, container in _containers(contents.tree)
@@ -48,7 +48,7 @@ def find_state_dicts(contents: Contents) -> list[StateDict]:
 
 
 def _containers(tree: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield the path and the content of every mapping in nested containers, outer ones first."""
+    """Yield the path and the content of every mapping in nested containers, outermost first."""
     level: list[tuple[str, object]] = [("", tree)]
     seen: set[int] = set()
     for _ in range(MAX_DEPTH):

@@ -1,8 +1,8 @@
 """Read tensor files without running code. The content of a file determines its format.
 
 The supported formats are those of `torch.save` (since 2017), safetensors, and the ONNX files that
-this package exports. Opening a file reads only names and shapes, and values are read on demand. A
-file cannot make this module allocate more memory than the size of the file.
+this package exports. Opening a file reads only names and shapes. Values are read on demand. Reading
+a tensor never allocates more memory than the size of its file.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from resnet56.data.pickles import (
 from resnet56.errors import MissingExtraError, RunError, one_line
 from resnet56.runs.pretrained import HEAD, has_onnx_header
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # first object in files that PyTorch wrote before version 1.6
+_MAGIC = 0x1950A86A20F9469CFC6C  # first object in files from before PyTorch 1.6
 _BN_EPS = 1e-5
 
 # Signatures of other formats that users may pass by mistake.
@@ -42,7 +42,7 @@ _OTHERS = (
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it first"),
     (b"7z\xbc\xaf", "is a 7z archive; unpack it first"),
     (b"Rar!", "is a RAR archive; unpack it first"),
-    (b"\x89HDF", "is an HDF5 file, such as Keras writes; only PyTorch weights are supported"),
+    (b"\x89HDF", "is an HDF5 file, for example from Keras; only PyTorch weights are supported"),
     (b"\x93NUMPY", "is a NumPy array; choose a state dict written by torch.save or safetensors"),
     (b"{", "is JSON text, not a checkpoint; choose the weight file"),
 )
@@ -216,7 +216,7 @@ class _RebuildParameter(_Rebuild):
 
 
 class _RebuildSubclass(_Rebuild):
-    """Stands in for the functions that rebuild tensor subclasses with another such function."""
+    """Stands in for the functions that convert the result of another function to a subclass."""
 
     def __new__(cls, make: Any, _type: object, arguments: tuple[Any, ...], *_: object) -> Any:
         if not (isinstance(make, type) and issubclass(make, _Rebuild)):
@@ -314,7 +314,7 @@ class _TorchPickle:
 
 
 def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
-    """Read a zip archive with a pickle and one entry per storage, as written since PyTorch 1.6."""
+    """Read the zip format of PyTorch 1.6 and later: a pickle, and one entry per storage."""
     names = set(archive.namelist())
     index = next((name for name in names if name.split("/")[1:] == ["data.pkl"]), None)
     if index is None:
@@ -353,7 +353,7 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
 
 
 def _legacy(stream: BinaryIO, size: int) -> Contents:
-    """Read pickles followed by the storages, as written before PyTorch 1.6, or a single pickle."""
+    """Read a single pickle, or the format of older PyTorch versions: pickles, then storages."""
     offsets: dict[object, int] = {}
 
     def raw(storage: _Storage) -> bytearray:
@@ -370,7 +370,7 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
     loader.load(stream)  # system information
     tree = loader.load(stream)
     for key in loader.load(stream):
-        stream.seek(8, io.SEEK_CUR)  # the count, already known from the pickle
+        stream.seek(8, io.SEEK_CUR)  # skip the count, which the pickle also contains
         offsets[key] = stream.tell()
         stream.seek(loader.storages[key].size, io.SEEK_CUR)
     return loader.contents(tree)

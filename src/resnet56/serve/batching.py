@@ -21,7 +21,7 @@ class Predictor(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of its C outputs."""
+        """Names of the C classes."""
 
     def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """Return logits (N, C) and class activation maps (N, C, 8, 8) of (N, 3, 32, 32) images."""
@@ -42,7 +42,7 @@ class Batcher:
             per image. A batch of 64 took twice as long per image, because its activations do not
             fit in the caches.
         max_wait: seconds to wait for more images, without blocking the event loop.
-        on_batch: called with the number of images of each batch.
+        on_batch: called with the number of images in each batch.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Batcher:
         self.executor.shutdown()
 
     async def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Run the images in a batch with others, and return their result of `Predictor.run`."""
+        """Run the images, in a batch with others, and return their logits and maps."""
         job = _Job(images, asyncio.get_running_loop().create_future())
         self.pending.add(job.result)
         try:

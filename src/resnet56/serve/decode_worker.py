@@ -1,7 +1,7 @@
 """Decode images in a subprocess of the server: python -m resnet56.serve.decode_worker ...
 
-The process reads requests from stdin and writes responses to stdout until stdin ends. If a decoder
-hangs or crashes, it affects only this process, and the server replaces the process.
+The process reads requests from stdin and writes responses to stdout until stdin ends. A decoder
+that hangs or crashes affects only this process, and the server replaces the process.
 
     request:   length of the name, length of the file (REQUEST), name, file
     response:  status, length (RESPONSE), then (3, 32, 32) bytes or an error message
@@ -74,7 +74,7 @@ def _load_decoders() -> None:
 
 
 def _limit_resources(memory: int) -> None:
-    """Limit additional memory, and prevent writing files and core dumps. No effect on Windows."""
+    """Limit additional memory, and forbid files and core dumps. Does nothing on Windows."""
     try:
         import resource
     except ImportError:

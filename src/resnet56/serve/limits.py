@@ -11,7 +11,7 @@ from resnet56.data.images import BROWSER_FORMATS
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that protect the server from mistakes and attacks. Normal requests are well below."""
+    """Limits that protect the server. Normal requests stay well below them."""
 
     images: int = 32  # per request
     pixels: int = 25_000_000  # per image; more than phone cameras produce by default

@@ -72,7 +72,7 @@ class ResponseMiddleware:
 class CrossSiteMiddleware:
     """Rejects requests that browsers send on behalf of pages on other sites.
 
-    A form on any page can upload a file to a server on the machine of the visitor. Current browsers
+    A form on any page can upload a file to a server on the visitor's machine. Current browsers
     report the origin of a request in Sec-Fetch-Site, and older ones in Origin. Other clients send
     neither. GET requests are allowed, because browsers do not show the responses to other sites.
     """

@@ -45,7 +45,9 @@ class PredictResponse(BaseModel):
     """The predictions for a request."""
 
     model: str = Field(description="Name of the model.", examples=["resnet56"])
-    predictions: list[Prediction] = Field(description="One per image, in the order of the request.")
+    predictions: list[Prediction] = Field(
+        description="One prediction per image, in the order of the request."
+    )
 
 
 class HealthResponse(BaseModel):

@@ -24,11 +24,11 @@ from resnet56.serve.limits import Limits
 
 IDLE_SECONDS = 10.0  # time that a connection can stay open without a complete request
 MAX_CONNECTIONS = 600  # reduced if the process can open only a few files
-# Files other than connections: pipes of the decoders and a replacement, and of the event loop.
+# Files other than connections: the pipes of the decoders, of a replacement and of the event loop.
 RESERVED_FILES = 24
 MIN_CONNECTION_FILES = 16
 BACKLOG = 128  # maximum number of connections that wait to be accepted
-EXIT_SECONDS = 5.0  # time after the drain time until the process exits in any case
+EXIT_SECONDS = 5.0  # grace period after the drain time
 
 
 class Stopped(BaseException):
@@ -138,7 +138,7 @@ def serve(
     )
     config.max_connections = connections
     server = _Server(config)
-    for name in ("uvicorn.error", "asyncio", "python_multipart"):  # they log errors of clients
+    for name in ("uvicorn.error", "asyncio", "python_multipart"):  # they log invalid requests
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def announce() -> None:
@@ -187,21 +187,21 @@ def _connection_limits() -> tuple[int, int]:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises UsageError if the address is not available."""
     if not 0 <= port <= 65535:
-        raise UsageError(f"--port must be from 0 to 65535, not {port}")
+        raise UsageError(f"the port must be from 0 to 65535, not {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
     except UnicodeError:  # a label of the name is empty or too long
-        raise UsageError(f"--host {escape(host)}: not a valid host name") from None
+        raise UsageError(f"{escape(host)} is not a valid host name") from None
     except socket.gaierror as error:
-        raise UsageError(f"--host {host}: {error.strerror}") from None
+        raise UsageError(f"cannot resolve the host name {host}: {error.strerror}") from None
     except OSError as error:
         # The message also contains the address: "Address already in use (...)".
         reason = str(error.strerror).partition(" (")[0]
         raise UsageError(
-            f"cannot listen on {host} port {port}: {reason}; choose another --port"
+            f"cannot listen on {host} port {port}: {reason}; choose another port"
         ) from None
 
 
