@@ -1,7 +1,7 @@
-"""MkDocs hook: show the notebooks in docs/ as pages, with their stored outputs.
+"""MkDocs hook that shows the notebooks in docs/ as pages, with their stored outputs.
 
-A notebook becomes Markdown, so that its page has the theme, the search and the link checks of the
-site. Nothing is executed; `tools/notebooks.py` stores the outputs. `mkdocs.yml` names this file.
+The hook converts each notebook to Markdown, so that its page has the theme, the search and the link
+checks of the site. It does not run the notebooks. `tools/notebooks.py` stores their outputs.
 """
 
 import base64
@@ -15,15 +15,15 @@ from mkdocs.structure.files import File, Files
 
 
 class NotebookPage(File):
-    """A page whose source is a notebook. Links to the .ipynb file lead to the page."""
+    """A page whose source is a notebook. Links to the .ipynb file open the page."""
 
     def is_documentation_page(self) -> bool:
-        """Return True: this file is a page, not an asset."""
+        """Return True, because this file is a page and not an asset."""
         return True
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Replace each notebook by a page, and add the images in its outputs."""
+    """Replace each notebook with a page, and add the images in its outputs."""
     for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
         page = NotebookPage(
             file.src_uri, config.docs_dir, config.site_dir, config.use_directory_urls
@@ -38,13 +38,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Copy the notebooks beside their pages, for download."""
+    """Copy the notebooks to the site for download."""
     for path in Path(config.docs_dir).rglob("*.ipynb"):
         shutil.copyfile(path, config.site_dir / path.relative_to(config.docs_dir))
 
 
 def to_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
-    """Return the Markdown of a notebook, and the images that it refers to by name."""
+    """Return the Markdown of a notebook and its images, by file name."""
     parts: list[str] = []
     images: dict[str, bytes] = {}
     for cell in nbformat.read(path, as_version=4).cells:

@@ -1,10 +1,10 @@
-"""Run the tutorial notebooks, and store them with their outputs.
+"""Run the tutorial notebooks and store their outputs.
 
     python tools/notebooks.py                                     # all
     python tools/notebooks.py docs/tutorials/build-and-train.ipynb
 
-A notebook is stored only if it runs without errors. Times, speeds, versions and the name of the
-kernel are not stored, so that running a notebook twice on the same machine gives the same file.
+The tool writes a notebook only if it runs without errors. It does not store times, speeds, versions
+and the name of the kernel, so that two runs on the same machine give the same file.
 """
 
 import os
@@ -49,14 +49,14 @@ def run(path: Path, directory: Path) -> Any:
         resources={"metadata": {"path": str(directory)}},
         config=Config(KernelManager={"transport_encryption": "auto"}),  # otherwise, it warns
     )
-    # The rounding depends on the number of threads. The settings of the user are not read.
+    # Rounding depends on the number of threads. The directory hides IPython settings of the user.
     variables = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(directory / ".ipython")}
     client.execute(env={**os.environ, **variables})
     return normalized(notebook)
 
 
 def normalized(notebook: Any) -> Any:
-    """Return a notebook without what differs between machines and editors."""
+    """Remove content that differs between machines or editors, and return the notebook."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         kept = {key: cell.metadata[key] for key in ("alt", "tags") if key in cell.metadata}
@@ -70,7 +70,7 @@ def normalized(notebook: Any) -> Any:
 
 
 def main() -> None:
-    """Run the notebooks named on the command line, or all."""
+    """Run the notebooks on the command line, or all notebooks by default."""
     for path in map(Path, sys.argv[1:]) if sys.argv[1:] else paths():
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
