@@ -4,7 +4,7 @@
     python tools/notebooks.py docs/tutorials/build-and-train.ipynb
 
 The tool writes a notebook only if it runs without errors. It does not store times, speeds, versions
-and the name of the kernel, so that two runs on the same machine give the same file.
+or the name of the kernel, so that two runs on the same machine give the same file.
 """
 
 import os
