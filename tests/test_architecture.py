@@ -86,10 +86,24 @@ ARROWS: dict[str, set[str]] = {
         "model", "recipe", "runtime",
     },
     # training and prediction
+    "training.setup": {
+        "data.augment", "data.batches", "data.dataset", "distillation", "distributed", "errors",
+        "model", "recipe", "runs.checkpoint", "runs.schema", "runs.sources", "runtime", "step",
+    },
+    "training.final_weights": {"data.dataset", "ema", "evaluation", "model", "training.setup"},
+    "training.record": {
+        "data.dataset", "errors", "files", "recipe", "runs.checkpoint", "runs.directory",
+        "runs.schema", "runtime", "training.setup",
+    },
+    "training.loop": {
+        "cadence", "data.dataset", "distributed", "errors", "progress", "recipe",
+        "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "step", "threads",
+        "training.final_weights", "training.record", "training.setup",
+    },
     "training": {
-        "cadence", "data.augment", "data.batches", "data.dataset", "distillation", "distributed",
-        "ema", "errors", "evaluation", "files", "model", "progress", "recipe", "runs.checkpoint",
-        "runs.directory", "runs.schema", "runs.sources", "runtime", "step", "threads",
+        "cadence", "data.dataset", "distributed", "errors", "evaluation", "files", "progress",
+        "recipe", "runs.directory", "runs.schema", "runtime", "threads", "training.loop",
+        "training.record", "training.setup",
     },
     "predict": {
         "data.augment", "data.images", "errors", "files", "inference", "libraries", "metrics",

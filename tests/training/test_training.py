@@ -167,6 +167,7 @@ KILLED_RUN = """
     from pathlib import Path
     from resnet56 import cadence, training
     from resnet56.runs.directory import RunDirectory
+    from resnet56.step import Trainer
     recipe, dataset, out, step, moment = pickle.loads(sys.stdin.buffer.read())
     cadence.SAVE_EVERY = 0.0
 
@@ -174,8 +175,8 @@ KILLED_RUN = """
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     if moment == "in a step":
-        original_step = training.Trainer.step
-        training.Trainer.step = lambda self, *args: (
+        original_step = Trainer.step
+        Trainer.step = lambda self, *args: (
             die() if args[-1] + 1 == step else original_step(self, *args)
         )
     elif moment == "while saving":
@@ -499,11 +500,12 @@ RANK = """
     from pathlib import Path
     from resnet56 import cadence, training
     from resnet56.step import Trainer
+    from resnet56.training.loop import TrainingLoop
     job = pickle.loads(Path(sys.argv[1]).read_bytes())
     first = os.environ["RANK"] == "0"
     cadence.READ_LOSS_EVERY = 2
     cadence.SAVE_EVERY = 0.0 if first else 1e9
-    original_step, save = Trainer.step, training.TrainingLoop.save
+    original_step, save = Trainer.step, TrainingLoop.save
 
     def step_and_stop(self, *arguments):
         original_step(self, *arguments)
@@ -515,7 +517,7 @@ RANK = """
         saved.append(self.progress.step)
 
     saved = []
-    Trainer.step, training.TrainingLoop.save = step_and_stop, save_and_count
+    Trainer.step, TrainingLoop.save = step_and_stop, save_and_count
     try:
         training.train(
             job["recipe"], job["dataset"], job["out"], device="cpu", resume=job["resume"]

@@ -1,0 +1,82 @@
+"""Measure weights during training, and select the EMA of a run after its last epoch."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, channels_last
+
+from resnet56.data.dataset import Split
+from resnet56.ema import REESTIMATION_DECAY, REESTIMATION_IMAGES, reestimate_batch_norm
+from resnet56.evaluation import evaluate
+from resnet56.model import build
+from resnet56.training.setup import TrainingSetup
+
+
+def measure(
+    setup: TrainingSetup, name: str, split: Split, weights: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return the loss and accuracy of weights, as `NAME_loss` and `NAME_accuracy`.
+
+    Raises:
+        NotFiniteError: an output is not finite.
+    """
+    config = setup.config
+    model = build(config.arch, classes=len(config.classes)).to(setup.trainer.device)
+    model.load_state_dict(weights)
+    metrics = evaluate(model, split, config.classes, config.mean, config.std, setup.precision)
+    return {f"{name}_loss": metrics["loss"], f"{name}_accuracy": metrics["accuracy"]}
+
+
+def select_ema(
+    setup: TrainingSetup, last_epoch: int
+) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
+    """Select the EMA with the highest validation accuracy.
+
+    Args:
+        setup: the trainer with its EMAs, and the validation images.
+        last_epoch: index of the epoch whose images re-estimate batch norm statistics.
+
+    Returns:
+        The weights of the EMA, or None if there is no EMA; and metadata of the checkpoint.
+
+    Raises:
+        NotFiniteError: an output is not finite.
+    """
+    candidates: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
+    for ema in setup.trainer.emas:
+        reestimated = ema.decay > REESTIMATION_DECAY
+        weights = _reestimate(setup, ema.tensors, last_epoch) if reestimated else ema.tensors
+        metrics: dict[str, Any] = {"decay": ema.decay, "reestimated": reestimated}
+        if setup.validation is not None:
+            metrics |= measure(setup, "val", setup.validation, weights)
+        candidates.append((metrics, weights))
+    if not candidates:
+        return None, {}
+    # Ties are resolved by the loss. A single EMA needs no validation set.
+    best, selected = max(
+        candidates,
+        key=lambda pair: (pair[0].get("val_accuracy", 0), -pair[0].get("val_loss", 0)),
+    )
+    metadata = {
+        "ema_decay": best["decay"],
+        "ema_candidates": [metrics for metrics, _ in candidates],
+    }
+    return selected, metadata
+
+
+def _reestimate(
+    setup: TrainingSetup, weights: Mapping[str, Tensor], epoch: int
+) -> Mapping[str, Tensor]:
+    """Return `weights` with batch norm statistics computed on images of an epoch."""
+    model = build(setup.config.arch, classes=len(setup.config.classes))
+    model.to(setup.trainer.device, memory_format=channels_last)  # type: ignore[call-overload]
+    model.load_state_dict(weights)
+    # This runs in one process, on global batches.
+    batches = replace(setup.batches, rank=0, world_size=1)
+    count = math.ceil(REESTIMATION_IMAGES / batches.global_batch)
+    images = (images for images, _ in batches.epoch(epoch))
+    reestimate_batch_norm(model, itertools.islice(images, count), setup.precision)
+    return model.state_dict()
