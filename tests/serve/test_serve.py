@@ -695,9 +695,9 @@ def test_listen_errors() -> None:
         pytest.raises(UsageError, match=rf"127.0.0.1 port {port}: .*choose another port"),
     ):
         listen("127.0.0.1", port)
-    with pytest.raises(UsageError, match="--port must be from 0 to 65535"):
+    with pytest.raises(UsageError, match="the port must be from 0 to 65535"):
         listen("127.0.0.1", 99_999)
-    with pytest.raises(UsageError, match="--host no.such.name.invalid"):
+    with pytest.raises(UsageError, match="cannot resolve the host name no.such.name.invalid"):
         listen("no.such.name.invalid", 0)
-    with pytest.raises(UsageError, match=r"--host a\.\.b: not a valid host name"):
+    with pytest.raises(UsageError, match=r"a\.\.b is not a valid host name"):
         listen("a..b", 0)
