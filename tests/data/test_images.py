@@ -189,7 +189,7 @@ def test_large_jpegs_are_decoded_at_one_eighth_scale(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         Image, "MAX_IMAGE_PIXELS", 30_000
     )  # the image has more than four times as many
-    with pytest.raises(ImageError, match=r"more than the 30,000 allowed, .*--max-pixels"):
+    with pytest.raises(ImageError, match=r"more than the 30,000 allowed, .*MAX_IMAGE_PIXELS$"):
         read_image(content)
 
 

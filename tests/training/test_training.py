@@ -255,6 +255,20 @@ def test_resuming_records_the_new_location_of_the_data(
     assert RunDirectory(tmp_path / "run").data_origin() == "elsewhere"
 
 
+def test_ctrl_c_during_the_evaluation_says_how_to_evaluate(
+    tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("resnet56.training.evaluate_run", interrupt)
+        with pytest.raises(Interrupted, match="is trained; evaluate it with resume=True"):
+            train(small, tiny, out, device="cpu")
+    assert train(small, tiny, out, device="cpu", resume=True)["epoch"] == 3
+
+
 def test_resuming_a_finished_run_only_evaluates_it(uninterrupted: Path, tiny: Dataset) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     recipe = read(uninterrupted / "recipe.json")

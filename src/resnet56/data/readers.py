@@ -30,7 +30,7 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
     """Load a data set by name, or from a directory or an archive.
 
     The names are "digits", "cifar10" and "cifar100". CIFAR is downloaded if necessary. A directory
-    takes precedence over a data set with the same name.
+    takes precedence over a data set with the same name. `Dataset.remarks` reports unusual data.
 
     Args:
         data: a name, or a path as for `load_directory`.

@@ -45,7 +45,8 @@ def train(
     Args:
         recipe: the training configuration. Its batch size is the total over all processes.
         dataset: training and test images.
-        out: run directory. It must not exist, or with `resume` hold a run with the same recipe.
+        out: run directory. It must be empty or not exist. With `resume`, it must contain a run with
+            the same recipe.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: continue from the checkpoint in `out`.
         tensorboard: also write TensorBoard scalars to `out/tensorboard`.
@@ -53,16 +54,18 @@ def train(
             do not influence training.
         threads: number of CPU threads. By default, all cores that other programs leave free. This
             number is updated during training.
-        progress: whether to show the progress. By default, it is shown in a notebook, and on stderr
-            if that is a terminal. True also writes lines to stderr if it is not a terminal.
-        on_epoch: called after each epoch with its row of metrics.jsonl. The checkpoint has been
-            saved.
+        progress: whether to show the progress. By default, it is shown in notebooks and on
+            terminals. If True, lines are also written to stderr if it is not a terminal. The
+            command line passes its own display.
+        on_epoch: called after each epoch with its metrics, as in metrics.jsonl. The checkpoint has
+            already been saved.
 
     Returns:
         The content of evaluation.json. An empty dictionary if the rank is not 0.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM, a KeyboardInterrupt. A checkpoint has been written.
+        Interrupted: Ctrl-C or SIGTERM stopped training, and a checkpoint has been written. This is
+            a `KeyboardInterrupt`.
         TrainingError: the loss is not finite.
         RunError: `out` cannot be used or written.
         UsageError: the device is not available, or the validation set is too large.
