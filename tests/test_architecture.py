@@ -129,14 +129,15 @@ ARROWS: dict[str, set[str]] = {
     },
     "report.page": {
         "data.cifar", "report.pictures", "report.plots", "report.read", "report.recipe_words",
-        "report.story", "report.words",
+        "report.story", "report.words", "runs.schema",
     },
     "report.slides": {
         "recipe", "report.page", "report.plots", "report.read", "report.recipe_words",
         "report.story", "report.words", "runs.schema",
     },
     "report.comparison": {
-        "report.page", "report.plots", "report.read", "report.story", "report.words", "runs.schema",
+        "report.page", "report.plots", "report.read", "report.recipe_words", "report.story",
+        "report.words", "runs.schema",
     },
     "report": {
         "errors", "report.comparison", "report.page", "report.read", "report.render",

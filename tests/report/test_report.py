@@ -121,7 +121,7 @@ def test_a_plain_network_is_not_described_as_residual(tmp_path: Path) -> None:
         assert phrase not in plain.text
         assert phrase in residual.text
     markdown = write_report([runs[0]], format="md").read_text(encoding="utf-8")
-    assert "in basic blocks without shortcuts." in markdown
+    assert "It consists of basic blocks without shortcuts." in markdown
 
 
 def test_an_unfinished_run_is_reported_as_unfinished(tmp_path: Path) -> None:
@@ -145,11 +145,11 @@ def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
     assert "test-accuracy" not in page.by_id
     for comparison in parity:
         assert comparison["verdict"] not in page.text
-    assert "their predicted class" not in page.text  # nor their errors
+    assert "its predicted class" not in page.text  # nor their mistakes
     other = make_run(tmp_path / "other")
     compared = Page(write_report([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
     assert [row[1] for row in compared.tables["runs"][1:]] == ["other", "run"]
-    assert "no two tested runs" in compared.text
+    assert "No two tested runs" in compared.text
 
 
 def test_an_imported_run_suggests_an_evaluation(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_run_before_its_first_epoch_has_no_curves(tmp_path: Path) -> None:
     (run / "environment.json").unlink()
     page = page_of(run)
     assert "No epoch is finished yet" in page.text
-    assert "The run does not record its machine" in page.text
+    assert "The machine of this run was not recorded" in page.text
     assert "figure_1" not in " ".join(page.ids)
 
 
@@ -192,7 +192,7 @@ def test_class_names_with_markup_are_escaped(tmp_path: Path) -> None:
     recipe = replace(BEST, epochs=1)
     run = make_run(tmp_path / "run", recipe, EVIL, images=200, extras=True)
     page = page_of(run)
-    assert page.tags.count("script") == 1  # the script of the page itself
+    assert page.tags.count("script") == 3  # the scripts of the page itself
     assert page.tables["per-class"][1][0] == EVIL[0]
     assert page.tables["confusion"][2][0] == EVIL[1]
     titles = [value for tag, name, value in page.attributes if name == "title"]
@@ -217,6 +217,67 @@ def test_more_than_150_classes_get_a_confusion_chart(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run", classes=classes))
     assert "confusion" not in page.tables
     assert "confusion-figure_1" in page.ids
+
+
+def test_a_tested_page_says_what_to_say_in_a_meeting(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    environment = read_json(run / "environment.json")
+    environment["data"]["source"] = "CIFAR-10 (official split): 50,000 training images"
+    write_json(run / "environment.json", environment)
+    page = page_of(run)
+    sentences = page.by_id["meeting"]
+    share = read_json(run / "evaluation.json")["test"]["accuracy"]
+    assert f"ResNet-56 reaches {100 * share:.2f} % test accuracy" in sentences
+    assert "He et al. (2015) report 93.03 % for the same network" in sentences
+    other = make_run(tmp_path / "other", replace(BEST, arch="resnet56-bottleneck"))
+    assert "He et al." not in page_of(other).by_id["meeting"]
+    text = write_report([run], format="md").read_text(encoding="utf-8")
+    assert "## What to say about it in a meeting\n\n- ResNet-56 reaches" in text
+    untested = page_of(make_run(tmp_path / "untested", done=3, tested=False))
+    assert "meeting" not in untested.ids
+    assert "For a meeting" not in untested.text
+
+
+def test_only_fields_that_apply_are_shown(tmp_path: Path) -> None:
+    best = recipe_words.fields(BEST, flips=True)
+    assert {"schedule", "cutout", "flip", "ema_decay"} <= best.keys()
+    off = {"drop_epochs", "drop_factor", "sizes", "mix", "mix_alpha", "teacher_weight", "val_size"}
+    assert not off & best.keys()
+    step = recipe_words.fields(RECIPES["report"], flips=False)
+    assert step["drop_epochs"] == [10, 20, 30]
+    assert "flip" not in step
+    mixed = Recipe(mix="mixup", weak_augmentation_epochs=5, weight_decay=0)
+    shown = recipe_words.fields(mixed, flips=True)
+    assert (shown["mix_alpha"], shown["weak_augmentation_epochs"]) == (1.0, 5)
+    assert "decay_norm" not in shown
+    page = page_of(make_run(tmp_path / "run"))
+    assert "drop_epochs" not in page.by_id["recipe"]
+    assert "cosine" in page.by_id["recipe"]
+    runs = [make_run(tmp_path / name, RECIPES[name]) for name in ("best", "report")]
+    fields = content([read_run(run) for run in runs])["fields"]
+    assert fields["drop_epochs"] == ["\N{EN DASH}", "10, 20, 30"]
+    assert fields["cutout"] == ["16", "0"]
+
+
+def skeleton(page: str) -> list[str]:
+    """The headings, captions and notes of a page, and the fields of its recipe."""
+    found = re.findall(r"<(h2|h3|caption|summary)[^>]*>(.*?)</\1>", page)
+    found += re.findall(r'<p class="(note)[^>]*>(.*?)</p>', page)
+    recipe = page[page.index('id="recipe"') :].partition("</dl>")[0]
+    return [text for _, text in found] + re.findall("<dt>(.*?)</dt>", recipe)
+
+
+def test_the_example_is_of_today(tmp_path: Path) -> None:
+    """If this fails, run `python tools/example_report.py DIR`."""
+    docs = Path(__file__).parents[2] / "docs"
+    example = (docs / "example-report.html").read_text(encoding="utf-8")
+    run = make_run(tmp_path / "run", replace(BEST, epochs=120), extras=True)
+    evaluation = read_json(run / "evaluation.json")
+    evaluation["device"] = "cpu"
+    evaluation["robustness"]["images"] = 500
+    write_json(run / "evaluation.json", evaluation)
+    today = write_report([run]).read_text(encoding="utf-8")
+    assert skeleton(example) == skeleton(today)
 
 
 # What goes wrong
@@ -422,11 +483,11 @@ def test_errors_over_epochs_are_plotted(tmp_path: Path) -> None:
         assert list(line.get_ydata()) == pytest.approx(expected)
     text = write_report(runs, tmp_path / "after.md", format="md").read_text(encoding="utf-8")
     assert "Training error (dashed) and test error (solid)" in text
-    assert "it was not used to select an epoch or a setting" in text
+    assert "It does not influence training." in text
     held = [make_run(tmp_path / name, replace(BEST, val_size=500)) for name in "ab"]
     page = Page(write_report(held, tmp_path / "held.html").read_text(encoding="utf-8"))
     assert "Training error (dashed) and validation error (solid)" in page.text
-    assert "was not used to select" not in page.text
+    assert "does not influence training" not in page.text
 
 
 def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
@@ -445,7 +506,7 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     b = make_run(tmp_path / "2" / "run", classes=("a", "b"), images=100)
     page = Page(write_report([a, b], tmp_path / "c.html").read_text(encoding="utf-8"))
     assert "do not all use the same images" in page.text
-    assert "no two tested runs on the same images" in page.text
+    assert "No two tested runs use the same images" in page.text
     assert {row[1] for row in page.tables["runs"][1:]} == {str(a), str(b)}
     same = [make_run(tmp_path / name, images=100, fingerprint=name[0]) for name in ("ab", "ac")]
     other = make_run(tmp_path / "b", images=100, fingerprint="b")
@@ -639,7 +700,7 @@ def test_the_meeting_gets_five_sentences() -> None:
         "The most frequent error is “cat” classified as “dog” (100 images); “cat” has the lowest "
         "recall, 83.33 %.",
         "Training accuracy is 99.50 %, 9.50 points higher, so the network overfits: it fits almost "
-        "all training images.",
+        "all training images, but not new images equally well.",
         "Next, try stronger augmentation or more training images, and repeat the run with other "
         "seeds to measure how much the accuracy varies.",
     ]
@@ -818,6 +879,18 @@ onload = () => {
     const first = page.querySelector("#per-class tbody th");
     const { scrollWidth, clientWidth } = page.documentElement;
     found[frame.name] = [scrollWidth, clientWidth, first ? first.textContent : ""];
+    const cell = page.querySelector("#confusion button");
+    if (frame.name !== "full") continue;
+    const hint = page.getElementById("cell-hint");
+    const label = cell.getAttribute("aria-label");
+    const states = [cell.getAttribute("aria-pressed")];
+    cell.click();
+    states.push(cell.getAttribute("aria-pressed"));
+    const panel = page.getElementById("cell");
+    const images = [...panel.querySelectorAll("img")].map((image) => image.naturalWidth);
+    found.click = { hint: hint.hidden, label, states, text: panel.innerText, images };
+    cell.click();
+    found.click.closed = panel.innerText;
   }
   document.getElementById("w").textContent = JSON.stringify(found);
 };</script>"""
@@ -847,6 +920,7 @@ def test_no_page_scrolls_horizontally_on_a_phone(
     found = re.search(r'<p id="w">(.+?)</p>', done.stdout)
     assert found, done.stderr
     widths = json.loads(html.unescape(found[1]))
+    click = widths.pop("click")
     assert len(widths) == 3
     for name, (wide, inside, _) in widths.items():
         assert inside <= 390  # the scroll bar can take some width
@@ -856,6 +930,16 @@ def test_no_page_scrolls_horizontally_on_a_phone(
     assert widths["full"][2] == max(
         scores, key=lambda key: scores[key]["f1"]
     )  # the table was sorted
+    # A click on the first cell with mistakes shows the images of that cell.
+    matrix = read_json(full / "evaluation.json")["test"]["confusion_matrix"]
+    row, column = next((i, j) for i in range(10) for j in range(10) if i != j and matrix[i][j])
+    count, kept = matrix[row][column], samples(CIFAR)
+    shown = sum((kept["mistake_true"] == row) & (kept["mistake_predicted"] == column))
+    assert click["label"].startswith(f"true {CIFAR[row]}, predicted {CIFAR[column]}: {count} (")
+    assert (click["hint"], click["states"]) == (False, ["false", "true"])
+    assert click["text"].startswith(f"{CIFAR[row]} classified as {CIFAR[column]}: {count} image")
+    assert click["images"] == [32] * shown
+    assert click["closed"] == ""
 
 
 def test_long_names_of_runs_leave_room_for_the_curves(tmp_path: Path) -> None:

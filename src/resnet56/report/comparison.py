@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from resnet56.report import plots, story, words
+from resnet56.report import plots, recipe_words, story, words
 from resnet56.report.page import plain
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
 from resnet56.runs.schema import Metrics
 
+SECTIONS = [
+    ("results", "Results"),
+    ("differences", "Differences"),
+    ("seeds", "Seeds"),
+    ("recipes", "Recipes"),
+    ("curves", "Curves"),
+]
+NO_VALUE = "\N{EN DASH}"
 # Number of runs up to which all pairs are compared. With more runs, each is compared with the best.
 MAX_PAIRS = 5
 
@@ -63,6 +71,7 @@ def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
     pairs = differences(entries)
     return {
         "title": title(entries),
+        "sections": SECTIONS,
         "entries": entries,
         "fields": differing_fields(entries),
         "groups": seed_groups(entries),
@@ -90,7 +99,8 @@ def title(entries: Sequence[Entry]) -> str:
     runs = words.plural(len(entries), "run")
     if best is None:
         return f"{runs} compared, none of them tested"
-    return f"{runs} compared: the best reaches {words.percent(best['accuracy'])}"
+    accuracy = words.percent(best["accuracy"])
+    return f"{runs} compared: the best reaches {accuracy} test accuracy"
 
 
 def states(entries: Sequence[Entry]) -> list[str]:
@@ -126,13 +136,19 @@ def data_key(entry: Entry) -> tuple[Any, ...]:
 
 
 def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """Return the fields in which the recipes differ, with one value per entry."""
-    recipes = [entry.facts.recipe.to_json() for entry in entries]
-    return {
-        name: [plain(recipe[name]) for recipe in recipes]
-        for name in recipes[0]
-        if any(recipe[name] != recipes[0][name] for recipe in recipes)
+    """Return the fields in which the recipes differ, with one value per entry.
+
+    The value of a field that does not apply, such as mix_alpha without mixing, is a dash.
+    """
+    recipes = [entry.facts.recipe for entry in entries]
+    values = {
+        name: [
+            (recipe_words.applies(recipe, name) and plain(recipe.to_json()[name])) or NO_VALUE
+            for recipe in recipes
+        ]
+        for name in recipes[0].to_json()
     }
+    return {name: row for name, row in values.items() if len(set(row)) > 1}
 
 
 def seed_groups(entries: Sequence[Entry]) -> list[Group]:
@@ -191,7 +207,7 @@ def newcombe(a: tuple[float, float, float], b: tuple[float, float, float]) -> In
 def significance(pairs: Sequence[Difference]) -> str:
     """Summarize which differences are not significant."""
     if not pairs:
-        return "There are no two tested runs on the same images to compare."
+        return "No two tested runs use the same images, so there are no differences to show."
     unclear = [pair for pair in pairs if not pair.significant]
     if not unclear:
         return "Every difference shown is significant: no interval includes zero."

@@ -1,5 +1,7 @@
 """Content of the report of one run, for the templates."""
 
+import base64
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +12,9 @@ from resnet56.data.cifar import OFFICIAL
 from resnet56.report import pictures, plots, recipe_words, story, words
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import ModelFacts, RunFacts
+from resnet56.runs.schema import Evaluation
 
-MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 48  # images shown, to limit the file size
+MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 24  # images shown, to limit the file size
 # The parts of the conclusion, in order. Without a test, most of them are empty.
 PARTS = (
     *("state", "result", "gap", "trend", "classes", "confusions", "confidence"),
@@ -61,6 +64,9 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "title": title(facts),
         "arch": network_name(facts),
         "story": stories(facts),
+        "sections": sections(facts),
+        "evaluated": evaluated(facts.evaluation) if facts.evaluation else None,
+        "device": device(facts.evaluation["device"]) if facts.evaluation else None,
         "training_charts": training_charts(facts),
         "means": means(facts),
         "reliability": reliability(facts),
@@ -72,8 +78,14 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "mistakes": mistakes(facts),
         "recipe": recipe_table(facts),
         "system": system_table(facts.environment),
-        "machine": facts.environment.get("gpu") or facts.environment.get("processor"),
-        "command": facts.environment.get("command"),
+        "kept": kept_mistakes(facts),
+        "recipe_note": (
+            "Options that are off and fields that do not apply are omitted. The file recipe.json "
+            "contains all fields."
+        ),
+        "curves_note": curves_note(facts),
+        "machine": machine(facts.environment),
+        "command": command(facts.environment),
     }
 
 
@@ -95,6 +107,40 @@ def title(facts: ModelFacts) -> str:
     if facts.rows:
         return f"{arch} after {words.plural(facts.progress.epoch, 'epoch')}, not yet tested"
     return f"{arch}, before the end of its first epoch"
+
+
+def sections(facts: RunFacts) -> list[tuple[str, str]]:
+    """The table of contents: the id and the name of each section."""
+    meeting = [("meeting", "For a meeting")] if facts.test else []
+    return [
+        *meeting,
+        ("objective", "Objective"),
+        ("architecture", "Architecture"),
+        ("data", "Data"),
+        ("configuration", "Configuration"),
+        ("training", "Training"),
+        ("testing", "Testing"),
+        ("evaluation", "Evaluation"),
+        ("parity", "Devices"),
+        ("system", "System"),
+        ("conclusion", "Conclusion"),
+    ]
+
+
+def evaluated(evaluation: Evaluation) -> str:
+    """Which weights were evaluated, and how."""
+    weights = "EMA" if evaluation["weights"] == "ema" else "final"
+    decay = f" (decay {evaluation['ema_decay']:g})" if "ema_decay" in evaluation else ""
+    return (
+        f"The {weights} weights{decay} after epoch {evaluation['epoch']} (step "
+        f"{words.count(evaluation['step'])}) were evaluated in {evaluation['precision']} on "
+        f"{device(evaluation['device'])}. The images are normalized, but not augmented."
+    )
+
+
+def device(name: str) -> str:
+    """'cpu' -> 'the CPU'; 'cuda:0' -> 'cuda:0'."""
+    return "the CPU" if name == "cpu" else name
 
 
 def stories(facts: RunFacts) -> dict[str, list[str]]:
@@ -142,6 +188,17 @@ def published_accuracy(facts: RunFacts) -> float | None:
     """The accuracy in the paper of the same network on the same images, if there is one."""
     same_images = (facts.source or "").startswith(f"CIFAR-10 ({OFFICIAL})")
     return story.PUBLISHED.get(facts.config.arch) if same_images else None
+
+
+def curves_note(facts: RunFacts) -> str:
+    """How the training curves were measured."""
+    augmented = recipe_words.is_augmented(facts.recipe, flips=facts.flips)
+    on = "augmented images" if augmented else "images without augmentation"
+    note = f"Training loss and accuracy are averages over each epoch, on {on}, while the weights "
+    note += "change."
+    if facts.test:
+        note += " The dots show the evaluated weights on the test images."
+    return note
 
 
 def training_charts(facts: ModelFacts) -> list[Chart]:
@@ -210,8 +267,8 @@ def reliability(facts: RunFacts) -> Chart | None:
         return None
     calibration = facts.test["calibration"]
     alt = (
-        f"Accuracy against confidence in 15 bins; expected calibration error "
-        f"{calibration['ece']:.4f}, Brier score {calibration['brier']:.4f}."
+        f"Accuracy against confidence in {len(calibration['bins'])} bins; expected calibration "
+        f"error {calibration['ece']:.4f}, Brier score {calibration['brier']:.4f}."
     )
     return plots.reliability("reliability", calibration["bins"], alt)
 
@@ -302,9 +359,32 @@ def mistakes(facts: ModelFacts) -> list[Mistake]:
     return shown
 
 
+def kept_mistakes(facts: RunFacts) -> list[tuple[int, int, int, str, str]]:
+    """The mistakes that a click on a cell of the confusion matrix shows.
+
+    Returns:
+        For each mistake, by descending confidence: its true and predicted class, its index in the
+        test set, the confidence in percent, and the image as PNG in base64.
+    """
+    if facts.samples is None or not facts.test or len(facts.classes) > MAX_CELLS:
+        return []
+    samples = facts.samples
+    return [
+        (
+            int(samples.mistake_true[i]),
+            int(samples.mistake_predicted[i]),
+            int(samples.mistake_index[i]),
+            words.percent(float(samples.mistake_confidence[i])),
+            base64.b64encode(pictures.png(image)).decode("ascii"),
+        )
+        for i, image in enumerate(samples.mistakes)
+    ]
+
+
 def recipe_table(facts: RunFacts) -> dict[str, str]:
-    """Return the fields of the recipe as text."""
-    return {name: plain(value) for name, value in facts.recipe.to_json().items()}
+    """Return the fields of the recipe that apply to the run, as text."""
+    fields = recipe_words.fields(facts.recipe, flips=facts.flips)
+    return {name: plain(value) for name, value in fields.items()}
 
 
 def plain(value: Any) -> str:
@@ -316,6 +396,18 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(plain(item) for item in value)
     return str(value)
+
+
+def machine(environment: Mapping[str, Any]) -> str | None:
+    """The GPU, or the processor, without trademark signs."""
+    name = environment.get("gpu") or environment.get("processor")
+    return re.sub(r"\((R|TM)\)", "", name) if name else None
+
+
+def command(environment: Mapping[str, Any]) -> str | None:
+    """The command that started the run."""
+    recorded: str | None = environment.get("command")
+    return recorded and re.sub(r"^__main__\.py\b", "python -m resnet56", recorded)
 
 
 def system_table(environment: Mapping[str, Any]) -> dict[str, str]:
@@ -332,6 +424,7 @@ def system_table(environment: Mapping[str, Any]) -> dict[str, str]:
         ("system", "system", str),
         ("device", "device", str),
         ("precision", "precision", str),
+        ("execution", "execution mode", str),
         ("processes", "processes", str),
         ("python", "Python", str),
     )

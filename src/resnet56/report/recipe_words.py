@@ -1,6 +1,7 @@
-"""Descriptions of a recipe in sentences."""
+"""Descriptions of a recipe: sentences, and the fields that apply."""
 
 from itertools import groupby
+from typing import Any
 
 from resnet56.recipe import Recipe
 from resnet56.report.words import listed, plural
@@ -105,6 +106,46 @@ def _sizes(recipe: Recipe) -> list[str]:
         f"to {size} {TIMES} {size} for {plural(epochs, 'epoch')}" for size, epochs in runs
     ]
     return [f"At the start of training, images are downscaled {listed(downscaled)}."]
+
+
+def fields(recipe: Recipe, *, flips: bool) -> dict[str, Any]:
+    """Return the fields that affect the run, without options that are off.
+
+    Args:
+        recipe: the recipe.
+        flips: whether training images are flipped, which also depends on the data.
+    """
+    return {
+        name: value
+        for name, value in recipe.to_json().items()
+        if applies(recipe, name) and not (name == "flip" and recipe.flip and not flips)
+        if name not in OPTIONS or value not in (0, "none", [])  # 0 == False
+    }
+
+
+# Fields that turn something off with 0, False, "none" or an empty list.
+OPTIONS = (
+    *("nesterov", "warmup_epochs", "label_smoothing", "alternate_flip", "sizes", "cutout"),
+    *("trivial_augment", "mix", "ema_decay", "teacher", "teacher_random", "val_size"),
+)
+
+
+def applies(recipe: Recipe, name: str) -> bool:
+    """Whether a field has an effect, given the other fields."""
+    conditions = {
+        "drop_epochs": recipe.schedule == "step",
+        "drop_factor": recipe.schedule == "step"
+        and any(epoch < recipe.epochs for epoch in recipe.drop_epochs),
+        "decay_norm": recipe.weight_decay > 0,
+        "alternate_flip": recipe.flip,
+        "mix_alpha": recipe.mix != "none",
+        "mix_probability": recipe.mix != "none",
+        "weak_augmentation_epochs": bool(disabled_in_tail(recipe)),
+        "teacher_weight": bool(recipe.teacher),
+        "teacher_temperature": bool(recipe.teacher),
+        "teacher_random": len(recipe.teacher) > 1,
+    }
+    return conditions.get(name, True)
 
 
 def is_augmented(recipe: Recipe, *, flips: bool) -> bool:

@@ -328,7 +328,10 @@ def _gap_in_brief(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> s
     if difference < LARGE_GAP:
         return f"{numbers}, so there is little overfitting."
     if train["accuracy"] >= FITTED:
-        return f"{numbers}, so the network overfits: it fits almost all training images."
+        return (
+            f"{numbers}, so the network overfits: it fits almost all training images, but not new "
+            "images equally well."
+        )
     return f"{numbers}, so the network overfits, and it does not fit all training images either."
 
 
