@@ -276,7 +276,8 @@ def reliability(facts: RunFacts) -> Chart | None:
 def robustness(facts: RunFacts) -> Chart | None:
     """Accuracy under each corruption, where it was measured."""
     metrics = facts.evaluation.get("robustness") if facts.evaluation else None
-    corruptions = {k: v for k, v in metrics["corruptions"].items() if v} if metrics else {}
+    measured = metrics["corruptions"] if metrics else {}
+    corruptions = {story.spaced(name): values for name, values in measured.items() if values}
     if metrics is None or not corruptions:
         return None
     alt = f"Mean accuracy over all corruptions {words.percent(metrics['mean_accuracy'])}."

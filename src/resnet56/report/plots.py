@@ -400,7 +400,7 @@ def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) 
                 markersize=3,
                 zorder=3,
             )
-        axes.set_yticks(list(positions), [key.replace("_", " ") for key in order])
+        axes.set_yticks(list(positions), order)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 100)

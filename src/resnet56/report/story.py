@@ -235,14 +235,14 @@ def robustness(metrics: Mapping[str, Any] | None) -> list[str]:
     if means[worst] == means[mildest]:
         return [sentence]
     return [
-        f"{sentence} It is lowest for {quoted(spaced(worst))} ({percent(means[worst])}) and "
-        f"highest for {quoted(spaced(mildest))} ({percent(means[mildest])})."
+        f"{sentence} It is lowest for {spaced(worst)} ({percent(means[worst])}) and highest for "
+        f"{spaced(mildest)} ({percent(means[mildest])})."
     ]
 
 
 def spaced(name: str) -> str:
-    """'motion_blur' -> 'motion blur'."""
-    return name.replace("_", " ")
+    """'motion_blur' -> 'motion blur', 'gaussian_noise' -> 'Gaussian noise', 'jpeg' -> 'JPEG'."""
+    return name.replace("_", " ").replace("gaussian", "Gaussian").replace("jpeg", "JPEG")
 
 
 def hardware(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
