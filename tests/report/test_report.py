@@ -482,7 +482,9 @@ def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
     for link in links:
         assert (tmp_path / link).exists()
     assert "± " in text
-    assert re.search(r"^\| begun \|", text, flags=re.M)
+    assert re.search(r"^\| Field \|.* begun \|$", text, flags=re.M)
+    for lines in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        assert len({line.count("|") for line in lines.splitlines()}) == 1, lines
 
 
 def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -> None:
