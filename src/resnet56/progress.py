@@ -107,11 +107,10 @@ class TerminalOutput(Output):
                 transient=True,
                 redirect_stdout=sys.stdout.isatty(),  # rich must not change a file or a pipe
             )
-            self.bar.add_task("", total=1.0, text="")
-            self.bar.start()
-        self.bar.update(
-            self.bar.task_ids[0], description=escape_line(label), completed=fraction, text=text
-        )
+            self.bar.add_task("", total=1.0)
+        task = self.bar.task_ids[0]
+        self.bar.update(task, description=escape_line(label), completed=fraction, text=text)
+        self.bar.start()  # does nothing if the bar is already shown
 
     def end(self) -> None:
         """Remove the status."""
@@ -160,16 +159,17 @@ class NotebookOutput(Output):
 
     def content(self) -> dict[str, str]:
         """Return the content of the output, by MIME type."""
-        earlier = len(self.lines) - NOTEBOOK_LINES
         lines = self.lines[-NOTEBOOK_LINES:]
-        text = "\n".join([f"({earlier} earlier lines)", *lines] if earlier > 0 else lines)
+        if earlier := len(self.lines) - len(lines):
+            lines = [f"({earlier} earlier lines)", *lines]
         if self.state is None:
-            return {"text/plain": text}
+            return {"text/plain": "\n".join(lines)}
         label, fraction, numbers = self.state
         bar = f'<progress value="{fraction:.4f}"></progress>'
+        status = f"{escape(label)} {bar} {escape(numbers)}"
         return {
-            "text/plain": f"{text}\n{label}  {100 * fraction:.0f} %  {numbers}",
-            "text/html": f"<pre>{escape(text)}\n{escape(label)} {bar} {escape(numbers)}</pre>",
+            "text/plain": "\n".join([*lines, f"{label}  {100 * fraction:.0f} %  {numbers}"]),
+            "text/html": "<pre>" + "\n".join([*map(escape, lines), status]) + "</pre>",
         }
 
 
