@@ -83,6 +83,13 @@ def make_metrics(
     classes: tuple[str, ...], images: int, accuracy: float, seed: int = 0
 ) -> dict[str, Any]:
     """Metrics of synthetic logits with approximately this accuracy."""
+    return dict(compute_metrics(*make_predictions(classes, images, accuracy, seed), classes))
+
+
+def make_predictions(
+    classes: tuple[str, ...], images: int, accuracy: float, seed: int
+) -> tuple[Any, Any]:
+    """Synthetic logits with approximately this accuracy, and the labels."""
     generator = np.random.default_rng(seed)
     count = len(classes)
     labels = np.arange(images) % count
@@ -96,7 +103,7 @@ def make_metrics(
     logits = generator.normal(0, 1, (images, count))
     margin = np.where(wrong, generator.exponential(2, images), generator.exponential(7, images))
     logits[np.arange(images), predicted] = logits.max(axis=1) + margin
-    return dict(compute_metrics(logits, labels, classes))
+    return logits, labels
 
 
 def evaluation(
@@ -185,6 +192,8 @@ def make_run(
         if extras:
             evaluation |= {"speed": SPEED, "robustness": ROBUSTNESS}
         write_json(run.evaluation_file, evaluation)
+        logits, labels = make_predictions(classes, images, accuracy, seed)
+        run.write_predictions({"logits": logits, "labels": labels, "indices": np.arange(images)})
     if extras:
         write_json(path / "parity.json", PARITY)
         np.savez_compressed(path / "samples.npz", **samples(classes, seed))

@@ -114,6 +114,7 @@ ARROWS: dict[str, set[str]] = {
         "model", "predict", "runs.checkpoint", "runs.pretrained", "runs.schema",
     },
     # report
+    "significance": set(),
     "report.pictures": set(),
     "report.notebook": set(),
     "report.plots": {"libraries", "report.notebook"},
@@ -137,7 +138,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "report.comparison": {
         "report.page", "report.plots", "report.read", "report.recipe_words", "report.story",
-        "report.words", "runs.schema",
+        "report.words", "significance",
     },
     "report": {
         "errors", "report.comparison", "report.page", "report.read", "report.render",
@@ -175,7 +176,11 @@ ARROWS: dict[str, set[str]] = {
     # cli
     "cli": {"__init__", "errors"},
     "cli.arguments": {"errors"},
-    "cli.tables": {"errors", "progress"},
+    "cli.tables": {"errors", "progress", "report.words"},
+    "cli.compare": {
+        "cli.arguments", "cli.tables", "errors", "files", "report", "report.comparison",
+        "report.read",
+    },
     "cli.describe": {"cli.arguments", "cli.tables", "files", "model"},
     "cli.common": {"data.readers", "distributed", "errors", "progress"},
     "cli.data": {"cli.arguments", "data.readers", "errors"},

@@ -21,7 +21,7 @@ from resnet56.errors import RunError, UsageError
 from resnet56.files import read_json, write_json
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.report import plots, recipe_words, story, words, write_report
-from resnet56.report.comparison import content, newcombe
+from resnet56.report.comparison import content
 from resnet56.report.read import read_run
 from resnet56.report.render import escape_markdown, unbroken
 from resnet56.runs.directory import RunDirectory
@@ -149,7 +149,7 @@ def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
     other = make_run(tmp_path / "other")
     compared = Page(write_report([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
     assert [row[1] for row in compared.tables["runs"][1:]] == ["other", "run"]
-    assert "No two tested runs" in compared.text
+    assert "No difference can be tested." in compared.text
 
 
 def test_an_imported_run_suggests_an_evaluation(tmp_path: Path) -> None:
@@ -427,7 +427,15 @@ def test_a_comparison_ranks_runs_and_groups_seeds(
     seeds = [shares[f"seed-{i}"] for i in range(3)]
     mean, deviation = np.mean(seeds), np.std(seeds, ddof=1)
     group = page.tables["seed-groups"][1]
-    assert group[1:] == ["0, 1, 2", f"{100 * mean:.2f} % ± {100 * deviation:.2f} points"]
+    each = ", ".join(f"{100 * share:.2f} %" for share in seeds)
+    assert group[1:6] == [
+        "seed-0, seed-1, seed-2",
+        "0, 1, 2",
+        each,
+        f"{100 * mean:.2f} %",
+        f"{100 * deviation:.2f} points",
+    ]
+    assert f"the best group reaches {100 * mean:.2f} % test accuracy over 3 seeds" in page.text
     head, *differing = page.tables["fields"]
     assert head == ["Field", *ranked, "begun"]
     fields = {row[0]: row[1:] for row in differing}
@@ -435,11 +443,10 @@ def test_a_comparison_ranks_runs_and_groups_seeds(
         "9"
     ]
     assert "arch" not in fields
-    verdicts = {(row[0], row[1]): row[4] for row in page.tables["pairs"][1:]}
-    assert len(verdicts) == 6
-    assert verdicts[ranked[0], "he"] == "yes"
-    assert verdicts[ranked[0], ranked[1]] == "no"
-    assert f"Not significant, because the interval includes zero: {ranked[0]} and" in page.text
+    [pair] = page.tables["pairs"][1:]
+    assert pair[:2] == ["group 1", "he"]
+    assert (pair[4], pair[8]) == ("Student", "yes")
+    assert "A single run has no variance of its own." in page.text
 
 
 def test_errors_over_epochs_are_plotted(tmp_path: Path) -> None:
@@ -481,7 +488,8 @@ def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
     assert len(links) > 2
     for link in links:
         assert (tmp_path / link).exists()
-    assert "± " in text
+    assert "| 1 | seed-0, seed-1, seed-2 | 0, 1, 2 |" in text
+    assert "| Student |" in text
     assert re.search(r"^\| Field \|.* begun \|$", text, flags=re.M)
     for lines in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({line.count("|") for line in lines.splitlines()}) == 1, lines
@@ -492,9 +500,13 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     b = make_run(tmp_path / "2" / "run", classes=("a", "b"), images=100)
     page = Page(write_report([a, b], tmp_path / "c.html").read_text(encoding="utf-8"))
     assert "do not all use the same images" in page.text
-    assert "No two tested runs use the same images" in page.text
+    assert "No difference can be tested." in page.text
+    assert "2 runs on different data sets" in page.text
     assert {row[1] for row in page.tables["runs"][1:]} == {str(a), str(b)}
-    same = [make_run(tmp_path / name, images=100, fingerprint=name[0]) for name in ("ab", "ac")]
+    same = [
+        make_run(tmp_path / name, replace(BEST, lr=lr), images=100, fingerprint=name[0])
+        for name, lr in (("ab", 0.1), ("ac", 0.2))
+    ]
     other = make_run(tmp_path / "b", images=100, fingerprint="b")
     page = Page(write_report([*same, other], tmp_path / "e.html").read_text(encoding="utf-8"))
     assert "do not all use the same images" in page.text  # despite equal names
@@ -502,7 +514,7 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     c = make_run(tmp_path / "c", done=0, tested=False)
     d = make_run(tmp_path / "d", done=0, tested=False)
     page = Page(write_report([c, d], tmp_path / "d.html").read_text(encoding="utf-8"))
-    assert "none of them tested" in page.text
+    assert "none of them finished and tested" in page.text
     assert "All recipes are the same." in page.text
 
 
@@ -520,15 +532,6 @@ def test_runs_with_a_validation_set_are_ranked_by_it(tmp_path: Path) -> None:
         added = make_run(tmp_path / name, other)
         page = Page(write_report([*runs, added], tmp_path / "d.html").read_text(encoding="utf-8"))
         assert "validation accuracy:" not in page.text
-
-
-def test_newcombe_agrees_with_the_published_example() -> None:
-    """Newcombe 1998, table II, method 10: 56/70 - 48/80."""
-    from resnet56.metrics import wilson_interval
-
-    a, b = (56 / 70, *wilson_interval(56, 70)), (48 / 80, *wilson_interval(48, 80))
-    low, high = newcombe(a, b)
-    assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
 
 
 # Sentences

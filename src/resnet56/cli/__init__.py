@@ -28,6 +28,7 @@ COMMANDS = {
     "import": "convert a checkpoint of another project to a run",
     "export": "export a model to ONNX or to a model hub directory",
     "report": "write a report on a run, or a comparison of several runs",
+    "compare": "test whether the accuracies of runs differ by more than chance",
     "inspect": "measure gradients and responses of each layer",
     "describe": "print the layers, parameters and multiply-accumulates of a model",
     "bench": "benchmark training and inference against a standard loop",

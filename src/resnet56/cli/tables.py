@@ -1,6 +1,6 @@
 """Print metrics and model descriptions as tables on the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from resnet56.errors import escape, escape_line
 from resnet56.progress import percent
 
 if TYPE_CHECKING:
+    from resnet56.report.comparison import Difference, Group
     from resnet56.runs.schema import Comparison, Evaluation, Metrics
 
 
@@ -199,3 +200,40 @@ def show_inspection(inspection: dict[str, Any], images: int, data: str) -> None:
             "" if dead is None else percent(dead),
         )
     console.print(table)
+
+
+def show_run_comparison(
+    groups: "Sequence[Group]", differences: "Sequence[Difference]", title: str, notes: list[str]
+) -> None:
+    """Print the comparison of runs: a table of groups, a table of differences, and notes."""
+    from resnet56.report import words
+
+    console = Console(highlight=False)
+    console.print(escape_line(title), markup=False, soft_wrap=True)
+    table = _table("group", "runs", "seeds", "test accuracy", "mean", "95 % interval", left=2)
+    for group in groups:
+        interval = group.interval
+        table.add_row(
+            str(group.rank),
+            _cell(group.runs),
+            ", ".join(map(str, group.seeds)),
+            ", ".join(map(_percentage, group.accuracies)),
+            _percentage(group.mean),
+            f"{_percentage(interval[0])} to {_percentage(interval[1])}" if interval else "",
+        )
+    console.print(table)
+    if differences:
+        table = _table("difference in points", "", "95 % interval", "test", "p", "adjusted p")
+        for pair in differences:
+            low, high = pair.result.interval
+            table.add_row(
+                _cell(f"{pair.better.label} minus {pair.other.label}"),
+                f"{100 * pair.result.difference:+.2f}",
+                f"{100 * low:+.2f} to {100 * high:+.2f}",
+                pair.test,
+                words.p_value(pair.result.p_value),
+                words.p_value(pair.p_value),
+            )
+        console.print(table)
+    for note in notes:
+        console.print(escape_line(note), markup=False, soft_wrap=True)

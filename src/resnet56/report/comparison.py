@@ -1,4 +1,4 @@
-"""Content of the comparison of several runs, for the templates."""
+"""Comparison of several runs: groups of seeds, tests of their differences, and charts."""
 
 import math
 import statistics
@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from resnet56.report import plots, recipe_words, story, words
 from resnet56.report.page import plain
 from resnet56.report.plots import Chart, Line
-from resnet56.report.read import RunFacts
-from resnet56.runs.schema import Metrics
+from resnet56.report.read import RunFacts, read_predictions
+from resnet56.significance import (
+    LEVEL,
+    Interval,
+    Means,
+    Paired,
+    compare_means,
+    compare_predictions,
+    holm,
+    mean_interval,
+)
 
 SECTIONS = [
     ("results", "Results"),
@@ -21,10 +32,8 @@ SECTIONS = [
     ("curves", "Curves"),
 ]
 NO_VALUE = "\N{EN DASH}"
-# Number of runs up to which all pairs are compared. With more runs, each is compared with the best.
+# Number of groups up to which all pairs are compared. With more, each is compared with the best.
 MAX_PAIRS = 5
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -35,48 +44,104 @@ class Entry:
     label: str
     facts: RunFacts
 
-
-@dataclass(frozen=True)
-class Difference:
-    """Test accuracy of `better` minus that of `other`, with its 95 % interval, in [0, 1]."""
-
-    better: Entry
-    other: Entry
-    value: float
-    interval: Interval
-
     @property
-    def significant(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.interval[0] > 0 or self.interval[1] < 0
+    def accuracy(self) -> float:
+        """The test accuracy of a tested run."""
+        assert self.facts.test is not None
+        return self.facts.test["accuracy"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tested runs that differ only in their seed."""
+    """Finished and tested runs that differ only in their seed, by ascending seed."""
 
+    rank: int
     entries: tuple[Entry, ...]
-    mean: float  # of the test accuracies
-    deviation: float  # their sample standard deviation
+
+    @property
+    def label(self) -> str:
+        """The label of the run, or the number of the group if it has several runs."""
+        return self.entries[0].label if len(self.entries) == 1 else f"group {self.rank}"
+
+    @property
+    def runs(self) -> str:
+        """The labels of the runs."""
+        return ", ".join(entry.label for entry in self.entries)
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds in ascending order."""
-        return sorted(entry.facts.recipe.seed for entry in self.entries)
+        """The seed of each run."""
+        return [entry.facts.recipe.seed for entry in self.entries]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """The test accuracy of each run."""
+        return [entry.accuracy for entry in self.entries]
+
+    @property
+    def mean(self) -> float:
+        """The mean test accuracy."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def deviation(self) -> float | None:
+        """The sample standard deviation of the test accuracies, or None for one run."""
+        return statistics.stdev(self.accuracies) if len(self.entries) > 1 else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % confidence interval of the mean over seeds, or None for one run."""
+        return mean_interval(self.accuracies) if len(self.entries) > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference between the test accuracies of two groups, and its test.
+
+    Attributes:
+        better: the group with the higher mean.
+        other: the other group.
+        result: the result of the test. `better` is the first group.
+        p_value: p-value of the test, adjusted for the number of comparisons.
+    """
+
+    better: Group
+    other: Group
+    result: Means | Paired
+    p_value: float
+
+    @property
+    def test(self) -> str:
+        """The name of the test."""
+        if isinstance(self.result, Paired):
+            return "McNemar"
+        return "Student" if self.result.pooled else "Welch"
+
+    @property
+    def permutation_p_value(self) -> float | None:
+        """The p-value of the permutation test, or None without one."""
+        return None if isinstance(self.result, Paired) else self.result.permutation_p_value
+
+    @property
+    def significant(self) -> bool:
+        """Whether the adjusted p-value is below 0.05."""
+        return self.p_value < LEVEL
 
 
 def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
     """Return the content of the comparison of several runs."""
     entries = ranked(runs)
-    pairs = differences(entries)
+    grouped = groups(entries)
+    pairs = differences(grouped)
     return {
-        "title": title(entries),
+        "title": title(entries, grouped),
         "sections": SECTIONS,
         "entries": entries,
         "fields": differing_fields(entries),
-        "groups": seed_groups(entries),
+        "groups": grouped,
         "differences": pairs,
         "significance": significance(pairs),
+        "conclusions": conclusions(grouped, pairs),
         "state": states(entries),
         "charts": [*error_charts(entries), *charts(entries)],
         "test_recorded": any("test_accuracy" in row for e in entries for row in e.facts.rows),
@@ -93,14 +158,19 @@ def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
     ]
 
 
-def title(entries: Sequence[Entry]) -> str:
-    """Return the headline: the number of runs and the best result."""
-    best = entries[0].facts.test
+def title(entries: Sequence[Entry], grouped: Sequence[Group]) -> str:
+    """Return the headline: the number of runs, and the best group."""
     runs = words.plural(len(entries), "run")
-    if best is None:
-        return f"{runs} compared, none of them tested"
-    accuracy = words.percent(best["accuracy"])
-    return f"{runs} compared: the best reaches {accuracy} test accuracy"
+    if not grouped:
+        return f"{runs} compared, none of them finished and tested"
+    if len({data_key(entry) for entry in entries}) > 1:
+        return f"{runs} on different data sets"
+    best = grouped[0]
+    accuracy = words.percent(best.mean)
+    if len(best.entries) > 1:
+        seeds = words.plural(len(best.entries), "seed")
+        return f"{runs} compared: the best group reaches {accuracy} test accuracy over {seeds}"
+    return f"{runs} compared: the best reaches {accuracy} test accuracy with one seed"
 
 
 def states(entries: Sequence[Entry]) -> list[str]:
@@ -151,8 +221,12 @@ def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
     return {name: row for name, row in values.items() if len(set(row)) > 1}
 
 
-def seed_groups(entries: Sequence[Entry]) -> list[Group]:
-    """Group tested, finished runs that differ only in the seed, with the best run for each seed."""
+def groups(entries: Sequence[Entry]) -> list[Group]:
+    """Group finished, tested runs that differ only in their seed; the highest mean comes first.
+
+    A run that repeats the seed of another run with the same settings is not an independent sample.
+    Of such runs, the first is used.
+    """
     by_recipe: dict[tuple[Any, ...], dict[int, Entry]] = {}
     for entry in entries:
         facts = entry.facts
@@ -161,65 +235,108 @@ def seed_groups(entries: Sequence[Entry]) -> list[Group]:
             seedless = tuple((name, str(recipe[name])) for name in recipe if name != "seed")
             members = by_recipe.setdefault((seedless, data_key(entry)), {})
             members.setdefault(facts.recipe.seed, entry)
-    groups = []
-    for members in by_recipe.values():
-        if len(members) > 1:
-            shares = [
-                entry.facts.test["accuracy"] for entry in members.values() if entry.facts.test
-            ]
-            mean, deviation = statistics.fmean(shares), statistics.stdev(shares)
-            groups.append(Group(tuple(members.values()), mean, deviation))
-    return groups
+    found = [tuple(members[seed] for seed in sorted(members)) for members in by_recipe.values()]
+    found.sort(key=lambda group: -statistics.fmean(entry.accuracy for entry in group))
+    return [Group(rank, group) for rank, group in enumerate(found, start=1)]
 
 
-def differences(entries: Sequence[Entry]) -> list[Difference]:
-    """Return differences in test accuracy between all pairs, or to the best of many runs."""
-    tested = [entry for entry in entries if entry.facts.test]
-    pairs = list(combinations(tested, 2))
-    if len(tested) > MAX_PAIRS:
-        pairs = [(tested[0], other) for other in tested[1:]]
-    result = []
-    for better, other in pairs:
-        a, b = better.facts.test, other.facts.test
-        if a and b and data_key(better) == data_key(other):
-            interval = newcombe(_with_interval(a), _with_interval(b))
-            result.append(Difference(better, other, a["accuracy"] - b["accuracy"], interval))
-    return result
+def differences(grouped: Sequence[Group]) -> list[Difference]:
+    """Compare all pairs of groups, or each of many groups with the best.
 
+    The p-values are adjusted for the number of these comparisons. Pairs without a test are omitted:
+    groups on different data sets, and single runs without predictions.npz.
 
-def _with_interval(test: Metrics) -> tuple[float, float, float]:
-    low, high = test["accuracy_interval"]
-    return test["accuracy"], low, high
-
-
-def newcombe(a: tuple[float, float, float], b: tuple[float, float, float]) -> Interval:
-    """Return the 95 % interval of the difference of two proportions (Newcombe 1998, method 10).
-
-    Args:
-        a, b: proportion, and the lower and upper bound of its Wilson interval.
+    Raises:
+        RunError: the predictions of a run are damaged.
     """
-    difference = a[0] - b[0]
-    below = math.hypot(a[0] - a[1], b[2] - b[0])
-    above = math.hypot(a[2] - a[0], b[0] - b[1])
-    return max(-1.0, difference - below), min(1.0, difference + above)
+    pairs = list(combinations(grouped, 2))
+    if len(grouped) > MAX_PAIRS:
+        pairs = [(grouped[0], other) for other in grouped[1:]]
+    tested = [(a, b, result) for a, b in pairs if (result := _test(a, b)) is not None]
+    adjusted = holm([result.p_value for _, _, result in tested])
+    return [
+        Difference(a, b, result, p_value)
+        for (a, b, result), p_value in zip(tested, adjusted, strict=True)
+    ]
+
+
+def _test(first: Group, second: Group) -> Means | Paired | None:
+    """Test the difference between two groups. Return None if there is no test for it."""
+    a, b = first.entries[0], second.entries[0]
+    if data_key(a) != data_key(b):
+        return None
+    if len(first.entries) + len(second.entries) > 2:
+        return compare_means(first.accuracies, second.accuracies)
+    predictions = read_predictions(a.facts), read_predictions(b.facts)
+    if predictions[0] is None or predictions[1] is None:
+        return None
+    if not np.array_equal(predictions[0].labels, predictions[1].labels):
+        return None
+    return compare_predictions(predictions[0].correct, predictions[1].correct)
 
 
 def significance(pairs: Sequence[Difference]) -> str:
-    """Summarize which differences are not significant."""
+    """Summarize which differences are significant."""
     if not pairs:
-        return "No two tested runs use the same images, so there are no differences to show."
+        return (
+            "No difference can be tested. Two runs need the same test images and their "
+            "predictions.npz."
+        )
     unclear = [pair for pair in pairs if not pair.significant]
+    if len(pairs) == 1:
+        if unclear:
+            return "The difference is not significant (p \N{GREATER-THAN OR EQUAL TO} 0.05)."
+        return "The difference is significant (p < 0.05)."
     if not unclear:
-        return "Every difference shown is significant: no interval includes zero."
+        return "Every difference shown is significant (adjusted p < 0.05)."
     if len(unclear) == len(pairs):
-        return "No difference shown is significant: every interval includes zero."
+        return "No difference shown is significant (adjusted p \N{GREATER-THAN OR EQUAL TO} 0.05)."
     named = [f"{pair.better.label} and {pair.other.label}" for pair in unclear]
     if len(named) > 3:
-        return (
-            f"Not significant, because their intervals include zero: {len(named)} of the "
-            f"{len(pairs)} differences."
+        return f"{len(named)} of the {len(pairs)} differences are not significant."
+    return f"Not significant: {'; '.join(named)}."
+
+
+def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[str]:
+    """Explain what the tests show and what they do not show."""
+    sentences = []
+    tests = {pair.test for pair in pairs}
+    if "McNemar" in tests:
+        sentences.append(
+            "McNemar\N{RIGHT SINGLE QUOTATION MARK}s exact test compares two trained models on the "
+            "same images. It shows whether these models would also differ on other images of this "
+            "kind. It does not show that one recipe is better than another, because another seed "
+            "gives another model."
         )
-    return f"Not significant, because the interval includes zero: {'; '.join(named)}."
+    if "Welch" in tests:
+        sentences.append(
+            "Welch\N{RIGHT SINGLE QUOTATION MARK}s t-test compares means over seeds. It shows "
+            "whether the recipes would also differ with other seeds, on these test images."
+        )
+    if "Student" in tests:
+        sentences.append(
+            "A single run has no variance of its own. Its comparison with a group of several seeds "
+            "is Student\N{RIGHT SINGLE QUOTATION MARK}s t-test, which assumes that both have the "
+            "variance of the group. More seeds of the single run give a better test."
+        )
+    for pair in pairs:
+        if pair.test != "Welch":
+            continue
+        counts = len(pair.better.entries), len(pair.other.entries)
+        smallest = min(1.0, 2 / math.comb(sum(counts), counts[0]))
+        if smallest > LEVEL:
+            sentences.append(
+                f"The permutation test of {counts[0]} and {counts[1]} runs cannot give a p-value "
+                f"below {smallest:.2g}."
+            )
+    if len(pairs) > 1:
+        sentences.append(f"The adjusted p-values account for {len(pairs)} comparisons (Holm 1979).")
+    if len(grouped) > 1:
+        sentences.append(
+            "The best of several test accuracies is too optimistic. To choose a recipe, use "
+            "validation images."
+        )
+    return list(dict.fromkeys(sentences))
 
 
 def error_charts(entries: Sequence[Entry]) -> list[Chart]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from resnet56.errors import RunError
@@ -37,6 +38,14 @@ class Samples:
     mistake_true: Array  # (M,)
     mistake_predicted: Array  # (M,)
     mistake_confidence: Array  # (M,)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predictions of a run on the test images."""
+
+    labels: Array  # (N,), the true classes
+    correct: npt.NDArray[np.bool_]  # (N,), whether each image is classified correctly
 
 
 @dataclass(frozen=True)
@@ -176,3 +185,23 @@ def read_samples(run: RunDirectory, classes: int) -> Samples | None:
         if labels.size and labels.max() >= classes:
             raise RunError(f"{run.samples_file} is damaged: it has labels outside the classes")
     return samples
+
+
+def read_predictions(facts: ModelFacts) -> Predictions | None:
+    """Read the predictions behind the test metrics, or return None if there are none.
+
+    Raises:
+        RunError: the file is damaged, or belongs to another evaluation.
+    """
+    run = RunDirectory(facts.path)
+    arrays = run.read_predictions()
+    if arrays is None or facts.test is None:
+        return None
+    labels = arrays["labels"]
+    correct = arrays["logits"].argmax(axis=1) == labels
+    if len(labels) != facts.test["n"] or abs(correct.mean() - facts.test["accuracy"]) > 1e-9:
+        raise RunError(
+            f"{run.predictions_file} does not match {run.evaluation_file.name}; repeat the "
+            f"evaluation: resnet56 evaluate {facts.path}"
+        )
+    return Predictions(labels, correct)

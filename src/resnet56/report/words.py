@@ -10,6 +10,7 @@ __all__ = [
     "duration",
     "listed",
     "loss",
+    "p_value",
     "percent",
     "plural",
     "points",
@@ -45,6 +46,11 @@ def points(share: float, *, sign: bool = False) -> str:
     value = round(100 * share, 2) + 0.0  # -0.0 + 0.0 is 0.0
     number = f"{value:+.2f}" if sign and value else f"{value:.2f}"
     return number.replace("-", "\N{MINUS SIGN}") + " points"
+
+
+def p_value(probability: float) -> str:
+    """0.0312 -> '0.031'; 0.00002 -> '< 0.001'."""
+    return "< 0.001" if probability < 0.001 else f"{probability:.2g}"
 
 
 def plural(number: int, one: str, many: str | None = None) -> str:

@@ -144,6 +144,16 @@ class RunDirectory:
         """Replace predictions.npz. Raises RunError."""
         schema.save_arrays(self.predictions_file, schema.PREDICTIONS, arrays)
 
+    def read_predictions(self) -> dict[str, npt.NDArray[Any]] | None:
+        """Read the predictions on the test images, or return None if there are none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self.predictions_file.exists():
+            return None
+        return schema.load_arrays(self.predictions_file, schema.PREDICTIONS)
+
     def read_samples(self) -> dict[str, npt.NDArray[Any]] | None:
         """Read the images for the report, or return None if there are none. Raises RunError."""
         if not self.samples_file.exists():

@@ -1,0 +1,171 @@
+"""Tests of whether two accuracies differ by more than chance.
+
+Two sources of chance need different tests. Training with another seed gives another accuracy:
+`compare_means` compares the accuracies of several seeds. Testing on other images gives another
+accuracy: `compare_predictions` compares two models image by image.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+LEVEL = 0.05  # a difference is significant if its p-value is below
+CONFIDENCE = 1 - LEVEL
+RESAMPLES = 10_000  # of the bootstrap
+MAX_PERMUTATIONS = 10_000  # above, a random sample of permutations is tested
+
+Interval = tuple[float, float]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Comparison of the mean accuracies of two groups of runs.
+
+    Attributes:
+        difference: mean of the first group minus mean of the second, a fraction.
+        interval: 95 % confidence interval of the difference.
+        p_value: two-sided p-value of the t-test.
+        permutation_p_value: two-sided p-value of the permutation test, or None for a group of
+            one run. Its smallest possible value depends on the number of runs.
+        pooled: whether both groups are assumed to have the same variance, which is required if one
+            of them has only one run.
+    """
+
+    difference: float
+    interval: Interval
+    p_value: float
+    permutation_p_value: float | None
+    pooled: bool
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Comparison of the predictions of two models on the same images.
+
+    Attributes:
+        difference: accuracy of the first model minus accuracy of the second, a fraction.
+        interval: 95 % bootstrap interval of the difference.
+        p_value: two-sided p-value of McNemar's exact test.
+        only_first: number of images that only the first model classifies correctly.
+        only_second: number of images that only the second model classifies correctly.
+        images: number of images.
+    """
+
+    difference: float
+    interval: Interval
+    p_value: float
+    only_first: int
+    only_second: int
+    images: int
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the 95 % confidence interval of a mean, from the t-distribution.
+
+    Args:
+        values: at least two accuracies.
+    """
+    from scipy import stats
+
+    mean = float(np.mean(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    width = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return mean - width, mean + width
+
+
+def compare_means(first: Sequence[float], second: Sequence[float]) -> Means:
+    """Compare two groups of accuracies, one per seed.
+
+    The p-value is that of Welch's t-test. If one group has a single run, whose variance is
+    unknown, it is that of Student's t-test with the variance of the other group.
+
+    Args:
+        first, second: accuracies; at least three in total.
+
+    Raises:
+        ValueError: there are fewer than three accuracies, or a group is empty.
+    """
+    from scipy import stats
+
+    if min(len(first), len(second)) < 1 or len(first) + len(second) < 3:
+        raise ValueError("the comparison of means requires three accuracies in two groups")
+    difference = float(np.mean(first) - np.mean(second))
+    pooled = min(len(first), len(second)) == 1
+    if np.ptp(first) == np.ptp(second) == 0:  # no variance: the t-statistic is undefined
+        p_value, interval = float(difference == 0), (difference, difference)
+    else:
+        result = stats.ttest_ind(first, second, equal_var=pooled)
+        bounds = result.confidence_interval(CONFIDENCE)
+        p_value, interval = float(result.pvalue), (float(bounds.low), float(bounds.high))
+    return Means(
+        difference=difference,
+        interval=interval,
+        p_value=p_value,
+        permutation_p_value=None if pooled else _permutation_test(first, second),
+        pooled=pooled,
+    )
+
+
+def _permutation_test(first: Sequence[float], second: Sequence[float]) -> float:
+    from scipy import stats
+
+    def difference(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], axis: int) -> object:
+        return np.mean(a, axis=axis) - np.mean(b, axis=axis)
+
+    result = stats.permutation_test(
+        (first, second), difference, n_resamples=MAX_PERMUTATIONS, vectorized=True, rng=0
+    )
+    return float(result.pvalue)
+
+
+def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
+    """Compare two models on the same images.
+
+    Args:
+        first, second: (N,) whether each model classifies each image correctly.
+
+    Raises:
+        ValueError: the arrays are empty or differ in shape.
+    """
+    from scipy import stats
+
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise ValueError("the comparison of predictions requires two arrays of the same images")
+    images = len(first)
+    only_first = int((first & ~second).sum())
+    only_second = int((~first & second).sum())
+    discordant = only_first + only_second
+    # If the models were equally accurate, a discordant image would favor either with probability
+    # one half (McNemar 1947; exact form: binomial).
+    p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    # To resample images with replacement is to draw these three counts from a multinomial
+    # distribution.
+    shares = np.array([only_first, only_second, images - discordant]) / images
+    drawn = np.random.default_rng(0).multinomial(images, shares, RESAMPLES)
+    differences = (drawn[:, 0] - drawn[:, 1]) / images
+    low, high = np.quantile(differences, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return Paired(
+        difference=(only_first - only_second) / images,
+        interval=(float(low), float(high)),
+        p_value=p_value,
+        only_first=only_first,
+        only_second=only_second,
+        images=images,
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for the number of comparisons (Holm 1979), in the given order.
+
+    The probability that at least one difference is declared significant by chance stays below the
+    significance level.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
