@@ -444,7 +444,7 @@ def test_a_comparison_ranks_runs_and_groups_seeds(
     ]
     assert "arch" not in fields
     [pair] = page.tables["pairs"][1:]
-    assert pair[:2] == ["group 1", "he"]
+    assert pair[:2] == ["group\N{NO-BREAK SPACE}1", "he"]
     assert (pair[4], pair[8]) == ("Student", "yes")
     assert "A single run has no variance of its own." in page.text
 

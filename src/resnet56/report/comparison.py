@@ -26,8 +26,8 @@ from resnet56.significance import (
 
 SECTIONS = [
     ("results", "Results"),
-    ("differences", "Differences"),
     ("seeds", "Seeds"),
+    ("differences", "Differences"),
     ("recipes", "Recipes"),
     ("curves", "Curves"),
 ]
@@ -61,7 +61,11 @@ class Group:
     @property
     def label(self) -> str:
         """The label of the run, or the number of the group if it has several runs."""
-        return self.entries[0].label if len(self.entries) == 1 else f"group {self.rank}"
+        return (
+            self.entries[0].label
+            if len(self.entries) == 1
+            else f"group\N{NO-BREAK SPACE}{self.rank}"
+        )
 
     @property
     def runs(self) -> str:
