@@ -44,7 +44,7 @@ def train(
 
     Args:
         recipe: the training configuration. Its batch size is the total over all processes.
-        dataset: training and test images.
+        dataset: training and test images. Without test images, the model is not evaluated.
         out: run directory. It must be empty or not exist. With `resume`, it must contain a run with
             the same recipe.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
@@ -104,7 +104,7 @@ def train(
         remedy = f"the model in {run.path} is trained; evaluate it with {option('resume', True)}"
         if stop.signum is not None:  # received after the last step
             raise Interrupted(remedy, stop.signum)
-        if not dist.is_main_process:
+        if not dist.is_main_process or not len(dataset.test):
             return {}  # type: ignore[typeddict-item]
         try:
             with control:
