@@ -105,6 +105,10 @@ ARROWS: dict[str, set[str]] = {
         "recipe", "runs.directory", "runs.schema", "runtime", "threads", "training.loop",
         "training.record", "training.setup",
     },
+    "sweep": {
+        "data.dataset", "errors", "files", "model", "progress", "recipe", "runs.directory",
+        "runs.schema", "training",
+    },
     "predict": {
         "data.augment", "data.images", "errors", "files", "inference", "libraries", "metrics",
         "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime", "threads",
@@ -140,9 +144,10 @@ ARROWS: dict[str, set[str]] = {
         "report.page", "report.plots", "report.read", "report.recipe_words", "report.story",
         "report.words", "significance",
     },
+    "report.sweep": {"errors", "report.plots", "report.words", "runs.schema", "sweep"},
     "report": {
         "errors", "report.comparison", "report.page", "report.read", "report.render",
-        "report.slides",
+        "report.slides", "report.sweep",
     },
     # benchmark
     "benchmark.interleave": set(),
@@ -192,6 +197,10 @@ ARROWS: dict[str, set[str]] = {
     "cli.train": {
         "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
         "recipe", "report", "runs.directory", "runtime", "threads", "training",
+    },
+    "cli.sweep": {
+        "cli", "cli.arguments", "cli.common", "errors", "files", "progress", "recipe", "runtime",
+        "sweep", "threads",
     },
     "cli.predict": {
         "cli.arguments", "cli.common", "data.image_files", "data.images", "errors", "files",
@@ -295,7 +304,7 @@ def test_the_documented_layout_names_every_module() -> None:
 def test_only_the_door_knows_recipes() -> None:
     """Recipes stop at the door: the rest takes plain arguments. The report describes them."""
     knowing = {name.partition(".")[0] for name, below in ARROWS.items() if "recipe" in below}
-    assert knowing == {"benchmark", "step", "training", "report", "cli"}
+    assert knowing == {"benchmark", "step", "training", "sweep", "report", "cli"}
 
 
 def test_the_public_names_are_pinned_and_there() -> None:

@@ -18,10 +18,15 @@ INTERRUPTED = 130  # 128 + SIGINT, as in shells
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as in shells
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # substrings of PyTorch's RuntimeErrors
-MEMORY_HINTS = {"train": "choose a smaller --batch-size", "bench": "choose a smaller --batch"}
+MEMORY_HINTS = {
+    "train": "choose a smaller --batch-size",
+    "sweep": "choose a smaller --batch-size",
+    "bench": "choose a smaller --batch",
+}
 
 COMMANDS = {
     "train": "train a model and evaluate it",
+    "sweep": "search for the best settings on validation images",
     "evaluate": "evaluate a model on this machine",
     "predict": "classify images and explain the predictions",
     "serve": "serve predictions over HTTP, with a demo page",

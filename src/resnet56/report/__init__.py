@@ -19,10 +19,10 @@ def write_report(
     format: Literal["html", "md", "slides"] = "html",
     on_error: Callable[[Error], None] | None = None,
 ) -> Path:
-    """Write the report of one run, or the comparison of several, or slides about one run.
+    """Write the report of one run or sweep, the comparison of several runs, or slides about a run.
 
     Args:
-        runs: run directories; at least one.
+        runs: run directories, at least one, or the directory of a sweep.
         out: the file to write. By default, report.html (or .md) or slides.html in the run directory
             for one run, and comparison.html (or .md) in the current directory for several. The
             images of a Markdown report are written to a folder next to it, such as report-files.
@@ -39,7 +39,7 @@ def write_report(
             recipe.json has invalid values.
         RunError: a run is missing or damaged, or a file cannot be written.
     """
-    from resnet56.report import comparison, page, render, slides
+    from resnet56.report import comparison, page, render, slides, sweep
     from resnet56.report.read import read_model, read_run
 
     if not runs:
@@ -47,6 +47,16 @@ def write_report(
     if out is not None and out.is_dir():
         name = "slides.html" if format == "slides" else f"report.{format}"
         raise UsageError(f"{out} is a folder; choose a file such as {out / name}")
+    if len(runs) == 1 and sweep.is_sweep(Path(runs[0])):
+        if format == "slides":
+            raise UsageError(f"{runs[0]} is a sweep; slides show a run, such as its best trial")
+        out = out or Path(runs[0]) / f"report.{format}"
+        content, template = sweep.content(Path(runs[0])), "sweep"
+        if format == "html":
+            render.write_html(out, template, content)
+        else:
+            render.write_markdown(out, template, content)
+        return out
     if format == "slides":
         if len(runs) > 1:
             html = option("format", "html")

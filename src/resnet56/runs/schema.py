@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, cast
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -249,6 +249,37 @@ class Parity(TypedDict):
     """parity.json: comparisons of devices or precisions."""
 
     comparisons: list[Comparison]  # one per pair
+
+
+# sweep.json
+
+
+class SweepTrial(TypedDict):
+    """A trial of a sweep: training with one set of values, over all seeds."""
+
+    number: Count  # as in the names of its run directories
+    state: Literal["complete", "pruned", "failed", "unfinished"]  # pruned: stopped early
+    settings: dict[str, Any]  # value of each field that varies
+    value: NotRequired[Fraction]  # mean validation accuracy over the seeds, if complete
+    accuracies: list[Fraction]  # validation accuracy of each finished seed
+    epochs: list[Fraction]  # validation accuracy after each epoch, one seed after the other
+    error: NotRequired[Text]  # reason, if the loss was not finite
+
+
+class Sweep(TypedDict):
+    """sweep.json: the settings and the trials of `resnet56 sweep`."""
+
+    study: Text  # name of the study in the database
+    recipe: dict[str, Any]  # the recipe, without the values of a trial
+    data: Text  # description of the data set
+    origin: Text  # the value of `--data`
+    fingerprint: Text  # SHA-256 of the training images
+    space: dict[str, dict[str, Any]]  # the values of each field: low, high and log, or choices
+    seeds: list[Count]  # seeds of each trial
+    grid: bool  # whether all combinations are tried
+    trials: list[SweepTrial]  # by number
+    best: NotRequired[Count]  # number of the best complete trial
+    command: NotRequired[Text]  # trains the best settings on all training images
 
 
 # Arrays
