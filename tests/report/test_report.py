@@ -591,7 +591,9 @@ def test_the_trend_of_the_last_epochs() -> None:
     )
     falling = only(story.trend(rows(1.0, 0.9), cosine))
     assert "expected, because the learning rate falls to zero, so it does not show" in falling
-    # The last epoch has weaker augmentation; with 15 of them, the loss falls for other reasons.
+    warming = Recipe(epochs=1, schedule="cosine", warmup_epochs=1)  # the decay never begins
+    assert "More epochs may help" in only(story.trend(rows(1.0, 0.9), warming))
+    # The loss falls because the last epoch has weaker augmentation.
     tail = Recipe(epochs=1, cutout=8, weak_augmentation_epochs=1)
     falling = only(story.trend(rows(1.0, 0.9), tail))
     assert "expected, because the augmentation is weaker in the last epochs" in falling

@@ -112,7 +112,7 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
 def _why_falling(recipe: Recipe, window: int) -> str:
     """What a loss that still falls over the last `window` epochs means for a longer run."""
     causes = []
-    if recipe.schedule != "step":
+    if recipe.schedule != "step" and recipe.warmup_epochs < recipe.epochs:
         causes.append("the learning rate falls to zero")
     if recipe.weak_augmentation_epochs < window and disabled_in_tail(recipe):
         causes.append("the augmentation is weaker in the last epochs")
@@ -341,7 +341,7 @@ def _next_step(
     if not finished:
         return "Next, finish the training run, because these numbers are from an early checkpoint."
     if against_chance(test):
-        return "Next, check the labels, the learning rate and the training loss."
+        return "Next, check the labels, the learning rate, and the training loss."
     mistakes = test["n"] - sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
     if mistakes < FEW_MISTAKES:
         return (
