@@ -25,6 +25,7 @@ from resnet56.report.comparison import content
 from resnet56.report.read import read_run
 from resnet56.report.render import escape_markdown, unbroken
 from resnet56.runs.directory import RunDirectory
+from resnet56.samples import MAX_MISTAKES
 
 BEST = RECIPES["best"]
 EVIL = ("<script>alert(1)</script>", "猫 & \"Hund\" $x_1$ | `b` 'c'")
@@ -203,7 +204,7 @@ def test_class_names_with_markup_are_escaped(tmp_path: Path) -> None:
 def test_a_report_of_100_classes_is_smaller_than_3_mb(tmp_path: Path) -> None:
     classes = tuple(f"class number {i:02} $x_{i}$" for i in range(100))
     run = make_run(tmp_path / "run", classes=classes, accuracy=0.6, images=5000)
-    np.savez_compressed(run / "samples.npz", **samples(classes, mistakes=100))
+    np.savez_compressed(run / "samples.npz", **samples(classes, mistakes=MAX_MISTAKES))
     out = write_report([run])
     assert out.stat().st_size < 3_000_000
     page = Page(out.read_text(encoding="utf-8"))
