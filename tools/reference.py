@@ -5,12 +5,15 @@ The first page contains the help texts of the command. The second page documents
 """
 
 import ast
+import contextlib
+import io
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
+
+from resnet56.cli import main
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -68,10 +71,12 @@ def commands() -> list[str]:
 
 def help_text(*command: str) -> str:
     """Return the output of `resnet56 COMMAND --help` on a terminal with 80 columns."""
-    environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
-    words = [sys.executable, "-m", "resnet56", *command, "--help"]
-    done = subprocess.run(words, env=environment, capture_output=True, encoding="utf-8", check=True)
-    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    output = io.StringIO()
+    environment = {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
+    with patch.dict(os.environ, environment), contextlib.redirect_stdout(output):
+        if main([*command, "--help"]):
+            raise SystemExit(f"no help for {command}")
+    return "\n".join(line.rstrip() for line in output.getvalue().strip().splitlines())
 
 
 def command_line() -> str:
