@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from networks import lively
 from PIL import Image
 
 import resnet56
@@ -16,7 +17,6 @@ from resnet56.cli import COMMANDS
 from resnet56.data import readers
 from resnet56.data.dataset import Dataset, Split
 from resnet56.export import write_onnx
-from resnet56.runs.pretrained import load
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -106,7 +106,7 @@ def test_the_python_examples_run(example: str, user_directory: Path) -> None:
         data, recipe = resnet56.load_data("digits"), resnet56.RECIPES["quick"]
         resnet56.train(recipe, data, "runs/digits")
     if "net.onnx" in example:
-        write_onnx(load("resnet56"), Path("net.onnx"))
+        write_onnx(lively(), Path("net.onnx"))
     with torch.random.fork_rng():
         exec(compile(example, "example", "exec"), {"__name__": "example"})
 
