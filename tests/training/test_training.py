@@ -3,16 +3,21 @@
 import dataclasses
 import json
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
-import textwrap
+from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import training_processes
 from requires_kernels import skip_without_kernel
+from training_processes import start, train_as_rank, train_until_killed
 
 from resnet56 import cadence
 from resnet56.data import augment, batches
@@ -28,6 +33,7 @@ from resnet56.step import Trainer
 from resnet56.training import Interrupted, train
 
 STEPS = 6  # per epoch: 50 images, batch size 8
+DEADLOCK = 300  # seconds; processes that disagree about a step wait forever
 
 
 @pytest.fixture(scope="session")
@@ -161,38 +167,6 @@ def test_native_execution_resumes_bitwise_identically(
     assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
 
 
-# Trains with a checkpoint after every step, and is killed at a given moment.
-KILLED_RUN = """
-    import os, pickle, signal, sys
-    from pathlib import Path
-    from resnet56 import cadence, training
-    from resnet56.runs.directory import RunDirectory
-    from resnet56.step import Trainer
-    recipe, dataset, out, step, moment = pickle.loads(sys.stdin.buffer.read())
-    cadence.SAVE_EVERY = 0.0
-
-    def die(*_):
-        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-
-    if moment == "in a step":
-        original_step = Trainer.step
-        Trainer.step = lambda self, *args: (
-            die() if args[-1] + 1 == step else original_step(self, *args)
-        )
-    elif moment == "while saving":
-        replace = Path.replace
-        Path.replace = lambda self, to: (
-            die() if to.name == f"training-{step:08d}.safetensors" else replace(self, to)
-        )
-    elif moment == "between the log and the checkpoint":
-        append = RunDirectory.append_metrics
-        RunDirectory.append_metrics = lambda self, row: (
-            append(self, row), die() if row["step"] == step else None
-        )
-    training.train(recipe, dataset, out, device="cpu")
-"""
-
-
 @pytest.mark.parametrize(
     ("step", "moment"),
     [
@@ -204,16 +178,12 @@ KILLED_RUN = """
 def test_a_run_resumed_after_a_kill_equals_an_uninterrupted_one(
     uninterrupted: Path, tiny: Dataset, small: Recipe, tmp_path: Path, step: int, moment: str
 ) -> None:
-    import pickle  # only for data from this test
-
     recipe, out = dataclasses.replace(small, ema_decay=(0.9,)), tmp_path / "run"
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED_RUN)],
-        input=pickle.dumps((recipe, tiny, out, step, moment)),
-        capture_output=True,
-    )
-    assert process.returncode != 0
-    assert process.stderr == b""
+    stderr = tmp_path / "stderr"
+    process = start(train_until_killed, step, moment, recipe, tiny, out, stderr=stderr)
+    process.join()
+    assert process.exitcode != 0
+    assert stderr.read_bytes() == b""
     train(recipe, tiny, out, device="cpu", resume=True)
     assert_same_run(uninterrupted, out)
 
@@ -507,41 +477,39 @@ def test_missing_tensorboard_is_an_error_before_the_run_is_created(
     assert not (tmp_path / "run").exists()
 
 
-# One of two processes, which synchronize at every second step. Only the clock of the first requires
-# saving, and only the second receives a stop request, in the middle of an epoch.
-RANK = """
-    import os, pickle, signal, sys
-    from pathlib import Path
-    from resnet56 import cadence, training
-    from resnet56.step import Trainer
-    from resnet56.training.loop import TrainingLoop
-    job = pickle.loads(Path(sys.argv[1]).read_bytes())
-    first = os.environ["RANK"] == "0"
-    cadence.READ_LOSS_EVERY = 2
-    cadence.SAVE_EVERY = 0.0 if first else 1e9
-    original_step, save = Trainer.step, TrainingLoop.save
+def launch_with_torchrun(job: dict[str, Any], folder: Path) -> None:
+    (folder / "job").write_bytes(pickle.dumps(job))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    completed = subprocess.run(
+        [sys.executable, *command, training_processes.__file__, str(folder / "job")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=DEADLOCK,
+    )
+    assert completed.returncode == 0, completed.stderr
 
-    def step_and_stop(self, *arguments):
-        original_step(self, *arguments)
-        if not first and arguments[-1] + 1 == job["stop"]:
-            signal.raise_signal(signal.SIGTERM)
 
-    def save_and_count(self):
-        save(self)
-        saved.append(self.progress.step)
-
-    saved = []
-    Trainer.step, TrainingLoop.save = step_and_stop, save_and_count
-    try:
-        training.train(
-            job["recipe"], job["dataset"], job["out"], device="cpu", resume=job["resume"]
-        )
-    except training.Interrupted as stopped:
-        assert (job["stop"], stopped.exit_code) == (saved[-1] - 1, 143), (saved, stopped.exit_code)
-    else:
-        assert job["stop"] is None
-    assert saved == job["saves"], saved
-"""
+def launch(job: dict[str, Any], folder: Path) -> None:
+    """Start the ranks without torchrun, where each process would import PyTorch."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        start(train_as_rank, job, world | {"RANK": rank}, stderr=folder / f"stderr-{rank}")
+        for rank in "01"
+    ]
+    waiting = {process.sentinel: process for process in ranks}
+    while waiting:
+        ended = wait(waiting, DEADLOCK)
+        failed = [waiting.pop(sentinel).exitcode for sentinel in ended] != [0] * len(ended)
+        if failed or not ended:
+            break
+    for process in ranks:
+        process.kill()
+        process.join()
+    codes = [process.exitcode for process in ranks]
+    assert codes == [0, 0], [(folder / f"stderr-{rank}").read_text() for rank in "01"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
@@ -549,33 +517,24 @@ def test_two_processes_match_one_process_and_resume(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
     """Two ranks on gloo have the same global batches and synchronized batch norm."""
-    import pickle  # only for data from this test
-
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(RANK))
 
     def train_in_two_processes(
-        out: Path, saves: list[int], stop: int | None = None, *, resume: bool = False
+        launch: Callable[[dict[str, Any], Path], None],
+        out: Path,
+        saves: list[int],
+        stop: int | None = None,
+        *,
+        resume: bool = False,
     ) -> None:
         """Train in two processes that must both save after the steps `saves`."""
-        job = tmp_path / "job"
-        fields = {"recipe": recipe, "dataset": tiny, "out": out, "resume": resume}
-        job.write_bytes(pickle.dumps(fields | {"saves": saves, "stop": stop}))
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        completed = subprocess.run(
-            [sys.executable, *command, str(script), str(job)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            timeout=300,  # processes that disagree about a step wait forever
-        )
-        assert completed.returncode == 0, completed.stderr
+        job = {"recipe": recipe, "dataset": tiny, "out": out, "resume": resume}
+        launch(job | {"saves": saves, "stop": stop}, tmp_path)
 
     # With a low learning rate, because each step amplifies rounding differences.
     # Some batches are mixed with partners from the other process.
     recipe = dataclasses.replace(small, epochs=2, lr=0.001, mix="cutmix", mix_probability=0.5)
     train(recipe, tiny, tmp_path / "one", device="cpu")
-    train_in_two_processes(tmp_path / "two", [0, 2, 4, 6, 8, 10, 12])
+    train_in_two_processes(launch_with_torchrun, tmp_path / "two", [0, 2, 4, 6, 8, 10, 12])
     one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))
     rows = [without_times(run.read_metrics()) for run in (one, two)]
     assert len(rows[1]) == 2
@@ -584,8 +543,8 @@ def test_two_processes_match_one_process_and_resume(
     first, second = one.load().model, two.load().model
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4)
-    train_in_two_processes(tmp_path / "stopped", [0, 2, 4, 6, 8, 10], stop=9)
-    train_in_two_processes(tmp_path / "stopped", [12], resume=True)
+    train_in_two_processes(launch, tmp_path / "stopped", [0, 2, 4, 6, 8, 10], stop=9)
+    train_in_two_processes(launch, tmp_path / "stopped", [12], resume=True)
     assert_same_run(tmp_path / "two", tmp_path / "stopped")
 
 
