@@ -102,7 +102,7 @@ class Recipe:
     mix_probability: float = 1.0
     """Probability that a batch is mixed."""
 
-    weak_augmentation_epochs: int = 0
+    plain_tail: int = 0
     """Number of final epochs with crops and flips only: no mixing, Cutout or TrivialAugment."""
 
     ema_decay: tuple[float, ...] = ()
@@ -183,9 +183,9 @@ class Recipe:
             0 < self.mix_probability <= 1, "mix_probability", self.mix_probability, "in (0, 1]"
         )
         _require(
-            0 <= self.weak_augmentation_epochs <= self.epochs,
-            "weak_augmentation_epochs",
-            self.weak_augmentation_epochs,
+            0 <= self.plain_tail <= self.epochs,
+            "plain_tail",
+            self.plain_tail,
             f"from 0 to the {self.epochs} epochs",
         )
         _require(

@@ -200,12 +200,10 @@ def test_ricap_is_not_cropped_from_padded_images() -> None:
 
 
 def test_the_last_epochs_are_crops_and_flips_only() -> None:
-    augmentation = Augmentation(
-        cutout=8, trivial_augment=True, mix="mixup", weak_augmentation_from=2
-    )
+    augmentation = Augmentation(cutout=8, trivial_augment=True, mix="mixup", plain_tail_from=2)
     tail, crops = augmented(24, 8, augmentation), augmented(24, 8, Augmentation())
     assert same(list(tail.epoch(2)), list(crops.epoch(2)))
-    before = replace(augmentation, weak_augmentation_from=None)
+    before = replace(augmentation, plain_tail_from=None)
     assert same(list(tail.epoch(1)), list(augmented(24, 8, before).epoch(1)))
 
 

@@ -247,9 +247,9 @@ def test_only_fields_that_apply_are_shown(tmp_path: Path) -> None:
     step = recipe_words.fields(RECIPES["report"], flips=False)
     assert step["drop_epochs"] == [10, 20, 30]
     assert "flip" not in step
-    mixed = Recipe(mix="mixup", weak_augmentation_epochs=5, weight_decay=0)
+    mixed = Recipe(mix="mixup", plain_tail=5, weight_decay=0)
     shown = recipe_words.fields(mixed, flips=True)
-    assert (shown["mix_alpha"], shown["weak_augmentation_epochs"]) == (1.0, 5)
+    assert (shown["mix_alpha"], shown["plain_tail"]) == (1.0, 5)
     assert "decay_norm" not in shown
     page = page_of(make_run(tmp_path / "run"))
     assert "drop_epochs" not in page.by_id["recipe"]
@@ -595,10 +595,10 @@ def test_the_trend_of_the_last_epochs() -> None:
     warming = Recipe(epochs=1, schedule="cosine", warmup_epochs=1)  # the decay never begins
     assert "More epochs may help" in only(story.trend(rows(1.0, 0.9), warming))
     # The loss falls because the last epoch has weaker augmentation.
-    tail = Recipe(epochs=1, cutout=8, weak_augmentation_epochs=1)
+    tail = Recipe(epochs=1, cutout=8, plain_tail=1)
     falling = only(story.trend(rows(1.0, 0.9), tail))
     assert "expected, because the augmentation is weaker in the last epochs" in falling
-    unused = Recipe(epochs=1, weak_augmentation_epochs=1)
+    unused = Recipe(epochs=1, plain_tail=1)
     assert "More epochs may help" in only(story.trend(rows(1.0, 0.9), unused))
     assert "leveled off" in only(story.trend(rows(1.0, 0.96), step))
     assert "rising" in only(story.trend(rows(1.0, 1.2), step))
@@ -810,15 +810,13 @@ def test_descriptions_of_recipes() -> None:
     assert "decays of 0.999 and 0.9995 per step, and uses the one with the highest" in told
     assert "probabilities of an ensemble of 2 trained networks for the same" in told
     assert told.count("with weight 0.9, and the labels with weight 0.1.") == 1
-    mixed = Recipe(
-        mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, weak_augmentation_epochs=15
-    )
+    mixed = Recipe(mix="ricap", mix_alpha=0.3, mix_probability=0.5, cutout=8, plain_tail=15)
     sentence = recipe_words.augmentation(mixed, flips=False)
     assert "In 50 % of batches, each image is composed of random crops of four images" in sentence
     assert "without Cutout" in sentence
     assert "= 0.3, and the targets are mixed" in sentence
     assert sentence.endswith("Cutout and RICAP are disabled in the last 15 epochs.")
-    plain = Recipe(weak_augmentation_epochs=15)  # there is nothing to disable
+    plain = Recipe(plain_tail=15)  # there is nothing to disable
     assert "disabled" not in recipe_words.augmentation(plain, flips=True)
     assert recipe_words.is_augmented(Recipe(padding=0, mix="mixup"), flips=False)
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))

@@ -433,7 +433,7 @@ def test_the_ema_with_the_best_validation_accuracy_is_selected(
 def test_training_with_mixed_images_resumes_bitwise_identically(
     tiny: Dataset, small: Recipe, tmp_path: Path, mix: Any
 ) -> None:
-    recipe = dataclasses.replace(small, mix=mix, mix_probability=0.7, weak_augmentation_epochs=1)
+    recipe = dataclasses.replace(small, mix=mix, mix_probability=0.7, plain_tail=1)
     train(recipe, tiny, tmp_path / "uninterrupted", device="cpu")
     run_until(tmp_path / "run", STEPS + 2, recipe, tiny)
     train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)

@@ -27,11 +27,11 @@ class Augmentation:
     mix: str = "none"  # "none" or a method of `data.mixing`
     mix_alpha: float = 1.0  # parameter of the Beta(alpha, alpha) distribution of the weights
     mix_probability: float = 1.0  # probability that a batch is mixed
-    weak_augmentation_from: int | None = None  # first epoch that uses only crops and flips
+    plain_tail_from: int | None = None  # first epoch that uses only crops and flips
 
     def in_epoch(self, epoch: int) -> "Augmentation":
         """Return the augmentation of `epoch` (from 0)."""
-        if self.weak_augmentation_from is None or epoch < self.weak_augmentation_from:
+        if self.plain_tail_from is None or epoch < self.plain_tail_from:
             return self
         return replace(self, cutout=0, trivial_augment=False, mix="none")
 

@@ -81,7 +81,7 @@ def _mixing(recipe: Recipe) -> list[str]:
         )
     if disabled := disabled_in_tail(recipe):
         names, verb = listed(disabled), "is" if len(disabled) == 1 else "are"
-        epochs = _epochs(recipe.weak_augmentation_epochs)
+        epochs = _epochs(recipe.plain_tail)
         sentences.append(f"{names[0].upper()}{names[1:]} {verb} disabled in the last {epochs}.")
     return sentences
 
@@ -94,7 +94,7 @@ def disabled_in_tail(recipe: Recipe) -> list[str]:
         ("Cutout", recipe.cutout),
         (names.get(recipe.mix, ""), recipe.mix != "none"),
     )
-    return [name for name, on in used if on] if recipe.weak_augmentation_epochs else []
+    return [name for name, on in used if on] if recipe.plain_tail else []
 
 
 def _sizes(recipe: Recipe) -> list[str]:
@@ -140,7 +140,7 @@ def applies(recipe: Recipe, name: str) -> bool:
         "alternate_flip": recipe.flip,
         "mix_alpha": recipe.mix != "none",
         "mix_probability": recipe.mix != "none",
-        "weak_augmentation_epochs": bool(disabled_in_tail(recipe)),
+        "plain_tail": bool(disabled_in_tail(recipe)),
         "teacher_weight": bool(recipe.teacher),
         "teacher_temperature": bool(recipe.teacher),
         "teacher_random": len(recipe.teacher) > 1,

@@ -114,7 +114,7 @@ def _why_falling(recipe: Recipe, window: int) -> str:
     causes = []
     if recipe.schedule != "step" and recipe.warmup_epochs < recipe.epochs:
         causes.append("the learning rate falls to zero")
-    if recipe.weak_augmentation_epochs < window and disabled_in_tail(recipe):
+    if recipe.plain_tail < window and disabled_in_tail(recipe):
         causes.append("the augmentation is weaker in the last epochs")
     if not causes:
         return "More epochs may help."

@@ -91,9 +91,7 @@ def augmentation_of(recipe: Recipe, *, allow_flip: bool) -> Augmentation:
         mix=recipe.mix,
         mix_alpha=recipe.mix_alpha,
         mix_probability=recipe.mix_probability,
-        weak_augmentation_from=recipe.epochs - recipe.weak_augmentation_epochs
-        if recipe.weak_augmentation_epochs
-        else None,
+        plain_tail_from=recipe.epochs - recipe.plain_tail if recipe.plain_tail else None,
     )
 
 
