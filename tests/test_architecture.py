@@ -144,7 +144,9 @@ ARROWS: dict[str, set[str]] = {
         "report.page", "report.plots", "report.read", "report.recipe_words", "report.story",
         "report.words", "significance",
     },
-    "report.sweep": {"errors", "report.plots", "report.words", "runs.schema", "sweep"},
+    "report.sweep": {
+        "errors", "report.plots", "report.words", "runs.schema", "significance", "sweep",
+    },
     "report": {
         "errors", "report.comparison", "report.page", "report.read", "report.render",
         "report.slides", "report.sweep",
@@ -199,8 +201,8 @@ ARROWS: dict[str, set[str]] = {
         "recipe", "report", "runs.directory", "runtime", "threads", "training",
     },
     "cli.sweep": {
-        "cli", "cli.arguments", "cli.common", "errors", "files", "progress", "recipe", "runtime",
-        "sweep", "threads",
+        "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "progress",
+        "recipe", "runtime", "sweep", "threads",
     },
     "cli.predict": {
         "cli.arguments", "cli.common", "data.image_files", "data.images", "errors", "files",

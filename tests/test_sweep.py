@@ -165,6 +165,25 @@ def test_a_grid_tries_each_combination_once(
     assert len(trained) == 6
 
 
+def test_a_trial_that_another_worker_makes_superfluous_is_not_trained() -> None:
+    """Two workers can start a trial at the same time, when only one is missing."""
+    import optuna
+
+    worker = object.__new__(sweeps._Worker)
+    worker.study, worker.total, worker.unique = optuna.create_study(), 2, False
+    trials = [worker.study.ask() for _ in range(3)]
+    assert [worker._is_surplus(trial) for trial in trials] == [False, False, True]
+
+    worker.study, worker.total, worker.unique = optuna.create_study(), 3, True  # a grid
+    surplus = []
+    for value in (1, 2, 1):
+        worker.study.enqueue_trial({"cutout": value})
+        trial = worker.study.ask()
+        trial.suggest_categorical("cutout", [1, 2])
+        surplus.append(worker._is_surplus(trial))
+    assert surplus == [False, False, True]
+
+
 def test_later_suggestions_are_better_than_random_ones(
     tiny: Dataset, recipe: Recipe, trained: list[Recipe], tmp_path: Path
 ) -> None:

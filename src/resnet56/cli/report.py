@@ -13,10 +13,10 @@ from resnet56.errors import Error, UsageError
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write a report on one run, a comparison of several runs, or slides about one run."""
+    """Write a report on one run or sweep, a comparison of several runs, or slides about a run."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run directories."""
+    """Run directories, or the directory of a sweep."""
 
     out: Path | None = None
     """Output file. By default, report.html or slides.html in the

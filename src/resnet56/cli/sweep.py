@@ -90,11 +90,14 @@ def run(arguments: list[str]) -> int:
         raise UsageError("--grid runs all combinations; omit --trials")
     space = parse_space(options.vary)
 
+    from resnet56.distributed import Distributed
     from resnet56.progress import Output, stream_output
     from resnet56.runtime import resolve_device
     from resnet56.sweep import check_space, import_optuna, sweep
     from resnet56.threads import check_threads
 
+    if Distributed.from_environment().world_size > 1:
+        raise UsageError("a sweep does not run under torchrun; start the command once per process")
     import_optuna()
     check_space(options.recipe, space, grid=options.grid)
     resolve_device(options.device)

@@ -1,7 +1,6 @@
 """Content of the report on a sweep, for the templates. It shows validation accuracies only."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from resnet56.errors import MissingExtraError
 from resnet56.report import plots, words
 from resnet56.report.plots import Chart
 from resnet56.runs.schema import Sweep, SweepTrial
+from resnet56.significance import mean_interval
 from resnet56.sweep import FILE, importance, read_sweep, setting_text
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def content(directory: Path) -> dict[str, Any]:
         ],
         "importance": importance_chart(shares) if shares else None,
         "absent": absent,
+        "pruned": any(trial["state"] == "pruned" for trial in sweep["trials"]),
         "charts": charts(sweep) if complete else [],
     }
 
@@ -95,15 +96,6 @@ def row(trial: SweepTrial, seeds: int) -> dict[str, Any]:
         "interval": mean_interval(values) if seeds > 1 else None,
         "settings": [setting_text(value) for value in trial["settings"].values()],
     }
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a mean, from the t-distribution."""
-    from scipy import stats
-
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    width = error * float(stats.t.ppf(0.975, len(values) - 1))
-    return mean - width, mean + width
 
 
 def uncertainty(sweep: Sweep, complete: Sequence[SweepTrial]) -> str:
