@@ -319,8 +319,8 @@ def load(
 
     Args:
         source: a run directory, the name of a pretrained model, or the output of
-            `resnet56 export`: an ONNX file (loaded without importing PyTorch), a model hub folder,
-            or the weights file in such a folder.
+            `resnet56 export`: an ONNX file (loaded without importing PyTorch), a model hub
+            directory, or the weights file in such a directory.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
         threads: number of CPU threads of PyTorch or of the ONNX session. By default, one per core.
 

@@ -160,10 +160,10 @@ def test_an_imported_run_suggests_an_evaluation(tmp_path: Path) -> None:
         write_report([run])
 
 
-def test_a_folder_as_output_is_refused(full: Path, tmp_path: Path) -> None:
+def test_a_directory_as_output_is_refused(full: Path, tmp_path: Path) -> None:
     for form in ("html", "md"):
         with pytest.raises(
-            UsageError, match=rf"is a folder; choose a file such as .*report\.{form}"
+            UsageError, match=rf"is a directory; choose a file such as .*report\.{form}"
         ):
             write_report([full], tmp_path, format=form)
     assert list(tmp_path.iterdir()) == []
@@ -260,7 +260,7 @@ def test_only_fields_that_apply_are_shown(tmp_path: Path) -> None:
     assert fields["cutout"] == ["16", "0"]
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -682,7 +682,7 @@ def meeting(
     return story.meeting("ResNet-56", test, train, published=published, **options)
 
 
-def test_the_meeting_gets_five_sentences() -> None:
+def test_the_talking_points_are_five_sentences() -> None:
     test, train = split(0.9, (0.88, 0.92)), split(0.995, (0.99, 0.999))
     assert meeting(test, train, 0.93) == [
         "ResNet-56 reaches 90.00 % test accuracy on 1,000 images (95 % confidence interval: "
@@ -701,7 +701,7 @@ def test_the_meeting_gets_five_sentences() -> None:
     assert meeting(test, train)[1].startswith("For comparison, always predicting")
 
 
-def test_the_meeting_is_told_the_truth_about_every_gap() -> None:
+def test_the_talking_points_describe_each_type_of_gap() -> None:
     test = split(0.9, (0.88, 0.92))
 
     def told(train: dict[str, Any] | None, **options: bool) -> tuple[str, str]:
@@ -722,7 +722,7 @@ def test_the_meeting_is_told_the_truth_about_every_gap() -> None:
     assert "little overfitting" in meeting(narrow, split(0.915, (0.91, 0.92)))[3]
 
 
-def test_the_meeting_hears_what_makes_the_result_preliminary() -> None:
+def test_the_talking_points_state_why_a_result_is_preliminary() -> None:
     good, train = split(0.9, (0.88, 0.92)), split(0.9, (0.88, 0.92))
     assert "finish the training run" in meeting(good, train, finished=False)[4]
     chance = split(0.6, (0.57, 0.63))

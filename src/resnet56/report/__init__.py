@@ -1,4 +1,4 @@
-"""Reports from run directories: one HTML file, Markdown with a folder of images, or slides.
+"""Reports from run directories: one HTML file, Markdown with a directory of images, or slides.
 
 A report needs only the files of the run, neither the data set nor a GPU.
 """
@@ -25,7 +25,7 @@ def write_report(
         runs: run directories, at least one, or the directory of a sweep.
         out: the file to write. By default, report.html (or .md) or slides.html in the run directory
             for one run, and comparison.html (or .md) in the current directory for several. The
-            images of a Markdown report are written to a folder next to it, such as report-files.
+            images of a Markdown report are written to a directory next to it, such as report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, "slides" for
             ten slides in one HTML file, about one run or imported model.
         on_error: called with the error of each run that cannot be read, if there are several runs.
@@ -35,7 +35,7 @@ def write_report(
         The path of the written file.
 
     Raises:
-        UsageError: there are no runs, there are several runs for slides, `out` is a folder, or a
+        UsageError: there are no runs, there are several runs for slides, `out` is a directory, or a
             recipe.json has invalid values.
         RunError: a run is missing or damaged, or a file cannot be written.
     """
@@ -46,7 +46,7 @@ def write_report(
         raise UsageError("a report needs at least one run directory")
     if out is not None and out.is_dir():
         name = "slides.html" if format == "slides" else f"report.{format}"
-        raise UsageError(f"{out} is a folder; choose a file such as {out / name}")
+        raise UsageError(f"{out} is a directory; choose a file such as {out / name}")
     if len(runs) == 1 and sweep.is_sweep(Path(runs[0])):
         if format == "slides":
             raise UsageError(f"{runs[0]} is a sweep; slides show a run, such as its best trial")
