@@ -1,4 +1,4 @@
-"""What several test files share: a tiny data set that a small network can learn."""
+"""Shared fixtures: a tiny data set that a small network can learn."""
 
 import os
 
@@ -17,7 +17,7 @@ from resnet56.recipe import Recipe
 
 
 def striped(count: int, seed: int) -> Split:
-    """Images of three classes - horizontal, vertical and no stripes - under noise."""
+    """Return noisy images of three classes: horizontal stripes, vertical stripes and no stripes."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     wave = (torch.arange(32) % 8 < 4).float() * 120
@@ -30,7 +30,7 @@ def striped(count: int, seed: int) -> Split:
 
 @pytest.fixture(scope="session")
 def tiny() -> Dataset:
-    """50 training and 24 test images; 50 is no multiple of a batch of 8."""
+    """50 training and 24 test images. 50 is not a multiple of the batch size, 8."""
     return Dataset(
         name="tiny",
         classes=("rows", "columns", "plain"),

@@ -1,4 +1,4 @@
-"""Untrained networks that behave like trained ones, for tests of what uses them."""
+"""Untrained networks with outputs like those of trained ones."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ CLASSES = ("blue", "green", "red")
 
 
 def lively(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpoint:
-    """Weights whose logits depend on the image, with statistics that are no defaults."""
+    """Return weights whose logits depend on the image, with non-default statistics."""
     model = build(arch, classes=len(classes), seed=3)
     liven(model, model.fc)
     config = ModelConfig(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -18,7 +18,7 @@ def lively(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpo
 
 
 def liven(model: nn.Module, last: nn.Linear) -> None:
-    """Draw the batch norms' parameters and statistics and the classifier, from a fixed seed."""
+    """Draw the parameters and statistics of batch norm, and the classifier, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

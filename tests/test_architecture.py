@@ -1,4 +1,4 @@
-"""Who imports whom. Imports only go down; a new arrow is an edited line here."""
+"""Imports between modules. They only go down. A new import requires an edit of the table here."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import resnet56
 PACKAGE = Path(resnet56.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-# From the ground up: a module may import those below it that its line names.
+# From the bottom up. A module can import the modules below it that its line lists.
 ARROWS: dict[str, set[str]] = {
     # ground
     "errors": set(),
@@ -234,7 +234,7 @@ ARROWS: dict[str, set[str]] = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name below the package; a package's is that of its __init__."""
+    """Return each module by its dotted name in the package. A package stands for its __init__."""
     found = {}
     for file in PACKAGE.rglob("*.py"):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
@@ -244,7 +244,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported_by(file: Path, known: Collection[str]) -> set[str]:
-    """Our own modules that a module imports; not those for type checkers only."""
+    """Return the modules of this package that a module imports, except for type checking."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     hidden = {
         node
@@ -272,7 +272,7 @@ def imported_by(file: Path, known: Collection[str]) -> set[str]:
 
 
 def test_imports_are_those_of_the_table() -> None:
-    """The packages whose __init__ imports nothing have no line."""
+    """Packages whose __init__ imports no module have no line."""
     known = modules()
     found = {name: imported_by(file, known) - {name} for name, file in known.items()}
     bare = {"__init__", "benchmark", "data", "kernels", "runs"}
@@ -287,7 +287,7 @@ def test_imports_only_go_down() -> None:
 
 
 def test_the_documented_layout_names_every_module() -> None:
-    """The packages report, serve and cli are documented as a whole."""
+    """The packages report, serve and cli have a single entry each."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     tree = page[page.index("src/resnet56/\n") :]
     folder, named = "", set()
@@ -303,13 +303,13 @@ def test_the_documented_layout_names_every_module() -> None:
     )
 
 
-def test_only_the_door_knows_recipes() -> None:
-    """Recipes stop at the door: the rest takes plain arguments. The report describes them."""
+def test_only_these_packages_import_recipes() -> None:
+    """The other packages take plain arguments. The report describes recipes."""
     knowing = {name.partition(".")[0] for name, below in ARROWS.items() if "recipe" in below}
     assert knowing == {"benchmark", "step", "training", "sweep", "report", "cli"}
 
 
-def test_the_public_names_are_pinned_and_there() -> None:
+def test_the_public_names_are_pinned_and_exist() -> None:
     assert resnet56.__all__ == [
         "RECIPES", "Dataset", "EpochMetrics", "Error", "Evaluation", "Metrics", "Prediction",
         "Predictor", "Recipe", "ResNet", "Split",

@@ -250,7 +250,7 @@ def test_evaluate_compares_pytorch_and_onnx(
     assert 0 < comparison["largest_difference"] < 1e-4
 
 
-def test_hub_folder_has_weights_config_and_card(run: Path, tmp_path: Path) -> None:
+def test_hub_directory_has_weights_config_and_card(run: Path, tmp_path: Path) -> None:
     result = evaluation(accuracy=0.8517, accuracy_interval=[0.8446, 0.8585])
     (run / "evaluation.json").write_text(json.dumps(result))
     folder = tmp_path / "my-net"

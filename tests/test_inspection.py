@@ -1,4 +1,4 @@
-"""The inspection against a network worked out by hand, and against finite differences."""
+"""Inspection compared with NumPy and with finite differences."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def batch(count: int = 6, side: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def two_layers() -> ResNet:
-    """A convolution with its batch norm and ReLU, then the classifier: no blocks."""
+    """A convolution with batch norm and ReLU, and a classifier, without blocks."""
     model = build("plain8", classes=3)
     model.stage1, model.stage2, model.stage3 = nn.Sequential(), nn.Sequential(), nn.Sequential()
     model.fc = nn.Linear(16, 3)
@@ -36,14 +36,14 @@ def two_layers() -> ResNet:
         model.conv1.weight.copy_(torch.randn(model.conv1.weight.shape, generator=generator))
         model.bn1.weight.copy_(torch.rand(16, generator=generator) + 0.5)
         model.bn1.bias.copy_(0.2 * torch.randn(16, generator=generator))
-        model.bn1.bias[[2, 5, 11]] = -100  # never above zero: dead
+        model.bn1.bias[[2, 5, 11]] = -100  # never positive, so the ReLU is dead
         model.fc.weight.copy_(torch.randn(3, 16, generator=generator))
     return model.double()
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_two_layers_are_as_worked_out_by_hand(batch_norm: bool) -> None:
-    """Every step and every derivative in NumPy, with im2col for the convolution."""
+def test_two_layers_match_numpy(batch_norm: bool) -> None:
+    """NumPy computes each output and derivative, with im2col for the convolution."""
     model = two_layers()
     images, labels = batch()
     found = inspect_layers(model, images, labels, batch_norm=batch_norm)
@@ -90,8 +90,8 @@ def test_two_layers_are_as_worked_out_by_hand(batch_norm: bool) -> None:
 
 @pytest.mark.parametrize("arch", ["plain8", "resnet8", "resnet8-b", "resnet11-bottleneck"])
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_gradients_are_those_of_finite_differences(arch: str, batch_norm: bool) -> None:
-    """Along its own gradient the loss grows by the gradient's norm."""
+def test_gradients_match_finite_differences(arch: str, batch_norm: bool) -> None:
+    """The directional derivative of the loss along its gradient is the norm of the gradient."""
     model = build(arch, classes=3, seed=2).double().train()
     if not batch_norm:
         for module in list(model.modules()):
@@ -115,8 +115,8 @@ def test_gradients_are_those_of_finite_differences(arch: str, batch_norm: bool) 
         assert statistics.weight_gradient == pytest.approx(slope, rel=1e-3), name
 
 
-def test_the_gradient_of_a_response_is_that_of_what_is_added_to_it() -> None:
-    """Shifting a batch norm's bias shifts its response: a check at every layer but the last."""
+def test_response_gradients_match_those_of_an_added_shift() -> None:
+    """A zero shift is added to each response but the last. Its gradient is that of the response."""
     model = build("resnet8", classes=3, seed=2).double().train()
     images, labels = batch()
     found = {x.name: x for x in inspect_layers(model, images, labels).layers}
@@ -135,7 +135,7 @@ def test_the_gradient_of_a_response_is_that_of_what_is_added_to_it() -> None:
         assert found[name.replace("bn", "conv")].response_gradient == pytest.approx(expected)
 
 
-def test_every_counted_layer_is_listed_in_order_and_the_model_stays_as_it_was() -> None:
+def test_all_weighted_layers_are_listed_in_order_and_the_model_is_unchanged() -> None:
     model = build("resnet20-bottleneck", classes=3).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, labels = batch()
@@ -171,7 +171,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory.path
 
 
-def test_it_answers_for_runs_and_architectures_and_draws(
+def test_the_command_inspects_runs_and_architectures_and_draws_figures(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "layers.svg"
@@ -209,7 +209,7 @@ def test_it_answers_for_runs_and_architectures_and_draws(
         (["FILE.txt"], "FILE.txt"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(
+def test_errors_are_one_line(
     arguments: list[str],
     says: str,
     run: Path,

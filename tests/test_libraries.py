@@ -1,4 +1,4 @@
-"""Libraries neither send telemetry nor write to the user's home."""
+"""Libraries neither send telemetry nor write to the home directory."""
 
 import ast
 import os
@@ -24,14 +24,14 @@ time.sleep(0.5)
 
 
 def clean_environment(home: Path | None) -> dict[str, str]:
-    """The environment of a user's shell: ONNX Runtime is silent by itself where CI is set."""
+    """Return the environment of a user's shell. ONNX Runtime sends no telemetry if CI is set."""
     hidden = ("CI", "ORT_", "XDG_", "MPLCONFIGDIR", "HOME")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     return kept | ({"HOME": str(home)} if home else {})
 
 
 def imported_names(file: Path) -> set[str]:
-    """Top-level packages that a module imports, wherever in the file."""
+    """Return the top-level packages that a module imports anywhere in its file."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -50,7 +50,7 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
 
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that was exported by a user whose home, beside it, was empty before."""
+    """Export a file as a user whose home directory, next to it, is empty."""
     pytest.importorskip("onnxruntime")
     folder = tmp_path_factory.mktemp("onnx")
     (folder / "home").mkdir()
@@ -62,7 +62,9 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_an_onnx_file_leaves_no_trace_in_the_home(onnx_file: Path, tmp_path: Path) -> None:
+def test_loading_an_onnx_file_writes_nothing_to_the_home_directory(
+    onnx_file: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", USE, str(onnx_file)]
     done = subprocess.run(
         command, env=clean_environment(tmp_path), capture_output=True, text=True, check=True
@@ -71,7 +73,7 @@ def test_an_onnx_file_leaves_no_trace_in_the_home(onnx_file: Path, tmp_path: Pat
     assert done.stderr == ""
 
 
-def test_an_export_leaves_no_trace_in_the_home(onnx_file: Path) -> None:
+def test_an_export_writes_nothing_to_the_home_directory(onnx_file: Path) -> None:
     home = onnx_file.parent / "home"
     assert [path for path in home.rglob("*") if path.is_file()] == []
 

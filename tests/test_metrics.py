@@ -1,4 +1,4 @@
-"""Metrics against hand-made cases, scipy, PyTorch and loops."""
+"""Metrics compared with hand-computed cases, SciPy, PyTorch and loops."""
 
 import json
 from typing import Any
@@ -17,7 +17,7 @@ def names(count: int) -> tuple[str, ...]:
 
 
 def noise(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that know something of their labels."""
+    """Return random logits that are higher for the label on average, and the labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
     logits = rng.normal(size=(count, classes)).astype(np.float32)
@@ -29,7 +29,7 @@ def deciding(predicted: list[int], classes: int) -> np.ndarray:
     return 5 * np.eye(classes, dtype=np.float32)[predicted]
 
 
-# Three classes by hand: rows are true, columns predicted.
+# Three classes: rows are true classes, and columns are predicted classes.
 #
 #         A  B  C
 #     A   3  2  0
@@ -39,7 +39,7 @@ TRUE = [0] * 5 + [1] * 3 + [2] * 2
 PREDICTED = [*[0, 0, 0, 1, 1], *[0, 1, 1], *[1, 2]]
 
 
-def test_three_classes_are_measured_as_by_hand() -> None:
+def test_three_classes_match_hand_computed_metrics() -> None:
     result = compute_metrics(deciding(PREDICTED, 3), np.array(TRUE), ("A", "B", "C"))
     assert result.n == 10
     assert result.accuracy == pytest.approx(6 / 10)
@@ -69,8 +69,8 @@ def test_a_class_that_is_never_predicted_has_precision_0() -> None:
     assert result.macro["precision"] == pytest.approx((1 / 2 + 1 + 0) / 3)
 
 
-def test_a_class_without_images_has_no_scores_and_is_in_no_mean() -> None:
-    """Also if it is predicted. The means are those of the other classes, measured alone."""
+def test_a_class_without_images_has_no_scores_and_is_excluded_from_means() -> None:
+    """This also holds if it is predicted. The means are those of the other classes."""
     result = compute_metrics(deciding([0, 1, 2, 1], 3), np.array([0, 1, 0, 0]), names(3))
     assert result.per_class["class 2"] == {
         "precision": None, "recall": None, "f1": None, "support": 0,
@@ -97,7 +97,7 @@ def test_one_image_is_enough() -> None:
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 9), (9303, 10_000)])
-def test_the_interval_is_scipys_wilson_interval(hits: int, n: int) -> None:
+def test_the_interval_matches_scipy(hits: int, n: int) -> None:
     interval = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
     low, high = wilson(hits, n)
     assert (low, high) == pytest.approx((interval.low, interval.high), abs=1e-12)
@@ -105,7 +105,7 @@ def test_the_interval_is_scipys_wilson_interval(hits: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 100])
-def test_top_k_counts_labels_that_few_logits_surpass(classes: int) -> None:
+def test_top_k_counts_labels_with_fewer_than_k_larger_logits(classes: int) -> None:
     logits, labels = noise(300, classes)
     result = compute_metrics(logits, labels, names(classes))
     for k, measured in ((1, result.accuracy), (2, result.top2), (3, result.top3)):
@@ -118,7 +118,7 @@ def test_top_k_counts_labels_that_few_logits_surpass(classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 100])
-def test_a_hit_is_in_the_top_two_and_three_even_where_logits_tie(classes: int) -> None:
+def test_a_top_1_hit_with_tied_logits_is_also_in_top_2_and_top_3(classes: int) -> None:
     rng = np.random.default_rng(1)
     for _ in range(30):
         logits = rng.integers(0, 2, (50, classes)).astype(np.float32)
@@ -127,7 +127,7 @@ def test_a_hit_is_in_the_top_two_and_three_even_where_logits_tie(classes: int) -
 
 
 @pytest.mark.parametrize("scale", [1, 100, 1e4])
-def test_log_softmax_is_scipys(scale: float) -> None:
+def test_log_softmax_matches_scipy(scale: float) -> None:
     logits = scale * noise(50, 10)[0]
     result = log_softmax(logits)
     assert result.dtype == np.float64
@@ -135,7 +135,7 @@ def test_log_softmax_is_scipys(scale: float) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
-def test_the_loss_is_pytorchs_in_double_precision(classes: int) -> None:
+def test_the_loss_matches_pytorch_in_double_precision(classes: int) -> None:
     logits, labels = noise(200, classes)
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
@@ -150,7 +150,7 @@ def test_extreme_logits_stay_finite(scale: float) -> None:
     logits, labels = scale * deciding(PREDICTED, 3) / 5, np.array(TRUE)
     result = compute_metrics(logits, labels, names(3))
     json.dumps(dict(result), allow_nan=False)
-    # Right where scale is positive, six of ten times; else all off by 1e4, or a tie of two.
+    # With a positive scale, six of ten are correct. Otherwise, each is off by 1e4 or a tie of two.
     if scale > 0:
         assert result.loss == pytest.approx(1e4 * 4 / 10)
     else:
@@ -158,7 +158,7 @@ def test_extreme_logits_stay_finite(scale: float) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 100])
-def test_any_number_of_classes_becomes_plain_json(classes: int) -> None:
+def test_metrics_of_any_number_of_classes_are_json(classes: int) -> None:
     logits, labels = noise(400, classes)
     result = json.loads(json.dumps(dict(compute_metrics(logits, labels, names(classes)))))
     matrix = np.zeros((classes, classes), dtype=int)
@@ -169,7 +169,7 @@ def test_any_number_of_classes_becomes_plain_json(classes: int) -> None:
     assert len(result["most_confused"]) == (2 if classes == 2 else 10)
 
 
-def test_the_most_confused_pairs_come_first_and_ties_in_the_order_of_classes() -> None:
+def test_confused_pairs_are_sorted_by_count_and_then_by_class() -> None:
     matrix = np.array([[50, 3, 0, 1], [3, 60, 0, 0], [0, 7, 0, 0], [0, 0, 0, 9]])
     kept = matrix.copy()
     pairs = most_confused(matrix, ("A", "B", "C", "D"), limit=3)
@@ -186,25 +186,25 @@ def test_the_most_confused_pairs_come_first_and_ties_in_the_order_of_classes() -
 
 
 def certain(confidences: list[float], right: list[bool]) -> dict[str, Any]:
-    """Two classes; the first is predicted with the given confidence."""
+    """Return the calibration of two classes if the first is predicted with these confidences."""
     probabilities = np.array([[p, 1 - p] for p in confidences])
     return calibration(probabilities, np.array([0 if hit else 1 for hit in right]))
 
 
-def test_a_classifier_that_is_as_often_right_as_it_says_has_no_calibration_error() -> None:
+def test_a_calibrated_classifier_has_no_calibration_error() -> None:
     confidences = [0.6] * 5 + [0.8] * 5 + [0.9] * 10 + [1.0] * 3
     right = [True] * 3 + [False] * 2 + [True] * 4 + [False] + [True] * 9 + [False] + [True] * 3
     assert certain(confidences, right)["ece"] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("hits", [0, 3, 7, 10])
-def test_a_constant_classifiers_error_is_the_distance_of_confidence_and_accuracy(hits: int) -> None:
+def test_the_ece_of_a_constant_confidence_is_its_distance_from_the_accuracy(hits: int) -> None:
     result = certain([0.7] * 10, [True] * hits + [False] * (10 - hits))
     assert result["ece"] == pytest.approx(abs(0.7 - hits / 10))
 
 
 @pytest.mark.parametrize("classes", [2, 10])
-def test_the_bins_and_their_error_are_those_of_a_plain_loop(classes: int) -> None:
+def test_the_bins_and_the_ece_match_a_plain_loop(classes: int) -> None:
     logits, labels = noise(500, classes)
     probabilities = special.softmax(2 * logits.astype(np.float64), axis=1)
     result = calibration(probabilities, labels)
@@ -234,18 +234,18 @@ def test_full_confidence_is_in_the_last_bin() -> None:
     assert bins[7]["count"] == 1  # 7/15 < 0.51 <= 8/15
 
 
-def test_a_confidence_between_two_bins_is_in_the_lower() -> None:
+def test_a_confidence_at_the_edge_of_two_bins_is_in_the_lower_one() -> None:
     bins = certain([0.6], [True])["bins"]  # 0.6 is 9/15
     assert [row["count"] for row in bins] == [0] * 8 + [1] + [0] * 6
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
-def test_the_brier_score_of_knowing_nothing_is_one_minus_a_share(classes: int) -> None:
+def test_the_brier_score_of_uniform_probabilities(classes: int) -> None:
     uniform = np.full((4, classes), 1 / classes)
     assert calibration(uniform, np.array([0, 1, 0, 1]))["brier"] == pytest.approx(1 - 1 / classes)
 
 
-def test_the_brier_score_goes_from_0_to_2() -> None:
+def test_the_brier_score_ranges_from_0_to_2() -> None:
     assert certain([1.0], [True])["brier"] == 0
     assert certain([1.0], [False])["brier"] == 2
     assert certain([0.8, 0.8], [True, False])["brier"] == pytest.approx((0.08 + 1.28) / 2)

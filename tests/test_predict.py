@@ -195,17 +195,17 @@ def test_missing_model_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def weights_folder(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Create a folder with one pretrained model, `small`."""
+def weights_directory(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Create a directory with one pretrained model, `small`."""
     pretrained.save(run, "small", tmp_path / "weights")
     monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
     return tmp_path / "weights"
 
 
 def test_pretrained_model_matches_its_run(
-    weights_folder: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+    weights_directory: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(weights_folder)
+    monkeypatch.chdir(weights_directory)
     assert pretrained.names() == ["small"]
     assert pretrained.card("small")["config"]["classes"] == list(CLASSES)
     small = resnet56.load("small", device="cpu")
@@ -214,7 +214,7 @@ def test_pretrained_model_matches_its_run(
     images = np.random.default_rng(1).integers(0, 256, (64, 3, 32, 32), np.uint8)
     logits, expected = small.run(images)[0], predictor.run(images)[0]
     assert np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
-    size = (weights_folder / "small.safetensors").stat().st_size
+    size = (weights_directory / "small.safetensors").stat().st_size
     assert size < 0.6 * 4 * sum(p.numel() for p in small.model.parameters()) + 10_000
 
 
@@ -232,7 +232,7 @@ def test_card_has_recipe_and_evaluation(
     assert card["evaluation"]["test"]["accuracy"] == 0.5
 
 
-def test_unknown_name_lists_the_available_ones(weights_folder: Path) -> None:
+def test_unknown_name_lists_the_available_ones(weights_directory: Path) -> None:
     with pytest.raises(RunError, match=r"nor a pretrained model \(available: small\)"):
         resnet56.load("large")
     with pytest.raises(RunError, match="available: small"):
@@ -240,17 +240,17 @@ def test_unknown_name_lists_the_available_ones(weights_folder: Path) -> None:
 
 
 def test_run_takes_precedence_over_a_pretrained_model(
-    weights_folder: Path, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights_directory: Path, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
-    assert sources.open_model("small").pretrained  # a folder without a run is ignored
+    assert sources.open_model("small").pretrained  # a directory without a run is ignored
     RunDirectory(tmp_path / "small").save(run.load())
     assert sources.open_model("small").run
 
 
-def test_damaged_pretrained_file_is_an_error(weights_folder: Path) -> None:
-    (weights_folder / "small.safetensors").write_bytes(b"junk")
+def test_damaged_pretrained_file_is_an_error(weights_directory: Path) -> None:
+    (weights_directory / "small.safetensors").write_bytes(b"junk")
     with pytest.raises(RunError, match="is damaged"):
         pretrained.load("small")
 

@@ -157,7 +157,9 @@ def test_lines_show_the_status_once_a_minute(monkeypatch: pytest.MonkeyPatch) ->
     assert stream.getvalue() == "evaluating\n  evaluating  300 of 1,000 images  2:22 left\n"
 
 
-def test_the_time_left_knows_that_small_images_are_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_remaining_time_accounts_for_faster_small_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two epochs take a quarter of the time of the other two. Each has ten steps."""
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])

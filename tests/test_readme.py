@@ -1,4 +1,4 @@
-"""The documented commands do what the documentation says, run as a new user would."""
+"""The commands of the README work for a new user."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def test_the_python_examples_run(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("src/**/*.md")],
     ids=lambda path: path.name,
 )
-def test_links_to_files_lead_somewhere(page: Path) -> None:
+def test_links_to_files_are_valid(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
         assert (page.parent / target).exists(), target

@@ -196,7 +196,7 @@ def test_memory_is_the_total_of_the_machine() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, not yet a repository, with a copy of the module's file."""
+    """Create a directory, not yet a repository, with a copy of the file of the module."""
     if shutil.which("git") is None:
         pytest.skip("no git on this machine")
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):

@@ -1,4 +1,4 @@
-"""Tests of differences, against cases computed by hand and from their definitions."""
+"""Significance tests compared with cases computed by hand and from definitions."""
 
 import math
 
@@ -9,7 +9,7 @@ from resnet56.significance import compare_means, compare_predictions, holm, mean
 
 
 def t_tail(t: float, df: float) -> float:
-    """Two-sided tail of the t-distribution, by integrating its density."""
+    """Return the two-sided tail of the t-distribution by integrating its density."""
     scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
     x = np.linspace(-abs(t), abs(t), 200_001)
     return 1 - float(np.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x))
@@ -32,7 +32,7 @@ def test_permutations_are_counted_exactly() -> None:
     """Of the 20 ways to split six values into threes, 2 are as extreme as a full separation."""
     separated = compare_means([0.93, 0.94, 0.95], [0.90, 0.91, 0.92])
     assert separated.permutation_p_value == pytest.approx(2 / 20)
-    # One swap less: only these and their mirror images are as extreme, 4 of 20.
+    # With one swap fewer, only these and their mirror images are as extreme, 4 of 20.
     mixed = compare_means([0.92, 0.94, 0.95], [0.90, 0.91, 0.93])
     assert mixed.permutation_p_value == pytest.approx(4 / 20)
 

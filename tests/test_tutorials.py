@@ -52,7 +52,7 @@ def test_there_are_two_tutorials() -> None:
 
 @pytest.mark.parametrize("name", [BUILD, USE])
 def test_the_stored_outputs_are_those_of_the_code(executed: dict[str, Any], name: str) -> None:
-    """Up to numbers, which depend on the machine. If this fails, run tools/notebooks.py."""
+    """Numbers depend on the machine and may differ. If this fails, run tools/notebooks.py."""
 
     def outputs(cell: Any) -> list[tuple[str, list[str], str]]:
         return [
@@ -125,7 +125,7 @@ def test_a_stored_tutorial_is_clean(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_links_in_a_tutorial_lead_somewhere(path: Path) -> None:
+def test_links_in_a_tutorial_are_valid(path: Path) -> None:
     markdown = "\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
     for target in re.findall(r"\]\((?!http)([^)]+)\)", markdown):
         assert (path.parent / target).exists(), target

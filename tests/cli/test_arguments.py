@@ -1,4 +1,4 @@
-"""Arguments of every command: what is wrong with them is one line and exit code 2."""
+"""Arguments of every command: errors about them are one line, with exit code 2."""
 
 import dataclasses
 import io
@@ -29,11 +29,11 @@ COMMANDS = {
     "bench": ["bench"],
     "data": ["data", "fetch"],
 }
-NO_NUMBERS = ("99999999999999999999", "-1", "٣", "")
+INVALID_NUMBERS = ("99999999999999999999", "-1", "٣", "")
 
 
 def options_of(command: str) -> type:
-    """The dataclass of a command's options."""
+    """Return the dataclass of a command's options."""
     module = import_module(
         f"resnet56.cli.{command}_" if command == "import" else f"resnet56.cli.{command}"
     )
@@ -47,7 +47,7 @@ def options_of(command: str) -> type:
 
 
 def numeric_flags(kind: type) -> Iterator[tuple[str, int]]:
-    """Flags that take numbers, and how many of them."""
+    """Return the flags that take numbers, and how many numbers each takes."""
     for field in dataclasses.fields(kind):
         annotation = field.type
         while get_origin(annotation) is Annotated:
@@ -61,7 +61,7 @@ def numeric_flags(kind: type) -> Iterator[tuple[str, int]]:
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run where nothing is, so that nothing starts."""
+    """Run in an empty directory, so that no command finds data or a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -71,12 +71,12 @@ def test_every_command_is_tested() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_number_that_is_none_is_one_line(
+def test_invalid_numbers_are_one_line_errors(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Huge, negative, in other scripts' digits, empty."""
+    """The values are huge, negative, empty, or in the digits of other scripts."""
     for flag, count in numeric_flags(options_of(command)):
-        for value in NO_NUMBERS:
+        for value in INVALID_NUMBERS:
             code = cli.main([*COMMANDS[command], flag, *[value] * count])
             shown = capsys.readouterr()
             assert code == 2, f"{flag} {value!r}: {shown.err}"
@@ -108,14 +108,14 @@ def test_numbers_are_ascii_and_finite(text: str) -> None:
         number(text)
 
 
-def test_numbers_as_people_write_them() -> None:
+def test_common_notations_of_numbers_are_accepted() -> None:
     assert [integer(text) for text in ("0", "+7", "-3", "9" * 18)] == [0, 7, -3, 10**18 - 1]
     written = ("1", "-0.5", ".5", "5.", "1e-4", "+2.5E+3")
     assert [number(text) for text in written] == [1, -0.5, 0.5, 5, 1e-4, 2500]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_80_columns_and_speaks_of_no_none(
+def test_help_fits_80_columns_and_shows_no_empty_defaults(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*COMMANDS[command], "--help"]) == 0
@@ -159,7 +159,7 @@ def test_help_on_a_terminal_without_unicode(monkeypatch: pytest.MonkeyPatch) -> 
         (["bench", "--batch", "32,9999999"], "--batch must be from 1 to"),
     ],
 )
-def test_a_wrong_call_says_what_would_be_right(
+def test_usage_errors_state_what_is_expected(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments) == 2
@@ -168,7 +168,7 @@ def test_a_wrong_call_says_what_would_be_right(
     assert shown.count("\n") == 1
 
 
-def test_a_recipe_of_thousands_of_digits_is_one_short_line(
+def test_errors_about_very_long_values_are_short(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for field, value in {
@@ -190,10 +190,12 @@ os.execv(sys.executable, [sys.executable, "-m", "resnet56", *sys.argv[1:]])
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="descriptors close otherwise on Windows")
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="closing descriptors works differently on Windows"
+)
 @pytest.mark.parametrize(("number", "code"), [(0, 2), (1, 2), (2, 2)])
-def test_a_closed_stream_is_an_empty_one(number: int, code: int) -> None:
-    """As in `resnet56 nonsense >&-`."""
+def test_a_closed_standard_stream_causes_no_traceback(number: int, code: int) -> None:
+    """For example, `resnet56 nonsense >&-`."""
     command = [sys.executable, "-c", CLOSED.format(number=number), "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code
@@ -203,14 +205,14 @@ def test_a_closed_stream_is_an_empty_one(number: int, code: int) -> None:
 
 @pytest.mark.parametrize("by_rich", [False, True])
 @pytest.mark.parametrize(("command", "says"), [("describe", ""), ("train", "output pipe")])
-def test_output_that_nobody_reads_ends_as_by_sigpipe(
+def test_a_broken_pipe_exits_with_the_code_of_sigpipe(
     by_rich: bool,
     command: str,
     says: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Rich turns a broken pipe into an exit; a training ends with a word."""
+    """Rich turns a broken pipe into SystemExit. `train` also prints a message."""
 
     def run(_: list[str]) -> int:
         try:
@@ -243,7 +245,7 @@ def test_output_that_nobody_reads_ends_as_by_sigpipe(
         ),
     ],
 )
-def test_an_environment_that_is_not_torchruns_is_one_line(
+def test_an_invalid_torchrun_environment_is_a_one_line_error(
     environment: dict[str, str],
     says: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The command, as a shell sees it: output, one-line errors, exit codes."""
+"""The command line: output, one-line errors and exit codes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ QUICKLY = ["--arch", "resnet8", "--batch-size", "8", "--epochs", "1", "--device"
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder: red and blue pictures, of several sizes."""
+    """Create an image directory of red and blue images of several sizes."""
     root = tmp_path_factory.mktemp("data") / "colors"
     chance = np.random.default_rng(0)
     for split, count in (("train", 10), ("test", 4)):
@@ -49,7 +49,7 @@ Refused = Callable[..., str]
 def refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Refused:
-    """Run the command where nothing is; it must fail with one line, which is returned."""
+    """Run a command in an empty directory, check that it fails, and return its one-line error."""
     monkeypatch.chdir(tmp_path)
 
     def run_and_fail(*arguments: str, code: int) -> str:
@@ -87,20 +87,20 @@ def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixt
     assert shown.err == ""
 
 
-def test_help_shows_the_recipe_it_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_given_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["train", "report", "--help"])
     assert "(default: resnet56-bottleneck)" in " ".join(
         re.split(r"[\s│]+", capsys.readouterr().out)
     )
 
 
-def test_version_and_the_module_are_the_command() -> None:
+def test_the_module_runs_as_the_command() -> None:
     command = [sys.executable, "-m", "resnet56", "--version"]
     shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.stdout == f"resnet56 {__version__}\n"
 
 
-def test_describe_prints_the_papers_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_prints_the_table_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["describe", "--arch", "resnet56-bottleneck"]) == 0
     text = capsys.readouterr().out
     assert "591,322" in text
@@ -143,7 +143,7 @@ def test_validation_metrics_come_before_test_metrics(
     assert cli.main(["evaluate", "resnet56", "--data", "digits", "--split", "validation"]) == 2
 
 
-def test_other_images_are_measured_and_nothing_is_written(
+def test_evaluating_other_images_writes_no_files(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (run / "evaluation.json").read_bytes()
@@ -158,7 +158,7 @@ def test_other_images_are_measured_and_nothing_is_written(
     assert (run / "evaluation.json").read_bytes() == before
 
 
-def test_parity_is_kept_once_and_gives_a_verdict(
+def test_parity_is_stored_once_with_a_verdict(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
@@ -176,7 +176,7 @@ def test_parity_is_kept_once_and_gives_a_verdict(
     assert "requires a pair" in capsys.readouterr().err
 
 
-def test_a_runs_own_recipe_trains_it_again(
+def test_training_accepts_the_recipe_file_of_a_run(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(run / "recipe.json")
@@ -250,7 +250,7 @@ def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]
         (["evaluate"], "(?i)run.*--help"),
     ],
 )
-def test_a_wrong_call_is_one_line_and_exit_code_2(
+def test_a_usage_error_is_one_line_and_exit_code_2(
     refused: Refused, arguments: list[str], says: str
 ) -> None:
     assert re.search(says, refused(*arguments, code=2))
@@ -264,13 +264,13 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
         (["evaluate", "none"], "none is neither a run nor a pretrained model"),
     ],
 )
-def test_what_is_not_there_is_one_line_and_exit_code_1(
+def test_a_missing_path_is_one_line_and_exit_code_1(
     refused: Refused, arguments: list[str], says: str
 ) -> None:
     assert re.search(says, refused(*arguments, code=1))
 
 
-def test_a_path_the_system_refuses_is_one_line(refused: Refused) -> None:
+def test_a_path_that_is_too_long_is_a_one_line_error(refused: Refused) -> None:
     assert "name too long" in refused("train", "quick", "--out", "x" * 300, code=1).lower()
 
 
@@ -293,10 +293,10 @@ def test_out_of_memory_is_one_line(
     assert "out of memory; choose a smaller --batch-size" in refused("train", code=1)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="pipes close otherwise on Windows")
+@pytest.mark.skipif(os.name == "nt", reason="closing pipes works differently on Windows")
 @pytest.mark.parametrize("command", [["--help"], ["data", "fetch", "--help"]])
-def test_a_reader_that_has_gone_is_no_traceback(command: list[str]) -> None:
-    """As in `resnet56 --help | head -0`: its exit code is that of SIGPIPE."""
+def test_a_closed_output_pipe_causes_no_traceback(command: list[str]) -> None:
+    """For example, `resnet56 --help | head -0`. The exit code is that of SIGPIPE."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as gone:
@@ -318,7 +318,7 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no password database")
 def test_commands_work_without_a_home_directory(run: Path, folder: Path, tmp_path: Path) -> None:
-    """As in `docker run --user 54321`: no HOME, and no entry in the password database."""
+    """For example, `docker run --user 54321`: no HOME, and no entry in the password database."""
     image = next((folder / "test" / "red").iterdir())
     commands = [
         ["data", "fetch", "cifar10"],
@@ -349,7 +349,7 @@ def test_no_temporary_directory_is_one_line(
     assert "set TMPDIR" in refused("describe", code=1)
 
 
-def test_a_file_in_the_way_is_refused_before_anything_is_read(
+def test_an_existing_file_as_output_is_refused_before_data_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine"
@@ -359,10 +359,10 @@ def test_a_file_in_the_way_is_refused_before_anything_is_read(
     assert file.read_text() == "precious"
 
 
-def test_images_are_measured_by_the_names_of_their_classes(
+def test_classes_are_matched_by_name(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The network's own classes count, whatever else is there; none of them is an error."""
+    """Images of other classes are skipped. Data without common classes are an error."""
     for split in ("train", "test"):
         for name in ("green", "red"):
             target = tmp_path / "other" / split / name
@@ -383,10 +383,10 @@ def test_images_are_measured_by_the_names_of_their_classes(
     assert "no classes in common (data: green;" in capsys.readouterr().err
 
 
-def test_a_run_on_undivided_folders_is_measured_on_its_own_test_part(
+def test_a_run_without_a_predefined_split_is_evaluated_on_its_own_test_images(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not on the images that it was trained on, also where the folder has moved."""
+    """The training images are excluded, even after the directory was moved."""
     plain = Path(shutil.copytree(folder / "train", tmp_path / "plain"))
     out = tmp_path / "run"
     assert cli.main(["train", "quick", "--data", str(plain), "--out", str(out), *QUICKLY]) == 0
@@ -398,14 +398,16 @@ def test_a_run_on_undivided_folders_is_measured_on_its_own_test_part(
 
 @pytest.mark.parametrize("command", [["train", "quick"], ["evaluate", "resnet56"], ["bench"]])
 @pytest.mark.parametrize("data", ["", " "])
-def test_no_data_set_is_named_by_nothing(refused: Refused, command: list[str], data: str) -> None:
+def test_an_empty_data_argument_is_an_error(
+    refused: Refused, command: list[str], data: str
+) -> None:
     assert "--data is empty; use digits, cifar10, cifar100" in refused(
         *command, "--data", data, code=2
     )
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
-def test_a_folder_goes_before_the_data_set_of_its_name(
+def test_a_directory_takes_precedence_over_a_data_set_of_the_same_name(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -418,15 +420,17 @@ def test_a_folder_goes_before_the_data_set_of_its_name(
     monkeypatch.chdir(tmp_path)
     assert load_data(name).classes == ("blue", "red")
     assert f"loaded the directory {tmp_path / name} instead of" in capsys.readouterr().err
-    assert load_data(None).classes == tuple("0123456789")  # what is loaded without --data
-    assert load_data(None, own="digits").classes == tuple("0123456789")  # or again for a run
+    assert load_data(None).classes == tuple("0123456789")  # the default without --data
+    assert load_data(None, own="digits").classes == tuple(
+        "0123456789"
+    )  # the data set that a run was trained on
     (tmp_path / name).rename(tmp_path / "other")
     if name == "digits":
         assert load_data(name).classes == tuple("0123456789")
 
 
 @pytest.mark.parametrize("form", ["~/{}", "~/./{}"])
-def test_a_tilde_that_no_shell_has_seen_is_the_home_folder(
+def test_a_tilde_that_the_shell_did_not_expand_is_the_home_directory(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
@@ -439,14 +443,14 @@ def test_a_tilde_that_no_shell_has_seen_is_the_home_folder(
     assert cli.main(["predict", path]) == 0
     assert cli.main(["predict", f"--run={path}/none", "x"]) == 1
     assert str(folder.parent) in capsys.readouterr().err
-    assert cli.main(["predict", "a~b", "~nobody-of-this-name"]) == 1  # as it stands
+    assert cli.main(["predict", "a~b", "~nobody-of-this-name"]) == 1  # not expanded
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
-def test_nothing_that_is_named_by_others_writes_to_the_terminal(
+def test_control_characters_in_names_do_not_reach_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Escape sequences, and line feeds that would forge lines, in every kind of name."""
+    """Names of every type contain escape sequences, and line feeds that would forge lines."""
     evil = "\x1b[2J\nresnet56: all is well\x9b"
     monkeypatch.chdir(tmp_path)
     root = tmp_path / evil
@@ -480,10 +484,10 @@ def test_nothing_that_is_named_by_others_writes_to_the_terminal(
             assert not line.startswith("resnet56: all"), arguments
 
 
-def test_offline_names_the_ways_on(
+def test_an_offline_error_lists_alternatives(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy that refuses stands for a machine without a network."""
+    """A proxy that refuses connections simulates a machine without a network."""
     monkeypatch.setenv("RESNET56_DATA", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

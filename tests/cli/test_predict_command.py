@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a folder with three images of different sizes, a truncated image and a text file."""
+    """Create a directory with three images of different sizes, a truncated one and a text file."""
     folder = tmp_path_factory.mktemp("album")
     generator = np.random.default_rng(0)
     (folder / "nested").mkdir()
@@ -157,7 +157,7 @@ def test_usage_error_is_one_line(
     assert output.out == ""
 
 
-def test_folder_without_images_is_an_error(
+def test_directory_without_images_is_an_error(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["predict", "--run", str(run), str(tmp_path)]) == 1
@@ -171,7 +171,7 @@ def test_pretrained_name_is_accepted_in_place_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """predict uses resnet56 by default; evaluate accepts it and writes no files."""
+    """`predict` uses resnet56 by default. `evaluate` accepts it and writes no files."""
     monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
     pretrained.save(RunDirectory(run), "resnet56", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)

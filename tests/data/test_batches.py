@@ -169,7 +169,7 @@ def test_the_parts_of_all_processes_form_the_batch_of_one_process(
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "ricap"])
-def test_targets_match_the_shares_of_mixed_images(mix: str) -> None:
+def test_targets_match_the_fractions_of_mixed_images(mix: str) -> None:
     """Each image has the color of its label, so its mean is the mean label of its target."""
     augmentation = Augmentation(padding=0, flip=False, cutout=16, mix=mix)
     batches = Batches(

@@ -212,7 +212,7 @@ def test_damaged_files_raise_only_package_errors(folders: dict[str, Path], form:
 
 
 @pytest.mark.parametrize("name", list(cifar.ARCHIVES))
-def test_an_archive_is_unpacked_into_its_own_folder(
+def test_an_archive_is_unpacked_into_its_own_directory(
     folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     folder = folders[cifar.ARCHIVES[name]]

@@ -184,7 +184,7 @@ def closed() -> str:
 
 
 def failure(archive: Archive, root: Path, **options: Any) -> str:
-    """Return the message of a fetch that fails. Check that it unpacks nothing."""
+    """Return the message of a failing fetch, and check that it unpacks nothing."""
     with pytest.raises(DownloadError) as caught:
         fetch(archive, root, **{"timeout": 5.0, **options})
     message = str(caught.value)
@@ -212,7 +212,7 @@ def test_fetch_downloads_verifies_unpacks_and_cleans_up(
     assert len(calls) < 50  # of the 600 blocks
 
 
-def test_an_existing_folder_is_not_downloaded(site: Site, archive: Archive, root: Path) -> None:
+def test_an_existing_directory_is_not_downloaded(site: Site, archive: Archive, root: Path) -> None:
     (root / "toy").mkdir(parents=True)
     assert fetch(archive, root) == root / "toy"
     assert site.seen == []
@@ -673,7 +673,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
     ],
     ids=lambda evil: f"{evil.name} {evil.type.decode()} {evil.linkname}",
 )
-def test_nothing_is_unpacked_outside_the_folder(
+def test_nothing_is_unpacked_outside_the_directory(
     site: Site, root: Path, tmp_path: Path, evil: tarfile.TarInfo
 ) -> None:
     site.content = packed(("toy/train.bin", b"fine"), (evil, b""))
@@ -721,7 +721,7 @@ def test_unpacked_files_have_no_special_permissions(site: Site, root: Path) -> N
 
 
 class Full(io.BytesIO):
-    """A file on a full disk."""
+    """Simulates a file on a full disk."""
 
     def write(self, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -758,7 +758,7 @@ def test_a_full_disk_during_unpacking_keeps_the_archive(
     assert len(site.seen) == 1
 
 
-def test_a_read_only_folder_is_reported(
+def test_a_read_only_directory_is_reported(
     archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, *args: Any, **options: Any) -> None:
@@ -768,7 +768,7 @@ def test_a_read_only_folder_is_reported(
     assert f"{root}: Permission denied" in failure(archive, root)
 
 
-def test_a_file_in_place_of_the_folder_is_reported(
+def test_a_file_in_place_of_the_directory_is_reported(
     site: Site, archive: Archive, root: Path
 ) -> None:
     root.mkdir(parents=True)
@@ -808,12 +808,14 @@ def test_of_two_concurrent_calls_one_downloads_and_the_other_waits(
     assert waiting
 
 
-def test_a_folder_created_in_the_meantime_is_used(site: Site, archive: Archive, root: Path) -> None:
-    def create_folder(done: int, total: int | None) -> None:
+def test_a_directory_created_in_the_meantime_is_used(
+    site: Site, archive: Archive, root: Path
+) -> None:
+    def create_directory(done: int, total: int | None) -> None:
         (root / "toy").mkdir(exist_ok=True)
         (root / "toy" / "theirs").touch()
 
-    assert fetch(archive, root, progress=create_folder) == root / "toy"
+    assert fetch(archive, root, progress=create_directory) == root / "toy"
     assert [path.name for path in root.rglob("*")] == ["toy", "theirs"]
 
 

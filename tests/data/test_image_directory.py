@@ -45,7 +45,9 @@ def values(images: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize(
     "test", ["test", "val", "Valid", "validation", "dev", "eval", "testing", "test-images"]
 )
-def test_the_folder_next_to_train_is_the_test_part(tmp_path: Path, train: str, test: str) -> None:
+def test_the_directory_next_to_train_is_the_test_part(
+    tmp_path: Path, train: str, test: str
+) -> None:
     fill(tmp_path / train, "a", "b", first=0)
     fill(tmp_path / test, "a", "b", first=100, count=2)
     loaded = load_directory(tmp_path)
@@ -54,7 +56,7 @@ def test_the_folder_next_to_train_is_the_test_part(tmp_path: Path, train: str, t
     assert "80/20" not in loaded.source
 
 
-def test_an_unused_validation_folder_causes_a_remark(tmp_path: Path) -> None:
+def test_an_unused_validation_directory_causes_a_remark(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / "test", "a", "b", first=100)
     fill(tmp_path / "val", "a", "b", count=3)
@@ -64,7 +66,7 @@ def test_an_unused_validation_folder_causes_a_remark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["holdout", "gallery", "Zoo"])
-def test_an_unused_folder_of_the_same_classes_is_an_error(tmp_path: Path, other: str) -> None:
+def test_an_unused_directory_of_the_same_classes_is_an_error(tmp_path: Path, other: str) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / other, "B")
     message = error_of(tmp_path)
@@ -75,7 +77,7 @@ def test_an_unused_folder_of_the_same_classes_is_an_error(tmp_path: Path, other:
     assert "80/20" in load_directory(tmp_path).source
 
 
-def test_two_folders_of_the_same_role_are_an_error(tmp_path: Path) -> None:
+def test_two_directories_of_the_same_role_are_an_error(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / "val", "a")
     fill(tmp_path / "dev", "a")
@@ -85,7 +87,7 @@ def test_two_folders_of_the_same_role_are_an_error(tmp_path: Path) -> None:
         assert "has Train/ and train/; keep one" in error_of(tmp_path)
 
 
-def test_class_folders_without_a_test_part_are_split(tmp_path: Path) -> None:
+def test_class_directories_without_a_test_part_are_split(tmp_path: Path) -> None:
     fill(tmp_path, "a", "b", count=10)
     (tmp_path / "docs").mkdir()
     fill(tmp_path / "@eaDir", "thumbs")
@@ -104,7 +106,7 @@ def test_adjacent_data_sets_are_not_classes(tmp_path: Path) -> None:
 # A table of labels
 
 
-def test_a_table_labels_the_images_of_one_folder(tmp_path: Path) -> None:
+def test_a_table_labels_the_images_of_one_directory(tmp_path: Path) -> None:
     for number in range(1, 11):
         save(tmp_path / "train" / f"{number}.png", number)
     save(tmp_path / "test" / "1.png")
@@ -178,7 +180,7 @@ def test_class_names_with_control_characters_are_rejected(tmp_path: Path, name: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems do not allow such names")
-def test_folder_names_in_errors_are_printable(tmp_path: Path) -> None:
+def test_directory_names_in_errors_are_printable(tmp_path: Path) -> None:
     root = tmp_path / "a\x1b[2J\nresnet56: done"
     for message in (
         "does not exist",

@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("system", ["@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"])
 @pytest.mark.parametrize("depth", ["", "a/", "a/b/"])
-def test_system_folders_are_ignored(tmp_path: Path, system: str, depth: str) -> None:
+def test_system_directories_are_ignored(tmp_path: Path, system: str, depth: str) -> None:
     save(tmp_path / "a" / "b" / "x.png")
     for name in (system, system.upper(), system.lower()):
         save(tmp_path / depth / name / "x.png" / "THUMB.jpg")
@@ -38,7 +38,7 @@ def test_system_folders_are_ignored(tmp_path: Path, system: str, depth: str) -> 
 
 
 @needs_links
-def test_linked_folders_are_visited_once(tmp_path: Path) -> None:
+def test_linked_directories_are_visited_once(tmp_path: Path) -> None:
     for name in ("data/cat/0", "data/dog/1", "pool/2", "pool/deep/3"):
         save(tmp_path / f"{name}.png")
     cat = tmp_path / "data" / "cat"

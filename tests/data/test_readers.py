@@ -72,7 +72,7 @@ def python2_pickle(
 
 
 def link(source: Path, target: Path) -> Path:
-    """Copy a folder with hard links. Unlink a file before writing to it."""
+    """Copy a directory with hard links. Unlink a file before writing to it."""
     return Path(shutil.copytree(source, target / source.name, copy_function=os.link))
 
 
@@ -127,8 +127,8 @@ def pickled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def small_python_folder(parent: Path) -> Path:
-    """Create a folder in which all files are empty. data_batch_1 is read first."""
+def small_python_directory(parent: Path) -> Path:
+    """Create a directory in which all files are empty. data_batch_1 is read first."""
     folder = parent / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name in PY:
@@ -167,7 +167,7 @@ def test_missing_class_names_have_a_default(binary: Path, tmp_path: Path) -> Non
     assert load_directory(folder).classes == tuple(NAMES)
 
 
-def test_a_renamed_folder_is_recognized_by_its_files(binary: Path, tmp_path: Path) -> None:
+def test_a_renamed_directory_is_recognized_by_its_files(binary: Path, tmp_path: Path) -> None:
     assert load_directory(link(binary, tmp_path).rename(tmp_path / "mine")).name == "cifar10"
 
 
@@ -303,7 +303,7 @@ class Call:
 def test_a_pickle_that_runs_a_command_is_rejected_and_not_executed(
     tmp_path: Path, protocol: int
 ) -> None:
-    folder, flag = small_python_folder(tmp_path), tmp_path / "flag"
+    folder, flag = small_python_directory(tmp_path), tmp_path / "flag"
     attack = pickle.dumps({"data": Call(os.system, f"touch {flag}")}, protocol)
     (folder / "data_batch_1").write_bytes(attack)
     message = error_of(folder)
@@ -349,7 +349,7 @@ def test_an_unsafe_pickle_of_class_names_is_rejected(pickled: Path, tmp_path: Pa
 def test_a_pickle_that_is_not_a_batch_is_rejected(
     tmp_path: Path, content: bytes, expected: str
 ) -> None:
-    folder = small_python_folder(tmp_path)
+    folder = small_python_directory(tmp_path)
     (folder / "data_batch_1").write_bytes(content)
     message = error_of(folder)
     assert "data_batch_1" in message
@@ -365,7 +365,7 @@ def test_a_pickle_that_is_not_a_batch_is_rejected(
     ],
 )
 def test_a_pickle_cannot_allocate_more_than_its_size(tmp_path: Path, content: bytes) -> None:
-    folder = small_python_folder(tmp_path)
+    folder = small_python_directory(tmp_path)
     (folder / "data_batch_1").write_bytes(content)
     tracemalloc.start()
     assert "not a valid pickle" in error_of(folder)
@@ -392,7 +392,7 @@ ONES = [1] * 10_000
 def test_an_invalid_python2_batch_is_rejected(
     tmp_path: Path, change: dict[str, Any], expected: str
 ) -> None:
-    folder = small_python_folder(tmp_path)
+    folder = small_python_directory(tmp_path)
     valid = {"pixels": bytes(10_000 * 3072), "labels": ONES}
     (folder / "data_batch_1").write_bytes(python2_pickle(**valid | change))
     assert f"data_batch_1: {expected}" in error_of(folder)
@@ -414,7 +414,7 @@ def test_an_invalid_python2_batch_is_rejected(
 def test_an_invalid_batch_is_rejected(
     tmp_path: Path, change: dict[str, Any], expected: str
 ) -> None:
-    folder = small_python_folder(tmp_path)
+    folder = small_python_directory(tmp_path)
     valid = {"data": np.zeros((10_000, 3072), np.uint8), "labels": ONES}
     (folder / "data_batch_1").write_bytes(pickle.dumps(valid | change, 5))
     assert f"data_batch_1: {expected}" in error_of(folder)
@@ -423,7 +423,7 @@ def test_an_invalid_batch_is_rejected(
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_damaged_pickles_raise_only_data_errors(tmp_path: Path, protocol: int) -> None:
     rng = random.Random(protocol)
-    folder = small_python_folder(tmp_path)
+    folder = small_python_directory(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5), dtype=np.uint8)
     original = pickle.dumps({"data": pixels, "labels": [1, 2, 3], "x": [{1.5, "y"}]}, protocol)
     for _ in range(150):
@@ -436,7 +436,7 @@ def test_damaged_pickles_raise_only_data_errors(tmp_path: Path, protocol: int) -
         error_of(folder)
 
 
-# Image folders
+# Image directories
 
 
 def save(file: Path, color: object = "red", size: tuple[int, int] = (4, 4)) -> Path:
@@ -445,7 +445,7 @@ def save(file: Path, color: object = "red", size: tuple[int, int] = (4, 4)) -> P
     return file
 
 
-def test_images_are_read_from_class_folders(tmp_path: Path) -> None:
+def test_images_are_read_from_class_directories(tmp_path: Path) -> None:
     root = tmp_path / "pets"
     save(root / "train" / "dog" / "b.PNG", (1, 2, 3), (9, 5))
     pixels = noise(32, 32, 3)
@@ -483,7 +483,7 @@ def test_every_documented_format_is_read(tmp_path: Path, suffix: str) -> None:
     assert (image - 200).abs().max() <= 3  # JPEG and WebP are lossy
 
 
-def test_without_a_test_folder_a_stratified_fifth_is_split_off(tmp_path: Path) -> None:
+def test_without_a_test_directory_a_stratified_fifth_is_split_off(tmp_path: Path) -> None:
     for index in range(20):
         save(tmp_path / "train" / "many" / f"{index}.png", (index, 0, 0))
     for index in range(5):
@@ -551,7 +551,7 @@ def test_a_decompression_bomb_is_rejected(
     assert "decompression bomb" in message
 
 
-def test_invalid_class_folders_are_rejected(pets: Path) -> None:
+def test_invalid_class_directories_are_rejected(pets: Path) -> None:
     (pets / "train" / "empty").mkdir()
     assert f"{pets / 'train' / 'empty'} contains no images" in error_of(pets)
     (pets / "train" / "empty").rmdir()

@@ -246,11 +246,13 @@ def test_auto_falls_back_to_eager_and_reports_the_reason(monkeypatch: pytest.Mon
 
 
 @linux_only
-def test_a_noexec_temporary_folder_is_reported_with_a_remedy(
+def test_a_noexec_temporary_directory_is_reported_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(path: str) -> None:
-        raise OSError(f"{path}: failed to map segment from shared object")  # as with noexec
+        raise OSError(
+            f"{path}: failed to map segment from shared object"
+        )  # as if mounted with noexec
 
     try:
         fused_norm_relu(torch.float32)

@@ -132,7 +132,7 @@ def test_the_command_prints_tables_and_json(
     assert pair["permutation_p_value"] == pytest.approx(0.1)
 
 
-def test_what_cannot_be_compared_is_one_line(
+def test_runs_that_cannot_be_compared_are_one_line_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a = make_run(tmp_path / "a", images=100, fingerprint="1")

@@ -74,7 +74,7 @@ def test_the_curves_are_those_of_the_metrics(run: Path, tmp_path: Path) -> None:
     assert first.get_color() == validation.get_color() != second.get_color()
 
 
-def test_the_mistakes_are_the_kept_ones(run: Path) -> None:
+def test_the_plotted_mistakes_are_the_stored_ones(run: Path) -> None:
     kept = samples(CIFAR)
     figure = resnet56.plot_mistakes(run, count=10)
     shown = [axes for axes in figure.axes if axes.get_images()]
@@ -97,7 +97,7 @@ def test_the_mistakes_are_the_kept_ones(run: Path) -> None:
     assert "No such mistakes." in [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_what_cannot_be_plotted_is_an_error_in_one_line(run: Path, tmp_path: Path) -> None:
+def test_inputs_that_cannot_be_plotted_are_one_line_errors(run: Path, tmp_path: Path) -> None:
     untested = make_run(tmp_path / "untested", BEST, done=0, tested=False)
     tested = make_run(tmp_path / "tested", BEST, images=100)
     with pytest.raises(RunError, match="untested is not evaluated; evaluate it first"):

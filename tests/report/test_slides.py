@@ -1,4 +1,4 @@
-"""Slides: ten of them, few words, numbers equal those in the files, every run gives a deck."""
+"""Slides: every run has ten, with few words and the numbers of its files."""
 
 import json
 import re
@@ -148,7 +148,7 @@ def test_a_plain_network_has_no_shortcuts(runs: dict[str, Path], decks: dict[str
         for name in ("plain", "full")
     }
     assert len(arcs["plain"]) == 0
-    assert len(arcs["full"]) == 1 + 27  # one block, and the whole network
+    assert len(arcs["full"]) == 1 + 27  # one block, and the complete network
     assert "Training images are not augmented." in decks["plain"].by_id["4"]
 
 

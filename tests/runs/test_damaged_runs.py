@@ -1,4 +1,4 @@
-"""Whatever is wrong with the files of a run, a command says so in one line.
+"""Errors about damaged files of a run are one line.
 
 Hypothesis changes the files of a real run: every field to something else, the numbers of the
 tensors, and bytes. Commands then read the run in this process.
@@ -41,7 +41,7 @@ JSON_FILES = (
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory, tiny: Dataset) -> Path:
-    """A run with every file."""
+    """Create a run with all files."""
     path = tmp_path_factory.mktemp("good") / "run"
     train(RECIPE, tiny, path, device="cpu")
     run = RunDirectory(path)
@@ -71,14 +71,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def _undrawn() -> Iterator[None]:
-    """Charts are made but not drawn, which takes most of a report's time."""
+    """Create charts but do not draw them, because drawing takes most of the time of a report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Chart, "svg", lambda chart: "")
         yield
 
 
 def _everything(path: Path, weights: bool) -> Iterator[Callable[[], object]]:
-    """What commands do with a run, apart from arithmetic that takes long."""
+    """Yield the operations of commands on a run, except slow computations."""
     run = RunDirectory(path)
     yield lambda: write_report([path], path / "report.html")
     yield lambda: run.load(training=True)
@@ -90,7 +90,7 @@ def _everything(path: Path, weights: bool) -> Iterator[Callable[[], object]]:
 
 
 def require_one_line(path: Path, *, weights: bool = False) -> int:
-    """How many commands refused; every refusal is one of ours, and one line."""
+    """Run all operations, check that each error is a one-line `Error`, and return their number."""
     refused = 0
     for command in _everything(path, weights):
         try:
@@ -153,14 +153,14 @@ FAST = settings(
 )
 
 
-def test_the_run_itself_is_fine(good: Path, work: Path) -> None:
+def test_the_undamaged_run_is_accepted(good: Path, work: Path) -> None:
     assert require_one_line(_fresh(good, work), weights=True) == 0
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
 @FAST
 @given(data=st.data())
-def test_a_field_that_is_something_else(
+def test_changed_fields_raise_only_one_line_errors(
     good: Path, work: Path, name: str, data: st.DataObject
 ) -> None:
     path = _fresh(good, work)
@@ -176,7 +176,7 @@ def test_a_field_that_is_something_else(
 @pytest.mark.parametrize("name", [*JSON_FILES, "samples.npz"])
 @settings(FAST, max_examples=8)
 @given(data=st.data())
-def test_bytes_that_are_flipped_or_cut(
+def test_damaged_bytes_raise_only_one_line_errors(
     good: Path, work: Path, name: str, data: st.DataObject
 ) -> None:
     path = _fresh(good, work)
@@ -191,8 +191,10 @@ def test_bytes_that_are_flipped_or_cut(
 
 @settings(FAST, max_examples=12)
 @given(data=st.data())
-def test_weights_that_are_others(good: Path, work: Path, data: st.DataObject) -> None:
-    """With the checksum that they then have; either an answer or one line, never NaN."""
+def test_changed_weights_raise_only_one_line_errors(
+    good: Path, work: Path, data: st.DataObject
+) -> None:
+    """The checksum is updated. The result is a finite prediction or a one-line error, never NaN."""
     path = _fresh(good, work)
     head_file = path / "checkpoint" / "checkpoint.json"
     head = json.loads(head_file.read_text())
@@ -229,7 +231,7 @@ def test_weights_that_are_others(good: Path, work: Path, data: st.DataObject) ->
 @pytest.mark.parametrize(
     ("name", "types"), [("samples.npz", SAMPLES), ("predictions.npz", PREDICTIONS)]
 )
-def test_arrays_of_other_types(
+def test_arrays_of_other_types_are_refused_or_valid(
     good: Path, tmp_path: Path, name: str, types: dict[str, ArrayType]
 ) -> None:
     arrays = load_arrays(good / name, types)

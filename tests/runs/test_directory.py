@@ -1,4 +1,4 @@
-"""The run directory: whole files or none, and damage that is noticed."""
+"""The run directory: files are written atomically, and damage is detected."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ def checkpoint(step: int = 7) -> Checkpoint:
     )
 
 
-def test_a_checkpoint_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_checkpoint_round_trips_exactly(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     saved = checkpoint()
     run.save(saved)
@@ -52,14 +52,14 @@ def test_a_checkpoint_comes_back_to_the_last_bit(tmp_path: Path) -> None:
             assert torch.equal(getattr(loaded, part)[name], tensor)
 
 
-def test_channels_last_weights_are_saved_in_their_values_not_their_memory(tmp_path: Path) -> None:
+def test_channels_last_weights_keep_their_values(tmp_path: Path) -> None:
     weights = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     run = RunDirectory(tmp_path)
     run.save(Checkpoint(NETWORK, model={"w": weights}))
     assert torch.equal(run.load().model["w"], weights)
 
 
-def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.save(checkpoint(step=7))
     run.save(checkpoint(step=8))
@@ -73,7 +73,7 @@ def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("part", "name"), [("model", "w"), ("training", "momentum.w")])
-def test_a_value_that_is_not_finite_does_not_replace_a_good_checkpoint(
+def test_a_non_finite_checkpoint_does_not_replace_a_finite_one(
     tmp_path: Path, part: str, name: str, value: float
 ) -> None:
     run = RunDirectory(tmp_path)
@@ -89,7 +89,7 @@ def test_a_value_that_is_not_finite_does_not_replace_a_good_checkpoint(
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice: after checkpoint.json is read, and before its tensors are."""
+    """It is replaced twice, between the reading of checkpoint.json and that of its tensors."""
     run = RunDirectory(tmp_path)
     run.save(checkpoint(step=7))
     steps, read_bytes = [8, 9], Path.read_bytes
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
 def test_a_crash_while_saving_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survivors: int
 ) -> None:
-    """The disk is full after none, one or both of the tensor files are written."""
+    """The disk is full after zero, one or two tensor files are written."""
     run = RunDirectory(tmp_path)
     run.save(checkpoint(step=7))
     written = 0
@@ -131,7 +131,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("part", ["model", "training"])
-def test_one_flipped_bit_is_noticed(tmp_path: Path, part: str) -> None:
+def test_one_flipped_bit_is_detected(tmp_path: Path, part: str) -> None:
     run = RunDirectory(tmp_path)
     run.save(checkpoint())
     file = next((tmp_path / "checkpoint").glob(f"{part}-*"))
@@ -142,7 +142,7 @@ def test_one_flipped_bit_is_noticed(tmp_path: Path, part: str) -> None:
         run.load(training=True)
 
 
-def test_a_tensor_file_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_the_error_about_a_missing_tensor_file_contains_its_name(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.save(checkpoint())
     (tmp_path / "checkpoint" / "model-00000007.safetensors").unlink()
@@ -153,7 +153,7 @@ def test_a_tensor_file_that_is_gone_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", "{}", '{"format": 1, "config": {"arch": 3}}', '{"format": "x"}']
 )
-def test_a_damaged_checkpoint_json_is_one_line(tmp_path: Path, text: str) -> None:
+def test_a_damaged_checkpoint_json_is_a_one_line_error(tmp_path: Path, text: str) -> None:
     run = RunDirectory(tmp_path)
     run.save(checkpoint())
     run.checkpoint_file.write_text(text)
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_json_is_one_line(tmp_path: Path, text: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> None:
+def test_a_checkpoint_cannot_refer_to_a_file_outside_its_directory(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.save(checkpoint())
     head = read_json(run.checkpoint_file)
@@ -173,7 +173,7 @@ def test_a_checkpoint_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> N
         run.load()
 
 
-def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
+def test_the_error_about_a_newer_format_suggests_an_update(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.save(checkpoint())
     head = read_json(run.checkpoint_file) | {"format": 99}
@@ -182,14 +182,14 @@ def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
         run.load()
 
 
-def test_a_missing_run_and_a_run_without_checkpoint_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_run_and_a_missing_checkpoint_have_different_errors(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run found at"):
         RunDirectory(tmp_path / "none").load()
     with pytest.raises(RunError, match="has no checkpoint"):
         RunDirectory(tmp_path).load()
 
 
-def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
+def test_a_run_is_created_only_in_a_new_or_empty_directory(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "a" / "b").create()
     assert (tmp_path / "a" / "b").is_dir()
     RunDirectory(tmp_path / "a" / "b").create()
@@ -215,7 +215,7 @@ def test_a_run_begins_in_an_empty_or_new_directory_only(tmp_path: Path) -> None:
     assert run.load().progress.step == 7
 
 
-def test_metrics_come_back_without_a_torn_last_line(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_metrics_is_ignored(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.read_metrics() == []
     rows = [ROW | {"epoch": i, "train_loss": 1 / i} for i in (1, 2, 3)]
@@ -238,27 +238,27 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["5", "[]", "{}", '{"epoch": "1"}'])
-def test_a_line_that_is_no_row_is_damage(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_of_metrics_is_an_error(tmp_path: Path, line: str) -> None:
     run = RunDirectory(tmp_path)
     run.metrics_file.write_text(f'{line}\n{{"epoch": 3}}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl:1 is damaged"):
         run.rewind_metrics(2)
 
 
-def test_a_comparison_takes_the_place_of_an_earlier_one_of_its_pair(tmp_path: Path) -> None:
+def test_a_comparison_replaces_an_earlier_one_of_the_same_pair(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     for pair, changed in (("ab", 1), ("ac", 2), ("ab", 3)):
         run.add_comparison(COMPARISON | {"a": pair[0], "b": pair[1], "changed": changed}, step=5)
     kept = read_json(run.parity_file)["comparisons"]
     assert [(one["b"], one["changed"]) for one in kept] == [("c", 2), ("b", 3)]
-    run.add_comparison(COMPARISON | {"a": "a", "b": "d"}, step=6)  # the training went on
+    run.add_comparison(COMPARISON | {"a": "a", "b": "d"}, step=6)  # after further training
     assert [one["b"] for one in read_json(run.parity_file)["comparisons"]] == ["d"]
     run.parity_file.write_text('{"comparisons": [5]}')
     with pytest.raises(RunError, match="damaged"):
         run.add_comparison(COMPARISON, step=6)
 
 
-def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> None:
+def test_an_evaluation_of_earlier_weights_is_not_returned(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.read_evaluation(7) is None
     metrics = compute_metrics(np.eye(2), np.arange(2), ("a", "b"))
@@ -269,8 +269,8 @@ def test_an_evaluation_of_earlier_weights_is_none_of_these(tmp_path: Path) -> No
     assert run.read_evaluation(8) is None
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows opens no directories")
-def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="Windows cannot open directories")
+def test_only_one_process_can_train_in_a_run(tmp_path: Path) -> None:
     run, other = RunDirectory(tmp_path), RunDirectory(tmp_path)
     with (
         run.locked(),
@@ -284,27 +284,27 @@ def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", [".", "/", "folder"])
-def test_a_folder_is_not_written_over(tmp_path: Path, name: str) -> None:
-    (tmp_path / "folder").mkdir()
-    path = tmp_path / name if name == "folder" else Path(name)
+@pytest.mark.parametrize("name", [".", "/", "directory"])
+def test_a_directory_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / "directory").mkdir()
+    path = tmp_path / name if name == "directory" else Path(name)
     with pytest.raises(RunError, match=f"cannot write {path}: it is a directory"):
         write_json(path, {})
 
 
-def test_a_text_may_name_what_is_no_utf_8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_are_escaped_in_text(tmp_path: Path) -> None:
     write_text(tmp_path / "page.html", "caf\udce9")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == r"caf\udce9"
 
 
-def test_metrics_refuse_what_json_cannot_say(tmp_path: Path) -> None:
+def test_non_finite_metrics_are_refused(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with pytest.raises(RunError, match="train_loss is not a finite number"):
         run.append_metrics(ROW | {"train_loss": float("nan")})
     assert not run.metrics_file.exists()
 
 
-def test_json_reads_back_and_a_matrix_has_a_line_a_row(tmp_path: Path) -> None:
+def test_json_round_trips_with_one_line_per_matrix_row(tmp_path: Path) -> None:
     content = {
         "a": {"b": [[1, 2], [3, 4]], "c": []},
         "d": None,
@@ -318,15 +318,15 @@ def test_json_reads_back_and_a_matrix_has_a_line_a_row(tmp_path: Path) -> None:
     assert "[1, 2],\n" in text
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"old": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"new": object()})
     assert read_json(tmp_path / "x.json") == {"old": 1}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links and pipes are otherwise on Windows")
-def test_what_a_link_points_to_is_replaced_and_a_pipe_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes work differently on Windows")
+def test_the_target_of_a_link_is_replaced_and_a_pipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     link, file, pipe = tmp_path / "link.json", tmp_path / "there" / "x.json", tmp_path / "pipe"
     link.symlink_to(file)
@@ -340,10 +340,10 @@ def test_what_a_link_points_to_is_replaced_and_a_pipe_is_refused(tmp_path: Path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
-def test_a_link_of_the_temporary_name_is_not_followed(
+def test_a_link_with_the_name_of_the_temporary_file_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even where someone knows the name that comes next."""
+    """The name of the temporary file is known in advance."""
     outside, file = tmp_path / "outside", tmp_path / "shared" / "x.json"
     outside.write_text("mine")
     file.parent.mkdir()
@@ -355,15 +355,15 @@ def test_a_link_of_the_temporary_name_is_not_followed(
     assert not file.exists()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask to speak of")
-def test_a_file_has_the_permissions_that_the_user_gives_new_files(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask")
+def test_files_have_the_default_permissions_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_json(tmp_path / "x.json", {})
     assert (tmp_path / "x.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "1" + 5000 * "0"])
-def test_a_number_that_is_none_is_damage(tmp_path: Path, value: str) -> None:
+def test_non_finite_and_huge_numbers_in_json_are_errors(tmp_path: Path, value: str) -> None:
     (tmp_path / "x.json").write_text(f'{{"a": {value}}}')
     with pytest.raises(RunError, match=r"x\.json is damaged") as caught:
         read_json(tmp_path / "x.json")
@@ -371,7 +371,7 @@ def test_a_number_that_is_none_is_damage(tmp_path: Path, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_json_never_holds_a_number_that_is_none(tmp_path: Path, value: float) -> None:
+def test_non_finite_numbers_are_not_written_as_json(tmp_path: Path, value: float) -> None:
     with pytest.raises(RunError, match="cannot write .*not a finite number"):
         write_json(tmp_path / "x.json", {"a": {"b": [1, value]}})
     assert list(tmp_path.iterdir()) == []
@@ -379,9 +379,7 @@ def test_json_never_holds_a_number_that_is_none(tmp_path: Path, value: float) ->
         to_json([value])
 
 
-def test_where_nothing_can_be_written_the_path_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_error_contains_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -390,13 +388,13 @@ def test_where_nothing_can_be_written_the_path_is_named(
         write_json(tmp_path / "x.json", {})
 
 
-def test_a_position_says_all_that_an_interrupted_epoch_has_summed_up() -> None:
+def test_progress_contains_the_sums_of_an_interrupted_epoch() -> None:
     assert set(asdict(Progress())) == {
         "epoch", "step", "epoch_step", "loss_sum", "correct", "images", "seconds",
     }  # fmt: skip
 
 
-def test_next_free_numbers_what_is_taken(tmp_path: Path) -> None:
+def test_unused_path_numbers_existing_names(tmp_path: Path) -> None:
     base = tmp_path / "quick-digits"
     assert unused_path(base) == base
     base.mkdir()

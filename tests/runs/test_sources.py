@@ -1,4 +1,4 @@
-"""Every command reads a network in every form that the package writes, with equal outputs."""
+"""Commands read networks in all forms that the package writes, with equal outputs."""
 
 import json
 import shutil
@@ -19,13 +19,13 @@ from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.sources import import_model, open_model
 
-FORMS = ("run", "checkpoint folder", "checkpoint.json", "weights of the run", "hub folder",
+FORMS = ("run", "checkpoint directory", "checkpoint.json", "weights of the run", "hub directory",
          "hub weights", "renamed hub weights", "onnx")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One network in every form that the package writes."""
+    """Write one network in all forms that the package writes."""
     folder = tmp_path_factory.mktemp("written")
     run = RunDirectory(folder / "run")
     run.save(lively())
@@ -34,10 +34,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.copy(folder / "hub" / "model.safetensors", folder / "alone.bin")
     return {
         "run": run.path,
-        "checkpoint folder": run.checkpoint_file.parent,
+        "checkpoint directory": run.checkpoint_file.parent,
         "checkpoint.json": run.checkpoint_file,
         "weights of the run": next(run.checkpoint_file.parent.glob("model-*")),
-        "hub folder": folder / "hub",
+        "hub directory": folder / "hub",
         "hub weights": folder / "hub" / "model.safetensors",
         "renamed hub weights": folder / "alone.bin",
         "onnx": folder / "net.onnx",
@@ -65,7 +65,7 @@ def test_every_form_gives_the_same_outputs(
         assert np.allclose(config.run(noise(4))[0], expected.run(noise(4))[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["hub folder", "hub weights", "weights of the run", "onnx"])
+@pytest.mark.parametrize("form", ["hub directory", "hub weights", "weights of the run", "onnx"])
 def test_every_form_can_be_evaluated(
     form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,7 +102,7 @@ def test_weights_without_declared_classes_must_be_imported(tmp_path: Path) -> No
 
 
 def test_the_training_state_of_a_run_is_not_accepted_as_weights(written: dict[str, Path]) -> None:
-    file = next(written["checkpoint folder"].glob("training-*"))
+    file = next(written["checkpoint directory"].glob("training-*"))
     with pytest.raises(RunError, match="does not contain the weights of its run"):
         open_model(file)
 
@@ -116,7 +116,7 @@ def test_flags_override_the_file_with_a_remark(written: dict[str, Path]) -> None
         assert sum("although" in remark for remark in imported.remarks) == 2
 
 
-def test_the_config_of_a_hub_folder_declares_constants_and_classes(tmp_path: Path) -> None:
+def test_the_config_of_a_hub_directory_declares_constants_and_classes(tmp_path: Path) -> None:
     torch.save(dict(lively("resnet8-b").model), tmp_path / "pytorch_model.bin")
     declared = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "label_names": ["a", "b", "c"]}
     for config in (
@@ -164,7 +164,7 @@ def test_an_onnx_file_with_a_fixed_batch_size_is_one_line(
 
 
 def test_loaded_weights_are_contiguous(written: dict[str, Path]) -> None:
-    for form in ("run", "hub folder"):
+    for form in ("run", "hub directory"):
         model = resnet56.load(written[form], device="cpu").model
         assert all(parameter.is_contiguous() for parameter in model.parameters())
         torch.nn.utils.parameters_to_vector(model.parameters())

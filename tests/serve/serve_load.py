@@ -131,7 +131,7 @@ def hostile_types(fraction: float, others: list[RequestType]) -> list[RequestTyp
             RequestType(name, weight, request(form(make())), {422})
             for name, make in HOSTILE.items()
         ),
-        # Within all size limits, but it takes seconds to decode: the deadline decides.
+        # Within all size limits, but decoding takes seconds, so the deadline applies.
         RequestType("slow JPEG", weight, request(form(slow_jpeg())), {200, 422}),
     ]
 
