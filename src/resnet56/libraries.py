@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-# Releases read different names, so both are set. ONNX Runtime reads the variable on import.
+# ONNX Runtime reads one of these variables on import. Its name depends on the release.
 _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 

@@ -63,7 +63,7 @@ def _open_private(path: Path) -> BufferedRandom:
     try:
         descriptor = os.open(path, _FLAGS, 0o600)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK):  # POSIX and FreeBSD report a link
+        if error.errno in (errno.ELOOP, errno.EMLINK):  # links: ELOOP in POSIX, EMLINK on FreeBSD
             raise _LinkError from None
         raise
     try:

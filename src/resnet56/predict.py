@@ -132,7 +132,7 @@ class OnnxBackend:
             raise MissingExtraError("ONNX Runtime", "onnx") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: one per core
-        options.log_severity_level = 3  # errors only; it warns about valid graphs
+        options.log_severity_level = 3  # errors only, because it also warns about valid graphs
         try:
             self.session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
@@ -320,7 +320,7 @@ def load(
     Args:
         source: a run directory, the name of a pretrained model, or the output of
             `resnet56 export`: an ONNX file (loaded without importing PyTorch), a model hub
-            directory, or the weights file in such a directory.
+            directory, or the weight file in such a directory.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
         threads: number of CPU threads of PyTorch or of the ONNX session. By default, one per core.
 

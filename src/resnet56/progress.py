@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ProgressCallback = Callable[[int], None]
 
 LINE_EVERY = 60.0  # seconds between status lines, if the output is not a terminal
-SKIP_WITHIN = 5.0  # seconds between lines about epochs, for a command in a notebook
+SKIP_WITHIN = 5.0  # minimum seconds between epoch lines of a command in a notebook
 UPDATE_EVERY = 0.25  # seconds between updates of the output in a notebook
 NOTEBOOK_LINES = 40  # lines that the output in a notebook keeps
 

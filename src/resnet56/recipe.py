@@ -21,7 +21,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Execution = Literal["eager", "fused", "native", "compiled"]
 ExecutionChoice = Literal["auto", Execution]
 
-MAX_VALUE = 1_000_000  # upper bound of settings without a natural limit
+MAX_VALUE = 1_000_000  # upper bound on settings without a natural limit
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Recipe:
             0 <= self.plain_tail <= self.epochs,
             "plain_tail",
             self.plain_tail,
-            f"from 0 to the {self.epochs} epochs",
+            f"from 0 to {self.epochs}, the number of epochs",
         )
         _require(
             all(0 < decay < 1 for decay in self.ema_decay)

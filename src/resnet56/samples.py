@@ -76,8 +76,8 @@ def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES)
     """Return wrong predictions from every cell of the confusion matrix, by descending confidence.
 
     If there are more than `limit`, only the most confident predictions are returned: first the
-    `MOST_CONFIDENT` overall, then one from each cell, then a second one, and so on. Larger cells
-    come first.
+    `MOST_CONFIDENT` overall, then one from each cell, then a second one, and so on. Cells with
+    more images come first.
 
     Args:
         logits: (N, C), of the images of `split`.

@@ -126,7 +126,7 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
     """Compare two models on the same images.
 
     Args:
-        first, second: (N,) whether each model classifies each image correctly.
+        first, second: (N,) bool, True for the images that the model classifies correctly.
 
     Raises:
         ValueError: the arrays are empty or differ in shape.

@@ -456,7 +456,7 @@ def _open_storage(url: str | None, directory: Path, heartbeat: int) -> Any:
     for attempt in itertools.count():
         try:
             return RDBStorage(
-                # Optuna formats the URL.
+                # Optuna calls str.format on the URL, so braces are doubled.
                 parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
                 engine_kwargs={"connect_args": connect, "pool_pre_ping": True},
                 heartbeat_interval=heartbeat,
@@ -728,7 +728,7 @@ class _Worker:
 
 
 class _Status(Output):
-    """Shows the status of a trial, but not its lines."""
+    """Shows the status line of a trial, but no other output."""
 
     def __init__(self, output: Output, label: str) -> None:
         self.output, self.label = output, label

@@ -25,8 +25,8 @@ WINDOW = 5.0  # seconds between two decisions
 FIRST_WINDOW = 0.3  # seconds before the first decision; CPU times have a resolution of 10 ms
 BUSY = 0.4  # a core counts as busy above this load from other programs
 FREE = 0.25  # a busy core counts as free again at or below this load
-BACKOFF_WINDOWS = 12  # if cores become busy again within these windows, the wait doubles
-MAX_WAIT = 12  # maximum number of windows to wait before free cores are used
+BACKOFF_WINDOWS = 12  # if cores become busy again within this number of windows, the wait doubles
+MAX_WAIT = 12  # maximum number of measurement windows to wait before using free cores
 
 SLOW = 0.5  # fraction of the run's median throughput below which a warning is shown
 RECOVERED = 0.75  # fraction above which the warning can be shown again
@@ -146,7 +146,7 @@ class ThreadControl:
         return self._torch.get_num_threads()
 
     def begin(self, step: int, recorded: Mapping[str, Any] | None = None) -> str:
-        """Set the number of threads for the steps from `step` on.
+        """Set the number of threads for `step` and later steps.
 
         Args:
             step: the first step to run.
@@ -178,7 +178,7 @@ class ThreadControl:
         return message
 
     def after_step(self, step: int) -> str:
-        """Adjust the number of threads for the steps from `step` on.
+        """Adjust the number of threads for `step` and later steps.
 
         Returns:
             A message for the user if the number changed, or an empty string. After a change, the
@@ -295,7 +295,7 @@ def _override() -> str:
 
 def usable_cores() -> int:
     """Return the number of processors that the affinity mask and the container quota allow."""
-    # joblib.cpu_count returns 1 if JOBLIB_MULTIPROCESSING is 0, as the command line sets it.
+    # The command line sets JOBLIB_MULTIPROCESSING=0, for which joblib.cpu_count returns 1.
     from joblib.externals.loky import cpu_count
 
     return int(cpu_count())

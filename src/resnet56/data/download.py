@@ -178,8 +178,7 @@ def _download_and_unpack(
     report: Progress,
 ) -> None:
     """Create `root/archive.directory`. On failure, keep the downloaded bytes in `part`."""
-    # Keep the file open, because another user could otherwise replace it between its verification
-    # and its use.
+    # Keep the file open. Otherwise, another user could replace it after its verification.
     with open_private(part) as file:
         try:
             _download(archive, urls, file, timeout, report)

@@ -363,7 +363,8 @@ def _split_off_test(
                     f"{escape(str(files[name][0].parent))} has {found}, too few for a test split; "
                     "add images, or a test/ directory"
                 )
-    if not bool((counts > 1).any()):  # only for evaluation: no class has two images
+    # Without two images of a class, no image can be used for training.
+    if not bool((counts > 1).any()):
         return reader.dataset(
             classes, _empty_like(images), images, "not split", predefined_split=predefined_split
         )

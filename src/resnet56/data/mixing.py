@@ -23,7 +23,7 @@ SIDE = 32  # height and width of an image
 class Patch(NamedTuple):
     """A rectangle that is copied from an image to the mixed image."""
 
-    image: int  # 0 for the image itself, k for its partner k - 1
+    image: int  # index of the source: 0 is the image itself, k its partner k - 1
     top: int
     left: int
     height: int

@@ -50,7 +50,8 @@ def _compile(source: str, flags: tuple[str, ...], cc: str) -> ctypes.CDLL:
         compiler = shlex.split(cc) or ["cc"]
         if not shutil.which(compiler[0]):
             raise UnavailableError(
-                f"no C compiler {compiler[0]!r} found", "install gcc, or set CC to a C compiler"
+                f"the C compiler {compiler[0]!r} was not found",
+                "install gcc, or set CC to a C compiler",
             )
         with tempfile.TemporaryDirectory() as directory:
             for file in files("resnet56.kernels").iterdir():
@@ -90,7 +91,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _check_threads(library: ctypes.CDLL) -> None:
-    """Check that the kernel uses PyTorch's thread pool. Two pools would compete for the cores."""
+    """Check that the kernel uses PyTorch's thread pool. A second one would compete for cores."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)

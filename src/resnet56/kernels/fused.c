@@ -126,8 +126,8 @@ void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, l
     }
 }
 
-/* `y` and `residual_grad` are null if there was no residual. The sign of the output is then
- * recomputed, which is cheaper than reading it.
+/* `y` and `residual_grad` are null if the forward pass had no residual. In this case, the
+ * sign of the output is recomputed, which is cheaper than reading it.
  */
 void resnet56_backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x_grad,
                        REAL *residual_grad, long rows, long channels, const float *saved,

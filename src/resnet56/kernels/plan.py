@@ -223,7 +223,7 @@ class Plan:
             8, -(-self.images // self.threads), MAX_GROUP_VALUES // (positions * max(padded, out))
         )
         z = torch.empty(self.images, height // stride, width // stride, out, dtype=torch.bfloat16)
-        # An upper bound of the size of the tiles.
+        # An upper bound on the size of the tiles.
         values = kernel * (kernel + 1) * max(padded, 32) * max(out, 32)
         norm_struct = _Norm()
         for name in ("mean", "invstd", "scale", "shift", "g_scale", "z_scale", "constant"):

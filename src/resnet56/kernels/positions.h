@@ -125,7 +125,7 @@ static Layout layout_of(const Conv *c) {
     return l;
 }
 
-static long position_count(const Layout *l) { /* including those that tiles read past the end */
+static long position_count(const Layout *l) { /* including the padding that tiles read */
     return (l->count + 2 * l->lead + 64 + 32 + 63) / 64 * 64;
 }
 

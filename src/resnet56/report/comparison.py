@@ -32,7 +32,7 @@ SECTIONS = [
     ("curves", "Curves"),
 ]
 NO_VALUE = "\N{EN DASH}"
-# Number of groups up to which all pairs are compared. With more, each is compared with the best.
+# Up to this number of groups, compare all pairs. With more groups, compare each with the best.
 MAX_PAIRS = 5
 
 
@@ -198,7 +198,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
         sentences.append(
             f"To choose between these runs, use their validation accuracy: {listed}. Choosing by "
-            "test accuracy would make the test accuracy of the chosen run too optimistic."
+            "test accuracy would make the test accuracy of the chosen run an optimistic estimate."
         )
     return sentences
 
@@ -337,8 +337,8 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
         sentences.append(f"The adjusted p-values account for {len(pairs)} comparisons (Holm 1979).")
     if len(grouped) > 1:
         sentences.append(
-            "The best of several test accuracies is too optimistic. To choose a recipe, use "
-            "validation images."
+            "The highest of several test accuracies is an optimistic estimate. To choose a "
+            "recipe, use validation images."
         )
     return list(dict.fromkeys(sentences))
 

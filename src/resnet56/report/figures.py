@@ -180,7 +180,7 @@ def _metrics(results: RunPath | Evaluation | Metrics, split: SplitName) -> Metri
         evaluation = results
     if split not in evaluation:
         names = ", ".join(name for name in ("test", "train", "validation") if name in evaluation)
-        raise UsageError(f"there are no metrics of the split {split!r}; choose from: {names}")
+        raise UsageError(f"there are no metrics for the split {split!r}; choose from: {names}")
     return evaluation[split]
 
 

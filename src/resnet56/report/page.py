@@ -90,7 +90,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
 
 
 def network_name(facts: ModelFacts) -> str:
-    """'resnet56-bottleneck' -> 'ResNet-56', 'plain56' -> 'Plain-56'; without the block."""
+    """'resnet56-bottleneck' -> 'ResNet-56', 'plain56' -> 'Plain-56'. Omits the block type."""
     family = "Plain" if facts.description.shortcut == "none" else "ResNet"
     return f"{family}-{facts.description.depth}"
 

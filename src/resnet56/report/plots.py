@@ -426,7 +426,7 @@ def confusion(
 
     def draw(figure: "Figure", palette: Palette) -> None:
         axes: Axes = figure.subplots()
-        # The square root makes a few percent of errors visible.
+        # The square root makes error rates of a few percent visible.
         axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
         axes.grid(visible=False)
         axes.set_xlabel("predicted")

@@ -45,7 +45,7 @@ class Predictions:
     """The predictions of a run on the test images."""
 
     labels: Array  # (N,), the true classes
-    correct: npt.NDArray[np.bool_]  # (N,), whether each image is classified correctly
+    correct: npt.NDArray[np.bool_]  # (N,) bool, True if the image is classified correctly
 
 
 @dataclass(frozen=True)

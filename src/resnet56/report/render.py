@@ -50,12 +50,12 @@ def write_html(out: Path, template: str, content: dict[str, Any], style: str = "
 
 def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
     """Write the images, then the Markdown that shows them. Raises RunError."""
-    folder = out.with_name(f"{out.stem}-files")
+    directory = out.with_name(f"{out.stem}-files")
     files: dict[str, bytes] = {}
 
     def picture(name: str, png: bytes) -> Markup:
         files[f"{name}.png"] = png
-        return Markup(quote(f"{folder.name}/{name}.png"))
+        return Markup(quote(f"{directory.name}/{name}.png"))
 
     environment = _environment(autoescape=False)
     environment.finalize = _finalize
@@ -63,7 +63,7 @@ def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
     environment.filters["picture"] = lambda image: picture(image.name, image.png)
     text = environment.get_template(f"{template}.md.j2").render(content)
     for name, png in files.items():
-        write_bytes(folder / name, png)
+        write_bytes(directory / name, png)
     write_text(out, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 
 

@@ -146,7 +146,7 @@ def data(facts: ModelFacts) -> Slide:
     classes = plural(len(facts.classes), "class", "classes")
     numbers = [f"{count(metrics['n'])} {name}" for name, metrics in splits.items()]
     title = f"{listed(numbers)} images in {classes}" if numbers else f"Images in {classes}"
-    sentences = [f"Images have {SIZE} pixels and are normalized per channel."]
+    sentences = [f"Images are {SIZE} pixels, normalized per channel."]
     if isinstance(facts, RunFacts):
         sentences.append(augmentation(facts))
     return Slide("data", "Data", title, sentences)
@@ -246,7 +246,7 @@ def class_range(test: Metrics) -> list[str]:
 
 
 def classes_with(values: Mapping[str, float], value: float) -> str:
-    """Name the class that has a value, or count the classes."""
+    """Return the name of the class with this value, or the number of classes if several have it."""
     names = [name for name, other in values.items() if other == value]
     return quoted(shortened(names[0])) if len(names) == 1 else f"{len(names)} classes"
 
@@ -286,7 +286,7 @@ def mistakes(facts: ModelFacts) -> Slide:
     if not number:
         title = f"No mistakes on {plural(test['n'], 'test image')}"
         return Slide("mistakes", "Mistakes", title)
-    title = f"{count(number)} of {count(test['n'])} test images are classified incorrectly"
+    title = f"{count(number)} of {count(test['n'])} test images are misclassified"
     shown = min(len(page.mistakes(facts)), MAX_MISTAKES)
     sentences = []
     if shown:
@@ -467,7 +467,7 @@ def time_taken(seconds: float) -> str:
 
 
 def wrong(test: Metrics) -> int:
-    """The number of test images that are classified incorrectly."""
+    """The number of misclassified test images."""
     matrix = test["confusion_matrix"]
     return test["n"] - sum(row[i] for i, row in enumerate(matrix))
 

@@ -11,8 +11,8 @@ from resnet56.report.recipe_words import disabled_in_tail
 from resnet56.report.words import count, listed, loss, percent, plural, points, quoted
 from resnet56.runs.schema import ClassMetrics
 
-LARGE_GAP = 0.02  # a gap outside the interval is large from this value on
-FITTED = 0.99  # training accuracy from which the network fits almost all training images
+LARGE_GAP = 0.02  # lower bound of a large generalization gap
+FITTED = 0.99  # lowest training accuracy of a network that fits almost all training images
 STILL_FALLING = 0.05  # relative drop of the loss over the last epochs that counts as a trend
 TAIL = 10  # the trend compares the last tenth of the epochs with the tenth before it
 FEW_MISTAKES = 30  # fewer mistakes cannot show whether a change is an improvement

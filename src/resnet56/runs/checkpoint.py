@@ -60,10 +60,10 @@ class Progress:
 
     epoch: Count = 0  # finished epochs
     step: Count = 0  # training steps over all epochs
-    epoch_step: Count = 0  # steps of the unfinished epoch
-    loss_sum: Loss = 0.0  # sum over the images of the unfinished epoch
+    epoch_step: Count = 0  # completed steps of the unfinished epoch
+    loss_sum: Loss = 0.0  # sum over the images processed in the unfinished epoch
     correct: NonNegative = 0.0  # correct predictions; fractional if targets are probabilities
-    images: Count = 0  # images of the unfinished epoch
+    images: Count = 0  # images processed in the unfinished epoch
     seconds: NonNegative = 0.0  # training time of the unfinished epoch
 
 

@@ -58,10 +58,10 @@ def read(
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this
             package, or a directory that contains one of them.
         arch: the architecture. By default, the one whose names and shapes match.
-        mean, std: normalization constants in units of [0, 1]. By default, the declared ones, or
-            those that the authors of the layout used.
-        classes: class names in the order of the outputs. By default, the declared ones, or those of
-            CIFAR-10 or CIFAR-100.
+        mean, std: normalization constants in units of [0, 1]. By default, those declared in the
+            file, or those that the authors of the layout used.
+        classes: class names in the order of the outputs. By default, those declared in the file, or
+            those of CIFAR-10 or CIFAR-100.
         prefix: path of the model inside the file. Required if the file contains several models.
         require_declared: whether to reject a file that does not declare mean, std and classes.
 

@@ -305,9 +305,9 @@ class _TorchPickle:
         tag, storage_class, key, _, count, *view = pid
         name = storage_class.name.rpartition(".")[2].removesuffix("Storage")
         if tag != "storage" or name not in _STORAGES or any(part is not None for part in view):
-            raise ValueError(f"a storage has the unknown type {one_line(name)}")
+            raise ValueError(f"the data of a tensor has the unknown type {one_line(name)}")
         if type(count) is not int or not 0 <= count < 2**60 or not isinstance(key, str | int):
-            raise ValueError("a storage has an invalid size or key")
+            raise ValueError("the data of a tensor has an invalid size or key")
         storage = _Storage(key, _STORAGES[name], count, self.raw)
         known = self.storages.setdefault(key, storage)
         return known if (known.dtype, known.count) == (storage.dtype, count) else storage
@@ -343,7 +343,7 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
             if sum(map(len, cache.values())) > size:
                 raise ValueError("entries of the archive overlap")
         if len(cache[storage.key]) < storage.size:
-            raise ValueError("a storage is truncated")
+            raise ValueError("the data of a tensor is truncated")
         return cache[storage.key]
 
     if f"{prefix}byteorder" in names and read(f"{prefix}byteorder") != b"little":
@@ -358,7 +358,7 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
 
     def raw(storage: _Storage) -> bytearray:
         if storage.key not in offsets or offsets[storage.key] + storage.size > size:
-            raise ValueError("a storage is truncated")
+            raise ValueError("the data of a tensor is truncated")
         stream.seek(offsets[storage.key])
         return bytearray(stream.read(storage.size))
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class StallDetector:
-    """Detects when requests wait at a stage and none completes it."""
+    """Detects a stalled stage: requests wait for it, and none completes."""
 
     def __init__(self) -> None:
         self.pending = 0

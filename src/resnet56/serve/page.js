@@ -3,7 +3,7 @@ const $ = (id) => document.getElementById(id);
 const MAP_SIZE = 8; // the model's activation maps are 8x8
 const OVERLAY_COLOR = [38, 48, 66]; // visible on light and on dark images
 const MAX_OPACITY = 0.8; // of the overlay, where the map shows no evidence
-const FORM_BYTES = 4096; // more than the size of a form without its file
+const FORM_BYTES = 4096; // upper bound on the size of a form without its file
 
 let controller; // aborts the current request when the user chooses another image
 let classes = []; // the current result, in descending order of probability

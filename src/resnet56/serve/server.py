@@ -115,7 +115,8 @@ def serve(
         The exit code: 0 after a signal.
 
     Raises:
-        UsageError: the server cannot listen on this address, or can open too few files.
+        UsageError: the server cannot listen on this address, or the limit on open files is
+            too low.
     """
     limits = limits or Limits()
     connections, backlog = _connection_limits()
@@ -159,7 +160,7 @@ def _connection_limits() -> tuple[int, int]:
     would repeatedly fail to accept a connection and log a traceback each time.
 
     Raises:
-        UsageError: the process can open too few files.
+        UsageError: the limit on open files is too low.
     """
     try:
         import resource
@@ -172,7 +173,8 @@ def _connection_limits() -> tuple[int, int]:
     if soft == resource.RLIM_INFINITY or soft >= required:
         return MAX_CONNECTIONS, BACKLOG
     raised = required if hard == resource.RLIM_INFINITY else min(required, hard)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it reports
+    # macOS rejects some limits that getrlimit reports as allowed.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
         soft = raised
     available = soft - used

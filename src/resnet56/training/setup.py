@@ -46,7 +46,7 @@ class TrainingSetup:
 def set_up(
     recipe: Recipe, dataset: Dataset, device: torch.device, dist: Distributed
 ) -> TrainingSetup:
-    """Build the parts of a training run.
+    """Build the model, the trainer and the batches of a training run.
 
     Raises:
         RunError: a teacher does not exist or is damaged.
