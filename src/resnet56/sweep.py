@@ -131,7 +131,10 @@ def sweep(
         raise UsageError(f"{option('trials')} must be at least 1, not {trials}")
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"{option('seeds')} must be different, not {' '.join(map(str, seeds))}")
-    recipes = [replace(recipe, seed=seed) for seed in seeds or (recipe.seed,)]
+    try:
+        recipes = [replace(recipe, seed=seed) for seed in seeds or (recipe.seed,)]
+    except UsageError as error:
+        raise UsageError(f"{option('seeds')}: {error}") from None
     withheld = without_test(dataset)
     training_split(withheld, recipe.val_size)  # raises if the size does not fit
     content: Sweep = {

@@ -24,6 +24,8 @@ COMMANDS = {
     "import": ["import", "none.pt", "--out", "none"],
     "export": ["export", "none"],
     "report": ["report", "none"],
+    "compare": ["compare", "none", "other"],
+    "sweep": ["sweep", "quick", "--val-size", "99", "--out", "none", "--vary", "lr=0.1,0.2"],
     "inspect": ["inspect", "resnet8"],
     "describe": ["describe"],
     "bench": ["bench"],
