@@ -1,9 +1,10 @@
-"""Write docs/example-report.html and docs/report.png: python tools/example_report.py DIR RUN
+"""Write the example report and slides in docs/: python tools/example_report.py DIR RUN
 
-The example is the report of the pretrained model. Its run directory is not part of the repository,
+The tool writes example-report.html, example-slides.html, and report.png, a screenshot of the
+report. The example is the pretrained model. Its run directory is not part of the repository,
 so the tool creates one at RUN from the files of this run in results/ and the pretrained weights,
-and evaluates it on the CIFAR-10 images in DIR. The page states this. If RUN is already evaluated,
-the tool only writes the page. If Chromium is on the PATH, the tool also saves a screenshot of it.
+and evaluates it on the CIFAR-10 images in DIR. The report states this. If RUN is already evaluated,
+the tool only writes the files. It saves the screenshot only if Chromium is on the PATH.
 """
 
 import shutil
@@ -19,7 +20,7 @@ from resnet56.data.readers import load_directory
 from resnet56.evaluation import compare, evaluate_run, evaluated_model, measure_extras
 from resnet56.files import read_json, write_json
 from resnet56.recipe import from_fields
-from resnet56.report import page, render
+from resnet56.report import page, render, slides
 from resnet56.report.read import read_run
 from resnet56.runs import pretrained
 from resnet56.runs.checkpoint import Progress
@@ -75,12 +76,14 @@ def make_run(path: Path, dataset: Dataset) -> RunDirectory:
 
 
 def write(run: RunDirectory) -> None:
-    """Write the page and the screenshot."""
+    """Write the report, the slides, and the screenshot."""
     facts = replace(read_run(run.path), path=KEPT.path)  # the name on the page
     out = ROOT / "docs" / "example-report.html"
     content = page.content(facts)
     content["story"]["state"].append(NOTE)
     render.write_html(out, "page", content)
+    deck = out.with_name("example-slides.html")
+    render.write_html(deck, "slides", slides.content(facts), "slides")
     if chromium := shutil.which("chromium"):
         command = [chromium, "--headless", "--no-sandbox", "--window-size=1280,900"]
         screenshot = f"--screenshot={ROOT / 'docs' / 'report.png'}"
@@ -88,7 +91,7 @@ def write(run: RunDirectory) -> None:
 
 
 def main(directory: Path, path: Path) -> None:
-    """Evaluate the run unless this is done, and write the page."""
+    """Evaluate the run unless this is done, and write the files."""
     run = RunDirectory(path)
     if not run.parity_file.exists():  # which is written last
         run = make_run(path, load_directory(directory))
