@@ -17,7 +17,7 @@ import torch
 
 from resnet56.data.dataset import Dataset
 from resnet56.data.readers import load_directory
-from resnet56.evaluation import compare, evaluate_run, evaluated_model, measure_extras
+from resnet56.evaluation import compare, evaluate_run, evaluated_model, measure_robustness
 from resnet56.files import read_json, write_json
 from resnet56.recipe import from_fields
 from resnet56.report import page, render, slides
@@ -61,14 +61,16 @@ def make_run(path: Path, dataset: Dataset) -> RunDirectory:
     progress = Progress(epoch=rows[-1]["epoch"], step=rows[-1]["step"])
     metadata = {"weights": pretrained.card(NETWORK)["weights"], "data": dataset.fingerprint()}
     run.save(replace(pretrained.load(NETWORK), progress=progress, metadata=metadata))
-    evaluate_run(
+    evaluation = evaluate_run(
         run,
         dataset,
         device=CPU,
         augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
     )
-    measure_extras(run, dataset, device=CPU, robustness=500)
     checkpoint = run.load()
+    # Speed is not measured: the machine is not that of the run.
+    robustness = measure_robustness(evaluated_model(checkpoint, CPU), dataset.test, 500)
+    run.write_evaluation({**evaluation, "robustness": robustness})
     first, second = evaluated_model(checkpoint, CPU), evaluated_model(checkpoint, CPU, "bf16")
     comparison = compare(first, second, ("cpu fp32", "cpu bf16"), dataset.test)
     run.add_comparison(comparison, progress.step)

@@ -260,6 +260,28 @@ def test_only_fields_that_apply_are_shown(tmp_path: Path) -> None:
     assert fields["cutout"] == ["16", "0"]
 
 
+def skeleton(page: str) -> list[str]:
+    """The headings, captions and notes of a page, and the fields of its recipe."""
+    found = re.findall(r"<(h2|h3|caption|summary)[^>]*>(.*?)</\1>", page)
+    found += re.findall(r'<p class="(note)[^>]*>(.*?)</p>', page)
+    recipe = page[page.index('id="recipe"') :].partition("</dl>")[0]
+    return [text for _, text in found] + re.findall("<dt>(.*?)</dt>", recipe)
+
+
+def test_the_example_is_of_today(tmp_path: Path) -> None:
+    """If this fails, run `python tools/example_report.py DIR RUN`."""
+    docs = Path(__file__).parents[2] / "docs"
+    example = (docs / "example-report.html").read_text(encoding="utf-8")
+    run = make_run(tmp_path / "run", replace(BEST, epochs=120), extras=True)
+    evaluation = read_json(run / "evaluation.json")
+    evaluation["device"] = "cpu"
+    evaluation["robustness"]["images"] = 500
+    del evaluation["speed"]
+    write_json(run / "evaluation.json", evaluation)
+    today = write_report([run]).read_text(encoding="utf-8")
+    assert skeleton(example) == skeleton(today)
+
+
 # Errors
 
 
