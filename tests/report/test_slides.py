@@ -165,6 +165,10 @@ def test_missing_results_are_stated(runs: dict[str, Path], decks: dict[str, Page
     for name in ("imported", "converted"):
         assert "Imported weights" in decks[name].by_id["5"]
     assert "test accuracy" in title(decks["imported"], 1)
+    assert "The network overfits" in title(decks["imported"], 9)
+    assert "augmentation." not in decks["imported"].text
+    assert "trained with augmentation." in decks["full"].by_id["9"]
+    assert "trained without augmentation." in decks["plain"].by_id["9"]
 
 
 def test_guessing_is_stated(decks: dict[str, Page]) -> None:

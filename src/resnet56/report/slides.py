@@ -335,6 +335,8 @@ def gap(facts: ModelFacts) -> Gap | None:
     )
     low, high = test["accuracy_interval"]
     [sentence] = story.gap(train["accuracy"], test["accuracy"], (low, high), augmented=augmented)
+    if not isinstance(facts, RunFacts):  # the training of an imported model is unknown
+        sentence = sentence.removesuffix(" It was trained without augmentation.")
     verdict, _, rest = sentence.removeprefix("There is ").partition(": ")
     difference = train["accuracy"] - test["accuracy"]
     numbers = (
