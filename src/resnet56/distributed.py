@@ -6,6 +6,7 @@ import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,10 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # DDP imports it. If it is imported while there is a process group, it keeps the group alive.
+    # Then the threads of gloo run until the process exits, which they sometimes abort.
+    import_module("torch._dynamo")
+
     try:
         group.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing or invalid
