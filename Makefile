@@ -25,7 +25,7 @@ train: $(VENV)/.ready
 	$(BIN)/resnet56 train $(RECIPE) --data "$(DATA)" $(ARGS)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 docs: $(VENV)/.ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -1,23 +1,35 @@
 """Shared fixtures: a tiny data set that a small network can learn."""
 
 import os
-
-# One thread: the networks here are tiny, threads that wait for each other on a busy machine are
-# slow, and the rounding must be that of the processes that tests start.
-os.environ["OMP_NUM_THREADS"] = "1"
-
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from resnet56.data.dataset import Dataset, Split
-from resnet56.data.readers import load_directory
-from resnet56.recipe import Recipe
+if TYPE_CHECKING:
+    # Imported where they are used, because the process that distributes the tests needs no PyTorch.
+    from resnet56.data.dataset import Dataset, Split
+    from resnet56.recipe import Recipe
+
+# One thread: the networks here are tiny, threads that wait for each other on a busy machine are
+# slow, and the rounding must be that of the processes that tests start. PyTorch reads it on import.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# The files that take longest. They start first, so that no worker waits for one of them at the end.
+SLOW = ("test_readme.py", "test_tutorials.py", "test_training.py", "test_fused.py")
 
 
-def striped(count: int, seed: int) -> Split:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: index for index, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def striped(count: int, seed: int) -> "Split":
     """Return noisy images of three classes: horizontal stripes, vertical stripes and no stripes."""
+    import torch
+
+    from resnet56.data.dataset import Split
+
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     wave = (torch.arange(32) % 8 < 4).float() * 120
@@ -29,8 +41,10 @@ def striped(count: int, seed: int) -> Split:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Dataset:
+def tiny() -> "Dataset":
     """50 training and 24 test images. 50 is not a multiple of the batch size, 8."""
+    from resnet56.data.dataset import Dataset
+
     return Dataset(
         name="tiny",
         classes=("rows", "columns", "plain"),
@@ -43,16 +57,20 @@ def tiny() -> Dataset:
 
 
 @pytest.fixture(scope="session")
-def small() -> Recipe:
+def small() -> "Recipe":
     """A recipe for `tiny`: the smallest network, three epochs of six steps."""
+    from resnet56.recipe import Recipe
+
     return Recipe(
         arch="resnet8", epochs=3, batch_size=8, lr=0.05, schedule="cosine", precision="fp32"
     )
 
 
 @pytest.fixture(scope="session")
-def cifar10() -> Dataset:
+def cifar10() -> "Dataset":
     """The published CIFAR-10 in $CIFAR10_DIR. The tests fail if its SHA-1 sums differ."""
+    from resnet56.data.readers import load_directory
+
     directory = os.environ.get("CIFAR10_DIR")
     if not directory:
         pytest.skip("CIFAR10_DIR is not set; it names a directory with cifar-10-batches-bin")
