@@ -34,7 +34,6 @@ def blocks(page: Path, language: str) -> list[str]:
 EXAMPLES = [
     pytest.param(block, id=f"{page.stem}-{index}")
     for page in PAGES
-    if page.name not in ("README.md", "getting-started.md")  # see test_readme.py
     for index, block in enumerate(blocks(page, "python"))
 ]
 COMMAND_BLOCKS = [

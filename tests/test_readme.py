@@ -1,6 +1,5 @@
 """The commands of the README work for a new user."""
 
-import dataclasses
 import json
 import os
 import re
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
-import resnet56
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,20 +73,6 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
     assert len(promised) == 9
     for name in promised:
         assert (run / name).exists(), name
-
-
-@pytest.mark.parametrize(("page", "run"), [(README, "from-python"), (GUIDE, "python")])
-def test_the_python_examples_run(
-    page: str, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As written, but with a recipe of one short epoch."""
-    monkeypatch.chdir(tmp_path)
-    short = dataclasses.replace(resnet56.RECIPES["quick"], arch="resnet8", epochs=1)
-    monkeypatch.setitem(resnet56.RECIPES, "quick", short)
-    Image.effect_noise((400, 300), 60).save(tmp_path / "photo.jpg")
-    [example] = blocks(page, "python")
-    exec(compile(example, "example", "exec"), {})
-    assert (tmp_path / "runs" / run / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize(
