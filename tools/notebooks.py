@@ -33,13 +33,12 @@ def paths() -> list[Path]:
     return sorted(TUTORIALS.glob("*.ipynb"))
 
 
-def run(path: Path, directory: Path) -> Any:
+def run(notebook: Any, directory: Path) -> Any:
     """Run a notebook in `directory`, and return it with its new outputs.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raises an exception.
     """
-    notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
         timeout=TIMEOUT,
@@ -74,7 +73,7 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]) if sys.argv[1:] else paths():
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
-            notebook = run(path, Path(directory))
+            notebook = run(nbformat.read(path, as_version=4), Path(directory))
         nbformat.validate(notebook)
         nbformat.write(notebook, path)
         size = path.stat().st_size / 1000
