@@ -144,25 +144,36 @@ def test_unsupported_inputs_use_pytorch(fused: NormReLU, dtype: torch.dtype) -> 
     assert torch.equal(fused(plain, x), norm_relu(nn.BatchNorm2d(16, affine=False), x))
 
 
-@pytest.mark.parametrize(
-    ("arch", "precision"),
-    [
-        ("resnet8", "fp32"), ("resnet8-b", "fp32"), ("resnet11-bottleneck", "fp32"),
-        ("plain8", "fp32"),
-        ("resnet8", "bf16"), ("resnet11-bottleneck", "bf16"),
-    ],
-)  # fmt: skip
-def test_losses_of_fused_training_match_eager_training(arch: str, precision: Precision) -> None:
-    """Rounding errors grow from step to step, so the tolerance of the first steps is tighter."""
+EARLY = {"fp32": 1e-5, "bf16": 2e-3}  # relative; rounding errors grow from step to step
+LATE = {"fp32": 2e-2, "bf16": 0.1}
+
+
+def fused_and_eager(arch: str, steps: int, precision: Precision) -> tuple[Tensor, Tensor]:
     try:
-        losses = {mode: run(arch, mode, 100, precision) for mode in ("fused", "eager")}
+        return run(arch, "fused", steps, precision), run(arch, "eager", steps, precision)
     except UsageError as reason:
         skip_without_kernel(reason)
-    gap = (losses["eager"] - losses["fused"]).abs() / losses["eager"]
-    early, late = (1e-5, 2e-2) if precision == "fp32" else (2e-3, 0.1)
-    assert gap[:10].max() < early
-    assert gap.max() < late
-    assert losses["fused"][-10:].mean() < 0.6 * losses["fused"][:10].mean()  # the loss decreases
+
+
+@pytest.mark.parametrize(
+    ("arch", "precision"),
+    [("resnet8", "fp32"), ("resnet8-b", "fp32"), ("plain8", "fp32"), ("resnet8", "bf16")],
+)
+def test_the_first_losses_of_fused_training_match_eager_training(
+    arch: str, precision: Precision
+) -> None:
+    fused, eager = fused_and_eager(arch, 10, precision)
+    assert ((eager - fused).abs() / eager).max() < EARLY[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_of_fused_training_match_eager_training(precision: Precision) -> None:
+    """With bottleneck blocks, whose losses differ most."""
+    fused, eager = fused_and_eager("resnet11-bottleneck", 100, precision)
+    gap = (eager - fused).abs() / eager
+    assert gap[:10].max() < EARLY[precision]
+    assert gap.max() < LATE[precision]
+    assert fused[-10:].mean() < 0.6 * fused[:10].mean()  # the loss decreases
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside PyTorch
