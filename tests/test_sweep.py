@@ -3,18 +3,19 @@
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start
 
 from resnet56 import cli
 from resnet56.cli.sweep import parse_space
@@ -333,44 +334,26 @@ def test_the_command_of_the_winner_trains_without_validation_images() -> None:
 
 # Several processes
 
-WORKER = """
-    import platform, sys, time
 
-    from conftest import striped
-    from resnet56.data.dataset import Dataset
-    from resnet56.progress import LineOutput
-    from resnet56.recipe import Recipe
-    from resnet56.sweep import Choices, sweep
-    from resnet56.step import Trainer
+def work(dataset: Dataset, out: Path, storage: str, machine: str, last_step: int) -> None:
+    """Run a worker that pretends to run on a machine and hangs after a step."""
+    original_step = Trainer.step
 
-    out, storage, machine, last_step = sys.argv[1:]
-    platform.node = lambda: machine
-    original = Trainer.step
-    def step(self, *arguments):
-        if arguments[-1] == int(last_step):
+    def step(self: Trainer, *arguments: Any) -> None:
+        if arguments[-1] == last_step:
             time.sleep(600)
-        original(self, *arguments)
+        original_step(self, *arguments)
+
+    platform.node = lambda: machine
     Trainer.step = step
-    tiny = Dataset("tiny", ("rows", "columns", "plain"), striped(50, 1), striped(24, 2), True,
-                   "the tests' stripes", "nowhere")
-    recipe = Recipe(arch="resnet8", epochs=3, batch_size=8, lr=0.05, schedule="cosine",
-                    precision="fp32", execution="eager", val_size=15)
-    sweep(recipe, {"lr": Choices((1e-6, 0.05)), "momentum": Choices((0.8, 0.9))}, tiny, out,
-          grid=True, prune=False, storage=storage or None, device="cpu", threads=1, heartbeat=1,
-          output=LineOutput(sys.stdout))
-"""
-
-
-def start_worker(
-    out: Path, storage: str, machine: str = "one", last_step: int = -1
-) -> "subprocess.Popen[str]":
-    """Start a worker that pretends to run on a machine and hangs after a step."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WORKER), str(out), storage, machine, str(last_step)],
-        env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
+    recipe = Recipe(
+        arch="resnet8", epochs=3, batch_size=8, lr=0.05, schedule="cosine", precision="fp32",
+        execution="eager", val_size=15,
+    )  # fmt: skip
+    sweep(
+        recipe, {"lr": Choices((1e-6, 0.05)), "momentum": Choices((0.8, 0.9))}, dataset, out,
+        grid=True, prune=False, storage=storage, device="cpu", threads=1, heartbeat=1,
+        output=LineOutput(sys.stderr),
     )  # fmt: skip
 
 
@@ -406,26 +389,28 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared directory", "two machines"])
 def test_another_worker_finishes_the_trial_of_a_killed_one(
-    postgresql: str, tmp_path: Path, shared: bool
+    postgresql: str, tiny: Dataset, tmp_path: Path, shared: bool
 ) -> None:
     """Two workers share a PostgreSQL database, and one is killed during its first trial."""
     first = tmp_path / "one" / f"sweep-{shared}"
     second = first if shared else tmp_path / "two" / first.name
-    killed = start_worker(first, postgresql, last_step=6)  # in epoch 2
+    outputs = tmp_path / "killed", tmp_path / "other"
+    killed = start(work, tiny, first, postgresql, "one", 6, stderr=outputs[0])  # hangs in epoch 2
     deadline = time.monotonic() + 120
     while not list(first.glob("trial-*/metrics.jsonl")):  # its first epoch is finished
-        assert killed.poll() is None, killed.communicate()[0]
+        assert killed.is_alive(), outputs[0].read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    other = start_worker(second, postgresql, "one" if shared else "two")
+    machine = "one" if shared else "two"
+    other = start(work, tiny, second, postgresql, machine, -1, stderr=outputs[1])
     while not list(second.glob("trial-0001/metrics.jsonl")):
-        assert other.poll() is None, other.communicate()[0]
+        assert other.is_alive(), outputs[1].read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     killed.kill()  # SIGKILL
-    killed.communicate()
-    output = other.communicate(timeout=120)[0]
-    assert other.returncode == 0, output
+    killed.join()
+    other.join(120)
+    assert other.exitcode == 0, outputs[1].read_text()
     result = json.loads((second / "sweep.json").read_text())
     assert [trial["state"] for trial in result["trials"]] == ["complete"] * 4
     settings = {(t["settings"]["lr"], t["settings"]["momentum"]) for t in result["trials"]}

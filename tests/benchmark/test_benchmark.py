@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import context
 
 from resnet56.benchmark import benchmark
 from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
@@ -120,11 +120,7 @@ def test_the_measured_step_is_the_step_of_training(
 
 def test_peak_memory_grows_with_the_batch(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 48 instead of 2 images, memory grows by at least the activations for backward."""
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        # As new as spawned processes, but without an import of PyTorch in each.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([benchmark.__name__])
-        monkeypatch.setattr(benchmark, "get_context", lambda _: context)
+    monkeypatch.setattr(benchmark, "get_context", lambda _: context())
     setup = BenchmarkSetup(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
     few, many = (benchmark.peak_memory(setup, "resnet8", batch, ["eager"]) for batch in (2, 48))
     # Outputs of convolutions and norms: 3 with 16 channels, 2 with 32 and 2 with 64.

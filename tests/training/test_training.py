@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 import training_processes
+from processes import start
 from requires_kernels import skip_without_kernel
-from training_processes import start, train_as_rank, train_until_killed
+from training_processes import train_as_rank, train_until_killed
 
 from resnet56 import cadence
 from resnet56.data import augment, batches

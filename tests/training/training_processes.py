@@ -1,16 +1,9 @@
-"""Training in other processes: one that is killed, and one of two ranks.
+"""Training in other processes: one that is killed, and one of two ranks."""
 
-The processes are forked from a server that has imported PyTorch, which takes longer than the
-training.
-"""
-
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +11,6 @@ from resnet56 import cadence, training
 from resnet56.runs.directory import RunDirectory
 from resnet56.step import Trainer
 from resnet56.training.loop import TrainingLoop
-
-
-def start(target: Callable[..., None], *arguments: object, stderr: Path) -> BaseProcess:
-    """Call `target` in a new process that writes its errors to a file."""
-    # Windows can only spawn processes.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(["resnet56.training"])
-    process = context.Process(target=_run, args=(target, arguments, stderr))
-    process.start()
-    return process
-
-
-def _run(target: Callable[..., None], arguments: tuple[object, ...], stderr: Path) -> None:
-    with stderr.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    target(*arguments)
 
 
 def train_until_killed(step: int, moment: str, *arguments: Any) -> None:

@@ -1,0 +1,32 @@
+"""New processes that need not import PyTorch, which takes longer than what they do."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+PRELOADED = ["resnet56.benchmark.benchmark", "resnet56.training", "optuna.storages"]
+
+
+def context() -> BaseContext:
+    """A server that has imported PyTorch forks the processes. Windows can only spawn them."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(PRELOADED)
+    return forking
+
+
+def start(target: Callable[..., None], *arguments: object, stderr: Path) -> BaseProcess:
+    """Call `target` in a new process that writes its errors to a file."""
+    process = context().Process(target=_run, args=(target, arguments, stderr), daemon=True)
+    process.start()
+    return process
+
+
+def _run(target: Callable[..., None], arguments: tuple[object, ...], stderr: Path) -> None:
+    with stderr.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    target(*arguments)
