@@ -37,7 +37,7 @@ REQUEST_BODY = {
                         "minItems": 1,
                         "items": {"type": "string", "format": "binary"},
                         "description": "Image files (PNG, JPEG, WebP, ...). Repeat the field to "
-                        "send several.",
+                        "send several images.",
                     }
                 },
             }
@@ -56,7 +56,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         415: "The media type or the content encoding of the body is not supported.",
         422: "An image cannot be read, is too large or takes too long to decode, or a parameter is "
         "out of range.",
-        429: "Too many requests are in flight. Retry after the time in Retry-After.",
+        429: "Too many requests are in flight. Retry after the time in the Retry-After header.",
     }.items()
 }
 
@@ -67,10 +67,10 @@ def build_app(
     """Build the application that serves a model.
 
     Args:
-        predictor: the model. Its `run` is called from a single thread.
+        predictor: the model. One thread makes all calls of its `run` method.
         limits: limits on requests.
-        hosts: host names that the Host header may contain, "*" for any. On a loopback address, a
-            list of names protects the server from DNS rebinding.
+        hosts: accepted host names in the Host header. "*" accepts all names. On a loopback
+            address, a list of names protects the server from DNS rebinding.
     """
     limits = limits or Limits()
     meter = Meter()
@@ -87,7 +87,7 @@ def build_app(
         description=_description(predictor, limits),
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's own pages load scripts from a CDN
+        docs_url=None,  # FastAPI's documentation pages load scripts from a CDN.
         redoc_url=None,
     )
     _add_api(app, service, meter)
@@ -105,10 +105,11 @@ def _description(predictor: Predictor, limits: Limits) -> str:
     return (
         f"The model {predictor.name} has {len(predictor.classes)} classes and always predicts one "
         f"of them: {', '.join(predictor.classes)}. It uses only the center square of an image, "
-        f"resized to 32x32 pixels. A request can contain at most {limits.images} images and "
-        f"{limits.body_bytes / 2**20:g} MiB, and an image at most {limits.pixels / 1e6:g} million "
-        f"pixels. The supported formats are {', '.join(limits.formats)}. Decoding an image can "
-        f"take at most {limits.decode_seconds:g} seconds. The server does not store images."
+        f"resized to 32x32 pixels. A request can contain up to {limits.images} images and "
+        f"{limits.body_bytes / 2**20:g} MiB. An image can have up to {limits.pixels / 1e6:g} "
+        f"million pixels. The supported formats are {', '.join(limits.formats)}. The time limit "
+        f"for decoding an image is {limits.decode_seconds:g} seconds. The server does not store "
+        "images."
     )
 
 
@@ -143,7 +144,7 @@ def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
         },
     )
     async def healthz() -> HealthResponse:
-        """Return 200 while the server can classify images, and 503 otherwise."""
+        """Return 200 if the server can classify images, and 503 otherwise."""
         if not service.ready:
             raise HTTPException(503, "the server cannot classify images now; retry later")
         classes = list(predictor.classes)
@@ -203,5 +204,5 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
 
 
 async def _handle_disconnect(_: Request, error: Exception) -> Response:
-    """Return a response so that the metrics count the request. The client does not read it."""
+    """Return a response for the metrics. The client has disconnected and does not receive it."""
     return JSONResponse({"detail": "the client disconnected"}, 400)

@@ -34,14 +34,14 @@ class _Job:
 
 
 class Batcher:
-    """Collects images for a few milliseconds, or while the model is busy, and runs them together.
+    """Collects images for a few milliseconds or while the model is busy, and runs them together.
 
     Args:
-        predictor: called from a single thread.
-        max_batch: largest batch, a power of two. On a CPU, batches of 8 to 16 took the least time
-            per image. A batch of 64 took twice as long per image, because its activations do not
-            fit in the caches.
-        max_wait: seconds to wait for more images, without blocking the event loop.
+        predictor: the model. One thread makes all calls of its `run` method.
+        max_batch: maximum batch size, a power of two. On a CPU, batches of 8 to 16 images took
+            the least time per image. Batches of 64 took twice as long per image because their
+            activations did not fit in the caches.
+        max_wait: maximum time to wait for more images, in seconds. The event loop is not blocked.
         on_batch: called with the number of images in each batch.
     """
 
@@ -71,12 +71,12 @@ class Batcher:
         self.worker.cancel()
         with suppress(asyncio.CancelledError):
             await self.worker
-        for result in self.pending:  # queued, collected or running
+        for result in self.pending:  # of jobs that are queued, collected or running
             result.cancel()
         self.executor.shutdown()
 
     async def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Run the images, in a batch with others, and return their logits and maps."""
+        """Run the images, possibly batched with others, and return their logits and maps."""
         job = _Job(images, asyncio.get_running_loop().create_future())
         self.pending.add(job.result)
         try:
@@ -88,7 +88,7 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            # If a client has disconnected, the future of its job is already done.
+            # The future of a job is already done if its client has disconnected.
             jobs = [job for job in await self._collect() if not job.result.done()]
             if not jobs:
                 continue
@@ -107,7 +107,7 @@ class Batcher:
                     job.result.set_result((logits[rows], maps[rows]))
 
     async def _collect(self) -> list[_Job]:
-        """Wait for a job, then collect the jobs that arrive in time for the same batch."""
+        """Wait for a job, then collect more jobs until the batch is full or `max_wait` is over."""
         jobs = [await self.queue.get()]
         size = len(jobs[0].images)
         with suppress(TimeoutError):
@@ -120,8 +120,8 @@ class Batcher:
     def _run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """Run the images in batches, each padded to a power of two.
 
-        PyTorch caches a plan for each batch size. With arbitrary sizes up to 95, this cache takes
-        half a gigabyte.
+        PyTorch caches a plan for each batch size. For arbitrary sizes up to 95, this cache would
+        take half a gigabyte.
         """
         logits, maps = [], []
         for start in range(0, len(images), self.max_batch):

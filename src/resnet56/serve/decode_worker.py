@@ -1,7 +1,7 @@
 """Decode images in a subprocess of the server: python -m resnet56.serve.decode_worker ...
 
 The process reads requests from stdin and writes responses to stdout until stdin ends. A decoder
-that hangs or crashes affects only this process, and the server replaces the process.
+that hangs or crashes affects only this process. The server then replaces the process.
 
     request:   length of the name, length of the file (REQUEST), name, file
     response:  status, length (RESPONSE), then (3, 32, 32) bytes or an error message
@@ -21,7 +21,7 @@ from resnet56.errors import ImageError
 REQUEST = struct.Struct("<II")
 RESPONSE = struct.Struct("<BI")
 DECODED, REJECTED, OUT_OF_MEMORY = range(3)
-READY = b"\n"  # written when the process is ready for requests
+READY = b"\n"  # sent once the process is ready for requests
 
 
 def main(arguments: list[str]) -> int:
@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
     while head := source.read(REQUEST.size):
         name_length, length = REQUEST.unpack(head)
         name, content = source.read(name_length).decode(), source.read(length)
-        # The server kills this process if it takes too long. If the server was killed, the alarm
-        # ends this process.
+        # The server kills this process at the deadline. The alarm ends the process in case the
+        # server itself has been killed.
         _set_alarm(seconds)
         status, body = _decode(content, name, max_pixels, formats)
         _set_alarm(0)
@@ -65,7 +65,7 @@ def _decode(
 
 
 def _load_decoders() -> None:
-    """Import all plugins of Pillow before memory is limited, and restrict AVIF to one thread."""
+    """Import all Pillow plugins before limiting memory, and restrict AVIF to one thread."""
     Image.init()
     with contextlib.suppress(ImportError):
         from PIL import AvifImagePlugin
@@ -74,7 +74,7 @@ def _load_decoders() -> None:
 
 
 def _limit_resources(memory: int) -> None:
-    """Limit additional memory, and forbid files and core dumps. Does nothing on Windows."""
+    """Limit additional memory and prevent file writes and core dumps. Does nothing on Windows."""
     try:
         import resource
     except ImportError:
@@ -85,13 +85,14 @@ def _limit_resources(memory: int) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
     ):
-        with contextlib.suppress(ValueError, OSError):  # macOS does not limit the address space
+        with contextlib.suppress(ValueError, OSError):  # macOS cannot limit the address space.
             resource.setrlimit(limited, (maximum, maximum))
 
 
 def _set_alarm(seconds: int) -> None:
     if hasattr(signal, "alarm"):
-        signal.alarm(seconds)  # by default, the signal ends the process even inside C code
+        # The default action of the signal ends the process even while C code runs.
+        signal.alarm(seconds)
 
 
 if __name__ == "__main__":

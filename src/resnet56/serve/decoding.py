@@ -15,17 +15,17 @@ from resnet56.data.images import SIZE, UInt8Array
 from resnet56.serve.decode_worker import DECODED, OUT_OF_MEMORY, READY, REQUEST, RESPONSE
 from resnet56.serve.limits import Limits
 
-START_SECONDS = 60.0  # time limit for a process to start, even on a heavily loaded machine
+START_SECONDS = 60.0  # time limit for starting a process, long enough for a loaded machine
 RETRY_SECONDS = 1.0  # time between attempts to replace a process
 MAX_RESPONSE_BYTES = 10_000  # larger than any valid response
-ALARM_DELAY = 5  # seconds from the deadline of the server to the alarm of the process
+ALARM_DELAY = 5  # time from the server's deadline to the process's alarm, in seconds
 
 
 T = TypeVar("T")
 
 
 class StallDetector:
-    """Detects a stalled stage: requests wait for it, and none completes."""
+    """Detects whether a processing stage has stalled: requests wait, and none completes."""
 
     def __init__(self) -> None:
         self.pending = 0
@@ -52,10 +52,10 @@ class StallDetector:
 
 
 class Decoders:
-    """A pool of decoding processes. A process that exceeds its deadline is killed and replaced.
+    """A pool of decoding processes. It kills and replaces a process that exceeds its deadline.
 
-    The pools of the standard library cannot kill a process at a deadline. Each process of this
-    pool has its own pipes, so killing one does not affect the others.
+    The process pools of the standard library cannot kill a process at a deadline. Each process of
+    this pool has its own pipes, so killing one process does not affect the others.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -63,8 +63,8 @@ class Decoders:
         self.progress = StallDetector()
         self.workers = [_Worker(limits) for _ in range(limits.decoders)]
         self.idle: list[_Worker] = []
-        # Counts the idle workers. A semaphore serves requests in order. With a queue, a new request
-        # could overtake waiting ones.
+        # The semaphore counts the idle workers and serves requests in order. In an asyncio queue,
+        # a new request could overtake waiting ones.
         self.available = asyncio.Semaphore(0)
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -84,7 +84,7 @@ class Decoders:
 
     @property
     def ready(self) -> bool:
-        """Whether images can be decoded."""
+        """Whether the pool can decode images."""
         alive = any(worker.alive for worker in self.workers)
         return alive and not self.progress.stalled(self.limits.stall_seconds)
 
@@ -102,11 +102,10 @@ class Decoders:
             HTTPException: 422 if the image cannot be decoded within the limits.
         """
         with self.progress.waiting():
-            # All processes can have ended for reasons other than this image, and the event loop
-            # can notice this late.
+            # All processes may have ended for unrelated reasons before the event loop notices.
             for _ in range(len(self.workers) + 1):
                 worker = await self._acquire()
-                # Shielded, because the response must be read even if the client disconnects.
+                # The shield keeps reading the response even if the client disconnects.
                 result = await asyncio.shield(self._create_task(self._use(worker, content, name)))
                 if isinstance(result, np.ndarray):
                     return result
@@ -115,7 +114,7 @@ class Decoders:
         raise HTTPException(422, f"cannot read {name}: the decoder crashed; re-encode the image")
 
     async def _acquire(self) -> "_Worker":
-        """Wait for an idle worker. Workers that ended while idle are replaced."""
+        """Wait for an idle worker. Replace workers that ended while they were idle."""
         await self.available.acquire()
         while not (worker := self.idle.pop()).alive:
             self._create_task(self._replace(worker))
@@ -127,7 +126,7 @@ class Decoders:
         self.available.release()
 
     def _create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Create a task, and keep a reference to prevent garbage collection."""
+        """Create a task and keep a reference to it, which prevents garbage collection."""
         task = asyncio.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -157,12 +156,13 @@ class Decoders:
         return result
 
     async def _replace(self, worker: "_Worker") -> None:
-        """Restart a worker, with retries until it starts, and return it to the pool."""
+        """Restart a worker, retrying until it starts, and return it to the pool."""
         await worker.stop()
         while not worker.alive:
             try:
                 await worker.start()
-            except (OSError, TimeoutError, asyncio.IncompleteReadError):  # out of memory or PIDs
+            except (OSError, TimeoutError, asyncio.IncompleteReadError):
+                # The machine may be out of memory or process IDs.
                 await worker.stop()
                 await asyncio.sleep(RETRY_SECONDS)
         self._release(worker)
@@ -197,9 +197,9 @@ class _Worker:
             sys.executable, "-P", "-m", "resnet56.serve.decode_worker", *self.arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # C decoders can write unlimited output
+            stderr=asyncio.subprocess.DEVNULL,  # Decoders in C can write unlimited output.
             env={**os.environ, **threads, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C must reach only the server, which then drains
+            start_new_session=True,  # Ctrl-C must reach only the server, which then drains.
         )  # fmt: skip
         self.killed = False
         assert self.process.stdout

@@ -14,18 +14,18 @@ class Limits:
     """Limits that protect the server. Normal requests stay well below them."""
 
     images: int = 32  # per request
-    pixels: int = 25_000_000  # per image; more than phone cameras produce by default
+    pixels: int = 25_000_000  # per image. Phone cameras produce fewer by default.
     body_bytes: int = 16 * 2**20  # per request
-    body_seconds: float = 30.0  # to receive the body
-    answer_seconds: float = 30.0  # from the end of the body to the response
-    requests: int = 128  # in flight
+    body_seconds: float = 30.0  # time to receive the body
+    answer_seconds: float = 30.0  # time from the end of the body to the response
+    requests: int = 128  # number of requests in flight
     buffered_bytes: int = 256 * 2**20  # total size of the bodies of all requests in flight
-    formats: tuple[str, ...] = BROWSER_FORMATS  # Pillow's names of image formats
+    formats: tuple[str, ...] = BROWSER_FORMATS  # accepted image formats, as Pillow names them
     decoders: int = 2  # number of decoding processes
-    decode_seconds: float = 6.0  # per image; the slowest ordinary images take about 1 s
-    decode_bytes: int = 768 * 2**20  # memory per image; the largest ordinary images take 400 MiB
-    stall_seconds: float = 10.0  # without progress on waiting requests, until /healthz fails
-    drain_seconds: float = 30.0  # to finish requests in flight on shutdown
+    decode_seconds: float = 6.0  # time per image. The slowest ordinary images take about 1 s.
+    decode_bytes: int = 768 * 2**20  # memory per image. The largest ordinary images take 400 MiB.
+    stall_seconds: float = 10.0  # time without progress on waiting requests before /healthz fails
+    drain_seconds: float = 30.0  # time to finish the requests in flight on shutdown
 
 
 def too_busy() -> HTTPException:
@@ -47,7 +47,7 @@ class RequestLimiter:
         """Count one request in flight until the block ends.
 
         Yields:
-            A function that reserves a number of bytes for the request until the block ends.
+            A function that reserves bytes for the request until the block ends.
 
         Raises:
             HTTPException: 429 if a limit is exceeded, on entry or when that function is called.

@@ -31,9 +31,9 @@ class ResponseMiddleware:
 
     Args:
         app: the wrapped application.
-        meter: records the responses.
-        paths: paths that have their own label in the metrics. All others share one label, so that
-            a client cannot create an unlimited number of labels.
+        meter: the metrics to update.
+        paths: paths with their own label in the metrics. All other paths share one label, so a
+            client cannot create an unlimited number of labels.
     """
 
     def __init__(self, app: ASGIApp, meter: Meter, paths: Collection[str]) -> None:
@@ -57,7 +57,7 @@ class ResponseMiddleware:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception:  # a bug: the traceback goes to the log, not to the client
+        except Exception:  # A bug. The traceback goes to the log, not to the client.
             log.exception("%s %s failed", scope["method"], escape_line(scope["path"]))
             if not status:
                 detail = "internal server error; see the server log"
@@ -74,7 +74,7 @@ class CrossSiteMiddleware:
 
     A form on any page can upload a file to a server on the visitor's machine. Current browsers
     report the origin of a request in Sec-Fetch-Site, and older ones in Origin. Other clients send
-    neither. GET requests are allowed, because browsers do not show the responses to other sites.
+    neither header. GET requests are allowed because browsers hide the responses from other sites.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -97,7 +97,7 @@ class CrossSiteMiddleware:
 class HostMiddleware:
     """Rejects requests whose Host header does not contain an allowed name.
 
-    Starlette's TrustedHostMiddleware does the same, but its errors are not JSON.
+    Starlette's TrustedHostMiddleware does the same, but its error responses are not JSON.
 
     Args:
         app: the wrapped application.

@@ -2,7 +2,7 @@
 const $ = (id) => document.getElementById(id);
 const MAP_SIZE = 8; // the model's activation maps are 8x8
 const OVERLAY_COLOR = [38, 48, 66]; // visible on light and on dark images
-const MAX_OPACITY = 0.8; // of the overlay, where the map shows no evidence
+const MAX_OPACITY = 0.8; // opacity of the overlay where the map shows no evidence
 const FORM_BYTES = 4096; // upper bound on the size of a form without its file
 
 let controller; // aborts the current request when the user chooses another image
@@ -108,7 +108,7 @@ function percent(fraction) {
   return `${(100 * fraction).toFixed(1)} %`;
 }
 
-// The maps of all classes have the same scale, so that they can be compared.
+// The maps of all classes use the same scale, which makes them comparable.
 function updateMap() {
   const selected = classes[document.querySelector("[name=class]:checked")?.value ?? 0];
   const maximum = Math.max(...classes.flatMap(({ map }) => map.flat()));
@@ -141,7 +141,7 @@ function drawOverlay(canvas, evidence) {
 
 $("file").addEventListener("change", ({ target }) => {
   if (target.files.length) classify(target.files[0]);
-  target.value = ""; // otherwise, choosing the same file again would fire no event
+  target.value = ""; // Without this reset, choosing the same file again fires no event.
 });
 addEventListener("dragover", (event) => {
   event.preventDefault();

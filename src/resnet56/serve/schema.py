@@ -10,7 +10,7 @@ Base64 = Annotated[
 
 
 class PredictRequest(BaseModel):
-    """Images as JSON. The same images as multipart/form-data are about a quarter smaller."""
+    """Images as JSON. A multipart/form-data body is about a quarter smaller."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,7 +28,7 @@ class ClassScore(BaseModel):
     )
     map: list[list[float]] | None = Field(
         None,
-        description="Class activation map, if requested: 8 rows of 8 numbers over the center "
+        description="Class activation map, if requested: 8 rows of 8 values that cover the center "
         "square of the image, starting at the top left. Positive values are evidence for the "
         "class, and negative values are evidence against it. The logit is the mean of the map plus "
         "the bias of the class.",
@@ -38,7 +38,9 @@ class ClassScore(BaseModel):
 class Prediction(BaseModel):
     """The prediction for one image."""
 
-    classes: list[ClassScore] = Field(description="The most probable classes, in descending order.")
+    classes: list[ClassScore] = Field(
+        description="The most probable classes, in descending order of probability."
+    )
 
 
 class PredictResponse(BaseModel):
@@ -55,11 +57,11 @@ class HealthResponse(BaseModel):
 
     status: Literal["ok"] = Field(description="Always `ok`.")
     model: str = Field(description="Name of the model.")
-    classes: list[str] = Field(description="All classes that the model predicts.")
+    classes: list[str] = Field(description="Names of all classes of the model.")
     version: str = Field(description="Version of the resnet56 package.")
 
 
 class ErrorResponse(BaseModel):
-    """The reason why a request failed."""
+    """The reason for a failed request."""
 
     detail: str = Field(description="One line that states what is wrong and how to fix it.")

@@ -24,7 +24,7 @@ from resnet56.serve.limits import Limits
 
 IDLE_SECONDS = 10.0  # time that a connection can stay open without a complete request
 MAX_CONNECTIONS = 600  # reduced if the process can open only a few files
-# Files other than connections: the pipes of the decoders, of a replacement and of the event loop.
+# Files other than connections: the pipes of the decoders, of a new decoder and of the event loop.
 RESERVED_FILES = 24
 MIN_CONNECTION_FILES = 16
 BACKLOG = 128  # maximum number of connections that wait to be accepted
@@ -32,7 +32,7 @@ EXIT_SECONDS = 5.0  # grace period after the drain time
 
 
 class Stopped(BaseException):
-    """A signal has requested that the server stop."""
+    """Raised when a signal stops the server."""
 
 
 class _Config(uvicorn.Config):
@@ -50,7 +50,7 @@ class _Server(uvicorn.Server):
             self.config.announce()  # type: ignore[attr-defined]
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop. The first signal also sets the deadline for the process to exit."""
+        """Stop the server. The first signal also sets a deadline for the process to exit."""
         if not self.should_exit:
             drain = self.config.timeout_graceful_shutdown or 0
             timer = threading.Timer(drain + EXIT_SECONDS, os._exit, [0])
@@ -63,8 +63,8 @@ class Protocol(H11Protocol):
     """HTTP/1.1 protocol that closes stalled connections.
 
     Uvicorn applies its timeout only between a response and the next request. Without this class, a
-    client could hold a connection forever by sending request headers byte by byte, sending an
-    endless body after the request was rejected, or sending requests without reading the responses.
+    client could keep a connection open forever: by sending headers one byte at a time, by sending
+    an endless body after its request is rejected, or by never reading the responses.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -84,7 +84,7 @@ class Protocol(H11Protocol):
     def _close_if_stalled(self) -> None:
         """Close the connection if it has made no progress since the previous check.
 
-        Progress means a new request, a response in preparation, or a client that reads.
+        A new request, a response in preparation and a client that reads all count as progress.
         """
         unread = self.transport.get_write_buffer_size()
         awaiting_request = self.cycle is None or self.cycle.response_complete
@@ -139,7 +139,8 @@ def serve(
     )
     config.max_connections = connections
     server = _Server(config)
-    for name in ("uvicorn.error", "asyncio", "python_multipart"):  # they log invalid requests
+    # By default, these loggers report every invalid request.
+    for name in ("uvicorn.error", "asyncio", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def announce() -> None:
@@ -167,7 +168,7 @@ def _connection_limits() -> tuple[int, int]:
     except ImportError:  # Windows
         return MAX_CONNECTIONS, BACKLOG
     used = psutil.Process().num_fds() + RESERVED_FILES
-    # Connections above the limit are accepted before they are closed, a few backlogs at a time.
+    # The server accepts connections above the limit, a few backlogs at a time, and closes them.
     required = used + MAX_CONNECTIONS + 4 * BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= required:
@@ -195,7 +196,7 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
-    except UnicodeError:  # a label of the name is empty or too long
+    except UnicodeError:  # A label of the host name is empty or too long.
         raise UsageError(f"{escape(host)} is not a valid host name") from None
     except socket.gaierror as error:
         raise UsageError(f"cannot resolve the host name {host}: {error.strerror}") from None
@@ -223,4 +224,4 @@ def _run(server: uvicorn.Server, listener: socket.socket, say: Callable[[str], N
         listener.close()
         for sig, handler in previous.items():
             signal.signal(sig, handler)
-    return 1  # uvicorn failed to start and has logged the reason
+    return 1  # Uvicorn failed to start and has logged the reason.

@@ -1,4 +1,4 @@
-"""Handle a prediction request: admit, receive, decode, run, and build the response."""
+"""Handle a prediction request, from its admission to the response."""
 
 import asyncio
 from collections.abc import Sequence
@@ -46,14 +46,15 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether images can be classified."""
+        """Whether the server can classify images."""
         return self.decoders.ready and not self.inference.stalled(self.limits.stall_seconds)
 
     async def predict(self, request: Request, top: int, maps: bool) -> PredictResponse:
         """Return the `top` most probable classes of each image, optionally with their maps.
 
         Raises:
-            HTTPException: 4xx if the request is invalid or too large, or the server is at capacity.
+            HTTPException: 4xx if the request is invalid or too large, or 429 if the server is at
+                capacity.
         """
         with self.limiter.admit() as reserve:
             async with receive(request, self.limits, reserve) as uploads:
@@ -77,9 +78,9 @@ class Service:
         )
 
     async def _decode(self, uploads: Sequence[Upload]) -> UInt8Array:
-        """Decode the uploads to (N, 3, 32, 32).
+        """Decode the uploads to an array of shape (N, 3, 32, 32).
 
-        Only a few images are decoded at a time, so that a large request does not delay others.
+        Decodes only a few images at a time, so that a large request does not delay others.
         """
 
         async def decode(upload: Upload) -> UInt8Array:

@@ -1,4 +1,4 @@
-"""Read the images of a request body, multipart or JSON, within the limits."""
+"""Read the images of a multipart or JSON request body, within the limits."""
 
 import asyncio
 import base64
@@ -28,8 +28,8 @@ MAX_QUOTE = 100  # maximum number of characters of client input in an error mess
 class Upload:
     """An uploaded image file."""
 
-    name: str  # for error messages: the client's file name, or the position in the list
-    read: Callable[[], Awaitable[bytes]]  # raises HTTPException if the encoding is invalid
+    name: str  # in error messages: the client's file name or the position of the image
+    read: Callable[[], Awaitable[bytes]]  # raises HTTPException if the base64 is invalid
 
 
 @asynccontextmanager
@@ -44,7 +44,7 @@ async def receive(
         reserve: called with the size of each received chunk.
 
     Raises:
-        HTTPException: 400, 408, 413, 415 or 422, or an exception that `reserve` raises.
+        HTTPException: 400, 408, 413, 415 or 422, or an exception raised by `reserve`.
     """
     media_type = _media_type(request)
     body = _body(request, limits, reserve)
@@ -75,7 +75,7 @@ def _media_type(request: Request) -> str:
     """Return the media type of the body. Raises a 415 HTTPException if it is not supported."""
     header = Message()
     header["content-type"] = request.headers.get("content-type", "")
-    media_type = header.get_content_type()  # lower case, without parameters
+    media_type = header.get_content_type()  # in lowercase, without parameters
     if media_type not in (MULTIPART, JSON):
         received = _quotable(media_type, "this media type")
         raise HTTPException(415, f"send {MULTIPART} or {JSON}, not {received}")
@@ -108,7 +108,7 @@ async def _from_multipart(
 ) -> list[UploadFile]:
     """Return the files in the field `image`."""
     parser = MultiPartParser(request.headers, body, max_files=limits.images, max_fields=0)
-    parser.spool_max_size = limits.body_bytes  # keep all files in memory
+    parser.spool_max_size = limits.body_bytes  # Keep all files in memory.
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -129,7 +129,7 @@ async def _from_multipart(
 
 
 async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[Upload]:
-    """Return the images of a JSON body. The body is parsed in a thread, because it can be long."""
+    """Return the images of a JSON body. Parses it in a thread because it can be long."""
     content = b"".join([chunk async for chunk in body])
     images = (await asyncio.to_thread(_parse, content, limits)).images
     return [
@@ -139,7 +139,7 @@ async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[
 
 
 def _parse(content: bytes, limits: Limits) -> PredictRequest:
-    """Parse a JSON body. A body with too many values is rejected before it is parsed.
+    """Parse a JSON body. Reject a body with too many values before parsing it.
 
     Base64 contains no commas, so a valid body has one fewer comma than images.
     """
@@ -154,7 +154,7 @@ def _parse(content: bytes, limits: Limits) -> PredictRequest:
 def _decode(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):  # ValueError: non-ASCII characters
+    except (binascii.Error, ValueError):  # b64decode raises ValueError for non-ASCII characters.
         raise HTTPException(422, f"{name} is not valid base64") from None
 
 
@@ -181,5 +181,5 @@ def validation_message(errors: Sequence[object]) -> str:
 
 
 def _quotable(text: str, fallback: str) -> str:
-    """Return client input if it is short and printable, `fallback` otherwise."""
+    """Return client input if it is short and printable, or `fallback` otherwise."""
     return text if text and text.isprintable() and len(text) <= MAX_QUOTE else fallback
