@@ -311,9 +311,9 @@ def test_only_these_packages_import_recipes() -> None:
 
 def test_the_public_names_are_pinned_and_exist() -> None:
     assert resnet56.__all__ == [
-        "RECIPES", "Dataset", "EpochMetrics", "Error", "Evaluation", "Metrics", "Prediction",
-        "Predictor", "Recipe", "ResNet", "Split",
-        "__version__", "build", "describe", "evaluate", "load", "load_data",
+        "RECIPES", "Augmentation", "Batches", "Dataset", "EpochMetrics", "Error", "Evaluation",
+        "Metrics", "Prediction", "Predictor", "Recipe", "ResNet", "Split",
+        "__version__", "build", "channel_statistics", "describe", "evaluate", "load", "load_data",
         "plot_calibration", "plot_confusion_matrix", "plot_curves", "plot_mistakes",
         "predict_logits", "train",
     ]  # fmt: skip

@@ -8,7 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resnet56.data.dataset import Dataset, Split
+    from resnet56.data.augment import Augmentation
+    from resnet56.data.batches import Batches
+    from resnet56.data.dataset import Dataset, Split, channel_statistics
     from resnet56.data.readers import load_data
     from resnet56.errors import Error
     from resnet56.evaluation import evaluate, predict_logits
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Augmentation": "data.augment",
+    "Batches": "data.batches",
     "Dataset": "data.dataset",
     "EpochMetrics": "runs.schema",
     "Error": "errors",
@@ -39,6 +43,7 @@ _HOME = {
     "ResNet": "model",
     "Split": "data.dataset",
     "build": "model",
+    "channel_statistics": "data.dataset",
     "describe": "model",
     "evaluate": "evaluation",
     "load": "predict",
@@ -53,6 +58,8 @@ _HOME = {
 
 __all__ = [
     "RECIPES",
+    "Augmentation",
+    "Batches",
     "Dataset",
     "EpochMetrics",
     "Error",
@@ -65,6 +72,7 @@ __all__ = [
     "Split",
     "__version__",
     "build",
+    "channel_statistics",
     "describe",
     "evaluate",
     "load",

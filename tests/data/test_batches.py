@@ -14,7 +14,7 @@ from resnet56.data.batches import Batches, derive_seed
 from resnet56.data.dataset import Split
 from resnet56.errors import UsageError
 
-BLACK, UNIT = torch.zeros(3), torch.full((3,), 1 / 255)  # keeps pixel values unchanged
+BLACK, UNIT = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # keeps pixel values unchanged
 
 
 def numbered(count: int) -> Split:
@@ -39,7 +39,7 @@ def augmented(
     """Return batches of noise images with all random augmentations."""
     generator = torch.Generator().manual_seed(9)
     noise = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     split = Split(noise, torch.arange(count))
     options: dict[str, Any] = {"batch_size": batch_size, "seed": 3, "augmentation": augmentation}
     options |= {"classes": count}
@@ -260,3 +260,17 @@ def test_the_first_epochs_can_have_smaller_images() -> None:
     for (small, numbers), (images, same_numbers) in zip(batches.epoch(0), full, strict=True):
         assert torch.equal(numbers, same_numbers)  # same images and crops
         assert torch.allclose(small.mean(), images.mean(), atol=0.01)
+
+
+def test_batches_need_images() -> None:
+    for count, batch_size in ((0, 8), (8, 0)):
+        with pytest.raises(UsageError, match="both numbers must be at least 1"):
+            plain(count, batch_size)
+
+
+def test_batches_leave_the_global_random_state_alone() -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    list(augmented(44, 8, MIXED).epoch(0))
+    assert torch.equal(torch.rand(3), expected)

@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Subset, random_split
 
 from resnet56.data.dataset import Dataset, Split, channel_statistics, stratified_split
 from resnet56.errors import DataError, UsageError
@@ -30,6 +31,43 @@ def numbered(sizes: list[int], *, seed: int = 0) -> Split:
 def indices(split: Split) -> list[int]:
     first = split.images[:, 0, 0, :2].long()
     return (first[:, 0] + 256 * first[:, 1]).tolist()
+
+
+def test_a_split_is_a_map_style_data_set() -> None:
+    split = numbered([3, 4])
+    image, label = split[2]
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 32, 32))
+    assert torch.equal(image, split.images[2])
+    assert type(label) is int
+    assert label == split.labels[2]
+    assert split[-1][1] == split.labels[6]
+    assert [label for _, label in split] == split.labels.tolist()
+    for index in (7, -8):
+        with pytest.raises(IndexError):
+            split[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_loaders_read_splits_and_their_parts(workers: int) -> None:
+    split = numbered([6, 5])
+    first, second = random_split(split, [8, 3], torch.Generator().manual_seed(0))
+    assert sorted([*first.indices, *second.indices]) == list(range(11))
+    for part, positions in ((split, range(11)), (first, first.indices), (Subset(split, [4]), [4])):
+        chosen = split.select(list(positions))
+        loader = DataLoader(part, batch_size=4, num_workers=workers)
+        images, labels = (torch.cat(batches) for batches in zip(*loader, strict=True))
+        assert images.dtype == torch.uint8
+        assert torch.equal(images, chosen.images)
+        assert torch.equal(labels, chosen.labels)
+
+
+def test_images_are_selected_by_slice_positions_or_mask() -> None:
+    split = numbered([5])
+    assert indices(split.select(slice(1, 3))) == [1, 2]
+    assert indices(split.select([4, 0])) == [4, 0]
+    assert indices(split.select(torch.tensor([False, True, False, False, True]))) == [1, 4]
+    assert len(split.to("meta")) == 5
+    assert split.to("meta").images.is_meta
 
 
 def test_stratified_split_keeps_proportions_and_all_images() -> None:

@@ -69,13 +69,7 @@ class BenchmarkSetup:
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         forward = prepare_model(model.train(), execution, self.precision)
         trainer = Trainer(model, forward.module, recipe, self.precision)
-        batches = Batches(
-            Split(self.split.images.to(self.device), self.split.labels.to(self.device)),
-            torch.tensor(self.mean, device=self.device),
-            torch.tensor(self.std, device=self.device),
-            batch_size=batch,
-            seed=0,
-        )
+        batches = Batches(self.split.to(self.device), self.mean, self.std, batch_size=batch, seed=0)
         steps: Iterator[tuple[int, tuple[Tensor, Tensor]]] = enumerate(
             itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
         )

@@ -16,18 +16,31 @@ from resnet56.data.trivial_augment import LEVELS, TRANSFORMS, trivial_augment
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation settings of the training images."""
+    """Augmentation settings of the training images.
 
-    padding: int = 4  # black pixels added to each side before a random 32x32 crop
-    flip: bool = True  # flip horizontally with probability 1/2
-    alternate_flip: bool = False  # flip each image in every other epoch instead
-    cutout: int = 0  # side of the square that Cutout erases, in pixels; 0 to disable
+    Attributes:
+        padding: black pixels added to each side before a random 32x32 crop.
+        flip: flip each image horizontally with probability 1/2.
+        alternate_flip: flip each image in every other epoch instead.
+        cutout: side of the square that Cutout erases, in pixels. 0 disables it.
+        trivial_augment: apply TrivialAugment.
+        sizes: image size in each of the first epochs, in pixels. It is 32 in the other epochs.
+        mix: "cutmix", "mixup", "ricap" or "none".
+        mix_alpha: parameter of the Beta(alpha, alpha) distribution of the mixing weights.
+        mix_probability: probability that a batch is mixed.
+        plain_tail_from: first epoch (from 0) that uses only crops and flips.
+    """
+
+    padding: int = 4
+    flip: bool = True
+    alternate_flip: bool = False
+    cutout: int = 0
     trivial_augment: bool = False
-    sizes: tuple[int, ...] = ()  # image size in each of the first epochs, in pixels; then 32
-    mix: str = "none"  # "none" or a method of `data.mixing`
-    mix_alpha: float = 1.0  # parameter of the Beta(alpha, alpha) distribution of the weights
-    mix_probability: float = 1.0  # probability that a batch is mixed
-    plain_tail_from: int | None = None  # first epoch that uses only crops and flips
+    sizes: tuple[int, ...] = ()
+    mix: str = "none"
+    mix_alpha: float = 1.0
+    mix_probability: float = 1.0
+    plain_tail_from: int | None = None
 
     def in_epoch(self, epoch: int) -> "Augmentation":
         """Return the augmentation of `epoch` (from 0)."""

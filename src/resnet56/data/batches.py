@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet56.data.augment import Augmentation, augment, sample_params, shrink
-from resnet56.data.dataset import Split
+from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, mix_labels, sample_mix_params
 from resnet56.errors import UsageError
 
@@ -28,25 +28,51 @@ def derive_seed(*parts: int) -> int:
 
 @dataclass(frozen=True)
 class Batches:
-    """Augmented training batches of images that are stored on the training device.
+    """Augmented training batches, as in `train`. Iterate over them with `epoch`.
+
+    The batches of an epoch depend only on the arguments and the epoch. Every epoch has its own
+    order of the images and its own random augmentation. The global random state of PyTorch is
+    neither used nor changed.
+
+    Images are augmented in batches on the device of `split`, so no worker processes are needed.
+    With a GPU, pass `split.to("cuda")`.
 
     Every global batch has exactly `batch_size` images, so that shapes do not change. Each epoch
     skips the images that do not fill its last batch. If the data set has fewer than `batch_size`
     images, it forms a single batch.
+
+    Attributes:
+        split: training images and labels.
+        mean, std: channel statistics for normalization, for pixels in [0, 1]. See
+            `channel_statistics`.
+        batch_size: images per step, in total over all processes.
+        seed: seed of the order and the augmentation.
+        augmentation: by default, random crops with padding 4, and horizontal flips.
+        classes: number of classes, for the targets of mixed images.
+        rank, world_size: index and number of the processes, for several GPUs. Each process gets its
+            part of every global batch.
+
+    Raises:
+        UsageError: there are no images, or the global batch is not divisible by `world_size`.
     """
 
-    split: Split  # on the device
-    mean: Tensor  # (3,) on the device, for pixels in [0, 1]
-    std: Tensor
-    batch_size: int  # total over all processes
+    split: Split
+    mean: Triple
+    std: Triple
+    batch_size: int
     seed: int
     augmentation: Augmentation = field(default_factory=Augmentation)
-    classes: int = 10  # number of classes, for mixed targets
+    classes: int = 10
     rank: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
         """Check that all processes get batches of equal size, because gradients are averaged."""
+        if not len(self.split) or self.batch_size < 1:
+            raise UsageError(
+                f"cannot form batches of {self.batch_size:,} from {len(self.split):,} images; "
+                "both numbers must be at least 1"
+            )
         if self.global_batch % self.world_size:
             raise UsageError(
                 f"batch size {self.global_batch} is not divisible by the {self.world_size} "
@@ -98,6 +124,7 @@ class Batches:
             seed=derive_seed(self.seed, epoch, MIXING_STREAM),
         )
         device = self.split.images.device
+        mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
         order, params = order.to(device), params.to(device)
         local = self.global_batch // self.world_size
 
@@ -105,7 +132,7 @@ class Batches:
             """Return the augmented images and labels at `index` in the order of the epoch."""
             selected = order[index]
             images = self.split.images[selected]
-            images = augment(images, params.select(index), self.mean, self.std, augmentation)
+            images = augment(images, params.select(index), mean, std, augmentation)
             return images, self.split.labels[selected]
 
         for step in range(start, self.steps):

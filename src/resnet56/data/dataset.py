@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils import data as torch_data
 
 from resnet56.errors import DataError, UsageError, abbreviate, escape
 from resnet56.notebook import table
@@ -20,17 +22,33 @@ _SHOWN_CLASSES = 10  # classes in the table that notebooks show
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
-    """Images (N, 3, 32, 32) uint8 and their class indices (N,) int64, on one device."""
+class Split(torch_data.Dataset[tuple[Tensor, int]]):
+    """Images (N, 3, 32, 32) uint8 and their class indices (N,) int64, on one device.
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    A split is a map-style data set of PyTorch: `split[i]` is the image (3, 32, 32) uint8 and its
+    label. It works with `DataLoader`, `Subset` and `random_split`. `Batches` augments and
+    normalizes the images.
+    """
+
+    images: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
     def __repr__(self) -> str:
         return f"Split({len(self):,} images on {self.images.device})"
+
+    def select(self, index: slice | Sequence[int] | Tensor) -> "Split":
+        """Return the images at `index`: a slice, positions, or a mask (N,) bool."""
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> "Split":
+        """Return the images and labels on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +136,7 @@ class Dataset:
         if not self.predefined_split:
             images = torch.cat((train.images, test.images))
             test = Split(images, torch.cat((train.labels, test.labels)))
-            train = Split(images[:0], test.labels[:0])
+            train = test.select(slice(0))
         return replace(
             self,
             classes=tuple(classes),
@@ -128,12 +146,12 @@ class Dataset:
         )
 
 
-def _relabel(split: Split, new: torch.Tensor) -> Split:
+def _relabel(split: Split, new: Tensor) -> Split:
     labels = new[split.labels]
     valid = labels >= 0
     if bool(valid.all()):
         return Split(split.images, labels)
-    return Split(split.images[valid], labels[valid])
+    return Split(split.images, labels).select(valid)
 
 
 def normalize_class_name(name: str) -> str:
@@ -212,10 +230,7 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
     for index, size in enumerate(selected):
         mask[order[classes[order] == index][:size]] = True
     chosen = torch.from_numpy(mask)
-    return (
-        Split(split.images[~chosen], split.labels[~chosen]),
-        Split(split.images[chosen], split.labels[chosen]),
-    )
+    return split.select(~chosen), split.select(chosen)
 
 
 def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None]:
@@ -225,7 +240,7 @@ def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None
     return stratified_split(dataset.train, val_size)
 
 
-def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
+def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
     """Return the mean and standard deviation per channel of (N, 3, H, W) uint8 scaled to [0, 1].
 
     The standard deviation of a constant channel is 1.0, so that images can be divided by it. The
@@ -236,7 +251,7 @@ def channel_statistics(images: torch.Tensor) -> tuple[Triple, Triple]:
         raise DataError("cannot compute channel statistics: there are no images")
     histogram = np.zeros((3, 256), dtype=np.int64)
     for start in range(0, len(images), _BLOCK):  # bincount converts to 8 bytes per value
-        block = images[start : start + _BLOCK]
+        block = images[start : start + _BLOCK].cpu()
         for channel in range(3):
             histogram[channel] += np.bincount(block[:, channel].numpy().ravel(), minlength=256)
     (r, r_std), (g, g_std), (b, b_std) = (_mean_std(counts) for counts in histogram.tolist())

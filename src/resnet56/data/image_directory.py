@@ -415,7 +415,7 @@ def _role(name: str) -> str | None:
 
 
 def _empty_like(split: Split) -> Split:
-    return Split(split.images[:0], split.labels[:0])
+    return split.select(slice(0))
 
 
 def _join_names(paths: Sequence[Path]) -> str:

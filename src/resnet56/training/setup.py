@@ -62,9 +62,9 @@ def set_up(
         recipe, len(dataset.classes), device, precision, dist, ensemble
     )
     batches = Batches(
-        Split(training.images.to(device), training.labels.to(device)),
-        torch.tensor(mean, device=device),
-        torch.tensor(std, device=device),
+        training.to(device),
+        mean,
+        std,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
