@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 COMMAND_LINE = (DOCS / "reference" / "command-line.md").read_text(encoding="utf-8")
-THIRD_PARTY = ("lightning", "mlflow", "onnxruntime", "timm", "wandb")
+THIRD_PARTY = ("mlflow", "onnxruntime", "timm", "wandb")
 
 
 def blocks(page: Path, language: str) -> list[str]:
