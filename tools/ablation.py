@@ -1,8 +1,8 @@
 """Measure the optimizations of the training step: python tools/ablation.py [ARCH] [BATCH] [ROUNDS]
 
 The first table compares training steps on random images, from plain PyTorch to the step with all
-optimizations. The steps are measured alternately. The second table shows how the time of the last
-step is distributed, according to the PyTorch profiler.
+optimizations. The tool measures the steps alternately. The second table shows how the time of the
+last step is distributed, according to the PyTorch profiler.
 """
 
 import contextlib

@@ -25,24 +25,26 @@ README = """\
 # Pretrained weights
 
 `NAME.safetensors` contains the weights in half precision. `NAME.json` contains the architecture,
-the normalization constants, the recipe and all metrics. `resnet56.load("resnet56")` loads a model
-in Python, and `resnet56 evaluate NAME --data DIR` evaluates a model. `resnet56 predict` and
-`resnet56 serve` use `resnet56` by default. `tools/add_pretrained.py` writes all files in this
-directory.
+the normalization constants, the recipe and all metrics. `tools/add_pretrained.py` writes all files
+in this directory.
+
+To load a model in Python, use `resnet56.load("resnet56")`. To evaluate a model, run `resnet56
+evaluate NAME --data DIR`. By default, `resnet56 predict` and `resnet56 serve` use `resnet56`.
 
 **Data.** The models were trained on the 50,000 training images of CIFAR-10, of which 72 were
 re-encoded as JPEG. The metrics below were measured on the original images. Each model is the result
-of a single training run with a recipe that was fixed beforehand. The test images were not used
-for selection.
+of a single training run with a recipe that was fixed beforehand. The test images were not used to
+select a model.
 
-**Limitations.** Each model predicts one of ten classes for any image. The training images show
-centered objects at 32x32 pixels. Larger images are cropped to the center square and resized.
+**Limitations.** Each model assigns one of its ten classes to any image. The training images show
+centered objects at 32x32 pixels. The package crops larger images to the center square and resizes
+them.
 """
 
 
 def main(run: Path, name: str, data: Path) -> None:
     """Write all files and print the test accuracy."""
-    # Check everything that can fail first, so that no card remains without metrics.
+    # Check everything that can fail before writing, so that no card remains without metrics.
     dataset = load_directory(data)
     directory = RunDirectory(run)
     if dataset.classes != directory.load().config.classes:

@@ -68,7 +68,7 @@ def make_run(path: Path, dataset: Dataset) -> RunDirectory:
         augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
     )
     checkpoint = run.load()
-    # Speed is not measured: the machine is not that of the run.
+    # Do not measure the speed, because this may not be the machine that trained the network.
     robustness = measure_robustness(evaluated_model(checkpoint, CPU), dataset.test, 500)
     run.write_evaluation({**evaluation, "robustness": robustness})
     first, second = evaluated_model(checkpoint, CPU), evaluated_model(checkpoint, CPU, "bf16")
@@ -79,7 +79,7 @@ def make_run(path: Path, dataset: Dataset) -> RunDirectory:
 
 def write(run: RunDirectory) -> None:
     """Write the report, the slides, and the screenshot."""
-    facts = replace(read_run(run.path), path=KEPT.path)  # the name on the page
+    facts = replace(read_run(run.path), path=KEPT.path)  # the path to show on the page
     out = ROOT / "docs" / "example-report.html"
     content = page.content(facts)
     content["story"]["state"].append(NOTE)
@@ -93,9 +93,9 @@ def write(run: RunDirectory) -> None:
 
 
 def main(directory: Path, path: Path) -> None:
-    """Evaluate the run unless this is done, and write the files."""
+    """Create and evaluate the run if necessary, and write the files."""
     run = RunDirectory(path)
-    if not run.parity_file.exists():  # which is written last
+    if not run.parity_file.exists():  # evaluation writes this file last
         run = make_run(path, load_directory(directory))
     write(run)
 

@@ -39,7 +39,10 @@ def neighbors(count: int) -> Iterator[None]:
 def throughput(
     run_step: Callable[[], None], threads: int | None, seconds: float
 ) -> tuple[float, int]:
-    """Return images/s and the final number of threads, which ThreadControl chooses by default."""
+    """Return images/s and the final number of threads.
+
+    If `threads` is None, `ThreadControl` chooses the number.
+    """
     with ThreadControl(threads) as control:
         control.begin(0)
         run_step()

@@ -4,7 +4,7 @@
     python tools/notebooks.py docs/tutorials/build-and-train.ipynb
 
 The tool writes a notebook only if it runs without errors. It does not store times, speeds, versions
-or the name of the kernel, so that two runs on the same machine give the same file.
+or the name of the kernel, so that two runs on the same machine produce the same file.
 """
 
 import os
@@ -46,9 +46,9 @@ def run(notebook: Any, directory: Path) -> Any:
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(directory)}},
-        config=Config(KernelManager={"transport_encryption": "auto"}),  # otherwise, it warns
+        config=Config(KernelManager={"transport_encryption": "auto"}),  # avoids a warning
     )
-    # Rounding depends on the number of threads. The directory hides IPython settings of the user.
+    # Rounding depends on the number of threads. IPYTHONDIR hides the user's IPython settings.
     variables = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(directory / ".ipython")}
     client.execute(env={**os.environ, **variables})
     return normalized(notebook)
