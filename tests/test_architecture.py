@@ -127,7 +127,8 @@ ARROWS: dict[str, set[str]] = {
     "report.render": {"files", "report.plots", "report.words"},
     "report.story": {"recipe", "report.recipe_words", "report.words", "runs.schema"},
     "report.read": {
-        "errors", "files", "model", "recipe", "runs.checkpoint", "runs.directory", "runs.schema",
+        "errors", "files", "model", "recipe", "report.recipe_words", "runs.checkpoint",
+        "runs.directory", "runs.schema",
     },
     "report.figures": {
         "errors", "report.plots", "report.read", "report.words", "runs.directory", "runs.schema",
@@ -137,12 +138,12 @@ ARROWS: dict[str, set[str]] = {
         "report.story", "report.words", "runs.schema",
     },
     "report.slides": {
-        "recipe", "report.page", "report.plots", "report.read", "report.recipe_words",
-        "report.story", "report.words", "runs.schema",
+        "recipe", "report.page", "report.plots", "report.read", "report.story", "report.words",
+        "runs.schema",
     },
     "report.comparison": {
-        "report.page", "report.plots", "report.read", "report.recipe_words", "report.story",
-        "report.words", "significance",
+        "report.page", "report.plots", "report.read", "report.recipe_words", "report.words",
+        "significance",
     },
     "report.sweep": {
         "errors", "report.plots", "report.words", "runs.schema", "significance", "sweep",

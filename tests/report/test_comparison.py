@@ -60,6 +60,28 @@ def test_single_runs_are_compared_image_by_image(tmp_path: Path) -> None:
         assert "McNemar" in page.read_text(encoding="utf-8")
 
 
+def test_imported_networks_are_compared_with_a_run_image_by_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = make_run(tmp_path / "ours", accuracy=0.93, seed=1)
+    theirs = [make_run(tmp_path / name, accuracy=0.9, seed=2) for name in ("theirs", "other")]
+    for run in theirs:
+        for file in ("recipe.json", "metrics.jsonl"):
+            (run / file).unlink()
+    groups, pairs = compared(*theirs, ours)
+    assert [group.seeds for group in groups] == [[0], [], []]
+    assert [pair.test for pair in pairs] == ["McNemar"] * 3
+    assert main(["compare", str(ours), str(theirs[0]), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [[run["seed"] for run in group["runs"]] for group in result["groups"]] == [[0], [None]]
+    assert result["title"].startswith("2 networks compared: the best reaches")
+    assert main(["compare", str(ours), *map(str, theirs)]) == 0
+    for format in ("html", "md"):
+        file = write_report([ours, *theirs], tmp_path / f"c.{format}", format=format)
+        text = file.read_text(encoding="utf-8")
+        assert "theirs and other have no recorded recipe and no training curves." in text
+
+
 def test_p_values_are_adjusted_for_all_pairs(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / str(lr), replace(BEST, lr=lr), accuracy=share, seed=7)

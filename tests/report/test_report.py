@@ -153,11 +153,24 @@ def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
     assert "No difference can be tested." in compared.text
 
 
-def test_an_imported_run_suggests_an_evaluation(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "theirs", tested=False)
-    (run / "recipe.json").unlink()
-    with pytest.raises(RunError, match="is not a training run.*resnet56 evaluate .*--data DIR"):
-        write_report([run])
+@pytest.mark.parametrize("tested", [True, False])
+def test_an_imported_network_has_no_recipe_and_no_curves(tmp_path: Path, tested: bool) -> None:
+    run = make_run(tmp_path / "theirs", done=0, tested=tested, extras=tested)
+    for file in ("recipe.json", "environment.json", "metrics.jsonl"):
+        (run / file).unlink()
+    page = page_of(run)
+    assert "so the run has no recipe and no training curves" in page.text
+    assert "The training curves are not recorded." in page.text
+    assert "recipe" not in page.ids
+    assert ("test-accuracy" in page.by_id) == tested
+    command = f"To evaluate it: resnet56 evaluate {run} --data DIR"
+    assert (command in page.text) == (not tested)
+    pictures = [v for tag, name, v in page.attributes if (tag, name) == ("img", "alt")]
+    assert not any(alt.endswith("augmented") for alt in pictures)
+    markdown = write_report([run], format="md").read_text(encoding="utf-8")
+    assert "no recipe and no training curves" in markdown
+    assert "augmented" not in markdown.replace("not augmented", "")
+    assert "unfinished" not in markdown
 
 
 def test_a_directory_as_output_is_refused(full: Path, tmp_path: Path) -> None:

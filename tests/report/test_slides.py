@@ -15,7 +15,7 @@ from resnet56.errors import RunError, UsageError
 from resnet56.files import read_json
 from resnet56.recipe import RECIPES
 from resnet56.report import slides, words, write_report
-from resnet56.report.read import read_model
+from resnet56.report.read import read_run
 from resnet56.runs.directory import RunDirectory
 
 BEST = RECIPES["best"]
@@ -58,7 +58,7 @@ def test_every_run_has_ten_slides_with_their_topics(
 
 def test_slides_have_few_words(runs: dict[str, Path]) -> None:
     for name, run in runs.items():
-        for slide in slides.slides(read_model(run)):
+        for slide in slides.slides(read_run(run)):
             text = " ".join((slide.title, *slide.sentences))
             assert len(re.findall(r"\w[\w.,-]*", text)) <= MAX_WORDS, (name, text)
             assert all(sentence.endswith(".") for sentence in slide.sentences), (name, text)
@@ -77,7 +77,7 @@ def test_all_percentages_are_those_of_the_evaluation(
 ) -> None:
     checked = 0
     for name, run in runs.items():
-        facts = read_model(run)
+        facts = read_run(run)
         known = [*numbers_in(facts.evaluation), *numbers_in(facts.rows)]
         if facts.samples:
             known += [float(value) for value in facts.samples.mistake_confidence]

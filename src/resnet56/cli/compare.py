@@ -89,7 +89,7 @@ def _json(
                 "runs": [
                     {
                         "run": str(entry.facts.path),
-                        "seed": entry.facts.recipe.seed,
+                        "seed": entry.facts.recipe.seed if entry.facts.recipe else None,
                         "test_accuracy": entry.accuracy,
                     }
                     for entry in group.entries

@@ -216,7 +216,7 @@ def show_run_comparison(
         table.add_row(
             str(group.rank),
             _cell(group.runs),
-            ", ".join(map(str, group.seeds)),
+            ", ".join(map(str, group.seeds)) or "\N{EN DASH}",
             ", ".join(map(_percentage, group.accuracies)),
             _percentage(group.mean),
             f"{_percentage(interval[0])} to {_percentage(interval[1])}" if interval else "",

@@ -22,12 +22,13 @@ def write_report(
     """Write the report of one run or sweep, the comparison of several runs, or slides about a run.
 
     Args:
-        runs: run directories, at least one, or the directory of a sweep.
+        runs: directories of training runs or imported networks, at least one, or the directory of a
+            sweep.
         out: the file to write. By default, report.html (or .md) or slides.html in the run directory
             for one run, and comparison.html (or .md) in the current directory for several. The
             images of a Markdown report are written to a directory next to it, such as report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, "slides" for
-            ten slides in one HTML file, about one run or imported model.
+            ten slides in one HTML file, about one run.
         on_error: called with the error of each run that cannot be read, if there are several runs.
             The comparison omits these runs. By default, the error is raised.
 
@@ -40,7 +41,7 @@ def write_report(
         RunError: a run is missing or damaged, or a file cannot be written.
     """
     from resnet56.report import comparison, page, render, slides, sweep
-    from resnet56.report.read import read_model, read_run
+    from resnet56.report.read import read_run
 
     if not runs:
         raise UsageError("a report needs at least one run directory")
@@ -62,7 +63,7 @@ def write_report(
             html = option("format", "html")
             raise UsageError(f"slides show one run, not {len(runs)}; choose one, or {html}")
         out = out or Path(runs[0]) / "slides.html"
-        render.write_html(out, "slides", slides.content(read_model(Path(runs[0]))), "slides")
+        render.write_html(out, "slides", slides.content(read_run(Path(runs[0]))), "slides")
         return out
     facts, last = [], None
     for path in runs:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from resnet56.report import plots, recipe_words, story, words
-from resnet56.report.page import plain
+from resnet56.report import plots, recipe_words, words
+from resnet56.report.page import plain, state
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts, read_predictions
 from resnet56.significance import (
@@ -53,7 +53,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Finished and tested runs that differ only in their seed, by ascending seed."""
+    """Finished and tested runs that differ only in their seed, or one imported network.
+
+    The runs are sorted by ascending seed.
+    """
 
     rank: int
     entries: tuple[Entry, ...]
@@ -74,8 +77,8 @@ class Group:
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each run."""
-        return [entry.facts.recipe.seed for entry in self.entries]
+        """The seed of each run. Empty for an imported network, which has no recipe."""
+        return [entry.facts.recipe.seed for entry in self.entries if entry.facts.recipe]
 
     @property
     def accuracies(self) -> list[float]:
@@ -135,13 +138,16 @@ class Difference:
 def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
     """Return the content of the comparison of several runs."""
     entries = ranked(runs)
+    trained = [entry for entry in entries if entry.facts.recipe]
     grouped = groups(entries)
     pairs = differences(grouped)
     return {
         "title": title(entries, grouped),
         "sections": SECTIONS,
         "entries": entries,
-        "fields": differing_fields(entries),
+        "trained": trained,
+        "fields": differing_fields(trained) if len(trained) > 1 else None,
+        "unrecorded": unrecorded(entries),
         "groups": grouped,
         "differences": pairs,
         "significance": significance(pairs),
@@ -164,7 +170,8 @@ def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
 
 def title(entries: Sequence[Entry], grouped: Sequence[Group]) -> str:
     """Return the headline: the number of runs, and the best group."""
-    runs = words.plural(len(entries), "run")
+    trained = all(entry.facts.recipe for entry in entries)
+    runs = words.plural(len(entries), "run" if trained else "network")
     if not grouped:
         return f"{runs} compared, none of them finished and tested"
     if len({data_key(entry) for entry in entries}) > 1:
@@ -174,25 +181,23 @@ def title(entries: Sequence[Entry], grouped: Sequence[Group]) -> str:
     if len(best.entries) > 1:
         seeds = words.plural(len(best.entries), "seed")
         return f"{runs} compared: the best group reaches {accuracy} test accuracy over {seeds}"
-    return f"{runs} compared: the best reaches {accuracy} test accuracy with one seed"
+    seeds = " with one seed" if trained else ""
+    return f"{runs} compared: the best reaches {accuracy} test accuracy{seeds}"
 
 
 def states(entries: Sequence[Entry]) -> list[str]:
     """Return warnings about an unfair comparison, and the validation accuracies."""
     sentences = []
     for entry in entries:
-        facts = entry.facts
-        for sentence in story.unfinished(
-            facts.progress.epoch, facts.recipe.epochs, tested=facts.test is not None
-        ):
-            sentences.append(f"{entry.label}: {sentence}")
+        sentences += [f"{entry.label}: {sentence}" for sentence in state(entry.facts)]
     if len({data_key(entry) for entry in entries}) > 1:
         sentences.append(
             "These runs do not all use the same images, so their accuracies are not directly "
             "comparable."
         )
     validated = [(v["accuracy"], entry.label) for entry in entries if (v := entry.facts.validation)]
-    same_split = len({(data_key(entry), entry.facts.recipe.val_size) for entry in entries}) == 1
+    val_sizes = [entry.facts.recipe.val_size if entry.facts.recipe else 0 for entry in entries]
+    same_split = len(set(zip(map(data_key, entries), val_sizes, strict=True))) == 1
     if len(validated) == len(entries) and same_split:
         best_first = sorted(validated, reverse=True)
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
@@ -210,11 +215,11 @@ def data_key(entry: Entry) -> tuple[Any, ...]:
 
 
 def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """Return the fields in which the recipes differ, with one value per entry.
+    """Return the fields in which the recipes of trained runs differ, with one value per entry.
 
     The value of a field that does not apply, such as mix_alpha without mixing, is a dash.
     """
-    recipes = [entry.facts.recipe for entry in entries]
+    recipes = [entry.facts.recipe for entry in entries if entry.facts.recipe]
     values = {
         name: [
             (recipe_words.applies(recipe, name) and plain(recipe.to_json()[name])) or NO_VALUE
@@ -225,16 +230,28 @@ def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
     return {name: row for name, row in values.items() if len(set(row)) > 1}
 
 
+def unrecorded(entries: Sequence[Entry]) -> str | None:
+    """Name the networks without a recipe."""
+    names = [entry.label for entry in entries if entry.facts.recipe is None]
+    if not names:
+        return None
+    verb = "has" if len(names) == 1 else "have"
+    return f"{words.listed(names)} {verb} no recorded recipe and no training curves."
+
+
 def groups(entries: Sequence[Entry]) -> list[Group]:
     """Group finished, tested runs that differ only in their seed; the highest mean comes first.
 
+    A network without a recipe is a group of its own.
     A run that repeats the seed of another run with the same settings is not an independent sample.
     Of such runs, the first is used.
     """
-    by_recipe: dict[tuple[Any, ...], dict[int, Entry]] = {}
+    by_recipe: dict[Any, dict[int, Entry]] = {}
     for entry in entries:
         facts = entry.facts
-        if facts.test and facts.finished:
+        if facts.test and facts.recipe is None:
+            by_recipe[facts.path.resolve()] = {0: entry}
+        elif facts.test and facts.recipe and facts.finished:
             recipe = facts.recipe.to_json()
             seedless = tuple((name, str(recipe[name])) for name in recipe if name != "seed")
             members = by_recipe.setdefault((seedless, data_key(entry)), {})

@@ -11,7 +11,7 @@ import numpy as np
 from resnet56.data.cifar import OFFICIAL
 from resnet56.report import pictures, plots, recipe_words, story, words
 from resnet56.report.plots import Chart, Line
-from resnet56.report.read import ModelFacts, RunFacts
+from resnet56.report.read import RunFacts
 from resnet56.runs.schema import Evaluation
 
 MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 24  # images shown, to limit the file size
@@ -74,6 +74,9 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "confusion": confusion_table(facts) if len(facts.classes) <= MAX_CELLS else None,
         "confusion_picture": confusion_picture(facts),
         "originals": originals(facts),
+        "samples_name": "Training images before and after augmentation"
+        if facts.augmented
+        else "Images of each class",
         "sheet": sample_sheet(facts),
         "mistakes": mistakes(facts),
         "recipe": recipe_table(facts),
@@ -83,19 +86,20 @@ def content(facts: RunFacts) -> dict[str, Any]:
             "Options that are off and fields that do not apply are omitted. The file recipe.json "
             "contains all fields."
         ),
+        "unrecorded": unrecorded(facts),
         "curves_note": curves_note(facts),
         "machine": machine(facts.environment),
         "command": command(facts.environment),
     }
 
 
-def network_name(facts: ModelFacts) -> str:
+def network_name(facts: RunFacts) -> str:
     """'resnet56-bottleneck' -> 'ResNet-56', 'plain56' -> 'Plain-56'. Omits the block type."""
     family = "Plain" if facts.description.shortcut == "none" else "ResNet"
     return f"{family}-{facts.description.depth}"
 
 
-def title(facts: ModelFacts) -> str:
+def title(facts: RunFacts) -> str:
     """Return the headline: the test result, or the state of the training run."""
     arch = network_name(facts)
     if facts.test:
@@ -104,6 +108,8 @@ def title(facts: ModelFacts) -> str:
             words.plural(facts.test["n"], "image"),
         )
         return f"{arch} reaches {share} test accuracy on {images}"
+    if facts.recipe is None:
+        return f"{arch}, not evaluated"
     if facts.rows:
         return f"{arch} after {words.plural(facts.progress.epoch, 'epoch')}, not yet tested"
     return f"{arch}, before the end of its first epoch"
@@ -143,28 +149,43 @@ def device(name: str) -> str:
     return "the CPU" if name == "cpu" else name
 
 
+def unrecorded(facts: RunFacts) -> str | None:
+    """What is unknown about the training, for a run without a recipe."""
+    return story.unrecorded(facts.metadata.get("file")) if facts.recipe is None else None
+
+
+def state(facts: RunFacts) -> list[str]:
+    """What is missing from the run, if anything."""
+    if facts.recipe is not None:
+        tested = facts.test is not None
+        return story.unfinished(facts.progress.epoch, facts.recipe.epochs, tested=tested)
+    return [] if facts.test else [story.unevaluated(str(facts.path))]
+
+
 def stories(facts: RunFacts) -> dict[str, list[str]]:
     """Return the sentences of the page by section."""
     test, train, recipe = facts.test, facts.train, facts.recipe
-    sentences: dict[str, list[str]] = {part: [] for part in (*PARTS, "meeting")}
-    sentences |= {
-        "state": story.unfinished(facts.progress.epoch, recipe.epochs, tested=test is not None),
-        "trend": story.trend(facts.rows, recipe),
-        "schedule": [recipe_words.schedule(recipe)],
-        "optimizer": [recipe_words.optimizer(recipe)],
-        "augmentation": [recipe_words.augmentation(recipe, flips=facts.flips)],
-        "hardware": story.hardware(facts.comparisons),
-    }
+    names = (*PARTS, "meeting", "schedule", "optimizer", "augmentation")
+    sentences: dict[str, list[str]] = {name: [] for name in names}
+    sentences |= {"state": state(facts), "hardware": story.hardware(facts.comparisons)}
+    if recipe:
+        sentences |= {
+            "trend": story.trend(facts.rows, recipe),
+            "schedule": [recipe_words.schedule(recipe)],
+            "optimizer": [recipe_words.optimizer(recipe)],
+            "augmentation": [recipe_words.augmentation(recipe, flips=facts.flips)],
+        }
     if test:
         interval = (test["accuracy_interval"][0], test["accuracy_interval"][1])
-        augmented = recipe_words.is_augmented(recipe, flips=facts.flips)
         robust = facts.evaluation.get("robustness") if facts.evaluation else None
         sentences |= {
             "result": [
                 story.result(test),
                 *story.against_chance(test),
             ],
-            "gap": story.gap(train["accuracy"], test["accuracy"], interval, augmented=augmented)
+            "gap": story.gap(
+                train["accuracy"], test["accuracy"], interval, augmented=facts.augmented
+            )
             if train
             else [],
             "classes": story.best_and_worst(test["per_class"]),
@@ -176,7 +197,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
                 test,
                 train,
                 published=published_accuracy(facts),
-                augmented=augmented,
+                augmented=facts.augmented,
                 finished=facts.finished,
             ),
         }
@@ -192,8 +213,7 @@ def published_accuracy(facts: RunFacts) -> float | None:
 
 def curves_note(facts: RunFacts) -> str:
     """How the training curves were measured."""
-    augmented = recipe_words.is_augmented(facts.recipe, flips=facts.flips)
-    on = "augmented images" if augmented else "images without augmentation"
+    on = "augmented images" if facts.augmented else "images without augmentation"
     note = f"Training loss and accuracy are averages over each epoch, on {on}, while the weights "
     note += "change."
     if facts.test:
@@ -201,7 +221,7 @@ def curves_note(facts: RunFacts) -> str:
     return note
 
 
-def training_charts(facts: ModelFacts) -> list[Chart]:
+def training_charts(facts: RunFacts) -> list[Chart]:
     """Loss, accuracy, learning rate and throughput over epochs; none before the first epoch."""
     rows = facts.rows
     if not rows:
@@ -290,7 +310,7 @@ def shade(share: float, *, diagonal: bool) -> str:
     return ("d" if diagonal else "e") + str(1 + sum(share >= step for step in steps))
 
 
-def confusion_table(facts: ModelFacts) -> list[list[Cell]] | None:
+def confusion_table(facts: RunFacts) -> list[list[Cell]] | None:
     """The confusion matrix as cells, [true][predicted]."""
     if not facts.test:
         return None
@@ -316,8 +336,8 @@ def confusion_picture(facts: RunFacts) -> Chart | None:
     return plots.confusion("confusion", facts.test["confusion_matrix"], facts.classes)
 
 
-def originals(facts: ModelFacts) -> list[tuple[Picture, list[Picture]]]:
-    """Training images, each with its augmented versions."""
+def originals(facts: RunFacts) -> list[tuple[Picture, list[Picture]]]:
+    """Training images, each with its augmented versions if training augments images."""
     if facts.samples is None:
         return []
     shown = []
@@ -327,6 +347,7 @@ def originals(facts: ModelFacts) -> list[tuple[Picture, list[Picture]]]:
         versions = [
             Picture(f"sample-{i + 1}-{j + 1}", pictures.png(version), f"{label}, augmented")
             for j, version in enumerate(samples.augmented[i, :MAX_VERSIONS])
+            if facts.augmented
         ]
         shown.append((Picture(f"sample-{i + 1}", pictures.png(image), label), versions))
     return shown
@@ -336,13 +357,13 @@ def sample_sheet(facts: RunFacts) -> Picture | None:
     """All sample images in one image: one per row, with augmented versions to the right."""
     if facts.samples is None or not len(facts.samples.originals):
         return None
-    versions = facts.samples.augmented[:MAX_SAMPLES, :MAX_VERSIONS]
+    versions = facts.samples.augmented[:MAX_SAMPLES, : MAX_VERSIONS if facts.augmented else 0]
     firsts = facts.samples.originals[:MAX_SAMPLES, None]
     rows = np.concatenate((firsts, versions), axis=1)
     return Picture("samples", pictures.grid(rows), "Training images")
 
 
-def mistakes(facts: ModelFacts) -> list[Mistake]:
+def mistakes(facts: RunFacts) -> list[Mistake]:
     """The most confident wrong predictions."""
     if facts.samples is None:
         return []
@@ -384,7 +405,7 @@ def kept_mistakes(facts: RunFacts) -> list[tuple[int, int, int, str, str]]:
 
 def recipe_table(facts: RunFacts) -> dict[str, str]:
     """Return the fields of the recipe that apply to the run, as text."""
-    fields = recipe_words.fields(facts.recipe, flips=facts.flips)
+    fields = recipe_words.fields(facts.recipe, flips=facts.flips) if facts.recipe else {}
     return {name: plain(value) for name, value in fields.items()}
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,8 @@ from resnet56.files import read_json
 from resnet56.model import Description, describe
 from resnet56.recipe import Recipe
 from resnet56.recipe import from_fields as recipe_from_fields
-from resnet56.runs.checkpoint import ModelConfig, Progress
+from resnet56.report import recipe_words
+from resnet56.runs.checkpoint import CheckpointMetadata, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import (
     Comparison,
@@ -49,18 +50,19 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """All data about a run that a report uses, except for its recipe.
+class RunFacts:
+    """All data about a run that a report uses.
 
-    A model that `resnet56 import` converted has no recipe.
+    A model that `resnet56 import` converted has no recipe and no training curves.
     """
 
     path: Path
     environment: Environment  # empty if it is missing
     rows: list[EpochMetrics]  # metrics.jsonl, one row per epoch
+    recipe: Recipe | None  # None if the training is not recorded
     config: ModelConfig
     progress: Progress
-    images: str | None  # fingerprint of the data set, if it is recorded
+    metadata: CheckpointMetadata
     description: Description
     evaluation: Evaluation | None  # of the current weights, or None
     comparisons: list[Comparison]  # of devices or precisions, for the current weights
@@ -75,6 +77,11 @@ class ModelFacts:
     def classes(self) -> tuple[str, ...]:
         """The class names, in the order of the outputs."""
         return self.config.classes
+
+    @property
+    def images(self) -> str | None:
+        """The fingerprint of the data set, if it is recorded."""
+        return self.metadata.get("data")
 
     @property
     def test(self) -> Metrics | None:
@@ -103,44 +110,28 @@ class ModelFacts:
         """Training time in seconds, over all finished epochs."""
         return float(sum(row["seconds"] for row in self.rows))
 
-
-@dataclass(frozen=True)
-class RunFacts(ModelFacts):
-    """All data about a training run that a report uses."""
-
-    recipe: Recipe
-
     @property
     def flips(self) -> bool:
         """Whether training images were flipped horizontally."""
         if "data" in self.environment and "flip" in self.environment["data"]:
             return self.environment["data"]["flip"]
-        return self.recipe.flip
+        return self.recipe is not None and self.recipe.flip
+
+    @property
+    def augmented(self) -> bool | None:
+        """Whether training images were augmented, or None if the training is not recorded."""
+        if self.recipe is None:
+            return None
+        return recipe_words.is_augmented(self.recipe, flips=self.flips)
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs of the recipe are finished."""
-        return self.progress.epoch >= self.recipe.epochs
+        """Whether all epochs of the recipe are finished. True without a recipe."""
+        return self.recipe is None or self.progress.epoch >= self.recipe.epochs
 
 
 def read_run(path: Path) -> RunFacts:
-    """Read a training run.
-
-    Raises:
-        RunError: the run does not exist, has no recipe, or one of its files is damaged.
-        UsageError: recipe.json is not a valid recipe.
-    """
-    facts = read_model(path)
-    if not isinstance(facts, RunFacts):
-        raise RunError(
-            f"cannot write a report: {path} is not a training run (it has no recipe.json); to "
-            f"evaluate it: resnet56 evaluate {path} --data DIR"
-        )
-    return facts
-
-
-def read_model(path: Path) -> ModelFacts:
-    """Read a training run as `RunFacts`, or an imported model.
+    """Read a training run or an imported model.
 
     Raises:
         RunError: the run does not exist, or one of its files is damaged.
@@ -152,23 +143,22 @@ def read_model(path: Path) -> ModelFacts:
     evaluation = run.read_evaluation(step)
     if evaluation is not None:
         check_evaluation(evaluation, run.evaluation_file, config.classes)
-    facts = ModelFacts(
+    return RunFacts(
         path=path,
         environment=run.read_environment() or {},
         rows=run.read_metrics(),
+        recipe=recipe_from_fields(read_json(run.recipe_file), str(run.recipe_file))
+        if run.recipe_file.exists()
+        else None,
         config=config,
         progress=checkpoint.progress,
-        images=checkpoint.metadata.get("data"),
+        metadata=cast(CheckpointMetadata, checkpoint.metadata),
         description=describe(config.arch, len(config.classes)),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
         # The samples include mistakes, which belong to the evaluated weights.
         samples=read_samples(run, len(config.classes)) if evaluation else None,
     )
-    if not run.recipe_file.exists():
-        return facts
-    recipe = recipe_from_fields(read_json(run.recipe_file), str(run.recipe_file))
-    return RunFacts(**vars(facts), recipe=recipe)
 
 
 def read_samples(run: RunDirectory, classes: int) -> Samples | None:
@@ -187,7 +177,7 @@ def read_samples(run: RunDirectory, classes: int) -> Samples | None:
     return samples
 
 
-def read_predictions(facts: ModelFacts) -> Predictions | None:
+def read_predictions(facts: RunFacts) -> Predictions | None:
     """Read the predictions behind the test metrics, or return None if there are none.
 
     Raises:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resnet56.recipe import Recipe
-from resnet56.report import page, recipe_words, story
+from resnet56.report import page, story
 from resnet56.report.plots import Chart, shortened
-from resnet56.report.read import ModelFacts, RunFacts
+from resnet56.report.read import RunFacts
 from resnet56.report.words import big, count, listed, percent, plural, points, quoted
 from resnet56.runs.schema import ConfusedPair, Evaluation, Metrics
 
@@ -48,7 +48,7 @@ class Bar:
     interval: tuple[float, float] | None = None  # confidence interval, as shares
 
 
-def content(facts: ModelFacts) -> dict[str, Any]:
+def content(facts: RunFacts) -> dict[str, Any]:
     """Return the content of the ten slides about a run."""
     test = facts.test
     few = len(facts.classes) <= MAX_CELLS
@@ -71,7 +71,7 @@ def content(facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def slides(facts: ModelFacts) -> list[Slide]:
+def slides(facts: RunFacts) -> list[Slide]:
     """Return the text of the slides, in order."""
     return [
         opening(facts),
@@ -87,7 +87,7 @@ def slides(facts: ModelFacts) -> list[Slide]:
     ]
 
 
-def opening(facts: ModelFacts) -> Slide:
+def opening(facts: RunFacts) -> Slide:
     """The main result, the data and the training run."""
     sentences = [f"{facts.source}."] if facts.source else []
     machine = facts.environment.get("gpu") or facts.environment.get("processor")
@@ -98,7 +98,7 @@ def opening(facts: ModelFacts) -> Slide:
     return Slide("title", facts.name, headline(facts), sentences)
 
 
-def headline(facts: ModelFacts) -> str:
+def headline(facts: RunFacts) -> str:
     """The title of the deck."""
     arch, validated = page.network_name(facts), last_validated(facts)
     if facts.test is None and validated:
@@ -106,10 +106,10 @@ def headline(facts: ModelFacts) -> str:
             f"{arch} reaches {percent(validated['val_accuracy'])} validation accuracy after "
             f"{plural(validated['epoch'], 'epoch')}"
         )
-    return page.title(facts) if isinstance(facts, RunFacts) or facts.test else f"{arch}, not tested"
+    return page.title(facts)
 
 
-def idea(facts: ModelFacts) -> Slide:
+def idea(facts: RunFacts) -> Slide:
     """What residual blocks do, or that the network has none."""
     network, arch = facts.description, page.network_name(facts)
     blocks = plural(sum(part.blocks for part in network.parts), "block")
@@ -128,7 +128,7 @@ def idea(facts: ModelFacts) -> Slide:
     return Slide("idea", "Idea", title, sentences)
 
 
-def architecture(facts: ModelFacts) -> Slide:
+def architecture(facts: RunFacts) -> Slide:
     """The size of the network."""
     network = facts.description
     title = f"From {SIZE} pixels to {len(facts.classes):,} classes in {network.depth} layers"
@@ -140,25 +140,24 @@ def architecture(facts: ModelFacts) -> Slide:
     return Slide("architecture", "Architecture", title, sentences)
 
 
-def data(facts: ModelFacts) -> Slide:
+def data(facts: RunFacts) -> Slide:
     """The number of images and classes, and the augmentation."""
     splits = evaluated_splits(facts.evaluation)
     classes = plural(len(facts.classes), "class", "classes")
     numbers = [f"{count(metrics['n'])} {name}" for name, metrics in splits.items()]
     title = f"{listed(numbers)} images in {classes}" if numbers else f"Images in {classes}"
     sentences = [f"Images are {SIZE} pixels, normalized per channel."]
-    if isinstance(facts, RunFacts):
-        sentences.append(augmentation(facts))
+    if facts.recipe:
+        sentences.append(augmentation(facts.recipe, flips=facts.flips))
     return Slide("data", "Data", title, sentences)
 
 
-def augmentation(facts: RunFacts) -> str:
+def augmentation(recipe: Recipe, *, flips: bool) -> str:
     """Name the operations that augment training images."""
-    recipe = facts.recipe
     names = [
         *(["TrivialAugment"] if recipe.trivial_augment else []),
         *(["random crops"] if recipe.padding else []),
-        *(["horizontal flips"] if facts.flips else []),
+        *(["horizontal flips"] if flips else []),
         *(["Cutout"] if recipe.cutout else []),
         *([{"cutmix": "CutMix", "mixup": "mixup", "ricap": "RICAP"}[recipe.mix]]
           if recipe.mix != "none" else []),
@@ -168,16 +167,14 @@ def augmentation(facts: RunFacts) -> str:
     return f"Training images are augmented with {listed(names)}; test images are not."
 
 
-def training(facts: ModelFacts) -> Slide:
+def training(facts: RunFacts) -> Slide:
     """The duration, the optimizer and the schedule."""
     if not facts.rows:
-        reason = "No epoch is finished yet" if isinstance(facts, RunFacts) else "Imported weights"
+        reason = "No epoch is finished yet" if facts.recipe else "Imported weights"
         sentences = [f"{reason}: this run has no training curves."]
         return Slide("training", "Training", "No training curves", sentences)
     title = f"{plural(facts.rows[-1]['epoch'], 'epoch')} in {time_taken(facts.seconds)}"
-    sentences = []
-    if isinstance(facts, RunFacts):
-        sentences = [optimizer(facts.recipe), schedule(facts.recipe)]
+    sentences = [optimizer(facts.recipe), schedule(facts.recipe)] if facts.recipe else []
     return Slide("training", "Training", title, sentences)
 
 
@@ -215,13 +212,11 @@ def schedule(recipe: Recipe) -> str:
     return f"Learning rate: {start}, {rest}."
 
 
-def results(facts: ModelFacts) -> Slide:
+def results(facts: RunFacts) -> Slide:
     """The test accuracy, its interval, and the range over classes."""
     test = facts.test
     if test is None:
-        sentences = ["The test images have not been used."]
-        if isinstance(facts, RunFacts):
-            sentences = story.unfinished(facts.progress.epoch, facts.recipe.epochs, tested=False)
+        sentences = page.state(facts) if facts.recipe else ["The test images have not been used."]
         return Slide("results", "Results", UNTESTED, sentences)
     low, high = test["accuracy_interval"]
     right = test["n"] - wrong(test)
@@ -251,7 +246,7 @@ def classes_with(values: Mapping[str, float], value: float) -> str:
     return quoted(shortened(names[0])) if len(names) == 1 else f"{len(names)} classes"
 
 
-def confusion(facts: ModelFacts) -> Slide:
+def confusion(facts: RunFacts) -> Slide:
     """The most frequent error."""
     test = facts.test
     if test is None:
@@ -277,7 +272,7 @@ def most_frequent_error(errors: Sequence[ConfusedPair]) -> str:
     return f"{subject}: {true} classified as {predicted}"
 
 
-def mistakes(facts: ModelFacts) -> Slide:
+def mistakes(facts: RunFacts) -> Slide:
     """The number of mistakes."""
     test = facts.test
     if test is None:
@@ -295,7 +290,7 @@ def mistakes(facts: ModelFacts) -> Slide:
     return Slide("mistakes", "Mistakes", title, sentences)
 
 
-def overfitting(facts: ModelFacts) -> Slide:
+def overfitting(facts: RunFacts) -> Slide:
     """Training accuracy against test accuracy."""
     title, sentences = UNTESTED, []
     validated = last_validated(facts)
@@ -325,18 +320,15 @@ class Gap:
     sentence: str
 
 
-def gap(facts: ModelFacts) -> Gap | None:
+def gap(facts: RunFacts) -> Gap | None:
     """Split the sentence of the report into a title and the rest."""
     test, train = facts.test, facts.train
     if not test or not train:
         return None
-    augmented = isinstance(facts, RunFacts) and recipe_words.is_augmented(
-        facts.recipe, flips=facts.flips
-    )
     low, high = test["accuracy_interval"]
-    [sentence] = story.gap(train["accuracy"], test["accuracy"], (low, high), augmented=augmented)
-    if not isinstance(facts, RunFacts):  # the training of an imported model is unknown
-        sentence = sentence.removesuffix(" It was trained without augmentation.")
+    [sentence] = story.gap(
+        train["accuracy"], test["accuracy"], (low, high), augmented=facts.augmented
+    )
     verdict, _, rest = sentence.removeprefix("There is ").partition(": ")
     difference = train["accuracy"] - test["accuracy"]
     numbers = (
@@ -352,14 +344,10 @@ def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def takeaways(facts: ModelFacts) -> Slide:
+def takeaways(facts: RunFacts) -> Slide:
     """The results in one sentence each."""
     test = facts.test
-    sentences = []
-    if isinstance(facts, RunFacts):
-        sentences += story.unfinished(
-            facts.progress.epoch, facts.recipe.epochs, tested=test is not None
-        )
+    sentences = page.state(facts) if facts.recipe else []
     parameters = f"{count(facts.description.parameters)} parameters"
     validated = last_validated(facts)
     if test is None and validated:
@@ -394,17 +382,17 @@ def confidence(test: Metrics) -> str:
     return f"{word} by {points(abs(difference))}."
 
 
-def training_charts(facts: ModelFacts) -> list[Chart]:
+def training_charts(facts: RunFacts) -> list[Chart]:
     """Loss and accuracy over epochs."""
     return [replace(chart, size=CHART_SIZE) for chart in page.training_charts(facts)[:2]]
 
 
-def originals(facts: ModelFacts) -> list[tuple[page.Picture, list[page.Picture]]]:
+def originals(facts: RunFacts) -> list[tuple[page.Picture, list[page.Picture]]]:
     """Training images, with augmented versions if the training augments images."""
     shown = page.originals(facts)
-    if isinstance(facts, RunFacts) and recipe_words.is_augmented(facts.recipe, flips=facts.flips):
+    if facts.augmented:
         return [(image, versions[:MAX_VERSIONS]) for image, versions in shown[:MAX_ORIGINALS]]
-    return [(image, []) for image, _ in shown]
+    return shown
 
 
 def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
@@ -415,7 +403,7 @@ def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
     return {name: m for name, m in splits.items() if m} | {"test": evaluation["test"]}
 
 
-def split_bars(facts: ModelFacts) -> list[Bar]:
+def split_bars(facts: RunFacts) -> list[Bar]:
     """The accuracy on each split."""
     bars = []
     for name, metrics in evaluated_splits(facts.evaluation).items():
@@ -432,7 +420,7 @@ def split_bars(facts: ModelFacts) -> list[Bar]:
     return bars
 
 
-def last_validated(facts: ModelFacts) -> Mapping[str, Any] | None:
+def last_validated(facts: RunFacts) -> Mapping[str, Any] | None:
     """The last epoch with validation metrics."""
     return next((row for row in reversed(facts.rows) if "val_accuracy" in row), None)
 
@@ -474,7 +462,7 @@ def wrong(test: Metrics) -> int:
     return test["n"] - sum(row[i] for i, row in enumerate(matrix))
 
 
-def command(facts: ModelFacts) -> str | None:
+def command(facts: RunFacts) -> str | None:
     """The command that started the run, if it is short enough for a slide."""
     text = facts.environment.get("command", "")
     return text if text.startswith("resnet56 ") and len(text) <= MAX_COMMAND else None

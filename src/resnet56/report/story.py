@@ -3,6 +3,7 @@
 A sentence states only what its numbers support, and says so if they are inconclusive.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,15 @@ def against_chance(test: Mapping[str, Any]) -> list[str]:
     return [f"The interval lies below {baseline}."]
 
 
-def gap(train: float, test: float, test_interval: Interval, *, augmented: bool) -> list[str]:
-    """Compare training accuracy (without augmentation) with test accuracy."""
+def gap(train: float, test: float, test_interval: Interval, *, augmented: bool | None) -> list[str]:
+    """Compare training accuracy (without augmentation) with test accuracy.
+
+    Args:
+        train: training accuracy.
+        test: test accuracy.
+        test_interval: confidence interval of the test accuracy.
+        augmented: whether the training images were augmented, or None if this is not recorded.
+    """
     difference = train - test
     low, high = test_interval
     numbers = f"training accuracy is {percent(train)} and test accuracy is {percent(test)}"
@@ -75,6 +83,8 @@ def gap(train: float, test: float, test_interval: Interval, *, augmented: bool) 
         if train >= FITTED
         else "It does not fit all training images"
     )
+    if augmented is None:
+        return [f"{overfitting} {fit}."]
     used = "with augmentation" if augmented else "without augmentation"
     return [f"{overfitting} {fit}. It was trained {used}."]
 
@@ -250,6 +260,27 @@ def hardware(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(comparison["verdict"]) for comparison in comparisons]
 
 
+def unrecorded(file: str | None) -> str:
+    """State what is unknown about an imported network.
+
+    Args:
+        file: name of the imported file, if it is recorded.
+    """
+    origin = f" from {file}" if file else ""
+    return (
+        f"The weights were imported{origin}, so the run has no recipe and no training curves. "
+        "Whether the network was trained on the training images of this data set is not known."
+    )
+
+
+def unevaluated(path: str) -> str:
+    """State that an imported network has no evaluation, and how to evaluate it."""
+    return (
+        "This network has not been evaluated. To evaluate it: resnet56 evaluate "
+        f"{shlex.quote(path)} --data DIR"
+    )
+
+
 def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:
     """What is missing from the run, if anything."""
     if epochs_done < epochs:
@@ -266,7 +297,7 @@ def meeting(
     train: Mapping[str, Any] | None,
     *,
     published: float | None,
-    augmented: bool,
+    augmented: bool | None,
     finished: bool,
 ) -> list[str]:
     """Five sentences for a team: accuracy, baseline, mistakes, gap, and what to do next.
@@ -276,7 +307,8 @@ def meeting(
         test: metrics on the test images.
         train: metrics on the training images without augmentation, if they were evaluated.
         published: test accuracy in He et al. 2015 for the same network and data, if there is one.
-        augmented: whether the training images were augmented.
+        augmented: whether the training images were augmented, or None if the training is not
+            recorded.
         finished: whether all epochs of the recipe are finished.
     """
     low, high = test["accuracy_interval"]
@@ -336,11 +368,20 @@ def _gap_in_brief(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> s
 
 
 def _next_step(
-    test: Mapping[str, Any], train: Mapping[str, Any] | None, *, augmented: bool, finished: bool
+    test: Mapping[str, Any],
+    train: Mapping[str, Any] | None,
+    *,
+    augmented: bool | None,
+    finished: bool,
 ) -> str:
     if not finished:
         return "Next, finish the training run, because these numbers are from an early checkpoint."
     if against_chance(test):
+        if augmented is None:
+            return (
+                "Next, check that the architecture, the order of the classes, and the "
+                "normalization are those of its training."
+            )
         return "Next, check the labels, the learning rate, and the training loss."
     mistakes = test["n"] - sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
     if mistakes < FEW_MISTAKES:
@@ -348,6 +389,8 @@ def _next_step(
             f"Next, test on more images: with {plural(mistakes, 'mistake')}, an improvement is "
             "hard to measure."
         )
+    if augmented is None:
+        return "Next, compare it with other networks on the same images (resnet56 compare)."
     seeds = "repeat the run with other seeds to measure how much the accuracy varies"
     if train is None:
         return f"Next, {seeds}."
