@@ -310,7 +310,7 @@ def test_a_pickle_that_runs_a_command_is_rejected_and_not_executed(
     assert not flag.exists()
     assert "data_batch_1 tries to call" in message
     assert f"{os.system.__module__}.system" in message
-    assert "it was not executed" in message
+    assert "nothing was executed" in message
     assert pickle.loads(attack) == {"data": 0}  # the attack works with the standard library
     assert flag.exists()
 

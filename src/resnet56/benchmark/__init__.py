@@ -1,1 +1,1 @@
-"""Training and inference speed of this package, compared with a standard PyTorch loop."""
+"""Benchmarks of training and inference, compared with a standard PyTorch loop."""

@@ -1,8 +1,8 @@
-"""A standard training loop, which the benchmark uses as its baseline.
+"""The baseline of the benchmark: a standard training loop.
 
-It follows the most widely used ResNet-56 repositories: a `Dataset` that crops, flips, converts and
-normalizes one PIL image at a time, a `DataLoader`, eager execution in fp32 and NCHW, and
-`loss.item()` and the accuracy in every step.
+The loop follows the most widely used ResNet-56 repositories. A `Dataset` crops, flips, converts and
+normalizes one PIL image at a time, and a `DataLoader` forms the batches. The model runs in eager
+mode, in fp32 and NCHW. Every step calls `loss.item()` and computes the accuracy.
 """
 
 import random
@@ -26,7 +26,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
 
     Args:
         split: images and labels.
-        mean, std: normalization constants, in units of [0, 1].
+        mean, std: normalization constants, for pixels in [0, 1].
     """
 
     def __init__(self, split: Split, mean: Triple, std: Triple) -> None:
@@ -49,7 +49,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Compute relu(norm(x) + residual). As in these repositories, only the addition is in place."""
+    """Compute relu(norm(x) + residual). Only the addition is in place, as in these repositories."""
     out: Tensor = norm(x)
     if residual is not None:
         out += residual
@@ -64,7 +64,7 @@ class BaselineLoop:
         dataset: training images.
         batch: batch size.
         device: device to train on.
-        workers: number of `DataLoader` workers. They start in the first step and stop in `close`.
+        workers: number of `DataLoader` workers. The first step starts them, and `close` stops them.
         classes: number of classes.
     """
 

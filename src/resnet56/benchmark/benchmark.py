@@ -43,7 +43,7 @@ from resnet56.runtime import (
 )
 from resnet56.step import Trainer, learning_rate, prepare_model
 
-START_REPEATS = 3  # number of times that each program is started
+START_REPEATS = 3  # how many times to start each program
 Say = Callable[[str], None]
 
 
@@ -56,7 +56,7 @@ class BenchmarkSetup:
     std: Triple
     device: torch.device
     precision: Precision
-    classes: int = 10  # number of classes, and of outputs of every model
+    classes: int = 10  # number of classes
 
     def augmented_images(self) -> AugmentedImages:
         """Return the images for the baseline loop."""
@@ -96,7 +96,7 @@ def available_modes(device: torch.device, precision: Precision, compiled: bool) 
 def bench_training(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Compare the step of this package in each mode with baseline loops with 0 and 2 workers."""
+    """Compare training steps in each execution mode with the baseline loop (0 and 2 workers)."""
     loops = {
         f"baseline, {workers} workers": BaselineLoop(
             arch, setup.augmented_images(), batch, setup.device, workers, setup.classes
@@ -136,7 +136,7 @@ def bench_inference(
         for name, runner in runners.items()
     ]
     if setup.device.type == "cpu":
-        with contextlib.suppress(MissingExtraError):  # the extra `onnx` is not installed
+        with contextlib.suppress(MissingExtraError):  # skip it if the extra `onnx` is missing
             content = _exported(arch, setup.mean, setup.std)
             exported = OnnxBackend(content, arch, torch.get_num_threads())
             array = pixels.numpy()
@@ -149,7 +149,7 @@ def bench_inference(
     return summarize(candidates, batch, baseline="baseline")
 
 
-@functools.cache  # for all batch sizes
+@functools.cache  # export once for all batch sizes
 def _exported(arch: str, mean: Triple, std: Triple) -> bytes:
     config = ModelConfig(arch, tuple("0123456789"), mean, std)
     return to_onnx(Checkpoint(config, build(arch).state_dict()), checked=False)
@@ -171,7 +171,8 @@ def peak_memory(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
 ) -> dict[str, float]:
     """Measure the peak memory of the baseline loop and all modes, each in a new process."""
-    few = slice(0, 4 * batch)  # cloned, because pickling a view would copy the entire storage
+    few = slice(0, 4 * batch)
+    # Clone the images, because pickling a view copies its entire storage.
     split = Split(setup.split.images[few].clone(), setup.split.labels[few].clone())
     setup = replace(setup, split=split)
     peaks = {}
@@ -182,7 +183,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Return the times of start-up, data loading, a checkpoint and an evaluation, in seconds."""
+    """Measure start-up, data loading, writing a checkpoint, and an evaluation, in seconds."""
 
     def start_time(*arguments: str) -> float:
         times = []
@@ -228,18 +229,18 @@ def bench(
     """Run all benchmarks.
 
     Args:
-        load: function that loads the data set. It is also timed.
+        load: function that loads the data set. The benchmark measures its time.
         archs: names of architectures.
         batches: batch sizes for training.
         device: "auto", "cpu", "cuda", ...
-        precision: precision of this package: "auto", "fp32", "bf16" or "fp16".
-        compiled: whether to include torch.compile, which takes another minute per comparison.
+        precision: "auto", "fp32", "bf16" or "fp16". The baseline loop always uses fp32.
+        compiled: whether to include torch.compile, which adds a minute per comparison.
         rounds: number of rounds per comparison.
         seconds: duration of each measurement.
-        say: called with a description of each measurement.
+        say: function that is called with the description of each measurement.
 
     Returns:
-        A dictionary with the machine and all measurements, serializable as JSON.
+        A JSON-serializable dictionary with the machine and all measurements.
     """
     resolved_device = resolve_device(device)
     resolved_precision = resolve_precision(precision, resolved_device)

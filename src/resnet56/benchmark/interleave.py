@@ -1,7 +1,8 @@
 """Time several functions alternately in one process.
 
-Each function runs for about a second in turn (A B C A B C ...), so that other programs on the
-machine slow down all functions alike. A reported ratio is the median of the ratios of the rounds.
+The functions take turns of about a second (A B C A B C ...). Other programs on the machine
+therefore slow down all functions equally. Each round gives one ratio between two functions, and
+the results contain the median of these ratios.
 """
 
 import statistics
@@ -20,7 +21,7 @@ class Candidate:
     name: str
     run_once: Callable[[], object]
     device: torch.device
-    seconds: list[float] = field(default_factory=list)  # per call, one value per round
+    seconds: list[float] = field(default_factory=list)  # mean time per call in each round
 
     def time(self, repeats: int) -> float:
         """Return the mean time per call over `repeats` calls, in seconds."""
@@ -33,10 +34,10 @@ class Candidate:
 
 
 def interleave(candidates: Sequence[Candidate], rounds: int, seconds: float) -> None:
-    """Warm up all candidates, then run each for about `seconds` in every round."""
+    """Warm up all candidates, then run each candidate for about `seconds` in every round."""
     repeats = {}
     for candidate in candidates:
-        candidate.time(3)  # warm up allocators, thread pools and compilers
+        candidate.time(3)  # warms up allocators, thread pools and compilers
         repeats[candidate.name] = max(2, round(seconds / candidate.time(2)))
     for _ in range(rounds):
         for candidate in candidates:
@@ -48,10 +49,10 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """Return one row per candidate, with its median time and its speed-up.
 
-    Ratios are relative to the fastest baseline. A ratio of 2 means twice the speed.
+    The speed-up (`ratio`) is relative to the fastest baseline. A ratio of 2 means twice the speed.
 
     Args:
-        candidates: candidates with measurements.
+        candidates: candidates that `interleave` has measured.
         images: number of images per call.
         baseline: prefix of the names of the baselines.
     """

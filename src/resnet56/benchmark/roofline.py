@@ -1,4 +1,4 @@
-"""Roofline model: the limits of a machine, and the time of a training step at these limits."""
+"""Roofline model: performance limits of a machine, and the minimum time of a training step."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from resnet56.runtime import DTYPES, Precision
 
 
 def machine_limits(device: torch.device, precision: Precision) -> dict[str, float]:
-    """Measure the GFLOP/s of a matrix product and the GB/s of a copy, as the best of ten runs."""
+    """Measure the GFLOP/s of a matrix product and the GB/s of a copy (the best of ten runs)."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    # Not zeros, because pages of zeros share physical memory until they are written.
+    # Pages of zeros share physical memory until they are written, so copy ones.
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
 
@@ -32,12 +32,12 @@ def machine_limits(device: torch.device, precision: Precision) -> dict[str, floa
 def roofline_times(
     arch: str, batch: int, precision: Precision, limits: dict[str, float]
 ) -> dict[str, float]:
-    """Return the times of the arithmetic and of the memory traffic of a training step, in ms.
+    """Return the minimum times of a training step for arithmetic and for memory traffic, in ms.
 
-    The backward pass takes twice as many operations as the forward pass. The memory traffic assumes
-    that all other operations are fused and that no tensor stays in a cache. The output of each
-    convolution and batch norm is then written once and read twice, and its gradient is written and
-    read once: five passes over all stored activations.
+    The backward pass takes twice as many operations as the forward pass. The model assumes that all
+    operations except convolutions and batch norms are fused, and that no tensor stays in a cache.
+    Each output of a convolution or batch norm is then written once and read twice, and each
+    gradient is written and read once. This makes five passes over all stored activations.
     """
     operations = 3 * 2 * describe(arch).macs * batch
     bytes_moved = 5 * batch * _stored_activations(arch) * DTYPES[precision].itemsize
@@ -48,7 +48,7 @@ def roofline_times(
 
 
 def _stored_activations(arch: str) -> int:
-    """Count the outputs of convolutions and batch norms per image."""
+    """Count the output values of all convolutions and batch norms for one image."""
     total = 0
 
     def count(module: nn.Module, _: object, output: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Extract data set archives without trusting their content.
+"""Extract archives of data sets without trusting their content.
 
-An archive is a gzipped tar with a single top-level directory.
+An archive is a gzipped tar file with a single top-level directory.
 """
 
 import gzip
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from resnet56.errors import one_line
 
-# Far above the size of a CIFAR archive. This stops decompression bombs and endless responses.
+# This limit stops decompression bombs and endless responses. CIFAR archives are far smaller.
 MAX_BYTES = 1 << 30
 _BLOCK = 1 << 18  # bytes
 
@@ -21,11 +21,11 @@ class UnpackError(Exception):
 
 
 def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
-    """Unpack the gzipped tar in `archive` to `root/directory` atomically.
+    """Unpack an archive to `root/directory` atomically.
 
     Args:
-        archive: the archive file, open for reading at any position.
-        root: an existing directory. The function also creates a temporary directory in it.
+        archive: the archive file, open for reading. Its position is ignored.
+        root: an existing directory. The function also creates a temporary directory there.
         directory: name of the top-level directory in the archive.
 
     Raises:
@@ -39,7 +39,7 @@ def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
             _extract(archive, temporary, directory)
         except (tarfile.TarError, gzip.BadGzipFile, EOFError) as err:
             raise UnpackError(one_line(err)) from err
-        except OSError:  # a disk error, not an archive error
+        except OSError:  # the disk failed, so the archive may be valid
             raise
         except Exception as err:  # `tarfile` can raise any exception for a damaged header
             raise UnpackError(one_line(err)) from err
@@ -47,14 +47,14 @@ def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
         try:
             Path(temporary, directory).replace(final)
         except OSError:
-            if not final.is_dir():  # otherwise, another process has created it
+            if not final.is_dir():  # another process may have created it
                 raise
     return final
 
 
 def _extract(archive: BinaryIO, temporary: str, directory: str) -> None:
     with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-        # Same as `filter="data"`, which Python 3.11.0 to 3.11.3 do not support.
+        # This is the same as `filter="data"`, which Python 3.11.0 to 3.11.3 do not support.
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         remaining = MAX_BYTES
         for member in tar:
@@ -69,7 +69,8 @@ def _extract(archive: BinaryIO, temporary: str, directory: str) -> None:
 
 def _check_member(member: tarfile.TarInfo, directory: str, max_size: int) -> None:
     """Raise UnpackError unless `member` is a regular file or a directory inside `directory`."""
-    # Windows rules are the strictest: both slashes are separators, and drives count as roots.
+    # Use Windows rules on all systems. They are the strictest: both slashes separate directories,
+    # and a drive counts as a root.
     parts = PureWindowsPath(member.name).parts
     if parts[:1] != (directory,) or ".." in parts:
         raise UnpackError(f"{member.name!r} is outside the directory {directory!r}")

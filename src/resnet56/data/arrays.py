@@ -1,4 +1,4 @@
-"""Test sets stored as NumPy arrays: CIFAR-10-C, CIFAR-10.1, and pairs of images and labels."""
+"""Test sets in NumPy files: CIFAR-10-C, CIFAR-10.1, and pairs of image and label arrays."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 from resnet56.data.dataset import Split
 from resnet56.errors import DataError, escape, one_line
 
-# File name patterns of images and their labels, without the suffix.
+# Name patterns of image files and their label files, without the suffix.
 _PAIRS = (
     ("{}_data", "{}_labels"),
     ("{}_images", "{}_labels"),
@@ -33,10 +33,10 @@ def is_benchmark(path: Path) -> bool:
 def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
     """Yield the name and the split of each test set in a directory of .npy files.
 
-    CIFAR-10-C consists of `labels.npy` and one uint8 array (50,000, 32, 32, 3) per corruption, with
-    its five severities in order. CIFAR-10.1 consists of `NAME_data.npy` and `NAME_labels.npy`.
-    Other common pairs are recognized, such as `x_NAME.npy` and `y_NAME.npy`. Labels are integers of
-    shape (N,) or (N, 1).
+    CIFAR-10-C consists of `labels.npy` and one uint8 array (50,000, 32, 32, 3) per corruption. The
+    array contains the five severities in order. CIFAR-10.1 consists of `NAME_data.npy` and
+    `NAME_labels.npy`. The function also accepts other common pairs of names, such as `x_NAME.npy`
+    and `y_NAME.npy`. Labels are integers of shape (N,) or (N, 1).
 
     Raises:
         DataError: an array has an unexpected shape or type, labels are missing or out of range, or
@@ -82,8 +82,11 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
 
 
 def _pairs(path: Path, stems: dict[str, Path]) -> Iterator[tuple[str, Path, Path]]:
-    """Yield the name, images and labels of each test set. Raises DataError for missing labels."""
-    paired: dict[str, tuple[str, str]] = {}  # images -> (name, labels)
+    """Yield the name, image file and label file of each test set.
+
+    Raises DataError if a label file is missing.
+    """
+    paired: dict[str, tuple[str, str]] = {}  # image file -> (name, label file)
     labels = {"labels"}
     for stem in stems:
         for images_format, labels_format in _PAIRS:
@@ -105,10 +108,10 @@ def _pairs(path: Path, stems: dict[str, Path]) -> Iterator[tuple[str, Path, Path
 
 
 def _read_array(file: Path) -> npt.NDArray[Any]:
-    """Memory-map the array in a .npy file. Raises DataError."""
+    """Memory-map the array in a .npy file. Raises DataError if NumPy cannot read the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # parsing the header can emit warnings
+            warnings.simplefilter("ignore")  # NumPy warns about some headers
             array = np.load(file, mmap_mode="r", allow_pickle=False)
     except MemoryError as error:
         raise DataError(

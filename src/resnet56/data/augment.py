@@ -1,7 +1,7 @@
-"""Augment batches of images, with random parameters that are sampled in advance.
+"""Augment batches of images with random parameters that are sampled in advance.
 
 `sample_params` samples the parameters of an epoch on the CPU. `augment` applies them to a batch on
-any device. A batch is therefore the same on every device, in every process and after resuming.
+any device. Batches are therefore the same on every device, in every process and after resuming.
 """
 
 from dataclasses import dataclass, replace
@@ -16,15 +16,15 @@ from resnet56.data.trivial_augment import LEVELS, TRANSFORMS, trivial_augment
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation settings of the training images.
+    """The settings of the augmentation of training images.
 
     Attributes:
         padding: black pixels added to each side before a random 32x32 crop.
         flip: flip each image horizontally with probability 1/2.
-        alternate_flip: flip each image in every other epoch instead.
-        cutout: side of the square that Cutout erases, in pixels. 0 disables it.
+        alternate_flip: flip each image in every other epoch, not at random.
+        cutout: side of the square that Cutout erases, in pixels. 0 disables Cutout.
         trivial_augment: apply TrivialAugment.
-        sizes: image size in each of the first epochs, in pixels. It is 32 in the other epochs.
+        sizes: image sizes of the first epochs, in pixels. Later epochs use 32.
         mix: "cutmix", "mixup", "ricap" or "none".
         mix_alpha: parameter of the Beta(alpha, alpha) distribution of the mixing weights.
         mix_probability: probability that a batch is mixed.
@@ -43,16 +43,16 @@ class Augmentation:
     plain_tail_from: int | None = None
 
     def in_epoch(self, epoch: int) -> "Augmentation":
-        """Return the augmentation of `epoch` (from 0)."""
+        """Return the settings for `epoch` (from 0)."""
         if self.plain_tail_from is None or epoch < self.plain_tail_from:
             return self
         return replace(self, cutout=0, trivial_augment=False, mix="none")
 
     def before_mixing(self) -> "Augmentation":
-        """Return the augmentation that is applied to images before they are mixed.
+        """Return the settings for images that will be mixed.
 
-        Cutout is disabled because it would erase parts of the mixed image. Padding is disabled for
-        RICAP, which crops the images itself.
+        They disable Cutout, which would erase parts of the mixed image. For RICAP, they also
+        disable the padding, because RICAP itself crops the images.
         """
         return replace(self, cutout=0, padding=0 if self.mix == "ricap" else self.padding)
 
@@ -61,7 +61,7 @@ CROP_AND_FLIP = Augmentation()
 
 
 class AugmentationParams(NamedTuple):
-    """Random augmentation parameters of N images."""
+    """The random parameters of the augmentation of N images."""
 
     rows: Tensor  # (N,) int64, top row of the crop in the padded image
     cols: Tensor  # (N,) int64, left column of the crop
@@ -101,12 +101,12 @@ def sample_params(
 
 
 def crop_and_flip(images: Tensor, params: AugmentationParams, padding: int) -> Tensor:
-    """Pad with black, crop and flip each image.
+    """Pad each image with black pixels, crop it, and flip the images that `params` selects.
 
     Args:
         images: (N, 3, H, W), any type.
         params: parameters of the N images.
-        padding: black pixels on each side, as for `sample_params`, or 0 to disable the crop.
+        padding: number of black pixels on each side, as for `sample_params`. 0 disables the crop.
 
     Returns:
         (N, 3, H, W) of the same type, in channels-last memory format.
@@ -119,12 +119,12 @@ def crop_and_flip(images: Tensor, params: AugmentationParams, padding: int) -> T
     rows = shifted * params.rows[:, None] + y
     cols = shifted * params.cols[:, None] + torch.where(params.flips[:, None], x.flip(0), x)
     index = torch.arange(count, device=images.device)[:, None, None]
-    # Index tensors on both sides of the channel dimension move it to the end.
+    # Indexing with tensors on both sides of the channel dimension moves this dimension to the end.
     return padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> float32, with zero mean and unit variance per channel.
+    """Normalize images (N, 3, H, W) uint8 to float32: subtract `mean` and divide by `std`.
 
     `mean` and `std` have shape (3,) and apply to pixels in [0, 1].
     """
@@ -153,10 +153,10 @@ def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
-    """(N, 3, H, W) float32 -> (N, 3, side, side), by bilinear interpolation with antialiasing.
+    """Resize images (N, 3, H, W) float32 to (N, 3, side, side), with antialiasing.
 
-    Progressive resizing makes early epochs faster (see Touvron et al. 2019 on training and test
-    resolution).
+    The interpolation is bilinear. Small images make early epochs faster (see Touvron et al. 2019 on
+    training and test resolution).
     """
     if images.shape[-1] == side:
         return images
@@ -171,7 +171,7 @@ def augment(
     std: Tensor,
     augmentation: Augmentation,
 ) -> Tensor:
-    """(N, 3, 32, 32) uint8 -> augmented and normalized float32.
+    """Augment and normalize images (N, 3, 32, 32) uint8. Return float32.
 
     The steps are TrivialAugment, crop and flip, normalization, and Cutout.
     """

@@ -1,6 +1,7 @@
 """Training batches as a pure function of the seed, epoch, rank and world size.
 
-Resuming requires no saved state, and the global batches do not depend on the number of processes.
+Checkpoints contain no state of the batches. The global batches do not depend on the number of
+processes.
 """
 
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, mix_labels, sample_mix_params
 from resnet56.errors import UsageError
 
-MIXING_STREAM = 1  # separates the random numbers for mixing from the others of an epoch
+MIXING_STREAM = 1  # gives mixing its own random numbers in each epoch
 
 
 def derive_seed(*parts: int) -> int:
-    """Derive a 63-bit seed from integers, whose order matters.
+    """Derive a 63-bit seed from integers.
 
-    Trailing zeros have no effect: (0,) and (0, 0) give the same seed.
+    The order of the integers matters. Trailing zeros have no effect: (0,) and (0, 0) give the same
+    seed.
     """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
@@ -31,26 +33,27 @@ class Batches:
     """Augmented training batches, as in `train`. Iterate over them with `epoch`.
 
     The batches of an epoch depend only on the arguments and the epoch. Every epoch has its own
-    order of the images and its own random augmentation. The global random state of PyTorch is
-    neither used nor changed.
+    order of the images and its own random augmentation. The batches do not use or change the
+    global random state of PyTorch.
 
-    Images are augmented in batches on the device of `split`, so no worker processes are needed.
-    With a GPU, pass `split.to("cuda")`.
+    Images are augmented in batches on the device of `split`, without worker processes. With a GPU,
+    pass `split.to("cuda")`.
 
-    Every global batch has exactly `batch_size` images, so that shapes do not change. Each epoch
-    skips the images that do not fill its last batch. If the data set has fewer than `batch_size`
-    images, it forms a single batch.
+    Every global batch has exactly `batch_size` images, so all batches have the same shape. Each
+    epoch skips the images that do not fill a batch. A data set with fewer than `batch_size` images
+    forms a single batch.
 
     Attributes:
         split: training images and labels.
         mean, std: channel statistics for normalization, for pixels in [0, 1]. See
             `channel_statistics`.
-        batch_size: images per step, in total over all processes.
+        batch_size: number of images per step, over all processes.
         seed: seed of the order and the augmentation.
-        augmentation: by default, random crops with padding 4, and horizontal flips.
+        augmentation: settings of the augmentation. By default, random crops with padding 4, and
+            horizontal flips.
         classes: number of classes, for the targets of mixed images.
-        rank, world_size: index and number of the processes, for several GPUs. Each process gets its
-            part of every global batch.
+        rank, world_size: index of this process and number of processes, for several GPUs. Each
+            process gets its part of every global batch.
 
     Raises:
         UsageError: there are no images, or the global batch is not divisible by `world_size`.
@@ -81,33 +84,33 @@ class Batches:
 
     @property
     def global_batch(self) -> int:
-        """Images per step, over all processes."""
+        """Number of images per step, over all processes."""
         return min(self.batch_size, len(self.split))
 
     @property
     def steps(self) -> int:
-        """Steps per epoch."""
+        """Number of steps per epoch."""
         return len(self.split) // self.global_batch
 
     def _first_flips(self) -> Tensor:
-        """Return a mask (N,) bool of the images to flip in even epochs, with alternating flips.
+        """For alternating flips, return a mask (N,) bool of the images to flip in even epochs.
 
-        The same seed determines the order of the images in epoch 0. This correlation is harmless.
+        The order of the images in epoch 0 has the same seed. This correlation is harmless.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the batches of this process in `epoch`, starting with step `start`.
+        """Iterate over the batches of this process in one epoch.
 
         Args:
             epoch: index of the epoch, from 0.
             start: index of the first step, from 0.
 
         Yields:
-            images: (B, 3, S, S) float32, normalized, in channels-last memory format. S is 32
-                or the size of the epoch in `sizes`.
-            targets: labels (B,) int64, or for a mixed batch probabilities (B, C) float32.
+            images: (B, 3, S, S) float32, normalized, in channels-last memory format. S is the
+                entry of the epoch in `sizes`, or 32 if there is none.
+            targets: labels (B,) int64. For a mixed batch, probabilities (B, C) float32.
         """
         augmentation = self.augmentation.in_epoch(epoch)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
@@ -137,7 +140,7 @@ class Batches:
 
         for step in range(start, self.steps):
             first = step * self.global_batch
-            part = slice(self.rank * local, (self.rank + 1) * local)  # within the global batch
+            part = slice(self.rank * local, (self.rank + 1) * local)  # part of the global batch
             rank_slice = slice(first + part.start, first + part.stop)
             mix = mixes[step]
             if mix is None:
@@ -146,7 +149,7 @@ class Batches:
                 before = augmentation.before_mixing()
                 mixed = [load(rank_slice, before)]
                 for partners in mix.partners[:, part]:
-                    if self.world_size == 1:  # the partners are in this batch
+                    if self.world_size == 1:  # this process has already loaded the partners
                         mixed.append((mixed[0][0][partners], mixed[0][1][partners]))
                     else:
                         mixed.append(load(first + partners, before))

@@ -1,7 +1,7 @@
-"""Read CIFAR-10 and CIFAR-100 in their published formats and verify their checksums.
+"""Read CIFAR-10 and CIFAR-100 in their published formats, and verify their checksums.
 
-The formats are described at https://www.cs.toronto.edu/~kriz/cifar.html. Files in every format
-are converted to records of the binary format, so that the same checksums apply to all.
+https://www.cs.toronto.edu/~kriz/cifar.html describes the formats. The checksums are those of the
+binary format, so this module converts all formats to binary records.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from resnet56.errors import DataError, escape
 
 UInt8Array = npt.NDArray[np.uint8]
 
-OFFICIAL = "official split"  # in `Dataset.source`, if all checksums match
+OFFICIAL = "official split"  # part of `Dataset.source` for CIFAR
 
 _PIXELS = 3 * 32 * 32
-_BLOCK = 1_000  # images to process at once, to limit memory use
+_BLOCK = 1_000  # images to process at once, which limits memory use
 _ADVICE = "unpack the archive again"
-# SHA-1 of each file in the binary format: the training files, then the test file. Apache MXNet's
+# SHA-1 digests of the files in the binary format. The test file is last. Apache MXNet's
 # gluon.data.vision uses the same values.
 _PUBLISHED = {
     "cifar10": (
@@ -44,18 +44,18 @@ _PUBLISHED = {
     ),
 }
 _TRAIN_SIZE, _TEST_SIZE = 50_000, 10_000
-# Minimum fraction of distinct images in a split. The published splits have at least 0.9997.
+# Minimum fraction of distinct images in a split. It is at least 0.9997 in the published splits.
 _MIN_DISTINCT = 0.99
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """One published format of CIFAR: its files and the location of labels and class names.
+    """A published format of CIFAR: its files and the location of labels and class names.
 
-    A record of the binary format consists of `label_bytes` label bytes, the last of which is the
-    label, and 3,072 pixel bytes (1,024 each of red, green and blue, row by row from the top). Files
-    in the pickle format contain dictionaries with the labels and names under the keys `labels` and
-    `names`.
+    A record of the binary format consists of `label_bytes` label bytes and 3,072 pixel bytes. The
+    last label byte is the label. The pixel bytes are 1,024 each of red, green and blue, row by row
+    from the top. A file in the pickle format contains a dictionary. `labels` is the key of its
+    labels, and `names` the key of its class names.
     """
 
     name: str
@@ -75,7 +75,7 @@ class _Layout:
 
     @property
     def label_bytes(self) -> int:
-        """Number of bytes before the pixels. In CIFAR-100, a coarse label precedes the fine one."""
+        """Number of label bytes. In CIFAR-100, a coarse label precedes the fine label."""
         return 1 if self.name == "cifar10" else 2
 
     def matches(self, directory: Path) -> bool:
@@ -111,7 +111,7 @@ ARCHIVES = {
 
 
 def find_layout(path: Path) -> tuple[_Layout, Path] | None:
-    """Find a published layout in `path` or a subdirectory. Return it with its directory."""
+    """Find a published layout in `path` or a subdirectory. Return the layout and its directory."""
     for layout in LAYOUTS:
         for directory in (path, path / layout.directory):
             if layout.matches(directory):
@@ -120,7 +120,7 @@ def find_layout(path: Path) -> tuple[_Layout, Path] | None:
 
 
 def load_cifar(layout: _Layout, directory: Path) -> Dataset:
-    """Load the data set in `directory`. Raises DataError if it is not the published one."""
+    """Load the data set in `directory`. Raises DataError if it is not the published data set."""
     needed = [*layout.train, layout.test]
     if layout.classes != len(CIFAR10):  # only CIFAR-10 has default names
         needed.append(layout.meta)
@@ -128,7 +128,7 @@ def load_cifar(layout: _Layout, directory: Path) -> Dataset:
         if not (directory / file).is_file():
             raise DataError(f"{escape(str(directory / file))} is missing; {_ADVICE}")
     classes = _class_names(layout, directory / layout.meta)
-    with ThreadPoolExecutor(1) as pool:  # computes checksums while files are read
+    with ThreadPoolExecutor(1) as pool:  # computes checksums while this thread reads files
         train, sums = _read_files(
             layout, [directory / file for file in layout.train], _TRAIN_SIZE, pool
         )
@@ -167,7 +167,7 @@ def load_cifar(layout: _Layout, directory: Path) -> Dataset:
 def _check_split(
     layout: _Layout, directory: Path, split: Split, classes: tuple[str, ...], kind: str
 ) -> None:
-    """Raise DataError if `split` differs from the published one by more than minor damage."""
+    """Raise DataError if `split` differs considerably from the published split."""
     total = len(split)
     counts = split.labels.bincount(minlength=layout.classes)
     expected = total // layout.classes
@@ -204,7 +204,7 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
 def _read_files(
     layout: _Layout, files: list[Path], total: int, pool: ThreadPoolExecutor
 ) -> tuple[Split, list[str]]:
-    """Read `total` images, the same number from each file. Return them and the SHA-1 sums."""
+    """Read `total` images, the same number from each file. Return images and SHA-1 digests."""
     split = empty_split(total)
     rows = total // len(files)
     images = split.images.view(len(files), rows, _PIXELS).numpy()
@@ -216,7 +216,7 @@ def _read_files(
         start = 0
         for records in _records(layout, file, rows):
             if pending:
-                pending.result()  # at most one pending block, to limit memory use
+                pending.result()  # at most one block waits for the pool, which limits memory use
             pending = pool.submit(digest.update, records.data)
             block = slice(start, start + len(records))
             file_images[block] = records[:, layout.label_bytes :]
@@ -230,7 +230,7 @@ def _read_files(
 
 
 def _records(layout: _Layout, file: Path, count: int) -> Iterator[UInt8Array]:
-    """Yield `count` records of a file in blocks (n, label_bytes + 3072), in the binary format."""
+    """Yield the `count` records of a file as blocks (n, label_bytes + 3072) in binary format."""
     if layout.file_format == "binary":
         yield from _binary_records(layout, file, count)
     else:
@@ -257,18 +257,17 @@ def _binary_records(layout: _Layout, file: Path, count: int) -> Iterator[UInt8Ar
         for start in range(0, count, _BLOCK):
             size = min(_BLOCK, count - start) * record
             records = np.fromfile(stream, np.uint8, size)
-            if len(records) != size:  # truncated after the check
+            if len(records) != size:  # the file has become shorter since the check
                 raise DataError(f"{escape(str(file))} is truncated; {_ADVICE}")
             yield records.reshape(-1, record)
 
 
-_Batch = tuple[
-    UInt8Array, npt.NDArray[np.uint8], npt.NDArray[np.uint8]
-]  # pixels, labels, coarse labels
+# Pixels, labels and coarse labels of a file.
+_Batch = tuple[UInt8Array, UInt8Array, UInt8Array]
 
 
 def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> _Batch:
-    """Read a pickled dictionary of `count` images (N, 3072) and labels (N,)."""
+    """Read `count` images (N, 3072) and labels (N,) from a pickled dictionary."""
     batch = read_pickle(file)
     data = batch.get("data")
     if not isinstance(data, PickledArray) or (pixels := data.pixels((count, _PIXELS))) is None:
@@ -276,14 +275,14 @@ def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> 
             f"{escape(str(file))}: 'data' is not a uint8 array of {count:,} x 3,072; {_ADVICE}"
         )
     labels = _labels(batch.get(layout.labels), file, layout.labels, count, layout.classes)
-    # Coarse labels are needed only for the checksum.
+    # Only the checksum needs the coarse labels.
     stored = batch.get(coarse) if coarse else None
     coarse_labels = labels if stored is None else _labels(stored, file, coarse or "", count, 256)
     return pixels, labels, coarse_labels
 
 
 def _labels(values: object, file: Path, key: str, count: int, classes: int) -> UInt8Array:
-    """Convert a list of integers to bytes. Raises DataError for anything else."""
+    """Convert a list of labels to uint8. Raises DataError for anything else."""
     if not isinstance(values, list) or not all(
         type(value) is int and value.bit_length() < 64 for value in values
     ):

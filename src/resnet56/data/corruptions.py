@@ -1,8 +1,8 @@
 """Common corruptions of 32x32 images, from Hendrycks & Dietterich 2019 (CIFAR-10-C).
 
-This module implements ten of the benchmark's nineteen corruptions: those that need only arithmetic
-and Pillow. The severities match those of CIFAR-10-C. Results are reproducible for a given seed and
-close to those on CIFAR-10-C, although the images are not identical.
+This module implements the ten of the benchmark's nineteen corruptions that need only arithmetic and
+Pillow. The severities match those of CIFAR-10-C. The images are not identical to those of
+CIFAR-10-C, but accuracies are close. Results are reproducible for a given seed.
 """
 
 import io
@@ -17,24 +17,24 @@ from torch.nn import functional as F
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# (N, 3, H, W) in [0, 1], severity and generator -> the same shape
+# Takes images (N, 3, H, W) in [0, 1], a severity and a generator, and returns corrupted images.
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]
 
 
 def gaussian_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Gaussian noise with a constant standard deviation, like electronic noise."""
+    """Add Gaussian noise with a constant standard deviation, like electronic noise."""
     scale = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     return x + scale * torch.randn(x.shape, generator=generator)
 
 
 def shot_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Poisson noise of photon counts, as in low light."""
+    """Add Poisson noise of photon counts, as in low light."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     return torch.poisson(x * photons, generator=generator) / photons
 
 
 def impulse_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Salt-and-pepper noise, independent per channel."""
+    """Add salt-and-pepper noise, independently to each channel."""
     fraction = (0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1]
     corrupted = torch.rand(x.shape, generator=generator) < fraction
     salt = torch.rand(x.shape, generator=generator) < 0.5
@@ -42,13 +42,13 @@ def impulse_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tenso
 
 
 def speckle_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Gaussian noise proportional to the brightness."""
+    """Add Gaussian noise whose standard deviation is proportional to the brightness."""
     scale = (0.06, 0.1, 0.12, 0.16, 0.2)[severity - 1]
     return x + scale * x * torch.randn(x.shape, generator=generator)
 
 
 def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Gaussian blur, like that of an out-of-focus camera."""
+    """Blur with a Gaussian kernel, like an out-of-focus camera."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1]
     radius = int(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1)
@@ -59,7 +59,7 @@ def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def brightness(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Increased value in HSV, with the same hue and saturation."""
+    """Increase the value in HSV, and keep the hue and saturation."""
     increase = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
     value = x.amax(dim=1, keepdim=True)
     brighter = (value + increase).clamp(max=1)
@@ -67,7 +67,7 @@ def brightness(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def saturate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Scaled and increased saturation in HSV. Gray pixels, whose hue is 0, turn red."""
+    """Scale and increase the saturation in HSV. Gray pixels have hue 0 and turn red."""
     factor, increase = ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))[severity - 1]
     value, minimum = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     saturation = (value - minimum) / value.clamp(min=1e-9)
@@ -78,14 +78,14 @@ def saturate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def contrast(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Lower contrast: each value is moved toward the mean of its channel in the image."""
+    """Lower the contrast: move each value toward the mean of its channel in the image."""
     factor = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     means = x.mean(dim=(2, 3), keepdim=True)
     return means + factor * (x - means)
 
 
 def pixelate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Downsampling and upsampling with box filters."""
+    """Downsample and upsample with box filters."""
     scale = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
 
     def resample(image: Image.Image) -> Image.Image:
@@ -96,7 +96,7 @@ def pixelate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def jpeg(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """JPEG compression at low quality."""
+    """Compress with JPEG at low quality."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
 
     def compress(image: Image.Image) -> Image.Image:
@@ -108,7 +108,7 @@ def jpeg(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def _map_images(x: Tensor, transform: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Apply `transform` to each image as a Pillow image."""
+    """Convert each image to a Pillow image, apply `transform`, and convert the result back."""
     arrays = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     transformed = np.stack([np.asarray(transform(Image.fromarray(array))) for array in arrays])
     return torch.from_numpy(transformed).permute(0, 3, 1, 2).float() / 255
@@ -142,12 +142,12 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
     """
     generator = torch.Generator().manual_seed(seed)
     out = CORRUPTIONS[name](images.float() / 255, severity, generator)
-    # Truncate instead of rounding, as the benchmark's script does. The offset prevents rounding
-    # errors from decreasing values that are exact integers.
+    # Truncate instead of rounding, as the benchmark's script does. Without the offset, rounding
+    # errors would decrease exact integers by 1.
     return (out.clamp(0, 1) * 255 + 1e-3).floor().to(torch.uint8)
 
 
 def evenly_spaced(total: int, count: int) -> Tensor:
-    """Return the indices of a fixed, evenly spaced sample of `count` of `total` images."""
+    """Return at most `count` evenly spaced indices below `total`."""
     count = min(count, total)
     return torch.tensor([math.floor(i * total / count) for i in range(count)])

@@ -1,4 +1,4 @@
-"""Data sets of images and labels in memory, their statistics and their splits."""
+"""Data sets in memory: images, labels, splits and channel statistics."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from resnet56.notebook import table
 
 Triple = tuple[float, float, float]
 
-_BLOCK = 1_000  # images to process at once, to limit memory use
-_SHOWN_CLASSES = 10  # classes in the table that notebooks show
+_BLOCK = 1_000  # images to process at once, which limits memory use
+_SHOWN_CLASSES = 10  # maximum number of classes in the table for notebooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +57,10 @@ class Dataset:
 
     Attributes:
         allow_flip: whether a horizontal flip preserves the class.
-        source: one-line description of the data and their split, for users.
-        origin: the directory to load the data from again, or "digits".
+        source: one-line description of the data and the split, for users.
+        origin: the directory that the data were loaded from, or "digits".
         remarks: one-line messages about skipped or unusual data.
-        predefined_split: whether the data set defines its test images. If False, this package
+        predefined_split: whether the data set defines its test images. If False, this package has
             selected them.
     """
 
@@ -99,7 +99,7 @@ class Dataset:
         )
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of the classes, shapes, images and labels."""
+        """Return the SHA-256 digest of the classes, shapes, images and labels, in hexadecimal."""
         splits = (self.train, self.test)
         shapes = [list(split.images.shape) for split in splits]
         digest = hashlib.sha256(json.dumps([self.classes, shapes]).encode())
@@ -109,10 +109,10 @@ class Dataset:
         return digest.hexdigest()
 
     def for_classes(self, classes: Sequence[str]) -> "Dataset":
-        """Return the data set with labels that index `classes`, the classes of a model.
+        """Return a data set whose labels are indices of `classes`, the classes of a model.
 
         Classes are matched by name (see `match_classes`). Images of other classes are skipped, and
-        a remark is added. Without a predefined split, all images become test images.
+        a remark reports this. Without a predefined split, all images become test images.
 
         Raises:
             UsageError: no class of this data set is in `classes`.
@@ -157,8 +157,9 @@ def _relabel(split: Split, new: Tensor) -> Split:
 def normalize_class_name(name: str) -> str:
     """Return a class name in NFC form without leading and trailing whitespace.
 
-    Directory names from macOS can be in decomposed form. Raises DataError for a name that is empty,
-    not valid Unicode, or contains control characters.
+    The names of directories from macOS can be in decomposed form.
+
+    Raises DataError if the name is empty, is not valid Unicode, or contains control characters.
     """
     composed = unicodedata.normalize("NFC", name).strip()
     categories = {unicodedata.category(character) for character in composed}
@@ -171,10 +172,10 @@ def normalize_class_name(name: str) -> str:
 
 
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Match names to `classes`. Return a mapping of the matched names, and remarks.
+    """Match names to `classes`. Return a mapping from matched names to classes, and remarks.
 
-    Names are compared in NFC form without surrounding whitespace. A name without an
-    exact match is compared case-insensitively, and matches if exactly one class is equal.
+    Names are compared in NFC form without surrounding whitespace. If a name has no exact match,
+    the comparison ignores case. The name then matches if exactly one class is equal.
     """
 
     def normalized(name: str) -> str:
@@ -200,10 +201,11 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[st
 
 
 def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
-    """Return the remaining images and a stratified sample of `count` images.
+    """Split off a stratified sample of `count` images. Return the remaining images and the sample.
 
-    Both parts keep the original order. Each has at least one image of every class, except that a
-    class with a single image stays in the first part. The result depends only on the arguments.
+    Both parts keep the original order. Each part has at least one image of every class. A class
+    with a single image is an exception: its image stays in the first part. The result depends only
+    on the arguments.
 
     Raises:
         UsageError: `count` leaves too few images in one part, or `seed` is not in 0..2**32-1.
@@ -222,9 +224,9 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
             "(each part needs an image of every class)"
         )
     for _ in range(count - int(selected.sum())):
-        deficit = count * sizes - total * selected  # number of images, multiplied by total
+        deficit = count * sizes - total * selected  # missing images per class, times `total`
         selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
-    # NumPy guarantees the stream of RandomState across versions, but not that of Generator.
+    # NumPy guarantees that the numbers of RandomState never change. Generator has no guarantee.
     order = np.random.RandomState(seed).permutation(total)
     mask = np.zeros(total, dtype=bool)
     for index, size in enumerate(selected):
@@ -241,16 +243,17 @@ def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None
 
 
 def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
-    """Return the mean and standard deviation per channel of (N, 3, H, W) uint8 scaled to [0, 1].
+    """Return the channel means and standard deviations of (N, 3, H, W) uint8, scaled to [0, 1].
 
-    The standard deviation of a constant channel is 1.0, so that images can be divided by it. The
-    sums are computed from a histogram, which makes them exact and avoids a copy of the images in a
-    wider type. Raises DataError if there are no images.
+    The standard deviation of a constant channel is 1.0 to avoid a division by zero. A histogram
+    makes the sums exact, and avoids a copy of the images in a wider type.
+
+    Raises DataError if there are no images.
     """
     if not images.numel():
         raise DataError("cannot compute channel statistics: there are no images")
     histogram = np.zeros((3, 256), dtype=np.int64)
-    for start in range(0, len(images), _BLOCK):  # bincount converts to 8 bytes per value
+    for start in range(0, len(images), _BLOCK):  # `bincount` needs 8 bytes per value
         block = images[start : start + _BLOCK].cpu()
         for channel in range(3):
             histogram[channel] += np.bincount(block[:, channel].numpy().ravel(), minlength=256)
@@ -259,9 +262,9 @@ def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
 
 
 def _mean_std(counts: list[int]) -> tuple[float, float]:
-    """Return the mean and standard deviation of values 0..255 with `counts`, divided by 255."""
+    """Return the mean and standard deviation of a histogram of values 0..255, divided by 255."""
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))
-    scaled_variance = total * second - first * first  # exact variance, multiplied by total squared
+    scaled_variance = total * second - first * first  # the exact variance times total**2
     return first / (255 * total), math.sqrt(scaled_variance) / (255 * total) or 1.0

@@ -1,4 +1,4 @@
-"""Download the official CIFAR archives. Downloads can be resumed and are verified by MD5."""
+"""Download the official CIFAR archives, with resumption and MD5 verification."""
 
 import base64
 import errno
@@ -25,13 +25,13 @@ from resnet56.errors import DownloadError, either, escape_line, one_line
 from resnet56.locks import open_private, try_lock
 
 Progress = Callable[[int, int | None], None]
-"""Called with the bytes downloaded so far and the total, which is None if unknown."""
+"""A function that is called with the bytes downloaded so far and the total (None if unknown)."""
 
 _RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt per URL
-_REPORT_INTERVAL = 0.2  # seconds between calls of `progress` and between attempts to lock
+_REPORT_INTERVAL = 0.2  # seconds between calls of `progress`, and between attempts to lock
 _BLOCK = 1 << 18  # bytes to read at once
-_MIN_RATE = (1_000, 60.0)  # bytes, seconds; a slower connection is closed
-_HEADER_TIMEOUTS = 4  # time limit for the response headers, as a multiple of the timeout
+_MIN_RATE = (1_000, 60.0)  # minimum bytes per interval in seconds; slower connections are closed
+_HEADER_TIMEOUTS = 4  # the time limit for the response headers is this multiple of the timeout
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNREACHABLE_ERRNOS = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -39,18 +39,19 @@ _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Archive:
-    """The official archive of a data set: a gzipped tar that contains one directory."""
+    """The official archive of a data set: a gzipped tar file that contains one directory."""
 
     name: str
     filename: str
-    md5: str  # lowercase hex
-    size: int | None  # bytes, if known
-    directory: str  # the directory in the archive
+    md5: str  # in lowercase hexadecimal
+    size: int | None  # in bytes, None if unknown
+    directory: str  # name of the directory in the archive
     url: str
 
 
 _BASE_URL = "https://www.cs.toronto.edu/~kriz/"
-# The MD5 sums are from cifar.html at this URL, the sizes from TensorFlow Datasets' url_checksums.
+# The MD5 digests are from cifar.html at this URL. The sizes are from url_checksums of TensorFlow
+# Datasets.
 ARCHIVES = {
     "cifar10": Archive(
         name="cifar10",
@@ -74,8 +75,7 @@ ARCHIVES = {
 class _UrlError(Exception):
     """A download from one URL failed.
 
-    `retry` indicates whether another attempt can succeed, and `offline` whether the host is
-    unreachable.
+    `retry` is True if another attempt can succeed, and `offline` if the host is unreachable.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class _UrlError(Exception):
 
 
 def default_root() -> Path:
-    """Return the directory for data sets: $RESNET56_DATA, or resnet56 in the user's cache."""
+    """Return the directory for data sets: $RESNET56_DATA, or resnet56/ in the user's cache."""
     if chosen := os.environ.get("RESNET56_DATA"):
         return _expand_user(chosen)
     if sys.platform == "win32":
@@ -103,7 +103,7 @@ def default_root() -> Path:
 def _expand_user(directory: str) -> Path:
     try:
         return Path(directory).expanduser()
-    except RuntimeError:  # no HOME, and no entry in the password database
+    except RuntimeError:  # HOME is not set, and the password database has no entry
         raise DownloadError(
             f"cannot expand {directory}; set HOME, or set RESNET56_DATA to an absolute path"
         ) from None
@@ -119,22 +119,24 @@ def fetch(
 ) -> Path:
     """Return `root/archive.directory`. If it is missing, download and unpack the archive.
 
-    The directory is created atomically, and the archive is then deleted. After a failure or Ctrl-C,
-    the next call resumes from `root/<filename>.part`. If several processes call this function, one
-    of them locks the empty file `root/<filename>.lock` and downloads, while the others wait and
-    report its progress. If the file system does not support locks, they can corrupt each other's
-    download, which the checksum detects. Neither file is opened through a link, so `root` can be a
-    shared directory.
+    The function creates the directory atomically and then deletes the archive. After a failure or
+    Ctrl-C, the next call resumes from `root/<filename>.part`.
+
+    If several processes call this function, one of them locks the empty file
+    `root/<filename>.lock` and downloads. The others wait and report its progress. If the file
+    system does not support locks, the processes can corrupt each other's download. The checksum
+    detects this. The function does not follow links to these two files, so `root` can be a shared
+    directory.
 
     Args:
         archive: the archive to download, for example `ARCHIVES["cifar10"]`.
         root: directory for data sets, created if missing. See `default_root`.
-        mirrors: base or full URLs (http, https, file) to try, in order, before the official one. If
-            empty, the URLs in $RESNET56_MIRROR are used, separated by commas or whitespace.
+        mirrors: base URLs or full URLs (http, https, file) to try before the official URL, in
+            order. By default, the URLs in $RESNET56_MIRROR, separated by commas or whitespace.
             Credentials in a URL are sent only to its host and never shown.
         timeout: seconds to wait for a connection and for each part of the response. Connections
-            slower than 1,000 bytes per minute are also closed.
-        progress: called a few times per second with the bytes downloaded so far and the total.
+            slower than 1,000 bytes per minute are closed, too.
+        progress: function that is called a few times per second. See `Progress`.
 
     Raises:
         DownloadError: no URL delivered the archive, it cannot be unpacked safely, or `root` is not
@@ -155,14 +157,14 @@ def fetch(
             while not try_lock(locked.fileno()):
                 report(_size(part), archive.size)
                 time.sleep(_REPORT_INTERVAL)
-            if not final.is_dir():  # otherwise, another process has created it
+            if not final.is_dir():  # another process may have created it
                 _download_and_unpack(archive, urls, part, root, timeout, report)
-    except OSError as err:  # a file error; network errors are _UrlError
+    except OSError as err:  # only file errors, because network errors become _UrlError
         reason = "the disk is full" if err.errno in _DISK_FULL_ERRNOS else _reason(err)
         path = err.filename or root
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
         raise DownloadError(_single_line(message)) from err
-    # Processes that are still waiting for the lock find the directory, even without the lock file.
+    # Processes that still wait for the lock do not need the lock file. They find the directory.
     for leftover in (part, lock):
         with suppress(OSError):
             leftover.unlink()
@@ -178,13 +180,13 @@ def _download_and_unpack(
     report: Progress,
 ) -> None:
     """Create `root/archive.directory`. On failure, keep the downloaded bytes in `part`."""
-    # Keep the file open. Otherwise, another user could replace it after its verification.
+    # Keep the file open, so that another user cannot replace it after its verification.
     with open_private(part) as file:
         try:
             _download(archive, urls, file, timeout, report)
             unpack(file, root, archive.directory)
         except UnpackError as err:
-            file.truncate(0)  # its MD5 is correct, so another download would not help
+            file.truncate(0)  # the MD5 digest is correct, so resuming would not help
             message = f"{archive.filename} cannot be unpacked safely and was removed: {err}"
             raise DownloadError(_single_line(message)) from err
         finally:
@@ -201,16 +203,16 @@ def _urls(archive: Archive, mirrors: Sequence[str]) -> list[str]:
         try:
             parts = urlsplit(mirror)
         except ValueError as err:
-            raise DownloadError(f"mirror {_redact(mirror)}: it is not a valid URL") from err
+            raise DownloadError(f"mirror {_redact(mirror)} is not a valid URL") from err
         if parts.scheme not in ("http", "https", "file"):
-            raise DownloadError(f"mirror {_redact(mirror)}: expected an http, https or file URL")
+            raise DownloadError(f"mirror {_redact(mirror)} is not an http, https or file URL")
         is_full = parts.path.endswith("/" + archive.filename)
         urls.append(mirror if is_full else f"{mirror.rstrip('/')}/{archive.filename}")
     return [*urls, archive.url]
 
 
 def _redact(url: str) -> str:
-    """Remove possible secrets from a URL: credentials, query (signatures) and fragment."""
+    """Remove the parts of a URL that can contain secrets: credentials, query and fragment."""
     address = re.split(r"[?#]", url)[0]
     scheme = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|", address)[0]  # type: ignore[index]
     # Remove everything up to the last @, because an unquoted password can contain slashes.
@@ -218,7 +220,7 @@ def _redact(url: str) -> str:
 
 
 def _request(url: str) -> Request:
-    """Create a request. Credentials in the URL move to a header that only its host receives."""
+    """Create a request. Move credentials from the URL to a header that only its host receives."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     request = Request(urlunsplit(parts._replace(netloc=host)), headers={"User-Agent": "resnet56"})
@@ -277,16 +279,16 @@ def _receive(
             response = _open(request, timeout)
     except _UrlError as err:
         if done and err.status == 416:
-            return True  # no further bytes: `part` is complete, or a different file
+            return True  # there are no more bytes, so `part` is complete or a different file
         raise
     with response:
-        # Servers that ignore Range, and file URLs, send everything with status 200.
+        # File URLs, and servers that ignore Range, send the entire file with status 200.
         resumed = bool(done) and response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
             raise _UrlError("the server returned a range that was not requested")
         with _network_errors():
             first = response.read(len(_GZIP_MAGIC))
-        # Check this before changing `part`, so that a login page does not discard earlier bytes.
+        # Check the content before changing `part`, so that a login page does not replace it.
         is_page = response.headers.get_content_type() == "text/html"
         if is_page or not (resumed or _GZIP_MAGIC.startswith(first)):
             raise _UrlError("the server returned a web page instead of an archive")
@@ -294,7 +296,7 @@ def _receive(
             raise _UrlError("the response is empty", retry=True)
         done = done if resumed else 0
         length = response.headers.get("Content-Length", "")
-        is_valid = re.fullmatch(r"[0-9]{1,15}", length)  # int() rejects thousands of digits
+        is_valid = re.fullmatch(r"[0-9]{1,15}", length)  # `int` raises for thousands of digits
         total = done + int(length) if is_valid else archive.size
         if archive.size not in (None, total):
             raise _UrlError(f"it has {total} bytes, but the official archive has {archive.size}")
@@ -304,13 +306,16 @@ def _receive(
         part.seek(0, os.SEEK_END)
         done += _copy(response, first, part, lambda written: report(done + written, total))
         report(done, total)
-    if total is not None and done < total:  # urllib does not report a truncated response
+    if total is not None and done < total:  # `urllib` does not detect truncated responses
         raise _UrlError(f"the connection closed after {done} of {total} bytes", retry=True)
     return resumed
 
 
 def _open(request: Request, timeout: float) -> Any:
-    """Call `urlopen` with a time limit for all headers, which a server can send byte by byte."""
+    """Call `urlopen` with a time limit for all headers together.
+
+    Without this limit, a server could send the headers one byte at a time.
+    """
     results: list[Any] = []
     abandoned = threading.Event()
 
@@ -337,7 +342,7 @@ def _copy(response: Any, block: bytes, file: BinaryIO, report: Callable[[int], N
     """Write `block` and the rest of the response to `file`. Return the number of bytes written."""
     min_bytes, interval = _MIN_RATE
     written, reported_at = 0, time.monotonic()
-    checked, checked_at = 0, reported_at  # bytes and time at the last check of the rate
+    checked, checked_at = 0, reported_at  # bytes and time when the rate was last checked
     while block:
         file.write(block)
         written += len(block)
@@ -354,14 +359,14 @@ def _copy(response: Any, block: bytes, file: BinaryIO, report: Callable[[int], N
                 )
             checked, checked_at = written, now
         with _network_errors():
-            # `read1` returns the bytes that have arrived, so an interruption loses none.
+            # `read1` returns all bytes that have arrived, so an interruption does not lose any.
             block = response.read1(_BLOCK)
     return written
 
 
 @contextmanager
 def _network_errors() -> Iterator[None]:
-    """Convert network errors to `_UrlError`, to distinguish them from file errors."""
+    """Convert network errors to `_UrlError`, which distinguishes them from file errors."""
     try:
         yield
     except HTTPError as err:
@@ -369,14 +374,14 @@ def _network_errors() -> Iterator[None]:
         reason = f"HTTP status {err.code} {one_line(err.reason) if err.reason else ''}".rstrip()
         retry = err.code == 429 or err.code >= 500
         raise _UrlError(reason, retry=retry, status=err.code) from err
-    except URLError as err:  # no connection
+    except URLError as err:  # the connection failed
         offline = (
             isinstance(err.reason, socket.gaierror | ConnectionRefusedError | TimeoutError)
             or getattr(err.reason, "errno", None) in _UNREACHABLE_ERRNOS
         )
         retry = isinstance(err.reason, ConnectionError) and not offline
         raise _UrlError(_reason(err.reason), retry=retry, offline=offline) from err
-    except InvalidURL as err:  # its message contains the URL, including its secrets
+    except InvalidURL as err:  # its message is not shown, because it can contain secrets
         raise _UrlError("it is not a valid URL") from err
     except ValueError as err:  # the response cannot be parsed
         raise _UrlError(_reason(err)) from err
@@ -385,12 +390,12 @@ def _network_errors() -> Iterator[None]:
 
 
 def _verify(archive: Archive, part: BufferedRandom, resumed: bool) -> None:
-    """Check the MD5 of `part`. If it differs, empty `part` and raise `_UrlError`."""
+    """Check the MD5 digest of `part`. If it differs, empty the file and raise `_UrlError`."""
     part.seek(0)
     found = hashlib.file_digest(part, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != archive.md5:
         part.truncate(0)
-        # The bad bytes can come from an earlier attempt, so retry this URL from the start.
+        # If the download was resumed, an earlier attempt may have received the wrong bytes.
         raise _UrlError(
             f"its MD5 is {found}, expected {archive.md5}; the download was removed", retry=resumed
         )
@@ -414,7 +419,7 @@ def _resume_note(count: int) -> str:
 
 
 def _reason(err: object) -> str:
-    """Return the message of an error on one line, without the error number."""
+    """Return the message of an error as one line, without the error number."""
     return one_line(getattr(err, "strerror", None) or err)
 
 

@@ -1,4 +1,4 @@
-"""Data sets of image files: one directory per class, or one directory and a table of labels."""
+"""Load data sets of image files: a directory per class, or a directory and a table of labels."""
 
 import csv
 import re
@@ -37,7 +37,7 @@ _ID_COLUMNS = (
     "path",
 )
 _LABEL_COLUMNS = ("label", "class", "category", "target", "labels", "class_name")
-_MAX_LISTED = 10  # maximum number of broken images in a message
+_MAX_LISTED = 10  # maximum number of broken images that a message lists
 _MAX_TABLE_BYTES = 1 << 28
 
 Files = dict[str, list[Path]]  # class -> images
@@ -70,7 +70,7 @@ class _Reader:
         return dict(sorted(files.items()))
 
     def read(self, files: Files, classes: Sequence[str]) -> Split:
-        """Read the images of each class. Broken images are skipped or raise DataError."""
+        """Read the images of each class. Skip broken images, or raise DataError."""
         index = {name: number for number, name in enumerate(classes)}
         labeled = [(file, index[name]) for name in files for file in files[name]]
         images = torch.empty((len(labeled), 3, 32, 32), dtype=torch.uint8)
@@ -139,16 +139,16 @@ def load_image_directory(
     - images in `train/`, with a table of their labels (.csv)
     - `<class>/*`
 
-    If there is no test split, a fixed stratified fifth of the images is used.
+    If there is no test split, a fixed stratified fifth of the images forms the test split.
 
     Args:
         path: an existing directory.
-        evaluation: load for evaluation only. This also accepts a test split alone, a single class,
-            classes that are not in train/, and empty class directories.
+        evaluation: load for evaluation only. The directory may then contain only a test split, a
+            single class, classes that are not in train/, or empty class directories.
         skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
-        DataError: an image cannot be read, or the purpose of a directory is ambiguous.
+        DataError: an image cannot be read, or the purpose of a directory is unclear.
         OSError: a directory cannot be read.
     """
     reader = _Reader(path, skip_broken, evaluation)
@@ -175,7 +175,7 @@ def load_image_directory(
 def _load_splits(
     reader: _Reader, train: Path, files: Files, parts: dict[str, list[Path]]
 ) -> Dataset:
-    """Load train/<class>/*, with or without a test split next to train/."""
+    """Load the layout train/<class>/*, with or without a test split next to train/."""
     classes = tuple(files)
     if len(classes) < 2 and not reader.evaluation:
         raise DataError(
@@ -215,7 +215,7 @@ def _load_splits(
 
 
 def _load_classes(reader: _Reader) -> Dataset | None:
-    """Load <class>/*, a layout that does not define a split."""
+    """Load the layout <class>/*, which does not define a split."""
     nested = [
         directory.name
         for directory in visible_directories(reader.path)
@@ -226,7 +226,7 @@ def _load_classes(reader: _Reader) -> Dataset | None:
             f"{escape(str(reader.path / nested[0]))} looks like a separate data set; use that "
             "directory instead"
         )
-    # Class directories without images are skipped here, even in training.
+    # This layout may contain empty directories, even for training.
     lenient = _Reader(reader.path, reader.skip_broken, evaluation=True)
     files = lenient.find_files(reader.path)
     reader.skipped = lenient.skipped
@@ -244,7 +244,7 @@ def _load_classes(reader: _Reader) -> Dataset | None:
 
 
 def _load_table(reader: _Reader, train: Path, table: Path, parts: dict[str, list[Path]]) -> Dataset:
-    """Load images and a table of their labels, a common layout on Kaggle."""
+    """Load images with a table of labels. This layout is common on Kaggle."""
     labels = _read_table(table)
     found = find_images(train)
     reader.skipped += found.skipped
@@ -283,7 +283,7 @@ def _load_table(reader: _Reader, train: Path, table: Path, parts: dict[str, list
 
 
 def _labels_table(path: Path, train: Path) -> Path | None:
-    """Find the table of labels next to or in train/. Return None if train/ has no images."""
+    """Find the table of labels in train/ or next to it. Return None if train/ has no images."""
     if not find_images(train).files:
         return None
     tables = [
@@ -314,7 +314,7 @@ def _header(table: Path) -> list[str]:
 
 
 def _columns(header: Sequence[str]) -> tuple[int, int] | None:
-    """Return the indices of the columns of image names and labels, or None if one is missing."""
+    """Return the indices of the image and label columns, or None if a column is missing."""
     names = [header.index(name) for name in _ID_COLUMNS if name in header]
     labels = [header.index(name) for name in _LABEL_COLUMNS if name in header]
     return (names[0], labels[0]) if names and labels and names[0] != labels[0] else None
@@ -326,7 +326,7 @@ def _read_table(table: Path) -> dict[str, str]:
             f"{escape(str(table))} is too large for a table of labels; the limit is 256 MiB"
         )
     columns = _columns(_header(table))
-    assert columns is not None, "the table is chosen by its header"
+    assert columns is not None, "only tables with these columns are selected"
     labels: dict[str, str] = {}
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
@@ -363,7 +363,7 @@ def _split_off_test(
                     f"{escape(str(files[name][0].parent))} has {found}, too few for a test split; "
                     "add images, or a test/ directory"
                 )
-    # Without two images of a class, no image can be used for training.
+    # If no class has two images, the training split would be empty.
     if not bool((counts > 1).any()):
         return reader.dataset(
             classes, _empty_like(images), images, "not split", predefined_split=predefined_split
@@ -374,7 +374,7 @@ def _split_off_test(
 
 
 def _reject_ambiguous(path: Path, train: Path, classes: Sequence[str]) -> None:
-    """Raise DataError if an unused directory next to train/ has the same classes."""
+    """Raise DataError if another directory next to train/ has classes of train/."""
     for directory in visible_directories(path):
         if directory == train:
             continue
@@ -408,7 +408,7 @@ def _find_splits(path: Path, role: str) -> list[Path]:
 
 
 def _role(name: str) -> str | None:
-    """Return the role that a directory name implies, such as train for 'Training_Set'."""
+    """Return the role that the name of a directory implies: "train" for 'Training_Set'."""
     base = re.sub(r"[\s_-]", "", name.casefold())
     base = re.sub(r"(set|images|data|split)$", "", base)
     return next((role for role, names in _ROLES.items() if base in names), None)

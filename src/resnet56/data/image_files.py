@@ -1,6 +1,6 @@
-"""Find the image files in a directory and count the images that are skipped.
+"""Find the image files in a directory, and count the skipped images.
 
-Links to directories are followed. Hidden files and directories are ignored, as are the directories
+The search follows links to directories. It ignores hidden files and directories, and directories
 that file servers and archive programs create.
 """
 
@@ -17,7 +17,7 @@ SUFFIXES = frozenset((
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
     ".pgm", ".avif",
 ))
-# Image formats that are not supported.
+# Suffixes of image formats that this package does not support.
 _UNSUPPORTED_SUFFIXES = frozenset((
     ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".ico", ".tga", ".dng", ".nef",
     ".cr2", ".cr3", ".arw", ".raw", ".exr", ".hdr", ".eps", ".xcf", ".pcx", ".dcm", ".emf", ".wmf",
@@ -28,22 +28,23 @@ _SYSTEM_DIRECTORIES = frozenset((
 ))
 # fmt: on
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-_SIGNATURE_BYTES = 16  # enough to identify a format
+_SIGNATURE_BYTES = 16  # long enough for all signatures below
 
 
 @dataclass
 class ImageFiles:
-    """Image files below a directory, sorted by path, and the number of skipped images."""
+    """The image files below a directory, sorted by path, and the number of skipped images."""
 
     files: list[Path] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)  # by suffix
+    skipped: Counter[str] = field(default_factory=Counter)  # number of skipped images per suffix
 
 
 def find_images(directory: Path) -> ImageFiles:
     """Find all images in `directory` and its subdirectories.
 
-    Images are recognized by suffix, and files without a suffix by content. Each directory is
-    visited once, even if several links lead to it. Parents of `directory` are not visited.
+    Images are recognized by suffix. Files without a suffix are recognized by content. Each
+    directory is visited once, even if several links lead to it. The search does not follow links to
+    parents of `directory`.
 
     Raises:
         OSError: a directory cannot be read.
@@ -55,7 +56,7 @@ def find_images(directory: Path) -> ImageFiles:
         if entry.is_symlink() and not entry.exists():
             if suffix in SUFFIXES:
                 found.skipped["broken link"] += 1
-        elif not entry.is_file():  # opening a pipe would block
+        elif not entry.is_file():  # for example, a pipe, which would block when opened
             continue
         elif suffix in SUFFIXES:
             found.files.append(entry)
@@ -71,7 +72,7 @@ def find_images(directory: Path) -> ImageFiles:
 
 
 def is_visible(name: str) -> bool:
-    """Return whether a name is neither hidden nor the name of a system directory."""
+    """Return False for hidden names and the names of system directories."""
     return not name.startswith(".") and name.casefold() not in _SYSTEM_DIRECTORIES
 
 
@@ -82,7 +83,7 @@ def visible_directories(path: Path) -> list[Path]:
 
 
 def describe_skipped(skipped: Counter[str]) -> str | None:
-    """Describe the skipped images in one line. Return None if there are none."""
+    """Return a one-line description of the skipped images, or None if there are none."""
     count = skipped.total()
     if not count:
         return None
@@ -102,7 +103,7 @@ def _identity(directory: Path) -> tuple[int, int]:
 
 
 def _walk(directory: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yield all visible entries below `directory` that are not directories."""
+    """Yield all visible files below `directory`, including broken links and special files."""
     pending = [directory]
     while pending:
         current = pending.pop()
@@ -120,7 +121,7 @@ def _walk(directory: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _detect_suffix(file: Path) -> str | None:
-    """Return the suffix of the image format that a file's first bytes indicate, or None."""
+    """Detect an image format from the first bytes of a file. Return its suffix or None."""
     try:
         with file.open("rb") as stream:
             head = stream.read(_SIGNATURE_BYTES)

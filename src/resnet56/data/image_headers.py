@@ -1,10 +1,10 @@
-"""Limits on image files, checked in the headers before decoding.
+"""Check image files against limits before decoding them.
 
-Pillow iterates over segments, chunks, comments and directories in Python, and allocates buffers of
-the size that a header specifies. A small file can contain millions of such elements, or request a
-buffer of several gigabytes. The limits are far above what encoders write, so a file that exceeds
-one is damaged or malicious. Headers that cannot be parsed here are left to the decoder, whose
-errors are more specific.
+Pillow iterates over segments, chunks, comments and directories in Python. It also allocates buffers
+of the size that a header specifies. A small file can contain millions of such elements, or request
+a buffer of several gigabytes. The limits are far above what encoders write. A file that exceeds a
+limit is therefore damaged or malicious. This module accepts headers that it cannot parse, because
+the errors of the decoder are more specific.
 """
 
 import io
@@ -13,26 +13,33 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# A scan of a progressive JPEG can be a few bytes long, but the decoder processes the entire image
-# for each scan. Encoders write about ten. libtiff also stops at 100.
+# JPEG: a scan of a progressive JPEG can be a few bytes long, but the decoder processes the entire
+# image for each scan. Encoders write about ten scans. libtiff also stops at 100 scans.
 _MAX_SCANS = 100
-_MAX_SEGMENTS = 1_000  # of a JPEG; an ICC profile has up to 255, a depth map several hundred
-_MAX_PADDING = 4_096  # bytes between the segments of a JPEG, which Pillow reads one by one
-_MAX_CHUNKS = 1_000  # of a PNG, without pixel data
-_MIN_CHUNK = 256  # bytes of a PNG file per chunk of pixels; encoders write at least 8 KiB
-_MAX_BLOCKS = 20_000  # of a GIF before the first frame, at most 255 bytes each
-_MAX_TAGS = 1_000  # of a TIFF
-_MAX_ROWS = 65_535  # of a TIFF: libtiff reports each damaged row on stderr
-_MAX_PLANES = 6  # samples per pixel that Pillow supports
-_MAX_TILE = 4_096 * 4_096  # pixels of a TIFF tile that is larger than the image
-_MAX_COMMENTS = 1_000  # of a PPM; Pillow copies a megabyte per comment
-_MAX_PPM_HEADER = 65_536  # bytes, which Pillow reads one at a time
+# An ICC profile has up to 255 segments, and a depth map has several hundred.
+_MAX_SEGMENTS = 1_000
+# Pillow reads the bytes between segments one at a time.
+_MAX_PADDING = 4_096
+# PNG: the maximum number of chunks that do not contain pixels.
+_MAX_CHUNKS = 1_000
+# The minimum file size per chunk of pixels, in bytes. Encoders write at least 8 KiB per chunk.
+_MIN_CHUNK = 256
+# GIF: the maximum number of blocks before the first frame. A block has at most 255 bytes.
+_MAX_BLOCKS = 20_000
+# TIFF: libtiff reports each damaged row on stderr.
+_MAX_TAGS = 1_000
+_MAX_ROWS = 65_535
+_MAX_PLANES = 6  # the largest number of samples per pixel that Pillow supports
+_MAX_TILE = 4_096 * 4_096  # the maximum number of pixels in a tile that is larger than the image
+# PPM: Pillow copies a megabyte per comment, and reads the header one byte at a time.
+_MAX_COMMENTS = 1_000
+_MAX_PPM_HEADER = 65_536  # bytes
 
-# JPEG markers: a byte after 0xFF, except for stuffing, restarts and padding (T.81, table B.1).
+# A JPEG marker is a byte after 0xFF, except for stuffing, restarts and padding (T.81, table B.1).
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _TEM, _EOI, _SOS, _APP1 = b"\x01", b"\xd9", b"\xda", b"\xe1"
 _EXIF = b"Exif\0\0"
-# Whitespace and comments, then a token. The header contains one per number.
+# Whitespace and comments, followed by a number in the header.
 _PPM_TOKEN = rb"(?:\s|#[^\r\n]*+[\r\n])++[^\s#]++"
 
 # TIFF tags, and the sizes of TIFF types in bytes.
@@ -44,7 +51,7 @@ _TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), start=1)) 
 
 
 def find_exceeded_limit(stream: BinaryIO) -> str | None:
-    """Return a phrase that describes the limit that an image file exceeds, or None."""
+    """Return a phrase about a limit that an image file exceeds, or None."""
     stream.seek(0)
     start = stream.read(8)
     try:
@@ -60,22 +67,22 @@ def find_exceeded_limit(stream: BinaryIO) -> str | None:
         if start[:1] == b"P":
             return _check_ppm(stream)
     except (struct.error, IndexError, OverflowError):
-        pass  # truncated or invalid, which the decoder reports
+        pass  # the decoder reports truncated and invalid files
     return None
 
 
 def _check_jpeg(content: bytes) -> str | None:
-    """Check a JPEG without its first two bytes.
+    """Check the content of a JPEG after its first two bytes.
 
-    The function follows the markers up to the end of the image, as decoders do. It ignores data
-    after the image, such as a video from a phone, and within a segment, such as a thumbnail.
+    The function follows the markers to the end of the image, as decoders do. It ignores data after
+    the image (such as a video from a phone) and inside segments (such as a thumbnail).
     """
     scans = segments = padding = offset = 0
     exif = []
     while (marker := _MARKER.search(content, offset)) and marker[1] != _EOI:
         padding += 0 if scans else marker.start() - offset
         offset = marker.end()
-        if marker[1] != _TEM:  # all others start a segment with its length
+        if marker[1] != _TEM:  # all other markers are followed by the length of a segment
             length = max(2, int.from_bytes(content[offset : offset + 2], "big"))
             if marker[1] == _APP1 and content.startswith(_EXIF, offset + 2):
                 exif.append(content[offset + 2 + len(_EXIF) : offset + length])
@@ -107,7 +114,7 @@ def _check_png(stream: BinaryIO) -> str | None:
         chunks += 1
         others += kind not in (b"IDAT", b"fcTL", b"fdAT")
         profiles += kind == b"iCCP"
-        if profiles > 1:  # the standard allows one; each can decompress to a megabyte
+        if profiles > 1:  # the standard allows one, and each can decompress to a megabyte
             return "is a PNG with more than one color profile"
         if others > _MAX_CHUNKS or chunks > _MAX_CHUNKS + size // _MIN_CHUNK:
             return f"is a PNG with more than {max(others, chunks) - 1:,} chunks"
@@ -116,9 +123,9 @@ def _check_png(stream: BinaryIO) -> str | None:
 
 
 def _check_gif(stream: BinaryIO) -> str | None:
-    """Check a GIF up to its first frame.
+    """Check the blocks of a GIF before its first frame.
 
-    Later blocks are not checked, because Pillow does not loop over them in Python.
+    Later blocks need no check, because Pillow does not loop over them in Python.
     """
     stream.seek(10)
     flags = stream.read(3)[0]
@@ -126,7 +133,7 @@ def _check_gif(stream: BinaryIO) -> str | None:
         stream.seek(3 << (flags & 7) + 1, 1)  # the palette
     blocks = 0
     while (kind := stream.read(1)) not in (b",", b";", b""):
-        blocks += 1  # an extension, or a stray byte, which decoders skip
+        blocks += 1  # an extension, or a stray byte that decoders skip
         if kind == b"!":
             stream.seek(1, 1)
             while (length := stream.read(1)[0]) and blocks <= _MAX_BLOCKS:
@@ -140,11 +147,11 @@ def _check_gif(stream: BinaryIO) -> str | None:
 def _check_ppm(stream: BinaryIO) -> str | None:
     stream.seek(0)
     start = stream.read(_MAX_PPM_HEADER)
-    numbers = 2 if start[1:2] in (b"1", b"4") else 3  # width, height and maximum value
+    numbers = 2 if start[1:2] in (b"1", b"4") else 3  # width, height and perhaps maximum value
     header = re.compile(rb"P[^\s#]*+" + b"(?:%b){%d}" % (_PPM_TOKEN, numbers), re.DOTALL)
     if len(start) == _MAX_PPM_HEADER and not header.match(start):
         return f"is a PPM with a header of more than {_MAX_PPM_HEADER:,} bytes"
-    if start[1:2] in (b"1", b"2", b"3"):  # pixels as text, with possible comments
+    if start[1:2] in (b"1", b"2", b"3"):  # pixels are text, which can contain comments
         comments = start.count(b"#")
         while comments <= _MAX_COMMENTS and (block := stream.read(2**20)):
             comments += block.count(b"#")
@@ -184,7 +191,7 @@ def exif_overlaps(exif: bytes) -> bool:
     try:
         for *_, length in _entries(io.BytesIO(exif.removeprefix(_EXIF))):
             total += length
-    except (struct.error, IndexError):  # invalid, which Pillow rejects
+    except (struct.error, IndexError):  # Pillow rejects invalid EXIF data
         pass
     return total > len(exif)
 
@@ -192,8 +199,8 @@ def exif_overlaps(exif: bytes) -> bool:
 def _entries(stream: BinaryIO) -> Iterator[tuple[int, int, int, int]]:
     """Yield tag, count, first value and external size of each entry in the first TIFF directory.
 
-    The value is 0 unless it is an integer that is stored in the entry itself. The external size is
-    the number of bytes outside the entry.
+    The value is 0 unless the entry itself stores it as an integer. The external size is the number
+    of bytes that are stored outside the entry.
     """
     stream.seek(0)
     start = stream.read(16)

@@ -1,7 +1,7 @@
 """Read image files as 32x32 RGB arrays, and overlay class activation maps.
 
-Files are untrusted: any damaged or malicious file raises a one-line `ImageError`. This module needs
-only NumPy and Pillow, so that a model exported to ONNX runs without PyTorch.
+Files are untrusted. Every damaged or malicious file raises an `ImageError` with a one-line message.
+This module needs only NumPy and Pillow, because models exported to ONNX run without PyTorch.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def _has_avif() -> bool:
-    """Return whether Pillow supports AVIF: version 11.3 or later, built with AVIF support."""
+    """Return whether Pillow supports AVIF. This requires version 11.3 and a build with AVIF."""
     try:
         from PIL import AvifImagePlugin
     except ImportError:
@@ -36,17 +36,17 @@ def _has_avif() -> bool:
 
 
 SIZE = 32  # height and width of the model's input
-# Formats that browsers display, and all supported formats. Pillow detects formats by content.
-# Without this restriction, a ".png" file could start Ghostscript.
+# Formats that browsers display, and all formats that this package accepts. Pillow detects formats
+# by content, so a ".png" file could start Ghostscript without this restriction.
 BROWSER_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", *(["AVIF"] if _has_avif() else []))
 FORMATS = (*BROWSER_FORMATS, "TIFF", "PPM")
 # JPEGs up to this multiple of Pillow's pixel limit are decoded at 1/8 scale. For progressive JPEGs,
-# libjpeg still keeps all coefficients in memory, at most 6 bytes per pixel.
+# libjpeg still keeps all coefficients in memory, which takes at most 6 bytes per pixel.
 _REDUCED_LIMIT = 4
 _MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE = 281, 258  # TIFF tags
-_DARK = 15  # of 255; a high-bit-depth image without brighter pixels causes a warning
+_DARK = 15  # a high-bit-depth image causes a warning if all its pixels are at most this value
 
-# RGBA colors of the map, from zero (transparent) to the maximum.
+# RGBA colors of class activation maps, from zero (transparent) to the maximum.
 # fmt: off
 _COLORS = np.array([(20, 0, 80, 0), (120, 30, 140, 90), (220, 70, 70, 140), (255, 160, 30, 165),
                      (255, 245, 90, 180)])
@@ -56,11 +56,11 @@ _COLORMAP = np.rint(_COLORMAP).astype(np.uint8)  # (256, 4)
 
 
 class _IgnoreWarnings:
-    """A thread-safe `warnings.catch_warnings` that ignores all warnings.
+    """A thread-safe version of `warnings.catch_warnings` that ignores all warnings.
 
-    All threads share the warning filters. If each thread saved and restored them, one could restore
-    the filters of another. Instead, the first thread to enter sets the filters, and the last thread
-    to leave restores them.
+    All threads share the warning filters. If each thread saved and restored the filters, a thread
+    could restore those of another thread. Instead, the first thread to enter sets the filters, and
+    the last thread to leave restores them.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class _IgnoreWarnings:
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        """Ignore warnings, such as Pillow's about unusual metadata and sizes."""
+        """Ignore warnings, such as those of Pillow about unusual metadata."""
         with self.lock:
             if self.active == 0:
                 self.stack.enter_context(warnings.catch_warnings())
@@ -99,9 +99,9 @@ def read_image(
     Args:
         source: an image file. The format is detected from the content.
         name: name of the image for error messages. The default is its path.
-        max_pixels: the largest number of pixels to decode. The default is Pillow's limit of 89
-            million (see `PIL.Image.MAX_IMAGE_PIXELS`). JPEGs with up to four times as many pixels
-            are then decoded at 1/8 scale.
+        max_pixels: maximum number of pixels. The default is Pillow's limit of 89 million (see
+            `PIL.Image.MAX_IMAGE_PIXELS`). With the default, JPEGs with up to four times as many
+            pixels are decoded at 1/8 scale.
         formats: accepted formats, by their names in Pillow.
 
     Raises:
@@ -138,7 +138,7 @@ def _open(
     """Open an image without decoding it. Raises ImageError if it is too large."""
     try:
         image = Image.open(stream, formats=formats)
-    except Image.DecompressionBombError:  # more than twice Pillow's limit
+    except Image.DecompressionBombError:  # the image exceeds twice Pillow's limit
         stream.seek(0)
         if max_pixels is not None or stream.read(2) != b"\xff\xd8":
             raise _too_large(name, "too many", max_pixels) from None
@@ -169,7 +169,7 @@ def _too_large(name: str, size: str, max_pixels: int | None) -> ImageError:
 
 @contextlib.contextmanager
 def _open_stream(source: Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
-    """Open `source` as a seekable stream. A stream that is already open stays open."""
+    """Open `source` as a seekable stream. If `source` is a stream, it stays open."""
     if isinstance(source, Path):
         with source.open("rb") as stream:
             yield stream
@@ -190,7 +190,7 @@ def image_errors(name: str, formats: tuple[str, ...] = FORMATS) -> Iterator[None
         reason = one_line(error)
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        elif "cannot identify image file" in reason:  # Pillow's message contains an address
+        elif "cannot identify image file" in reason:  # this message contains a memory address
             reason = f"it is not an image in a supported format ({', '.join(formats)})"
         raise ImageError(f"cannot read {name}: {reason}") from error
 
@@ -200,10 +200,11 @@ def to_upright_rgb(image: Image.Image) -> Image.Image:
 
     The function uses the first frame of an animation and applies the EXIF orientation. It
     composites transparent images on white, because the colors of transparent pixels are arbitrary.
-    Grayscale images with more than 8 bits are scaled (see `_to_8_bit`). Raises Pillow's exceptions.
+    It scales grayscale images with more than 8 bits (see `_to_8_bit`). It can raise any exception
+    that Pillow raises.
     """
     image.seek(0)
-    image.load()  # getexif() also decodes a PNG, but its errors are ignored
+    image.load()  # decode before `getexif`, because the errors of `getexif` are ignored
     image = _apply_orientation(image)
     if _is_high_bit_depth(image):
         image = _to_8_bit(image)
@@ -232,12 +233,14 @@ def _is_high_bit_depth(image: Image.Image) -> bool:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale a grayscale image with more than 8 bits to 8 bits, and clip values outside its range.
+    """Scale a grayscale image to 8 bits, and clip values outside its range.
 
-    The range of floats is 0..1 if no value is above 1, and 0..255 otherwise. TIFF tags
-    (MaxSampleValue, BitsPerSample) define the range of 16-bit integers, which is 0..65535 by
-    default. The range of 32-bit integers is 0..255 if no value is above 255, and 0..65535
-    otherwise, because files do not use all 32 bits.
+    The range depends on the type of the values:
+
+    - Floats: 0..1 if no value is above 1, and 0..255 otherwise.
+    - 16-bit integers: as in the TIFF tags MaxSampleValue and BitsPerSample, or 0..65535.
+    - 32-bit integers: 0..255 if no value is above 255, and 0..65535 otherwise, because files do not
+      use all 32 bits.
     """
     values = np.asarray(image)
     if image.mode == "F":
@@ -261,8 +264,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def to_model_input(image: Image.Image) -> UInt8Array:
     """Convert an upright RGB image from `read_image` to a model input (3, 32, 32) uint8.
 
-    The image is cropped to the central square and resized with antialiasing. A 32x32 image is
-    unchanged.
+    The function crops the image to the central square and resizes it with antialiasing. A 32x32
+    image does not change.
     """
     resized = ImageOps.fit(image, (SIZE, SIZE), method=Image.Resampling.BICUBIC)
     return np.array(resized, dtype=np.uint8).transpose(2, 0, 1).copy()
@@ -272,10 +275,10 @@ def overlay(image: Image.Image, class_map: FloatArray) -> Image.Image:
     """Overlay a class activation map on its image, at the resolution of the image.
 
     Args:
-        image: upright RGB image from `read_image`. The area outside the central square, which the
-            model does not receive, is darkened.
-        class_map: (H, W), the map of the central square. Only positive values are shown, relative
-            to the maximum.
+        image: upright RGB image from `read_image`. The function darkens the area outside the
+            central square, which the model does not see.
+        class_map: (H, W), the map of the central square. Positive values are scaled by the
+            maximum. Other values are transparent.
     """
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

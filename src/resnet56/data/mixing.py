@@ -1,8 +1,8 @@
 """Augmentations that mix the images of a batch: CutMix, mixup and RICAP.
 
-Each image is mixed with other images of its batch. Its target becomes a distribution over the
-classes of these images, weighted by their fractions of the mixed image. As in the published
-methods, all images of a batch have the same weights and positions.
+Each image is mixed with other images of its batch. The target becomes a distribution over the
+classes of these images. The weight of a class is its fraction of the mixed image. As in the
+published methods, all images of a batch have the same weights and positions.
 
 `sample_mix_params` samples the parameters of an epoch. `mix_images` and `mix_labels` apply
 them on any device without synchronization.
@@ -21,9 +21,9 @@ SIDE = 32  # height and width of an image
 
 
 class Patch(NamedTuple):
-    """A rectangle that is copied from an image to the mixed image."""
+    """A rectangle to copy from an image to the mixed image."""
 
-    image: int  # index of the source: 0 is the image itself, k its partner k - 1
+    image: int  # index of the source: 0 for the image itself, k for its partner k - 1
     top: int
     left: int
     height: int
@@ -35,9 +35,9 @@ class Patch(NamedTuple):
 class MixParams(NamedTuple):
     """The parameters for mixing the B images of one batch."""
 
-    partners: Tensor  # (K, B) int64, the batch indices of the partners of each image
-    weights: tuple[float, ...]  # of the image and its K partners; their sum is 1
-    patches: tuple[Patch, ...] = ()  # if empty, the images are blended
+    partners: Tensor  # (K, B) int64, indices of the partners of each image in the batch
+    weights: tuple[float, ...]  # weights of the image and its K partners, with a sum of 1
+    patches: tuple[Patch, ...] = ()  # an empty tuple means that the images are blended
 
 
 def sample_mix_params(
@@ -47,8 +47,8 @@ def sample_mix_params(
 
     Args:
         method: "none" or one of `METHODS`.
-        alpha: parameter of the Beta(alpha, alpha) distribution of the weights. With a low value,
-            mixed images are close to one of the originals.
+        alpha: parameter of the Beta(alpha, alpha) distribution of the weights. A low value keeps
+            mixed images close to one of the originals.
         probability: probability that a batch is mixed.
         steps: number of batches.
         batch: batch size.
@@ -61,7 +61,7 @@ def sample_mix_params(
         return [None] * steps
     sample = METHODS[method]
     generator = np.random.default_rng(seed)
-    # Sample for every batch, so that no batch depends on whether other batches are mixed.
+    # Sample for every batch, so that `probability` does not change the parameters.
     mixes = [
         (generator.random() < probability, sample(generator, alpha, batch)) for _ in range(steps)
     ]
@@ -81,8 +81,8 @@ def _mixup(generator: np.random.Generator, alpha: float, batch: int) -> MixParam
 def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> MixParams:
     """Yun et al. 2019 (arXiv:1905.04899): paste a rectangle of a partner at the same position.
 
-    The center is uniformly distributed. The rectangle is clipped at the edges. Its area
-    determines the weights.
+    The center has a uniform distribution. The rectangle is clipped at the edges. Its area after
+    clipping determines the weights.
     """
     side = int(SIDE * math.sqrt(1 - generator.beta(alpha, alpha)))
     row, column = (int(center) for center in generator.integers(0, SIDE, 2))
@@ -102,7 +102,7 @@ def _ricap(generator: np.random.Generator, alpha: float, batch: int) -> MixParam
     width, height = (round(SIDE * fraction) for fraction in generator.beta(alpha, alpha, 2))
     patches = []
     for image, (top, left) in enumerate([(0, 0), (0, width), (height, 0), (height, width)]):
-        # If the point is on an edge, two of the crops are empty.
+        # If the point is on an edge, two of the patches are empty.
         high = SIDE - height if image >= 2 else height
         wide = SIDE - width if image % 2 else width
         from_top = int(generator.integers(0, SIDE - high + 1))
@@ -123,7 +123,7 @@ def mix_images(images: Sequence[Tensor], mix: MixParams) -> Tensor:
     """Mix the images of a batch.
 
     Args:
-        images: the batch, followed by the partners in the order of `mix.partners`, each of shape
+        images: the batch and then its partners, in the order of `mix.partners`. Each has shape
             (B, 3, 32, 32) and type float32.
         mix: parameters of the batch.
 
@@ -144,7 +144,7 @@ def mix_labels(labels: Sequence[Tensor], mix: MixParams, classes: int) -> Tensor
     """Return the targets of the mixed images.
 
     Args:
-        labels: labels of the batch, followed by those of the partners, each (B,) int64.
+        labels: labels of the batch, and then labels of its partners, each (B,) int64.
         mix: parameters of the batch.
         classes: number of classes C.
 

@@ -1,8 +1,8 @@
 """Read pickles without executing code: CIFAR batches and checkpoints of other projects.
 
-A pickle is a program. This unpickler supports containers, numbers and strings. It replaces every
-class or function that a file names with a stub that stores its content and does nothing. Memory use
-is proportional to the size of the file, regardless of the lengths, indices and keys in it.
+A pickle is a program. This unpickler supports containers, numbers and strings. It replaces classes
+and functions with stubs, which store their content and do nothing else. Memory use is proportional
+to the size of the file, whatever lengths, indices and keys the file contains.
 """
 
 import io
@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from resnet56.errors import DataError, one_line
 
-MAX_OPCODES = 2_000_000  # CIFAR-100's training batch has 0.4 million
+MAX_OPCODES = 2_000_000  # the training file of CIFAR-100 has 0.4 million
 
-# A file that refers to one of these modules is rejected, even though nothing would be called.
+# Files that refer to these modules are rejected, although the unpickler never calls functions.
 _DANGEROUS_MODULES = {
     "ctypes", "importlib", "nt", "os", "pdb", "posix", "pty", "runpy", "shutil", "socket",
     "subprocess", "sys", "webbrowser",
@@ -29,17 +29,17 @@ _DANGEROUS_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "i
 
 
 class UnsafePickleError(Exception):
-    """A pickle refers to dangerous code or to external objects. The message names them."""
+    """A pickle refers to dangerous code or external objects, which the message names."""
 
 
 class Stub(dict[Any, Any]):
-    """Replaces an object of a class or function that is not loaded, and stores its content.
+    """Replaces an instance of a class, or the result of a function, and stores its content.
 
-    It is a dictionary, like many configuration classes. `state` is the state from which a pickle
-    restores attributes.
+    A stub is a dictionary, because many configuration classes are dictionaries. `state` stores the
+    attributes of the instance, in the form that the pickle contains.
     """
 
-    name = ""  # of the class, as in the file
+    name = ""  # full name of the class or function
     state: object = None
 
     def __new__(cls, *_args: object, **_kwargs: object) -> "Stub":
@@ -49,7 +49,7 @@ class Stub(dict[Any, Any]):
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         super().__init__()
 
-    # Compare by identity, because the content can be of any type.
+    # Compare by identity, because the content can have any type.
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
@@ -82,7 +82,7 @@ class DictStub(dict[Any, Any]):
 
 
 class _Dtype:
-    """Replaces NumPy's dtype and stores its code."""
+    """Replaces `numpy.dtype` and stores its type code."""
 
     code: object = None
 
@@ -90,16 +90,16 @@ class _Dtype:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and alignment, which do not apply to bytes."""
+        """Ignore byte order and alignment, which uint8 arrays do not need."""
 
 
 class PickledArray:
-    """Replaces NumPy's ndarray, and `_reconstruct`, which creates an empty array.
+    """Replaces `numpy.ndarray` and `_reconstruct`, the function that creates an empty array.
 
-    The content is stored without checks. `pixels` checks it.
+    This class stores the content without checks. `pixels` checks the content.
     """
 
-    # Class attributes, because a pickle can create an instance without calling __init__.
+    # These are class attributes, because a pickle can create instances without calling __init__.
     shape: object = None
     dtype: object = None
     data: object = None
@@ -124,14 +124,14 @@ class PickledArray:
 
 
 class _Buffer(PickledArray):
-    """Replaces NumPy's `_frombuffer`, which creates arrays in protocol 5."""
+    """Replaces `_frombuffer`, the function that creates NumPy arrays in protocol 5."""
 
     def __init__(self, data: object, dtype: object, shape: object, order: object) -> None:
         self.__setstate__((1, shape, dtype, order == "F", data))
 
 
-# These are classes rather than functions, because a pickle can set attributes on anything that it
-# names. Their __setstate__ prevents this.
+# A pickle can set attributes of everything that it names. The values are classes, not functions,
+# because __setstate__ prevents this for classes.
 _NUMPY: dict[str, type] = {
     "numpy.ndarray": PickledArray,
     "numpy.dtype": _Dtype,
@@ -149,9 +149,9 @@ _NUMPY: dict[str, type] = {
 def _encoder() -> type:
     """Create a stub for `_codecs.encode`, which Python 3 uses for bytes in protocols 0 to 2.
 
-    It supports only Latin-1, the encoding that Python uses, because other codecs can need quadratic
-    time or produce a large output. Results are cached, so that a file cannot cause repeated
-    encoding of a long string.
+    Python uses only Latin-1, so the stub supports no other encoding. Other encodings can need
+    quadratic time or produce a large output. The stub caches results, because a file could request
+    the encoding of a long string many times.
     """
     cache: dict[str, bytes] = {}
 
@@ -164,7 +164,7 @@ def _encoder() -> type:
             return cache[text]
 
         def __setstate__(self, state: object) -> None:
-            """Ignore the state. There are no instances."""
+            """Ignore the state, because there are no instances."""
 
     return Encode
 
@@ -178,7 +178,7 @@ def check_key(key: object) -> None:
 
 
 def _with_checked_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
-    """Wrap the standard handler of `opcode` to check the `keys` on the stack first."""
+    """Wrap the standard handler of `opcode` in a handler that checks the keys on the stack."""
     handle: Callable[[Any], None] = pickle._Unpickler.dispatch[opcode[0]]
 
     def checked(unpickler: Any) -> None:
@@ -192,8 +192,8 @@ def _with_checked_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
 class _Unpickler(pickle._Unpickler):
     """Unpickles containers, numbers, strings and stubs without executing code from the file.
 
-    It extends the Python implementation in the standard library, because the C implementation
-    hashes keys before they can be checked.
+    The base class is the Python implementation in the standard library. The C implementation hashes
+    keys before they can be checked.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class _Unpickler(pickle._Unpickler):
             raise UnsafePickleError("refers to external objects")
         return self._persistent(pid)
 
-    dispatch = {  # noqa: RUF012  # as in the base class
+    dispatch = {  # noqa: RUF012  # a class attribute, as in the base class
         **pickle._Unpickler.dispatch,
         **{
             opcode[0]: _with_checked_keys(opcode, keys)
@@ -243,18 +243,19 @@ def unpickle(
     """Read the next pickle in a stream.
 
     Args:
-        stream: seekable stream. Afterward, its position is at the end of the pickle.
-        find: returns the stub for a class or function with a given full name.
-        persistent: returns the object with a given persistent ID. By default, there are none.
-        encoding: encoding of strings from Python 2, or "bytes" to return them as bytes.
+        stream: seekable stream. The function leaves its position at the end of the pickle.
+        find: function that returns the stub for the full name of a class or function.
+        persistent: function that returns the object for a persistent ID. By default, such IDs raise
+            an error.
+        encoding: encoding of strings from Python 2, or "bytes" to return bytes.
 
     Raises:
         UnsafePickleError: the pickle requests code or external objects.
         Exception: any exception, if the pickle is damaged.
     """
     start = stream.tell()
-    # The unpickler allocates memory for lengths and memo indices before it reads the data. In a
-    # damaged file, this can be gigabytes. genops checks lengths against the available bytes.
+    # The unpickler allocates memory for lengths and memo indices before it reads the data. For a
+    # damaged file, it could allocate gigabytes. `genops` compares lengths with the available bytes.
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
             raise ValueError("memo index out of range")
@@ -265,12 +266,12 @@ def unpickle(
 
 
 def with_numpy(find: Callable[[str], type]) -> Callable[[str], type]:
-    """Extend `find` with the stubs for NumPy arrays."""
+    """Extend `find` with stubs for NumPy arrays."""
     return lambda name: _NUMPY[name] if name in _NUMPY else find(name)
 
 
 def reject_all(name: str) -> type:
-    """Reject every class or function. This is the strictest `find`."""
+    """Reject every class and function. This is the strictest function for `find`."""
     raise UnsafePickleError(f"tries to call {name[:80]!a}")
 
 
@@ -284,13 +285,13 @@ def reject_dangerous(name: str) -> type[Stub]:
 
 
 def read_pickle(file: Path) -> dict[str, object]:
-    """Read a pickled dictionary that Python 2 or 3 wrote. Raises DataError."""
+    """Read a pickled dictionary from Python 2 or 3. Raises DataError for any other content."""
     content = file.read_bytes()
     try:
         unpickled = unpickle(io.BytesIO(content), with_numpy(reject_all), encoding="bytes")
     except UnsafePickleError as error:
         raise DataError(
-            f"{file} {error}, which no data set needs (it was not executed); do not trust this file"
+            f"{file} {error}, which no data set needs (nothing was executed); do not use this file"
         ) from error
     except Exception as error:  # the unpickler can raise any exception for damaged data
         raise DataError(

@@ -1,7 +1,7 @@
-"""Load data sets: CIFAR-10 and CIFAR-100 in all formats, image directories, and digits.
+"""Load data sets: CIFAR-10 and CIFAR-100 in all formats, image directories, and the digits.
 
-Each data set becomes a `Dataset` of 32x32 RGB images in memory. Files are untrusted: any damaged or
-malicious file raises a one-line `DataError`.
+Each data set becomes a `Dataset` of 32x32 RGB images in memory. Files are untrusted. Every damaged
+or malicious file raises a `DataError` with a one-line message.
 """
 
 import os
@@ -33,12 +33,12 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
     takes precedence over a data set with the same name. `Dataset.remarks` reports unusual data.
 
     Args:
-        data: a name, or a path as for `load_directory`.
-        evaluation: load for evaluation only, which requires only test images.
+        data: the name of a data set, or a path as in `load_directory`.
+        evaluation: load for evaluation only. The data then need only test images.
         skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
-        UsageError: `data` is empty or an unknown name.
+        UsageError: `data` is empty or is an unknown name.
         DataError: the data set cannot be read.
         DownloadError: the data set cannot be downloaded.
     """
@@ -60,7 +60,7 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
 
 
 def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> Path:
-    """Download CIFAR-10 or CIFAR-100 if necessary, with a progress bar, and return its directory.
+    """Download CIFAR-10 or CIFAR-100 with a progress bar if necessary. Return its directory.
 
     Args:
         name: "cifar10" or "cifar100".
@@ -82,13 +82,13 @@ def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> P
 def load_digits() -> Dataset:
     """Load scikit-learn's 1,797 handwritten digits, upsampled from 8x8 grayscale to 32x32 RGB.
 
-    scikit-learn includes the images, so no download is needed. The test split is a fixed,
-    stratified fifth of the images.
+    scikit-learn includes the images, so there is no download. The test split is a fixed stratified
+    fifth of the images.
     """
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
-    grays = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # pixel values are 0..16
+    grays = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the originals are 0..16
     images = torch.empty((len(grays), 3, 32, 32), dtype=torch.uint8)
     for index, gray in enumerate(grays):
         upsampled = Image.fromarray(gray).resize((32, 32), Image.Resampling.BICUBIC)
@@ -112,17 +112,18 @@ def load_digits() -> Dataset:
 def load_directory(
     path: StrPath, *, evaluation: bool = False, skip_broken: bool = False
 ) -> Dataset:
-    """Load the data set in `path` or, for CIFAR, in a subdirectory with the published name.
+    """Load the data set in a directory or an archive.
 
-    The function supports CIFAR-10 and CIFAR-100 (fine labels) in their binary and Python formats,
-    as directories or as the published archives. An archive is unpacked in the directory that
-    contains it. CIFAR is compared with the published data: a minor difference causes a remark, a
-    major one an error. The function also supports image directories (see
-    `image_directory.load_image_directory`).
+    The function supports CIFAR-10 and CIFAR-100 (fine labels) in the binary and Python formats. The
+    files can be in `path` or in a subdirectory with the published name. Published archives are
+    unpacked next to the archive. The data are compared with the published data. A minor difference
+    adds a remark, and a major difference raises an error.
+
+    The function also supports image directories (see `image_directory.load_image_directory`).
 
     Args:
         path: a directory or an archive. A leading ~ is expanded.
-        evaluation: load for evaluation only, which requires only test images.
+        evaluation: load for evaluation only. The data then need only test images.
         skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
@@ -147,7 +148,7 @@ def load_directory(
             if (path / archive).is_file():
                 return _load_archive(path / archive)
         if any(path.rglob("*.mat")) or any(path.glob("*-matlab.tar.gz")):
-            # SciPy's reader crashes the process on some damaged files.
+            # The MATLAB reader of SciPy crashes the process for some damaged files.
             raise DataError(
                 f"{name} contains MATLAB files, which are not supported; use the binary format "
                 "(resnet56 data fetch)"
@@ -169,7 +170,7 @@ def load_directory(
 
 
 def _load_archive(archive: Path) -> Dataset:
-    """Load a published archive. Unpack it if its directory is missing."""
+    """Load a published archive. Unpack the archive if its directory is missing."""
     directory = archive.with_name(ARCHIVES[archive.name])
     if not directory.is_dir():
         try:

@@ -1,7 +1,7 @@
-"""TrivialAugment: one random transform of random magnitude for each image.
+"""TrivialAugment: apply one random transform of random magnitude to each image.
 
-From Müller & Hutter 2021 (arXiv:2103.10158), with the wide augmentation space of 14 transforms. The
-results equal those of Pillow. The transforms process batches on any device.
+The method is from Müller & Hutter 2021 (arXiv:2103.10158). This module implements the wide
+augmentation space of 14 transforms, for batches on any device. The results equal those of Pillow.
 """
 
 import math
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEVELS = 30  # levels from -30 to 30 cover the range of a transform
+LEVELS = 30  # levels are integers from -30 to 30, and magnitudes are levels / 30
 
-# (N, 3, H, W) uint8 and magnitudes (N,) from -1 to 1 -> (N, 3, H, W) uint8
+# Takes images (N, 3, H, W) uint8 and magnitudes (N,) from -1 to 1, and returns transformed images.
 Transform = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -22,7 +22,7 @@ def trivial_augment(images: Tensor, transforms: Tensor, levels: Tensor) -> Tenso
 
     Args:
         images: (N, 3, H, W) uint8.
-        transforms: (N,) int64, indices into TRANSFORMS, on the CPU to avoid synchronization.
+        transforms: (N,) int64, indices of TRANSFORMS. They are on the CPU to avoid synchronization.
         levels: (N,) int64 from -LEVELS to LEVELS, on the device of the images.
 
     Returns:
@@ -40,7 +40,7 @@ def _identity(images: Tensor, _: Tensor) -> Tensor:
     return images
 
 
-# Geometric transforms, with nearest-neighbor sampling. Pixels outside the image are black.
+# Geometric transforms use nearest-neighbor sampling. Pixels outside the image are black.
 
 
 def _shear_x(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ Row = tuple[Tensor | float, Tensor | float, Tensor | float]
 
 
 def _affine(images: Tensor, x_row: Row, y_row: Row) -> Tensor:
-    """Sample each pixel at x = x_row @ (x, y, 1) and y = y_row @ (x, y, 1), in pixels."""
+    """Sample the pixel at (x, y) from (x_row @ (x, y, 1), y_row @ (x, y, 1)), in pixels."""
     count, _, height, width = images.shape
-    # Coordinates of the pixel centers.
+    # These are the coordinates of the pixel centers.
     x = torch.arange(width, device=images.device) + 0.5
     y = torch.arange(height, device=images.device)[:, None] + 0.5
 
@@ -89,7 +89,7 @@ def _affine(images: Tensor, x_row: Row, y_row: Row) -> Tensor:
     return torch.where((in_rows & in_cols)[:, None], sampled, 0)
 
 
-# Color transforms that interpolate between a degenerate image and the original, or extrapolate.
+# These color transforms interpolate between a degenerate image and the original, or extrapolate.
 
 
 def _brightness(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -106,17 +106,17 @@ def _contrast(images: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _sharpness(images: Tensor, magnitudes: Tensor) -> Tensor:
-    """Blend with a degenerate image that is blurred, except for its border."""
+    """Blend each image with a blurred copy whose border is not blurred."""
     floats = images.float()
     blurred = floats.clone()
-    # A pixel has weight 5, and each of its eight neighbors has weight 1.
+    # Each pixel has weight 5, and each of its eight neighbors has weight 1.
     total = F.avg_pool2d(floats, 3, stride=1, divisor_override=1) + 4 * floats[..., 1:-1, 1:-1]
     blurred[..., 1:-1, 1:-1] = (total / 13 + 0.5).floor()
     return _blend(blurred, images, magnitudes)
 
 
 def _gray(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> (N, 1, H, W) int: rounded luma of ITU-R BT.601, in fixed point."""
+    """Compute the rounded luma (ITU-R BT.601) in fixed point: (N, 3, H, W) -> (N, 1, H, W) int."""
     red, green, blue = images.int().split(1, dim=1)
     return torch.bitwise_right_shift(19595 * red + 38470 * green + 7471 * blue + 0x8000, 16)
 
@@ -126,12 +126,12 @@ def _blend(degenerate: Tensor, images: Tensor, magnitudes: Tensor) -> Tensor:
     return (degenerate + factors * (images - degenerate.float())).clamp(0, 255).byte()
 
 
-# Color transforms of individual values. The sign of the magnitude has no effect.
+# These color transforms change each value separately. The sign of the magnitude has no effect.
 
 
 def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
-    """Keep the upper two to eight bits."""
-    dropped = (6 * magnitudes.abs()).round().byte()  # rounds half to even
+    """Keep the two to eight most significant bits."""
+    dropped = (6 * magnitudes.abs()).round().byte()
     return (images >> dropped[:, None, None, None]) << dropped[:, None, None, None]
 
 
@@ -155,7 +155,7 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
     ones = torch.ones_like(values)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(2, values, ones)
-    # As in Pillow, the step excludes the pixels with the largest value.
+    # As in Pillow, pixels with the largest value do not count for the step.
     largest = counts.gather(2, values.amax(dim=2, keepdim=True))
     step = (values.shape[2] - largest) // 255
     before = counts.cumsum(dim=2) - counts
