@@ -28,8 +28,9 @@ README = """\
 the normalization constants, the recipe and all metrics. `tools/add_pretrained.py` writes all files
 in this directory.
 
-To load a model in Python, use `resnet56.load("resnet56")`. To evaluate a model, run `resnet56
-evaluate NAME --data DIR`. By default, `resnet56 predict` and `resnet56 serve` use `resnet56`.
+To load a model in Python, use `resnet56.load("resnet56")`. To evaluate a model, run
+`resnet56 evaluate NAME --data DIR`. By default, `resnet56 predict` and `resnet56 serve` use
+`resnet56`.
 
 **Data.** The models were trained on the 50,000 training images of CIFAR-10, of which 72 were
 re-encoded as JPEG. The metrics below were measured on the original images. Each model is the result
