@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
     # model
     "model": {"errors", "notebook"},
     "inspection": {"model"},
+    "optimizer": {"errors", "recipe"},
     # kernels
     "kernels.compiler": set(),
     "kernels.fused": {"kernels.compiler", "model"},
@@ -83,14 +84,20 @@ ARROWS: dict[str, set[str]] = {
     "distillation": {"data.batches", "errors", "inference", "runs.checkpoint", "runtime"},
     "step": {
         "distillation", "ema", "errors", "kernels.compiler", "kernels.fused", "kernels.native",
-        "model", "recipe", "runtime",
+        "model", "optimizer", "recipe", "runtime",
     },
     # training and prediction
+    "training.fine_tuning": {
+        "distillation", "errors", "recipe", "runs.checkpoint", "runs.schema",
+    },
     "training.setup": {
         "data.augment", "data.batches", "data.dataset", "distillation", "distributed", "errors",
         "model", "recipe", "runs.checkpoint", "runs.schema", "runs.sources", "runtime", "step",
+        "training.fine_tuning",
     },
-    "training.final_weights": {"data.dataset", "ema", "evaluation", "model", "training.setup"},
+    "training.final_weights": {
+        "data.dataset", "ema", "evaluation", "model", "training.fine_tuning", "training.setup",
+    },
     "training.record": {
         "data.dataset", "errors", "files", "recipe", "runs.checkpoint", "runs.directory",
         "runs.schema", "runtime", "training.setup",
@@ -307,7 +314,7 @@ def test_the_documented_layout_names_every_module() -> None:
 def test_only_these_packages_import_recipes() -> None:
     """The other packages take plain arguments. The report describes recipes."""
     knowing = {name.partition(".")[0] for name, below in ARROWS.items() if "recipe" in below}
-    assert knowing == {"benchmark", "step", "training", "sweep", "report", "cli"}
+    assert knowing == {"benchmark", "optimizer", "step", "training", "sweep", "report", "cli"}
 
 
 def test_the_public_names_are_pinned_and_exist() -> None:

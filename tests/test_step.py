@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from resnet56.ema import EMA, reestimate_batch_norm
 from resnet56.errors import UsageError
 from resnet56.model import build
+from resnet56.optimizer import make_optimizer
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.runs.checkpoint import not_finite
-from resnet56.step import Trainer, learning_rate, make_optimizer, prepare_model
+from resnet56.step import Trainer, learning_rate, prepare_model
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -223,6 +224,32 @@ def test_a_step_uses_the_given_rate() -> None:
 
 
 @pytest.mark.parametrize("decay_norm", [True, False])
+def test_adamw_matches_the_plain_implementation(decay_norm: bool) -> None:
+    """The same gradients for both, three times."""
+    recipe = make_recipe(optimizer="adamw", decay_norm=decay_norm, weight_decay=0.1, lr=0.01)
+    model, other = build("resnet8", seed=0), build("resnet8", seed=0)
+    optimizer = make_optimizer(model, recipe)
+    matrices = [p for p in other.parameters() if p.ndim > 1]
+    vectors = [p for p in other.parameters() if p.ndim == 1]
+    plain = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.1 * decay_norm}],
+        lr=0.01,
+        weight_decay=0.1,
+        foreach=False,
+        fused=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        optimizer.step()
+        plain.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay_norm", [True, False])
 def test_weight_decay_applies_to_the_right_parameters(decay_norm: bool) -> None:
     model = build("resnet8-b", seed=0)
     for parameter in model.parameters():
@@ -411,6 +438,7 @@ def test_reestimated_statistics_are_means_over_the_batches() -> None:
         {},
         {"ema_decay": (0.9,)},
         {"momentum": 0.0},
+        {"optimizer": "adamw"},
         {"nesterov": True, "ema_decay": (0.3, 0.9), "val_size": 1},
     ],
     ids=lambda fields: "-".join(fields) or "plain",

@@ -1,6 +1,6 @@
 """Exponential moving averages (EMA) of the weights of a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,10 @@ class EMA:
 
 @torch.no_grad()
 def reestimate_batch_norm(
-    model: nn.Module, batches: Iterable[Tensor], precision: Precision = "fp32"
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    precision: Precision = "fp32",
+    frozen: Sequence[nn.Module] = (),
 ) -> None:
     """Replace the running statistics of batch norm with the means over `batches`.
 
@@ -55,15 +58,19 @@ def reestimate_batch_norm(
         model: changed in place, and left in evaluation mode.
         batches: batches of normalized images, each (B, 3, S, S), on the device of the model.
         precision: precision of the forward pass.
+        frozen: modules whose statistics do not change.
     """
     device = next(model.parameters()).device
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    fixed = {module for parent in frozen for module in parent.modules()}
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m not in fixed]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.num_batches_tracked = torch.tensor(0, device=device)  # keep the saved tensor unchanged
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean over the batches
     model.train()
+    for module in frozen:
+        module.eval()
     with autocast(device, precision):
         for images in batches:
             model(images)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from resnet56.errors import UsageError, one_line, option
 
+Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["step", "cosine", "one-cycle"]
 Mixing = Literal["none", "cutmix", "mixup", "ricap"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -32,6 +33,16 @@ class Recipe:
     """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56
     (no shortcuts), and other depths."""
 
+    weights: str = ""
+    """Initial weights: a run, a file or a pretrained model of the same architecture. The classifier
+    is new if the classes differ. The images are normalized as for these weights, which must not
+    have been trained on the validation images."""
+
+    freeze: tuple[str, ...] = ()
+    """Layers of --weights that are not trained: conv1, bn1, stage1, stage2, stage3 or a part of
+    them such as stage3.0, or body, which is everything but the classifier. Their batch norm
+    statistics do not change either."""
+
     epochs: int = 40
     """Number of epochs."""
 
@@ -41,14 +52,18 @@ class Recipe:
     lr: float = 0.02
     """Peak learning rate."""
 
+    optimizer: Optimizer = "sgd"
+    """Optimizer. sgd: stochastic gradient descent with momentum; adamw: AdamW (Loshchilov & Hutter
+    2019), which needs a much lower learning rate, such as 0.001."""
+
     momentum: float = 0.9
-    """SGD momentum."""
+    """Momentum of SGD."""
 
     nesterov: bool = False
-    """Use Nesterov momentum."""
+    """Use Nesterov momentum in SGD."""
 
     weight_decay: float = 1e-4
-    """Weight decay (L2 penalty)."""
+    """Weight decay: an L2 penalty with SGD, decoupled from the gradient with AdamW."""
 
     decay_norm: bool = True
     """Also apply weight decay to batch norm parameters and biases."""
@@ -199,9 +214,9 @@ class Recipe:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov requires a momentum above 0")
-        _require(
-            len(set(self.teacher)) == len(self.teacher), "teacher", self.teacher, "all different"
-        )
+        for name in ("teacher", "freeze"):
+            values = getattr(self, name)
+            _require(len(set(values)) == len(values), name, values, "all different")
         _require(0 < self.teacher_weight <= 1, "teacher_weight", self.teacher_weight, "in (0, 1]")
         bounds = f"above 0 and at most {MAX_VALUE:,}"
         temperature = self.teacher_temperature
@@ -296,7 +311,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         return value
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            raise UsageError(f"{name} must be a list of numbers, not {one_line(repr(value))}")
+            items = "names" if get_args(kind)[0] is str else "numbers"
+            raise UsageError(f"{name} must be a list of {items}, not {one_line(repr(value))}")
         return tuple(_convert(name, get_args(kind)[0], item) for item in value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:

@@ -1,7 +1,7 @@
 """One training step: forward and backward pass, optimizer, schedule and EMA."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.fused import fused_norm_relu
 from resnet56.kernels.native import native_network
 from resnet56.model import ResNet
+from resnet56.optimizer import make_optimizer, restore_state, state_of
 from resnet56.recipe import Execution, Recipe
 from resnet56.runtime import DTYPES, Precision, autocast
 
@@ -84,6 +85,8 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
 def _native(model: ResNet, precision: Precision, *, allow_avx512: bool) -> nn.Module:
     if precision != "bf16":
         raise UnavailableError(f"it requires bf16, not {precision}")
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        raise UnavailableError("it does not support frozen layers")
     return native_network(model, allow_avx512=allow_avx512)
 
 
@@ -106,32 +109,6 @@ def _probe_compiler(model: nn.Module) -> None:
         ) from None
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Return an SGD optimizer.
-
-    Without `decay_norm`, weight decay does not apply to batch norm parameters and biases.
-    """
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    vector_decay = recipe.weight_decay if recipe.decay_norm else 0.0
-    optimizer = torch.optim.SGD(
-        [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "weight_decay": vector_decay},
-        ],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        fused=True,
-    )
-    if recipe.momentum:
-        # If the first fp16 step overflows, the fused kernel leaves the buffers that it creates
-        # uninitialized. Buffers of zeros give the same first step.
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
 class Trainer:
     """Performs training steps, and sums the loss and the accuracy of the epoch on the device.
 
@@ -142,6 +119,7 @@ class Trainer:
         recipe: the training configuration.
         precision: precision of the forward and backward passes.
         teachers: teachers for distillation, or None.
+        frozen: modules that stay in evaluation mode. Their parameters do not require gradients.
     """
 
     def __init__(
@@ -151,8 +129,11 @@ class Trainer:
         recipe: Recipe,
         precision: Precision,
         teachers: Teachers | None = None,
+        *,
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
         self.teachers = teachers
+        self.frozen = frozen
         self.model = model
         self.wrapped = wrapped
         self.recipe = recipe
@@ -165,6 +146,12 @@ class Trainer:
         # The first step whose loss is not finite, or -1.
         self.first_nonfinite_step = torch.tensor(-1, device=self.device)
 
+    def train_mode(self) -> None:
+        """Set the model to training mode, except for its frozen modules."""
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+
     def reset_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
         """Reset the sums at the start of an epoch, or restore those of an interrupted epoch."""
         # MPS does not support float64.
@@ -172,7 +159,7 @@ class Trainer:
         self.sums = torch.tensor([loss_sum, correct], dtype=dtype, device=self.device)
 
     def step(self, images: Tensor, targets: Tensor, lr: float, step: int) -> None:
-        """Perform one SGD step.
+        """Perform one training step.
 
         Adds the loss and the number of correct predictions to `sums`, without synchronizing with
         the device. If the targets are probabilities, a prediction counts as the target probability
@@ -226,14 +213,10 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that resuming needs in addition to `weights`.
 
-        These are the momentum buffers, the weights of the model if there is an EMA, and all EMAs if
-        there are several.
+        These are the state of the optimizer, the weights of the model if there is an EMA, and all
+        EMAs if there are several.
         """
-        state = {
-            f"momentum.{name}": self.optimizer.state[parameter]["momentum_buffer"]
-            for name, parameter in self.model.named_parameters()
-            if self.optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
-        }
+        state, _ = state_of(self.model, self.optimizer)
         if self.emas:
             state |= {f"raw.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if len(self.emas) > 1:
@@ -246,12 +229,7 @@ class Trainer:
         self.model.load_state_dict(_with_prefix(state, "raw.") if self.emas else weights)
         for i, ema in enumerate(self.emas):
             ema.restore(_with_prefix(state, f"ema.{i}.") if len(self.emas) > 1 else weights)
-        for name, parameter in self.model.named_parameters():
-            momentum = state.get(f"momentum.{name}")
-            if momentum is not None:
-                # Keep the memory format of the parameter, so that the next step rounds the same.
-                buffer = torch.empty_like(parameter).copy_(momentum)
-                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        restore_state(self.model, self.optimizer, state)
 
 
 def _with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

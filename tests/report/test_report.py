@@ -855,6 +855,15 @@ def test_descriptions_of_recipes() -> None:
     assert "disabled" not in recipe_words.augmentation(plain, flips=True)
     assert recipe_words.is_augmented(Recipe(padding=0, mix="mixup"), flips=False)
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))
+    tuned = Recipe(optimizer="adamw", weights="runs/a", freeze=("conv1", "bn1"))
+    assert recipe_words.optimizer(tuned).startswith(
+        "The network is trained with AdamW (batch size 32) for 40 epochs. Training starts from the "
+        "weights of runs/a. The layers conv1 and bn1 are frozen."
+    )
+    assert "Only the classifier" in recipe_words.optimizer(replace(tuned, freeze=("body",)))
+    assert {"weights", "freeze"} <= recipe_words.fields(tuned, flips=True).keys()
+    assert not {"momentum", "nesterov"} & recipe_words.fields(tuned, flips=True).keys()
+    assert not {"weights", "freeze"} & recipe_words.fields(Recipe(), flips=True).keys()
 
 
 def test_number_formats() -> None:

@@ -227,6 +227,11 @@ def test_optimizers_and_schedules_in_a_few_words() -> None:
     often = replace(RECIPES["report"], drop_epochs=tuple(map(float, range(1, 12))))
     assert slides.schedule(often) == "Learning rate: 0.02, multiplied by 0.5 at 11 epochs."
     assert slides.schedule(replace(often, drop_epochs=())) == "Learning rate: 0.02, constant."
+    tuned = replace(RECIPES["he2015"], optimizer="adamw", weights="runs/a", freeze=("body",))
+    assert slides.optimizer(tuned) == (
+        "Optimizer: AdamW with batch size 128, weight decay 0.0001, pretrained weights, and frozen "
+        "layers."
+    )
     assert "distillation, and EMA" in slides.optimizer(replace(BEST, teacher=("resnet56",)))
 
 

@@ -164,7 +164,7 @@ def _hide_empty_defaults(options_type: type) -> None:
 
 
 def _hint(label: str) -> str:
-    return "" if label in ("None", "") else f"(default: {label})"
+    return "" if label in ("None", "", "''") else f"(default: {label})"
 
 
 def _format_help(text: str) -> str:

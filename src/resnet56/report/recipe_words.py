@@ -119,12 +119,13 @@ def fields(recipe: Recipe, *, flips: bool) -> dict[str, Any]:
         name: value
         for name, value in recipe.to_json().items()
         if applies(recipe, name) and not (name == "flip" and recipe.flip and not flips)
-        if name not in OPTIONS or value not in (0, "none", [])  # 0 == False
+        if name not in OPTIONS or value not in (0, "none", "", [])  # 0 == False
     }
 
 
-# Fields that turn something off with 0, False, "none" or an empty list.
+# Fields that turn something off with 0, False, "none", an empty string or an empty list.
 OPTIONS = (
+    *("weights", "freeze"),
     *("nesterov", "warmup_epochs", "label_smoothing", "alternate_flip", "sizes", "cutout"),
     *("trivial_augment", "mix", "ema_decay", "teacher", "teacher_random", "val_size"),
 )
@@ -136,6 +137,8 @@ def applies(recipe: Recipe, name: str) -> bool:
         "drop_epochs": recipe.schedule == "step",
         "drop_factor": recipe.schedule == "step"
         and any(epoch < recipe.epochs for epoch in recipe.drop_epochs),
+        "momentum": recipe.optimizer == "sgd",
+        "nesterov": recipe.optimizer == "sgd",
         "decay_norm": recipe.weight_decay > 0,
         "alternate_flip": recipe.flip,
         "mix_alpha": recipe.mix != "none",
@@ -156,13 +159,17 @@ def is_augmented(recipe: Recipe, *, flips: bool) -> bool:
 
 
 def optimizer(recipe: Recipe) -> str:
-    """Describe the optimizer, weight decay, label smoothing and EMA."""
-    momentum = f"momentum {recipe.momentum:g}" if recipe.momentum else "no momentum"
+    """Describe the initial weights, the optimizer, weight decay, label smoothing and EMA."""
+    momentum = f"momentum {recipe.momentum:g}, " if recipe.momentum else "no momentum, "
     if recipe.nesterov:
         momentum = f"Nesterov {momentum}"
+    method = f"stochastic gradient descent ({momentum}"
+    if recipe.optimizer == "adamw":
+        method = "AdamW ("
     sentences = [
-        f"The network is trained with stochastic gradient descent ({momentum}, batch size "
-        f"{recipe.batch_size:,}) for {plural(recipe.epochs, 'epoch')}."
+        f"The network is trained with {method}batch size {recipe.batch_size:,}) for "
+        f"{plural(recipe.epochs, 'epoch')}.",
+        *_fine_tuning(recipe),
     ]
     if recipe.weight_decay:
         exempt = "" if recipe.decay_norm else " It does not apply to batch norm and biases."
@@ -183,6 +190,20 @@ def optimizer(recipe: Recipe) -> str:
             f"{decays} per step, and uses the one with the highest validation accuracy."
         )
     return " ".join(sentences)
+
+
+def _fine_tuning(recipe: Recipe) -> list[str]:
+    """Describe the initial weights and the frozen layers."""
+    sentences = []
+    if recipe.weights:
+        sentences.append(f"Training starts from the weights of {recipe.weights}.")
+    if "body" in recipe.freeze:
+        sentences.append("Only the classifier is trained; all other layers are frozen.")
+    elif recipe.freeze:
+        layers = "layer" if len(recipe.freeze) == 1 else "layers"
+        verb = "is" if len(recipe.freeze) == 1 else "are"
+        sentences.append(f"The {layers} {listed(recipe.freeze)} {verb} frozen.")
+    return sentences
 
 
 def _distillation(recipe: Recipe) -> str:

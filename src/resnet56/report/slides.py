@@ -181,14 +181,17 @@ def training(facts: RunFacts) -> Slide:
 def optimizer(recipe: Recipe) -> str:
     """The optimizer in a few words."""
     momentum = f"{'Nesterov ' if recipe.nesterov else ''}momentum {recipe.momentum:g}"
+    is_sgd = recipe.optimizer == "sgd"
     settings = [
-        *([momentum] if recipe.momentum else []),
+        *([momentum] if recipe.momentum and is_sgd else []),
         f"batch size {count(recipe.batch_size)}",
         *([f"weight decay {recipe.weight_decay:g}"] if recipe.weight_decay else []),
         *(["distillation"] if recipe.teacher else []),
         *(["EMA"] if recipe.ema_decay else []),
+        *(["pretrained weights"] if recipe.weights else []),
+        *(["frozen layers"] if recipe.freeze else []),
     ]
-    return f"Optimizer: SGD with {listed(settings)}."
+    return f"Optimizer: {'SGD' if is_sgd else 'AdamW'} with {listed(settings)}."
 
 
 def schedule(recipe: Recipe) -> str:

@@ -21,6 +21,7 @@ from resnet56.runs.schema import (
     Count,
     EmaCandidate,
     Fraction,
+    InitialWeights,
     Loss,
     NonNegative,
     PositiveInt,
@@ -93,6 +94,7 @@ class CheckpointMetadata(TypedDict, total=False):
     ema_decay: Fraction  # decay of the selected EMA; set at the end of the run
     ema_candidates: list[EmaCandidate]  # all EMAs of the run
     teachers: list[Teacher]  # teachers of knowledge distillation
+    initial_weights: InitialWeights  # weights that the run started from
     precision: Text  # fp32, bf16 or fp16
     execution: Text  # eager, fused, native or compiled
     loss_scale: LossScale | None  # null unless the precision is fp16
@@ -129,7 +131,7 @@ class Checkpoint:
 
     config: ModelConfig
     model: Mapping[str, "Tensor"]  # EMA weights if the run has any, otherwise the raw weights
-    training: Mapping[str, "Tensor"] = field(default_factory=dict)  # momentum, raw weights
+    training: Mapping[str, "Tensor"] = field(default_factory=dict)  # optimizer, raw weights
     progress: Progress = field(default_factory=Progress)
     metadata: Mapping[str, Any] = field(default_factory=dict)  # see CheckpointMetadata
 

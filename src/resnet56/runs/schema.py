@@ -61,6 +61,15 @@ class Teacher(TypedDict):
     sha256: Text  # SHA-256 of the weights
 
 
+class InitialWeights(TypedDict):
+    """The weights that a run started from."""
+
+    weights: Text  # run, file or pretrained model, as in the recipe
+    arch: Text  # name of the architecture
+    sha256: Text  # SHA-256 of the weights
+    new_classifier: bool  # whether the classifier was new, because the classes differ
+
+
 class Environment(TypedDict, total=False):
     """environment.json: the machine, software and data set of a run."""
 
@@ -84,6 +93,7 @@ class Environment(TypedDict, total=False):
     execution: Text  # eager, fused, native or compiled
     execution_reason: Text  # why a faster execution mode was not used
     teachers: list[Teacher]  # teachers of knowledge distillation
+    initial_weights: InitialWeights  # weights that the run started from
     resumed: "list[Environment]"  # one environment for each time the run was resumed
 
 

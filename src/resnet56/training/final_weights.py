@@ -12,6 +12,7 @@ from resnet56.data.dataset import Split
 from resnet56.ema import REESTIMATION_DECAY, REESTIMATION_IMAGES, reestimate_batch_norm
 from resnet56.evaluation import evaluate
 from resnet56.model import build
+from resnet56.training.fine_tuning import freeze
 from resnet56.training.setup import TrainingSetup
 
 
@@ -78,5 +79,6 @@ def _reestimate(
     batches = replace(setup.batches, rank=0, world_size=1)
     count = math.ceil(REESTIMATION_IMAGES / batches.global_batch)
     images = (images for images, _ in batches.epoch(epoch))
-    reestimate_batch_norm(model, itertools.islice(images, count), setup.precision)
+    frozen = freeze(model, setup.trainer.recipe.freeze)
+    reestimate_batch_norm(model, itertools.islice(images, count), setup.precision, frozen)
     return model.state_dict()

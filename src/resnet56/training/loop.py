@@ -74,7 +74,7 @@ class TrainingLoop:
         self.progress = saved.progress if saved is not None else Progress()
         recorded = saved.metadata.get("threads") if saved is not None else None
         self.log(threads.begin(self.progress.step, recorded))
-        self.setup = set_up(recipe, dataset, device, dist)
+        self.setup = set_up(recipe, dataset, device, dist, saved)
         self.trainer, self.batches = self.setup.trainer, self.setup.batches
         self.cadence = Cadence(self.batches.steps, stop, threads, dist, device)
         self.throughput = ThroughputMonitor(threads, device.type)
@@ -84,6 +84,9 @@ class TrainingLoop:
         prepared = self.setup.prepared
         if prepared.remedy:
             self.log(f"training is slower than necessary: {prepared.reason}; {prepared.remedy}")
+        initial = self.setup.initial_weights
+        if initial is not None and saved is None and initial["new_classifier"]:
+            self.log(f"the classifier is new, because {initial['weights']} has other classes")
         if saved is not None:
             self.log(restore(self.setup, saved, run))
 
@@ -129,7 +132,7 @@ class TrainingLoop:
         self.trainer.reset_sums(
             *((start.loss_sum, start.correct) if self.dist.is_main_process else ())
         )
-        self.trainer.model.train()
+        self.trainer.train_mode()
         for images, labels in self.batches.epoch(start.epoch, start.epoch_step):
             step, epoch_step = self.progress.step, self.progress.epoch_step + 1
             lr = learning_rate(self.recipe, step, self.batches.steps)

@@ -38,9 +38,14 @@ def load_checkpoint(
         if value != saved_fields[name]
     ]
     if differing:
+        longer = (
+            f"; to train longer, start a new run with {option('weights', str(run.path))}"
+            if recipe.epochs != saved_fields["epochs"]
+            else ""
+        )
         raise RunError(
             f"{run.path} has a different recipe ({', '.join(differing)}); resume it with the same "
-            f"options, or choose another directory for {option('out')}"
+            f"options, or choose another directory for {option('out')}{longer}"
         )
     if checkpoint.metadata.get("data") != fingerprint:
         its_data = either("its own data set", "its own data with --data")
@@ -101,6 +106,8 @@ def describe_environment(
     }
     if setup.teachers:
         result["teachers"] = setup.teachers
+    if setup.initial_weights is not None:
+        result["initial_weights"] = setup.initial_weights
     if setup.prepared.reason:
         result["execution_reason"] = setup.prepared.reason
     return cast(Environment, result)
@@ -155,6 +162,7 @@ def save_checkpoint(
         "loss_scale": trainer.scaler.state_dict() or None,
         **metadata,
         **({"teachers": setup.teachers} if setup.teachers else {}),
+        **({"initial_weights": setup.initial_weights} if setup.initial_weights else {}),
     }
     run.save(Checkpoint(setup.config, weights, trainer.state(), progress, metadata))
 

@@ -11,13 +11,14 @@ from resnet56.data.dataset import Dataset, Split, channel_statistics, training_s
 from resnet56.distillation import Teachers, fingerprint
 from resnet56.distributed import Distributed, synchronize_batch_norm
 from resnet56.errors import UsageError, option
-from resnet56.model import build
+from resnet56.model import ResNet, build
 from resnet56.recipe import Recipe
-from resnet56.runs.checkpoint import ModelConfig
-from resnet56.runs.schema import Teacher
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
+from resnet56.runs.schema import InitialWeights, Teacher
 from resnet56.runs.sources import open_model
 from resnet56.runtime import Precision, resolve_precision
 from resnet56.step import PreparedModel, Trainer, prepare_model
+from resnet56.training.fine_tuning import freeze, load_weights
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TrainingSetup:
         batches: training batches on the device.
         validation: validation images, or None.
         teachers: teachers, as in environment.json.
+        initial_weights: the weights that training started from, as in environment.json, or None.
     """
 
     config: ModelConfig
@@ -41,26 +43,56 @@ class TrainingSetup:
     batches: Batches
     validation: Split | None
     teachers: list[Teacher]
+    initial_weights: InitialWeights | None
 
 
 def set_up(
-    recipe: Recipe, dataset: Dataset, device: torch.device, dist: Distributed
+    recipe: Recipe,
+    dataset: Dataset,
+    device: torch.device,
+    dist: Distributed,
+    saved: Checkpoint | None = None,
 ) -> TrainingSetup:
     """Build the model, the trainer and the batches of a training run.
 
+    Args:
+        recipe: the training configuration.
+        dataset: training images.
+        device: training device.
+        dist: rank and world size.
+        saved: checkpoint to continue from, or None. It contains the weights, so those that the run
+            started from are not needed any more.
+
     Raises:
-        RunError: a teacher does not exist or is damaged.
-        UsageError: the validation set, the execution mode or a teacher cannot be used.
+        RunError: the initial weights or a teacher do not exist or are damaged.
+        UsageError: the validation set, the execution mode, the initial weights, the frozen layers
+            or a teacher cannot be used.
     """
     precision = resolve_precision(recipe.precision, device)
     training, validation = training_split(dataset, recipe.val_size)
-    mean, std = channel_statistics(training.images)
+    if recipe.freeze and not recipe.weights:
+        raise UsageError(
+            f"{option('freeze')} requires {option('weights')}, because random layers would not be "
+            "trained"
+        )
+    start = saved
+    if recipe.weights and saved is None:
+        start = open_model(recipe.weights).checkpoint
+    # The initial weights expect images that are normalized as in their own training.
+    if start is not None:
+        mean, std = start.config.mean, start.config.std
+    else:
+        mean, std = channel_statistics(training.images)
     config = ModelConfig(recipe.arch, dataset.classes, mean, std)
     teachers = {name: open_model(name).checkpoint for name in recipe.teacher}
     ensemble = Teachers(teachers, config, device, precision) if teachers else None
-    trainer, prepared = _build_trainer(
-        recipe, len(dataset.classes), device, precision, dist, ensemble
-    )
+    model = build(recipe.arch, classes=len(dataset.classes), seed=recipe.seed)
+    initial: InitialWeights | None = None
+    if saved is not None:
+        initial = saved.metadata.get("initial_weights")
+    elif start is not None:
+        initial = load_weights(model, start, recipe, dataset.classes)
+    trainer, prepared = _build_trainer(model, recipe, device, precision, dist, ensemble)
     batches = Batches(
         training.to(device),
         mean,
@@ -76,7 +108,9 @@ def set_up(
         {"teacher": name, "arch": teacher.config.arch, "sha256": fingerprint(teacher)}
         for name, teacher in teachers.items()
     ]
-    return TrainingSetup(config, precision, trainer, prepared, batches, validation, records)
+    return TrainingSetup(
+        config, precision, trainer, prepared, batches, validation, records, initial
+    )
 
 
 def augmentation_of(recipe: Recipe, *, allow_flip: bool) -> Augmentation:
@@ -104,29 +138,31 @@ def step_costs(recipe: Recipe) -> list[float]:
 
 
 def _build_trainer(
+    model: ResNet,
     recipe: Recipe,
-    classes: int,
     device: torch.device,
     precision: Precision,
     dist: Distributed,
     teachers: Teachers | None,
 ) -> tuple[Trainer, PreparedModel]:
-    """Build the model on its device, its trainer and its forward pass."""
-    model = build(recipe.arch, classes=classes, seed=recipe.seed)
+    """Move the model to its device, and build its trainer and its forward pass."""
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dist.world_size == 1:
+        frozen = freeze(model, recipe.freeze)
         prepared = prepare_model(model, recipe.execution, precision)
-        return Trainer(model, prepared.module, recipe, precision, teachers), prepared
+        trainer = Trainer(model, prepared.module, recipe, precision, teachers, frozen=frozen)
+        return trainer, prepared
     if recipe.execution not in ("auto", "eager"):
         raise UsageError(
             f"{recipe.execution} execution does not support several processes; use "
             f"{option('execution', 'auto')}"
         )
     model = synchronize_batch_norm(model)  # type: ignore[assignment]
+    frozen = freeze(model, recipe.freeze)
     ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids)
     # The batch norm statistics are already synchronized. This is set as an attribute because the
     # name of the argument differs between PyTorch releases.
     wrapped.broadcast_buffers = False
     prepared = PreparedModel(wrapped, "eager", "several processes require synchronized batch norm")
-    return Trainer(model, wrapped, recipe, precision, teachers), prepared
+    return Trainer(model, wrapped, recipe, precision, teachers, frozen=frozen), prepared

@@ -1,0 +1,101 @@
+"""Start from trained weights, and freeze layers."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from resnet56.distillation import fingerprint
+from resnet56.errors import UsageError, one_line, option
+from resnet56.recipe import Recipe
+from resnet56.runs.checkpoint import Checkpoint, require_fit
+from resnet56.runs.schema import InitialWeights
+
+BODY = "body"  # in `freeze`: all modules except the classifier
+CLASSIFIER = "fc"
+
+
+def load_weights(
+    model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, classes: tuple[str, ...]
+) -> InitialWeights:
+    """Load the weights of `checkpoint`, without its classifier if its classes differ.
+
+    Args:
+        model: the model to train, with random weights.
+        checkpoint: the model that `weights` of the recipe names.
+        recipe: the training configuration.
+        classes: classes of the training images.
+
+    Returns:
+        The entry of environment.json.
+
+    Raises:
+        UsageError: the checkpoint has another architecture.
+        RunError: the weights do not fit the model.
+    """
+    arch = checkpoint.config.arch
+    if arch != recipe.arch:
+        raise UsageError(
+            f"the weights of {recipe.weights} are of {arch}, but the recipe trains {recipe.arch}; "
+            f"set {option('arch', arch)} or choose other {option('weights')}"
+        )
+    new_classifier = checkpoint.config.classes != classes
+    kept = {
+        name: tensor
+        for name, tensor in checkpoint.model.items()
+        if not (new_classifier and name.startswith(f"{CLASSIFIER}."))
+    }
+    expected = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (new_classifier and name.startswith(f"{CLASSIFIER}."))
+    }
+    require_fit(kept, expected, f"the weights of {recipe.weights} do not fit {recipe.arch}")
+    model.load_state_dict(kept, strict=False)
+    return {
+        "weights": recipe.weights,
+        "arch": arch,
+        "sha256": fingerprint(checkpoint),
+        "new_classifier": new_classifier,
+    }
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Disable the gradients of modules.
+
+    Args:
+        model: the model to train.
+        names: names of modules, such as "stage1" or "stage3.0", or "body".
+
+    Returns:
+        The modules.
+
+    Raises:
+        UsageError: there is no such module, or nothing remains to train.
+    """
+    children = [name for name, _ in model.named_children()]
+    frozen: list[nn.Module] = []
+    for name in names:
+        if name == BODY and CLASSIFIER in children:
+            frozen += [model.get_submodule(child) for child in children if child != CLASSIFIER]
+            continue
+        try:
+            frozen.append(model.get_submodule(name))
+        except AttributeError:
+            choices = [*children, BODY] if CLASSIFIER in children else children
+            raise UsageError(
+                f"{option('freeze')}: the network has no layer {one_line(repr(name))}; choose "
+                f"{', '.join(choices[:10])} or a part of them, such as {_example(model)}"
+            ) from None
+    for module in frozen:
+        module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            f"{option('freeze')} {' '.join(names)} leaves no layer to train; freeze fewer layers"
+        )
+    return frozen
+
+
+def _example(model: nn.Module) -> str:
+    """Return the name of a module within another."""
+    nested = [name for name, _ in model.named_modules() if "." in name]
+    return nested[0] if nested else "stage3.0"
