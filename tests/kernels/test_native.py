@@ -379,7 +379,7 @@ def test_backward_through_overwritten_activations_is_an_error() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         first = config(x)
         config(x)
-    with pytest.raises(RuntimeError, match="overwritten by a later forward pass"):
+    with pytest.raises(RuntimeError, match="a later forward pass has overwritten"):
         first.sum().backward()
 
 

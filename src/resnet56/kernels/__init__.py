@@ -1,1 +1,1 @@
-"""C kernels for training on a CPU, compiled at run time, and the modules that call them."""
+"""C kernels for training on a CPU, and the modules that compile and call them."""

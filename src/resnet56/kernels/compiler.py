@@ -1,4 +1,4 @@
-"""Compile and load the C kernels at run time. Callers fall back to PyTorch if that fails."""
+"""Compile and load the C kernels at run time. If this fails, callers fall back to PyTorch."""
 
 import ctypes
 import functools
@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
-# IEEE arithmetic, except that multiply-adds may be fused. errno is not set.
+# The compiler may fuse multiply-adds, and math functions need not set errno. Otherwise, arithmetic
+# follows IEEE 754.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 
 
 class UnavailableError(Exception):
     """A kernel is not available on this machine.
 
-    The message states the reason. `remedy` says what the user can do, if anything.
+    The message states the reason. `remedy` states what the user can do, or is empty.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
@@ -32,12 +33,12 @@ class UnavailableError(Exception):
 def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     """Compile and load a C file of `kernels/`, which must define `int resnet56_threads(void)`.
 
-    A process compiles a kernel once per compiler. The library is deleted after it is loaded, so
-    that it cannot become outdated or be modified.
+    A process compiles a kernel once per compiler. The function deletes the library after loading
+    it, so that the file cannot become outdated or be modified.
 
     Raises:
-        UnavailableError: there is no compiler, the compilation fails, or the library uses a
-            different OpenMP runtime than PyTorch.
+        UnavailableError: there is no compiler, the compilation fails, or the library and PyTorch
+            use different OpenMP runtimes.
     """
     if sys.platform != "linux":
         raise UnavailableError("the kernels require Linux")
@@ -83,7 +84,7 @@ def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        # The usual reason is that the temporary directory is mounted with noexec.
+        # Usually, the temporary directory is mounted with noexec.
         raise UnavailableError(
             f"the compiled kernel could not be loaded: {error}",
             "set TMPDIR to a directory that allows execution",
@@ -91,7 +92,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _check_threads(library: ctypes.CDLL) -> None:
-    """Check that the kernel uses PyTorch's thread pool. A second one would compete for cores."""
+    """Check that the kernel uses PyTorch's threads. More threads would compete for the cores."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)
@@ -99,4 +100,4 @@ def _check_threads(library: ctypes.CDLL) -> None:
     finally:
         torch.set_num_threads(before)
     if not shared:
-        raise UnavailableError("the kernel's OpenMP runtime is not the one that PyTorch uses")
+        raise UnavailableError("the kernel and PyTorch use different OpenMP runtimes")

@@ -1,17 +1,17 @@
 /* relu(batch_norm(x) + residual), forward and backward, each in two passes over memory.
  *
- * PyTorch runs three memory-bound kernels for this in each direction. Tensors are channels_last:
- * `rows` = N * H * W pixels of `channels` values; `channels` is a multiple of LANES. Compile with
- * -DREAL=float, or with -DREAL=uint16_t -DBF16 for bfloat16. Arithmetic is in float; sums over
- * more than BLOCK rows are in double.
+ * PyTorch runs three memory-bound kernels for this in each direction. Tensors are channels_last.
+ * They have `rows` = N * H * W pixels of `channels` values. `channels` is a multiple of LANES.
+ * Compile with -DREAL=float, or with -DREAL=uint16_t -DBF16 for bfloat16. Arithmetic uses float,
+ * but sums over more than BLOCK rows use double.
  */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16 /* floats per vector: an AVX-512 register, which compilers split if needed */
-#define BLOCK 64 /* rows per block, which fits in the L1 cache */
+#define LANES 16 /* floats per AVX-512 register; compilers split vectors for other processors */
+#define BLOCK 64 /* rows per block; a block fits in the L1 cache */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -37,7 +37,7 @@ static inline vec load(const REAL *p) { return *(const unaligned_vec *)p; }
 static inline void store(REAL *p, vec value) { *(unaligned_vec *)p = value; }
 #endif
 
-/* ReLU or its gradient: returns `value` if `y` is positive or NaN, otherwise zero. */
+/* Computes ReLU or its gradient: returns `value` if `y` is positive or NaN, otherwise zero. */
 static inline vec where_positive(vec y, vec value) {
     vec zero = {0};
     return (vec)(~(ivec)(y <= zero) & (ivec)value);
@@ -45,7 +45,7 @@ static inline vec where_positive(vec y, vec value) {
 
 static inline long min_long(long a, long b) { return a < b ? a : b; }
 
-/* Computes the rows of this thread, in whole blocks, as a function of the number of threads. */
+/* Computes the range of rows of this thread, in whole blocks. */
 static void thread_rows(long rows, long *first, long *end) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long blocks = (rows + BLOCK - 1) / BLOCK;
@@ -53,7 +53,7 @@ static void thread_rows(long rows, long *first, long *end) {
     *end = min_long(blocks * (thread + 1) / threads * BLOCK, rows);
 }
 
-/* Sums over all threads, in the same order in each, so that all results are bitwise equal. */
+/* Adds the sums of all threads, always in the same order, so that results are reproducible. */
 static double sum_over_threads(const double *sums, long stride) {
     double sum = 0;
     for (int thread = 0; thread < omp_get_num_threads(); thread++) sum += sums[thread * stride];
@@ -67,16 +67,16 @@ static void add_lanes(double *sums, vec values) {
 /* Returns the number of OpenMP threads. The loader compares it with that of PyTorch. */
 int resnet56_threads(void) { return omp_get_max_threads(); }
 
-/* y = relu((x - mean) * scale + bias + residual). `residual` may be null. Updates `running_mean`
- * and `running_var`. Writes four rows of `channels` floats to `saved`: mean, 1 / standard
- * deviation, scale and bias.
+/* Computes y = relu((x - mean) * scale + bias + residual). `residual` may be null. Updates
+ * `running_mean` and `running_var`. Writes four rows of `channels` floats to `saved`: mean,
+ * 1 / standard deviation, scale and bias.
  */
 void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, long channels,
                       const float *weight, const float *bias, float *running_mean,
                       float *running_var, float momentum, float eps, float *saved) {
     double sums[omp_get_max_threads() * 2 * channels];
     float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels;
-    float pivot[channels]; /* the first row, subtracted to avoid cancellation in the variance */
+    float pivot[channels]; /* subtracting the first row avoids cancellation in the variance */
     for (long c = 0; c < channels; c += LANES) *(unaligned_vec *)(pivot + c) = load(x + c);
     memcpy(saved + 3 * channels, bias, channels * sizeof *bias);
 #pragma omp parallel
@@ -103,7 +103,7 @@ void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, l
         for (long c = 0; c < channels; c++) {
             double offset = sum_over_threads(sums + c, stride) / rows;
             double var = sum_over_threads(sums + channels + c, stride) / rows - offset * offset;
-            if (var < 0) var = 0; /* rounding; NaN passes through */
+            if (var < 0) var = 0; /* a rounding error; NaN stays NaN */
             mean[c] = pivot[c] + offset;
             invstd[c] = 1 / sqrt(var + eps);
             scale[c] = weight[c] * invstd[c];
@@ -126,8 +126,9 @@ void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, l
     }
 }
 
-/* `y` and `residual_grad` are null if the forward pass had no residual. In this case, the
- * sign of the output is recomputed, which is cheaper than reading it.
+/* Computes the gradients of x, the residual, the weight and the bias. `y` and `residual_grad` are
+ * null if the forward pass had no residual. The function then recomputes the sign of the output,
+ * which is faster than reading the output.
  */
 void resnet56_backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x_grad,
                        REAL *residual_grad, long rows, long channels, const float *saved,
@@ -167,7 +168,7 @@ void resnet56_backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x
             double product = sum_over_threads(sums + channels + c, stride) * invstd[c];
             bias_grad[c] = sum;
             weight_grad[c] = product;
-            /* scale * (grad - sum / rows - (x - mean) * invstd * product / rows) */
+            /* x_grad = scale * (grad - sum / rows - (x - mean) * invstd * product / rows) */
             x_scale[c] = -scale[c] * invstd[c] * product / rows;
             constant[c] = -scale[c] * sum / rows;
         }

@@ -1,8 +1,8 @@
 """Compute relu(batch_norm(x) + residual) in one CPU kernel (kernels/fused.c).
 
-PyTorch's separate operations read and write the same memory three times, which takes a third of a
-training step of ResNet-56. The kernel compiles in half a second. Training falls back to PyTorch's
-operations if there is no C compiler or if the kernel's results differ from PyTorch's.
+PyTorch runs separate operations, which read and write the same memory three times. They take a
+third of a training step of ResNet-56. The kernel compiles in half a second. Training falls back to
+PyTorch's operations if there is no C compiler or if the kernel's results differ from PyTorch's.
 """
 
 import ctypes
@@ -16,16 +16,16 @@ from torch.autograd.function import once_differentiable
 from resnet56.kernels.compiler import UnavailableError, compile_kernel
 from resnet56.model import NormReLU, norm_relu
 
-LANES = 16  # as in fused.c; the number of channels must be a multiple of it
-MAX_CHANNELS = 1024  # a limit, because the kernel keeps its sums on the stack
+LANES = 16  # equal to LANES in fused.c; the number of channels must be a multiple of it
+MAX_CHANNELS = 1024  # more channels could overflow the stack, which stores the sums
 REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
 
 
 def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
-    """Return the kernel for training with activations of `dtype`, float32 or bfloat16.
+    """Return a replacement for `model.norm_relu`. `dtype` is float32 or bfloat16.
 
-    The kernel replaces `model.norm_relu`. It calls that function in evaluation mode, and for
-    tensors with an unsupported dtype, device or number of channels.
+    The replacement runs the kernel in training mode. It calls `model.norm_relu` in evaluation mode,
+    and for tensors with another dtype, an unsupported device or an unsupported number of channels.
 
     Raises:
         UnavailableError: the kernel cannot be compiled, or its results differ from PyTorch's.
@@ -33,7 +33,7 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
     return _fused_norm_relu(_load(dtype), dtype)
 
 
-@functools.cache  # compares each library with PyTorch once
+@functools.cache  # compare each library with PyTorch once
 def _fused_norm_relu(library: ctypes.CDLL, dtype: torch.dtype) -> NormReLU:
     def fused(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not (_supports_norm(norm) and _supports_input(x, dtype)):
@@ -154,7 +154,7 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _check(fused: NormReLU, dtype: torch.dtype) -> None:
-    """Compare the kernel with PyTorch, forward and backward."""
+    """Compare outputs and gradients of the kernel with those of PyTorch."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(4, 32, 5, 5, generator=generator) for _ in range(3)]
     x, residual, grad = (t.to(dtype, memory_format=torch.channels_last) for t in tensors)
@@ -173,5 +173,5 @@ def _check(fused: NormReLU, dtype: torch.dtype) -> None:
         assert actual is not None
         assert expected is not None
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
-        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # also rejects NaN
+        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # True for NaN
             raise UnavailableError("the kernel's results differ from PyTorch's on this machine")

@@ -1,18 +1,19 @@
-/* The convolutions of a residual network, fused with the operations around them, on a processor's
- * matrix unit.
+/* The convolutions of a residual network on a processor's matrix unit. Each convolution is fused
+ * with the operations before and after it.
  *
  * With separate operations, a training step is memory-bound: each convolution, batch norm, ReLU and
  * addition reads and writes entire feature maps. Here, one call computes a convolution, forward or
- * backward. In the same pass, in the L1 cache, it computes the operations before the convolution
- * (batch norm, shortcut, ReLU) and the sums for the batch norm after it. Only three kinds of
- * feature maps are stored in memory, all in bfloat16: convolution outputs `z`, block outputs `x`
- * and gradients `g`.
+ * backward. The call also computes the operations before the convolution (batch norm, shortcut,
+ * ReLU) and the sums for the batch norm after it, while the values are in the L1 cache. Memory
+ * stores only three types of feature maps, all in bfloat16: convolution outputs `z`, block outputs
+ * `x` and gradients `g`.
  *
- * Feature maps are (images, height, width, channels); channels is a multiple of 16. A thread
- * copies a few images at a time into a row of positions (illustrated in positions.h). A zero pixel
- * follows each row of pixels, and a row of zeros follows each image. They provide the padding on
- * both sides. In this layout, a tap of the kernel is a shift within the row. A convolution is
- * therefore a sum of products of two tiles: 16 positions by 32 inputs, and 32 inputs by 16 outputs.
+ * Feature maps are (images, height, width, channels). The number of channels is a multiple of 16.
+ * A thread copies a few images at a time into a row of positions (see the picture in positions.h).
+ * A zero pixel follows each row of pixels, and a row of zeros follows each image. These zeros
+ * provide the padding on both sides. In this layout, a tap of the kernel is a shift within the row
+ * of positions. A convolution is therefore a sum of products of two tiles: 16 positions by 32
+ * inputs, and 32 inputs by 16 outputs.
  *
  * tests/kernels/reference.py computes the same convolution with plain loops over this layout.
  */
@@ -31,7 +32,7 @@ static void add_sums(double *sums, const float *group_sums, long channels, long 
             sums[r * MAX_CHANNELS + k] += group_sums[r * MAX_CHANNELS + k];
 }
 
-/* Stores a product in the output map, and accumulates the sums of its values and their squares. */
+/* Stores a product in the output map, and adds its values and their squares to `sums`. */
 static void store_results(const Conv *c, const float *tile, long rows, long columns,
                           const int32_t *pixel_of, long first_pixel, long k, float *sums) {
     for (long v = 0; v < columns; v += LANES) {
@@ -60,7 +61,7 @@ static void finish_statistics(Norm *norm, const Scratch *all, long channels, dou
             squares += all[t].sums[MAX_CHANNELS + k];
         }
         double mean = sum / rows, var = squares / rows - mean * mean;
-        if (var < 0) var = 0; /* rounding; NaN passes through */
+        if (var < 0) var = 0; /* a rounding error; NaN stays NaN */
         norm->mean[k] = mean;
         norm->invstd[k] = 1 / sqrt(var + norm->eps);
         norm->scale[k] = norm->weight[k] * norm->invstd[k];
@@ -77,8 +78,8 @@ static void thread_range(long groups, long *first, long *end) {
     *end = groups * (thread + 1) / threads;
 }
 
-/* Initializes the scratch memory of this thread and configures its tile registers. `saved` receives
- * their previous configuration. */
+/* Initializes the scratch memory of this thread and configures its tile registers. Stores the
+ * previous configuration in `saved`. */
 static Scratch *begin_thread(const Conv *c, char *arena, long arena_bytes, Scratch *all,
                             struct config *saved) {
     Scratch *m = all + omp_get_thread_num();
@@ -88,15 +89,15 @@ static Scratch *begin_thread(const Conv *c, char *arena, long arena_bytes, Scrat
     return m;
 }
 
-/* 64 positions by 16 outputs, or 32 by 32. */
+/* Computes the product for 64 positions by 16 outputs, or 32 positions by 32 outputs. */
 static inline void product(long columns, const bf16 *a, long stride, const int32_t *offsets,
                            long chunks, const bf16 *b, float *tile) {
     if (columns == LANES) product_64x16(a, stride, offsets, chunks, b, tile);
     else product_32x32(a, stride, offsets, chunks, b, tile);
 }
 
-/* Computes z = conv(input) and the statistics of the batch norm after it. `arena` has `arena_bytes`
- * per thread. */
+/* Computes z = conv(input) and the statistics of the batch norm after the convolution. `arena` has
+ * `arena_bytes` per thread. */
 void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads) {
     Scratch all[threads];
     Layout l = layout_of(c);
@@ -133,11 +134,11 @@ void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads
 
 /* ---- backward ---- */
 
-/* Returns the gradient that the shortcut adds at a pixel of the block's input. With a stride, it is
- * zero at the pixels that the shortcut skips. */
+/* Returns the gradient that the shortcut adds at a pixel of the block's input. With a stride, the
+ * gradient is zero at pixels that the shortcut skips. */
 static inline __m512 shortcut_gradient(const Conv *c, long pixel, long k) {
     long stride = c->skip_stride, width = c->width, x = pixel % width, y = pixel / width;
-    /* y counts rows over all images, which is valid because heights are even. */
+    /* y counts the rows of all images, which is correct because heights are even. */
     if (x % stride || y % stride) return _mm512_setzero_ps();
     long at = y / stride * (width / stride) + x / stride;
     if (c->skip == PROJECTED) return load(c->skip_g + at * c->in + k);
@@ -145,8 +146,8 @@ static inline __m512 shortcut_gradient(const Conv *c, long pixel, long k) {
     return load(c->skip_g + at * c->skip_channels + channels_before + k);
 }
 
-/* Stores a product as the gradient of the input: adds the shortcut's gradient, applies the mask of
- * the ReLU, and accumulates the sums for the gradient of the batch norm before it.
+/* Stores a product as the gradient of the input. Adds the shortcut's gradient, applies the mask of
+ * the ReLU, and computes the sums for the gradient of the batch norm before the ReLU.
  * `input`, `skip` and `projected` are constants, so the compiler specializes the loop. */
 static inline __attribute__((always_inline)) void store_gradients_as(
     const Conv *c, long input, long skip, long projected, const float *tile, long rows,
@@ -200,8 +201,8 @@ static void store_gradients(const Conv *c, const float *tile, long rows, long co
 #undef STORE
 }
 
-/* Computes the gradients of a batch norm's parameters from the sums of all threads, and the
- * coefficients of dz = scale (g - sum / rows - (z - mean) invstd^2 products / rows). */
+/* Computes the gradients of a batch norm's parameters from the sums of all threads. Also computes
+ * the coefficients of dz = scale (g - sum / rows - (z - mean) invstd^2 products / rows). */
 static void finish_gradient(Norm *norm, const Scratch *all, long row, long channels, double rows) {
 #pragma omp for
     for (long k = 0; k < channels; k++) {
@@ -220,14 +221,14 @@ static void finish_gradient(Norm *norm, const Scratch *all, long row, long chann
     }
 }
 
-/* Accumulates the weight gradient over the images in the row of positions. */
+/* Adds the weight gradient of the images in the row of positions to m->weight_grad. */
 static void accumulate_weight_gradient(const Conv *c, const Layout *l, Scratch *m, long count) {
     long n = position_count(l), used = (count * l->span + 31) / 32 * 32;
-    long plane_pitch = n + 32; /* an odd number of cache lines avoids conflicts */
+    long plane_pitch = n + 32; /* an odd number of cache lines avoids cache conflicts */
     interleave_positions(m->input, c->in, n, 0, m->pairs);
     if (l->pad) interleave_positions(m->input, c->in, n, 1, m->pairs + n * c->in);
     transpose_positions(m->gradient + l->lead * c->out, c->out, used, plane_pitch, m->planes);
-    /* A tile holds 16 inputs of one tap. A call computes five tiles for 16 outputs, or two tiles
+    /* A tile contains 16 inputs of one tap. A call computes five tiles for 16 outputs, or two tiles
      * for 32 outputs. */
     long tiles = l->taps * c->in / LANES, tiles_per_call = c->out == LANES || tiles % 2 ? 5 : 2;
     long row_bytes = 4 * l->taps * c->in, rows = tiles_per_call == 2 ? 2 * LANES : LANES;
@@ -252,8 +253,8 @@ static void accumulate_weight_gradient(const Conv *c, const Layout *l, Scratch *
         }
 }
 
-/* Computes the gradients of the weights and the input, and the sums for the batch norms before the
- * convolution. The input PIXELS has no gradient. */
+/* Computes the gradients of the weights, the input, and the batch norms before the convolution. An
+ * input of PIXELS needs no gradient. */
 void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long threads) {
     Scratch all[threads];
     Layout l = layout_of(c);
@@ -303,9 +304,10 @@ void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long thread
     }
 }
 
-/* ---- the output of the last block and its global average pooling ---- */
+/* ---- output of the last block and global average pooling ---- */
 
-/* `c` describes a BLOCK input without a convolution. `pooled` is (images, in). */
+/* Computes the output of the last block and its average over all pixels. `c` describes a BLOCK
+ * input without a convolution. `pooled` is (images, in). */
 void resnet56_pool_forward(const Conv *c, float *pooled, long threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < c->images; i++) {

@@ -1,9 +1,11 @@
 """Training steps in C on the matrix unit of a CPU (kernels/native.c).
 
 In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write entire
-feature maps. Here, each convolution is fused with the operations around it, and takes one call in
-each direction. Like the smaller kernel of `fused`, the kernel is compiled at run time and compared
-with PyTorch before it is used. If it is not available, training falls back to a slower mode.
+feature maps. The kernel fuses each convolution with the operations before and after it. A
+convolution takes one call in the forward pass and one call in the backward pass.
+
+Like the smaller kernel of `fused`, the kernel is compiled at run time and compared with PyTorch
+before use. If the kernel is not available, training falls back to a slower mode.
 """
 
 import ctypes
@@ -20,7 +22,7 @@ from resnet56.model import ResNet, build
 
 
 def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwork":
-    """Wrap `model` to run its training steps in C.
+    """Wrap `model` in a module that runs its training steps in C.
 
     Args:
         model: model in fp32 on the CPU.
@@ -30,7 +32,7 @@ def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwo
         UnavailableError: the kernel cannot be compiled, the processor or the model is not
             supported, or the kernel's results differ from PyTorch's.
     """
-    if not allow_avx512 and not _has_matrix_unit():  # compiling would take more than a second
+    if not allow_avx512 and not _has_matrix_unit():  # saves more than a second of compilation
         raise UnavailableError("the processor does not support a matrix unit (AMX)")
     library = compile_kernel("native.c")
     check_layouts(library)
@@ -47,8 +49,8 @@ def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwo
 class NativeNetwork(nn.Module):
     """Runs the training steps of `model` in C.
 
-    It calls `model` for evaluation and for unsupported inputs. It cannot be copied or pickled, but
-    `model` can.
+    This module calls `model` for evaluation and for unsupported inputs. It cannot be copied or
+    pickled. Copy or pickle `model` instead.
 
     Raises:
         UnavailableError: the model is not supported.
@@ -61,7 +63,7 @@ class NativeNetwork(nn.Module):
         self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._library = library
         self._plans: dict[tuple[int, ...], Plan] = {}
-        Plan(library, model, 1, 8, 8, 1)  # checks that the model is supported
+        Plan(library, model, 1, 8, 8, 1)  # raises if the model is not supported
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) normalized images -> (N, classes) logits."""
@@ -88,7 +90,7 @@ class NativeNetwork(nn.Module):
             and x.ndim == 4
             and x.shape[1] == self.model.conv1.in_channels
             and x.shape[2] % 4 == x.shape[3] % 4 == 0
-            # With 16 pixels, the last batch norms would have a single value per channel.
+            # With a total of 16 pixels, the last batch norms would have one value per channel.
             and x.shape[0] * x.shape[2] * x.shape[3] > 16
             and not x.requires_grad
             and all(n.training and n.momentum is not None for n in self._norms)
@@ -97,12 +99,12 @@ class NativeNetwork(nn.Module):
 
 
 class _Features(torch.autograd.Function):
-    """Autograd function from images to pooled features."""
+    """Autograd function that computes pooled features from images."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, images: Tensor, *parameters: Tensor) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(*parameters)  # lets autograd detect changes before the backward pass
+        ctx.save_for_backward(*parameters)  # autograd then detects later changes of parameters
         pooled = plan.forward(images.contiguous(memory_format=torch.channels_last))
         ctx.generation = plan.generation
         return pooled
@@ -112,9 +114,10 @@ class _Features(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.generation != ctx.plan.generation:
             raise RuntimeError(
-                "the activations of this batch were overwritten by a later forward pass"
+                "a later forward pass has overwritten the activations of this batch; call "
+                "backward() before the next forward pass"
             )
-        _ = ctx.saved_tensors  # autograd raises an error if a parameter has changed
+        _ = ctx.saved_tensors  # raises if a parameter has changed since the forward pass
         return None, None, *ctx.plan.backward(grad.float().contiguous())
 
 
@@ -139,12 +142,12 @@ def _check(library: ctypes.CDLL) -> None:
                 logits = network(images).float()
             logits.square().sum().backward()
             statistics = [b for b in model.buffers() if b.is_floating_point()]
-            # Rounding to bf16 changes some ReLU masks, which changes the gradients considerably.
+            # Rounding to bf16 changes the masks of some ReLUs, so the gradients differ more.
             gradients = [p.grad for p in model.parameters()]
             results.append([(0.02, [logits, *statistics]), (0.5, gradients)])
         for (tolerance, expected), (_, actual) in zip(*results, strict=True):
             for a, b in zip(actual, expected, strict=True):
-                if not (a - b).norm() < tolerance * b.norm():  # also rejects NaN
+                if not (a - b).norm() < tolerance * b.norm():  # True for NaN
                     raise UnavailableError(
                         "the kernel's results differ from PyTorch's on this machine"
                     )

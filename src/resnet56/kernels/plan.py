@@ -1,4 +1,4 @@
-"""The calls to kernels/native.c that make up a training step, and their buffers."""
+"""Plan a training step: the sequence of calls to kernels/native.c, and their buffers."""
 
 import ctypes
 import itertools
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from resnet56.kernels.compiler import UnavailableError
 from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet
 
-PIXELS, NORM, BLOCK, PLAIN = range(4)  # as in native.c
+# These constants equal those in positions.h.
+PIXELS, NORM, BLOCK, PLAIN = range(4)
 NONE, IDENTITY, PADDED, PROJECTED = range(4)
-MAX_CHANNELS = 256  # as in native.c
-MAX_GROUP_VALUES = 32768  # values that a thread processes at a time; they fit in its caches
+MAX_CHANNELS = 256
+# A thread processes at most this many values at a time, so that they fit in its caches.
+MAX_GROUP_VALUES = 32768
 
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -53,10 +55,10 @@ class _Field(ctypes.Structure):
 
 
 def check_layouts(library: ctypes.CDLL) -> None:
-    """Compare the layouts of the structs in the library and in this module.
+    """Compare the struct layouts in the library with those in this module.
 
     Raises:
-        UnavailableError: a field is missing on one side, or its offsets differ.
+        UnavailableError: a struct has different fields or offsets.
     """
     for mirror in (_Norm, _Conv):
         name = mirror.__name__.removeprefix("_").lower()
@@ -89,11 +91,11 @@ class _Layer:
 
 @dataclass
 class _BlockOutput:
-    """The operands of the output of a block, relu(norm(z) + shortcut)."""
+    """The operands of a block's output, relu(norm(z) + shortcut)."""
 
     last: _Layer
     shortcut: int = NONE
-    source: Tensor | None = None  # IDENTITY, PADDED: the block's input
+    source: Tensor | None = None  # the block's input, for IDENTITY and PADDED
     projection: _Layer | None = None
 
 
@@ -104,7 +106,7 @@ def _read_layer_output(previous: _Layer, conv: _Conv) -> None:
 
 
 class Plan:
-    """The calls of one training step for one batch shape, and their buffers.
+    """The calls of a training step and their buffers, for one batch shape.
 
     Raises:
         UnavailableError: the model has a block or layer that the kernel does not support.
@@ -118,13 +120,13 @@ class Plan:
         self.images = images
         self.threads = threads
         self.generation = 0  # number of forward passes so far
-        self.layers: list[_Layer] = []  # in the order of the forward pass
-        self._buffers: list[Any] = []  # tensors that the structs point to
+        self.layers: list[_Layer] = []  # layers in the order of the forward pass
+        self._buffers: list[Any] = []  # the structs contain addresses of these tensors
 
         first = self._layer(model.conv1, model.bn1, height, width)
         first.conv.input = PIXELS
         previous = _BlockOutput(first)
-        blocks: list[list[_Conv]] = []  # the convolutions of each block in backward order
+        blocks: list[list[_Conv]] = []  # convolutions of each block in backward order
         for stage in (model.stage1, model.stage2, model.stage3):
             for block in stage:
                 convs, previous, height, width = self._block(block, previous, height, width)
@@ -137,11 +139,11 @@ class Plan:
         scratch = max(library.resnet56_scratch_bytes(ctypes.byref(conv)) for conv in self._backward)
         arena = self._address(torch.zeros(threads * scratch, dtype=torch.uint8))
         self._threads = _long(threads)
-        self._scratch = _pointer(arena), _long(scratch), self._threads  # arguments of every call
+        self._scratch = _pointer(arena), _long(scratch), self._threads  # last arguments of calls
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The convolution weight of each layer, and the weight and bias of its batch norm."""
+        """The parameters of each layer: convolution weight, batch norm weight, batch norm bias."""
         return [
             parameter
             for layer in self.layers
@@ -157,7 +159,7 @@ class Plan:
     def _block(
         self, block: nn.Module, previous: _BlockOutput, height: int, width: int
     ) -> tuple[list[_Conv], _BlockOutput, int, int]:
-        """Return the convolutions of a block in backward order, its output, and the output size."""
+        """Add a block. Return its convolutions in backward order, its output and output size."""
         if not isinstance(block, BasicBlock | BottleneckBlock):
             raise UnavailableError(f"unsupported block: {type(block).__name__}")
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
@@ -169,7 +171,7 @@ class Plan:
             layer = self._layer(module, norm, height, width)
             if layers:
                 _read_layer_output(layers[-1], layer.conv)
-            elif block.shortcut is None:  # only this convolution reads the input of the block
+            elif block.shortcut is None:  # no shortcut reads the block's input
                 _read_layer_output(previous.last, layer.conv)
             else:
                 x = self._read_block_output(previous, layer.conv)
@@ -193,17 +195,17 @@ class Plan:
         projection = self._layer(shortcut[0], shortcut[1], height, width, input_stride=input_stride)
         projection.conv.input, projection.conv.x = PLAIN, x.data_ptr()
         head.skip, head.skip_stride = IDENTITY if input_stride == 1 else PROJECTED, input_stride
-        # The first convolution of the block, the last in `order`, adds this gradient.
+        # The last convolution in `order`, the first of the block, adds the projection's gradient.
         order.insert(len(order) - 1, projection.conv)
         return order, _BlockOutput(layers[-1], PROJECTED, None, projection), height, width
 
     def _layer(
         self, module: nn.Module, norm: nn.Module, height: int, width: int, input_stride: int = 1
     ) -> _Layer:
-        """Describe a convolution of (height, width) maps and allocate its buffers.
+        """Describe a convolution of maps of size (height, width), and allocate its buffers.
 
-        A 1x1 convolution with a stride is computed on every `input_stride`-th pixel of its input.
-        `height` and `width` are then those of its output.
+        A 1x1 convolution with a stride reads every `input_stride`-th pixel of its input. Pass the
+        height and width of its output in this case.
         """
         if type(module) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or not norm.affine:
             raise UnavailableError(f"unsupported layer: {module}, {norm}")
@@ -223,7 +225,7 @@ class Plan:
             8, -(-self.images // self.threads), MAX_GROUP_VALUES // (positions * max(padded, out))
         )
         z = torch.empty(self.images, height // stride, width // stride, out, dtype=torch.bfloat16)
-        # An upper bound on the size of the tiles.
+        # This is an upper bound on the size of the tiles.
         values = kernel * (kernel + 1) * max(padded, 32) * max(out, 32)
         norm_struct = _Norm()
         for name in ("mean", "invstd", "scale", "shift", "g_scale", "z_scale", "constant"):
@@ -240,7 +242,7 @@ class Plan:
         return self.layers[-1]
 
     def _read_block_output(self, previous: _BlockOutput, conv: _Conv) -> Tensor:
-        """Set the input of `conv` to the output of a block, and return that feature map."""
+        """Set the input of `conv` to a block's output. Return the output's feature map."""
         x = torch.empty_like(previous.last.z)
         conv.input, conv.x, conv.z = BLOCK, self._address(x), previous.last.z.data_ptr()
         conv.norm = ctypes.addressof(previous.last.norm)
@@ -254,7 +256,7 @@ class Plan:
         return x
 
     def _assign_gradient_buffers(self, first: _Conv, blocks: list[list[_Conv]]) -> None:
-        """Assign the gradients to five buffers in rotation, the most that a block needs at once."""
+        """Assign five buffers to the gradients in turn. A block needs at most five at a time."""
         largest = max(layer.z.numel() for layer in self.layers)
         buffers = itertools.cycle(
             [self._address(torch.empty(largest, dtype=torch.bfloat16)) for _ in range(5)]
@@ -280,9 +282,9 @@ class Plan:
     # ---- running ----
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) float32 in channels_last -> (N, C) float32, the pooled features."""
+        """Compute pooled features: (N, 3, H, W) float32 in channels_last -> (N, C) float32."""
         self.generation += 1
-        self._images = images  # the backward pass of the first layer reads them
+        self._images = images  # keep the images for the backward pass of the first layer
         self._weights = [
             layer.conv_module.weight.detach().contiguous(memory_format=torch.channels_last)
             for layer in self.layers
@@ -302,7 +304,7 @@ class Plan:
         return pooled
 
     def backward(self, pooled_grad: Tensor) -> list[Tensor]:
-        """Return the gradients of `parameters`."""
+        """Return the gradients of `parameters`, in the same order."""
         grads = []
         for layer, weight in zip(self.layers, self._weights, strict=True):
             grads += [

@@ -1,15 +1,15 @@
-/* Converts feature maps to rows of positions, and weights to tiles, for the convolutions. */
+/* Converts feature maps to rows of positions, and weights to tiles. */
 #include <omp.h>
 #include <stddef.h>
 
 #include "tiles.h"
 
-enum { MAX_CHANNELS = 256 }; /* of a convolution */
+enum { MAX_CHANNELS = 256 }; /* maximum number of inputs or outputs of a convolution */
 enum input { PIXELS, NORM, BLOCK, PLAIN };
 enum shortcut { NONE, IDENTITY, PADDED, PROJECTED };
 
 /* A batch norm, y = z * scale + shift, and the coefficients of its gradient,
- * dz = g * g_scale + z * z_scale + constant. All pointers are to `channels` floats. */
+ * dz = g * g_scale + z * z_scale + constant. Each pointer refers to one float per channel. */
 typedef struct {
     float *weight, *bias, *running_mean, *running_var;
     float *mean, *invstd, *scale, *shift;
@@ -21,10 +21,10 @@ typedef struct {
  *   PIXELS  normalized images, float32, `real_in` channels
  *   NORM    relu(norm(z))
  *   BLOCK   relu(norm(z) + shortcut), also written to x
- *   PLAIN   every `input_stride`-th pixel of x, in each direction
+ *   PLAIN   every `input_stride`-th row and column of x
  */
 typedef struct {
-    long images, height, width; /* of the input, after `input_stride` */
+    long images, height, width; /* size of the input after `input_stride` */
     long in, real_in, out, kernel, stride, input_stride, group;
     long input, shortcut, shortcut_channels;
     const float *weight; /* (out, kernel, kernel, real_in) */
@@ -33,24 +33,25 @@ typedef struct {
     const float *pixels;
     const bf16 *z;
     Norm *norm;
-    const bf16 *shortcut_map; /* IDENTITY, PADDED: block input; PROJECTED: projection z */
+    const bf16 *shortcut_map; /* the block's input, or z of the projection for PROJECTED */
     Norm *shortcut_norm;
     bf16 *x;
     bf16 *result;
     Norm *result_norm;
     const bf16 *g; /* gradient of the output of result_norm */
-    bf16 *g_in;    /* gradient of the output of norm, or of the input if it is PLAIN */
-    /* The shortcut that starts at this input: NONE, IDENTITY, PADDED or PROJECTED. It reads every
-     * `skip_stride`-th pixel. Its gradient skip_g is added to g_in. */
+    bf16 *g_in;    /* gradient of the output of norm, or gradient of a PLAIN input */
+    /* The shortcut that starts at this input: NONE, IDENTITY, PADDED or PROJECTED. The shortcut
+     * reads every `skip_stride`-th row and column. The backward pass adds its gradient skip_g to
+     * g_in. */
     long skip;
     const bf16 *skip_g;
     long skip_stride, skip_channels;
 } Conv;
 
-/* The layouts of the structs, which plan.py compares with its own when it loads the library. A
- * missing or moved field would shift all fields after it. */
+/* Layouts of the structs. plan.py compares them with its own structs when it loads the library,
+ * because a missing or moved field would shift all later fields. */
 typedef struct {
-    const char *name; /* a field, or "sizeof" for the struct; null ends the table */
+    const char *name; /* name of a field, "sizeof" for the struct, or null at the end */
     long offset;
 } Field;
 
@@ -78,15 +79,15 @@ const Field resnet56_conv_fields[] = {
 
 typedef struct {
     bf16 *input, *gradient; /* (positions, channels), padded with zeros */
-    bf16 *pairs;            /* the input with pairs of positions interleaved: even, then odd */
-    bf16 *planes;           /* the gradient as (channels, positions) */
-    int32_t *pixel_of;      /* position -> pixel of the output map, or -1 */
+    bf16 *pairs;            /* input, positions interleaved in pairs: (0, 1)..., then (1, 2)... */
+    bf16 *planes;           /* gradient, (channels, positions) */
+    int32_t *pixel_of;      /* pixel of each position in the output map, or -1 */
     float *weight_grad;     /* (out, taps, in) */
-    double *sums;           /* three rows of MAX_CHANNELS */
+    double *sums;           /* (3, MAX_CHANNELS) */
 } Scratch;
 
-/* The row of positions of two images of 3x2 pixels (height 3, width 2) under a 3x3 kernel, so that
- * `pad` is 1. Digits are the pixels of image 0, letters those of image 1, and dots are zeros:
+/* A row of positions for two images of 3x2 pixels (height 3, width 2) and a 3x3 kernel (`pad` is
+ * 1). Digits are the pixels of image 0, letters are the pixels of image 1, and dots are zeros:
  *
  *     . . . .  0 1 .  2 3 .  4 5 .  . . .  a b .  c d .  e f .  . . .  . . . ...
  *     |        |      |             |      |
@@ -96,17 +97,17 @@ typedef struct {
  *
  * At position p, the tap in row r and column c of the kernel reads position
  * p + (r - pad) * pitch + (c - pad). The dot after a row of pixels is its right padding and the
- * left padding of the next row. Results at the dots are computed too, but not stored: their
+ * left padding of the next row. The dots also have results, but these are not stored, because their
  * `pixel_of` is -1.
  *
- * `pitch` is the number of positions per row of pixels, `span` per image, and `lead` the number of
- * zeros at the start. */
+ * `pitch` is the number of positions per row of pixels, `span` is the number of positions per
+ * image, and `lead` is the number of zeros at the start. */
 typedef struct {
     long pad, pitch, span, lead, count, taps, chunks_in, chunks_out;
 } Layout;
 
-/* Returns the number of chunks of 32 inputs that make up a result. With 16 channels, a chunk covers
- * two adjacent taps. */
+/* Returns the number of chunks of 32 inputs in the sum for a result. With 16 channels, a chunk
+ * covers two adjacent taps. */
 static long chunks_of(long channels, long kernel) {
     if (channels == LANES) return kernel * ((kernel + 1) / 2);
     return kernel * kernel * (channels / 32);
@@ -125,7 +126,8 @@ static Layout layout_of(const Conv *c) {
     return l;
 }
 
-static long position_count(const Layout *l) { /* including the padding that tiles read */
+/* Returns the number of positions, including the padding that tiles read past the end. */
+static long position_count(const Layout *l) {
     return (l->count + 2 * l->lead + 64 + 32 + 63) / 64 * 64;
 }
 
@@ -154,7 +156,7 @@ long resnet56_scratch_bytes(const Conv *c) {
 }
 
 typedef struct {
-    long row, column, channel; /* the first tap of the chunk, and its first channel */
+    long row, column, channel; /* row and column of the first tap, and the first channel */
 } Chunk;
 
 static Chunk chunk_of(long k, long channels, long kernel) {
@@ -169,7 +171,7 @@ static Chunk chunk_of(long k, long channels, long kernel) {
     return chunk;
 }
 
-/* Computes the offset of each chunk from the first value of a position, in values. */
+/* Computes the offset of each chunk from the first value of a position, in number of values. */
 static void offsets_of(int32_t *offsets, long channels, long kernel, const Layout *l) {
     for (long k = 0; k < chunks_of(channels, kernel); k++) {
         Chunk at = chunk_of(k, channels, kernel);
@@ -179,8 +181,8 @@ static void offsets_of(int32_t *offsets, long channels, long kernel, const Layou
 }
 
 /* Packs the weights into bfloat16 tiles: [16 outputs][chunk][input pair][output][2]. For the
- * gradient of the input (`back`), inputs and outputs are swapped and the kernel is rotated by 180
- * degrees. The threads of the parallel region share the work and synchronize at the end. */
+ * gradient of the input (`back`), swaps inputs and outputs and rotates the kernel by 180 degrees.
+ * The threads of the parallel region share the work and synchronize at the end. */
 static void pack(const Conv *c, int back, bf16 *packed) {
     long from = back ? c->out : c->in, to = back ? c->in : c->out, kernel = c->kernel;
     long chunks = chunks_of(from, kernel), taps = kernel * kernel, real = c->real_in;
@@ -189,17 +191,17 @@ static void pack(const Conv *c, int back, bf16 *packed) {
     for (long tile = 0; tile < to / LANES * chunks; tile++) {
         Chunk first = chunk_of(tile % chunks, from, kernel);
         long n = tile / chunks * LANES, tap = first.row * kernel + first.column;
-        int both = from > LANES || first.column + 1 < kernel; /* if not, the second half is zero */
+        int both = from > LANES || first.column + 1 < kernel; /* otherwise, the second half is 0 */
         __m512i rows[16];
         for (long i = 0; i < 16; i++) {
             __m512 low, high = _mm512_setzero_ps();
-            if (!back) { /* 32 inputs of an output, transposed below */
+            if (!back) { /* load 32 inputs of one output; `transpose` follows */
                 const float *w = c->weight + ((n + i) * taps + tap) * real + first.channel;
                 low = _mm512_maskz_loadu_ps(inputs, w);
                 if (both) high = _mm512_maskz_loadu_ps(inputs, w + (real < LANES ? real : LANES));
                 rows[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-            } else { /* 16 inputs of two outputs, interleaved; the kernel is rotated */
-                long second = from == LANES && i >= 8; /* row of the second tap */
+            } else { /* interleave 16 inputs of two outputs, and rotate the kernel */
+                long second = from == LANES && i >= 8; /* this row is in the second tap */
                 long o = from == LANES ? 2 * i % LANES : first.channel + 2 * i;
                 const float *w = c->weight + (o * taps + taps - 1 - tap - second) * real + n;
                 bf16 weights[2 * LANES];
@@ -226,7 +228,7 @@ static void map_pixels(int32_t *pixel_of, const Conv *c, const Layout *l, long s
                     (i * height + y) * width + x;
 }
 
-/* Zeros the lead, the padding of rows and images, and the positions read past the end. */
+/* Writes zeros to the lead, the padding, and the positions that tiles read past the end. */
 static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long channels,
                          long count) {
     memset(positions, 0, l->lead * channels * 2);
@@ -239,7 +241,7 @@ static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long c
     }
 }
 
-/* Returns 16 channels of a pixel of the larger map. Channels outside the map are zero. */
+/* Returns 16 channels of a pixel, starting at `first`. Channels outside the map are zero. */
 static __m512 padded(const bf16 *pixel, long first, long channels) {
     float v[LANES];
     for (long k = first; k < first + LANES; k++) {
@@ -249,12 +251,13 @@ static __m512 padded(const bf16 *pixel, long first, long channels) {
     return load_float(v);
 }
 
-/* Writes a row of the block's output, relu(norm(z) + shortcut), to x and, if not null, `to`. */
+/* Writes a row of the block's output, relu(norm(z) + shortcut), to x. If `to` is not null, also
+ * writes it to `to`. */
 static inline __attribute__((always_inline)) void write_block_row_as(
     const Conv *c, long shortcut, long image, long y, bf16 *to) {
     long channels = c->in, width = c->width, row = (image * c->height + y) * width * channels;
     long channels_before = (channels - c->shortcut_channels) / 2;
-    const bf16 *source = c->shortcut_map; /* PADDED: this row of the larger map */
+    const bf16 *source = c->shortcut_map; /* for PADDED, moved to the row that the shortcut reads */
     if (shortcut == PADDED)
         source += (image * 2 * c->height + 2 * y) * 2 * width * c->shortcut_channels;
     for (long k = 0; k < channels; k += LANES) {
@@ -285,8 +288,8 @@ static void write_block_row(const Conv *c, long image, long y, bf16 *to) {
     else write_block_row_as(c, NONE, image, y, to);
 }
 
-/* Fills the row of positions with the convolution's input. `x_is_written`: the forward pass has
- * already computed x. */
+/* Fills the row of positions with the convolution's input. If `x_is_written`, reads the block
+ * output x instead of computing it. */
 static void fill_input(const Conv *c, const Layout *l, long first, long count, int x_is_written,
                        bf16 *positions) {
     zero_padding(positions, c, l, c->in, count);
@@ -302,7 +305,8 @@ static void fill_input(const Conv *c, const Layout *l, long first, long count, i
             } else if (c->input == NORM) {
                 const bf16 *from = c->z + row * c->in;
                 long next = c->in > LANES ? LANES : 0, step = next ? c->in : 2 * LANES;
-                for (long k = 0; k < c->in; k += 2 * LANES) { /* 32 channels, or 16 of two pixels */
+                /* Process 32 channels at a time, or 16 channels of two pixels. */
+                for (long k = 0; k < c->in; k += 2 * LANES) {
                     const float *scale = c->norm->scale + k, *shift = c->norm->shift + k;
                     __m512 a = load_float(scale), a2 = load_float(scale + next);
                     __m512 b = load_float(shift), b2 = load_float(shift + next);
@@ -324,7 +328,7 @@ static void fill_input(const Conv *c, const Layout *l, long first, long count, i
         }
 }
 
-/* Fills the row of positions with the gradient of the convolution's output, dz. */
+/* Fills the row of positions with dz, the gradient of the convolution's output. */
 static void fill_gradient(const Conv *c, const Layout *l, long first, long count, bf16 *positions) {
     const Norm *norm = c->result_norm;
     long s = c->stride, height = c->height / s, width = c->width / s, out = c->out;
@@ -346,8 +350,8 @@ static void fill_gradient(const Conv *c, const Layout *l, long first, long count
         }
 }
 
-/* (positions, channels) -> pairs of positions, interleaved, from the first position or the second
- * (`odd`). */
+/* Interleaves the channels of each pair of positions. The pairs start at position 0, or at
+ * position 1 if `odd` is set. */
 static void interleave_positions(const bf16 *positions, long channels, long n, int odd,
                                  bf16 *pairs) {
     positions += odd * channels;
@@ -358,7 +362,8 @@ static void interleave_positions(const bf16 *positions, long channels, long n, i
         }
 }
 
-/* (positions, channels) -> (channels, pitch), of the first `count` positions, a multiple of 32. */
+/* Transposes (positions, channels) to (channels, pitch). `count`, the number of positions, is a
+ * multiple of 32. */
 static void transpose_positions(const bf16 *positions, long channels, long count, long pitch,
                                 bf16 *planes) {
     for (long k = 0; k < channels; k += LANES)

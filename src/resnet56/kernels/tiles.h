@@ -1,9 +1,9 @@
-/* Products of tiles of 16 rows by 32 bfloat16 values. They use the matrix unit of the processor
- * (AMX: Intel Architecture Software Developer's Manual, volume 1, chapter 18) if it has one, and
+/* Products of tiles of 16 rows by 32 bfloat16 values. The products use the processor's matrix unit
+ * (AMX: Intel Architecture Software Developer's Manual, volume 1, chapter 18) if available, and
  * vectors otherwise. The results differ only in the order of summation.
  *
- * A tile of the second factor has 16 rows of 16 pairs: pair j of row i holds values 2i and 2i + 1
- * of column j.
+ * A tile of the second factor has 16 rows of 16 pairs. Pair j of row i contains values 2i and
+ * 2i + 1 of column j.
  */
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,8 +12,8 @@
 
 enum { TILE = 512 }; /* bfloat16 values per tile */
 
-/* Contents of the tile registers, each of 16 rows of 64 bytes. Factors are bfloat16 and products
- * float32: [positions x inputs] times [pairs of inputs x outputs].
+/* Contents of the tile registers t0 to t7. A register has 16 rows of 64 bytes. The factors are
+ * bfloat16, and the products are float32: [positions x inputs] times [pairs of inputs x outputs].
  *
  *   product_64x16                          product_32x32
  *                     t4: 16 outputs                   t5: outputs 0-15  t6: 16-31
@@ -30,26 +30,27 @@ enum { TILE = 512 }; /* bfloat16 values per tile */
 
 #ifdef __AMX_BF16__
 
-/* 2: products use the matrix unit; 1: vectors; 0: the system denies access to the matrix unit. */
+/* Returns 2 if products use the matrix unit, 1 if they use vectors, and 0 if the operating system
+ * denies access to the matrix unit. */
 int resnet56_matrix_unit(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 2 : 0;
 }
 
-struct config { /* the layout that LDTILECFG reads */
+struct config { /* the instruction LDTILECFG requires this layout */
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
-/* GCC does not know that tile loads read memory. The barrier completes earlier stores. */
+/* GCC does not know that tile loads read memory. The barrier completes earlier stores first. */
 #define COMPILER_BARRIER __asm__ volatile("" ::: "memory")
 
 static void begin_tiles(struct config *saved) {
     struct config config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
     COMPILER_BARRIER;
-    _tile_storeconfig(saved); /* PyTorch's kernels also use the tile registers */
+    _tile_storeconfig(saved); /* kernels of PyTorch may also use the tile registers */
     _tile_loadconfig(&config);
 }
 
@@ -58,7 +59,7 @@ static void end_tiles(const struct config *saved) {
     else _tile_release();
 }
 
-/* 64 positions by 16 outputs: c[64][16] = sum over chunks k of a[offsets[k]..] times b[k]. */
+/* Computes 64 positions by 16 outputs: c[64][16] = sum over chunks k of a[offsets[k]..] * b[k]. */
 static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                           const bf16 *b, float *c) {
     const char *rows = (const char *)a;
@@ -83,7 +84,8 @@ static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, lo
     _tile_stored(3, c + 768, 64);
 }
 
-/* 32 positions by 32 outputs: c[32][32]. The tiles of outputs 16-31 follow those of 0-15. */
+/* Computes 32 positions by 32 outputs, c[32][32]. In `b`, the tiles of outputs 16-31 follow those
+ * of outputs 0-15. */
 static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                           const bf16 *b, float *c) {
     const char *rows = (const char *)a;
@@ -107,8 +109,8 @@ static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, lo
     _tile_stored(3, c + 528, 128);
 }
 
-/* Up to five tiles of the weight gradient: c[i] += planes (16 outputs by positions) times
- * pairs[i] (positions by 16 inputs), over `chunks` chunks of 32 positions. */
+/* Computes up to five tiles of the weight gradient: c[i] += planes (16 outputs by positions) times
+ * pairs[i] (positions by 16 inputs). The sum is over `chunks` chunks of 32 positions. */
 static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long tiles, long chunks, float *const *c, long c_bytes) {
     const char *b0 = (const char *)pairs[0], *b1 = (const char *)pairs[1];
@@ -137,8 +139,8 @@ static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *p
     if (tiles > 4) _tile_stored(4, c[4], c_bytes);
 }
 
-/* The same for 32 outputs and two tiles of 16 inputs. In `planes` and `c`, outputs 16-31 start 16
- * rows after outputs 0-15. */
+/* Computes the same for 32 outputs and two tiles of 16 inputs. In `planes` and `c`, outputs 16-31
+ * start 16 rows after outputs 0-15. */
 static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long chunks, float *const *c, long c_bytes) {
     const char *a = (const char *)planes, *a2 = a + 16 * plane_bytes;
@@ -176,7 +178,8 @@ struct config {
 static void begin_tiles(struct config *saved) { (void)saved; }
 static void end_tiles(const struct config *saved) { (void)saved; }
 
-/* c[16][16] += a (16 rows of 32 values) times b (16 rows of 16 pairs). Strides are in bytes. */
+/* Computes c[16][16] += a (16 rows of 32 values) times b (16 rows of 16 pairs). Strides are in
+ * bytes. */
 static inline void multiply(const void *a, long a_stride, const void *b, long b_stride, __m512 *c) {
     for (int k = 0; k < 16; k++) {
         __m512bh row = (__m512bh)_mm512_loadu_si512((const char *)b + k * b_stride);
@@ -197,7 +200,7 @@ static inline void store_tile(const __m512 *c, float *to, long bytes) {
     for (int m = 0; m < 16; m++) _mm512_storeu_ps((char *)to + m * bytes, c[m]);
 }
 
-/* 16 positions by 16 outputs: one tile of products. */
+/* Computes a tile of 16 positions by 16 outputs. */
 static inline void product_16x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                                  const bf16 *b, float *to, long bytes) {
     __m512 c[16];

@@ -26,7 +26,8 @@ static inline void store_pair(bf16 *p, __m512 a, __m512 b) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
-static inline __m512 relu(__m512 v) { /* NaN stays NaN */
+/* Computes ReLU. NaN stays NaN. */
+static inline __m512 relu(__m512 v) {
     return _mm512_max_ps(_mm512_setzero_ps(), v);
 }
 
@@ -44,7 +45,8 @@ static inline __m512i interleave(const bf16 *a, const bf16 *b) {
     return _mm512_permutexvar_epi16(order, both);
 }
 
-static void transpose(__m512i r[16]) { /* 16 x 16 values of 32 bits */
+/* Transposes 16 x 16 values of 32 bits. */
+static void transpose(__m512i r[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
