@@ -100,9 +100,9 @@ def test_the_plotted_mistakes_are_the_stored_ones(run: Path) -> None:
 def test_inputs_that_cannot_be_plotted_are_one_line_errors(run: Path, tmp_path: Path) -> None:
     untested = make_run(tmp_path / "untested", BEST, done=0, tested=False)
     tested = make_run(tmp_path / "tested", BEST, images=100)
-    with pytest.raises(RunError, match="untested is not evaluated; evaluate it first"):
+    with pytest.raises(RunError, match="untested has not been evaluated; evaluate it first"):
         resnet56.plot_confusion_matrix(untested)
-    with pytest.raises(RunError, match="untested is not evaluated"):
+    with pytest.raises(RunError, match="untested has not been evaluated"):
         resnet56.plot_mistakes(untested)
     with pytest.raises(UsageError, match="split 'validation'; choose from: test, train"):
         resnet56.plot_calibration(tested, split="validation")

@@ -246,10 +246,10 @@ def test_a_tested_page_says_what_to_say_in_a_meeting(tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", replace(BEST, arch="resnet56-bottleneck"))
     assert "He et al." not in page_of(other).by_id["meeting"]
     text = write_report([run], format="md").read_text(encoding="utf-8")
-    assert "## What to say about it in a meeting\n\n- ResNet-56 reaches" in text
+    assert "## Summary for a meeting\n\n- ResNet-56 reaches" in text
     untested = page_of(make_run(tmp_path / "untested", done=3, tested=False))
     assert "meeting" not in untested.ids
-    assert "For a meeting" not in untested.text
+    assert "Meeting" not in untested.text
 
 
 def test_only_fields_that_apply_are_shown(tmp_path: Path) -> None:
@@ -626,13 +626,13 @@ def test_the_trend_of_the_last_epochs() -> None:
         "1.0000 in the epoch before. More epochs may help."
     )
     falling = only(story.trend(rows(1.0, 0.9), cosine))
-    assert "expected, because the learning rate falls to zero, so it does not show" in falling
+    assert "expected because the learning rate falls to zero. It does not show" in falling
     warming = Recipe(epochs=1, schedule="cosine", warmup_epochs=1)  # the decay never begins
     assert "More epochs may help" in only(story.trend(rows(1.0, 0.9), warming))
     # The loss falls because the last epoch has weaker augmentation.
     tail = Recipe(epochs=1, cutout=8, plain_tail=1)
     falling = only(story.trend(rows(1.0, 0.9), tail))
-    assert "expected, because the augmentation is weaker in the last epochs" in falling
+    assert "expected because the augmentation is weaker in the last epochs" in falling
     unused = Recipe(epochs=1, plain_tail=1)
     assert "More epochs may help" in only(story.trend(rows(1.0, 0.9), unused))
     assert "leveled off" in only(story.trend(rows(1.0, 0.96), step))
@@ -681,7 +681,7 @@ def test_the_most_confused_pair() -> None:
     assert only(story.confusions([one])) == (
         "The most frequent error is “cat” classified as “dog”: 58 images, 5.80 % of the class."
     )
-    assert only(story.confusions([one, back])).endswith("The reverse error occurs on 1 image.")
+    assert only(story.confusions([one, back])).endswith("The reverse error affects 1 image.")
     tied = one | {"true": "a", "predicted": "b"}
     assert only(story.confusions([one, tied])).startswith(
         "One of the most frequent errors is “cat”"
@@ -724,10 +724,10 @@ def test_the_talking_points_are_five_sentences() -> None:
         "88.00 % to 92.00 %).",
         "For comparison, He et al. (2015) report 93.00 % for the same network (above this "
         "interval), and always predicting the most frequent class would reach 60.00 %.",
-        "The most frequent error is “cat” classified as “dog” (100 images); “cat” has the lowest "
-        "recall, 83.33 %.",
+        "The most frequent error is “cat” classified as “dog” (100 images), and “cat” has the "
+        "lowest recall (83.33 %).",
         "Training accuracy is 99.50 %, 9.50 points higher, so the network overfits: it fits almost "
-        "all training images, but not new images equally well.",
+        "all training images, but it is less accurate on new images.",
         "Next, try stronger augmentation or more training images, and repeat the run with other "
         "seeds to measure how much the accuracy varies.",
     ]

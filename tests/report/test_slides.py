@@ -222,7 +222,7 @@ def test_optimizers_and_schedules_in_a_few_words() -> None:
         "Learning rate: 0.02, multiplied by 0.5 after epochs 10, 20, and 30."
     )
     assert slides.schedule(replace(BEST, warmup_epochs=1)) == (
-        "Learning rate: warm-up to 0.1 over 1 epoch, then a cosine to zero."
+        "Learning rate: warm-up to 0.1 over 1 epoch, then cosine decay to zero."
     )
     often = replace(RECIPES["report"], drop_epochs=tuple(map(float, range(1, 12))))
     assert slides.schedule(often) == "Learning rate: 0.02, multiplied by 0.5 at 11 epochs."

@@ -1,6 +1,6 @@
-"""Reports from run directories: one HTML file, Markdown with a directory of images, or slides.
+"""Reports on runs, as one HTML file, as Markdown with a directory of images, or as slides.
 
-A report needs only the files of the run, neither the data set nor a GPU.
+A report needs only the files of the run. It needs neither the data set nor a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,25 +19,26 @@ def write_report(
     format: Literal["html", "md", "slides"] = "html",
     on_error: Callable[[Error], None] | None = None,
 ) -> Path:
-    """Write the report of one run or sweep, the comparison of several runs, or slides about a run.
+    """Write a report on one run or sweep, a comparison of several runs, or slides about a run.
 
     Args:
-        runs: directories of training runs or imported networks, at least one, or the directory of a
+        runs: one or more directories of training runs or imported networks, or the directory of a
             sweep.
-        out: the file to write. By default, report.html (or .md) or slides.html in the run directory
-            for one run, and comparison.html (or .md) in the current directory for several. The
-            images of a Markdown report are written to a directory next to it, such as report-files.
-        format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, "slides" for
-            ten slides in one HTML file, about one run.
-        on_error: called with the error of each run that cannot be read, if there are several runs.
-            The comparison omits these runs. By default, the error is raised.
+        out: the file to write. The default for one run is report.html, report.md or slides.html in
+            the run directory. The default for several runs is comparison.html or comparison.md in
+            the current directory. A Markdown report writes its images to a directory next to it,
+            such as report-files.
+        format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, or "slides"
+            for an HTML file with ten slides about one run.
+        on_error: called with the error of each unreadable run in a comparison, which then omits
+            the run. By default, the error is raised.
 
     Returns:
         The path of the written file.
 
     Raises:
-        UsageError: there are no runs, there are several runs for slides, `out` is a directory, or a
-            recipe.json has invalid values.
+        UsageError: `runs` is empty, slides are requested for several runs, `out` is a directory,
+            or a recipe.json has invalid values.
         RunError: a run is missing or damaged, or a file cannot be written.
     """
     from resnet56.report import comparison, page, render, slides, sweep
@@ -50,7 +51,7 @@ def write_report(
         raise UsageError(f"{out} is a directory; choose a file such as {out / name}")
     if len(runs) == 1 and sweep.is_sweep(Path(runs[0])):
         if format == "slides":
-            raise UsageError(f"{runs[0]} is a sweep; slides show a run, such as its best trial")
+            raise UsageError(f"{runs[0]} is a sweep; for slides, choose a run such as a trial")
         out = out or Path(runs[0]) / f"report.{format}"
         content, template = sweep.content(Path(runs[0])), "sweep"
         if format == "html":
@@ -61,7 +62,7 @@ def write_report(
     if format == "slides":
         if len(runs) > 1:
             html = option("format", "html")
-            raise UsageError(f"slides show one run, not {len(runs)}; choose one, or {html}")
+            raise UsageError(f"slides show one run, not {len(runs)}; choose one run or use {html}")
         out = out or Path(runs[0]) / "slides.html"
         render.write_html(out, "slides", slides.content(read_run(Path(runs[0]))), "slides")
         return out

@@ -1,8 +1,8 @@
-"""Matplotlib figures of the results of runs, for notebooks and scripts.
+"""Matplotlib figures of run results, for notebooks and scripts.
 
-The report draws the same plots. Figures do not use pyplot, so they need no backend and are not
-registered anywhere. A notebook displays a figure that is the last value of a cell, and
-`figure.savefig` saves it.
+The report draws the same plots. The figures do not use pyplot, so they need no backend, and pyplot
+keeps no references to them. A notebook displays a figure if it is the last value of a cell.
+`figure.savefig` saves a figure.
 """
 
 import os
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 RunPath = str | os.PathLike[str]
 SplitName = Literal["test", "train", "validation"]
 
-# The splits in metrics.jsonl: the prefix of their keys, name and line style.
+# Splits in metrics.jsonl: key prefix, name and line style.
 _SPLITS = (("train", "training", "--"), ("val", "validation", "-"), ("test", "test", "-."))
 
 
@@ -37,13 +37,13 @@ def plot_confusion_matrix(
 ) -> "Figure":
     """Plot a confusion matrix, with true classes as rows and predicted classes as columns.
 
-    The shade of a cell is the square root of its share of the true class, so that rare errors are
+    Cells are shaded by the square root of their share of the true class, which makes rare errors
     visible. More than 20 classes are labeled by index, without numbers in the cells.
 
     Args:
         results: a run directory, the result of `train`, or the result of `evaluate`.
-        split: the evaluated images, for a run directory or the result of `train`.
-        normalize: show the share of the true class in percent instead of the number of images.
+        split: the split to plot, if `results` is a run directory or the result of `train`.
+        normalize: if True, show percentages of the true class instead of numbers of images.
 
     Raises:
         RunError: the run is missing, damaged or not evaluated.
@@ -64,7 +64,7 @@ def plot_calibration(
 
     Args:
         results: a run directory, the result of `train`, or the result of `evaluate`.
-        split: the evaluated images, for a run directory or the result of `train`.
+        split: the split to plot, if `results` is a run directory or the result of `train`.
 
     Raises:
         RunError: the run is missing, damaged or not evaluated.
@@ -77,12 +77,12 @@ def plot_calibration(
 def plot_curves(*runs: RunPath) -> "Figure":
     """Plot loss and accuracy over epochs.
 
-    The training curves are means over the augmented images of each epoch. A run with a validation
-    set also has validation curves, and a run with `test_every_epoch` also has test curves. Several
-    runs are drawn in one figure, each in its own color.
+    The training curves show averages over the augmented images of each epoch. A run with a
+    validation set also has validation curves, and a run with `test_every_epoch` also has test
+    curves. In a figure of several runs, each run has its own color.
 
     Args:
-        runs: run directories, of finished or unfinished runs.
+        runs: directories of finished or unfinished runs.
 
     Raises:
         RunError: a run is damaged or has no finished epoch.
@@ -95,7 +95,7 @@ def plot_curves(*runs: RunPath) -> "Figure":
     for number, run in enumerate(map(Path, runs)):
         rows = RunDirectory(run).read_metrics()
         if not rows:
-            raise RunError(f"{escape(str(run))} has no finished epoch; train first")
+            raise RunError(f"{escape(str(run))} has no finished epoch; train it first")
         for i, (prefix, split, style) in enumerate(_SPLITS):
             label = f"{run.resolve().name}, {split}" if len(runs) > 1 else split
             color = number if len(runs) > 1 else i
@@ -125,8 +125,8 @@ def plot_mistakes(
 ) -> "Figure":
     """Plot misclassified test images, the most confident first.
 
-    Below each image are its true class, its predicted class, and the confidence in percent. The
-    images are those that the evaluation of the run kept in samples.npz.
+    The label of an image shows its true class, its predicted class, and the confidence in percent.
+    The images come from samples.npz, which the evaluation of the run writes.
 
     Args:
         run: a run directory.
@@ -146,7 +146,9 @@ def plot_mistakes(
     classes = checkpoint.config.classes
     for name in (true, predicted):
         if name is not None and name not in classes:
-            raise UsageError(f"{name!r} is not a class of {escape(str(run))}: {', '.join(classes)}")
+            raise UsageError(
+                f"{name!r} is not a class of {escape(str(run))}; choose from: {', '.join(classes)}"
+            )
     evaluation = directory.read_evaluation(checkpoint.progress.step)
     samples = read_samples(directory, len(classes)) if evaluation else None
     if samples is None:
@@ -186,4 +188,4 @@ def _metrics(results: RunPath | Evaluation | Metrics, split: SplitName) -> Metri
 
 def _not_evaluated(run: RunDirectory) -> RunError:
     path = escape(str(run.path))
-    return RunError(f"{path} is not evaluated; evaluate it first: resnet56 evaluate {path}")
+    return RunError(f"{path} has not been evaluated; evaluate it first: resnet56 evaluate {path}")

@@ -1,4 +1,4 @@
-"""Content of the report of one run, for the templates."""
+"""Content of the report on one run, for the templates."""
 
 import base64
 import re
@@ -14,13 +14,13 @@ from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
 from resnet56.runs.schema import Evaluation
 
-MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 24  # images shown, to limit the file size
-# The parts of the conclusion, in order. Without a test, most of them are empty.
+MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 24  # numbers of images, to limit the file size
+# Parts of the conclusion, in order. Most of them are empty for an untested run.
 PARTS = (
     *("state", "result", "gap", "trend", "classes", "confusions", "confidence"),
     *("robustness", "hardware"),
 )
-MAX_CELLS = 150  # classes up to which the confusion matrix is a table
+MAX_CELLS = 150  # maximum number of classes for a confusion matrix as a table
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Picture:
 
     @property
     def uri(self) -> str:
-        """The image as a URL."""
+        """The image as a data URI."""
         return plots.data_uri(self.png)
 
 
@@ -53,12 +53,12 @@ class Cell:
     """A cell of the confusion matrix: its count and its shade."""
 
     count: int
-    shade: str  # "z" for none; "d1" to "d5" on the diagonal, "e1" to "e5" off it
+    shade: str  # "z" for a count of zero, "d1" to "d5" on the diagonal, "e1" to "e5" elsewhere
     label: str  # empty for a count of zero
 
 
 def content(facts: RunFacts) -> dict[str, Any]:
-    """Return the content of the report of one run."""
+    """Return the content of the report on one run."""
     return {
         "facts": facts,
         "title": title(facts),
@@ -83,7 +83,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "system": system_table(facts.environment),
         "kept": kept_mistakes(facts),
         "recipe_note": (
-            "Options that are off and fields that do not apply are omitted. The file recipe.json "
+            "Disabled options and fields that do not apply are omitted. The file recipe.json "
             "contains all fields."
         ),
         "unrecorded": unrecorded(facts),
@@ -94,7 +94,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
 
 
 def network_name(facts: RunFacts) -> str:
-    """'resnet56-bottleneck' -> 'ResNet-56', 'plain56' -> 'Plain-56'. Omits the block type."""
+    """Return the name of the network without its block type, such as 'ResNet-56' or 'Plain-56'."""
     family = "Plain" if facts.description.shortcut == "none" else "ResNet"
     return f"{family}-{facts.description.depth}"
 
@@ -116,8 +116,8 @@ def title(facts: RunFacts) -> str:
 
 
 def sections(facts: RunFacts) -> list[tuple[str, str]]:
-    """The table of contents: the id and the name of each section."""
-    meeting = [("meeting", "For a meeting")] if facts.test else []
+    """Return the table of contents: the id and the name of each section."""
+    meeting = [("meeting", "Meeting")] if facts.test else []
     return [
         *meeting,
         ("objective", "Objective"),
@@ -134,18 +134,18 @@ def sections(facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def evaluated(evaluation: Evaluation) -> str:
-    """Which weights were evaluated, and how."""
+    """State which weights were evaluated, and how."""
     weights = "EMA" if evaluation["weights"] == "ema" else "final"
     decay = f" (decay {evaluation['ema_decay']:g})" if "ema_decay" in evaluation else ""
     return (
         f"The {weights} weights{decay} after epoch {evaluation['epoch']} (step "
         f"{words.count(evaluation['step'])}) were evaluated in {evaluation['precision']} on "
-        f"{device(evaluation['device'])}. The images are normalized, but not augmented."
+        f"{device(evaluation['device'])}. The images are normalized but not augmented."
     )
 
 
 def device(name: str) -> str:
-    """'cpu' -> 'the CPU'; 'cuda:0' -> 'cuda:0'."""
+    """Return the name of a device for use in a sentence: 'the CPU', or a name like 'cuda:0'."""
     return "the CPU" if name == "cpu" else name
 
 
@@ -163,7 +163,7 @@ def state(facts: RunFacts) -> list[str]:
 
 
 def stories(facts: RunFacts) -> dict[str, list[str]]:
-    """Return the sentences of the page by section."""
+    """Return the sentences of each section of the page."""
     test, train, recipe = facts.test, facts.train, facts.recipe
     names = (*PARTS, "meeting", "schedule", "optimizer", "augmentation")
     sentences: dict[str, list[str]] = {name: [] for name in names}
@@ -206,23 +206,23 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
 
 
 def published_accuracy(facts: RunFacts) -> float | None:
-    """The accuracy in the paper of the same network on the same images, if there is one."""
+    """Return the test accuracy in the paper for the same network and images, or None."""
     same_images = (facts.source or "").startswith(f"CIFAR-10 ({OFFICIAL})")
     return story.PUBLISHED.get(facts.config.arch) if same_images else None
 
 
 def curves_note(facts: RunFacts) -> str:
-    """How the training curves were measured."""
+    """Explain how the training curves were measured."""
     on = "augmented images" if facts.augmented else "images without augmentation"
-    note = f"Training loss and accuracy are averages over each epoch, on {on}, while the weights "
-    note += "change."
+    note = "Training loss and accuracy are averages over each epoch, measured while the weights "
+    note += f"change, on {on}."
     if facts.test:
-        note += " The dots show the evaluated weights on the test images."
+        note += " The dots show the results of the evaluated weights on the test images."
     return note
 
 
 def training_charts(facts: RunFacts) -> list[Chart]:
-    """Loss, accuracy, learning rate and throughput over epochs; none before the first epoch."""
+    """Plot loss, accuracy, learning rate and throughput over the finished epochs, if any."""
     rows = facts.rows
     if not rows:
         return []
@@ -272,7 +272,7 @@ def _line(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
 
 
 def means(facts: RunFacts) -> list[tuple[str, str]]:
-    """The rows below the classes: keys of the metrics and their labels."""
+    """Return the keys and labels of the averages below the table of metrics per class."""
     if not facts.test:
         return []
     rows = facts.test["per_class"].values()
@@ -282,7 +282,7 @@ def means(facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def reliability(facts: RunFacts) -> Chart | None:
-    """Confidence against accuracy on the test images."""
+    """Plot accuracy against confidence on the test images."""
     if not facts.test:
         return None
     calibration = facts.test["calibration"]
@@ -294,7 +294,7 @@ def reliability(facts: RunFacts) -> Chart | None:
 
 
 def robustness(facts: RunFacts) -> Chart | None:
-    """Accuracy under each corruption, where it was measured."""
+    """Plot the accuracy under each corruption, if it was measured."""
     metrics = facts.evaluation.get("robustness") if facts.evaluation else None
     measured = metrics["corruptions"] if metrics else {}
     corruptions = {story.spaced(name): values for name, values in measured.items() if values}
@@ -311,7 +311,7 @@ def shade(share: float, *, diagonal: bool) -> str:
 
 
 def confusion_table(facts: RunFacts) -> list[list[Cell]] | None:
-    """The confusion matrix as cells, [true][predicted]."""
+    """Return the cells of the confusion matrix, indexed by true class and predicted class."""
     if not facts.test:
         return None
     table = []
@@ -330,14 +330,14 @@ def confusion_table(facts: RunFacts) -> list[list[Cell]] | None:
 
 
 def confusion_picture(facts: RunFacts) -> Chart | None:
-    """The confusion matrix as a chart, for Markdown and for very many classes."""
+    """Plot the confusion matrix, for Markdown and for more than `MAX_CELLS` classes."""
     if not facts.test:
         return None
     return plots.confusion("confusion", facts.test["confusion_matrix"], facts.classes)
 
 
 def originals(facts: RunFacts) -> list[tuple[Picture, list[Picture]]]:
-    """Training images, each with its augmented versions if training augments images."""
+    """Return training images, with augmented versions if training augments images."""
     if facts.samples is None:
         return []
     shown = []
@@ -354,7 +354,7 @@ def originals(facts: RunFacts) -> list[tuple[Picture, list[Picture]]]:
 
 
 def sample_sheet(facts: RunFacts) -> Picture | None:
-    """All sample images in one image: one per row, with augmented versions to the right."""
+    """Combine the training images, one per row, with their augmented versions to the right."""
     if facts.samples is None or not len(facts.samples.originals):
         return None
     versions = facts.samples.augmented[:MAX_SAMPLES, : MAX_VERSIONS if facts.augmented else 0]
@@ -364,7 +364,7 @@ def sample_sheet(facts: RunFacts) -> Picture | None:
 
 
 def mistakes(facts: RunFacts) -> list[Mistake]:
-    """The most confident wrong predictions."""
+    """Return the most confident mistakes."""
     if facts.samples is None:
         return []
     samples, names = facts.samples, facts.classes
@@ -382,11 +382,11 @@ def mistakes(facts: RunFacts) -> list[Mistake]:
 
 
 def kept_mistakes(facts: RunFacts) -> list[tuple[int, int, int, str, str]]:
-    """The mistakes that a click on a cell of the confusion matrix shows.
+    """Return the mistakes for the cells of the interactive confusion matrix.
 
     Returns:
-        For each mistake, by descending confidence: its true and predicted class, its index in the
-        test set, the confidence in percent, and the image as PNG in base64.
+        For each mistake, in descending order of confidence: the true class, the predicted class,
+        the index in the test set, the confidence in percent, and the image as PNG in base64.
     """
     if facts.samples is None or not facts.test or len(facts.classes) > MAX_CELLS:
         return []
@@ -410,7 +410,7 @@ def recipe_table(facts: RunFacts) -> dict[str, str]:
 
 
 def plain(value: Any) -> str:
-    """A value of the recipe or environment as text."""
+    """Format a value of the recipe or environment."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -421,19 +421,19 @@ def plain(value: Any) -> str:
 
 
 def machine(environment: Mapping[str, Any]) -> str | None:
-    """The GPU, or the processor, without trademark signs."""
+    """Return the name of the GPU or, without a GPU, of the processor. Omits trademark signs."""
     name = environment.get("gpu") or environment.get("processor")
     return re.sub(r"\((R|TM)\)", "", name) if name else None
 
 
 def command(environment: Mapping[str, Any]) -> str | None:
-    """The command that started the run."""
+    """Return the command that started the run."""
     recorded: str | None = environment.get("command")
     return recorded and re.sub(r"^__main__\.py\b", "python -m resnet56", recorded)
 
 
 def system_table(environment: Mapping[str, Any]) -> dict[str, str]:
-    """The machine and software of the run, as text; missing values are left out."""
+    """Describe the machine and the software of the run. Omits missing values."""
     gigabytes: Callable[[Any], str] = "{} GB".format
     shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("gpu", "GPU", str),

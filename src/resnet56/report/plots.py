@@ -1,7 +1,7 @@
-"""Matplotlib charts, as PNG or as SVG with the CSS variables of the page as colors.
+"""Matplotlib charts, as PNG or as SVG that uses the CSS color variables of the page.
 
-Matplotlib is imported only when a chart is drawn. Text is never parsed as math, because the names
-of classes and runs can contain any character.
+This module imports Matplotlib only to draw a chart. It never parses text as math, because names of
+classes and runs can contain any character.
 """
 
 import base64
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 4.0, 2.7  # inches; at 72 points per inch, legible at a width of 300 pixels
+# Size in inches, at 72 points per inch. The text is legible at a width of 300 pixels.
+WIDTH, HEIGHT = 4.0, 2.7
 PNG_DPI = 200
-FEW = 3  # maximum number of curves with a legend inside the axes
-LEGEND_ROW = 0.18  # height of a row of a legend below the axes, in inches
-LONGEST_LABEL = 24  # characters of a label in a legend with two columns
+FEW = 3  # maximum number of curves for a legend inside the axes
+LEGEND_ROW = 0.18  # height of a row in a legend below the axes, in inches
+LONGEST_LABEL = 24  # maximum number of characters of a label in a legend with two columns
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Palette:
     faint: str
 
 
-# Unique placeholder colors, which `svg` replaces by CSS variables.
+# Unique placeholder colors, which `svg` replaces with CSS variables.
 CSS = Palette("#010101", "#020202", tuple(f"#0300{i:02x}" for i in range(8)), "#040404")
 VARIABLES = {
     CSS.text: "var(--ink-2)",
@@ -60,16 +61,16 @@ Draw = Callable[["Figure", Palette], None]
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart that is not drawn yet."""
+    """A chart that is drawn on demand."""
 
-    name: str  # identifier, unique on its page, and stem of the PNG file
+    name: str  # unique identifier on the page, and stem of the PNG file name
     title: str
     alt: str  # alternative text
     draw: Draw
     size: tuple[float, float] = (WIDTH, HEIGHT)
 
     def svg(self) -> str:
-        """Draw inline SVG for HTML, with unique ids and no XML declaration or namespaces."""
+        """Draw the chart as inline SVG for HTML, with unique ids and no XML declaration."""
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with _style(CSS):
@@ -77,7 +78,7 @@ class Chart:
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.S)
-        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # comments that repeat the text
+        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # The comments repeat the text.
         text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", text, count=1)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = text.replace("url(#", f"url(#{self.name}-")
@@ -87,18 +88,18 @@ class Chart:
         return text
 
     def png(self) -> bytes:
-        """Draw a PNG image on a white background."""
+        """Draw the chart as a PNG image on a white background."""
         return self._file("png", {"Software": None})
 
     def svg_file(self) -> bytes:
-        """Draw a self-contained SVG file on a white background."""
+        """Draw the chart as a self-contained SVG file on a white background."""
         return self._file("svg", dict.fromkeys(("Date", "Creator", "Format", "Type")))
 
     def figure(self) -> "Figure":
-        """Draw a Matplotlib figure on a white background, without pyplot."""
+        """Draw the chart as a Matplotlib figure on a white background, without pyplot."""
         with _style(PAPER):
             figure = self._figure(PAPER)
-            # Ticks are created when they are drawn, so draw them while the style applies.
+            # Matplotlib creates ticks when it draws them, so draw them while the style applies.
             figure.draw_without_rendering()
         return figure
 
@@ -110,7 +111,7 @@ class Chart:
         return buffer.getvalue()
 
     def _figure(self, palette: Palette) -> "Figure":
-        # Imported after _style, which prepares the import of Matplotlib.
+        # Import after `_style`, which prepares the import of Matplotlib.
         from resnet56.report.notebook import NotebookFigure
 
         figure = NotebookFigure(figsize=self.size, layout="constrained")
@@ -123,7 +124,8 @@ def _style(palette: Palette) -> Iterator[None]:
     """Apply the style of the charts, independent of the user's matplotlibrc."""
     matplotlib = import_matplotlib()
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
+        # Matplotlib draws missing glyphs as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
@@ -157,22 +159,22 @@ def _style(palette: Palette) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; a single point is drawn as a dot."""
+    """A curve. A curve with a single point is drawn as a dot."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    color: int | None = None  # index into the palette; by default, the index of the curve
-    style: str | None = None  # by default, see `line_style`
+    color: int | None = None  # index into the palette. Defaults to the index of the curve.
+    style: str | None = None  # Matplotlib line style. Defaults to `line_style`.
 
 
 def line_style(index: int, lines: int) -> str:
-    """Return a line style, distinct for each of a few curves or for curves of equal color."""
+    """Return a line style that distinguishes a few curves, or curves with the same color."""
     return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
 
 
 def shortened(label: str) -> str:
-    """Shorten a label of a legend in its middle; a long one would leave no room for the axes."""
+    """Shorten a legend label in the middle. A long label would leave no room for the axes."""
     if len(label) <= LONGEST_LABEL:
         return label
     half = LONGEST_LABEL // 2
@@ -182,7 +184,7 @@ def shortened(label: str) -> str:
 def curves(
     name: str, title: str, alt: str, lines: Sequence[Line], label: str, *, percent: bool = False
 ) -> Chart:
-    """Plot curves over epochs; `percent` converts fractions to percent."""
+    """Plot curves over epochs. `percent` converts fractions to percentages."""
 
     def draw(figure: "Figure", palette: Palette) -> None:
         axes = figure.subplots()
@@ -201,8 +203,9 @@ def curve_panels(panels: Sequence[tuple[str, bool, Sequence[Line]]]) -> Chart:
     """Plot curves over epochs side by side, with a shared legend.
 
     Args:
-        panels: for each panel, the label of its y-axis, whether to convert fractions to percent,
-            and its curves. Curves of equal labels have equal colors and styles.
+        panels: for each panel, the label of its y-axis, whether to convert fractions to
+            percentages, and its curves. Curves with the same label must have the same color and
+            style.
     """
     labels = dict.fromkeys(line.label for _, _, lines in panels for line in lines)
 
@@ -223,7 +226,7 @@ def curve_panels(panels: Sequence[tuple[str, bool, Sequence[Line]]]) -> Chart:
 def draw_curves(
     axes: "Axes", palette: Palette, lines: Sequence[Line], label: str, *, percent: bool = False
 ) -> list[Any]:
-    """Plot curves over epochs on `axes`, and return the drawn lines."""
+    """Plot curves over epochs on `axes` and return the drawn lines."""
     from matplotlib.ticker import MaxNLocator
 
     handles: list[Any] = []
@@ -241,7 +244,7 @@ def draw_curves(
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-    # Start losses, rates and speeds at zero, so that heights are comparable.
+    # The axis of losses, learning rates and throughput starts at zero to make heights comparable.
     if not percent and all(y >= 0 for line in lines for y in line.y):
         axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
@@ -258,7 +261,7 @@ def legend_rows(labels: int) -> int:
 
 @dataclass(frozen=True)
 class Panel:
-    """One of several plots that share their x-axis."""
+    """One of several plots with a shared x-axis."""
 
     label: str
     lines: Sequence[Line]
@@ -276,7 +279,7 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
         grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
         handles: list[Any] = []
         for axes, panel in zip(grid.flat, panels, strict=False):
-            # A logarithmic axis cannot show zero, such as a gradient that underflows.
+            # A logarithmic axis cannot show zeros, which occur if gradients underflow.
             log = panel.log and any(y > 0 for line in panel.lines for y in line.y)
             handles = [
                 axes.plot(
@@ -290,7 +293,7 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
             ]
             if log:
                 axes.set_yscale("log")
-                # The default formatters write powers as math.
+                # The default formatters write powers as math text.
                 axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 axes.yaxis.set_minor_formatter(NullFormatter())
             else:
@@ -310,14 +313,14 @@ def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | No
     """Plot errors over epochs, in the style of He et al. 2015, figure 6.
 
     Args:
-        name: identifier, unique on its page.
+        name: unique identifier on the page.
         title: title of the chart.
         alt: alternative text.
-        runs: for each run, the training error (drawn dashed) and the test or validation error
-            (drawn solid), in [0, 1].
+        runs: for each run, the training error (dashed line) and the test or validation error
+            (solid line), in [0, 1].
     """
     last = [line.y[-1] for pair in runs for line in pair if line is not None]
-    # Clip the first epochs, so that the differences between the final errors remain visible.
+    # Clip the errors of the first epochs to keep differences between the final errors visible.
     top = max(20.0, 150 * max(last))
 
     def draw(figure: "Figure", palette: Palette) -> None:
@@ -351,7 +354,7 @@ def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | No
 
 
 def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart:
-    """Plot accuracy over confidence, and the number of images per bin below."""
+    """Plot accuracy against confidence, and below it the number of images per bin."""
     filled = [item for item in bins if item["count"]]
 
     def draw(figure: "Figure", palette: Palette) -> None:
@@ -382,7 +385,7 @@ def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart
 
 
 def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) -> Chart:
-    """Plot the mean accuracy of each corruption as a bar and each severity as a dot."""
+    """Plot the mean accuracy under each corruption as a bar, and each severity as a dot."""
     order = sorted(corruptions, key=lambda key: sum(corruptions[key]) / len(corruptions[key]))
 
     def draw(figure: "Figure", palette: Palette) -> None:
@@ -412,13 +415,13 @@ def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) 
 def confusion(
     name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str], *, normalize: bool = False
 ) -> Chart:
-    """Plot the confusion matrix; more than 20 classes are labeled by index instead of name.
+    """Plot the confusion matrix. More than 20 classes are labeled by index instead of name.
 
     Args:
-        name: identifier, unique on its page.
-        matrix: counts, [true class][predicted class].
+        name: unique identifier on the page.
+        matrix: counts, indexed by true class and predicted class.
         classes: class names.
-        normalize: write the share of the true class in percent in each cell instead of the count.
+        normalize: if True, show percentages of the true class instead of counts.
     """
     counts = np.asarray(matrix, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -479,5 +482,5 @@ def gallery(images: Sequence[LabeledImage], columns: int, absent: str) -> Chart:
 
 
 def data_uri(png: bytes) -> str:
-    """Return a data URI with the image."""
+    """Return a PNG image as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

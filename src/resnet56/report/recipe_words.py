@@ -1,4 +1,4 @@
-"""Descriptions of a recipe: sentences, and the fields that apply."""
+"""Descriptions of a recipe, in sentences and as the list of fields that apply."""
 
 from itertools import groupby
 from typing import Any
@@ -49,7 +49,7 @@ def augmentation(recipe: Recipe, *, flips: bool) -> str:
             "at a random position (Cutout)"
         )
     if steps:
-        # With a comma even for two steps, because a step can contain "and".
+        # Use a comma even for two steps, because a step can contain "and".
         joined = ", and ".join(part for part in (", ".join(steps[:-1]), steps[-1]) if part)
         sentence = f"Each training image is {joined}."
     elif recipe.mix == "none":
@@ -60,7 +60,7 @@ def augmentation(recipe: Recipe, *, flips: bool) -> str:
 
 
 MIX_EFFECTS = {
-    "cutmix": "a random rectangle of each image is replaced by that of another image (CutMix)",
+    "cutmix": "a random rectangle of each image is replaced with that of another image (CutMix)",
     "mixup": "each image is blended with another image (mixup)",
     "ricap": "each image is composed of random crops of four images (RICAP), instead of a padded "
     "crop",
@@ -87,7 +87,7 @@ def _mixing(recipe: Recipe) -> list[str]:
 
 
 def disabled_in_tail(recipe: Recipe) -> list[str]:
-    """The augmentations that the recipe disables in its last epochs."""
+    """Return the augmentations that the recipe disables in the last epochs."""
     names = {"cutmix": "CutMix", "mixup": "mixup", "ricap": "RICAP"}
     used = (
         ("TrivialAugment", recipe.trivial_augment),
@@ -109,11 +109,11 @@ def _sizes(recipe: Recipe) -> list[str]:
 
 
 def fields(recipe: Recipe, *, flips: bool) -> dict[str, Any]:
-    """Return the fields that affect the run, without options that are off.
+    """Return the fields that affect the run, without disabled options.
 
     Args:
         recipe: the recipe.
-        flips: whether training images are flipped, which also depends on the data.
+        flips: whether training images are flipped. This depends on the recipe and the data.
     """
     return {
         name: value
@@ -123,7 +123,7 @@ def fields(recipe: Recipe, *, flips: bool) -> dict[str, Any]:
     }
 
 
-# Fields that turn something off with 0, False, "none", an empty string or an empty list.
+# Options that 0, False, "none", an empty string or an empty list disables.
 OPTIONS = (
     *("weights", "freeze"),
     *("nesterov", "warmup_epochs", "label_smoothing", "alternate_flip", "sizes", "cutout"),
@@ -132,7 +132,7 @@ OPTIONS = (
 
 
 def applies(recipe: Recipe, name: str) -> bool:
-    """Whether a field has an effect, given the other fields."""
+    """Return whether a field has an effect, given the other fields."""
     conditions = {
         "drop_epochs": recipe.schedule == "step",
         "drop_factor": recipe.schedule == "step"
@@ -152,7 +152,7 @@ def applies(recipe: Recipe, name: str) -> bool:
 
 
 def is_augmented(recipe: Recipe, *, flips: bool) -> bool:
-    """Whether training images are augmented at all."""
+    """Return whether training images are augmented."""
     return bool(
         recipe.padding or flips or recipe.cutout or recipe.trivial_augment or recipe.mix != "none"
     )
@@ -172,8 +172,8 @@ def optimizer(recipe: Recipe) -> str:
         *_fine_tuning(recipe),
     ]
     if recipe.weight_decay:
-        exempt = "" if recipe.decay_norm else " It does not apply to batch norm and biases."
-        sentences.append(f"The weight decay is {recipe.weight_decay:g}.{exempt}")
+        exempt = "" if recipe.decay_norm else " and does not apply to batch norm and biases"
+        sentences.append(f"The weight decay is {recipe.weight_decay:g}{exempt}.")
     if recipe.label_smoothing:
         sentences.append(f"The label smoothing is {recipe.label_smoothing:g}.")
     if recipe.teacher:
@@ -198,7 +198,7 @@ def _fine_tuning(recipe: Recipe) -> list[str]:
     if recipe.weights:
         sentences.append(f"Training starts from the weights of {recipe.weights}.")
     if "body" in recipe.freeze:
-        sentences.append("Only the classifier is trained; all other layers are frozen.")
+        sentences.append("Only the classifier is trained. All other layers are frozen.")
     elif recipe.freeze:
         layers = "layer" if len(recipe.freeze) == 1 else "layers"
         verb = "is" if len(recipe.freeze) == 1 else "are"
@@ -207,7 +207,7 @@ def _fine_tuning(recipe: Recipe) -> list[str]:
 
 
 def _distillation(recipe: Recipe) -> str:
-    """Describe the knowledge distillation."""
+    """Describe knowledge distillation."""
     teachers = (
         "a trained network"
         if len(recipe.teacher) == 1
@@ -223,8 +223,8 @@ def _distillation(recipe: Recipe) -> str:
         f"{1 - recipe.teacher_weight:g}"
     )
     return (
-        f"It learns the class probabilities of {teachers} for the same augmented images (knowledge "
-        f"distillation at temperature {recipe.teacher_temperature:g}{random}), {labels}."
+        f"The network learns the class probabilities of {teachers} for the same augmented images "
+        f"(knowledge distillation at temperature {recipe.teacher_temperature:g}{random}), {labels}."
     )
 
 

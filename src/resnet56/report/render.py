@@ -14,12 +14,12 @@ from resnet56.report import words
 from resnet56.report.plots import Chart, shortened
 
 TEMPLATE_DIR = Path(__file__).parent
-MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]|$~])")  # special anywhere in a line
+MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]|$~])")  # special characters anywhere in a line
 UNBREAKABLE = re.compile(r"(\d[\d.,]* %|\d+(?: \N{MULTIPLICATION SIGN} \d+)+)")
 
 
 def escape_markdown(text: str) -> str:
-    """Escape plain text as one line of Markdown, so that it contains no markup, HTML or math."""
+    """Escape plain text as one line of Markdown without markup, HTML or math."""
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = MARKDOWN_SPECIAL.sub(r"\\\1", text)
@@ -27,7 +27,7 @@ def escape_markdown(text: str) -> str:
 
 
 def unbroken(text: str) -> Markup:
-    """Convert plain text to HTML without line breaks inside "93.03 %" and image sizes."""
+    """Convert plain text to HTML that has no line breaks inside percentages and image sizes."""
     parts = re.split(UNBREAKABLE, text)
     marked = (
         Markup('<span class="nb">{}</span>').format(part) if i % 2 else escape(part)
@@ -37,7 +37,7 @@ def unbroken(text: str) -> Markup:
 
 
 def write_html(out: Path, template: str, content: dict[str, Any], style: str = "page") -> None:
-    """Render a template as HTML with a style sheet and write the file. Raises RunError."""
+    """Render a template as HTML with a style sheet. Raises RunError if writing the file fails."""
     environment = _environment(autoescape=True)
     environment.filters["unbroken"] = unbroken
     environment.filters["shortened"] = shortened
@@ -49,7 +49,7 @@ def write_html(out: Path, template: str, content: dict[str, Any], style: str = "
 
 
 def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
-    """Write the images, then the Markdown that shows them. Raises RunError."""
+    """Render a template as Markdown with its images. Raises RunError if writing a file fails."""
     directory = out.with_name(f"{out.stem}-files")
     files: dict[str, bytes] = {}
 
@@ -73,7 +73,7 @@ def _chart(chart: Chart, picture: Callable[[str, bytes], Markup]) -> Markup:
 
 
 def _finalize(value: Any) -> Any:
-    """Escape every text in a template, except for Markdown."""
+    """Escape every string in a template except Markdown."""
     if isinstance(value, Markup):
         return str(value)
     return escape_markdown(value) if isinstance(value, str) else value

@@ -1,7 +1,7 @@
 """Content of the slides about one run, for the template.
 
-Slides are read from a distance, so they show few words: short sentences with the numbers of the
-run, and at most a dozen bars, images or classes.
+Slides are read from a distance. They contain only short sentences with the results of the run, and
+at most a dozen bars, images or classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from resnet56.report.read import RunFacts
 from resnet56.report.words import big, count, listed, percent, plural, points, quoted
 from resnet56.runs.schema import ConfusedPair, Evaluation, Metrics
 
-MAX_CELLS = 12  # classes up to which the confusion matrix is shown, instead of the largest errors
+MAX_CELLS = 12  # maximum number of classes for a confusion matrix instead of the largest errors
 MAX_BARS = 10
 MAX_PAIRS = 7
 MAX_ORIGINALS, MAX_VERSIONS = 5, 5
 MAX_MISTAKES = 12
-MAX_DROPS = 4  # drops of the learning rate that are listed
-MAX_COMMAND = 100  # characters of a command that fits on a slide
-CHART_SIZE = (3.3, 1.95)  # inches; smaller than in the report, so that its text is larger
+MAX_DROPS = 4  # maximum number of learning-rate drops to list
+MAX_COMMAND = 100  # maximum number of characters of a command on a slide
+CHART_SIZE = (3.3, 1.95)  # in inches. Smaller than in the report, for relatively larger text.
 
 SIZE = "32 \N{MULTIPLICATION SIGN} 32"
 UNTESTED = "There are no test results yet"
@@ -33,7 +33,7 @@ class Slide:
     """The text of a slide."""
 
     id: str
-    name: str  # the topic, above the title
+    name: str  # topic above the title
     title: str
     sentences: Sequence[str] = ()
 
@@ -44,8 +44,8 @@ class Bar:
 
     label: str
     value: str
-    share: float  # of the full length
-    interval: tuple[float, float] | None = None  # confidence interval, as shares
+    share: float  # fraction of the full length
+    interval: tuple[float, float] | None = None  # confidence interval, as fractions
 
 
 def content(facts: RunFacts) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def slides(facts: RunFacts) -> list[Slide]:
 
 
 def opening(facts: RunFacts) -> Slide:
-    """The main result, the data and the training run."""
+    """Return the slide on the main result, the data and the training run."""
     sentences = [f"{facts.source}."] if facts.source else []
     machine = facts.environment.get("gpu") or facts.environment.get("processor")
     if facts.rows:
@@ -99,7 +99,7 @@ def opening(facts: RunFacts) -> Slide:
 
 
 def headline(facts: RunFacts) -> str:
-    """The title of the deck."""
+    """Return the title of the deck."""
     arch, validated = page.network_name(facts), last_validated(facts)
     if facts.test is None and validated:
         return (
@@ -110,7 +110,7 @@ def headline(facts: RunFacts) -> str:
 
 
 def idea(facts: RunFacts) -> Slide:
-    """What residual blocks do, or that the network has none."""
+    """Return the slide on residual blocks, or on plain blocks."""
     network, arch = facts.description, page.network_name(facts)
     blocks = plural(sum(part.blocks for part in network.parts), "block")
     size = f"{arch} has {blocks} of {network.layers_per_block} layers."
@@ -129,7 +129,7 @@ def idea(facts: RunFacts) -> Slide:
 
 
 def architecture(facts: RunFacts) -> Slide:
-    """The size of the network."""
+    """Return the slide on the size of the network."""
     network = facts.description
     title = f"From {SIZE} pixels to {len(facts.classes):,} classes in {network.depth} layers"
     sentences = [
@@ -141,7 +141,7 @@ def architecture(facts: RunFacts) -> Slide:
 
 
 def data(facts: RunFacts) -> Slide:
-    """The number of images and classes, and the augmentation."""
+    """Return the slide on the images, the classes and the augmentation."""
     splits = evaluated_splits(facts.evaluation)
     classes = plural(len(facts.classes), "class", "classes")
     numbers = [f"{count(metrics['n'])} {name}" for name, metrics in splits.items()]
@@ -168,7 +168,7 @@ def augmentation(recipe: Recipe, *, flips: bool) -> str:
 
 
 def training(facts: RunFacts) -> Slide:
-    """The duration, the optimizer and the schedule."""
+    """Return the slide on the training time, the optimizer and the schedule."""
     if not facts.rows:
         reason = "No epoch is finished yet" if facts.recipe else "Imported weights"
         sentences = [f"{reason}: this run has no training curves."]
@@ -179,7 +179,7 @@ def training(facts: RunFacts) -> Slide:
 
 
 def optimizer(recipe: Recipe) -> str:
-    """The optimizer in a few words."""
+    """Describe the optimizer in a few words."""
     momentum = f"{'Nesterov ' if recipe.nesterov else ''}momentum {recipe.momentum:g}"
     is_sgd = recipe.optimizer == "sgd"
     settings = [
@@ -195,16 +195,16 @@ def optimizer(recipe: Recipe) -> str:
 
 
 def schedule(recipe: Recipe) -> str:
-    """The learning-rate schedule in a few words."""
+    """Describe the learning-rate schedule in a few words."""
     start = f"{recipe.lr:g}"
     if recipe.warmup_epochs:
         word = "epoch" if recipe.warmup_epochs == 1 else "epochs"
         start = f"warm-up to {start} over {recipe.warmup_epochs:g} {word}"
     drops = [f"{epoch:g}" for epoch in recipe.drop_epochs if epoch < recipe.epochs]
     if recipe.schedule == "cosine":
-        rest = "then a cosine to zero"
+        rest = "then cosine decay to zero"
     elif recipe.schedule == "one-cycle":
-        rest = "then linear to zero"
+        rest = "then linear decay to zero"
     elif not drops:
         rest = "then constant" if recipe.warmup_epochs else "constant"
     elif len(drops) > MAX_DROPS:
@@ -216,7 +216,7 @@ def schedule(recipe: Recipe) -> str:
 
 
 def results(facts: RunFacts) -> Slide:
-    """The test accuracy, its interval, and the range over classes."""
+    """Return the slide on the test accuracy, its interval, and the range over classes."""
     test = facts.test
     if test is None:
         sentences = page.state(facts) if facts.recipe else ["The test images have not been used."]
@@ -232,7 +232,7 @@ def results(facts: RunFacts) -> Slide:
 
 
 def class_range(test: Metrics) -> list[str]:
-    """The lowest and the highest accuracy of a class."""
+    """State the lowest and the highest accuracy of a class."""
     recalls = story.scores(test["per_class"], "recall")
     low, high = min(recalls.values()), max(recalls.values())
     if low == high:
@@ -250,7 +250,7 @@ def classes_with(values: Mapping[str, float], value: float) -> str:
 
 
 def confusion(facts: RunFacts) -> Slide:
-    """The most frequent error."""
+    """Return the slide on the most frequent error."""
     test = facts.test
     if test is None:
         return Slide("confusion", "Confusion matrix", UNTESTED)
@@ -276,7 +276,7 @@ def most_frequent_error(errors: Sequence[ConfusedPair]) -> str:
 
 
 def mistakes(facts: RunFacts) -> Slide:
-    """The number of mistakes."""
+    """Return the slide on the number of mistakes."""
     test = facts.test
     if test is None:
         return Slide("mistakes", "Mistakes", UNTESTED)
@@ -294,7 +294,7 @@ def mistakes(facts: RunFacts) -> Slide:
 
 
 def overfitting(facts: RunFacts) -> Slide:
-    """Training accuracy against test accuracy."""
+    """Return the slide that compares training accuracy and test accuracy."""
     title, sentences = UNTESTED, []
     validated = last_validated(facts)
     if facts.test:
@@ -324,7 +324,7 @@ class Gap:
 
 
 def gap(facts: RunFacts) -> Gap | None:
-    """Split the sentence of the report into a title and the rest."""
+    """Split the sentence about the gap in the report into a title and the rest."""
     test, train = facts.test, facts.train
     if not test or not train:
         return None
@@ -343,12 +343,12 @@ def gap(facts: RunFacts) -> Gap | None:
 
 
 def capitalized(text: str) -> str:
-    """Make the first letter uppercase, and keep the others."""
+    """Make the first letter of a text uppercase."""
     return text[:1].upper() + text[1:]
 
 
 def takeaways(facts: RunFacts) -> Slide:
-    """The results in one sentence each."""
+    """Return the slide that states each result in one sentence."""
     test = facts.test
     sentences = page.state(facts) if facts.recipe else []
     parameters = f"{count(facts.description.parameters)} parameters"
@@ -375,7 +375,7 @@ def takeaways(facts: RunFacts) -> Slide:
 
 
 def confidence(test: Metrics) -> str:
-    """Whether the network is overconfident, in a few words."""
+    """State in a few words whether the network is overconfident."""
     mean = story.mean_confidence(test["calibration"]["bins"])
     low, high = test["accuracy_interval"]
     difference = mean - test["accuracy"]
@@ -386,12 +386,12 @@ def confidence(test: Metrics) -> str:
 
 
 def training_charts(facts: RunFacts) -> list[Chart]:
-    """Loss and accuracy over epochs."""
+    """Plot loss and accuracy over epochs."""
     return [replace(chart, size=CHART_SIZE) for chart in page.training_charts(facts)[:2]]
 
 
 def originals(facts: RunFacts) -> list[tuple[page.Picture, list[page.Picture]]]:
-    """Training images, with augmented versions if the training augments images."""
+    """Return training images, with augmented versions if the recipe augments images."""
     shown = page.originals(facts)
     if facts.augmented:
         return [(image, versions[:MAX_VERSIONS]) for image, versions in shown[:MAX_ORIGINALS]]
@@ -399,7 +399,7 @@ def originals(facts: RunFacts) -> list[tuple[page.Picture, list[page.Picture]]]:
 
 
 def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
-    """The metrics of each split of the data, by name."""
+    """Return the metrics of each evaluated split, by name."""
     if evaluation is None:
         return {}
     splits = {"training": evaluation.get("train"), "validation": evaluation.get("validation")}
@@ -407,7 +407,7 @@ def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
 
 
 def split_bars(facts: RunFacts) -> list[Bar]:
-    """The accuracy on each split."""
+    """Return a bar with the accuracy on each split."""
     bars = []
     for name, metrics in evaluated_splits(facts.evaluation).items():
         low, high = metrics["accuracy_interval"]
@@ -424,12 +424,12 @@ def split_bars(facts: RunFacts) -> list[Bar]:
 
 
 def last_validated(facts: RunFacts) -> Mapping[str, Any] | None:
-    """The last epoch with validation metrics."""
+    """Return the last epoch with validation metrics, or None."""
     return next((row for row in reversed(facts.rows) if "val_accuracy" in row), None)
 
 
 def class_bars(test: Metrics) -> list[Bar]:
-    """The accuracy of each class, in descending order; of many classes, the highest and lowest."""
+    """Return the accuracy of each class in descending order, or the highest and lowest of many."""
     ranked = sorted(story.scores(test["per_class"], "recall").items(), key=lambda item: -item[1])
     if len(ranked) > MAX_BARS:
         ranked = ranked[: MAX_BARS // 2] + ranked[-MAX_BARS // 2 :]
@@ -437,7 +437,7 @@ def class_bars(test: Metrics) -> list[Bar]:
 
 
 def pair_bars(test: Metrics) -> list[Bar]:
-    """The most frequent errors."""
+    """Return a bar for each of the most frequent errors."""
     errors = test["most_confused"][:MAX_PAIRS]
     most = max((pair["count"] for pair in errors), default=1)
     return [
@@ -451,7 +451,7 @@ def pair_bars(test: Metrics) -> list[Bar]:
 
 
 def time_taken(seconds: float) -> str:
-    """45 -> '45 s', 110 -> '1 min 50 s', 4500 -> '1 h 15 min'."""
+    """Format a duration: 45 -> '45 s', 110 -> '1 min 50 s', 4500 -> '1 h 15 min'."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
@@ -460,12 +460,12 @@ def time_taken(seconds: float) -> str:
 
 
 def wrong(test: Metrics) -> int:
-    """The number of misclassified test images."""
+    """Return the number of misclassified test images."""
     matrix = test["confusion_matrix"]
     return test["n"] - sum(row[i] for i, row in enumerate(matrix))
 
 
 def command(facts: RunFacts) -> str | None:
-    """The command that started the run, if it is short enough for a slide."""
+    """Return the command that started the run, if it fits on a slide."""
     text = facts.environment.get("command", "")
     return text if text.startswith("resnet56 ") and len(text) <= MAX_COMMAND else None

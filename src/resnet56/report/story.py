@@ -1,6 +1,6 @@
-"""Interpretation of the metrics of a run, as pure functions from numbers to sentences.
+"""Pure functions that interpret the metrics of a run in sentences.
 
-A sentence states only what its numbers support, and says so if they are inconclusive.
+The sentences state only what the numbers support, and say if the numbers are inconclusive.
 """
 
 import shlex
@@ -12,11 +12,11 @@ from resnet56.report.recipe_words import disabled_in_tail
 from resnet56.report.words import count, listed, loss, percent, plural, points, quoted
 from resnet56.runs.schema import ClassMetrics
 
-LARGE_GAP = 0.02  # lower bound of a large generalization gap
-FITTED = 0.99  # lowest training accuracy of a network that fits almost all training images
-STILL_FALLING = 0.05  # relative drop of the loss over the last epochs that counts as a trend
-TAIL = 10  # the trend compares the last tenth of the epochs with the tenth before it
-FEW_MISTAKES = 30  # fewer mistakes cannot show whether a change is an improvement
+LARGE_GAP = 0.02  # minimum of a large generalization gap
+FITTED = 0.99  # minimum training accuracy of a network that fits almost all training images
+STILL_FALLING = 0.05  # minimum relative change of the loss that counts as a trend
+TAIL = 10  # The trend compares the last tenth of the epochs with the previous tenth.
+FEW_MISTAKES = 30  # With fewer mistakes, an improvement is hard to measure.
 # Test accuracy on CIFAR-10 in He et al. 2015 (arXiv:1512.03385), table 6.
 PUBLISHED = {"resnet56": 0.9303}
 
@@ -24,7 +24,7 @@ Interval = tuple[float, float]
 
 
 def result(test: Mapping[str, Any]) -> str:
-    """The test accuracy and its confidence interval."""
+    """State the test accuracy and its confidence interval."""
     low, high = test["accuracy_interval"]
     correct = sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
     return (
@@ -35,12 +35,12 @@ def result(test: Mapping[str, Any]) -> str:
 
 
 def most_frequent(test: Mapping[str, Any]) -> float:
-    """The accuracy of always predicting the most frequent class."""
+    """Return the accuracy of always predicting the most frequent class."""
     return float(max(sum(row) for row in test["confusion_matrix"]) / test["n"])
 
 
 def against_chance(test: Mapping[str, Any]) -> list[str]:
-    """A warning if always predicting the most frequent class could be as accurate."""
+    """Warn if always predicting the most frequent class could be as accurate."""
     low, high = test["accuracy_interval"]
     chance = most_frequent(test)
     if low > chance:
@@ -90,7 +90,7 @@ def gap(train: float, test: float, test_interval: Interval, *, augmented: bool |
 
 
 def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
-    """Whether the loss was still falling in the last epochs."""
+    """State whether the loss was still falling in the last epochs."""
     if len(rows) < 2:
         return ["One epoch is not enough to show a trend."] if rows else []
     if rows[-1]["epoch"] < recipe.epochs:
@@ -120,7 +120,7 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
 
 
 def _why_falling(recipe: Recipe, window: int) -> str:
-    """What a loss that still falls over the last `window` epochs means for a longer run."""
+    """Explain whether a loss that still falls in the last `window` epochs suggests more epochs."""
     causes = []
     if recipe.schedule != "step" and recipe.warmup_epochs < recipe.epochs:
         causes.append("the learning rate falls to zero")
@@ -128,11 +128,11 @@ def _why_falling(recipe: Recipe, window: int) -> str:
         causes.append("the augmentation is weaker in the last epochs")
     if not causes:
         return "More epochs may help."
-    return f"This is expected, because {listed(causes)}, so it does not show that more epochs help."
+    return f"This is expected because {listed(causes)}. It does not show that more epochs help."
 
 
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The epoch with the highest validation accuracy, if there are validation images."""
+    """State the epoch with the highest validation accuracy, if there are validation images."""
     validated = [row for row in rows if "val_accuracy" in row]
     if not validated:
         return []
@@ -151,7 +151,7 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def best_and_worst(per_class: Mapping[str, ClassMetrics]) -> list[str]:
-    """The classes with the highest and the lowest F1, among those that have images."""
+    """State the classes with the highest and lowest F1 score, among classes with images."""
     scored = scores(per_class, "f1")
     if len(scored) < 2:
         return []
@@ -166,7 +166,7 @@ def best_and_worst(per_class: Mapping[str, ClassMetrics]) -> list[str]:
 
 
 def scores(per_class: Mapping[str, ClassMetrics], key: str) -> dict[str, float]:
-    """One metric of each class that has images."""
+    """Return one metric of each class that has images."""
     rows: Mapping[str, Mapping[str, Any]] = per_class
     return {
         name: row[key] for name, row in rows.items() if row["support"] > 0 and row[key] is not None
@@ -183,7 +183,7 @@ def _verb(scored: Mapping[str, float], value: float) -> str:
 
 
 def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The pair of classes that is confused most often, and its reverse if that is listed."""
+    """State the most frequent error, and the reverse error if it is listed."""
     if not most_confused:
         return ["All test images are classified correctly."]
     first = most_confused[0]
@@ -193,7 +193,7 @@ def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for pair in most_confused[1:]:
         if (pair["true"], pair["predicted"]) == (first["predicted"], first["true"]):
-            sentences.append(f"The reverse error occurs on {plural(pair['count'], 'image')}.")
+            sentences.append(f"The reverse error affects {plural(pair['count'], 'image')}.")
     return [" ".join(sentences)]
 
 
@@ -205,14 +205,14 @@ def _most_frequent_error(most_confused: Sequence[Mapping[str, Any]]) -> str:
 
 
 def mean_confidence(bins: Sequence[Mapping[str, Any]]) -> float:
-    """The mean confidence of all predictions, from the calibration bins."""
+    """Return the mean confidence of all predictions, computed from the calibration bins."""
     filled = [item for item in bins if item["count"]]
     total = sum(item["count"] for item in filled)
     return float(sum(item["count"] * item["confidence"] for item in filled) / total)
 
 
 def confidence(calibration: Mapping[str, Any], accuracy: float, interval: Interval) -> list[str]:
-    """Whether the network is overconfident, underconfident, or neither within the interval."""
+    """State whether the network is overconfident, underconfident, or neither."""
     mean = mean_confidence(calibration["bins"])
     low, high = interval
     error = f"The expected calibration error is {calibration['ece']:.4f}."
@@ -230,7 +230,7 @@ def confidence(calibration: Mapping[str, Any], accuracy: float, interval: Interv
 
 
 def robustness(metrics: Mapping[str, Any] | None) -> list[str]:
-    """Accuracy on corrupted images, and which corruption lowers it most."""
+    """State the accuracy on corrupted images, and its lowest and highest value."""
     if not metrics or not metrics.get("corruptions"):
         return []
     means = {name: sum(v) / len(v) for name, v in metrics["corruptions"].items() if v}
@@ -251,12 +251,12 @@ def robustness(metrics: Mapping[str, Any] | None) -> list[str]:
 
 
 def spaced(name: str) -> str:
-    """'motion_blur' -> 'motion blur', 'gaussian_noise' -> 'Gaussian noise', 'jpeg' -> 'JPEG'."""
+    """Format the name of a corruption: 'gaussian_noise' -> 'Gaussian noise', 'jpeg' -> 'JPEG'."""
     return name.replace("_", " ").replace("gaussian", "Gaussian").replace("jpeg", "JPEG")
 
 
 def hardware(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The results of comparing devices and precisions, if measured."""
+    """Return the results of the comparisons of devices and precisions."""
     return [str(comparison["verdict"]) for comparison in comparisons]
 
 
@@ -282,7 +282,7 @@ def unevaluated(path: str) -> str:
 
 
 def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:
-    """What is missing from the run, if anything."""
+    """State what is missing from the run, if anything."""
     if epochs_done < epochs:
         done = f"{epochs_done} of {plural(epochs, 'epoch')}"
         if tested:
@@ -300,13 +300,13 @@ def meeting(
     augmented: bool | None,
     finished: bool,
 ) -> list[str]:
-    """Five sentences for a team: accuracy, baseline, mistakes, gap, and what to do next.
+    """Summarize the run in five sentences: accuracy, baseline, mistakes, gap and next step.
 
     Args:
         network: name of the network, such as ResNet-56.
         test: metrics on the test images.
         train: metrics on the training images without augmentation, if they were evaluated.
-        published: test accuracy in He et al. 2015 for the same network and data, if there is one.
+        published: test accuracy in He et al. 2015 for the same network and data, if available.
         augmented: whether the training images were augmented, or None if the training is not
             recorded.
         finished: whether all epochs of the recipe are finished.
@@ -339,14 +339,14 @@ def _baseline(test: Mapping[str, Any], published: float | None) -> str:
 
 def _weakness(test: Mapping[str, Any]) -> str:
     if not test["most_confused"]:
-        return "It classifies all test images correctly, so they do not show where it fails."
+        return "It classifies all test images correctly, so they do not show its weaknesses."
     recalls = scores(test["per_class"], "recall")
     low = min(recalls.values())
     error = _most_frequent_error(test["most_confused"])
     images = plural(test["most_confused"][0]["count"], "image")
     return (
-        f"{error} ({images}); {_names(recalls, low)} {_verb(recalls, low)} the lowest recall, "
-        f"{percent(low)}."
+        f"{error} ({images}), and {_names(recalls, low)} {_verb(recalls, low)} the lowest recall "
+        f"({percent(low)})."
     )
 
 
@@ -361,8 +361,8 @@ def _gap_in_brief(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> s
         return f"{numbers}, so there is little overfitting."
     if train["accuracy"] >= FITTED:
         return (
-            f"{numbers}, so the network overfits: it fits almost all training images, but not new "
-            "images equally well."
+            f"{numbers}, so the network overfits: it fits almost all training images, but it is "
+            "less accurate on new images."
         )
     return f"{numbers}, so the network overfits, and it does not fit all training images either."
 

@@ -1,4 +1,4 @@
-"""Content of the report on a sweep, for the templates. It shows validation accuracies only."""
+"""Content of the report on a sweep, for the templates. It shows only validation accuracies."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BEST = 10  # rows of the table of the best configurations
+BEST = 10  # number of rows in the table of best configurations
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether a directory contains a sweep."""
+    """Return whether a directory contains a sweep."""
     return (directory / FILE).is_file()
 
 
 def content(directory: Path) -> dict[str, Any]:
-    """Return the content of the report. Raises RunError."""
+    """Return the content of the report. Raises RunError if the sweep cannot be read."""
     sweep = read_sweep(directory)
     complete = sorted(
         (trial for trial in sweep["trials"] if trial["state"] == "complete"),
         key=lambda trial: (-trial["value"], trial["number"]),
     )
     shares: dict[str, float] = {}
-    absent = "The importance requires at least four complete trials with different accuracies."
+    absent = "This analysis requires at least four complete trials with different accuracies."
     try:
         shares = importance(sweep)
     except MissingExtraError as error:
@@ -74,7 +74,7 @@ def title(sweep: Sweep, complete: Sequence[SweepTrial]) -> str:
 
 
 def states(sweep: Sweep) -> list[str]:
-    """Return what the accuracies are, and how many trials ended in which way."""
+    """Explain the accuracies, and count the trials by outcome."""
     counts = {
         state: sum(trial["state"] == state for trial in sweep["trials"])
         for state in ("complete", "pruned", "failed", "unfinished")
@@ -88,7 +88,7 @@ def states(sweep: Sweep) -> list[str]:
 
 
 def row(trial: SweepTrial, seeds: int) -> dict[str, Any]:
-    """Return a row of the table of the best configurations."""
+    """Return a row for the table of best configurations."""
     values = trial["accuracies"]
     return {
         "number": trial["number"],
@@ -99,21 +99,21 @@ def row(trial: SweepTrial, seeds: int) -> dict[str, Any]:
 
 
 def uncertainty(sweep: Sweep, complete: Sequence[SweepTrial]) -> str:
-    """Return how much of a difference can be due to chance."""
+    """Explain how uncertain the accuracies are."""
     if not complete:
         return ""
     images, best = sweep["recipe"]["val_size"], complete[0]["value"]
     if len(sweep["seeds"]) > 1:
         return (
             "The intervals are 95 % confidence intervals of the mean over the seeds, from the "
-            "t-distribution. They do not account for the choice of the best of many trials."
+            "t-distribution. They do not account for selecting the best of many trials."
         )
     width = 1.96 * math.sqrt(best * (1 - best) / images)
     return (
-        f"Each trial has one seed. With {images:,} images, the 95 % interval of an accuracy of "
-        f"{words.percent(best)} extends about {words.points(width)} to each side, in addition to "
-        "the variation between seeds. Train the best configurations with several seeds before "
-        "relying on a smaller difference."
+        f"Each trial uses one seed. With {images:,} images, the 95 % interval of an accuracy of "
+        f"{words.percent(best)} extends about {words.points(width)} to each side. Accuracy also "
+        "varies between seeds. Train the best configurations with several seeds before relying on "
+        "smaller differences."
     )
 
 
@@ -248,13 +248,13 @@ def _value(trial: SweepTrial) -> float:
 
 
 def _position(sweep: Sweep, name: str, trial: SweepTrial) -> float:
-    """Return the position of a setting on its axis: its value, or its index in the list."""
+    """Return the position of a setting on its axis: its value, or its index in the choices."""
     values, found = sweep["space"][name], trial["settings"][name]
     return float(values["choices"].index(found) if "choices" in values else found)
 
 
 def _height(sweep: Sweep, name: str, trial: SweepTrial) -> float:
-    """Return the position of a setting between 0 and 1."""
+    """Return the position of a setting on its axis, scaled to [0, 1]."""
     values, position = sweep["space"][name], _position(sweep, name, trial)
     if "choices" in values:
         return position / max(1, len(values["choices"]) - 1)
@@ -265,7 +265,7 @@ def _height(sweep: Sweep, name: str, trial: SweepTrial) -> float:
 
 
 def _marks(sweep: Sweep, name: str) -> list[tuple[float, str]]:
-    """Return the heights and texts of the values of a setting on its axis."""
+    """Return the heights and labels of the marks on the axis of a setting."""
     values = sweep["space"][name]
     if "choices" not in values:
         return [(0, setting_text(values["low"])), (1, setting_text(values["high"]))]
@@ -286,7 +286,7 @@ def _label_axis(axes: "Axes", sweep: Sweep, name: str) -> None:
         low, high = values["low"], values["high"]
         axes.set_xscale("log")
         axes.set_xlim(low * 0.9, high * 1.1)
-        # The default formatters write powers as math.
+        # The default formatters write powers as math text.
         axes.xaxis.set_major_locator(FixedLocator([low, math.sqrt(low * high), high]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))

@@ -1,4 +1,4 @@
-"""Formatting of numbers. Fractions are in [0, 1], times in seconds."""
+"""Number formatting. Fractions are in [0, 1], and times are in seconds."""
 
 from collections.abc import Sequence
 
@@ -20,51 +20,51 @@ __all__ = [
 
 
 def count(number: int) -> str:
-    """10000 -> '10,000'."""
+    """Format an integer: 10000 -> '10,000'."""
     return f"{number:,}"
 
 
 def big(number: float) -> str:
-    """853018 -> '853 thousand'; 125485696 -> '125.5 million'."""
+    """Format a large number: 853018 -> '853 thousand', 125485696 -> '125.5 million'."""
     if number >= 1e6:
         return f"{number / 1e6:.1f} million"
     return f"{number / 1e3:.0f} thousand" if number >= 1e4 else f"{number:,.0f}"
 
 
 def loss(nats: float) -> str:
-    """0.26581 -> '0.2658'."""
+    """Format a loss: 0.26581 -> '0.2658'."""
     return f"{nats:.4f}"
 
 
 def score(value: float | None) -> str:
-    """0.87234 -> '0.8723'; None -> a dash."""
+    """Format a score: 0.87234 -> '0.8723', None -> a dash."""
     return "\N{EN DASH}" if value is None else f"{value:.4f}"
 
 
 def points(share: float, *, sign: bool = False) -> str:
-    """Format a difference of fractions: 0.0657 -> '6.57 points'; with `sign`, '+6.57 points'."""
+    """Format a difference of fractions: 0.0657 -> '6.57 points', or '+6.57 points' with `sign`."""
     value = round(100 * share, 2) + 0.0  # -0.0 + 0.0 is 0.0
     number = f"{value:+.2f}" if sign and value else f"{value:.2f}"
     return number.replace("-", "\N{MINUS SIGN}") + " points"
 
 
 def p_value(probability: float) -> str:
-    """0.0312 -> '0.031'; 0.00002 -> '< 0.001'."""
+    """Format a p-value: 0.0312 -> '0.031', 0.00002 -> '< 0.001'."""
     return "< 0.001" if probability < 0.001 else f"{probability:.2g}"
 
 
 def plural(number: int, one: str, many: str | None = None) -> str:
-    """(1, 'epoch') -> '1 epoch'; (2, 'epoch') -> '2 epochs'."""
+    """Format a number of things: (1, 'epoch') -> '1 epoch', (2, 'epoch') -> '2 epochs'."""
     return f"{count(number)} {one if number == 1 else many or one + 's'}"
 
 
 def listed(items: Sequence[str]) -> str:
-    """['a', 'b'] -> 'a and b'; ['a', 'b', 'c'] -> 'a, b, and c'."""
+    """Join items in a sentence: ['a', 'b'] -> 'a and b', ['a', 'b', 'c'] -> 'a, b, and c'."""
     if len(items) < 3:
         return " and ".join(items)
     return f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
 def quoted(name: str) -> str:
-    """Quote a class name inside a sentence."""
+    """Quote a class name for use in a sentence."""
     return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
