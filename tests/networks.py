@@ -9,15 +9,15 @@ from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 CLASSES = ("blue", "green", "red")
 
 
-def lively(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpoint:
+def random_checkpoint(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpoint:
     """Return weights whose logits depend on the image, with non-default statistics."""
     model = build(arch, classes=len(classes), seed=3)
-    liven(model, model.fc)
+    randomize(model, model.fc)
     config = ModelConfig(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     return Checkpoint(config, model.state_dict())
 
 
-def liven(model: nn.Module, last: nn.Linear) -> None:
+def randomize(model: nn.Module, last: nn.Linear) -> None:
     """Draw the parameters and statistics of batch norm, and the classifier, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():

@@ -279,7 +279,7 @@ def imported_by(file: Path, known: Collection[str]) -> set[str]:
     return found
 
 
-def test_imports_are_those_of_the_table() -> None:
+def test_imports_match_the_table() -> None:
     """Packages whose __init__ imports no module have no line."""
     known = modules()
     found = {name: imported_by(file, known) - {name} for name, file in known.items()}
@@ -298,11 +298,11 @@ def test_the_documented_layout_names_every_module() -> None:
     """The packages report, serve and cli have a single entry each."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     tree = page[page.index("src/resnet56/\n") :]
-    folder, named = "", set()
+    directory, named = "", set()
     for indent, name in re.findall(r"^( +)([\w./]+)", tree[: tree.index("```")], re.MULTILINE):
         if name.endswith("/"):
-            folder = name
-        path = folder if name.endswith("/") else name if len(indent) == 2 else folder + name
+            directory = name
+        path = directory if name.endswith("/") else name if len(indent) == 2 else directory + name
         named.add(path.removesuffix("/").removesuffix(".py").replace("/", "."))
     whole = {"report", "serve", "cli"}
     small = {"__init__", "__main__"}

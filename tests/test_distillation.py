@@ -89,7 +89,7 @@ def test_an_ensemble_averages_teachers_with_their_own_normalization() -> None:
     assert drawn == [ensemble.random_member(3, step) for step in range(200)]
 
 
-def test_a_teacher_with_different_classes_is_an_error() -> None:
+def test_a_teacher_with_different_classes_raises_an_error() -> None:
     with pytest.raises(UsageError, match="the classes of teacher it"):
         Teachers({"it": teacher(0, classes=("a", "b", "d"))}, STUDENT, CPU, "fp32")
 

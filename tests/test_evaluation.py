@@ -58,7 +58,9 @@ def test_predictions_match_the_metrics(run: RunDirectory, tiny: Dataset) -> None
     assert matrix.tolist() == metrics["confusion_matrix"]
 
 
-def test_the_kept_mistakes_are_from_all_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_mistakes_cover_all_cells_of_the_confusion_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(samples, "MOST_CONFIDENT", 2)
     # Class 0 as class 1 with high confidence, nine times; class 1 as 2 and 2 as 0 with lower ones.
     cells = [(0, 1)] * 9 + [(1, 2)] * 3 + [(2, 0)]
@@ -118,7 +120,7 @@ def test_samples_include_cutout_and_trivial_augment(
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "ricap"])
-def test_samples_have_the_share_of_mixed_images_of_the_training(
+def test_samples_have_the_same_fraction_of_mixed_images_as_training(
     run: RunDirectory, tiny: Dataset, tmp_path: Path, mix: str
 ) -> None:
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
@@ -204,7 +206,9 @@ class Fixed:
         return self.outputs
 
 
-def test_a_comparison_says_how_much_of_a_gap_it_explains(run: RunDirectory, tiny: Dataset) -> None:
+def test_a_comparison_states_how_much_of_a_gap_it_explains(
+    run: RunDirectory, tiny: Dataset
+) -> None:
     config = run.load().config
     correct = torch.nn.functional.one_hot(tiny.test.labels, 3).float()
     wrong = correct.clone()

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
-from networks import CLASSES, lively
+from networks import CLASSES, random_checkpoint
 from PIL import Image
 from report_fixtures import evaluation
 
@@ -29,21 +29,21 @@ CIFAR10 = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs") / "lively"
-    RunDirectory(path).save(lively(classes=CIFAR10))
+    path = tmp_path_factory.mktemp("runs") / "random_checkpoint"
+    RunDirectory(path).save(random_checkpoint(classes=CIFAR10))
     return path
 
 
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
-    file = run.parent / "lively.onnx"
+    file = run.parent / "random_checkpoint.onnx"
     assert cli.main(["export", str(run), "--out", str(file)]) == 0
     return file
 
 
 @pytest.mark.parametrize("arch", ["resnet11-bottleneck", "plain8"])
 def test_other_architectures_are_exported(arch: str, tmp_path: Path) -> None:
-    export.write_onnx(lively(arch), tmp_path / "it.onnx")
+    export.write_onnx(random_checkpoint(arch), tmp_path / "it.onnx")
     images = np.random.default_rng(9).integers(0, 256, (3, 3, 32, 32), np.uint8)
     logits, maps = resnet56.load(tmp_path / "it.onnx").run(images)
     assert logits.shape == (3, 3)
@@ -69,7 +69,7 @@ def test_onnx_matches_pytorch_on_cifar10(cifar10: Dataset, run: Path, exported: 
     assert len(set(expected.argmax(1).tolist())) > 1
 
 
-def test_onnx_metadata_inputs_and_outputs(exported: Path) -> None:
+def test_onnx_files_have_metadata_inputs_and_outputs(exported: Path) -> None:
     proto = onnx.load(exported)
     onnx.checker.check_model(proto)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
@@ -124,7 +124,7 @@ def test_serve_with_onnx_does_not_import_pytorch(exported: Path, tmp_path: Path)
     assert completed.stdout.strip() == resnet56.load(exported).predict(tmp_path / "it.png")[0].label
 
 
-def test_python_onnx_and_command_agree_on_a_photograph(
+def test_python_onnx_and_the_command_agree_on_a_photo(
     run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The photograph is Chelsea, a cat from scikit-image that is not in CIFAR-10."""
@@ -153,7 +153,7 @@ def test_pretrained_models_recognize_a_cat(name: str) -> None:
     assert resnet56.load(name).predict(data.chelsea())[0].label == "cat"
 
 
-def test_inaccurate_export_is_not_written(
+def test_an_inaccurate_export_is_not_written(
     run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -176,15 +176,15 @@ def test_inaccurate_export_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_check_rejects_the_file_of_another_model(exported: Path) -> None:
-    other = lively(classes=CIFAR10)
+def test_the_check_rejects_the_file_of_another_model(exported: Path) -> None:
+    other = random_checkpoint(classes=CIFAR10)
     other.model["fc.weight"].neg_()
     with pytest.raises(Error, match=r"the predicted class of [1-9]\d* of 256 images changes"):
         export.check_onnx(exported.read_bytes(), other)
 
 
 @pytest.mark.parametrize("module", ["onnxruntime", "onnxscript"])
-def test_missing_extra_says_what_to_install(
+def test_the_error_about_a_missing_extra_says_what_to_install(
     module: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -235,7 +235,7 @@ def test_evaluate_compares_pytorch_and_onnx(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = tmp_path / "small"
-    RunDirectory(small).save(lively())
+    RunDirectory(small).save(random_checkpoint())
     for split in ("train", "test"):
         for name in CLASSES:
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -250,36 +250,36 @@ def test_evaluate_compares_pytorch_and_onnx(
     assert 0 < comparison["largest_difference"] < 1e-4
 
 
-def test_hub_directory_has_weights_config_and_card(run: Path, tmp_path: Path) -> None:
+def test_a_hub_directory_has_weights_config_and_card(run: Path, tmp_path: Path) -> None:
     result = evaluation(accuracy=0.8517, accuracy_interval=[0.8446, 0.8585])
     (run / "evaluation.json").write_text(json.dumps(result))
-    folder = tmp_path / "my-net"
-    assert cli.main(["export", str(run), "--format", "hub", "--out", str(folder)]) == 0
+    directory = tmp_path / "my-net"
+    assert cli.main(["export", str(run), "--format", "hub", "--out", str(directory)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my-net"]
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in directory.iterdir()} == {
         "README.md", "config.json", "model.safetensors",
     }  # fmt: skip
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text())
     assert config["id2label"]["3"] == "cat"
     assert config["architecture"] == "resnet8"
     model = build(config["architecture"], classes=config["num_classes"])
-    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-    with safetensors.safe_open(folder / "model.safetensors", framework="pt") as file:
+    model.load_state_dict(safetensors.torch.load_file(directory / "model.safetensors"))
+    with safetensors.safe_open(directory / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"  # required by hub libraries
     images = torch.rand(2, 3, 32, 32)
     expected = resnet56.load(run, device="cpu").model
     with torch.no_grad():
         assert torch.allclose(model.eval()(images), expected(images), atol=1e-5)
-    card = (folder / "README.md").read_text()
+    card = (directory / "README.md").read_text()
     front_matter = card.split("---\n")[1]
     values = dict(line.split(": ", 1) for line in front_matter.splitlines())
     assert json.loads(values["pipeline_tag"]) == "image-classification"
     assert json.loads(values["model-index"])[0]["results"][0]["metrics"][0]["value"] == 0.8517
     assert "85.17 % (95 % interval 84.46 to 85.85)" in card
-    assert cli.main(["export", str(run), "--format", "hub", "--out", str(folder)]) == 1
+    assert cli.main(["export", str(run), "--format", "hub", "--out", str(directory)]) == 1
 
 
-def test_card_of_a_pretrained_model_has_its_accuracy(
+def test_the_card_of_a_pretrained_model_has_its_accuracy(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")

@@ -25,7 +25,7 @@ IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("arch", ["resnet14", "resnet14-b", "resnet20-bottleneck", "plain14"])
-def test_folded_model_is_equal_up_to_rounding(arch: str) -> None:
+def test_the_folded_model_is_equal_up_to_rounding(arch: str) -> None:
     model = model_with_statistics(arch)
     form = InferenceModel(model)
     with torch.inference_mode():
@@ -34,7 +34,7 @@ def test_folded_model_is_equal_up_to_rounding(arch: str) -> None:
     assert not [m for m in form.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def test_original_model_is_not_modified() -> None:
+def test_the_original_model_is_not_modified() -> None:
     model = model_with_statistics("resnet8").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     InferenceModel(model, "bf16")(IMAGES)

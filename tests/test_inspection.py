@@ -209,7 +209,7 @@ def test_the_command_inspects_runs_and_architectures_and_draws_figures(
         (["FILE.txt"], "FILE.txt"),
     ],
 )
-def test_errors_are_one_line(
+def test_errors_have_one_line(
     arguments: list[str],
     says: str,
     run: Path,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from networks import lively
+from networks import random_checkpoint
 
 import resnet56
 from resnet56.runs.directory import RunDirectory
@@ -52,12 +52,20 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
 def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export a file as a user whose home directory, next to it, is empty."""
     pytest.importorskip("onnxruntime")
-    folder = tmp_path_factory.mktemp("onnx")
-    (folder / "home").mkdir()
-    RunDirectory(folder / "run").save(lively())
-    path = folder / "net.onnx"
-    command = [sys.executable, "-m", "resnet56", "export", str(folder / "run"), "--out", str(path)]
-    environment = clean_environment(folder / "home")
+    directory = tmp_path_factory.mktemp("onnx")
+    (directory / "home").mkdir()
+    RunDirectory(directory / "run").save(random_checkpoint())
+    path = directory / "net.onnx"
+    command = [
+        sys.executable,
+        "-m",
+        "resnet56",
+        "export",
+        str(directory / "run"),
+        "--out",
+        str(path),
+    ]
+    environment = clean_environment(directory / "home")
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return path
 
@@ -78,7 +86,7 @@ def test_an_export_writes_nothing_to_the_home_directory(onnx_file: Path) -> None
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
-def test_the_users_choice_about_telemetry_is_kept(onnx_file: Path, tmp_path: Path) -> None:
+def test_the_telemetry_setting_of_the_user_is_kept(onnx_file: Path, tmp_path: Path) -> None:
     code = "from resnet56.libraries import import_onnxruntime as load; import os; load(); "
     code += "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     environment = clean_environment(tmp_path) | {"ORT_DISABLE_TELEMETRY": "0", "CI": "true"}
@@ -89,7 +97,7 @@ def test_the_users_choice_about_telemetry_is_kept(onnx_file: Path, tmp_path: Pat
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows always has a home directory")
-def test_matplotlib_is_silent_where_the_home_is_not_writable(tmp_path: Path) -> None:
+def test_matplotlib_prints_no_warning_if_the_home_directory_is_read_only(tmp_path: Path) -> None:
     missing = tmp_path / "file" / "home"
     missing.parent.touch()
     code = "from resnet56.libraries import import_matplotlib as load; load(); import matplotlib; "

@@ -91,7 +91,7 @@ def test_a_class_without_images_has_no_scores_and_is_excluded_from_means() -> No
     assert result.confusion_matrix[2] == [0, 0, 0]
 
 
-def test_one_image_is_enough() -> None:
+def test_metrics_of_one_image_are_valid() -> None:
     result = compute_metrics(deciding([1], 2), np.array([1]), names(2))
     assert (result.n, result.accuracy, result.most_confused) == (1, 1.0, [])
 
@@ -240,7 +240,7 @@ def test_a_confidence_at_the_edge_of_two_bins_is_in_the_lower_one() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
-def test_the_brier_score_of_uniform_probabilities(classes: int) -> None:
+def test_the_brier_score_of_uniform_probabilities_matches_the_formula(classes: int) -> None:
     uniform = np.full((4, classes), 1 / classes)
     assert calibration(uniform, np.array([0, 1, 0, 1]))["brier"] == pytest.approx(1 - 1 / classes)
 

@@ -128,7 +128,7 @@ def test_a_description_depends_on_the_number_of_classes() -> None:
         (10, "bottleneck", (11,)),
     ],
 )
-def test_an_invalid_depth_is_refused_with_the_nearest_valid_ones(
+def test_an_invalid_depth_is_rejected_with_the_nearest_valid_ones(
     depth: int, block: Any, nearest: tuple[int, ...]
 ) -> None:
     step = {"basic": 6, "bottleneck": 9}[block]
@@ -149,19 +149,19 @@ def test_an_invalid_depth_is_refused_with_the_nearest_valid_ones(
         *("plain", "Plain56", "plain56-c", "plain56\n"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_known_names(name: str) -> None:
+def test_an_unknown_name_is_rejected_with_the_known_names(name: str) -> None:
     with pytest.raises(UsageError, match="resnet56-bottleneck") as caught:
         build(name)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["plain56-b", "plain56-bottleneck", "plain57-bottleneck"])
-def test_a_plain_network_with_another_block_is_refused(name: str) -> None:
+def test_a_plain_network_with_another_block_is_rejected(name: str) -> None:
     with pytest.raises(UsageError, match="basic blocks and no shortcut; choose plain5[67]$"):
         describe(name)
 
 
-def test_an_invalid_plain_depth_is_refused() -> None:
+def test_an_invalid_plain_depth_is_rejected() -> None:
     with pytest.raises(UsageError, match="the nearest are 56 and 62"):
         build("plain57")
 
@@ -181,7 +181,7 @@ def test_a_name_determines_depth_block_and_shortcut(name: str, expected: tuple[A
 
 
 @pytest.mark.parametrize("classes", [-1, 0, 1, 1_000_001, 10**20])
-def test_an_invalid_number_of_classes_is_refused(classes: int) -> None:
+def test_an_invalid_number_of_classes_is_rejected(classes: int) -> None:
     with pytest.raises(UsageError, match="2 to 1,000,000 classes"):
         build("resnet8", classes=classes)
 
@@ -247,7 +247,7 @@ def test_the_forward_pass_matches_a_functional_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL[:3])
-def test_a_block_with_zero_last_norm_is_its_shortcut_with_relu(name: str) -> None:
+def test_a_block_with_a_zero_last_norm_applies_only_shortcut_and_relu(name: str) -> None:
     model = build(name)
     last = f"bn{LAYERS[suffix(name)]}"
     checked = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import CLASSES, lively
+from networks import CLASSES, random_checkpoint
 from PIL import Image
 from report_fixtures import evaluation
 
@@ -24,8 +24,8 @@ from resnet56.runs.directory import RunDirectory
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    directory = RunDirectory(tmp_path_factory.mktemp("runs") / "lively")
-    directory.save(lively())
+    directory = RunDirectory(tmp_path_factory.mktemp("runs") / "random_checkpoint")
+    directory.save(random_checkpoint())
     return directory
 
 
@@ -49,7 +49,7 @@ def test_logits_match_evaluation(predictor: Predictor) -> None:
     assert maps.shape == (5, 3, 8, 8)
 
 
-def test_mean_of_map_plus_bias_is_the_logit(predictor: Predictor) -> None:
+def test_the_mean_of_a_map_plus_the_bias_is_the_logit(predictor: Predictor) -> None:
     """Pooling and the linear layer commute (Zhou et al. 2016, section 2)."""
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
     logits, maps = predictor.run(images)
@@ -58,7 +58,7 @@ def test_mean_of_map_plus_bias_is_the_logit(predictor: Predictor) -> None:
     assert maps.std(axis=(2, 3)).min() > 0.01
 
 
-def test_map_equals_grad_cam(predictor: Predictor) -> None:
+def test_the_map_equals_grad_cam(predictor: Predictor) -> None:
     """With global average pooling, the map equals Grad-CAM at the last stage."""
     x = torch.rand(1, 3, 32, 32)
     features = predictor.model.features(x).detach().requires_grad_()
@@ -108,7 +108,7 @@ def test_probabilities_are_sorted_and_limited_to_top(
         predictor.predict(image, top=0)
 
 
-def test_batch_matches_single_images(predictor: Predictor) -> None:
+def test_a_batch_matches_single_images(predictor: Predictor) -> None:
     batch = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     from_tensor = predictor.predict(batch)
     from_array = predictor.predict(batch.permute(0, 2, 3, 1).numpy())
@@ -117,7 +117,7 @@ def test_batch_matches_single_images(predictor: Predictor) -> None:
         assert len({round(prediction.probability, 5) for prediction in predictions}) == 1
 
 
-def test_stream_reads_one_batch_at_a_time_and_continues_after_errors(
+def test_a_stream_reads_one_batch_at_a_time_and_continues_after_errors(
     predictor: Predictor, image: Image.Image
 ) -> None:
     consumed = 0
@@ -143,7 +143,7 @@ def test_stream_reads_one_batch_at_a_time_and_continues_after_errors(
     assert predictor.predict([]) == []
 
 
-def test_memory_error_affects_only_its_image(predictor: Predictor, image: Image.Image) -> None:
+def test_a_memory_error_affects_only_its_image(predictor: Predictor, image: Image.Image) -> None:
     class Greedy(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             raise MemoryError
@@ -168,20 +168,20 @@ def test_memory_error_affects_only_its_image(predictor: Predictor, image: Image.
     ],
     ids=range(9),
 )
-def test_invalid_image_is_rejected(predictor: Predictor, invalid: object, message: str) -> None:
+def test_an_invalid_image_is_rejected(predictor: Predictor, invalid: object, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         predictor.predict(invalid)  # type: ignore[arg-type]
 
 
-def test_run_is_named_after_its_directory(predictor: Predictor) -> None:
-    assert predictor.name == "lively"
+def test_a_run_is_named_after_its_directory(predictor: Predictor) -> None:
+    assert predictor.name == "random_checkpoint"
     assert predictor.classes == CLASSES
     assert not predictor.model.training
     with pytest.raises(UsageError, match=r"\(N, 3, 32, 32\)"):
         predictor.run(np.zeros((3, 32, 32), np.uint8))
 
 
-def test_missing_model_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_model_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="nothing is neither a run nor a pretrained model"):
         resnet56.load("nothing")
     with pytest.raises(RunError, match=r"cannot read .*none\.onnx: No such file"):
@@ -202,7 +202,7 @@ def weights_directory(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.Mon
     return tmp_path / "weights"
 
 
-def test_pretrained_model_matches_its_run(
+def test_a_pretrained_model_matches_its_run(
     weights_directory: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(weights_directory)
@@ -218,7 +218,7 @@ def test_pretrained_model_matches_its_run(
     assert size < 0.6 * 4 * sum(p.numel() for p in small.model.parameters()) + 10_000
 
 
-def test_card_has_recipe_and_evaluation(
+def test_a_card_has_the_recipe_and_the_evaluation(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluated = RunDirectory(tmp_path / "run")
@@ -232,14 +232,14 @@ def test_card_has_recipe_and_evaluation(
     assert card["evaluation"]["test"]["accuracy"] == 0.5
 
 
-def test_unknown_name_lists_the_available_ones(weights_directory: Path) -> None:
+def test_the_error_about_an_unknown_name_lists_the_available_names(weights_directory: Path) -> None:
     with pytest.raises(RunError, match=r"nor a pretrained model \(available: small\)"):
         resnet56.load("large")
     with pytest.raises(RunError, match="available: small"):
         pretrained.load("../small")
 
 
-def test_run_takes_precedence_over_a_pretrained_model(
+def test_a_run_takes_precedence_over_a_pretrained_model(
     weights_directory: Path, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -249,7 +249,7 @@ def test_run_takes_precedence_over_a_pretrained_model(
     assert sources.open_model("small").run
 
 
-def test_damaged_pretrained_file_is_an_error(weights_directory: Path) -> None:
+def test_a_damaged_pretrained_file_raises_an_error(weights_directory: Path) -> None:
     (weights_directory / "small.safetensors").write_bytes(b"junk")
     with pytest.raises(RunError, match="is damaged"):
         pretrained.load("small")

@@ -30,10 +30,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def run_notebook(folder: Path, *cells: str) -> list[list[dict[str, Any]]]:
+def run_notebook(directory: Path, *cells: str) -> list[list[dict[str, Any]]]:
     """Run a notebook in a new kernel, and return the stored outputs of each cell."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    resources = {"metadata": {"path": str(folder)}}
+    resources = {"metadata": {"path": str(directory)}}
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", allow_errors=True, resources=resources
     )

@@ -27,7 +27,7 @@ def error_message(call: Any, *arguments: Any) -> str:
 # Published values
 
 
-def test_report_matches_the_report() -> None:
+def test_the_recipe_report_matches_the_original_report() -> None:
     report = RECIPES["report"]
     assert (report.arch, report.epochs, report.batch_size) == ("resnet56-bottleneck", 40, 32)
     assert (report.lr, report.momentum, report.nesterov) == (0.02, 0.9, False)
@@ -35,7 +35,7 @@ def test_report_matches_the_report() -> None:
     assert (report.warmup_epochs, report.label_smoothing, report.ema_decay) == (0, 0, ())
 
 
-def test_he2015_matches_section_4_2_of_the_paper() -> None:
+def test_the_recipe_he2015_matches_section_4_2_of_the_paper() -> None:
     he2015 = RECIPES["he2015"]
     assert (he2015.arch, he2015.batch_size, he2015.lr, he2015.momentum) == (
         "resnet56",

@@ -63,7 +63,7 @@ def test_each_process_of_torchrun_has_its_own_gpu(
     "name",
     ["", " ", "gpu", "CPU", "0", "cuda:", "cuda:x", "cuda:-1", "cpu:", "meta", "xla", "cpu\n"],
 )
-def test_an_unknown_device_is_an_error(name: str) -> None:
+def test_an_unknown_device_raises_an_error(name: str) -> None:
     with pytest.raises(UsageError, match="unknown device") as caught:
         resolve_device(name)
     assert repr(name) in str(caught.value)
@@ -77,7 +77,7 @@ def test_an_unknown_device_is_an_error(name: str) -> None:
         (2, "cuda:200"), (0, "cpu:1"), (0, "cpu:200"),
     ],
 )  # fmt: skip
-def test_an_unavailable_device_is_an_error(
+def test_an_unavailable_device_raises_an_error(
     monkeypatch: pytest.MonkeyPatch, gpus: int, name: str
 ) -> None:
     simulate_gpus(monkeypatch, gpus)
@@ -87,7 +87,7 @@ def test_an_unavailable_device_is_an_error(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_is_an_error() -> None:
+def test_cuda_without_a_gpu_raises_an_error() -> None:
     with pytest.raises(UsageError, match="no such hardware"):
         resolve_device("cuda")
 
@@ -133,7 +133,7 @@ def test_a_named_precision_is_used(name: str, device: str) -> None:
     assert precision(name, torch.device(device)) == name
 
 
-def test_fp16_without_loss_scaling_is_an_error() -> None:
+def test_fp16_without_loss_scaling_raises_an_error() -> None:
     with pytest.raises(UsageError, match="fp16 needs loss scaling"):
         precision("fp16", torch.device("mps"))
 
@@ -189,7 +189,7 @@ def test_the_environment_describes_the_machine_and_versions(
 
 
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="no sysconf on this system")
-def test_memory_is_the_total_of_the_machine() -> None:
+def test_memory_is_the_total_memory_of_the_machine() -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert environment(CPU, "fp32")["memory_gb"] == pytest.approx(total / 1e9, rel=0.1)
 
@@ -207,9 +207,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def git(folder: Path, *arguments: str) -> str:
+def git(directory: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    command = ["git", "-C", str(folder), *identity, *arguments]
+    command = ["git", "-C", str(directory), *identity, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -251,7 +251,7 @@ def test_several_processes_cannot_share_a_gpu(monkeypatch: pytest.MonkeyPatch, n
         resolve_device(name)
 
 
-def test_fewer_gpus_than_processes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_gpus_than_processes_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

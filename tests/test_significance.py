@@ -56,7 +56,7 @@ def test_equal_accuracies_have_no_variance() -> None:
         compare_means([0.9], [0.8])
 
 
-def test_the_interval_of_a_mean() -> None:
+def test_the_interval_of_a_mean_matches_the_t_distribution() -> None:
     """The 97.5 % quantile of t with 3 degrees of freedom is 3.182446 in tables."""
     error = math.sqrt(5 / 3) / 2
     low, high = mean_interval([1.0, 2.0, 3.0, 4.0])
@@ -84,7 +84,7 @@ def test_the_bootstrap_resamples_images() -> None:
     assert (low, high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.003)
 
 
-def test_equal_predictions() -> None:
+def test_equal_predictions_do_not_differ_significantly() -> None:
     same = np.array([True, False])
     result = compare_predictions(same, same)
     assert (result.p_value, result.interval) == (1.0, (0.0, 0.0))
@@ -92,7 +92,7 @@ def test_equal_predictions() -> None:
         compare_predictions(same, np.array([True]))
 
 
-def test_holm_matches_a_case_by_hand() -> None:
+def test_holm_matches_a_case_computed_by_hand() -> None:
     """Sorted: 4 x 0.005, 3 x 0.01, 2 x 0.03, then the larger of 0.04 and the last one."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]

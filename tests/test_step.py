@@ -106,14 +106,14 @@ def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
     ]
 
 
-def test_report_halves_the_rate_every_ten_epochs() -> None:
+def test_the_recipe_report_halves_the_rate_every_ten_epochs() -> None:
     for epoch in range(40):
         for step in (0, 1249):  # the first and the last of 1,250
             rate = learning_rate(RECIPES["report"], 1250 * epoch + step, 1250)
             assert rate == pytest.approx(0.02 * 0.5 ** (epoch // 10))
 
 
-def test_he2015_divides_the_rate_by_ten_after_82_and_123_epochs() -> None:
+def test_the_recipe_he2015_divides_the_rate_by_ten_after_82_and_123_epochs() -> None:
     expected = {0: 0.1, 82 * 390 - 1: 0.1, 82 * 390: 0.01, 123 * 390 - 1: 0.01, 123 * 390: 0.001}
     expected[164 * 390 - 1] = 0.001
     for step, rate in expected.items():

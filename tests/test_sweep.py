@@ -101,7 +101,7 @@ def test_values_are_parsed_by_the_type_of_their_field() -> None:
         ("seed=1,2", "seed cannot vary in a sweep; use --seeds"),
     ],
 )
-def test_an_invalid_value_is_one_line(
+def test_an_invalid_value_causes_a_one_line_error(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["sweep", "quick", "--val-size", "200", "--out", str(tmp_path / "s"), "--vary", text]
@@ -131,7 +131,7 @@ def test_an_invalid_value_is_one_line(
         ),
     ],
 )
-def test_an_invalid_option_is_one_line(
+def test_an_invalid_option_causes_a_one_line_error(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["sweep", "quick", "--out", str(tmp_path / "s"), *options]) == 2
@@ -140,7 +140,7 @@ def test_an_invalid_option_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_storage_that_does_not_answer_is_one_line(
+def test_a_storage_that_does_not_answer_causes_a_one_line_error(
     tiny: Dataset, recipe: Recipe, tmp_path: Path
 ) -> None:
     with socket.socket() as unused:  # bound, but not listening
@@ -166,7 +166,7 @@ def test_a_grid_tries_each_combination_once(
     assert len(trained) == 6
 
 
-def test_a_trial_that_another_worker_makes_superfluous_is_not_trained() -> None:
+def test_a_trial_is_not_trained_if_another_worker_makes_it_unnecessary() -> None:
     """Two workers can start a trial at the same time, when only one is missing."""
     import optuna
 
@@ -288,7 +288,7 @@ def test_an_interrupted_trial_continues_from_its_checkpoint(
     assert sorted(path.name for path in out.glob("trial-*")) == ["trial-0000", "trial-0001"]
 
 
-def test_a_sweep_with_other_settings_is_refused(
+def test_a_sweep_with_other_settings_is_rejected(
     tiny: Dataset, recipe: Recipe, trained: list[Recipe], tmp_path: Path
 ) -> None:
     space, out = {"lr": Choices((0.1, 0.2))}, tmp_path / "s"
@@ -314,7 +314,7 @@ def test_a_sweep_with_other_settings_is_refused(
     assert len(trained) == 2
 
 
-def test_a_directory_with_other_files_is_refused(
+def test_a_directory_with_other_files_is_rejected(
     tiny: Dataset, recipe: Recipe, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("")
@@ -322,7 +322,7 @@ def test_a_directory_with_other_files_is_refused(
         sweep(recipe, {"lr": Choices((0.1,))}, tiny, tmp_path)
 
 
-def test_the_command_of_the_winner_trains_without_validation_images() -> None:
+def test_the_command_of_the_best_trial_trains_without_validation_images() -> None:
     winner = dataclasses.replace(
         RECIPES["fast"], val_size=5000, lr=0.25, sizes=(16, 16), nesterov=False, seed=3
     )

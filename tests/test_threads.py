@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from networks import lively
+from networks import random_checkpoint
 
 from resnet56 import threads, training
 from resnet56.cli import main
@@ -107,7 +107,7 @@ def test_the_setting_of_pytorch_is_the_maximum() -> None:
 
 @pytest.mark.parametrize("wrong", [0, -1, 3, 10**9])
 @pytest.mark.usefixtures("cores")
-def test_a_number_out_of_range_is_an_error(wrong: int) -> None:
+def test_a_number_out_of_range_raises_an_error(wrong: int) -> None:
     with pytest.raises(UsageError, match="threads must be from 1 to 2 on this machine"):
         ThreadControl(wrong)
 
@@ -300,7 +300,7 @@ def test_the_flag_reaches_pytorch_and_onnx_runtime(
     from PIL import Image
 
     Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
-    RunDirectory(tmp_path / "run").save(lively())
+    RunDirectory(tmp_path / "run").save(random_checkpoint())
     run = str(tmp_path / "run")
     requested: list[int] = []
     monkeypatch.setattr(threads.os, "cpu_count", lambda: 3)

@@ -75,7 +75,7 @@ def test_there_are_two_tutorials() -> None:
 
 
 @pytest.mark.parametrize("name", [BUILD, USE])
-def test_the_stored_outputs_are_those_of_the_code(executed: dict[str, Any], name: str) -> None:
+def test_the_stored_outputs_match_the_code(executed: dict[str, Any], name: str) -> None:
     """Numbers depend on the machine and may differ. If this fails, run tools/notebooks.py."""
 
     def outputs(cell: Any) -> list[tuple[str, list[str], str]]:

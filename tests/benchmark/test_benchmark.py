@@ -148,7 +148,7 @@ def test_networks_have_one_output_per_class(tiny: Dataset) -> None:
     assert made == [1, 13]
 
 
-def test_a_batch_larger_than_the_training_set_is_refused(tiny: Dataset) -> None:
+def test_a_batch_larger_than_the_training_set_is_rejected(tiny: Dataset) -> None:
     with pytest.raises(UsageError, match="batch size 64 exceeds the 50 training images"):
         benchmark.bench(lambda: tiny, archs=["resnet8"], batches=[8, 64], device="cpu")
 
@@ -190,7 +190,7 @@ def test_the_command_prints_tables_and_writes_json(
         (["--arch", "resnet57"], "depth 57 is not of the form 6n + 2"),
     ],
 )
-def test_invalid_arguments_are_a_one_line_error(
+def test_invalid_arguments_cause_a_one_line_error(
     arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", *arguments]) == 2

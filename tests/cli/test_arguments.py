@@ -73,7 +73,7 @@ def test_every_command_is_tested() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_invalid_numbers_are_one_line_errors(
+def test_invalid_numbers_cause_one_line_errors(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The values are huge, negative, empty, or in the digits of other scripts."""
@@ -97,7 +97,7 @@ def test_there_are_numeric_flags() -> None:
 
 
 @pytest.mark.parametrize("text", ["", " 1", "1 ", "1_0", "٣", "0x1", "1.0", "--1", "9" * 19])
-def test_integers_are_ascii_digits(text: str) -> None:
+def test_integers_must_be_ascii_digits(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected an integer|too large"):
         integer(text)
 
@@ -105,7 +105,7 @@ def test_integers_are_ascii_digits(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", " 1", "1_0.0", "٣", "nan", "inf", "1e999", "1e", ".", "0x1p3"]
 )
-def test_numbers_are_ascii_and_finite(text: str) -> None:
+def test_numbers_must_be_ascii_and_finite(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected a finite number|too large"):
         number(text)
 
@@ -128,7 +128,7 @@ def test_help_fits_80_columns_and_shows_no_empty_defaults(
     assert not re.search(r"--no-(json|quiet|resume|csv|compiled)", shown)
 
 
-def test_help_on_a_terminal_without_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_on_a_terminal_without_unicode_is_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", ascii_only)
     assert cli.main(["describe", "--help"]) == 0
@@ -247,7 +247,7 @@ def test_a_broken_pipe_exits_with_the_code_of_sigpipe(
         ),
     ],
 )
-def test_an_invalid_torchrun_environment_is_a_one_line_error(
+def test_an_invalid_torchrun_environment_causes_a_one_line_error(
     environment: dict[str, str],
     says: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -21,7 +21,7 @@ QUICKLY = ["--arch", "resnet8", "--batch-size", "8", "--epochs", "1", "--device"
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create an image directory of red and blue images of several sizes."""
     root = tmp_path_factory.mktemp("data") / "colors"
     chance = np.random.default_rng(0)
@@ -36,9 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "colors"
-    assert cli.main(["train", "quick", "--data", str(folder), "--out", str(out), *QUICKLY]) == 0
+    assert cli.main(["train", "quick", "--data", str(data_dir), "--out", str(out), *QUICKLY]) == 0
     return out
 
 
@@ -111,7 +111,9 @@ def test_describe_prints_the_table_of_the_paper(capsys: pytest.CaptureFixture[st
     assert [part["layers"] for part in config["parts"]] == ["1", "2-19", "20-37", "38-55", "56"]
 
 
-def test_training_then_evaluating_agree(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_reproduces_the_metrics_of_training(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained = json.loads((run / "evaluation.json").read_text())
     assert cli.main(["evaluate", str(run), "--json", "--device", "cpu", "--robustness", "4"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
@@ -125,10 +127,10 @@ def test_training_then_evaluating_agree(run: Path, capsys: pytest.CaptureFixture
 
 
 def test_validation_metrics_come_before_test_metrics(
-    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = tmp_path / "kept"
-    command = ["train", "quick", "--data", str(folder), "--out", str(kept), "--val-size", "5"]
+    command = ["train", "quick", "--data", str(data_dir), "--out", str(kept), "--val-size", "5"]
     assert cli.main([*command, *QUICKLY]) == 0
     text = capsys.readouterr().out
     held = json.loads((kept / "evaluation.json").read_text())["validation"]
@@ -144,10 +146,10 @@ def test_validation_metrics_come_before_test_metrics(
 
 
 def test_evaluating_other_images_writes_no_files(
-    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (run / "evaluation.json").read_bytes()
-    shutil.copytree(folder, tmp_path / "fewer")
+    shutil.copytree(data_dir, tmp_path / "fewer")
     (tmp_path / "fewer" / "test" / "red" / "0.png").unlink()
     assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "fewer"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 7
@@ -158,15 +160,15 @@ def test_evaluating_other_images_writes_no_files(
     assert (run / "evaluation.json").read_bytes() == before
 
 
-def test_parity_is_stored_once_with_a_verdict(
-    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_each_parity_comparison_is_stored_once(
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
         assert cli.main(["evaluate", str(run), "--parity", "fp32,bf16", "--device", "cpu"]) == 0
     kept = json.loads((run / "parity.json").read_text())["comparisons"]
     assert [(entry["a"], entry["b"]) for entry in kept] == [("cpu fp32", "cpu bf16")]
     assert kept[0]["verdict"] in capsys.readouterr().out
-    shutil.copytree(folder, tmp_path / "fewer")
+    shutil.copytree(data_dir, tmp_path / "fewer")
     (tmp_path / "fewer" / "test" / "red" / "0.png").unlink()
     other = ["evaluate", str(run), "--parity", "fp32,bf16", "--data", str(tmp_path / "fewer")]
     assert cli.main(other) == 0
@@ -177,10 +179,12 @@ def test_parity_is_stored_once_with_a_verdict(
 
 
 def test_training_accepts_the_recipe_file_of_a_run(
-    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(run / "recipe.json")
-    assert cli.main(["train", recipe, "--data", str(folder), "--out", str(tmp_path / "again")]) == 0
+    assert (
+        cli.main(["train", recipe, "--data", str(data_dir), "--out", str(tmp_path / "again")]) == 0
+    )
     mine, theirs = (
         json.loads((path / "evaluation.json").read_text())["train"]["loss"]
         for path in (run, tmp_path / "again")
@@ -188,23 +192,25 @@ def test_training_accepts_the_recipe_file_of_a_run(
     assert mine == theirs
 
 
-def test_without_out_runs_are_numbered(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_runs_are_numbered_without_out(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs/quick-colors").mkdir(parents=True)
     Path("runs/quick-colors/file").touch()
-    assert cli.main(["train", "quick", "--data", str(folder), "--quiet", *QUICKLY]) == 0
+    assert cli.main(["train", "quick", "--data", str(data_dir), "--quiet", *QUICKLY]) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == [
         "quick-colors",
         "quick-colors-2",
     ]
 
 
-def test_ctrl_c_ends_with_130_and_the_command_that_resumes(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_prints_the_command_to_resume(
+    data_dir: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "a run"
     command = [sys.executable, "-m", "resnet56", "train"]
-    flags = ["--data", str(folder), "--out", str(out), *QUICKLY, "--epochs", "100000"]
+    flags = ["--data", str(data_dir), "--out", str(out), *QUICKLY, "--epochs", "100000"]
     options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
     training = subprocess.Popen(
         [*command, "quick", *flags], stderr=subprocess.PIPE, text=True, **options
@@ -220,7 +226,9 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes(folder: Path, tmp_pat
     assert head["progress"]["step"] > 0
 
 
-def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_requires_only_the_run_directory(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["train", "--resume", "--out", str(run)]) == 0
     assert "test accuracy" in capsys.readouterr().out
 
@@ -250,7 +258,7 @@ def test_resume_needs_only_the_run(run: Path, capsys: pytest.CaptureFixture[str]
         (["evaluate"], "(?i)run.*--help"),
     ],
 )
-def test_a_usage_error_is_one_line_and_exit_code_2(
+def test_a_usage_error_has_one_line_and_exit_code_2(
     refused: Refused, arguments: list[str], says: str
 ) -> None:
     assert re.search(says, refused(*arguments, code=2))
@@ -264,13 +272,13 @@ def test_a_usage_error_is_one_line_and_exit_code_2(
         (["evaluate", "none"], "none is neither a run nor a pretrained model"),
     ],
 )
-def test_a_missing_path_is_one_line_and_exit_code_1(
+def test_a_missing_path_causes_one_line_and_exit_code_1(
     refused: Refused, arguments: list[str], says: str
 ) -> None:
     assert re.search(says, refused(*arguments, code=1))
 
 
-def test_a_path_that_is_too_long_is_a_one_line_error(refused: Refused) -> None:
+def test_a_path_that_is_too_long_causes_a_one_line_error(refused: Refused) -> None:
     assert "name too long" in refused("train", "quick", "--out", "x" * 300, code=1).lower()
 
 
@@ -281,7 +289,7 @@ def test_a_path_that_is_too_long_is_a_one_line_error(refused: Refused) -> None:
         MemoryError(),
     ],
 )
-def test_out_of_memory_is_one_line(
+def test_running_out_of_memory_causes_a_one_line_error(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def greedy(_: list[str]) -> int:
@@ -317,14 +325,14 @@ for words in json.loads(sys.argv[1]):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no password database")
-def test_commands_work_without_a_home_directory(run: Path, folder: Path, tmp_path: Path) -> None:
+def test_commands_work_without_a_home_directory(run: Path, data_dir: Path, tmp_path: Path) -> None:
     """For example, `docker run --user 54321`: no HOME, and no entry in the password database."""
-    image = next((folder / "test" / "red").iterdir())
+    image = next((data_dir / "test" / "red").iterdir())
     commands = [
         ["data", "fetch", "cifar10"],
         ["describe"],
         ["predict", str(image), "--run", str(run), "--device", "cpu"],
-        ["train", "quick", "--data", str(folder), "--out", str(tmp_path / "run"), *QUICKLY],
+        ["train", "quick", "--data", str(data_dir), "--out", str(tmp_path / "run"), *QUICKLY],
     ]
     hidden = ("HOME", "XDG_", "MPLCONFIGDIR", "RESNET56_DATA", "USER", "LOGNAME")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
@@ -339,7 +347,7 @@ def test_commands_work_without_a_home_directory(run: Path, folder: Path, tmp_pat
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_no_temporary_directory_is_one_line(
+def test_a_missing_temporary_directory_causes_a_one_line_error(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(_: list[str]) -> int:
@@ -349,7 +357,7 @@ def test_no_temporary_directory_is_one_line(
     assert "set TMPDIR" in refused("describe", code=1)
 
 
-def test_an_existing_file_as_output_is_refused_before_data_is_read(
+def test_an_existing_file_as_output_is_rejected_before_data_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine"
@@ -360,14 +368,14 @@ def test_an_existing_file_as_output_is_refused_before_data_is_read(
 
 
 def test_classes_are_matched_by_name(
-    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Images of other classes are skipped. Data without common classes are an error."""
     for split in ("train", "test"):
         for name in ("green", "red"):
             target = tmp_path / "other" / split / name
             target.mkdir(parents=True)
-            for image in (folder / split / "red").iterdir():
+            for image in (data_dir / split / "red").iterdir():
                 (target / image.name).write_bytes(image.read_bytes())
     other = tmp_path / "other"
     assert cli.main(["evaluate", str(run), "--data", str(other), "--json"]) == 0
@@ -384,10 +392,10 @@ def test_classes_are_matched_by_name(
 
 
 def test_a_run_without_a_predefined_split_is_evaluated_on_its_own_test_images(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The training images are excluded, even after the directory was moved."""
-    plain = Path(shutil.copytree(folder / "train", tmp_path / "plain"))
+    plain = Path(shutil.copytree(data_dir / "train", tmp_path / "plain"))
     out = tmp_path / "run"
     assert cli.main(["train", "quick", "--data", str(plain), "--out", str(out), *QUICKLY]) == 0
     moved = plain.rename(tmp_path / "moved")
@@ -398,7 +406,7 @@ def test_a_run_without_a_predefined_split_is_evaluated_on_its_own_test_images(
 
 @pytest.mark.parametrize("command", [["train", "quick"], ["evaluate", "resnet56"], ["bench"]])
 @pytest.mark.parametrize("data", ["", " "])
-def test_an_empty_data_argument_is_an_error(
+def test_an_empty_data_argument_raises_an_error(
     refused: Refused, command: list[str], data: str
 ) -> None:
     assert "--data is empty; use digits, cifar10, cifar100" in refused(
@@ -408,7 +416,7 @@ def test_an_empty_data_argument_is_an_error(
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_a_directory_takes_precedence_over_a_data_set_of_the_same_name(
-    folder: Path,
+    data_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -416,7 +424,7 @@ def test_a_directory_takes_precedence_over_a_data_set_of_the_same_name(
 ) -> None:
     from resnet56.cli.common import load_data
 
-    shutil.copytree(folder, tmp_path / name)
+    shutil.copytree(data_dir, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert load_data(name).classes == ("blue", "red")
     assert f"loaded the directory {tmp_path / name} instead of" in capsys.readouterr().err
@@ -430,19 +438,19 @@ def test_a_directory_takes_precedence_over_a_data_set_of_the_same_name(
 
 
 @pytest.mark.parametrize("form", ["~/{}", "~/./{}"])
-def test_a_tilde_that_the_shell_did_not_expand_is_the_home_directory(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+def test_an_unexpanded_tilde_is_the_home_directory(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
-    monkeypatch.setenv("HOME", str(folder.parent))
-    monkeypatch.setenv("USERPROFILE", str(folder.parent))
-    path = form.format(folder.name)
+    monkeypatch.setenv("HOME", str(data_dir.parent))
+    monkeypatch.setenv("USERPROFILE", str(data_dir.parent))
+    path = form.format(data_dir.name)
     wanted = "no classes in common (data: blue, red;"
     for arguments in ([f"--data={path}"], ["--data", path]):
         assert cli.main(["evaluate", "resnet56", *arguments]) == 2
         assert wanted in capsys.readouterr().err
     assert cli.main(["predict", path]) == 0
     assert cli.main(["predict", f"--run={path}/none", "x"]) == 1
-    assert str(folder.parent) in capsys.readouterr().err
+    assert str(data_dir.parent) in capsys.readouterr().err
     assert cli.main(["predict", "a~b", "~nobody-of-this-name"]) == 1  # not expanded
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from networks import CLASSES, lively
+from networks import CLASSES, random_checkpoint
 from PIL import Image
 
 import resnet56
@@ -25,26 +25,26 @@ from resnet56.runs.directory import RunDirectory
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs") / "lively"
-    RunDirectory(path).save(lively())
+    path = tmp_path_factory.mktemp("runs") / "random_checkpoint"
+    RunDirectory(path).save(random_checkpoint())
     return path
 
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a directory with three images of different sizes, a truncated one and a text file."""
-    folder = tmp_path_factory.mktemp("album")
+    directory = tmp_path_factory.mktemp("album")
     generator = np.random.default_rng(0)
-    (folder / "nested").mkdir()
+    (directory / "nested").mkdir()
     for name, size in (("a.png", (40, 60)), ("c.jpg", (50, 50)), ("nested/a.png", (33, 90))):
         pixels = generator.integers(0, 256, (*size, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:900])
-    (folder / "notes.txt").write_text("not an image")
-    return folder
+        Image.fromarray(pixels).save(directory / name)
+    (directory / "b.png").write_bytes((directory / "a.png").read_bytes()[:900])
+    (directory / "notes.txt").write_text("not an image")
+    return directory
 
 
-def test_unreadable_image_is_reported_and_the_others_are_classified(
+def test_an_unreadable_image_is_reported_and_the_others_are_classified(
     run: Path, album: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["predict", "--run", str(run), str(album), "--json"]) == 1
@@ -100,7 +100,7 @@ def test_maps_have_the_image_size_and_unique_names(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in the file system")
-def test_image_from_a_named_pipe(
+def test_an_image_can_be_read_from_a_named_pipe(
     run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe = tmp_path / "cat"
@@ -112,7 +112,7 @@ def test_image_from_a_named_pipe(
     assert read_image(tmp_path / "cat.cam.png").size == (60, 40)
 
 
-def test_image_from_stdin(run: Path, album: Path) -> None:
+def test_an_image_can_be_read_from_stdin(run: Path, album: Path) -> None:
     completed = subprocess.run(
         [sys.executable, "-m", "resnet56", "predict", "-", "--run", str(run), "--json"],
         input=(album / "a.png").read_bytes(),
@@ -124,7 +124,7 @@ def test_image_from_stdin(run: Path, album: Path) -> None:
     assert (completed.returncode, completed.stderr) == (0, b"")
 
 
-def test_max_pixels(
+def test_max_pixels_limits_the_image_size(
     run: Path, album: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -147,7 +147,7 @@ def test_max_pixels(
         (["x.png", "--run", "none.onnx"], 1, "cannot read none.onnx"),
     ],
 )
-def test_usage_error_is_one_line(
+def test_a_usage_error_has_one_line(
     arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["predict", *arguments]) == code
@@ -157,14 +157,14 @@ def test_usage_error_is_one_line(
     assert output.out == ""
 
 
-def test_directory_without_images_is_an_error(
+def test_a_directory_without_images_raises_an_error(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["predict", "--run", str(run), str(tmp_path)]) == 1
     assert f"{tmp_path} contains no images" in capsys.readouterr().err
 
 
-def test_pretrained_name_is_accepted_in_place_of_a_run(
+def test_the_name_of_pretrained_weights_is_accepted_instead_of_a_run(
     run: Path,
     album: Path,
     tmp_path: Path,
@@ -220,7 +220,7 @@ def test_control_characters_in_class_names_are_escaped(
 ) -> None:
     """Class names can come from an untrusted file."""
     evil = "a\nb.png: cat 99 %\x1b[2J"
-    checkpoint = lively()
+    checkpoint = random_checkpoint()
     names = tuple(f"{evil}{number}" for number in range(len(CLASSES)))
     config = dataclasses.replace(checkpoint.config, classes=names)
     RunDirectory(tmp_path / "run").save(dataclasses.replace(checkpoint, config=config))

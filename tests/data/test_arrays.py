@@ -20,19 +20,19 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def arrays(folder: Path, **content: np.ndarray) -> Path:
-    folder.mkdir()
+def arrays(directory: Path, **content: np.ndarray) -> Path:
+    directory.mkdir()
     for name, array in content.items():
-        np.save(folder / f"{name}.npy", array)
-    return folder
+        np.save(directory / f"{name}.npy", array)
+    return directory
 
 
 def test_cifar10_1_is_read_with_its_labels(tmp_path: Path) -> None:
     images = noise(6, 32, 32, 3)
     labels = np.array([0, 1, 2, 9, 8, 7], dtype=np.int32)
-    folder = arrays(tmp_path / "v6", v6_data=images, v6_labels=labels)
-    assert is_benchmark(folder)
-    [(name, split)] = load_benchmark(folder, 10)
+    directory = arrays(tmp_path / "v6", v6_data=images, v6_labels=labels)
+    assert is_benchmark(directory)
+    [(name, split)] = load_benchmark(directory, 10)
     assert name == "v6"
     assert split.labels.tolist() == labels.tolist()
     assert (split.images.permute(0, 2, 3, 1).numpy() == images).all()
@@ -42,8 +42,8 @@ def test_cifar10_c_is_split_by_severity(tmp_path: Path) -> None:
     images = np.zeros((50_000, 32, 32, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(50_000) // 10_000
     labels = np.arange(50_000) % 10
-    folder = arrays(tmp_path / "c", fog=images, labels=labels)
-    for number, (name, split) in enumerate(load_benchmark(folder, 10)):
+    directory = arrays(tmp_path / "c", fog=images, labels=labels)
+    for number, (name, split) in enumerate(load_benchmark(directory, 10)):
         assert name == f"fog {number + 1}"
         assert len(split) == 10_000
         assert split.images[:, 0, 0, 0].unique().tolist() == [number]
@@ -67,18 +67,18 @@ def test_cifar10_c_is_split_by_severity(tmp_path: Path) -> None:
 def test_invalid_test_sets_are_rejected(
     tmp_path: Path, images: np.ndarray, labels: np.ndarray, message: str
 ) -> None:
-    folder = arrays(tmp_path / "bad", x=images, labels=labels)
+    directory = arrays(tmp_path / "bad", x=images, labels=labels)
     with pytest.raises(DataError, match=message):
-        list(load_benchmark(folder, 10))
+        list(load_benchmark(directory, 10))
 
 
 def test_pickled_array_files_are_not_executed(tmp_path: Path) -> None:
-    folder = tmp_path / "bad"
-    folder.mkdir()
-    (folder / "labels.npy").write_bytes(pickle.dumps([1]))
-    (folder / "x.npy").write_bytes(pickle.dumps([1]))
+    directory = tmp_path / "bad"
+    directory.mkdir()
+    (directory / "labels.npy").write_bytes(pickle.dumps([1]))
+    (directory / "x.npy").write_bytes(pickle.dumps([1]))
     with pytest.raises(DataError, match="cannot read"):
-        list(load_benchmark(folder, 10))
+        list(load_benchmark(directory, 10))
 
 
 @pytest.mark.parametrize(
@@ -98,22 +98,22 @@ def test_common_names_of_pairs_are_recognized(
     tmp_path: Path, images: str, labels: str, name: str, shape: tuple[int, ...]
 ) -> None:
     pixels = noise(4, 32, 32, 3)
-    folder = arrays(
+    directory = arrays(
         tmp_path / "k", **{images: pixels, labels: np.arange(4, dtype=np.uint8).reshape(shape)}
     )
-    [(found, split)] = load_benchmark(folder, 10)
+    [(found, split)] = load_benchmark(directory, 10)
     assert found == (name or "x")
     assert split.labels.tolist() == [0, 1, 2, 3]
     assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), pixels)
 
 
 def test_an_error_about_missing_labels_lists_the_expected_names(tmp_path: Path) -> None:
-    folder = arrays(tmp_path / "k", x_test=noise(4, 32, 32, 3))
+    directory = arrays(tmp_path / "k", x_test=noise(4, 32, 32, 3))
     with pytest.raises(DataError, match=r"looked for x_test_labels.npy, labels.npy, y_test.npy"):
-        list(load_benchmark(folder, 10))
-    folder = arrays(tmp_path / "l", labels=np.arange(4))
+        list(load_benchmark(directory, 10))
+    directory = arrays(tmp_path / "l", labels=np.arange(4))
     with pytest.raises(DataError, match="contains no image arrays"):
-        list(load_benchmark(folder, 10))
+        list(load_benchmark(directory, 10))
 
 
 def serialized(array: np.ndarray) -> bytes:
@@ -138,12 +138,12 @@ def test_damaged_arrays_raise_only_data_errors(data: st.DataObject) -> None:
         content[offset : offset + data.draw(st.integers(0, 3))] = junk
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content))) :]
-    with TemporaryDirectory() as folder, warnings.catch_warnings():
+    with TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("error")
         for file, original in files.items():
-            Path(folder, file).write_bytes(bytes(content) if file == name else original)
+            Path(directory, file).write_bytes(bytes(content) if file == name else original)
         try:
-            for _, split in load_benchmark(Path(folder), 10):
+            for _, split in load_benchmark(Path(directory), 10):
                 assert len(split) == len(split.images)
         except DataError as error:
             assert str(error).isprintable()  # noqa: PT017
@@ -156,13 +156,13 @@ def test_file_names_in_errors_are_printable(tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("Windows does not allow such names")
     for images in (noise(2, 32, 32, 3), noise(2, 2)):
-        folder = tmp_path / f"k{images.ndim}"
-        folder.mkdir()
-        np.save(folder / "\x1b[2J\n_data.npy", images)
+        directory = tmp_path / f"k{images.ndim}"
+        directory.mkdir()
+        np.save(directory / "\x1b[2J\n_data.npy", images)
         with pytest.raises(DataError) as caught:
-            list(load_benchmark(folder, 10))
+            list(load_benchmark(directory, 10))
         assert str(caught.value).isprintable()
-        np.save(folder / "labels.npy", np.array([0, 99]))
+        np.save(directory / "labels.npy", np.array([0, 99]))
         with pytest.raises(DataError) as caught:
-            list(load_benchmark(folder, 10))
+            list(load_benchmark(directory, 10))
         assert str(caught.value).isprintable()

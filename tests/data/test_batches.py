@@ -199,7 +199,7 @@ def test_ricap_is_not_cropped_from_padded_images() -> None:
         assert bool((images == 0).any()) == black
 
 
-def test_the_last_epochs_are_crops_and_flips_only() -> None:
+def test_the_last_epochs_use_crops_and_flips_only() -> None:
     augmentation = Augmentation(cutout=8, trivial_augment=True, mix="mixup", plain_tail_from=2)
     tail, crops = augmented(24, 8, augmentation), augmented(24, 8, Augmentation())
     assert same(list(tail.epoch(2)), list(crops.epoch(2)))
@@ -226,7 +226,7 @@ def test_a_split_smaller_than_a_batch_is_one_batch() -> None:
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world_size"), [(64, 30, 4), (10, 32, 4)])
-def test_a_batch_that_is_not_divisible_by_the_processes_is_an_error(
+def test_a_batch_that_is_not_divisible_by_the_processes_raises_an_error(
     count: int, batch_size: int, world_size: int
 ) -> None:
     with pytest.raises(UsageError, match=f"{world_size} processes") as caught:
@@ -246,7 +246,7 @@ def test_flip_and_padding_are_applied() -> None:
     assert set(moved[:, 0, 16, 16].round().int().tolist()) == {14, 15, 16, 17, 18}
 
 
-def test_derived_seeds_are_63_bit_and_distinct() -> None:
+def test_derived_seeds_have_63_bits_and_are_distinct() -> None:
     seeds = {derive_seed(seed, epoch) for seed in range(40) for epoch in range(40)}
     assert len(seeds) == 1600
     assert all(0 <= seed < 2**63 for seed in seeds)

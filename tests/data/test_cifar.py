@@ -24,7 +24,7 @@ from resnet56.data.readers import load_directory
 from resnet56.errors import DataError, Error
 
 ROWS = {"cifar10": [20] * 5 + [20], "cifar100": [200, 100]}
-FOLDERS = [layout.directory for layout in cifar.LAYOUTS]
+DIRECTORIES = [layout.directory for layout in cifar.LAYOUTS]
 
 
 def records(name: str, file: int) -> np.ndarray:
@@ -45,8 +45,8 @@ def names_of(name: str) -> tuple[str, ...]:
 
 def write(layout: "cifar._Layout", root: Path) -> Path:
     """Write the data set in one form."""
-    folder = root / layout.directory
-    folder.mkdir(parents=True)
+    directory = root / layout.directory
+    directory.mkdir(parents=True)
     for number, file in enumerate((*layout.train, layout.test)):
         content = records(layout.name, number)
         pixels = np.ascontiguousarray(content[:, layout.label_bytes :])
@@ -54,16 +54,16 @@ def write(layout: "cifar._Layout", root: Path) -> Path:
         if layout.name == "cifar100":
             labels["coarse_labels"] = content[:, 0]
         if layout.file_format == "binary":
-            content.tofile(folder / file)
+            content.tofile(directory / file)
         else:
             lists = {key: value.tolist() for key, value in labels.items()}
-            (folder / file).write_bytes(pickle.dumps({"data": pixels, **lists}, 2))
+            (directory / file).write_bytes(pickle.dumps({"data": pixels, **lists}, 2))
     names = names_of(layout.name)
     if layout.file_format == "binary":
-        (folder / layout.meta).write_text("\n".join(names) + "\n")
+        (directory / layout.meta).write_text("\n".join(names) + "\n")
     else:
-        (folder / layout.meta).write_bytes(pickle.dumps({layout.names: list(names)}, 2))
-    return folder
+        (directory / layout.meta).write_bytes(pickle.dumps({layout.names: list(names)}, 2))
+    return directory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,22 +93,24 @@ def with_small_sizes(read: object) -> object:
 
 
 @pytest.fixture(scope="module")
-def folders(small_data_sets: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("folders")
+def directories(small_data_sets: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("directories")
     return {layout.directory: write(layout, root) for layout in cifar.LAYOUTS}
 
 
-def copy(folder: Path, target: Path) -> Path:
-    return Path(shutil.copytree(folder, target / folder.name))
+def copy(directory: Path, target: Path) -> Path:
+    return Path(shutil.copytree(directory, target / directory.name))
 
 
-def layout_of(folder: Path) -> "cifar._Layout":
-    return next(layout for layout in cifar.LAYOUTS if layout.directory == folder.name)
+def layout_of(directory: Path) -> "cifar._Layout":
+    return next(layout for layout in cifar.LAYOUTS if layout.directory == directory.name)
 
 
-@pytest.mark.parametrize("form", FOLDERS)
-def test_published_images_are_recognized_in_every_form(folders: dict[str, Path], form: str) -> None:
-    loaded = load_directory(folders[form])
+@pytest.mark.parametrize("form", DIRECTORIES)
+def test_published_images_are_recognized_in_every_version(
+    directories: dict[str, Path], form: str
+) -> None:
+    loaded = load_directory(directories[form])
     title = loaded.name.replace("cifar", "CIFAR-")
     sizes = f"{len(loaded.train):,} training and {len(loaded.test):,} test images"
     assert loaded.source == f"{title} (official split): {sizes}"
@@ -124,34 +126,38 @@ def test_published_images_are_recognized_in_every_form(folders: dict[str, Path],
 
 @pytest.mark.parametrize("form", ["cifar-10-batches-bin", "cifar-100-binary"])
 def test_minor_differences_cause_a_remark(
-    folders: dict[str, Path], tmp_path: Path, form: str
+    directories: dict[str, Path], tmp_path: Path, form: str
 ) -> None:
-    folder = copy(folders[form], tmp_path)
-    file = folder / layout_of(folder).test
+    directory = copy(directories[form], tmp_path)
+    file = directory / layout_of(directory).test
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    loaded = load_directory(folder)
+    loaded = load_directory(directory)
     assert f"(official split, with differences in {file.name}): " in loaded.source
     assert f"differs from the published data set in {file.name}" in loaded.remarks[0]
 
 
-def test_different_class_names_cause_a_remark(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = copy(folders["cifar-10-batches-bin"], tmp_path)
-    (folder / "batches.meta.txt").write_text("\n".join(reversed(cifar.CIFAR10)))
+def test_different_class_names_cause_a_remark(directories: dict[str, Path], tmp_path: Path) -> None:
+    directory = copy(directories["cifar-10-batches-bin"], tmp_path)
+    (directory / "batches.meta.txt").write_text("\n".join(reversed(cifar.CIFAR10)))
     assert (
         "differs from the published data set in batches.meta.txt"
-        in load_directory(folder).remarks[0]
+        in load_directory(directory).remarks[0]
     )
 
 
-@pytest.mark.parametrize("form", FOLDERS)
+@pytest.mark.parametrize("form", DIRECTORIES)
 @pytest.mark.parametrize("value", [0, 255])
-def test_images_of_one_color_are_rejected_in_every_form(
-    folders: dict[str, Path], tmp_path: Path, form: str, value: int, monkeypatch: pytest.MonkeyPatch
+def test_images_of_one_color_are_rejected_in_every_version(
+    directories: dict[str, Path],
+    tmp_path: Path,
+    form: str,
+    value: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Half of the images are missing, as after an incomplete copy, but all labels are present."""
-    layout = layout_of(folders[form])
+    layout = layout_of(directories[form])
     original = records
 
     def damaged(name: str, file: int) -> np.ndarray:
@@ -161,16 +167,16 @@ def test_images_of_one_color_are_rejected_in_every_form(
         return content
 
     monkeypatch.setitem(globals(), "records", damaged)
-    folder = write(layout, tmp_path)
+    directory = write(layout, tmp_path)
     with pytest.raises(DataError, match=r"is not the published data set: \d+ of its \d+ test"):
-        load_directory(folder)
+        load_directory(directory)
 
 
-@pytest.mark.parametrize("form", FOLDERS)
-def test_a_wrong_class_count_is_rejected_in_every_form(
-    folders: dict[str, Path], tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", DIRECTORIES)
+def test_a_wrong_class_count_is_rejected_in_every_version(
+    directories: dict[str, Path], tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = layout_of(folders[form])
+    layout = layout_of(directories[form])
     original = records
 
     def damaged(name: str, file: int) -> np.ndarray:
@@ -184,17 +190,17 @@ def test_a_wrong_class_count_is_rejected_in_every_form(
         load_directory(write(layout, tmp_path))
 
 
-@pytest.mark.parametrize("form", FOLDERS)
-def test_damaged_files_raise_only_package_errors(folders: dict[str, Path], form: str) -> None:
-    folder = folders[form]
-    layout = layout_of(folder)
+@pytest.mark.parametrize("form", DIRECTORIES)
+def test_damaged_files_raise_only_package_errors(directories: dict[str, Path], form: str) -> None:
+    directory = directories[form]
+    layout = layout_of(directory)
     files = [layout.train[0], layout.test, layout.meta]
 
     @given(data=st.data())
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     def damage(data: st.DataObject) -> None:
         with TemporaryDirectory() as root:
-            damaged = copy(folder, Path(root))
+            damaged = copy(directory, Path(root))
             file = damaged / data.draw(st.sampled_from(files))
             content = bytearray(file.read_bytes())
             for _ in range(data.draw(st.integers(1, 4))):
@@ -213,14 +219,14 @@ def test_damaged_files_raise_only_package_errors(folders: dict[str, Path], form:
 
 @pytest.mark.parametrize("name", list(cifar.ARCHIVES))
 def test_an_archive_is_unpacked_into_its_own_directory(
-    folders: dict[str, Path], tmp_path: Path, name: str
+    directories: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    folder = folders[cifar.ARCHIVES[name]]
+    directory = directories[cifar.ARCHIVES[name]]
     with tarfile.open(tmp_path / name, "w:gz", compresslevel=1) as tar:
-        tar.add(folder, folder.name)
+        tar.add(directory, directory.name)
     loaded = load_directory(tmp_path / name)
-    assert loaded.origin == str((tmp_path / folder.name).resolve())
-    shutil.rmtree(tmp_path / folder.name)
+    assert loaded.origin == str((tmp_path / directory.name).resolve())
+    shutil.rmtree(tmp_path / directory.name)
     assert load_directory(tmp_path).fingerprint() == loaded.fingerprint()
     (tmp_path / name).write_bytes(b"")
     assert load_directory(tmp_path / name).fingerprint() == loaded.fingerprint()

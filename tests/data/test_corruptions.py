@@ -111,6 +111,6 @@ def test_pixelate_produces_blocks() -> None:
     assert max(len(np.unique(image.numpy().reshape(-1, 32), axis=1)[0]) for image in changed) <= 20
 
 
-def test_evenly_spaced_indices() -> None:
+def test_indices_are_evenly_spaced() -> None:
     assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
     assert evenly_spaced(3, 5).tolist() == [0, 1, 2]

@@ -194,10 +194,10 @@ def failure(archive: Archive, root: Path, **options: Any) -> str:
     return message
 
 
-def assert_complete(folder: Path, root: Path) -> None:
-    assert folder == root / "toy"
-    assert list(root.iterdir()) == [folder]
-    assert {f"toy/{path.name}": path.read_bytes() for path in folder.iterdir()} == FILES
+def assert_complete(directory: Path, root: Path) -> None:
+    assert directory == root / "toy"
+    assert list(root.iterdir()) == [directory]
+    assert {f"toy/{path.name}": path.read_bytes() for path in directory.iterdir()} == FILES
 
 
 def test_fetch_downloads_verifies_unpacks_and_cleans_up(
@@ -205,8 +205,8 @@ def test_fetch_downloads_verifies_unpacks_and_cleans_up(
 ) -> None:
     monkeypatch.setattr(download, "_BLOCK", 1000)
     calls: list[tuple[int, int | None]] = []
-    folder = fetch(archive, root, progress=lambda *call: calls.append(call))
-    assert_complete(folder, root)
+    directory = fetch(archive, root, progress=lambda *call: calls.append(call))
+    assert_complete(directory, root)
     total = len(site.content)
     assert (calls[0], calls[-1]) == ((0, total), (total, total))
     assert len(calls) < 50  # of the 600 blocks
@@ -238,7 +238,7 @@ def test_the_download_restarts_if_the_server_ignores_range(
 
 
 @pytest.mark.parametrize("size_known", [True, False])
-def test_a_complete_part_is_verified_and_not_downloaded(
+def test_a_complete_partial_file_is_verified_and_not_downloaded(
     site: Site, root: Path, part: Path, size_known: bool
 ) -> None:
     part.write_bytes(site.content)
@@ -248,7 +248,7 @@ def test_a_complete_part_is_verified_and_not_downloaded(
 
 
 @pytest.mark.parametrize("stale", [b"\x1f\x8b other", b"x" * 700_000], ids=["short", "too long"])
-def test_a_stale_part_is_downloaded_again(
+def test_a_stale_partial_file_is_downloaded_again(
     site: Site, archive: Archive, root: Path, part: Path, stale: bytes
 ) -> None:
     part.write_bytes(stale)
@@ -268,7 +268,7 @@ def test_a_dropped_connection_is_resumed(
     assert [seen[1] for seen in site.seen] == [None, f"bytes={half}-"]
 
 
-def test_repeatedly_dropped_connections_raise_an_error_and_keep_the_part(
+def test_repeatedly_dropped_connections_raise_an_error_and_keep_the_partial_file(
     site: Site, archive: Archive, root: Path
 ) -> None:
     site.sends = [0.5, 0, 0, 0]
@@ -282,7 +282,7 @@ def test_repeatedly_dropped_connections_raise_an_error_and_keep_the_part(
     assert_complete(fetch(archive, root), root)
 
 
-def test_ctrl_c_propagates_and_keeps_the_part(
+def test_ctrl_c_propagates_and_keeps_the_partial_file(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(done: int, total: int | None) -> None:
@@ -327,7 +327,7 @@ def test_a_wrong_range_is_rejected(site: Site, archive: Archive, root: Path, par
     assert part.read_bytes() == site.content[:1000]
 
 
-def test_an_empty_response_keeps_the_part(
+def test_an_empty_response_keeps_the_partial_file(
     site: Site, archive: Archive, root: Path, part: Path
 ) -> None:
     part.write_bytes(site.content[:1000])
@@ -365,7 +365,7 @@ def test_a_connection_reset_is_retried(
     assert_complete(fetch(archive, root), root)
 
 
-def test_a_redirect_loop_is_a_one_line_error(site: Site, archive: Archive, root: Path) -> None:
+def test_a_redirect_loop_causes_a_one_line_error(site: Site, archive: Archive, root: Path) -> None:
     site.statuses = [302] * 20
     assert "HTTP status 302" in failure(archive, root)
 
@@ -519,7 +519,7 @@ def test_a_pipe_or_file_of_another_user_is_reported_and_kept(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot replace an open file")
-def test_a_part_replaced_after_verification_is_not_unpacked(
+def test_a_partial_file_replaced_after_verification_is_not_unpacked(
     site: Site, archive: Archive, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify = download._verify
@@ -533,7 +533,7 @@ def test_a_part_replaced_after_verification_is_not_unpacked(
     assert_complete(fetch(archive, root), root)
 
 
-def test_a_missing_home_directory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_home_directory_causes_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -615,7 +615,7 @@ def test_invalid_mirrors_are_rejected(site: Site, archive: Archive, root: Path, 
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:port", "127..1"])
-def test_an_invalid_host_is_an_error(root: Path, host: str) -> None:
+def test_an_invalid_host_raises_an_error(root: Path, host: str) -> None:
     message = failure(archive_of(b"", f"http://{host}/toy.tar.gz"), root)
     assert f"(http://{host}/toy.tar.gz: " in message
     assert "offline" not in message
@@ -628,7 +628,9 @@ def test_an_offline_error_lists_alternatives(root: Path, closed: str) -> None:
     assert all(option in message for option in ALTERNATIVES)
 
 
-def test_any_response_means_online(site: Site, archive: Archive, root: Path, closed: str) -> None:
+def test_any_response_means_that_the_machine_is_online(
+    site: Site, archive: Archive, root: Path, closed: str
+) -> None:
     site.statuses = [404]
     assert "offline" not in failure(archive, root, mirrors=[closed])
 
@@ -716,8 +718,8 @@ def test_unpacked_files_have_no_special_permissions(site: Site, root: Path) -> N
     info = member("toy/train.bin")
     info.mode = 0o6777
     site.content = packed((info, b""))
-    folder = fetch(archive_of(site.content, site.url()), root)
-    assert (folder / "train.bin").stat().st_mode & 0o7777 == 0o755
+    directory = fetch(archive_of(site.content, site.url()), root)
+    assert (directory / "train.bin").stat().st_mode & 0o7777 == 0o755
 
 
 class Full(io.BytesIO):
@@ -727,7 +729,7 @@ class Full(io.BytesIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_during_download_keeps_the_part(
+def test_a_full_disk_during_download_keeps_the_partial_file(
     site: Site, archive: Archive, root: Path, part: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part.write_bytes(site.content[:1000])
@@ -779,7 +781,7 @@ def test_a_file_in_place_of_the_directory_is_reported(
     assert site.seen == []
 
 
-def test_of_two_concurrent_calls_one_downloads_and_the_other_waits(
+def test_one_of_two_concurrent_calls_downloads_and_the_other_waits(
     site: Site, archive: Archive, root: Path
 ) -> None:
     site.gate.clear()
@@ -819,7 +821,7 @@ def test_a_directory_created_in_the_meantime_is_used(
     assert [path.name for path in root.rglob("*")] == ["toy", "theirs"]
 
 
-def test_the_official_archives() -> None:
+def test_the_official_archives_have_names_urls_and_checksums() -> None:
     assert list(ARCHIVES) == ["cifar10", "cifar100"]
     for name, archive in ARCHIVES.items():
         assert archive.name == name
@@ -835,7 +837,7 @@ def test_the_official_archives() -> None:
         ("win32", "LOCALAPPDATA", "AppData/Local"),
     ],
 )
-def test_the_default_root(
+def test_the_default_directory_depends_on_the_platform(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, variable: str, default: str
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)

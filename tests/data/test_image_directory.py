@@ -45,7 +45,7 @@ def values(images: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize(
     "test", ["test", "val", "Valid", "validation", "dev", "eval", "testing", "test-images"]
 )
-def test_the_directory_next_to_train_is_the_test_part(
+def test_the_directory_next_to_train_contains_the_test_images(
     tmp_path: Path, train: str, test: str
 ) -> None:
     fill(tmp_path / train, "a", "b", first=0)
@@ -66,7 +66,9 @@ def test_an_unused_validation_directory_causes_a_remark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["holdout", "gallery", "Zoo"])
-def test_an_unused_directory_of_the_same_classes_is_an_error(tmp_path: Path, other: str) -> None:
+def test_an_unused_directory_of_the_same_classes_raises_an_error(
+    tmp_path: Path, other: str
+) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / other, "B")
     message = error_of(tmp_path)
@@ -77,7 +79,7 @@ def test_an_unused_directory_of_the_same_classes_is_an_error(tmp_path: Path, oth
     assert "80/20" in load_directory(tmp_path).source
 
 
-def test_two_directories_of_the_same_role_are_an_error(tmp_path: Path) -> None:
+def test_two_directories_of_the_same_role_raise_an_error(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / "val", "a")
     fill(tmp_path / "dev", "a")
@@ -87,7 +89,7 @@ def test_two_directories_of_the_same_role_are_an_error(tmp_path: Path) -> None:
         assert "has Train/ and train/; keep one" in error_of(tmp_path)
 
 
-def test_class_directories_without_a_test_part_are_split(tmp_path: Path) -> None:
+def test_class_directories_without_a_test_split_are_split(tmp_path: Path) -> None:
     fill(tmp_path, "a", "b", count=10)
     (tmp_path / "docs").mkdir()
     fill(tmp_path / "@eaDir", "thumbs")
@@ -134,7 +136,7 @@ def test_a_table_labels_the_images_of_one_directory(tmp_path: Path) -> None:
         ("id,label\n1,a\n2," + "b" * 200_000, "field larger than field limit"),
     ],
 )
-def test_an_invalid_table_is_a_one_line_error(tmp_path: Path, table: str, message: str) -> None:
+def test_an_invalid_table_causes_a_one_line_error(tmp_path: Path, table: str, message: str) -> None:
     for number in (1, 2):
         save(tmp_path / "train" / f"{number}.png", number)
     (tmp_path / "labels.csv").write_text(table)
@@ -222,7 +224,7 @@ def test_an_error_lists_ten_broken_images_and_counts_the_others(tmp_path: Path) 
     assert "skipped 12 images" in loaded.remarks[0]
 
 
-def test_a_class_of_only_broken_images_is_an_error(tmp_path: Path) -> None:
+def test_a_class_of_only_broken_images_raises_an_error(tmp_path: Path) -> None:
     fill(tmp_path / "train", "a", "b", count=3)
     for file in (tmp_path / "train" / "a").iterdir():
         file.write_bytes(b"\x89PNG")
@@ -233,7 +235,7 @@ def test_a_class_of_only_broken_images_is_an_error(tmp_path: Path) -> None:
 # Evaluation
 
 
-def test_a_test_part_alone_can_be_evaluated(tmp_path: Path) -> None:
+def test_a_test_split_alone_can_be_evaluated(tmp_path: Path) -> None:
     fill(tmp_path / "only" / "test", "cat")
     (tmp_path / "only" / "test" / "dog").mkdir()
     error_of(tmp_path / "only")
@@ -263,9 +265,9 @@ def test_training_and_evaluation_load_the_same_data(tmp_path: Path) -> None:
     """`evaluate` recognizes the data of a run by the fingerprint."""
     fill(tmp_path / "plain", "a", "b")
     fill(tmp_path / "train only" / "train", "a", "b")
-    for folder in tmp_path.iterdir():
-        trained = load_directory(folder)
-        assert load_directory(folder, evaluation=True).fingerprint() == trained.fingerprint()
+    for directory in tmp_path.iterdir():
+        trained = load_directory(directory)
+        assert load_directory(directory, evaluation=True).fingerprint() == trained.fingerprint()
 
 
 def test_classes_missing_from_train_can_be_evaluated(tmp_path: Path) -> None:

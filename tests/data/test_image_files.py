@@ -21,8 +21,8 @@ def save(file: Path, format: str = "PNG") -> Path:
     return file
 
 
-def names(folder: Path) -> list[str]:
-    return [file.relative_to(folder).as_posix() for file in find_images(folder).files]
+def names(directory: Path) -> list[str]:
+    return [file.relative_to(directory).as_posix() for file in find_images(directory).files]
 
 
 @pytest.mark.parametrize("system", ["@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"])

@@ -90,20 +90,20 @@ def remove_files(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("root") / "cifar-10-batches-bin"
-    folder.mkdir()
+    directory = tmp_path_factory.mktemp("root") / "cifar-10-batches-bin"
+    directory.mkdir()
     for seed, name in enumerate(BIN):
-        batch(seed).tofile(folder / name)
-    (folder / "batches.meta.txt").write_bytes("\n".join(NAMES[::-1]).encode() + b"\n\n")
-    yield folder
-    shutil.rmtree(folder)
+        batch(seed).tofile(directory / name)
+    (directory / "batches.meta.txt").write_bytes("\n".join(NAMES[::-1]).encode() + b"\n\n")
+    yield directory
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")
 def pickled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The same images, with another pickle protocol per file."""
-    folder = tmp_path_factory.mktemp("root") / "cifar-10-batches-py"
-    folder.mkdir()
+    directory = tmp_path_factory.mktemp("root") / "cifar-10-batches-py"
+    directory.mkdir()
     for seed, name in enumerate(PY):
         records = batch(seed)
         pixels, labels = np.ascontiguousarray(records[:, 1:]), records[:, 0].tolist()
@@ -120,20 +120,20 @@ def pickled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 {"data": np.asfortranarray(p), "labels": y}, 5
             ),
         }[seed]()
-        (folder / name).write_bytes(content)
+        (directory / name).write_bytes(content)
     meta = {"label_names": NAMES[::-1], "num_vis": 3072}
-    (folder / "batches.meta").write_bytes(pickle.dumps(meta, 2))
-    yield folder
-    shutil.rmtree(folder)
+    (directory / "batches.meta").write_bytes(pickle.dumps(meta, 2))
+    yield directory
+    shutil.rmtree(directory)
 
 
 def small_python_directory(parent: Path) -> Path:
     """Create a directory in which all files are empty. data_batch_1 is read first."""
-    folder = parent / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
+    directory = parent / "cifar-10-batches-py"
+    directory.mkdir(parents=True)
     for name in PY:
-        (folder / name).touch()
-    return folder
+        (directory / name).touch()
+    return directory
 
 
 # CIFAR
@@ -162,9 +162,9 @@ def test_pickles_of_every_protocol_contain_the_same_data(binary: Path, pickled: 
 
 
 def test_missing_class_names_have_a_default(binary: Path, tmp_path: Path) -> None:
-    folder = link(binary, tmp_path)
-    (folder / "batches.meta.txt").unlink()
-    assert load_directory(folder).classes == tuple(NAMES)
+    directory = link(binary, tmp_path)
+    (directory / "batches.meta.txt").unlink()
+    assert load_directory(directory).classes == tuple(NAMES)
 
 
 def test_a_renamed_directory_is_recognized_by_its_files(binary: Path, tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_a_renamed_directory_is_recognized_by_its_files(binary: Path, tmp_path: 
 
 
 def test_cifar100_binary_has_fine_labels_and_needs_little_memory(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-100-binary"
-    folder.mkdir()
+    directory = tmp_path / "cifar-100-binary"
+    directory.mkdir()
     last = bytes([3, 99]) + bytes(range(256)) * 12
     for name, count in (("train.bin", 50_000), ("test.bin", 10_000)):
-        with (folder / name).open("wb") as stream:
+        with (directory / name).open("wb") as stream:
             for start in range(0, count, 1000):
                 records = np.zeros((1000, 3074), np.uint8)
                 numbers = np.arange(start, start + 1000)
@@ -186,8 +186,8 @@ def test_cifar100_binary_has_fine_labels_and_needs_little_memory(tmp_path: Path)
             stream.seek(-3074, os.SEEK_END)
             stream.write(last)
     names = [f"class_{number}" for number in range(100)]
-    assert "fine_label_names.txt is missing" in error_of(folder)
-    (folder / "fine_label_names.txt").write_text("\n".join(names))
+    assert "fine_label_names.txt is missing" in error_of(directory)
+    (directory / "fine_label_names.txt").write_text("\n".join(names))
     tracemalloc.start()
     loaded = load_directory(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -202,16 +202,16 @@ def test_cifar100_binary_has_fine_labels_and_needs_little_memory(tmp_path: Path)
 
 
 def test_cifar100_python_has_fine_labels(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
+    directory = tmp_path / "cifar-100-python"
+    directory.mkdir()
     pixels = np.zeros((50_000, 3072), np.uint8)
     pixels[:, 0], pixels[:, 1] = np.arange(50_000) % 256, np.arange(50_000) // 256
     pixels[-1] = 9
     labels = [number % 100 for number in range(50_000)]
     content = {"data": pixels, "fine_labels": labels, "coarse_labels": [1] * 50_000}
-    (folder / "train").write_bytes(pickle.dumps(content, 4))
+    (directory / "train").write_bytes(pickle.dumps(content, 4))
     # Protocol 5 as written by NumPy 1.
-    (folder / "test").write_bytes(
+    (directory / "test").write_bytes(
         b"\x80\x05}(\x8c\x04datacnumpy.core.numeric\n_frombuffer\n"
         + b"(B"
         + struct.pack("<I", 10_000 * 3072)
@@ -223,8 +223,10 @@ def test_cifar100_python_has_fine_labels(tmp_path: Path) -> None:
         + b"eu."
     )
     names = [f"class_{number}" for number in range(100)]
-    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [n.encode() for n in names]}))
-    loaded = load_directory(folder)
+    (directory / "meta").write_bytes(
+        pickle.dumps({b"fine_label_names": [n.encode() for n in names]})
+    )
+    loaded = load_directory(directory)
     assert loaded.classes == tuple(names)
     for split in (loaded.train, loaded.test):
         assert split.labels.tolist() == labels[: len(split)]
@@ -234,44 +236,44 @@ def test_cifar100_python_has_fine_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
 def test_a_missing_batch_is_reported(binary: Path, tmp_path: Path, name: str) -> None:
-    folder = link(binary, tmp_path)
-    (folder / name).unlink()
-    assert f"{folder / name} is missing" in error_of(tmp_path)
+    directory = link(binary, tmp_path)
+    (directory / name).unlink()
+    assert f"{directory / name} is missing" in error_of(tmp_path)
     for file in BIN:
-        (folder / file).unlink(missing_ok=True)
-    assert f"{folder / BIN[0]} is missing" in error_of(tmp_path)
+        (directory / file).unlink(missing_ok=True)
+    assert f"{directory / BIN[0]} is missing" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 30_729_999, 30_733_073])
 def test_a_batch_of_the_wrong_size_is_rejected(binary: Path, tmp_path: Path, size: int) -> None:
-    folder = link(binary, tmp_path)
-    replace(folder / "data_batch_1.bin", b"")
-    os.truncate(folder / "data_batch_1.bin", size)
+    directory = link(binary, tmp_path)
+    replace(directory / "data_batch_1.bin", b"")
+    os.truncate(directory / "data_batch_1.bin", size)
     message = error_of(tmp_path)
     assert "data_batch_1.bin" in message
     assert f"expected 30,730,000 bytes, found {size:,};" in message
 
 
 def test_a_label_out_of_range_is_rejected(binary: Path, tmp_path: Path) -> None:
-    folder = link(binary, tmp_path)
+    directory = link(binary, tmp_path)
     records = batch(0)
     records[[9_999, 1_234], 0] = 10
-    replace(folder / "data_batch_1.bin", records.tobytes())
+    replace(directory / "data_batch_1.bin", records.tobytes())
     message = error_of(tmp_path)
     assert "data_batch_1.bin: record 1234 (counted from 0) has label 10, expected 0 to 9" in message
 
 
 @pytest.mark.parametrize("text", [b"", b"a b c d e f g h i", b"a a b c d e f g h i", b"\xff" * 99])
 def test_wrong_class_names_are_rejected(binary: Path, tmp_path: Path, text: bytes) -> None:
-    folder = link(binary, tmp_path)
-    replace(folder / "batches.meta.txt", text)
+    directory = link(binary, tmp_path)
+    replace(directory / "batches.meta.txt", text)
     assert "batches.meta.txt does not contain 10 class names" in error_of(tmp_path)
 
 
 def test_wrong_class_names_in_a_pickle_are_rejected(pickled: Path, tmp_path: Path) -> None:
-    folder = link(pickled, tmp_path)
+    directory = link(pickled, tmp_path)
     for names in (NAMES[:9], "airplane", [*NAMES[:9], 1], None):
-        replace(folder / "batches.meta", pickle.dumps({"label_names": names}))
+        replace(directory / "batches.meta", pickle.dumps({"label_names": names}))
         assert "batches.meta does not contain 10 class names" in error_of(tmp_path)
 
 
@@ -303,10 +305,10 @@ class Call:
 def test_a_pickle_that_runs_a_command_is_rejected_and_not_executed(
     tmp_path: Path, protocol: int
 ) -> None:
-    folder, flag = small_python_directory(tmp_path), tmp_path / "flag"
+    directory, flag = small_python_directory(tmp_path), tmp_path / "flag"
     attack = pickle.dumps({"data": Call(os.system, f"touch {flag}")}, protocol)
-    (folder / "data_batch_1").write_bytes(attack)
-    message = error_of(folder)
+    (directory / "data_batch_1").write_bytes(attack)
+    message = error_of(directory)
     assert not flag.exists()
     assert "data_batch_1 tries to call" in message
     assert f"{os.system.__module__}.system" in message
@@ -316,9 +318,9 @@ def test_a_pickle_that_runs_a_command_is_rejected_and_not_executed(
 
 
 def test_an_unsafe_pickle_of_class_names_is_rejected(pickled: Path, tmp_path: Path) -> None:
-    folder = link(pickled, tmp_path)
-    replace(folder / "batches.meta", pickle.dumps(Call(eval, "1/0")))
-    assert "batches.meta tries to call 'builtins.eval'" in error_of(folder)
+    directory = link(pickled, tmp_path)
+    replace(directory / "batches.meta", pickle.dumps(Call(eval, "1/0")))
+    assert "batches.meta tries to call 'builtins.eval'" in error_of(directory)
 
 
 @pytest.mark.parametrize(
@@ -349,9 +351,9 @@ def test_an_unsafe_pickle_of_class_names_is_rejected(pickled: Path, tmp_path: Pa
 def test_a_pickle_that_is_not_a_batch_is_rejected(
     tmp_path: Path, content: bytes, expected: str
 ) -> None:
-    folder = small_python_directory(tmp_path)
-    (folder / "data_batch_1").write_bytes(content)
-    message = error_of(folder)
+    directory = small_python_directory(tmp_path)
+    (directory / "data_batch_1").write_bytes(content)
+    message = error_of(directory)
     assert "data_batch_1" in message
     assert expected in message
 
@@ -365,10 +367,10 @@ def test_a_pickle_that_is_not_a_batch_is_rejected(
     ],
 )
 def test_a_pickle_cannot_allocate_more_than_its_size(tmp_path: Path, content: bytes) -> None:
-    folder = small_python_directory(tmp_path)
-    (folder / "data_batch_1").write_bytes(content)
+    directory = small_python_directory(tmp_path)
+    (directory / "data_batch_1").write_bytes(content)
     tracemalloc.start()
-    assert "not a valid pickle" in error_of(folder)
+    assert "not a valid pickle" in error_of(directory)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10e6
@@ -392,10 +394,10 @@ ONES = [1] * 10_000
 def test_an_invalid_python2_batch_is_rejected(
     tmp_path: Path, change: dict[str, Any], expected: str
 ) -> None:
-    folder = small_python_directory(tmp_path)
+    directory = small_python_directory(tmp_path)
     valid = {"pixels": bytes(10_000 * 3072), "labels": ONES}
-    (folder / "data_batch_1").write_bytes(python2_pickle(**valid | change))
-    assert f"data_batch_1: {expected}" in error_of(folder)
+    (directory / "data_batch_1").write_bytes(python2_pickle(**valid | change))
+    assert f"data_batch_1: {expected}" in error_of(directory)
 
 
 @pytest.mark.parametrize(
@@ -414,16 +416,16 @@ def test_an_invalid_python2_batch_is_rejected(
 def test_an_invalid_batch_is_rejected(
     tmp_path: Path, change: dict[str, Any], expected: str
 ) -> None:
-    folder = small_python_directory(tmp_path)
+    directory = small_python_directory(tmp_path)
     valid = {"data": np.zeros((10_000, 3072), np.uint8), "labels": ONES}
-    (folder / "data_batch_1").write_bytes(pickle.dumps(valid | change, 5))
-    assert f"data_batch_1: {expected}" in error_of(folder)
+    (directory / "data_batch_1").write_bytes(pickle.dumps(valid | change, 5))
+    assert f"data_batch_1: {expected}" in error_of(directory)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_damaged_pickles_raise_only_data_errors(tmp_path: Path, protocol: int) -> None:
     rng = random.Random(protocol)
-    folder = small_python_directory(tmp_path)
+    directory = small_python_directory(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5), dtype=np.uint8)
     original = pickle.dumps({"data": pixels, "labels": [1, 2, 3], "x": [{1.5, "y"}]}, protocol)
     for _ in range(150):
@@ -432,8 +434,8 @@ def test_damaged_pickles_raise_only_data_errors(tmp_path: Path, protocol: int) -
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         if rng.random() < 0.2:
             del damaged[rng.randrange(len(damaged)) :]
-        (folder / "data_batch_1").write_bytes(damaged)
-        error_of(folder)
+        (directory / "data_batch_1").write_bytes(damaged)
+        error_of(directory)
 
 
 # Image directories
@@ -477,8 +479,8 @@ def test_a_class_name_that_is_not_utf_8_is_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", "png jpg jpeg bmp gif webp tif tiff ppm pgm".split())  # noqa: SIM905
 def test_every_documented_format_is_read(tmp_path: Path, suffix: str) -> None:
-    for folder in ("train/a", "train/b", "test/a"):
-        save(tmp_path / folder / f"image.{suffix}", (200, 200, 200))
+    for directory in ("train/a", "train/b", "test/a"):
+        save(tmp_path / directory / f"image.{suffix}", (200, 200, 200))
     image = load_directory(tmp_path).test.images[0].int()
     assert (image - 200).abs().max() <= 3  # JPEG and WebP are lossy
 
@@ -528,7 +530,7 @@ def test_broken_images_are_reported(pets: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("two\nlines"), ValueError()])
-def test_any_decoder_error_becomes_one_line(
+def test_any_decoder_error_becomes_a_one_line_error(
     pets: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(_: object) -> None:
@@ -689,7 +691,9 @@ def test_a_16_bit_png_is_scaled(tmp_path: Path) -> None:
         ("I", 2**31 - 1, [255, 255, 255]),
     ],
 )
-def test_other_modes_become_rgb(mode: str, color: object, expected: list[int]) -> None:
+def test_images_of_other_modes_are_converted_to_rgb(
+    mode: str, color: object, expected: list[int]
+) -> None:
     result = to_32x32(Image.new(mode, (1, 3), color))
     assert result.shape == (32, 32, 3)
     assert np.unique(result.reshape(-1, 3), axis=0).tolist() == [expected]
@@ -749,7 +753,7 @@ def test_a_directory_with_the_name_of_a_data_set_is_loaded_with_a_remark(
     assert str(tmp_path / "digits") in loaded.remarks[0]
 
 
-def test_an_unknown_name_is_an_error() -> None:
+def test_an_unknown_name_raises_an_error() -> None:
     with pytest.raises(UsageError, match="unknown data 'cifra10'; use digits, cifar10, cifar100"):
         load_data("cifra10")
 

@@ -76,7 +76,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
     ("channels", "with_residual", "mean"),
     [(16, False, 0.0), (16, True, 0.0), (64, True, 0.0), (256, False, 0.0), (32, True, 30.0)],
 )
-def test_the_results_equal_pytorch_in_double_precision(
+def test_the_results_match_pytorch_in_double_precision(
     fused: NormReLU, dtype: torch.dtype, channels: int, with_residual: bool, mean: float
 ) -> None:
     x, residual, grad = tensors(dtype, channels, mean)
@@ -186,7 +186,7 @@ def test_losses_of_compiled_training_match_eager_training() -> None:
     assert ((compiled - eager).abs() / eager).max() < 1e-4
 
 
-def test_compiled_mode_without_a_compiler_is_an_error_in_one_line(
+def test_compiled_mode_without_a_compiler_causes_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object, **__: object) -> None:

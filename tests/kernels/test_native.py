@@ -204,7 +204,7 @@ def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> Tensor:
         ("plain14", (24, 32, 32)),
     ],
 )
-def test_the_results_equal_the_reference_in_double_precision(
+def test_the_results_match_the_reference_in_double_precision(
     unit: str, arch: str, images: tuple[int, int, int]
 ) -> None:
     model = random_network(arch)
@@ -340,7 +340,7 @@ def test_replaced_weights_are_used() -> None:
     assert model.bn1.num_batches_tracked == 1
 
 
-def test_a_weight_that_changes_before_backward_is_an_error() -> None:
+def test_a_weight_that_changes_before_backward_raises_an_error() -> None:
     model = random_network("resnet8")
     x, _ = batch(2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -373,7 +373,7 @@ def test_the_default_dtype_does_not_matter() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_backward_through_overwritten_activations_is_an_error() -> None:
+def test_backward_through_overwritten_activations_raises_an_error() -> None:
     config = native(random_network("resnet8"))
     x, _ = batch(2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -421,7 +421,7 @@ def test_auto_selects_native_only_with_a_matrix_unit(unit: str) -> None:
         assert (forward.execution, forward.reason) == ("native", "")
 
 
-def test_another_precision_is_an_error_in_one_line() -> None:
+def test_another_precision_causes_a_one_line_error() -> None:
     with pytest.raises(
         UsageError, match=r"native execution is not available: .*fp32; use execution=\"auto\""
     ):

@@ -102,7 +102,7 @@ def test_a_repeated_seed_counts_once(tmp_path: Path) -> None:
     assert group.seeds == [0, 1]
 
 
-def test_predictions_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+def test_predictions_of_another_evaluation_are_rejected(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", accuracy=0.93)
     b = make_run(tmp_path / "b", replace(BEST, lr=0.2), accuracy=0.5)
     (a / "predictions.npz").write_bytes((b / "predictions.npz").read_bytes())
@@ -154,7 +154,7 @@ def test_the_command_prints_tables_and_json(
     assert pair["permutation_p_value"] == pytest.approx(0.1)
 
 
-def test_runs_that_cannot_be_compared_are_one_line_errors(
+def test_runs_that_cannot_be_compared_cause_one_line_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a = make_run(tmp_path / "a", images=100, fingerprint="1")

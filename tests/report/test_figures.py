@@ -30,7 +30,7 @@ def cells(figure: Any) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
-def test_the_confusion_matrix_of_a_path_an_evaluation_and_metrics(run: Path) -> None:
+def test_the_confusion_matrix_accepts_a_path_an_evaluation_or_metrics(run: Path) -> None:
     evaluation = read_json(run / "evaluation.json")
     matrix = evaluation["test"]["confusion_matrix"]
     expected = [str(count) for row in matrix for count in row]
@@ -48,7 +48,7 @@ def test_the_confusion_matrix_of_a_path_an_evaluation_and_metrics(run: Path) -> 
     assert [float(cell) for cell in cells(figure)] == pytest.approx(shares, abs=0.05)
 
 
-def test_the_calibration_is_that_of_the_evaluation(run: Path) -> None:
+def test_the_calibration_plot_shows_the_values_of_the_evaluation(run: Path) -> None:
     bins = read_json(run / "evaluation.json")["validation"]["calibration"]["bins"]
     upper, lower = resnet56.plot_calibration(run, split="validation").axes
     _, curve = upper.get_lines()  # the diagonal comes first
@@ -58,7 +58,7 @@ def test_the_calibration_is_that_of_the_evaluation(run: Path) -> None:
     assert [bar.get_height() for bar in lower.patches] == [item["count"] for item in filled]
 
 
-def test_the_curves_are_those_of_the_metrics(run: Path, tmp_path: Path) -> None:
+def test_the_curves_show_the_recorded_metrics(run: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     loss, accuracy = resnet56.plot_curves(run).axes
     for axes, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
@@ -74,7 +74,7 @@ def test_the_curves_are_those_of_the_metrics(run: Path, tmp_path: Path) -> None:
     assert first.get_color() == validation.get_color() != second.get_color()
 
 
-def test_the_plotted_mistakes_are_the_stored_ones(run: Path) -> None:
+def test_the_plotted_mistakes_match_the_stored_mistakes(run: Path) -> None:
     kept = samples(CIFAR)
     figure = resnet56.plot_mistakes(run, count=10)
     shown = [axes for axes in figure.axes if axes.get_images()]
@@ -97,7 +97,7 @@ def test_the_plotted_mistakes_are_the_stored_ones(run: Path) -> None:
     assert "No such mistakes." in [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_inputs_that_cannot_be_plotted_are_one_line_errors(run: Path, tmp_path: Path) -> None:
+def test_inputs_that_cannot_be_plotted_cause_one_line_errors(run: Path, tmp_path: Path) -> None:
     untested = make_run(tmp_path / "untested", BEST, done=0, tested=False)
     tested = make_run(tmp_path / "tested", BEST, images=100)
     with pytest.raises(RunError, match="untested has not been evaluated; evaluate it first"):

@@ -109,7 +109,7 @@ def test_the_page_is_well_formed_and_self_contained(full: Path, page: Page) -> N
     assert not re.search(r"#0[1-4]0[0-4]0[0-7]\b", text)  # all placeholders were replaced
 
 
-def test_the_same_run_gives_the_same_bytes(full: Path, tmp_path: Path) -> None:
+def test_reports_are_deterministic(full: Path, tmp_path: Path) -> None:
     again = write_report([full], tmp_path / "again.html")
     assert again.read_bytes() == (full / "report.html").read_bytes()
 
@@ -173,7 +173,7 @@ def test_an_imported_network_has_no_recipe_and_no_curves(tmp_path: Path, tested:
     assert "unfinished" not in markdown
 
 
-def test_a_directory_as_output_is_refused(full: Path, tmp_path: Path) -> None:
+def test_a_directory_is_rejected_as_output(full: Path, tmp_path: Path) -> None:
     for form in ("html", "md"):
         with pytest.raises(
             UsageError, match=rf"is a directory; choose a file such as .*report\.{form}"
@@ -192,7 +192,7 @@ def test_a_repeated_seed_counts_once(tmp_path: Path) -> None:
     assert f"{50 * sum(shares):.2f}" in " ".join(page.tables["seed-groups"][1])
 
 
-def test_a_run_before_its_first_epoch_has_no_curves(tmp_path: Path) -> None:
+def test_a_report_before_the_first_epoch_has_no_curves(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", done=0, tested=False)
     (run / "metrics.jsonl").unlink()
     (run / "environment.json").unlink()
@@ -226,14 +226,14 @@ def test_a_report_of_100_classes_is_smaller_than_3_mb(tmp_path: Path) -> None:
     assert [[int(cell) for cell in row[1:]] for row in rows] == matrix
 
 
-def test_more_than_150_classes_get_a_confusion_chart(tmp_path: Path) -> None:
+def test_more_than_150_classes_are_shown_in_a_confusion_chart(tmp_path: Path) -> None:
     classes = tuple(f"{i}" for i in range(151))
     page = page_of(make_run(tmp_path / "run", classes=classes))
     assert "confusion" not in page.tables
     assert "confusion-figure_1" in page.ids
 
 
-def test_a_tested_page_says_what_to_say_in_a_meeting(tmp_path: Path) -> None:
+def test_the_page_of_a_tested_run_suggests_what_to_say_in_a_meeting(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     environment = read_json(run / "environment.json")
     environment["data"]["source"] = "CIFAR-10 (official split): 50,000 training images"
@@ -252,7 +252,7 @@ def test_a_tested_page_says_what_to_say_in_a_meeting(tmp_path: Path) -> None:
     assert "Meeting" not in untested.text
 
 
-def test_only_fields_that_apply_are_shown(tmp_path: Path) -> None:
+def test_only_relevant_fields_are_shown(tmp_path: Path) -> None:
     best = recipe_words.fields(BEST, flips=True)
     assert {"schedule", "cutout", "flip", "ema_decay"} <= best.keys()
     off = {"drop_epochs", "drop_factor", "sizes", "mix", "mix_alpha", "teacher_weight", "val_size"}
@@ -281,7 +281,7 @@ def skeleton(page: str) -> list[str]:
     return [text for _, text in found] + re.findall("<dt>(.*?)</dt>", recipe)
 
 
-def test_the_example_is_of_today(tmp_path: Path) -> None:
+def test_the_example_report_is_up_to_date(tmp_path: Path) -> None:
     """If this fails, run `python tools/example_report.py DIR RUN`."""
     docs = Path(__file__).parents[2] / "docs"
     example = (docs / "example-report.html").read_text(encoding="utf-8")
@@ -346,7 +346,7 @@ def test_one_damaged_run_does_not_stop_a_comparison(
         write_report([tmp_path / "a", tmp_path / "b"])
 
 
-def test_inconsistent_sample_arrays_are_refused(tmp_path: Path) -> None:
+def test_inconsistent_sample_arrays_are_rejected(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=100)
     for change in (
         {"mistake_true": np.full(24, 10)},
@@ -358,7 +358,7 @@ def test_inconsistent_sample_arrays_are_refused(tmp_path: Path) -> None:
             write_report([run])
 
 
-def test_an_evaluation_of_other_classes_is_refused(tmp_path: Path) -> None:
+def test_an_evaluation_of_other_classes_is_rejected(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=100)
     evaluation = read_json(run / "evaluation.json")
     evaluation["test"]["confusion_matrix"] = [[1, 2], [3, 4]]
@@ -367,7 +367,7 @@ def test_an_evaluation_of_other_classes_is_refused(tmp_path: Path) -> None:
         write_report([run])
 
 
-def test_missing_runs_and_unwritable_files_are_refused(tmp_path: Path) -> None:
+def test_missing_runs_and_unwritable_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one"):
         write_report([])
     with pytest.raises(RunError, match="no run found at"):
@@ -390,7 +390,7 @@ def test_importing_the_report_does_not_import_matplotlib() -> None:
 # Markdown
 
 
-def test_markdown_links_existing_images_and_escapes_names(tmp_path: Path) -> None:
+def test_markdown_links_to_existing_images_and_escapes_names(tmp_path: Path) -> None:
     recipe = replace(BEST, epochs=2, val_size=10)
     run = make_run(tmp_path / "a run", recipe, EVIL, images=200, extras=True)
     out = write_report([run], tmp_path / "out of #1, 9%.md", format="md")
@@ -423,7 +423,7 @@ def test_markdown_is_written_to_the_run_by_default_and_is_deterministic(tmp_path
     assert (run / "report-files" / "reliability.png").exists()
 
 
-def test_escaping() -> None:
+def test_special_characters_are_escaped() -> None:
     assert escape_markdown("a|b\n*c* <d> & _e_") == r"a\|b \*c\* &lt;d&gt; &amp; \_e\_"
     assert escape_markdown("# no heading") == r"\# no heading"
     assert unbroken("<b> 93.03 % of it") == '&lt;b&gt; <span class="nb">93.03 %</span> of it'
@@ -434,13 +434,13 @@ def test_escaping() -> None:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("several")
+    directory = tmp_path_factory.mktemp("several")
     runs = [
-        make_run(folder / f"seed-{i}", replace(BEST, seed=i), accuracy=accuracy, seed=i)
+        make_run(directory / f"seed-{i}", replace(BEST, seed=i), accuracy=accuracy, seed=i)
         for i, accuracy in enumerate((0.92, 0.93, 0.94))
     ]
-    runs.append(make_run(folder / "he", RECIPES["he2015"], accuracy=0.6, seed=7))
-    runs.append(make_run(folder / "begun", replace(BEST, seed=9), done=2, tested=False))
+    runs.append(make_run(directory / "he", RECIPES["he2015"], accuracy=0.6, seed=7))
+    runs.append(make_run(directory / "begun", replace(BEST, seed=9), done=2, tested=False))
     return runs
 
 
@@ -517,7 +517,7 @@ def test_errors_over_epochs_are_plotted(tmp_path: Path) -> None:
     assert "does not influence training" not in page.text
 
 
-def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
+def test_a_comparison_is_written_as_markdown(several: list[Path], tmp_path: Path) -> None:
     out = write_report(several, tmp_path / "c.md", format="md")
     text = out.read_text(encoding="utf-8")
     links = re.findall(r"\]\((c-files/[^)]+)\)", text)
@@ -531,7 +531,7 @@ def test_a_comparison_as_markdown(several: list[Path], tmp_path: Path) -> None:
         assert len({line.count("|") for line in lines.splitlines()}) == 1, lines
 
 
-def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -> None:
+def test_comparisons_of_untested_runs_or_other_images_have_a_warning(tmp_path: Path) -> None:
     a = make_run(tmp_path / "1" / "run", images=100)
     b = make_run(tmp_path / "2" / "run", classes=("a", "b"), images=100)
     page = Page(write_report([a, b], tmp_path / "c.html").read_text(encoding="utf-8"))
@@ -554,7 +554,7 @@ def test_untested_runs_and_other_images_compare_with_a_warning(tmp_path: Path) -
     assert "All recipes are the same." in page.text
 
 
-def test_runs_with_a_validation_set_are_ranked_by_it(tmp_path: Path) -> None:
+def test_runs_with_a_validation_set_are_ranked_by_validation_accuracy(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / name, replace(BEST, val_size=500, lr=lr), accuracy=share, seed=seed)
         for name, lr, share, seed in (("low", 0.01, 0.8, 1), ("high", 0.1, 0.9, 2))
@@ -597,7 +597,7 @@ def test_the_gap_is_classified() -> None:
     assert "is no significant overfitting" in only(gap(1.0, 1.0, (0.99, 1.0), augmented=True))
 
 
-def test_a_result_at_chance_level_is_stated() -> None:
+def test_a_result_at_chance_level_is_reported() -> None:
     even = {"n": 100, "confusion_matrix": [[40, 10], [10, 40]]}
     uneven = {"n": 100, "confusion_matrix": [[85, 5], [5, 5]]}
     assert story.against_chance(even | {"accuracy_interval": [0.71, 0.87]}) == []
@@ -616,7 +616,7 @@ def rows(*losses: float, validation: tuple[float, ...] = ()) -> list[dict[str, A
     return made
 
 
-def test_the_trend_of_the_last_epochs() -> None:
+def test_the_trend_of_the_last_epochs_is_described() -> None:
     step, cosine = Recipe(epochs=1), Recipe(epochs=1, schedule="cosine")
     assert story.trend([], step) == []
     assert story.trend(rows(2.0), step) == ["One epoch is not enough to show a trend."]
@@ -657,7 +657,7 @@ def per_class(**f1: float) -> dict[str, dict[str, float]]:
     return {name: {"f1": value, "support": 5} for name, value in f1.items()}
 
 
-def test_the_best_and_the_worst_class() -> None:
+def test_the_best_and_the_worst_class_are_named() -> None:
     sentence = only(story.best_and_worst(per_class(cat=0.8, dog=0.9, frog=0.95)))
     assert sentence == (
         "“frog” has the highest F1 score (0.9500), and “cat” has the lowest (0.8000)."
@@ -674,7 +674,7 @@ def test_the_best_and_the_worst_class() -> None:
     assert story.best_and_worst(per_class(a=1.0)) == []
 
 
-def test_the_most_confused_pair() -> None:
+def test_the_most_confused_pair_is_named() -> None:
     assert "All test images are classified correctly" in only(story.confusions([]))
     one = {"true": "cat", "predicted": "dog", "count": 58, "fraction": 0.058}
     back = {"true": "dog", "predicted": "cat", "count": 1, "fraction": 0.001}
@@ -777,7 +777,7 @@ def bins(*filled: tuple[int, float]) -> dict[str, Any]:
     return {"ece": 0.05, "brier": 0.1, "bins": [*made, {"count": 0, "confidence": None}]}
 
 
-def test_confidence_is_judged_by_the_interval() -> None:
+def test_confidence_is_compared_with_the_accuracy_interval() -> None:
     # (30 * 0.9 + 10 * 0.5) / 40 = 0.8
     calibration = bins((30, 0.9), (10, 0.5))
     assert story.mean_confidence(calibration["bins"]) == pytest.approx(0.8)
@@ -788,7 +788,7 @@ def test_confidence_is_judged_by_the_interval() -> None:
     assert "neither" in only(story.confidence(calibration, 0.78, (0.7, 0.85)))
 
 
-def test_robustness_hardware_and_unfinished_runs() -> None:
+def test_robustness_hardware_and_unfinished_runs_are_described() -> None:
     assert story.robustness(None) == []
     metrics = {
         "clean_accuracy": 0.9,
@@ -813,7 +813,7 @@ def test_robustness_hardware_and_unfinished_runs() -> None:
     assert "It was tested after 1 of 5" in only(story.unfinished(1, 5, tested=True))
 
 
-def test_descriptions_of_recipes() -> None:
+def test_recipes_are_described_in_sentences() -> None:
     schedule = recipe_words.schedule
     assert schedule(RECIPES["he2015"]) == (
         "The learning rate starts at 0.1 and is multiplied by 0.1 after epochs 82 and 123."
@@ -866,7 +866,7 @@ def test_descriptions_of_recipes() -> None:
     assert not {"weights", "freeze"} & recipe_words.fields(Recipe(), flips=True).keys()
 
 
-def test_number_formats() -> None:
+def test_numbers_are_formatted_for_readers() -> None:
     assert words.points(0.0657, sign=True) == "+6.57 points"
     assert words.points(-0.01, sign=True) == "−1.00 points"  # noqa: RUF001 - a true minus
     assert words.points(-0.000001, sign=True) == "0.00 points"
@@ -976,7 +976,7 @@ def test_no_page_scrolls_horizontally_on_a_phone(
     assert click["closed"] == ""
 
 
-def test_long_names_of_runs_leave_room_for_the_curves(tmp_path: Path) -> None:
+def test_long_run_names_leave_room_for_the_curves(tmp_path: Path) -> None:
     names = [f"{letter * 200}-{number}" for number, letter in enumerate("abcd")]
     runs = [make_run(tmp_path / name, replace(BEST, epochs=2), images=100) for name in names]
     text = write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8")

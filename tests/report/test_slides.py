@@ -44,7 +44,7 @@ def title(deck: Page, number: int) -> str:
     return deck.by_id[f"title-{number}"]
 
 
-def test_every_run_has_ten_slides_with_their_topics(
+def test_every_run_has_ten_slides_on_fixed_topics(
     runs: dict[str, Path], decks: dict[str, Page]
 ) -> None:
     for name, deck in decks.items():
@@ -93,7 +93,7 @@ def test_all_percentages_are_those_of_the_evaluation(
     assert checked > 150
 
 
-def test_the_numbers_are_in_their_places(runs: dict[str, Path], decks: dict[str, Page]) -> None:
+def test_each_number_is_on_its_slide(runs: dict[str, Path], decks: dict[str, Page]) -> None:
     deck, evaluation = decks["full"], read_json(runs["full"] / "evaluation.json")
     test, train = evaluation["test"], evaluation["train"]
     right = round(test["accuracy"] * test["n"])
@@ -127,7 +127,7 @@ def test_a_perfect_result_has_no_mistakes(decks: dict[str, Page]) -> None:
     assert "error" not in deck.by_id["10"]
 
 
-def test_a_hundred_classes_show_the_largest_errors(
+def test_slides_about_a_hundred_classes_show_the_largest_errors(
     runs: dict[str, Path], decks: dict[str, Page]
 ) -> None:
     deck = decks["hundred"]
@@ -152,7 +152,7 @@ def test_a_plain_network_has_no_shortcuts(runs: dict[str, Path], decks: dict[str
     assert "Training images are not augmented." in decks["plain"].by_id["4"]
 
 
-def test_missing_results_are_stated(runs: dict[str, Path], decks: dict[str, Page]) -> None:
+def test_missing_results_are_reported(runs: dict[str, Path], decks: dict[str, Page]) -> None:
     [*_, last] = RunDirectory(runs["validated"]).read_metrics()
     accuracy = f"{100 * last['val_accuracy']:.2f} %"
     assert f"reaches {accuracy} validation accuracy after 3 epochs" in title(decks["validated"], 1)
@@ -171,7 +171,7 @@ def test_missing_results_are_stated(runs: dict[str, Path], decks: dict[str, Page
     assert "trained without augmentation." in decks["plain"].by_id["9"]
 
 
-def test_guessing_is_stated(decks: dict[str, Page]) -> None:
+def test_accuracy_at_chance_level_is_reported(decks: dict[str, Page]) -> None:
     assert "no evidence that the network has learned" in decks["chance"].by_id["6"]
 
 
@@ -206,7 +206,7 @@ def test_decks_are_small_self_contained_and_deterministic(
     assert again.read_bytes() == (runs["full"] / "slides.html").read_bytes()
 
 
-def test_durations_in_words() -> None:
+def test_durations_are_written_in_words() -> None:
     assert slides.time_taken(44.6) == "45 s"
     assert slides.time_taken(110) == "1 min 50 s"
     assert slides.time_taken(3599.6) == "1 h 0 min"
@@ -214,7 +214,7 @@ def test_durations_in_words() -> None:
     assert words.duration(4500) == "1:15:00"
 
 
-def test_optimizers_and_schedules_in_a_few_words() -> None:
+def test_optimizers_and_schedules_are_described_in_a_few_words() -> None:
     assert slides.optimizer(RECIPES["he2015"]) == (
         "Optimizer: SGD with momentum 0.9, batch size 128, and weight decay 0.0001."
     )
@@ -256,7 +256,7 @@ def test_the_command_writes_slides(
     assert out.read_bytes() == (runs["two"] / "slides.html").read_bytes()
 
 
-def test_errors_are_one_line(
+def test_errors_have_one_line(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(runs["two"])

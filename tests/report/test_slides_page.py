@@ -191,9 +191,7 @@ def test_every_slide_of_every_run_fits(
     page.close()
 
 
-def test_slides_follow_each_other_without_scripts(
-    browser: "Browser", decks: dict[str, Path]
-) -> None:
+def test_all_slides_are_visible_without_scripts(browser: "Browser", decks: dict[str, Path]) -> None:
     context = browser.new_context(
         java_script_enabled=False, viewport={"width": 1280, "height": 720}
     )

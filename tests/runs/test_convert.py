@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from networks import liven
+from networks import randomize
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,7 +74,7 @@ class Block(nn.Module):
         return F.relu(out + x)
 
 
-class Foreign(nn.Module):
+class ExternalResNet(nn.Module):
     """The network of another project, with its own names and forward pass."""
 
     def __init__(self, layout: str, blocks: int = 1, classes: int = 10) -> None:
@@ -99,10 +99,10 @@ class Foreign(nn.Module):
         return logits
 
 
-def random_foreign(layout: str, **options: Any) -> Foreign:
+def random_external(layout: str, **options: Any) -> ExternalResNet:
     torch.manual_seed(0)
-    model = Foreign(layout, **options).eval()
-    liven(model, getattr(model, model.classifier))
+    model = ExternalResNet(layout, **options).eval()
+    randomize(model, getattr(model, model.classifier))
     return model
 
 
@@ -130,7 +130,7 @@ def has_equal_outputs(model: nn.Module, run: Path) -> bool:
 def test_every_layout_gives_equal_outputs(
     layout: str, blocks: int, arch: str, prefix: str, wrapping: str | None, tmp_path: Path
 ) -> None:
-    model = random_foreign(layout, blocks=blocks)
+    model = random_external(layout, blocks=blocks)
     state = OrderedDict((prefix + key, tensor) for key, tensor in model.state_dict().items())
     content = {wrapping: state, "best_prec1": 93.39, "epoch": 7} if wrapping else state
     torch.save(content, tmp_path / "checkpoint.th")
@@ -140,8 +140,8 @@ def test_every_layout_gives_equal_outputs(
     assert convert.read(tmp_path / "checkpoint.th").checkpoint.config.arch == arch  # without --arch
 
 
-def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
-    model = random_foreign("chenyaofo")
+def test_ema_weights_are_preferred(tmp_path: Path) -> None:
+    model = random_external("chenyaofo")
     raw = {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
     both = {
         "state_dict": raw,
@@ -155,11 +155,11 @@ def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["half", "safetensors", "legacy", "no counters", "own layout"])
-def test_every_form_of_a_state_dict_is_read(form: str, tmp_path: Path) -> None:
-    model: nn.Module = random_foreign("chenyaofo")
+def test_state_dicts_are_read_in_every_format(form: str, tmp_path: Path) -> None:
+    model: nn.Module = random_external("chenyaofo")
     if form == "own layout":
         model = build("resnet8-b", seed=1).eval()
-        liven(model, model.fc)
+        randomize(model, model.fc)
     state = dict(model.state_dict())
     file = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pth")
     if form == "half":
@@ -177,11 +177,9 @@ def test_every_form_of_a_state_dict_is_read(form: str, tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
 
 
-def test_a_plain_network_needs_arch_to_be_recognized(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plain_network_requires_arch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build("plain8", seed=1).eval()
-    liven(model, model.fc)
+    randomize(model, model.fc)
     file = tmp_path / "plain.pth"
     torch.save(model.state_dict(), file)
     assert cli.main(["import", str(file), "--out", str(tmp_path / "guessed")]) == 0
@@ -199,7 +197,7 @@ def test_a_plain_network_needs_arch_to_be_recognized(
 @pytest.mark.parametrize("arch", ["plain8", "resnet8-b"])
 def test_an_exported_network_declares_its_metadata(arch: str, tmp_path: Path) -> None:
     model = build(arch, classes=3).eval()
-    liven(model, model.fc)
+    randomize(model, model.fc)
     config = ModelConfig(arch, ("a", "b", "c"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     run = RunDirectory(tmp_path / "run")
     run.save(Checkpoint(config, model.state_dict()))
@@ -214,11 +212,11 @@ def test_an_exported_network_declares_its_metadata(arch: str, tmp_path: Path) ->
     assert (overridden.mean, overridden.std) == ((0.7, 0.7, 0.7), config.std)
 
 
-def test_default_constants_are_those_of_the_authors(
+def test_default_constants_match_those_of_the_authors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for layout in ("akamaster", "chenyaofo"):
-        torch.save(random_foreign(layout).state_dict(), tmp_path / f"{layout}.pth")
+        torch.save(random_external(layout).state_dict(), tmp_path / f"{layout}.pth")
     akamaster = convert.read(tmp_path / "akamaster.pth").checkpoint.config
     assert (akamaster.mean, akamaster.std) == IMAGENET
     assert akamaster.classes == CIFAR10
@@ -235,9 +233,9 @@ def test_default_constants_are_those_of_the_authors(
     assert "(of ImageNet" in capsys.readouterr().err
 
 
-def test_class_names_come_from_the_flag_or_a_file(tmp_path: Path) -> None:
+def test_class_names_are_read_from_the_flag_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "three.pth"
-    torch.save(random_foreign("chenyaofo", classes=3).state_dict(), file)
+    torch.save(random_external("chenyaofo", classes=3).state_dict(), file)
     command = ["import", str(file), "--mean", "0", "0", "0", "--std", "1", "1", "1"]
     names = tmp_path / "names.txt"
     names.write_text("a\nb b\nc\n")
@@ -255,11 +253,11 @@ def test_class_names_come_from_the_flag_or_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"std": "nan"}, {"std": "0"}, {"mean": "inf"}])
-def test_invalid_constants_are_refused(
+def test_invalid_constants_are_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, str]
 ) -> None:
     file = tmp_path / "any.pth"
-    torch.save(random_foreign("chenyaofo").state_dict(), file)
+    torch.save(random_external("chenyaofo").state_dict(), file)
     given = {"mean": "0.5", "std": "0.2"} | wrong
     flags = [word for name, value in given.items() for word in (f"--{name}", ".5", value, ".5")]
     assert cli.main(["import", str(file), "--out", str(tmp_path / "run"), *flags]) == 2
@@ -272,7 +270,7 @@ def test_invalid_constants_are_refused(
 def test_a_mismatch_names_the_tensors_and_the_matching_architecture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = random_foreign("chenyaofo").state_dict()
+    state = random_external("chenyaofo").state_dict()
     torch.save(state, tmp_path / "model.pth")
     command = ["import", str(tmp_path / "model.pth"), "--out", str(tmp_path / "run"), "--arch"]
     assert cli.main([*command, "resnet8"]) == 1
@@ -303,7 +301,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", *range(6)])
-def test_a_pickle_that_could_run_code_is_refused(form: str | int, tmp_path: Path) -> None:
+def test_a_pickle_that_could_run_code_is_rejected(form: str | int, tmp_path: Path) -> None:
     file, marker = tmp_path / "evil.pth", tmp_path / "marker"
     content = {"state_dict": {"conv1.weight": torch.zeros(1)}, "extra": Bomb(marker)}
     if isinstance(form, int):
@@ -319,9 +317,9 @@ def test_a_pickle_that_could_run_code_is_refused(form: str | int, tmp_path: Path
     assert marker.exists()
 
 
-def test_an_invalid_checkpoint_is_a_one_line_error(tmp_path: Path) -> None:
+def test_an_invalid_checkpoint_causes_a_one_line_error(tmp_path: Path) -> None:
     valid = io.BytesIO()
-    torch.save(random_foreign("chenyaofo").state_dict(), valid)
+    torch.save(random_external("chenyaofo").state_dict(), valid)
     contents = {
         "empty.pth": b"",
         "text.pth": b"not a checkpoint",
@@ -339,14 +337,14 @@ def test_an_invalid_checkpoint_is_a_one_line_error(tmp_path: Path) -> None:
         torch.save(other, tmp_path / "other.pth")
         with pytest.raises(RunError, match=message):
             convert.read(tmp_path / "other.pth")
-    state = random_foreign("chenyaofo").state_dict()
+    state = random_external("chenyaofo").state_dict()
     state["fc.bias"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(Error, match="fc.bias has values that are not finite"):
         convert.read(tmp_path / "nan.pth")
 
 
-def test_a_self_referencing_dictionary_is_refused(tmp_path: Path) -> None:
+def test_a_self_referencing_dictionary_is_rejected(tmp_path: Path) -> None:
     ring: dict[str, Any] = {"epoch\n1": 3}
     ring["state_dict"] = ring
     torch.save(ring, tmp_path / "ring.pth")
@@ -364,10 +362,10 @@ def test_a_self_referencing_dictionary_is_refused(tmp_path: Path) -> None:
     ],
     ids=["meta", "sparse", "complex", "integers"],
 )
-def test_unsupported_tensors_are_a_one_line_error(
+def test_unsupported_tensors_cause_a_one_line_error(
     convert_tensor: Callable[[Tensor], Tensor], message: str, tmp_path: Path
 ) -> None:
-    state = random_foreign("chenyaofo").state_dict()
+    state = random_external("chenyaofo").state_dict()
     state["fc.weight"] = convert_tensor(state["fc.weight"])
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(RunError, match=message):
@@ -377,7 +375,7 @@ def test_unsupported_tensors_are_a_one_line_error(
 def test_an_imported_run_can_be_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save(random_foreign("akamaster", classes=2).state_dict(), tmp_path / "model.th")
+    torch.save(random_external("akamaster", classes=2).state_dict(), tmp_path / "model.th")
     flags = ["--classes", "blue", "red", "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
     run = tmp_path / "run"
     assert cli.main(["import", str(tmp_path / "model.th"), "--out", str(run), *flags]) == 0
@@ -434,7 +432,7 @@ def test_unknown_tensors_of_the_network_are_not_ignored(tmp_path: Path) -> None:
     "name", ["model_ema", "ema", "ema_state_dict", "state_dict_ema", "swa_model", "modelEMA",
              "averaged_model"]
 )  # fmt: skip
-def test_averaged_weights_are_recognized_by_their_name(name: str, tmp_path: Path) -> None:
+def test_ema_weights_are_recognized_by_their_name(name: str, tmp_path: Path) -> None:
     other = build("resnet8-b", seed=5).state_dict()
     inside = {f"{name}.module.{key}": tensor for key, tensor in STATE.items()}
     inside |= {f"model.{key}": tensor for key, tensor in other.items()}
@@ -456,7 +454,7 @@ def test_the_averaged_model_of_pytorch_is_recognized_by_its_counter(tmp_path: Pa
     assert has_weights(convert_content({**first, **averaged}, tmp_path), STATE)
 
 
-def test_several_networks_need_a_prefix(tmp_path: Path) -> None:
+def test_a_prefix_selects_one_of_several_networks(tmp_path: Path) -> None:
     other = build("resnet8-b", seed=5).state_dict()
     both = {"student": other, "nets": {"teacher": STATE}}
     with pytest.raises(RunError, match=r"2 models .student, nets\.teacher.; .*--prefix"):
@@ -513,8 +511,8 @@ class PadAfter(nn.Module):
         return torch.cat((x, torch.zeros_like(x)), dim=1)
 
 
-def test_zero_channels_after_give_equal_outputs(tmp_path: Path) -> None:
-    model = random_foreign("akamaster", blocks=2)
+def test_padding_channels_only_at_the_end_gives_equal_outputs(tmp_path: Path) -> None:
+    model = random_external("akamaster", blocks=2)
     for stage in (model.layer2, model.layer3):
         stage[0].shortcut = PadAfter()  # type: ignore[index, operator]
     rules = [
@@ -564,7 +562,7 @@ def test_class_names_can_come_from_a_data_set_or_a_run(tmp_path: Path) -> None:
         assert resnet56.load(out).classes == classes
 
 
-def test_weights_with_non_finite_outputs_are_refused(tmp_path: Path) -> None:
+def test_weights_with_non_finite_outputs_are_rejected(tmp_path: Path) -> None:
     exploding = {
         key: torch.full_like(tensor, 1e30)
         if key.endswith("weight") and tensor.ndim == 1

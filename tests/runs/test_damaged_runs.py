@@ -231,7 +231,7 @@ def test_changed_weights_raise_only_one_line_errors(
 @pytest.mark.parametrize(
     ("name", "types"), [("samples.npz", SAMPLES), ("predictions.npz", PREDICTIONS)]
 )
-def test_arrays_of_other_types_are_refused_or_valid(
+def test_arrays_of_other_types_are_valid_or_rejected(
     good: Path, tmp_path: Path, name: str, types: dict[str, ArrayType]
 ) -> None:
     arrays = load_arrays(good / name, types)

@@ -142,7 +142,7 @@ def test_one_flipped_bit_is_detected(tmp_path: Path, part: str) -> None:
         run.load(training=True)
 
 
-def test_the_error_about_a_missing_tensor_file_contains_its_name(tmp_path: Path) -> None:
+def test_the_error_about_a_missing_tensor_file_names_it(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.save(checkpoint())
     (tmp_path / "checkpoint" / "model-00000007.safetensors").unlink()
@@ -153,7 +153,7 @@ def test_the_error_about_a_missing_tensor_file_contains_its_name(tmp_path: Path)
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", "{}", '{"format": 1, "config": {"arch": 3}}', '{"format": "x"}']
 )
-def test_a_damaged_checkpoint_json_is_a_one_line_error(tmp_path: Path, text: str) -> None:
+def test_a_damaged_checkpoint_json_causes_a_one_line_error(tmp_path: Path, text: str) -> None:
     run = RunDirectory(tmp_path)
     run.save(checkpoint())
     run.checkpoint_file.write_text(text)
@@ -229,7 +229,7 @@ def test_an_incomplete_last_line_of_metrics_is_ignored(tmp_path: Path) -> None:
     assert run.metrics_file.read_bytes() == whole[: whole.index(b"\n") + 1]
 
 
-def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+def test_a_damaged_line_in_the_middle_raises_an_error(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     row = json.dumps(ROW)
     run.metrics_file.write_text(f"{row}\nnonsense\n{row}\n")
@@ -238,7 +238,7 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["5", "[]", "{}", '{"epoch": "1"}'])
-def test_an_invalid_line_of_metrics_is_an_error(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_of_metrics_raises_an_error(tmp_path: Path, line: str) -> None:
     run = RunDirectory(tmp_path)
     run.metrics_file.write_text(f'{line}\n{{"epoch": 3}}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl:1 is damaged"):
@@ -297,7 +297,7 @@ def test_names_that_are_not_utf_8_are_escaped_in_text(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == r"caf\udce9"
 
 
-def test_non_finite_metrics_are_refused(tmp_path: Path) -> None:
+def test_non_finite_metrics_are_rejected(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with pytest.raises(RunError, match="train_loss is not a finite number"):
         run.append_metrics(ROW | {"train_loss": float("nan")})
@@ -326,7 +326,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes work differently on Windows")
-def test_the_target_of_a_link_is_replaced_and_a_pipe_is_refused(tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_replaced_and_a_pipe_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     link, file, pipe = tmp_path / "link.json", tmp_path / "there" / "x.json", tmp_path / "pipe"
     link.symlink_to(file)

@@ -108,7 +108,7 @@ def test_all_files_of_a_run_round_trip(tmp_path: Path) -> None:
         ("augmented", None, "augmented is missing"),
     ],
 )
-def test_arrays_are_checked_for_dtype_shape_and_range(
+def test_the_dtype_shape_and_range_of_arrays_are_checked(
     tmp_path: Path, name: str, array: Any, message: str
 ) -> None:
     path = make_run(tmp_path / "run", images=100)

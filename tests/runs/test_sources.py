@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import CLASSES, lively
+from networks import CLASSES, random_checkpoint
 from PIL import Image
 
 import resnet56
@@ -26,21 +26,21 @@ FORMS = ("run", "checkpoint directory", "checkpoint.json", "weights of the run",
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write one network in all forms that the package writes."""
-    folder = tmp_path_factory.mktemp("written")
-    run = RunDirectory(folder / "run")
-    run.save(lively())
-    export.write_hub_directory(run.load(), folder / "hub")
-    export.write_onnx(run.load(), folder / "net.onnx")
-    shutil.copy(folder / "hub" / "model.safetensors", folder / "alone.bin")
+    directory = tmp_path_factory.mktemp("written")
+    run = RunDirectory(directory / "run")
+    run.save(random_checkpoint())
+    export.write_hub_directory(run.load(), directory / "hub")
+    export.write_onnx(run.load(), directory / "net.onnx")
+    shutil.copy(directory / "hub" / "model.safetensors", directory / "alone.bin")
     return {
         "run": run.path,
         "checkpoint directory": run.checkpoint_file.parent,
         "checkpoint.json": run.checkpoint_file,
         "weights of the run": next(run.checkpoint_file.parent.glob("model-*")),
-        "hub directory": folder / "hub",
-        "hub weights": folder / "hub" / "model.safetensors",
-        "renamed hub weights": folder / "alone.bin",
-        "onnx": folder / "net.onnx",
+        "hub directory": directory / "hub",
+        "hub weights": directory / "hub" / "model.safetensors",
+        "renamed hub weights": directory / "alone.bin",
+        "onnx": directory / "net.onnx",
     }
 
 
@@ -49,7 +49,7 @@ def noise(count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_outputs(
+def test_every_format_gives_the_same_outputs(
     form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = resnet56.load(written["run"], device="cpu")
@@ -66,14 +66,14 @@ def test_every_form_gives_the_same_outputs(
 
 
 @pytest.mark.parametrize("form", ["hub directory", "hub weights", "weights of the run", "onnx"])
-def test_every_form_can_be_evaluated(
+def test_every_format_can_be_evaluated(
     form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in CLASSES:
-        folder = tmp_path / "data" / "test" / name
-        folder.mkdir(parents=True)
+        directory = tmp_path / "data" / "test" / name
+        directory.mkdir(parents=True)
         for index in range(3):
-            Image.fromarray(noise(9)[index].transpose(1, 2, 0)).save(folder / f"{index}.png")
+            Image.fromarray(noise(9)[index].transpose(1, 2, 0)).save(directory / f"{index}.png")
     flags = ["--data", str(tmp_path / "data"), "--json"]
     assert cli.main(["evaluate", str(written["run"]), *flags]) == 0
     expected = json.loads(capsys.readouterr().out)
@@ -94,7 +94,7 @@ def test_a_copy_of_pretrained_weights_opens_like_its_name(tmp_path: Path) -> Non
 
 
 def test_weights_without_declared_classes_must_be_imported(tmp_path: Path) -> None:
-    torch.save(dict(lively().model), tmp_path / "bare.pth")
+    torch.save(dict(random_checkpoint().model), tmp_path / "bare.pth")
     with pytest.raises(RunError, match="does not declare its classes and mean and std.* import"):
         open_model(tmp_path / "bare.pth")
     with pytest.raises(RunError, match="nowhere is neither a run nor a pretrained model"):
@@ -117,7 +117,7 @@ def test_flags_override_the_file_with_a_remark(written: dict[str, Path]) -> None
 
 
 def test_the_config_of_a_hub_directory_declares_constants_and_classes(tmp_path: Path) -> None:
-    torch.save(dict(lively("resnet8-b").model), tmp_path / "pytorch_model.bin")
+    torch.save(dict(random_checkpoint("resnet8-b").model), tmp_path / "pytorch_model.bin")
     declared = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "label_names": ["a", "b", "c"]}
     for config in (
         {"architecture": "resnet56", "num_classes": 3, "pretrained_cfg": declared},
@@ -139,7 +139,7 @@ def test_the_config_of_a_hub_directory_declares_constants_and_classes(tmp_path: 
     ],
     ids=lambda metadata: next(iter(metadata)),
 )  # fmt: skip
-def test_invalid_onnx_metadata_is_one_line(
+def test_invalid_onnx_metadata_causes_a_one_line_error(
     metadata: dict[str, str], written: dict[str, Path], tmp_path: Path
 ) -> None:
     proto = onnx.load(written["onnx"])
@@ -151,7 +151,7 @@ def test_invalid_onnx_metadata_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_an_onnx_file_with_a_fixed_batch_size_is_one_line(
+def test_an_onnx_file_with_a_fixed_batch_size_causes_a_one_line_error(
     written: dict[str, Path], tmp_path: Path
 ) -> None:
     proto = onnx.load(written["onnx"])
@@ -170,8 +170,8 @@ def test_loaded_weights_are_contiguous(written: dict[str, Path]) -> None:
         torch.nn.utils.parameters_to_vector(model.parameters())
 
 
-def test_a_run_with_non_finite_outputs_is_refused(tmp_path: Path) -> None:
-    checkpoint = lively()
+def test_a_run_with_non_finite_outputs_is_rejected(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint()
     weights = {
         k: t * 1e30 if "bn" in k and "weight" in k else t for k, t in checkpoint.model.items()
     }

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import lively
+from networks import random_checkpoint
 from torch import nn
 
 from resnet56 import export
@@ -30,7 +30,7 @@ from resnet56.errors import Error, RunError
 from resnet56.runs import convert
 from resnet56.runs.tensor_files import open_tensors
 
-STATE = dict(lively("resnet8-b", tuple("0123456789")).model)
+STATE = dict(random_checkpoint("resnet8-b", tuple("0123456789")).model)
 
 
 def saved(content: object, **options: Any) -> bytes:
@@ -175,7 +175,7 @@ def with_header(**change: object) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "C64", "X", 7])
-def test_unsupported_types_are_a_one_line_error(dtype: object, tmp_path: Path) -> None:
+def test_unsupported_types_cause_a_one_line_error(dtype: object, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(with_header(dtype=dtype))
     with pytest.raises(RunError, match=r"model\.safetensors") as caught:
         convert.read(tmp_path / "model.safetensors")
@@ -288,7 +288,7 @@ def mutated(content: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(changes=st.lists(mutation, min_size=1, max_size=4))
-def test_mutated_files_raise_nothing_but_our_errors(
+def test_mutated_files_raise_only_package_errors(
     form: str, tmp_path: Path, changes: list[tuple[float, str, bytes]]
 ) -> None:
     content, wrap = VALID_FILES[form]
@@ -302,7 +302,7 @@ def test_mutated_files_raise_nothing_but_our_errors(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(changes=st.lists(mutation, min_size=1, max_size=3))
-def test_mutated_onnx_files_raise_nothing_but_our_errors(
+def test_mutated_onnx_files_raise_only_package_errors(
     exported: bytes, tmp_path: Path, changes: list[tuple[float, str, bytes]]
 ) -> None:
     (tmp_path / "model.onnx").write_bytes(mutated(exported, changes))
@@ -311,10 +311,10 @@ def test_mutated_onnx_files_raise_nothing_but_our_errors(
 
 @pytest.fixture(scope="module")
 def exported() -> bytes:
-    return export.to_onnx(lively(), checked=False)
+    return export.to_onnx(random_checkpoint(), checked=False)
 
 
-def test_stand_ins_have_no_behavior() -> None:
+def test_placeholders_have_no_behavior() -> None:
     made = make_stub("a.b")(1, key=2)
     made.__setstate__({"x": 1})
     made.append(1)

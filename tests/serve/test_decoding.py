@@ -66,7 +66,7 @@ def test_images_are_decoded_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch)
     assert asyncio.run(decode_all()) == ["a", "b", "c", "late", "late", "late"]
 
 
-def test_disconnected_client_does_not_block_the_worker() -> None:
+def test_a_disconnected_client_does_not_block_the_worker() -> None:
     async def disconnect() -> list[str]:
         async with Decoders(Limits(decoders=1)) as decoders:
             tasks = [asyncio.create_task(decoders.decode(b"", name)) for name in "abc"]
@@ -80,7 +80,7 @@ def test_disconnected_client_does_not_block_the_worker() -> None:
 
 
 @pytest.mark.parametrize("response", [(DECODED, b"short"), (REJECTED, b"\xff"), (9, b"\xff")])
-def test_worker_with_invalid_response_is_replaced(
+def test_a_worker_with_an_invalid_response_is_replaced(
     response: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A compromised decoder could send such a response."""
@@ -97,7 +97,7 @@ def test_worker_with_invalid_response_is_replaced(
     assert asyncio.run(decode_two()) == 3  # the image was tried twice
 
 
-def test_stall_requires_waiting_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_stalls_only_while_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(decoding.time, "monotonic", lambda: now)
     detector = StallDetector()

@@ -12,7 +12,7 @@ from resnet56.serve.meter import Meter
 from resnet56.serve.middleware import ResponseMiddleware
 
 
-def test_path_cannot_forge_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_path_cannot_forge_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     """A percent-encoded path can contain any character."""
 
     async def broken(*_: Any) -> None:

@@ -110,7 +110,7 @@ def test_predictions_are_in_request_order(client: TestClient) -> None:
     assert len(second["classes"]) == 2
 
 
-def test_json_and_multipart_match_the_model(client: TestClient) -> None:
+def test_json_and_multipart_predictions_match_the_model(client: TestClient) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
@@ -126,7 +126,7 @@ def test_json_and_multipart_match_the_model(client: TestClient) -> None:
         assert score["probability"] == pytest.approx(probability, abs=1e-6)
 
 
-def test_health_metrics_and_pages(client: TestClient) -> None:
+def test_health_metrics_and_pages_are_served(client: TestClient) -> None:
     post(client, encode())
     assert client.get("/healthz").json()["classes"] == list(CLASSES)
     metrics = client.get("/metrics").text
@@ -154,7 +154,7 @@ def test_every_response_has_security_headers(client: TestClient) -> None:
         assert "access-control-allow-origin" not in response.headers
 
 
-def test_loopback_server_rejects_foreign_host_headers() -> None:
+def test_a_loopback_server_rejects_other_host_headers() -> None:
     app = build_app(ColorModel(), hosts=("localhost", "127.0.0.1"))
     with TestClient(app, base_url="http://localhost:8056") as client:
         assert client.get("/healthz").status_code == 200
@@ -167,24 +167,24 @@ def test_loopback_server_rejects_foreign_host_headers() -> None:
 # Invalid requests
 
 
-def test_error_names_the_invalid_image(client: TestClient) -> None:
+def test_the_error_names_the_invalid_image(client: TestClient) -> None:
     assert "1.png" in error_detail(post(client, encode(), b"not an image"), 422)
     assert "0.png" in error_detail(post(client, encode()[:-30]), 422)
 
 
-def test_decompression_bomb_is_rejected(client: TestClient) -> None:
+def test_a_decompression_bomb_is_rejected(client: TestClient) -> None:
     assert "10,000" in error_detail(post(client, bomb(200, 200)), 422)
     assert error_detail(post(client, bomb(60_000, 60_000)), 422)
     assert error_detail(post(client, bomb(2**31 - 1, 2**31 - 1)), 422)
 
 
-def test_too_many_images(client: TestClient) -> None:
+def test_too_many_images_are_rejected(client: TestClient) -> None:
     assert "more than 3" in error_detail(post(client, *[encode()] * 4), 413)
     four = [base64.b64encode(encode()).decode()] * 4
     assert "more than 3" in error_detail(client.post("/v1/predict", json={"images": four}), 413)
 
 
-def test_long_list_is_rejected_before_parsing(
+def test_a_long_list_is_rejected_before_parsing(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def parse(_: object) -> object:
@@ -197,14 +197,14 @@ def test_long_list_is_rejected_before_parsing(
         assert "more than 3" in error_detail(response, 413)  # type: ignore[arg-type]
 
 
-def test_no_images(client: TestClient) -> None:
+def test_a_request_without_images_is_rejected(client: TestClient) -> None:
     assert "images" in error_detail(client.post("/v1/predict", json={"images": []}), 422)
     body = b"--x--\r\n"
     headers = {"content-type": "multipart/form-data; boundary=x"}
     assert "image" in error_detail(client.post("/v1/predict", content=body, headers=headers), 422)
 
 
-def test_body_too_large_with_and_without_content_length(client: TestClient) -> None:
+def test_a_large_body_is_rejected_with_and_without_content_length(client: TestClient) -> None:
     large = bytes(200_000)
     assert error_detail(post(client, large), 413)
     chunks = (large[:1000] for _ in range(1000))  # httpx uses chunked encoding for a generator
@@ -235,30 +235,30 @@ def test_body_too_large_with_and_without_content_length(client: TestClient) -> N
         ({"content-type": "application/json"}, b"null", 422),
     ],
 )
-def test_invalid_request(
+def test_an_invalid_request_is_rejected(
     client: TestClient, headers: dict[str, str], content: bytes, status: int
 ) -> None:
     assert error_detail(client.post("/v1/predict", content=content, headers=headers), status)
 
 
 @pytest.mark.parametrize("field", ["picture", 'image"; x="'])
-def test_unexpected_file_field(client: TestClient, field: str) -> None:
+def test_an_unexpected_file_field_is_rejected(client: TestClient, field: str) -> None:
     response = client.post("/v1/predict", files=[(field, ("a.png", encode()))])
     assert "'image'" in error_detail(response, 422)  # type: ignore[arg-type]
 
 
-def test_unexpected_text_field(client: TestClient) -> None:
+def test_an_unexpected_text_field_is_rejected(client: TestClient) -> None:
     form = {"files": {"image": ("a.png", encode())}, "data": {"note": "x"}}
     assert "'image'" in error_detail(client.post("/v1/predict", **form), 422)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", ["?top=0", "?top=many", "?maps=perhaps", "?top=99999999999"])
-def test_invalid_query_parameter(client: TestClient, options: str) -> None:
+def test_an_invalid_query_parameter_is_rejected(client: TestClient, options: str) -> None:
     name = options.strip("?").partition("=")[0]
     assert error_detail(post(client, encode(), options=options), 422).startswith(f"{name}: ")
 
 
-def test_unprintable_or_long_file_name_is_not_repeated(
+def test_an_unprintable_or_long_file_name_is_not_repeated(
     client: TestClient,
 ) -> None:
     for name in ("\x1b[2Ja.png", "\u202egnp.exe", "a" * 500):
@@ -278,7 +278,7 @@ def test_uploads_are_not_written_to_disk(
         assert post(client, encode() + bytes(6 * 2**20)).status_code == 200
 
 
-def test_exception_is_logged_but_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_is_logged_but_not_sent(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(ColorModel):
         def run(self, images: Any) -> Any:
             raise RuntimeError("secret details")
@@ -314,7 +314,7 @@ def test_decoding_has_a_memory_limit() -> None:
         assert post(client, encode("blue")).status_code == 200
 
 
-def test_crashed_decoder_is_replaced() -> None:
+def test_a_crashed_decoder_is_replaced() -> None:
     app = build_app(ColorModel())
     with TestClient(app) as client:
         for _ in range(2):
@@ -346,7 +346,7 @@ def test_other_formats_require_an_option(client: TestClient) -> None:
         ({}, 200),
     ],
 )
-def test_cross_site_post_is_rejected(
+def test_a_cross_site_post_is_rejected(
     client: TestClient, headers: dict[str, str], status: int
 ) -> None:
     files = {"image": ("a.png", encode())}
@@ -357,7 +357,7 @@ def test_cross_site_post_is_rejected(
     )  # a link from another site is allowed
 
 
-def test_health_fails_while_requests_stall() -> None:
+def test_the_health_check_fails_while_requests_stall() -> None:
     limits = dataclasses.replace(SMALL, stall_seconds=0.2)
     with TestClient(build_app(ColorModel(seconds=1.0), limits=limits)) as client:
         assert client.get("/healthz").status_code == 200
@@ -369,7 +369,7 @@ def test_health_fails_while_requests_stall() -> None:
         assert client.get("/healthz").status_code == 200
 
 
-def test_health_fails_without_live_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_health_check_fails_without_running_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     large = slow_jpeg()
     limits = dataclasses.replace(LARGE, decode_seconds=0.2, decoders=1)
     with TestClient(build_app(ColorModel(), limits=limits)) as client:
@@ -398,7 +398,7 @@ def test_concurrent_requests_share_a_batch() -> None:
     assert len(set(scores)) == 40
 
 
-def test_batch_size_is_limited_and_excludes_cancelled_requests() -> None:
+def test_the_batch_size_is_limited_and_excludes_canceled_requests() -> None:
     model = ColorModel(seconds=0.05)
     batch_sizes: list[int] = []
 
@@ -431,7 +431,7 @@ def test_batches_are_padded_to_powers_of_two() -> None:
     assert set(model.sizes) == {1, 2, 4, 8}
 
 
-def test_failed_batch_does_not_affect_the_next() -> None:
+def test_a_failed_batch_does_not_affect_the_next_batch() -> None:
     async def some() -> None:
         async with Batcher(ColorModel()) as batcher:
             incompatible = [np.zeros((1, 3, side, side), np.uint8) for side in (32, 16)]
@@ -442,7 +442,7 @@ def test_failed_batch_does_not_affect_the_next() -> None:
     asyncio.run(some())
 
 
-def test_stop_cancels_pending_requests() -> None:
+def test_stopping_cancels_pending_requests() -> None:
     """One request is running and two are queued."""
 
     async def stop_early() -> list[Any]:
@@ -481,7 +481,7 @@ def test_buffered_bodies_have_a_limit() -> None:
         assert post(client, encode()).status_code == 200
 
 
-def test_slow_prediction_times_out() -> None:
+def test_a_slow_prediction_times_out() -> None:
     limits = Limits(answer_seconds=0.1)
     with TestClient(build_app(ColorModel(seconds=0.5), limits=limits)) as client:
         assert error_detail(post(client, encode()), 429)
@@ -490,7 +490,7 @@ def test_slow_prediction_times_out() -> None:
 # The OpenAPI description
 
 
-def test_api_conforms_to_its_description() -> None:
+def test_the_api_conforms_to_its_description() -> None:
     # A high limit on images: otherwise a body with many commas gets 413 before it is validated.
     app = build_app(ColorModel(), limits=dataclasses.replace(SMALL, images=1000))
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
@@ -515,7 +515,7 @@ def test_api_conforms_to_its_description() -> None:
     assert {("/healthz", 200), ("/metrics", 200), ("/v1/predict", 422)} <= covered
 
 
-def test_prediction_conforms_to_the_description(client: TestClient) -> None:
+def test_a_prediction_conforms_to_the_description(client: TestClient) -> None:
     schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
     case = schema["/v1/predict"]["POST"].Case()
     for options in ("", "?maps=true&top=1"):
@@ -548,7 +548,7 @@ def form(content: bytes) -> bytes:
 FORM = "Content-Type: multipart/form-data; boundary=x\r\n"
 
 
-def test_slow_aborted_and_invalid_requests_do_no_harm() -> None:
+def test_slow_aborted_and_invalid_requests_do_not_affect_others() -> None:
     with server(body_seconds=0.5) as (process, address):
         slow = connect(address)
         slow.sendall(request("/v1/predict", FORM + "Content-Length: 1000\r\n", b"--x"))
@@ -566,7 +566,7 @@ def test_slow_aborted_and_invalid_requests_do_no_harm() -> None:
     assert "Traceback" not in output
 
 
-def test_client_that_never_reads_is_disconnected() -> None:
+def test_a_client_that_never_reads_is_disconnected() -> None:
     pipelined = b"GET /page.css HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100
     with server(idle=0.3) as (_, address), connect(address) as connection:
         connection.settimeout(0.1)
@@ -583,7 +583,7 @@ def test_client_that_never_reads_is_disconnected() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_drains_requests_in_flight(number: signal.Signals) -> None:
+def test_a_signal_drains_requests_in_flight(number: signal.Signals) -> None:
     with server(seconds=1.0) as (process, address):
         responses: list[httpx.Response] = []
         files = {"image": ("a.png", encode())}
@@ -603,7 +603,7 @@ def test_signal_drains_requests_in_flight(number: signal.Signals) -> None:
     assert output == "stopped\n"
 
 
-def test_server_exits_after_the_drain_time() -> None:
+def test_the_server_exits_after_the_drain_time() -> None:
     """Even while the model is still running."""
     with server(seconds=60, drain_seconds=0.1, exit=0.2) as (process, address):
         connection = connect(address)
@@ -617,7 +617,7 @@ def test_server_exits_after_the_drain_time() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on open files")
-def test_low_file_limit_reduces_connections() -> None:
+def test_a_low_file_limit_reduces_the_number_of_connections() -> None:
     with server(files=64) as (process, address):
         url = urlsplit(address)
         connections = [socket.socket() for _ in range(200)]
@@ -636,7 +636,7 @@ def test_low_file_limit_reduces_connections() -> None:
     assert output == "stopped\n"
 
 
-def test_command_serves_a_run_and_matches_python(tmp_path: Path) -> None:
+def test_the_command_serves_a_run_and_matches_python(tmp_path: Path) -> None:
     config = ModelConfig("resnet8", CLASSES, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
     RunDirectory(tmp_path / "run").save(
         Checkpoint(config, build("resnet8", classes=3).state_dict())
@@ -666,7 +666,7 @@ def test_command_serves_a_run_and_matches_python(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     "resnet56" not in pretrained.names(), reason="resnet56 has no pretrained weights yet"
 )
-def test_pretrained_model_recognizes_a_cat() -> None:
+def test_the_pretrained_model_recognizes_a_cat() -> None:
     cat = io.BytesIO()
     Image.fromarray(skimage.data.chelsea()).save(cat, "JPEG")
     with TestClient(build_app(load("resnet56", "cpu"))) as client:
@@ -675,7 +675,7 @@ def test_pretrained_model_recognizes_a_cat() -> None:
     assert response["predictions"][0]["classes"][0]["name"] == "cat"
 
 
-def test_missing_extra_says_what_to_install(
+def test_the_error_about_a_missing_extra_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("resnet56.serve")]:
@@ -687,7 +687,7 @@ def test_missing_extra_says_what_to_install(
     )
 
 
-def test_listen_errors() -> None:
+def test_errors_about_the_address_have_one_line() -> None:
     occupied = listen("127.0.0.1", 0)
     port = occupied.getsockname()[1]
     with (

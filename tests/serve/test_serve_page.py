@@ -71,7 +71,7 @@ def overlay_alpha(page: "Page") -> list[float]:
     return list(alpha)
 
 
-def test_image_shows_probabilities_and_map(page: "Page", image_file: Path) -> None:
+def test_an_image_shows_probabilities_and_a_map(page: "Page", image_file: Path) -> None:
     page.set_input_files("#file", image_file)
     expect(page.get_by_role("status")).to_have_text(re.compile(r"^Most likely green, \d+\.\d %$"))
     rows = page.get_by_role("radio")
@@ -92,7 +92,7 @@ def test_image_shows_probabilities_and_map(page: "Page", image_file: Path) -> No
     expect(page.locator("#image")).to_have_attribute("alt", "Your image, most likely green")
 
 
-def test_keyboard_selects_the_map_of_another_class(page: "Page", image_file: Path) -> None:
+def test_the_keyboard_selects_the_map_of_another_class(page: "Page", image_file: Path) -> None:
     page.set_input_files("#file", image_file)
     page.get_by_role("radio", name="green").focus()
     page.keyboard.press("ArrowDown")
@@ -105,7 +105,7 @@ def test_keyboard_selects_the_map_of_another_class(page: "Page", image_file: Pat
     expect(page.locator("#map")).to_be_hidden()
 
 
-def test_unsupported_format_is_classified_with_a_notice(
+def test_an_image_of_another_format_is_classified_with_a_notice(
     page: "Page", image_file: Path, tmp_path: Path
 ) -> None:
     tiff = tmp_path / "halves.tiff"
@@ -121,7 +121,7 @@ def test_unsupported_format_is_classified_with_a_notice(
     expect(page.locator("#map")).to_be_visible()
 
 
-def test_text_file_shows_an_error_and_the_next_image_a_result(
+def test_a_text_file_shows_an_error_and_the_next_image_a_result(
     page: "Page", image_file: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "notes.txt"
@@ -138,7 +138,7 @@ def test_text_file_shows_an_error_and_the_next_image_a_result(
 
 
 @pytest.mark.parametrize("action", ["drop", "paste"])
-def test_image_is_dropped_or_pasted(page: "Page", image_file: Path, action: str) -> None:
+def test_an_image_can_be_dropped_or_pasted(page: "Page", image_file: Path, action: str) -> None:
     content = base64.b64encode(image_file.read_bytes()).decode()
     event = page.evaluate_handle(
         """([action, content]) => {
@@ -156,20 +156,20 @@ def test_image_is_dropped_or_pasted(page: "Page", image_file: Path, action: str)
     expect(page.get_by_role("status")).to_contain_text("green")
 
 
-def test_file_that_is_too_large_is_not_sent(page: "Page", tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_not_sent(page: "Page", tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(bytes(17 * 2**20))
     page.set_input_files("#file", large)
     expect(page.get_by_role("alert")).to_contain_text("larger than 16 MiB")
 
 
-def test_stopped_server_shows_an_error(page: "Page", image_file: Path) -> None:
+def test_a_stopped_server_causes_an_error_message(page: "Page", image_file: Path) -> None:
     page.route("**/v1/predict*", lambda route: route.abort())
     page.set_input_files("#file", image_file)
     expect(page.get_by_role("alert")).to_contain_text("The server is not responding")
 
 
-def test_keyboard_reaches_all_controls(page: "Page", image_file: Path) -> None:
+def test_the_keyboard_reaches_all_controls(page: "Page", image_file: Path) -> None:
     page.keyboard.press("Tab")
     expect(page.get_by_label("Choose an image")).to_be_focused()
     page.set_input_files("#file", image_file)
@@ -185,7 +185,9 @@ def test_keyboard_reaches_all_controls(page: "Page", image_file: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 400, 1280])
-def test_no_horizontal_overflow_at_any_width(page: "Page", image_file: Path, width: int) -> None:
+def test_the_page_does_not_overflow_at_any_width(
+    page: "Page", image_file: Path, width: int
+) -> None:
     page.set_viewport_size({"width": width, "height": 700})
     for address in (page.url, page.url + "docs"):
         page.goto(address)
@@ -209,7 +211,7 @@ def test_scrollable_regions_are_focusable_and_labeled(page: "Page") -> None:
 @pytest.mark.skipif(
     "resnet56" not in pretrained.names(), reason="resnet56 has no pretrained weights yet"
 )
-def test_pretrained_model_recognizes_a_cat(browser: "sync_api.Browser", tmp_path: Path) -> None:
+def test_the_pretrained_model_recognizes_a_cat(browser: "sync_api.Browser", tmp_path: Path) -> None:
     data = pytest.importorskip("skimage.data")
     cat = tmp_path / "chelsea.jpg"
     Image.fromarray(data.chelsea()).save(cat)

@@ -110,7 +110,7 @@ def test_ctrl_c_stops_a_run_with_one_step_per_epoch(
 
 
 @pytest.mark.parametrize("steps", [[1], [STEPS - 1], [STEPS], [STEPS + 3, 2 * STEPS + 1]])
-def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(
+def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_run(
     uninterrupted: Path, tiny: Dataset, small: Recipe, tmp_path: Path, steps: list[int]
 ) -> None:
     recipe, out = dataclasses.replace(small, ema_decay=(0.9,)), tmp_path / "run"
@@ -143,7 +143,7 @@ def test_native_execution_resumes_bitwise_identically(
         (2 * STEPS, "between the log and the checkpoint"),
     ],
 )
-def test_a_run_resumed_after_a_kill_equals_an_uninterrupted_one(
+def test_a_run_resumed_after_a_kill_equals_an_uninterrupted_run(
     uninterrupted: Path, tiny: Dataset, small: Recipe, tmp_path: Path, step: int, moment: str
 ) -> None:
     recipe, out = dataclasses.replace(small, ema_decay=(0.9,)), tmp_path / "run"
@@ -193,7 +193,7 @@ def test_resuming_records_the_new_location_of_the_data(
     assert RunDirectory(tmp_path / "run").data_origin() == "elsewhere"
 
 
-def test_ctrl_c_during_the_evaluation_says_how_to_evaluate(
+def test_ctrl_c_during_evaluation_prints_how_to_evaluate(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*arguments: Any, **options: Any) -> None:
@@ -215,7 +215,7 @@ def test_resuming_a_finished_run_only_evaluates_it(uninterrupted: Path, tiny: Da
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_resuming_with_another_recipe_or_data_set_is_an_error(
+def test_resuming_with_another_recipe_or_data_set_raises_an_error(
     uninterrupted: Path, tiny: Dataset, small: Recipe
 ) -> None:
     before = (uninterrupted / "checkpoint" / "checkpoint.json").read_bytes()
@@ -233,7 +233,7 @@ def test_resuming_with_another_recipe_or_data_set_is_an_error(
     assert (uninterrupted / "checkpoint" / "checkpoint.json").read_bytes() == before
 
 
-def test_without_a_compiler_a_run_continues_in_eager_mode_with_a_message(
+def test_a_run_continues_in_eager_mode_without_a_compiler(
     tiny: Dataset,
     small: Recipe,
     tmp_path: Path,
@@ -257,7 +257,9 @@ def test_without_a_compiler_a_run_continues_in_eager_mode_with_a_message(
     assert "was not found" in resumed["execution_reason"]
 
 
-def test_resuming_a_missing_run_is_an_error(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
+def test_resuming_a_missing_run_raises_an_error(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
     with pytest.raises(RunError, match="no run found at"):
         train(small, tiny, tmp_path / "none", resume=True)
 
@@ -414,7 +416,7 @@ def test_training_with_mixed_images_resumes_bitwise_identically(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains_and_resumes(
+def test_training_in_half_precision_resumes(
     tiny: Dataset, small: Recipe, tmp_path: Path, precision: Any
 ) -> None:
     recipe = dataclasses.replace(small, epochs=2, precision=precision)
@@ -424,7 +426,7 @@ def test_half_precision_trains_and_resumes(
     assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
 
 
-def test_without_a_terminal_each_epoch_prints_one_line(
+def test_each_epoch_prints_one_line_without_a_terminal(
     tiny: Dataset, small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with TrainingDisplay(stream_output(sys.stdout)) as display:
@@ -436,7 +438,7 @@ def test_without_a_terminal_each_epoch_prints_one_line(
     assert max(map(len, lines)) <= 80
 
 
-def test_missing_tensorboard_is_an_error_before_the_run_is_created(
+def test_missing_tensorboard_raises_an_error_before_the_run_is_created(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -445,11 +447,11 @@ def test_missing_tensorboard_is_an_error_before_the_run_is_created(
     assert not (tmp_path / "run").exists()
 
 
-def launch_with_torchrun(job: dict[str, Any], folder: Path) -> None:
-    (folder / "job").write_bytes(pickle.dumps(job))
+def launch_with_torchrun(job: dict[str, Any], directory: Path) -> None:
+    (directory / "job").write_bytes(pickle.dumps(job))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     completed = subprocess.run(
-        [sys.executable, *command, training_processes.__file__, str(folder / "job")],
+        [sys.executable, *command, training_processes.__file__, str(directory / "job")],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -458,13 +460,13 @@ def launch_with_torchrun(job: dict[str, Any], folder: Path) -> None:
     assert completed.returncode == 0, completed.stderr
 
 
-def launch(job: dict[str, Any], folder: Path) -> None:
+def launch(job: dict[str, Any], directory: Path) -> None:
     """Start the ranks without torchrun, where each process would import PyTorch."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
-        start(train_as_rank, job, world | {"RANK": rank}, stderr=folder / f"stderr-{rank}")
+        start(train_as_rank, job, world | {"RANK": rank}, stderr=directory / f"stderr-{rank}")
         for rank in "01"
     ]
     waiting = {process.sentinel: process for process in ranks}
@@ -477,7 +479,7 @@ def launch(job: dict[str, Any], folder: Path) -> None:
         process.kill()
         process.join()
     codes = [process.exitcode for process in ranks]
-    assert codes == [0, 0], [(folder / f"stderr-{rank}").read_text() for rank in "01"]
+    assert codes == [0, 0], [(directory / f"stderr-{rank}").read_text() for rank in "01"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
