@@ -318,7 +318,7 @@ def test_a_directory_with_other_files_is_rejected(
     tiny: Dataset, recipe: Recipe, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RunError, match="contains other files such as thesis.tex"):
+    with pytest.raises(RunError, match="contains files such as thesis.tex"):
         sweep(recipe, {"lr": Choices((0.1,))}, tiny, tmp_path)
 
 

@@ -388,7 +388,7 @@ def _prepare(out: Path, content: Sweep) -> Path:
     others = [n for n in others if not n.startswith(("study.db", "trial-")) and n[-4:] != ".tmp"]
     if others:
         raise RunError(
-            f"{out} is not a sweep, but contains other files such as {others[0]}; choose another "
+            f"{out} is not a sweep but contains files such as {others[0]}; choose another "
             f"directory for {option('out')}"
         )
     return out

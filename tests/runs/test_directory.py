@@ -204,7 +204,7 @@ def test_a_run_is_created_only_in_a_new_or_empty_directory(tmp_path: Path) -> No
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
-    with pytest.raises(RunError, match=r"contains other files such as thesis\.tex"):
+    with pytest.raises(RunError, match=r"contains files such as thesis\.tex"):
         RunDirectory(other).create()
     assert [path.name for path in other.iterdir()] == ["thesis.tex"]
 

@@ -155,7 +155,7 @@ def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
 
 def test_other_zip_archives_are_described(tmp_path: Path) -> None:
     np.savez(tmp_path / "model.npz", a=np.zeros(3))
-    with pytest.raises(RunError, match="a zip archive, but not a PyTorch checkpoint"):
+    with pytest.raises(RunError, match="a zip archive but not a PyTorch checkpoint"):
         convert.read(tmp_path / "model.npz")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     with pytest.raises(RunError, match=r"pickled module \(torch\.nn\.modules\.linear\.Linear\)"):

@@ -1,8 +1,9 @@
 """Checkpoints: the weights of a model, and the training state for resuming.
 
 A checkpoint consists of several files. checkpoint.json contains the names and SHA-256 hashes of the
-tensor files. It is written after the new tensor files and before the previous ones are removed, so
-the checkpoint on disk is always complete, even after a power failure.
+tensor files. `save_checkpoint` writes the new tensor files first, then checkpoint.json, and removes
+the previous files last. The checkpoint on disk is therefore always complete, even after a power
+failure.
 """
 
 import contextlib
@@ -30,14 +31,14 @@ from resnet56.runs.schema import (
     check,
 )
 
-if TYPE_CHECKING:  # commands that do not read tensors start without PyTorch
+if TYPE_CHECKING:  # Commands that do not read tensors start without PyTorch.
     from torch import Tensor
 
-FORMAT = 1  # version of the checkpoint format; newer ones are rejected
+FORMAT = 1  # version of the checkpoint format. Newer versions are rejected.
 ATTEMPTS = 10  # number of attempts to read a checkpoint that a training run is replacing
 
 Mean = Annotated[float, Meta(ge=-1000, le=1000)]
-Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # used as a divisor in fp32
+Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # valid as a divisor in fp32
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class ModelConfig:
 
     arch: Text
     classes: Annotated[tuple[Text, ...], Meta(min_length=1)]
-    mean: tuple[Mean, Mean, Mean]  # of the training images, scaled to [0, 1]
-    std: tuple[Deviation, Deviation, Deviation]
+    mean: tuple[Mean, Mean, Mean]  # channel means of the training images, for pixels in [0, 1]
+    std: tuple[Deviation, Deviation, Deviation]  # channel standard deviations
 
     def __post_init__(self) -> None:
-        """Check that the class names are unique, because predictions are keyed by them."""
+        """Check that the class names are unique, as the keys of predictions must be."""
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("two classes have the same name")
 
@@ -59,12 +60,12 @@ class ModelConfig:
 class Progress:
     """The progress of a training run, with running totals of the unfinished epoch."""
 
-    epoch: Count = 0  # finished epochs
-    step: Count = 0  # training steps over all epochs
-    epoch_step: Count = 0  # completed steps of the unfinished epoch
+    epoch: Count = 0  # number of finished epochs
+    step: Count = 0  # number of training steps over all epochs
+    epoch_step: Count = 0  # number of completed steps of the unfinished epoch
     loss_sum: Loss = 0.0  # sum over the images processed in the unfinished epoch
-    correct: NonNegative = 0.0  # correct predictions; fractional if targets are probabilities
-    images: Count = 0  # images processed in the unfinished epoch
+    correct: NonNegative = 0.0  # correct predictions, a fraction if targets are probabilities
+    images: Count = 0  # number of images processed in the unfinished epoch
     seconds: NonNegative = 0.0  # training time of the unfinished epoch
 
 
@@ -88,10 +89,10 @@ class Threads(TypedDict):
 class CheckpointMetadata(TypedDict, total=False):
     """The metadata of a checkpoint."""
 
-    resnet56: Text  # version of the package that wrote it
+    resnet56: Text  # version of the package that wrote the checkpoint
     data: Text | None  # fingerprint of the data set
     weights: Text  # "ema", "final", "pretrained" or "imported"
-    ema_decay: Fraction  # decay of the selected EMA; set at the end of the run
+    ema_decay: Fraction  # decay of the selected EMA, set at the end of the run
     ema_candidates: list[EmaCandidate]  # all EMAs of the run
     teachers: list[Teacher]  # teachers of knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from
@@ -131,7 +132,7 @@ class Checkpoint:
 
     config: ModelConfig
     model: Mapping[str, "Tensor"]  # EMA weights if the run has any, otherwise the raw weights
-    training: Mapping[str, "Tensor"] = field(default_factory=dict)  # optimizer, raw weights
+    training: Mapping[str, "Tensor"] = field(default_factory=dict)  # optimizer state, raw weights
     progress: Progress = field(default_factory=Progress)
     metadata: Mapping[str, Any] = field(default_factory=dict)  # see CheckpointMetadata
 
@@ -140,7 +141,7 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint atomically. If writing fails, the old checkpoint remains intact.
 
     Args:
-        file: path of checkpoint.json. The tensor files are written to the same directory.
+        file: path of checkpoint.json. The tensor files go to the same directory.
         checkpoint: the checkpoint to write.
 
     Raises:
@@ -171,7 +172,7 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
     named = {entry["name"] for entry in files.values()} | {file.name}
     for path in directory.iterdir():
         if path.name not in named:
-            with contextlib.suppress(OSError):  # on Windows, another process may have the file open
+            with contextlib.suppress(OSError):  # On Windows, another process may keep it open.
                 path.unlink()
 
 
@@ -180,7 +181,7 @@ def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
 
     Args:
         file: path of checkpoint.json.
-        training: whether to also read the training state, which is required to resume.
+        training: if True, also read the training state, which resuming requires.
 
     Raises:
         RunError: the checkpoint does not exist, is damaged, or has a newer format.
@@ -206,7 +207,7 @@ def _read_manifest(file: Path) -> _Manifest:
             f"{FORMAT}; update resnet56"
         )
     manifest = check(content, _Manifest, str(file))
-    return replace(manifest, metadata=content["metadata"])  # preserve unknown fields
+    return replace(manifest, metadata=content["metadata"])  # This preserves unknown fields.
 
 
 def _load_parts(file: Path, manifest: _Manifest, training: bool) -> Checkpoint:
@@ -227,7 +228,7 @@ def _read_tensors(directory: Path, entry: _TensorFile) -> dict[str, "Tensor"]:
         raise RunError(f"{path} is damaged: its checksum differs from that in checkpoint.json")
     try:
         tensors = safetensors.torch.load(content)
-    except Exception as error:  # such as dtypes that this version of safetensors does not support
+    except Exception as error:  # for example, dtypes that this version of safetensors lacks
         raise RunError(f"{path} is damaged: {one_line(error)}") from None
     if names := not_finite(tensors):
         raise RunError(f"{path} is unusable: values are not finite in {abbreviate(names)}")
@@ -251,7 +252,7 @@ def require_fit(
 ) -> None:
     """Raise RunError unless the tensors match `expected`.
 
-    They must have the same names and shapes, and the same tensors must be floating-point.
+    Names and shapes must match. Floating-point tensors must match floating-point tensors.
     """
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]

@@ -1,9 +1,9 @@
 """Convert checkpoints of other projects without running code in them.
 
-A model is recognized by the names and shapes of its tensors, anywhere in a file. This module
-supports the layouts of akamaster/pytorch_resnet_cifar10, chenyaofo/pytorch-cifar-models,
-torchvision, osmr/imgclsmob, hysts/pytorch_image_classification and D-X-Y/ResNeXt-DenseNet, and the
-files that this package writes.
+This module finds a model anywhere in a file by the names and shapes of its tensors. It supports the
+files of this package and the layouts of akamaster/pytorch_resnet_cifar10,
+chenyaofo/pytorch-cifar-models, torchvision, osmr/imgclsmob, hysts/pytorch_image_classification and
+D-X-Y/ResNeXt-DenseNet.
 """
 
 import math
@@ -36,7 +36,7 @@ class ImportedModel:
     """A converted checkpoint."""
 
     checkpoint: Checkpoint
-    remarks: tuple[str, ...]  # assumed values and ignored content, for the user
+    remarks: tuple[str, ...]  # messages about assumed values and ignored content
 
 
 def read(
@@ -52,18 +52,18 @@ def read(
     """Read the model in a file or a model hub directory.
 
     The metadata of the file or the config.json next to it can declare the architecture, the classes
-    and the normalization constants. A value that is not declared gets a default and a remark.
+    and the normalization constants. An undeclared value gets a default, and a remark reports it.
 
     Args:
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this
             package, or a directory that contains one of them.
-        arch: the architecture. By default, the one whose names and shapes match.
-        mean, std: normalization constants in units of [0, 1]. By default, those declared in the
-            file, or those that the authors of the layout used.
-        classes: class names in the order of the outputs. By default, those declared in the file, or
-            those of CIFAR-10 or CIFAR-100.
+        arch: the architecture. Defaults to the architecture with matching names and shapes.
+        mean, std: normalization constants for pixels in [0, 1]. Default to the declared constants,
+            or else to the constants that the authors of the layout used.
+        classes: class names in the order of the outputs. Default to the declared names, or else to
+            the classes of CIFAR-10 or CIFAR-100.
         prefix: path of the model inside the file. Required if the file contains several models.
-        require_declared: whether to reject a file that does not declare mean, std and classes.
+        require_declared: if True, reject a file that does not declare mean, std and classes.
 
     Raises:
         RunError: the file cannot be read, could run code, or matches no supported architecture.
@@ -161,7 +161,7 @@ def _choose(
 
 
 def _default_constants(state_dict: StateDict, outputs: int) -> tuple[Constants | None, str]:
-    """Return the normalization constants that the authors of the layout used, and their origin."""
+    """Return the constants that the authors of the layout used for normalization, and a label."""
     has_projections = any(".shortcut." in key for key in state_dict.tensors)
     if state_dict.head == "linear.weight" and not has_projections:
         return IMAGENET, "of ImageNet, which akamaster used"
@@ -175,7 +175,7 @@ def _resolve_constants(
     outputs: int,
     defaults: tuple[Constants | None, str] = (None, ""),
 ) -> tuple[Constants, list[str]]:
-    """Return mean and std from the arguments, the file or the defaults, and remarks."""
+    """Return remarks, and mean and std from the arguments, the file or the defaults."""
     remarks = []
     for name, given, in_file in (("mean", mean, declared.mean), ("std", std, declared.std)):
         if given and in_file and not all(map(math.isclose, given, in_file)):
@@ -196,8 +196,8 @@ def _resolve_constants(
         )
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise UsageError(
-            f"{option('mean')} must be finite, and {option('std')} finite and positive, not {mean} "
-            f"and {std}"
+            f"{option('mean')} must be finite, and {option('std')} must be finite and positive, "
+            f"not {mean} and {std}"
         )
     return (mean, std), remarks
 
@@ -205,7 +205,7 @@ def _resolve_constants(
 def _resolve_classes(
     names: Sequence[str], declared: DeclaredConfig, outputs: int
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Return class names from the arguments, the file or a CIFAR data set, and remarks."""
+    """Return remarks, and class names from the arguments, the file or a CIFAR data set."""
     if names:
         if len(names) != outputs or len(set(names)) != outputs:
             raise UsageError(
@@ -235,7 +235,7 @@ def _resolve_classes(
 
 
 def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dict[str, Tensor]:
-    """Read the tensors, and convert their data types and channel order to those of this package."""
+    """Read the tensors and convert them to the data types and channel order of this package."""
     model = {}
     for key, expected in expected_tensors(config.arch, state_dict.tensors).items():
         if is_counter(key):
@@ -245,9 +245,9 @@ def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dic
         try:
             values = stored.read()
             dtype = values.dtype
-            # Copy, because two names can share a tensor in the file.
+            # Copy the values because two names can share a tensor in the file.
             values = values.to(expected.dtype, copy=True, memory_format=torch.contiguous_format)
-        except Exception as error:  # parsers can raise any exception on a damaged file
+        except Exception as error:  # Parsers can raise any exception for a damaged file.
             raise RunError(
                 f"{file} is damaged: {key} of type {one_line(stored.type)} cannot be read: "
                 f"{one_line(error)}"
@@ -267,11 +267,11 @@ def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dic
 def _center_padding(model: dict[str, Tensor]) -> None:
     """Permute channels in place, for shortcuts that add zero channels on both sides.
 
-    In the original layout, shortcut A adds all zero channels at the end. Their position does not
-    matter if the surrounding layers agree: `conv2` and `bn2` write the channels of a stage, and
-    `conv1` of the next block or the classifier reads them.
+    In the original layout, shortcut A adds all zero channels at the end. The order of channels does
+    not matter if all layers use the same order: `conv2` and `bn2` write the channels of a stage,
+    and `conv1` of the next block or the classifier reads them.
     """
-    order = torch.arange(WIDTHS[0])  # channel in this package -> channel in the layout
+    order = torch.arange(WIDTHS[0])  # maps channels of this package to channels of the layout
     for stage, width in enumerate(WIDTHS, start=1):
         before = order
         added = torch.arange(len(order), width)
@@ -291,7 +291,7 @@ def _center_padding(model: dict[str, Tensor]) -> None:
 
 @torch.inference_mode()
 def _has_finite_outputs(config: ModelConfig, model: Mapping[str, Tensor]) -> bool:
-    """Return whether the outputs for a uniform image and a noise image are finite."""
+    """Return whether the outputs for a uniform image and a random image are finite."""
     net = build(config.arch, classes=len(config.classes))
     net.load_state_dict(model)
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@
     samples.npz        a few images for the report
     parity.json        comparisons of devices or precisions, if requested
 
-Files are written atomically (`resnet56.files`).
+Most files are replaced atomically (see `resnet56.files`). metrics.jsonl grows by a line per epoch.
 """
 
 import contextlib
@@ -63,12 +63,12 @@ class RunDirectory:
             others = sorted(entry.name for entry in self.path.iterdir())
         except FileNotFoundError:
             return
-        except OSError as error:  # such as a path that is a file
+        except OSError as error:  # for example, if the path is a file
             raise RunError(
                 f"cannot use {self.path} as a run directory: {error.strerror or error}; choose "
                 f"another directory for {option('out')}"
             ) from None
-        # Files of a run that was stopped before its first checkpoint may be overwritten.
+        # A new run may overwrite the files of a run that stopped before its first checkpoint.
         replaceable = (
             "recipe.json",
             "environment.json",
@@ -79,8 +79,8 @@ class RunDirectory:
         others = [name for name in others if name not in replaceable and not name.endswith(".tmp")]
         if others:
             raise RunError(
-                f"{self.path} is not a run, but contains other files such as {others[0]}; choose "
-                f"another directory for {option('out')}"
+                f"{self.path} is not a run but contains files such as {others[0]}; choose another "
+                f"directory for {option('out')}"
             )
 
     def data_origin(self) -> str | None:
@@ -97,13 +97,14 @@ class RunDirectory:
         """
         try:
             directory = os.open(self.path, os.O_RDONLY)
-        except OSError:  # Windows cannot open directories; a missing one is reported elsewhere
+        except OSError:
+            # Windows cannot open directories. Other functions report a missing directory.
             yield
             return
         try:
             if not try_lock(directory):
                 raise RunError(
-                    f"another process is training in {self.path}; wait until it ends, or stop it"
+                    f"another process is training in {self.path}; wait until it ends or stop it"
                 )
             yield
         finally:
@@ -112,13 +113,17 @@ class RunDirectory:
     # environment.json
 
     def read_environment(self) -> Environment | None:
-        """Read environment.json, or return None if it is missing. Raises RunError."""
+        """Read environment.json, or return None if it is missing.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         if not self.environment_file.exists():
             return None
         return schema.read(self.environment_file, Environment)
 
     def write_environment(self, environment: Environment) -> None:
-        """Replace environment.json. Raises RunError."""
+        """Replace environment.json. Raises RunError if writing fails."""
         schema.write(self.environment_file, environment, Environment)
 
     # evaluation.json, predictions.npz and samples.npz
@@ -136,12 +141,12 @@ class RunDirectory:
         return found if found["step"] == step else None
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
-        """Replace evaluation.json. Raises RunError."""
+        """Replace evaluation.json. Raises RunError if writing fails."""
         schema.check_evaluation(evaluation, self.evaluation_file)
         schema.write(self.evaluation_file, evaluation, Evaluation)
 
     def write_predictions(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Replace predictions.npz. Raises RunError."""
+        """Replace predictions.npz. Raises RunError if writing fails."""
         schema.save_arrays(self.predictions_file, schema.PREDICTIONS, arrays)
 
     def read_predictions(self) -> dict[str, npt.NDArray[Any]] | None:
@@ -155,19 +160,23 @@ class RunDirectory:
         return schema.load_arrays(self.predictions_file, schema.PREDICTIONS)
 
     def read_samples(self) -> dict[str, npt.NDArray[Any]] | None:
-        """Read the images for the report, or return None if there are none. Raises RunError."""
+        """Read the images for the report, or return None if there are none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         if not self.samples_file.exists():
             return None
         return schema.load_arrays(self.samples_file, schema.SAMPLES)
 
     def write_samples(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Replace samples.npz. Raises RunError."""
+        """Replace samples.npz. Raises RunError if writing fails."""
         schema.save_arrays(self.samples_file, schema.SAMPLES, arrays)
 
     # metrics.jsonl
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a line and flush it to disk. Raises RunError."""
+        """Append a line and flush it to disk. Raises RunError if writing fails."""
         schema.check(row, EpochMetrics, str(self.metrics_file))
         try:
             with self.metrics_file.open("a", encoding="utf-8", newline="\n") as file:
@@ -181,7 +190,11 @@ class RunDirectory:
             ) from None
 
     def read_metrics(self) -> list[EpochMetrics]:
-        """Read all lines. An incomplete last line, left by a crash, is ignored. Raises RunError."""
+        """Read all lines. Ignores an incomplete last line, which a crash can leave.
+
+        Raises:
+            RunError: a line is damaged.
+        """
         if not self.metrics_file.exists():
             return []
         rows: list[EpochMetrics] = []
@@ -203,7 +216,7 @@ class RunDirectory:
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Remove the lines after the first `epochs` epochs. Raises RunError."""
+        """Remove the lines after the first `epochs` epochs. Raises RunError if this fails."""
         if self.metrics_file.exists():
             rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
             text = "".join(to_json(row) + "\n" for row in rows)
@@ -212,7 +225,11 @@ class RunDirectory:
     # parity.json
 
     def read_comparisons(self, step: int) -> list[Comparison]:
-        """Read the comparisons of the weights after `step` steps. Raises RunError."""
+        """Read the comparisons of the weights after `step` steps.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         if not self.parity_file.exists():
             return []
         comparisons = schema.read(self.parity_file, Parity)["comparisons"]
@@ -221,7 +238,7 @@ class RunDirectory:
     def add_comparison(self, comparison: Comparison, step: int) -> None:
         """Add a comparison of two devices or precisions, for the weights after `step` steps.
 
-        Replaces an earlier comparison of the same pair, and removes comparisons of other weights.
+        Replaces an earlier comparison of the same pair and removes comparisons of other weights.
         """
         pair = [comparison["a"], comparison["b"]]
         others = [e for e in self.read_comparisons(step) if [e["a"], e["b"]] != pair]
@@ -235,7 +252,7 @@ class RunDirectory:
         save_checkpoint(self.checkpoint_file, checkpoint)
 
     def load(self, *, training: bool = False) -> Checkpoint:
-        """Read the checkpoint. With `training`, also read the training state.
+        """Read the checkpoint, with the training state if `training` is True.
 
         Raises:
             RunError: the checkpoint does not exist, is damaged, or has a newer format.

@@ -1,4 +1,4 @@
-"""Model hub directories: find the weight file, and read the configuration of the model."""
+"""Find the weight file in a model hub directory and read the configuration of the model."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from resnet56.errors import RunError, abbreviate, one_line
 from resnet56.runs.layouts import Triple
 from resnet56.runs.pretrained import config_from_metadata
 
-MAX_CLASSES = 100_000  # of a classifier
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # standard file names, preferred first
+MAX_CLASSES = 100_000  # maximum number of classes of a model
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # standard names, in order of preference
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl"}
 ARCH_PATTERN = r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?"  # architecture names of this package
 
@@ -53,16 +53,16 @@ def _weight_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class DeclaredConfig:
-    """The part of a model's configuration that its file or config.json declares."""
+    """The configuration that the file of a model or its config.json declares."""
 
     arch: str | None = None
     classes: tuple[str, ...] | None = None
     mean: Triple | None = None
     std: Triple | None = None
-    file: str = ""  # name of the file that declares it
+    file: str = ""  # name of the declaring file
 
     def missing(self) -> list[str]:
-        """Return which of classes, mean and std are not declared."""
+        """Return the names of classes, mean and std that are not declared."""
         required = {"classes": self.classes, "mean": self.mean, "std": self.std}
         return [name for name, value in required.items() if value is None]
 
@@ -98,7 +98,7 @@ def _read_config(file: Path) -> DeclaredConfig:
     arch = merged.get("architecture")
     if not isinstance(arch, str) or not re.fullmatch(ARCH_PATTERN, arch):
         arch = None
-    # In other projects, "resnet56" can have other shortcuts, so the shapes determine the name.
+    # A "resnet56" of another project can have other shortcuts, so the shapes determine the name.
     if "mean" not in config or "id2label" not in config:
         arch = None
     return DeclaredConfig(

@@ -10,7 +10,7 @@ Rename = str | Callable[[re.Match[str]], str]
 
 IMAGENET: Constants = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-CIFAR: dict[int, Constants] = {  # by number of classes; used by chenyaofo and many others
+CIFAR: dict[int, Constants] = {  # by number of classes, as in chenyaofo and many other projects
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
 }
@@ -20,10 +20,10 @@ CIFAR: dict[int, Constants] = {  # by number of classes; used by chenyaofo and m
 class Layout:
     """The layer names of a project, and its default normalization constants."""
 
-    stem: str  # name of the weight of the first convolution
-    heads: tuple[str, ...]  # possible names of the weight of the classifier
+    stem: str  # name of the first convolution's weight
+    heads: tuple[str, ...]  # possible names of the classifier's weight
     rules: tuple[tuple[str, Rename], ...]  # regular expressions and replacements, applied in order
-    constants: Mapping[int, Constants]  # by number of classes
+    constants: Mapping[int, Constants]  # default constants, by number of classes
     pads_after: bool = False  # whether shortcut A adds all zero channels at the end
 
     def rename(self, key: str) -> str:
@@ -36,7 +36,7 @@ class Layout:
 def _one_based(form: str) -> Callable[[re.Match[str]], str]:
     """Return a replacement for `Layout.rules` that subtracts 1 from one-based block numbers.
 
-    The match groups are the stage and the block.
+    The match groups are the stage number and the block number.
     """
     return lambda match: form.format(match[1], int(match[2]) - 1)
 
@@ -82,7 +82,7 @@ LAYOUTS = (
             100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         },
     ),
-    Layout(  # D-X-Y and its forks
+    Layout(  # D-X-Y and forks
         "conv_1_3x3.weight",
         ("classifier.weight",),
         (

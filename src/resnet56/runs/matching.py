@@ -28,14 +28,15 @@ def matching_arch(tensors: StoredTensors, arch: str | None = None) -> str | None
 
     Args:
         tensors: the tensors of a state dict.
-        arch: the only architecture to try. By default, all with a matching number of blocks.
+        arch: the only architecture to try. By default, all architectures with the same number of
+            blocks.
     """
     names = [arch] if arch else _possible_archs(tensors)
     return next((name for name in names if not _mismatches(tensors, name)), None)
 
 
 def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> str:
-    """Explain why the tensors of a file match no architecture, or do not match `arch` if set."""
+    """Explain why the tensors of a file do not match any architecture, or `arch` if it is set."""
     if special := [key for key, tensor in tensors.items() if not tensor.plain]:
         names = abbreviate(special)
         return f"{file} contains sparse, quantized, complex or meta tensors: {names}"
@@ -47,8 +48,8 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
     stem = tensors["conv1.weight"].shape
     if stages and stages != {"1", "2", "3"}:
         reason = (
-            f"it has {len(stages)} stages, but ResNets for 32x32 images have 3 (those for ImageNet "
-            "have 4)"
+            f"it has {len(stages)} stages, but ResNets for 32x32 images have 3 (ResNets for "
+            "ImageNet have 4)"
         )
     elif stem != (WIDTHS[0], 3, 3, 3):
         reason = f"its first convolution has shape {_shape_text(stem)}, not {WIDTHS[0]}x3x3x3"
@@ -59,12 +60,12 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
 
 
 def expected_tensors(arch: str, tensors: StoredTensors) -> dict[str, Tensor]:
-    """Return the state dict of an architecture, with the same outputs, on the meta device."""
+    """Return the state dict of an architecture on the meta device, with as many outputs."""
     return _expected(arch, num_outputs(tensors))
 
 
 def num_outputs(tensors: StoredTensors) -> int:
-    """Return the number of outputs, the size of the classifier's bias, or 10 if it is invalid."""
+    """Return the number of outputs, from the classifier's bias, or 10 if the bias is invalid."""
     bias = tensors.get("fc.bias")
     if bias is None or len(bias.shape) != 1 or not 1 < bias.shape[0] <= MAX_CLASSES:
         return 10
@@ -72,14 +73,14 @@ def num_outputs(tensors: StoredTensors) -> int:
 
 
 def is_counter(key: str) -> bool:
-    """Return whether a key is a batch norm counter, which old checkpoints do not contain."""
+    """Return whether a key is a batch norm counter. Old checkpoints do not contain counters."""
     return key.endswith("num_batches_tracked")
 
 
 def _possible_archs(tensors: StoredTensors) -> Iterator[str]:
-    """Yield the architectures with as many blocks per stage as the first stage has.
+    """Yield the architectures with the number of blocks per stage that the first stage has.
 
-    Plain networks are omitted because they have the same tensors as networks with shortcut A.
+    Omits plain networks because they have the same tensors as networks with shortcut A.
     """
     matches = (re.match(r"stage1\.(\d{1,4})\.", key) for key in tensors)
     numbers = [int(match[1]) for match in matches if match]
@@ -90,7 +91,7 @@ def _possible_archs(tensors: StoredTensors) -> Iterator[str]:
 
 
 def _distance(tensors: StoredTensors, arch: str) -> int:
-    """Return the number of tensors that differ from an architecture in name or shape."""
+    """Return the number of tensors whose name or shape differs from an architecture."""
     expected = expected_tensors(arch, tensors)
     shared = expected.keys() & tensors.keys()
     differ = [key for key in shared if tensors[key].shape != expected[key].shape]
@@ -106,7 +107,7 @@ def _expected(arch: str, outputs: int) -> dict[str, Tensor]:
 
 
 def _mismatches(tensors: StoredTensors, arch: str) -> list[str]:
-    """Describe the differences between the tensors and an architecture, if any."""
+    """Describe the differences between the tensors and an architecture."""
     expected = expected_tensors(arch, tensors)
     missing = [key for key in expected if key not in tensors and not is_counter(key)]
     extra = [

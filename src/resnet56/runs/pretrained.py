@@ -1,8 +1,8 @@
 """Pretrained models: `weights/NAME.safetensors` and the model card `weights/NAME.json`.
 
-The weights are stored in half precision, in less than 2 MB per model. The header declares the
-architecture, the classes and the normalization constants. The card documents the training run and
-the accuracy. Commands that run a model accept this name in place of a run.
+The weights are stored in half precision and take less than 2 MB per model. The header of the
+weight file declares the architecture, the classes and the normalization constants. The model card
+documents the training run and the accuracy. Commands accept NAME in place of a run.
 """
 
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DIRECTORY = Path(__file__).parents[1] / "weights"
 MAX_SIZE = 2_000_000  # bytes
-HEAD = 512  # number of bytes at the start of a file that identify its format
+HEAD = 512  # number of bytes to read at the start of a file to identify its format
 
 
 def names() -> list[str]:
@@ -45,16 +45,16 @@ def load(name: str) -> Checkpoint:
         with safetensors.safe_open(path, framework="pt") as file:
             config = config_from_metadata(file.metadata() or {})
             model = {key: _to_float32(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # parsers can raise any exception on a damaged file
+    except Exception as error:  # Parsers can raise any exception for a damaged file.
         raise RunError(f"{path} is damaged: {one_line(error)}; install the package again") from None
     return Checkpoint(config, model, metadata={"weights": "pretrained"})
 
 
 def save(run: RunDirectory, name: str, directory: Path) -> Path:
-    """Write the weights of a run in half precision, and a model card, to `directory` as `name`.
+    """Write the weights of a run in half precision, with a model card, to `directory` as `name`.
 
-    The card contains the recipe and the evaluation of the run, if they exist. This evaluation
-    used the original weights, so evaluate the half-precision weights before a release.
+    The card contains the recipe and the evaluation of the run, if they exist. The evaluation is
+    that of the original weights, so evaluate the half-precision weights before a release.
 
     Returns:
         The path of the weight file.
@@ -75,12 +75,12 @@ def save(run: RunDirectory, name: str, directory: Path) -> Path:
         )
     path = directory / f"{name}.safetensors"
     write_json(path.with_suffix(".json"), _card(run, checkpoint))
-    write_bytes(path, content)  # last, because `names` lists the weight files
+    write_bytes(path, content)  # Write this file last because `names` lists the weight files.
     return path
 
 
 def card(name: str) -> dict[str, Any]:
-    """Return the model card, with the recipe and the evaluation. Raises RunError."""
+    """Return the model card with the recipe and the evaluation. Raises RunError if this fails."""
     return read_json(DIRECTORY / f"{name}.json")
 
 
@@ -95,13 +95,13 @@ def _card(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def config_to_metadata(config: ModelConfig) -> dict[str, str]:
-    """Return the metadata of a safetensors or ONNX file that `config_from_metadata` reads."""
+    """Convert a configuration to the metadata of a safetensors or ONNX file."""
     return {"format": "1", **{key: json.dumps(value) for key, value in asdict(config).items()}}
 
 
 def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
-    """Convert the result of `config_to_metadata` back. Raises ValueError for invalid metadata."""
-    if metadata.get("format") not in ("1", "pt"):  # hub libraries require "pt"
+    """Invert `config_to_metadata`. Raises ValueError for invalid metadata."""
+    if metadata.get("format") not in ("1", "pt"):  # Libraries of model hubs require "pt".
         raise ValueError(f"format {metadata.get('format')!r} is not supported by this version")
     try:
         values = {name: json.loads(metadata[name]) for name in ("arch", "classes", "mean", "std")}
@@ -143,7 +143,7 @@ def _triple(values: object, name: str) -> tuple[float, float, float]:
         raise ValueError(f"{name} is not a list of three numbers")
     for value in values:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) < 1e6:  # also rejects NaN
+        if not number or not abs(value) < 1e6:  # This also rejects NaN.
             raise ValueError(f"{name} is not a list of three numbers")
     first, second, third = map(float, values)
     return first, second, third

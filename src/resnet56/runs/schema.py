@@ -1,8 +1,8 @@
-"""The schema of the files of a run. Every file is checked when it is read or written.
+"""The schema of the files of a run, which checks every file on reading and writing.
 
-JSON objects are dictionaries with TypedDict types. `train` and `evaluate` return the same types. If
-a field is missing, has the wrong type or is out of range, a one-line RunError states the file, the
-field, its value and what is expected. Unknown fields are preserved.
+JSON objects are dictionaries with TypedDict types. `train` and `evaluate` return the same types.
+RunError reports a field that is missing, has the wrong type or is out of range. Its message is one
+line with the file, the field, the value and the expected type. Unknown fields are preserved.
 """
 
 import math
@@ -23,8 +23,8 @@ from resnet56.files import read_json, to_json, write_arrays, write_json
 
 T = TypeVar("T")
 
-MAX_INTEGER = 2**53  # some JSON parsers do not represent larger integers exactly
-MAX_ARRAY_BYTES = 1 << 30  # uncompressed size of an .npz file
+MAX_INTEGER = 2**53  # Some JSON parsers do not represent larger integers exactly.
+MAX_ARRAY_BYTES = 1 << 30  # maximum uncompressed size of an .npz file
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 PositiveInt = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
@@ -122,7 +122,7 @@ class EpochMetrics(TypedDict):
 
 
 class ClassMetrics(TypedDict):
-    """Metrics of one class; null if the class has no images."""
+    """Metrics of one class, which are null if the class has no images."""
 
     precision: Fraction | None  # 0 if the class is never predicted
     recall: Fraction | None  # fraction of the class's images that are classified correctly
@@ -161,7 +161,7 @@ CalibrationBin = TypedDict(
 
 
 class Calibration(TypedDict):
-    """How well the confidence matches the accuracy."""
+    """The calibration of a model: how well its confidence matches its accuracy."""
 
     ece: Fraction  # expected calibration error (Guo et al. 2017)
     brier: Annotated[float, Meta(ge=0, le=2 + 1e-9)]  # Brier score, summed over classes (0 to 2)
@@ -177,7 +177,7 @@ class Metrics(TypedDict):
     top3: Fraction  # top-3 accuracy
     loss: Loss  # mean cross-entropy
     n: PositiveInt  # number of images
-    confusion_matrix: list[list[Count]]  # image counts, by true class and predicted class
+    confusion_matrix: list[list[Count]]  # numbers of images, by true class and predicted class
     per_class: dict[str, ClassMetrics]  # metrics of each class, by name
     macro: MeanMetrics  # unweighted means over classes
     weighted: MeanMetrics  # means over classes, weighted by support
@@ -248,7 +248,7 @@ class Comparison(TypedDict):
     images: PositiveInt  # number of test images
     accuracy_a: Fraction  # test accuracy of `a`
     accuracy_b: Fraction  # test accuracy of `b`
-    changed: Count  # number of images whose predicted class differs
+    changed: Count  # number of images with different predicted classes
     median_difference: NonNegative  # median absolute difference between the logits
     largest_difference: NonNegative  # largest absolute difference between the logits
     verdict: Text  # a sentence that states the result
@@ -267,7 +267,7 @@ class Parity(TypedDict):
 class SweepTrial(TypedDict):
     """A trial of a sweep: training with one set of values, over all seeds."""
 
-    number: Count  # as in the names of its run directories
+    number: Count  # number of the trial, as in the names of its run directories
     state: Literal["complete", "pruned", "failed", "unfinished"]  # pruned: stopped early
     settings: dict[str, Any]  # value of each field that varies
     value: NotRequired[Fraction]  # mean validation accuracy over the seeds, if complete
@@ -280,7 +280,7 @@ class Sweep(TypedDict):
     """sweep.json: the settings and the trials of `resnet56 sweep`."""
 
     study: Text  # name of the study in the database
-    recipe: dict[str, Any]  # the recipe, without the values of a trial
+    recipe: dict[str, Any]  # the recipe without the values of a trial
     data: Text  # description of the data set
     origin: Text  # the value of `--data`
     fingerprint: Text  # SHA-256 of the training images
@@ -289,7 +289,7 @@ class Sweep(TypedDict):
     grid: bool  # whether all combinations are tried
     trials: list[SweepTrial]  # by number
     best: NotRequired[Count]  # number of the best complete trial
-    command: NotRequired[Text]  # trains the best settings on all training images
+    command: NotRequired[Text]  # command that trains the best settings on all training images
 
 
 # Arrays
@@ -304,7 +304,7 @@ class ArrayType:
 
     kinds: str  # NumPy dtype kinds: "u", "iu" or "f"
     shape: tuple[int | str, ...]
-    maximum: float = math.inf  # the minimum is 0 unless `signed`
+    maximum: float = math.inf  # maximum of the values. The minimum is 0 unless `signed` is True.
     signed: bool = False
     bytes: bool = False  # whether the dtype must be uint8
 
@@ -315,8 +315,9 @@ SAMPLES = {
     "originals": ArrayType("u", ("originals", *_PIXELS), bytes=True),
     "original_labels": ArrayType("iu", ("originals",)),
     "augmented": ArrayType("u", ("originals", "versions", *_PIXELS), bytes=True),
-    "mistakes": ArrayType("u", ("mistakes", *_PIXELS), bytes=True),  # by descending confidence
-    "mistake_index": _INDEX,  # into the test set
+    # Mistakes are in descending order of confidence.
+    "mistakes": ArrayType("u", ("mistakes", *_PIXELS), bytes=True),
+    "mistake_index": _INDEX,  # indices into the test set
     "mistake_true": _INDEX,
     "mistake_predicted": _INDEX,
     "mistake_confidence": ArrayType("f", ("mistakes",), maximum=1 + 1e-9),
@@ -324,7 +325,7 @@ SAMPLES = {
 PREDICTIONS = {
     "logits": ArrayType("f", ("images", "classes"), signed=True),
     "labels": ArrayType("iu", ("images",)),
-    "indices": ArrayType("iu", ("images",)),  # into the test set
+    "indices": ArrayType("iu", ("images",)),  # indices into the test set
 }
 
 
@@ -332,12 +333,12 @@ PREDICTIONS = {
 
 
 def read(file: Path, expected: type[T]) -> T:
-    """Read a JSON file of a run. Raises RunError."""
+    """Read a JSON file of a run. Raises RunError if it is damaged."""
     return check(read_json(file), expected, str(file))
 
 
 def write(file: Path, content: T, expected: type[T]) -> None:
-    """Write a JSON file of a run atomically. Raises RunError."""
+    """Write a JSON file of a run atomically. Raises RunError if this fails."""
     write_json(file, check(content, expected, str(file)))
 
 
@@ -356,7 +357,7 @@ def check(content: object, expected: type[T], file: str) -> T:
     try:
         try:
             converted = msgspec.convert(encodable, expected)
-        except UnicodeEncodeError:  # msgspec rejects some file names that are not UTF-8
+        except UnicodeEncodeError:  # msgspec rejects some file names that are not UTF-8.
             encodable = _encodable(content)
             converted = msgspec.convert(encodable, expected)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -368,7 +369,7 @@ def check_metrics(metrics: Metrics, source: str, classes: tuple[str, ...] | None
     """Check that metrics are consistent.
 
     Args:
-        metrics: metrics to check.
+        metrics: the metrics to check.
         source: file name for the error message.
         classes: class names of the model, which `per_class` must match.
 
@@ -406,7 +407,7 @@ def check_metrics(metrics: Metrics, source: str, classes: tuple[str, ...] | None
 def check_evaluation(
     evaluation: Evaluation, file: Path, classes: tuple[str, ...] | None = None
 ) -> None:
-    """Check that the values of evaluation.json are consistent. Raises RunError."""
+    """Check that the values of evaluation.json are consistent. Raises RunError if they are not."""
     for part in ("test", "train", "validation"):
         if part in evaluation:
             check_metrics(evaluation[part], f"{file}, {part},", classes)
@@ -423,13 +424,13 @@ def check_evaluation(
 def save_arrays(
     file: Path, types: Mapping[str, ArrayType], arrays: Mapping[str, npt.NDArray[Any]]
 ) -> None:
-    """Write an .npz file of a run atomically. Raises RunError."""
+    """Write an .npz file of a run atomically. Raises RunError if this fails."""
     _check_arrays(arrays, types, file)
     write_arrays(file, **arrays)
 
 
 def load_arrays(file: Path, types: Mapping[str, ArrayType]) -> dict[str, npt.NDArray[Any]]:
-    """Read the arrays of an .npz file of a run. Raises RunError."""
+    """Read the arrays of an .npz file of a run. Raises RunError if it is damaged."""
     try:
         with zipfile.ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_ARRAY_BYTES:
@@ -438,7 +439,7 @@ def load_arrays(file: Path, types: Mapping[str, ArrayType]) -> dict[str, npt.NDA
             arrays = {name: content[name] for name in types if name in content}
     except OSError as error:
         raise RunError(f"cannot read {file}: {error.strerror or one_line(error)}") from None
-    except Exception as error:  # zipfile and NumPy raise many exception types for damaged files
+    except Exception as error:  # Parsers can raise any exception for a damaged file.
         raise RunError(f"{file} is damaged: {one_line(error)}") from None
     _check_arrays(arrays, types, file)
     return arrays
@@ -472,7 +473,7 @@ def _check_arrays(
 
 
 def _encodable(content: Any) -> Any:
-    """Return a copy in which characters that UTF-8 cannot encode are escaped."""
+    """Return a copy that escapes characters that UTF-8 cannot encode."""
     if isinstance(content, Mapping):
         return {_encodable(key): _encodable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -496,7 +497,7 @@ _JSON_TYPES = {
 
 
 def _explanation(error: Exception, content: object, expected: Any) -> str:
-    """Rewrite an error of msgspec with the full name of the field and its value."""
+    """Rewrite an error of msgspec to include the full name of the field and its value."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     text, _, path = str(error).partition(" - at `$")
@@ -514,9 +515,10 @@ def _explanation(error: Exception, content: object, expected: Any) -> str:
 
 
 def _keys_of(path: str, content: Any, expected: Any) -> list[str | int]:
-    """Split msgspec's path, such as `.a[2].b`, into keys and indices.
+    """Split the path in an error of msgspec, such as `.a[2].b`, into keys and indices.
 
-    msgspec writes `[...]` for the key of a mapping. To find the key, check each value separately.
+    msgspec writes `[...]` for the key of a mapping. This function checks each value of the mapping
+    separately to find the key.
     """
     before, wildcard, after = path.partition("[...]")
     keys = _split(before)
@@ -562,7 +564,7 @@ def _summary(content: Any, keys: list[str | int]) -> str:
 
 
 def _replace_at(content: Any, keys: list[str | int], value: object) -> Any:
-    """Return a copy of `content` with `value` at `keys`."""
+    """Return a copy of `content` with the value at `keys` replaced by `value`."""
     if not keys:
         return value
     first, rest = keys[0], keys[1:]

@@ -1,4 +1,4 @@
-"""Find the state dicts of ResNets in a file, in any container and with any prefix."""
+"""Find the state dicts of ResNets in the nested containers of a file, with any name prefix."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -20,14 +20,14 @@ _AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged", "averaging", "pol
 
 @dataclass(frozen=True)
 class StateDict:
-    """A state dict in a file that can belong to a ResNet."""
+    """A state dict that can belong to a ResNet."""
 
     path: str  # path inside the file, such as "model_ema.module"
     layout: Layout
     tensors: Mapping[str, StoredTensor]  # by their names in this package
     siblings: tuple[str, ...]  # names of other tensors in the same container
     averaged: bool  # whether it contains averaged weights, such as an EMA
-    head: str  # name of the weight of the classifier in the layout
+    head: str  # name of the classifier's weight in the layout
 
 
 def find_state_dicts(contents: Contents) -> list[StateDict]:
@@ -48,7 +48,7 @@ def find_state_dicts(contents: Contents) -> list[StateDict]:
 
 
 def _containers(tree: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield the path and the content of every mapping in nested containers, outermost first."""
+    """Yield the path and the content of each mapping in nested containers, outermost first."""
     level: list[tuple[str, object]] = [("", tree)]
     seen: set[int] = set()
     for _ in range(MAX_DEPTH):
@@ -60,7 +60,8 @@ def _containers(tree: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
             yield path, value
             items = list(value.items())
             if isinstance(value, Stub) and isinstance(value.state, Mapping):
-                items += value.state.items()  # attributes of an object such as argparse.Namespace
+                # The state contains the attributes of an object such as argparse.Namespace.
+                items += value.state.items()
             below += [(_join(path, key), item) for key, item in items if isinstance(key, str)]
         level = below
 
@@ -70,7 +71,7 @@ def _join(first: str, second: str) -> str:
 
 
 def _state_dicts_in(path: str, container: Mapping[Any, Any]) -> Iterator[StateDict]:
-    """Yield the state dicts in one container. Each has a prefix that all its names share."""
+    """Yield the state dicts in one container. All names in a state dict share a prefix."""
     tensors = {
         _strip_wrappers(key): value
         for key, value in container.items()
@@ -108,7 +109,7 @@ def _strip_wrappers(key: str) -> str:
 
 
 def describe_content(contents: Contents) -> str:
-    """Describe a file without state dicts of ResNets, as the predicate of an error message."""
+    """Describe a file without state dicts of ResNets for an error message, as its predicate."""
     containers = [container for _, container in _containers(contents.tree)]
     for container in containers:
         if not isinstance(container, Stub) or not isinstance(container.state, Mapping):

@@ -1,8 +1,8 @@
 """Read tensor files without running code. The content of a file determines its format.
 
-The supported formats are those of `torch.save` (since 2017), safetensors, and the ONNX files that
-this package exports. Opening a file reads only names and shapes. Values are read on demand. Reading
-a tensor never allocates more memory than the size of its file.
+The supported formats are the formats of `torch.save` since 2017, safetensors, and the ONNX files
+that this package exports. Opening a file reads only names and shapes. Values are read on demand.
+Reading a tensor never allocates more memory than the size of the file.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from resnet56.data.pickles import (
 from resnet56.errors import MissingExtraError, RunError, one_line
 from resnet56.runs.pretrained import HEAD, has_onnx_header
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # first object in files from before PyTorch 1.6
+_MAGIC = 0x1950A86A20F9469CFC6C  # first object in the files of PyTorch before version 1.6
 _BN_EPS = 1e-5
 
-# Signatures of other formats that users may pass by mistake.
+# Signatures of other formats, which users may pass by mistake.
 _OTHERS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run git lfs pull"),
     (b"\x1f\x8b", "is compressed with gzip; unpack it first"),
@@ -71,7 +71,7 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     type: str  # name of the data type, as in PyTorch or in the file
-    read: Callable[[], Tensor]  # can raise any exception if the file is damaged
+    read: Callable[[], Tensor]  # reads the values. Can raise any exception for a damaged file.
     plain: bool = True  # whether it is a dense tensor of real numbers
     memory: object = field(default_factory=object)  # equal for tensors that share memory
 
@@ -87,7 +87,7 @@ class Contents:
 
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[Contents]:
-    """Open a tensor file. Its tensors can be read until the block ends.
+    """Open a tensor file for reading tensors until the block ends.
 
     Raises:
         RunError: the file cannot be read, has another format, is damaged, or could run code.
@@ -118,7 +118,7 @@ def open_tensors(file: Path) -> Iterator[Contents]:
             ) from None
         except OSError as error:
             raise RunError(f"cannot read {file}: {error.strerror or error}") from None
-        except Exception as error:  # parsers can raise any exception on a damaged file
+        except Exception as error:  # Parsers can raise any exception for a damaged file.
             raise RunError(f"{file} is not a valid checkpoint: {one_line(error)}") from None
         yield contents
 
@@ -155,7 +155,7 @@ def _open(
 def _safetensors(file: Path, stack: contextlib.ExitStack) -> Contents:
     opened = stack.enter_context(safetensors.safe_open(file, framework="pt"))
     tree = {}
-    for key in opened.keys():  # noqa: SIM118  # not a mapping
+    for key in opened.keys():  # noqa: SIM118  # The object is not a mapping.
         part = opened.get_slice(key)
         tree[key] = StoredTensor(
             tuple(part.get_shape()), part.get_dtype(), partial(opened.get_tensor, key)
@@ -167,7 +167,7 @@ def _safetensors(file: Path, stack: contextlib.ExitStack) -> Contents:
 
 
 class _Storage:
-    """A storage in a file. `raw` reads its bytes."""
+    """A storage in a file. `raw` is a function that reads its bytes."""
 
     def __init__(self, key: object, dtype: torch.dtype, count: int, raw: Any) -> None:
         self.key, self.dtype, self.count, self._raw = key, dtype, count, raw
@@ -183,7 +183,7 @@ class _Storage:
 
 
 class _Rebuild:
-    """Stands in for the functions of PyTorch that build a tensor from a storage."""
+    """Replaces the functions of PyTorch that build a tensor from a storage."""
 
     def __new__(
         cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
@@ -192,11 +192,11 @@ class _Rebuild:
         return _view(storage, storage.dtype, offset, shape, stride)
 
     def __setstate__(self, state: object) -> None:
-        """Do nothing. Without this method, a pickle could set attributes of the class itself."""
+        """Do nothing. Without this method, a pickle could set attributes of this class."""
 
 
 class _RebuildTyped(_Rebuild):
-    """Stands in for the functions that build tensors without a storage class, such as float8."""
+    """Replaces the functions that build tensors without a storage class, such as float8."""
 
     def __new__(
         cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
@@ -209,14 +209,14 @@ class _RebuildTyped(_Rebuild):
 
 
 class _RebuildParameter(_Rebuild):
-    """Stands in for the functions that convert a tensor to a parameter."""
+    """Replaces the functions that convert a tensor to a parameter."""
 
     def __new__(cls, tensor: object, *_: object) -> Any:
         return tensor
 
 
 class _RebuildSubclass(_Rebuild):
-    """Stands in for the functions that convert the result of another function to a subclass."""
+    """Replaces the functions that convert the result of another function to a subclass."""
 
     def __new__(cls, make: Any, _type: object, arguments: tuple[Any, ...], *_: object) -> Any:
         if not (isinstance(make, type) and issubclass(make, _Rebuild)):
@@ -225,7 +225,7 @@ class _RebuildSubclass(_Rebuild):
 
 
 class _RebuildSpecial(_Rebuild):
-    """Stands in for the functions that build sparse, quantized and meta tensors."""
+    """Replaces the functions that build sparse, quantized and meta tensors."""
 
     def __new__(cls, *_: object) -> Any:
         return StoredTensor((), "a special tensor", _unreadable, plain=False)
@@ -272,7 +272,7 @@ def _view(
 
 
 class _TorchPickle:
-    """Unpickles a file of `torch.save`, and records the classes that do not belong to PyTorch."""
+    """Unpickles a file of `torch.save` and records the classes that do not belong to PyTorch."""
 
     def __init__(self, raw: Callable[[_Storage], Any]) -> None:
         self.raw = raw
@@ -281,11 +281,11 @@ class _TorchPickle:
 
     def load(self, stream: BinaryIO) -> Any:
         """Read the next object."""
-        # Decode Python 2 strings as Latin-1. Keys are ASCII, and other strings are not used.
+        # Decode strings of Python 2 as Latin-1. Keys are ASCII, and other strings are unused.
         return unpickle(stream, self._find, self._storage, encoding="latin-1")
 
     def contents(self, tree: object) -> Contents:
-        """Return the content, with the classes of objects that are not tensors."""
+        """Return the content of the file, with the recorded classes."""
         return Contents(tree, ignored=tuple(sorted(self.other_classes)))
 
     def _find(self, name: str) -> type:
@@ -293,13 +293,13 @@ class _TorchPickle:
             return _REBUILDS[name]
         if name.startswith("torch._utils._rebuild_"):
             return _RebuildSpecial
-        if name.startswith("torch."):  # a storage class, a data type, a shape, a device
+        if name.startswith("torch."):  # for example, a storage class, a data type or a device
             return make_stub(name)
         self.other_classes.add(name)
         return with_numpy(reject_dangerous)(name)
 
     def _storage(self, pid: Any) -> object:
-        """Resolve a persistent id: a storage or, in old files, the class of a module."""
+        """Resolve a persistent id to a storage or, in old files, to the class of a module."""
         if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":
             return pid[1]
         tag, storage_class, key, _, count, *view = pid
@@ -314,13 +314,13 @@ class _TorchPickle:
 
 
 def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
-    """Read the zip format of PyTorch 1.6 and later: a pickle, and one entry per storage."""
+    """Read the zip format of PyTorch 1.6 and later: a pickle and one entry per storage."""
     names = set(archive.namelist())
     index = next((name for name in names if name.split("/")[1:] == ["data.pkl"]), None)
     if index is None:
         raise RunError(
-            f"{file} is a zip archive, but not a PyTorch checkpoint; if it contains one, unpack it "
-            "first"
+            f"{file} is a zip archive but not a PyTorch checkpoint; if it contains a checkpoint, "
+            "unpack it first"
         )
     prefix = index.removesuffix("data.pkl")
     if f"{prefix}constants.pkl" in names:
@@ -332,7 +332,7 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
 
     def read(name: str) -> bytes:
         entry = archive.getinfo(name)
-        # PyTorch does not compress entries, so none is larger than the file.
+        # PyTorch does not compress entries, so no entry is larger than the file.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
             raise ValueError(f"{one_line(name)} is compressed or larger than the file")
         return archive.read(entry)
@@ -353,7 +353,7 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
 
 
 def _legacy(stream: BinaryIO, size: int) -> Contents:
-    """Read a single pickle, or the format of older PyTorch versions: pickles, then storages."""
+    """Read a single pickle, or the older format of PyTorch: pickles followed by storages."""
     offsets: dict[object, int] = {}
 
     def raw(storage: _Storage) -> bytearray:
@@ -370,7 +370,7 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
     loader.load(stream)  # system information
     tree = loader.load(stream)
     for key in loader.load(stream):
-        stream.seek(8, io.SEEK_CUR)  # skip the count, which the pickle also contains
+        stream.seek(8, io.SEEK_CUR)  # Skip the count, which the pickle also contains.
         offsets[key] = stream.tell()
         stream.seek(loader.storages[key].size, io.SEEK_CUR)
     return loader.contents(tree)
@@ -380,7 +380,7 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
 
 
 def _onnx(file: Path, content: bytes) -> Contents:
-    """Read a file that `resnet56 export` wrote. Return the weights with their PyTorch names.
+    """Read a file of `resnet56 export` and return the weights with their PyTorch names.
 
     The export folds each batch norm into the preceding convolution. This function converts the
     bias of each convolution to a batch norm that only adds this bias.
@@ -393,7 +393,7 @@ def _onnx(file: Path, content: bytes) -> Contents:
     model = onnx.load_model_from_string(content)
     values = {}
     for entry in model.graph.initializer:
-        if entry.external_data:  # the name could refer to any file on this machine
+        if entry.external_data:  # The name could refer to any file on this machine.
             raise RunError(f"{file} stores its weights in other files; export it to a single file")
         values[entry.name] = torch.from_numpy(numpy_helper.to_array(entry).copy())
     parts = ("weight", "bias", "running_mean", "running_var")
