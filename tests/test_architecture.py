@@ -117,8 +117,9 @@ ARROWS: dict[str, set[str]] = {
         "runs.schema", "training",
     },
     "predict": {
-        "data.augment", "data.images", "errors", "files", "inference", "libraries", "metrics",
-        "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime", "threads",
+        "data.augment", "data.images", "errors", "evaluation", "files", "inference", "libraries",
+        "metrics", "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime",
+        "threads",
     },
     "export": {
         "data.augment", "data.dataset", "errors", "evaluation", "files", "inference", "libraries",

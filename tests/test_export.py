@@ -45,8 +45,9 @@ def exported(run: Path) -> Path:
 def test_other_architectures_are_exported(arch: str, tmp_path: Path) -> None:
     export.write_onnx(random_checkpoint(arch), tmp_path / "it.onnx")
     images = np.random.default_rng(9).integers(0, 256, (3, 3, 32, 32), np.uint8)
-    logits, maps = resnet56.load(tmp_path / "it.onnx").run(images)
+    logits, maps, features = resnet56.load(tmp_path / "it.onnx").run(images)
     assert logits.shape == (3, 3)
+    assert features.shape == (3, 256 if "bottleneck" in arch else 64)
     assert maps.shape == (3, 3, 8, 8)
 
 
@@ -60,10 +61,17 @@ def test_onnx_matches_pytorch_for_any_batch_size(run: Path, exported: Path) -> N
             assert np.abs(expected - actual).max() < 1e-4
 
 
+def test_onnx_has_the_metrics_of_pytorch(run: Path, exported: Path, tiny: Dataset) -> None:
+    expected = resnet56.load(run, device="cpu").evaluate(tiny.test)
+    actual = resnet56.load(exported).evaluate(tiny.test)
+    assert actual["confusion_matrix"] == expected["confusion_matrix"]
+    assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
 def test_onnx_matches_pytorch_on_cifar10(cifar10: Dataset, run: Path, exported: Path) -> None:
     images = cifar10.test.images[:256].numpy()
-    expected, _ = resnet56.load(run, device="cpu").run(images)
-    actual, _ = resnet56.load(exported).run(images)
+    expected = resnet56.load(run, device="cpu").run(images).logits
+    actual = resnet56.load(exported).run(images).logits
     assert np.abs(expected - actual).max() < 1e-4
     assert (expected.argmax(1) == actual.argmax(1)).all()
     assert len(set(expected.argmax(1).tolist())) > 1
@@ -79,7 +87,7 @@ def test_onnx_files_have_metadata_inputs_and_outputs(exported: Path) -> None:
     [graph_input] = proto.graph.input
     assert graph_input.name == "images"
     assert graph_input.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    assert [output.name for output in proto.graph.output] == ["logits", "maps"]
+    assert [output.name for output in proto.graph.output] == ["logits", "maps", "features"]
 
 
 def test_predict_with_onnx_does_not_import_pytorch(exported: Path, tmp_path: Path) -> None:
@@ -91,6 +99,7 @@ def test_predict_with_onnx_does_not_import_pytorch(exported: Path, tmp_path: Pat
         "sys.exit('PyTorch was imported' if 'torch' in sys.modules else code)"
     )
     flags = ["predict", "it.png", "--run", str(exported), "--cam", "maps", "--top", "1"]
+    flags += ["--features", "features.npz"]
     completed = subprocess.run(
         [sys.executable, "-c", script, *flags], capture_output=True, text=True, cwd=tmp_path
     )
@@ -162,11 +171,9 @@ def test_an_inaccurate_export_is_not_written(
     """An error of 0.001 simulates an inaccurate runtime."""
     original_run = predict.OnnxBackend.run
 
-    def inaccurate_run(
-        self: predict.OnnxBackend, images: predict.UInt8Array
-    ) -> tuple[object, object]:
-        logits, maps = original_run(self, images)
-        return logits + np.float32(0.001), maps
+    def inaccurate_run(self: predict.OnnxBackend, images: predict.UInt8Array) -> predict.Outputs:
+        outputs = original_run(self, images)
+        return outputs._replace(logits=outputs.logits + np.float32(0.001))
 
     monkeypatch.setattr(predict.OnnxBackend, "run", inaccurate_run)
     assert cli.main(["export", str(run), "--out", str(tmp_path / "it.onnx")]) == 1

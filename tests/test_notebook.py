@@ -2,6 +2,7 @@
 
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def test_the_length_of_a_bar_is_the_fraction(fraction: float, width: str) -> Non
 def test_a_prediction_shows_its_most_probable_classes() -> None:
     values = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125]
     probabilities = dict(zip(["<cat>", *"bcdef"], values, strict=True))
-    prediction = Prediction("<cat>", 0.5, probabilities)
+    prediction = Prediction("<cat>", 0.5, probabilities, np.zeros(3), np.zeros(64))
     assert repr(prediction) == "Prediction(<cat> 50.0 %, b 25.0 %, c 12.5 %)"
     rows = Cells(prediction._repr_html_()).rows
     assert [(row[0], row[2]) for row in rows] == [

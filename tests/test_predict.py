@@ -3,7 +3,9 @@
 import dataclasses
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,8 +13,13 @@ import torch
 from networks import CLASSES, random_checkpoint
 from PIL import Image
 from report_fixtures import evaluation
+from requires_kernels import skip_without_kernel
+from torch import nn
+from torch.nn.utils import parameters_to_vector, prune
 
 import resnet56
+from resnet56 import Recipe, ResNet, build, cli
+from resnet56.data.dataset import Dataset, Split
 from resnet56.data.images import to_model_input, to_upright_rgb
 from resnet56.errors import ImageError, RunError, UsageError
 from resnet56.evaluation import predict_logits
@@ -42,7 +49,7 @@ def image() -> Image.Image:
 
 def test_logits_match_evaluation(predictor: Predictor) -> None:
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    logits, maps = predictor.run(images.numpy())
+    logits, maps, _ = predictor.run(images.numpy())
     expected = predict_logits(predictor.model, images, predictor.mean, predictor.std)
     assert np.allclose(logits, expected.numpy(), atol=1e-5)
     assert logits.std() > 0.1
@@ -52,7 +59,7 @@ def test_logits_match_evaluation(predictor: Predictor) -> None:
 def test_the_mean_of_a_map_plus_the_bias_is_the_logit(predictor: Predictor) -> None:
     """Pooling and the linear layer commute (Zhou et al. 2016, section 2)."""
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
-    logits, maps = predictor.run(images)
+    logits, maps, _ = predictor.run(images)
     bias = predictor.model.fc.bias.detach().numpy()
     assert np.allclose(maps.mean(axis=(2, 3)) + bias, logits, atol=1e-5)
     assert maps.std(axis=(2, 3)).min() > 0.01
@@ -66,8 +73,41 @@ def test_the_map_equals_grad_cam(predictor: Predictor) -> None:
     weights = torch.autograd.grad(logits[0, 1], features)[0].sum(dim=(2, 3), keepdim=True)
     grad_cam = (weights * features).sum(dim=1)
     with torch.no_grad():
-        _, maps = predictor.model.explain(x)
+        _, maps, _ = predictor.model.explain(x)
     assert torch.allclose(maps[:, 1], grad_cam, atol=1e-5)
+
+
+def test_features_are_the_pooled_input_of_the_classifier(predictor: Predictor) -> None:
+    images = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)  # more than a batch
+    features = predictor.features(images)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (predictor.mean, predictor.std))
+    with torch.inference_mode():
+        expected = predictor.model.features((images / 255 - mean) / std).mean(dim=(2, 3))
+        logits = predictor.model.fc(torch.from_numpy(features))
+    assert (features.dtype, features.shape) == (np.float32, (70, 64))
+    assert np.allclose(features, expected.numpy(), atol=1e-5)
+    assert np.allclose(predictor.logits(images), logits.numpy(), atol=1e-5)
+    assert predictor.logits([]).shape == (0, 3)
+    assert predictor.features([]).shape == (0, 64)
+
+
+def test_evaluate_returns_the_metrics_of_the_function(predictor: Predictor, tiny: Dataset) -> None:
+    split = tiny.test
+    metrics = predictor.evaluate(split)
+    assert metrics == resnet56.evaluate(
+        predictor.model, split, predictor.classes, predictor.mean, predictor.std
+    )
+    assert metrics["n"] == 24
+
+
+def test_unsuitable_splits_are_not_evaluated(predictor: Predictor, tiny: Dataset) -> None:
+    with pytest.raises(UsageError, match="without images"):
+        predictor.evaluate(tiny.test.select(slice(0)))
+    for offset, found in ((1, "from 1 to 3"), (-1, "from -1 to 1")):
+        with pytest.raises(UsageError, match=f"the labels are {found}, but the model has 3 cl"):
+            predictor.evaluate(Split(tiny.test.images, tiny.test.labels + offset))
+    with pytest.raises(UsageError, match="the model has 3 outputs, but 2 classes"):
+        resnet56.evaluate(predictor.model, tiny.test, ("a", "b"), predictor.mean, predictor.std)
 
 
 def test_all_image_types_give_the_same_prediction(
@@ -98,9 +138,11 @@ def test_probabilities_are_sorted_and_limited_to_top(
     assert sum(full.probabilities.values()) == pytest.approx(1)
     assert list(full.probabilities.values()) == sorted(full.probabilities.values(), reverse=True)
     assert next(iter(full.probabilities.items())) == (full.label, full.probability)
-    _, maps = predictor.run(to_model_input(to_upright_rgb(image))[None])
+    logits, maps, features = predictor.run(to_model_input(to_upright_rgb(image))[None])
     assert full.map is not None
     assert np.allclose(full.map, maps[0, CLASSES.index(full.label)])
+    assert (full.logits == logits[0]).all()
+    assert (full.features == features[0]).all()
     [limited] = predictor.predict(image, top=2)
     assert list(limited.probabilities) == list(full.probabilities)[:2]
     assert limited.map is None
@@ -189,6 +231,46 @@ def test_a_missing_model_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="has no checkpoint"):
         resnet56.load(tmp_path / "empty")
+
+
+# The PyTorch module
+
+
+def prune_half(model: ResNet) -> None:
+    """Prune half of all weights of the convolutions, and check the parameters as one vector."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters_to_vector(model.parameters()).shape == (count,)
+    layers = [(module, "weight") for module in model.modules() if isinstance(module, nn.Conv2d)]
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=0.5)
+    for layer in layers:
+        prune.remove(*layer)
+    weights = parameters_to_vector([layer.weight for layer, _ in layers])
+    assert int((weights == 0).sum()) == round(0.5 * weights.numel())
+
+
+@pytest.mark.parametrize("execution", ["eager", "fused", "native"])
+def test_trained_networks_can_be_pruned(
+    execution: Literal["eager", "fused", "native"], tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    """Training uses the channels-last format; `load` returns contiguous parameters."""
+    recipe = replace(small, epochs=1, precision="bf16", execution=execution)
+    try:
+        resnet56.train(recipe, tiny, tmp_path / "run", device="cpu")
+    except UsageError as error:
+        skip_without_kernel(error)
+    prune_half(resnet56.load(tmp_path / "run", device="cpu").model)
+
+
+def test_pretrained_and_imported_networks_can_be_pruned(tmp_path: Path) -> None:
+    prune_half(resnet56.load("resnet56", device="cpu").model)
+    strided = {
+        name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in build("resnet20-b").state_dict().items()
+    }
+    torch.save(strided, tmp_path / "other.pt")
+    imported = tmp_path / "imported"
+    assert cli.main(["import", str(tmp_path / "other.pt"), "--out", str(imported)]) == 0
+    prune_half(resnet56.load(imported, device="cpu").model)
 
 
 # Pretrained models

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from resnet56.data.augment import CROP_AND_FLIP, Augmentation, normalize
 from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evenly_spaced
 from resnet56.data.dataset import Dataset, Split, training_split
-from resnet56.errors import NotFiniteError, RunError
-from resnet56.inference import NONFINITE_MESSAGE, InferenceModel, restore
+from resnet56.errors import NotFiniteError, RunError, UsageError
+from resnet56.inference import NONFINITE_MESSAGE, InferenceModel, can_fold, restore
 from resnet56.metrics import compute_metrics
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
@@ -50,7 +50,8 @@ def predict_logits(
     """Compute the logits of images, without augmentation.
 
     Args:
-        model: a model in evaluation mode. A `ResNet` is converted to an `InferenceModel`.
+        model: a model in evaluation mode. A network of `build` is converted to an
+            `InferenceModel`, unless its layers have been changed, as by `torch.nn.utils.prune`.
         images: (N, 3, 32, 32) uint8, on any device.
         mean: channel means of the training images, for pixels in [0, 1].
         std: their channel standard deviations.
@@ -64,7 +65,7 @@ def predict_logits(
     Raises:
         NotFiniteError: a logit is not finite.
     """
-    if isinstance(model, ResNet):
+    if isinstance(model, ResNet) and can_fold(model):
         model, precision = InferenceModel(model, precision), "fp32"
     device = next(model.parameters()).device
     mean_std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -89,7 +90,20 @@ def evaluate(
     std: tuple[float, float, float],
     precision: Precision = "fp32",
 ) -> Metrics:
-    """Return the metrics of `model` on `split`, as in evaluation.json."""
+    """Return the metrics of `model` on `split`, as in evaluation.json.
+
+    Args:
+        model: a model that maps normalized images (N, 3, 32, 32) to logits (N, C). It is evaluated
+            in evaluation mode. Its mode is not changed.
+        split: images and labels.
+        classes: names of the C classes.
+        mean, std: channel statistics of the training images, for pixels in [0, 1].
+        precision: precision of the forward pass.
+
+    Raises:
+        UsageError: there are no images, or the logits or labels do not fit the classes.
+        NotFiniteError: a logit is not finite.
+    """
     training = model.training
     logits = predict_logits(model.eval(), split.images, mean, std, precision)
     model.train(training)
@@ -97,7 +111,21 @@ def evaluate(
 
 
 def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metrics:
-    """Return the metrics of (N, C) logits on `split`, as in evaluation.json."""
+    """Return the metrics of (N, C) logits on `split`, as in evaluation.json.
+
+    Raises:
+        UsageError: there are no images, or the logits or labels do not fit the classes.
+    """
+    if not len(split):
+        raise UsageError("cannot evaluate a split without images")
+    if logits.shape[1] != len(classes):
+        raise UsageError(f"the model has {logits.shape[1]} outputs, but {len(classes)} classes")
+    low, high = int(split.labels.min()), int(split.labels.max())
+    if low < 0 or high >= len(classes):
+        raise UsageError(
+            f"the labels are from {low} to {high}, but the model has {len(classes)} classes; "
+            "convert the data set with its method for_classes"
+        )
     return compute_metrics(logits.numpy(), split.labels.cpu().numpy(), classes)
 
 

@@ -24,12 +24,12 @@ from resnet56.files import write_bytes
 from resnet56.inference import restore
 from resnet56.libraries import import_onnxruntime
 from resnet56.model import Architecture, BasicBlock, PadShortcut, ResNet, conv1x1
-from resnet56.predict import OnnxBackend, TorchBackend
+from resnet56.predict import OnnxBackend, Outputs, TorchBackend
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.pretrained import config_to_metadata
 from resnet56.runs.schema import Metrics
 
-TOLERANCE = 1e-4  # largest difference of logits; maps may differ ten times as much
+TOLERANCE = 1e-4  # largest difference of logits; other outputs may differ ten times as much
 CHECK_IMAGES = 256  # images on which the exported file must match PyTorch
 CPU = torch.device("cpu")
 
@@ -43,17 +43,17 @@ class _WithNormalization(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean))
         self.register_buffer("std", torch.tensor(config.std))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, 32, 32) uint8 -> (N, classes) logits and (N, classes, 8, 8) maps."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, 32, 32) uint8 -> logits, maps and features, as `ResNet.explain`."""
         return self.model.explain(normalize(images, self.mean, self.std))  # type: ignore[arg-type]
 
 
 def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
     """Export a checkpoint to ONNX, and return the content of the file.
 
-    The input `images` is (N, 3, 32, 32) uint8 RGB. The outputs are `logits` (N, C) and `maps`
-    (N, C, 8, 8). The batch size N is dynamic. The metadata contains arch, classes, mean and std as
-    JSON.
+    The input `images` is (N, 3, 32, 32) uint8 RGB. The outputs are `logits` (N, classes), `maps`
+    (N, classes, 8, 8) and `features` (N, C). The batch size N is dynamic. The metadata contains
+    arch, classes, mean and std as JSON.
 
     Args:
         checkpoint: the model to export.
@@ -77,7 +77,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
             example,
             dynamo=True,
             input_names=["images"],
-            output_names=["logits", "maps"],
+            output_names=list(Outputs._fields),
             dynamic_shapes=({0: torch.export.Dim("N")},),
             verbose=False,
         )
@@ -125,7 +125,7 @@ def check_onnx(content: bytes, checkpoint: Checkpoint) -> None:
     """Check that an ONNX file matches PyTorch on `CHECK_IMAGES` random images.
 
     Raises:
-        Error: a predicted class differs, or the logits or maps differ by more than the tolerance.
+        Error: a predicted class differs, or an output differs by more than the tolerance.
     """
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randint(0, 256, (CHECK_IMAGES // 2, 3, 8, 8), generator=generator)
@@ -133,16 +133,17 @@ def check_onnx(content: bytes, checkpoint: Checkpoint) -> None:
     patches = coarse.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     images = torch.cat((patches, fine)).to(torch.uint8).numpy()
     backend = TorchBackend(restore(checkpoint, CPU), checkpoint.config, CPU)
-    logits, maps = backend.run(images)
-    onnx_logits, onnx_maps = OnnxBackend(content, "the exported file").run(images)
-    logit_error = float(np.abs(logits - onnx_logits).max())
-    changed = int((logits.argmax(axis=1) != onnx_logits.argmax(axis=1)).sum())
-    map_error = float(np.abs(maps - onnx_maps).max())
-    if not (changed == 0 and logit_error <= TOLERANCE and map_error <= 10 * TOLERANCE):
+    expected = backend.run(images)
+    actual = OnnxBackend(content, "the exported file").run(images)
+    changed = int((expected.logits.argmax(axis=1) != actual.logits.argmax(axis=1)).sum())
+    logits, maps, features = (
+        float(np.abs(a - b).max()) for a, b in zip(expected, actual, strict=True)
+    )
+    if not (changed == 0 and logits <= TOLERANCE and max(maps, features) <= 10 * TOLERANCE):
         raise Error(
             f"the exported model does not match PyTorch: the predicted class of {changed} of "
-            f"{len(images)} images changes, logits differ by up to {logit_error:.2g}, and maps by "
-            f"up to {map_error:.2g}; no file is written"
+            f"{len(images)} images changes, logits differ by up to {logits:.2g}, maps by up to "
+            f"{maps:.2g}, and features by up to {features:.2g}; no file is written"
         )
 
 
@@ -162,11 +163,7 @@ class OnnxModel:
         self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
     ) -> Tensor:
         """(N, 3, 32, 32) uint8 images -> (N, C) float32 logits."""
-        logits = []
-        for chunk in images.cpu().split(batch):
-            logits.append(torch.from_numpy(self.backend.run(chunk.numpy())[0]))
-            advance(len(chunk))
-        return torch.cat(logits)
+        return self.backend.logits(images, batch, advance)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
         """Return the metrics on a split, in the format of evaluation.json."""

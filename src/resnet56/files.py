@@ -24,13 +24,18 @@ StrPath: TypeAlias = str | os.PathLike[str]
 """The type of path arguments in the public API."""
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` when the block ends without an exception."""
+def check_target(path: Path) -> None:
+    """Raise RunError if `path` exists and is not a file, so that it cannot be written."""
     if path.is_dir():
         raise RunError(f"cannot write {path}: it is a directory; choose a file")
     if path.exists() and not path.is_file():  # a rename would replace it
         raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` when the block ends without an exception."""
+    check_target(path)
     if path.is_symlink():
         path = path.resolve()  # replace its target, not the link
     temporary = None

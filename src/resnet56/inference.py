@@ -7,9 +7,15 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from resnet56.errors import NotFiniteError
-from resnet56.model import ResNet, build, norm_relu
+from resnet56.model import BLOCKS, PadShortcut, ResNet, build, norm_relu
 from resnet56.runs.checkpoint import Checkpoint, require_fit
 from resnet56.runtime import DTYPES, Precision
+
+# The types of all modules in a network of `build`.
+_LAYERS = {
+    ResNet, *BLOCKS.values(), PadShortcut,
+    nn.BatchNorm2d, nn.Conv2d, nn.Identity, nn.Linear, nn.Sequential,
+}  # fmt: skip
 
 NONFINITE_MESSAGE = "the network returns outputs that are not finite; its weights are unusable"
 
@@ -81,9 +87,21 @@ class InferenceModel(nn.Module):
         """(N, 3, 32, 32) normalized images -> (N, classes) float32 logits."""
         return self.net(x.to(self.dtype, memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
-    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, 32, 32) normalized images -> logits and maps, as in `ResNet.explain`."""
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, 32, 32) normalized images -> logits, maps and features, as `ResNet.explain`."""
         return self.net.explain(x.to(self.dtype, memory_format=torch.channels_last))
+
+
+def can_fold(model: nn.Module) -> bool:
+    """Return whether `InferenceModel` can copy a model: a `ResNet` with the layers of `build`.
+
+    Changed layers or hooks can compute the weights of a convolution in each forward pass, as
+    `torch.nn.utils.prune` and `torch.nn.utils.parametrize` do.
+    """
+    return type(model) is ResNet and all(
+        type(module) in _LAYERS and not module._forward_pre_hooks and not module._forward_hooks
+        for module in model.modules()
+    )
 
 
 def _fold(parent: nn.Module) -> None:

@@ -198,8 +198,8 @@ class ResNet(nn.Module):
         pooled = self.features(x).mean(dim=(2, 3), dtype=self.fc.weight.dtype)
         return self.fc(pooled)  # type: ignore[no-any-return]
 
-    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute logits and class activation maps (Zhou et al. 2016).
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute logits, class activation maps (Zhou et al. 2016) and pooled features.
 
         The maps are exact, because pooling and the linear layer commute: the mean of a map plus
         the bias of its class is the logit.
@@ -208,11 +208,13 @@ class ResNet(nn.Module):
             x: (N, 3, 32, 32) normalized images.
 
         Returns:
-            (N, classes) logits and (N, classes, 8, 8) class activation maps.
+            (N, classes) logits, (N, classes, 8, 8) class activation maps, and (N, C) features after
+            global average pooling, the input of the classifier.
         """
         features = self.features(x).to(self.fc.weight.dtype)
         maps = F.conv2d(features, self.fc.weight[:, :, None, None])
-        return self.fc(features.mean(dim=(2, 3))), maps
+        pooled = features.mean(dim=(2, 3))
+        return self.fc(pooled), maps, pooled
 
 
 def _make_stage(

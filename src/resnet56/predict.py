@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,13 @@ from resnet56.threads import check_threads, set_threads
 if TYPE_CHECKING:
     import torch
 
+    from resnet56.data.dataset import Split
+    from resnet56.evaluation import ProgressCallback
     from resnet56.model import ResNet
+    from resnet56.runs.schema import Metrics
 
 BATCH = 64  # images per batch; limits memory use and the delay of the first result
+NO_IMAGES: UInt8Array = np.zeros((0, 3, 32, 32), np.uint8)
 
 # A path, the bytes of an image file, an open image file, a Pillow image, an array of shape (H, W),
 # (H, W, 3) or (H, W, 4), or a tensor of shape (1, H, W), (3, H, W) or (4, H, W). Arrays and tensors
@@ -56,6 +60,10 @@ class Prediction:
     """Softmax probability of `label`."""
     probabilities: Mapping[str, float]
     """Probability of each class, in descending order."""
+    logits: FloatArray
+    """(classes,) float32, in the order of `Predictor.classes`."""
+    features: FloatArray
+    """(C,) float32, features after global average pooling, the input of the classifier."""
     map: FloatArray | None = None
     """(8, 8) class activation map of `label` over the center square, if requested."""
 
@@ -68,13 +76,27 @@ class Prediction:
         return table([(name, bar(p), f"{100 * p:.1f} %") for name, p in best])
 
 
+class Outputs(NamedTuple):
+    """The outputs of a model for N images, as float32."""
+
+    logits: FloatArray  # (N, classes)
+    maps: FloatArray  # (N, classes, 8, 8), class activation maps
+    features: FloatArray  # (N, C), after global average pooling
+
+
 class Backend(Protocol):
     """Runs a model on preprocessed images."""
 
     runtime: str  # library and device, for users
 
-    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
+    def run(self, images: UInt8Array) -> Outputs:
+        """Run the model on (N, 3, 32, 32) bytes."""
+        ...
+
+    def logits(
+        self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
+    ) -> "torch.Tensor":
+        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
         ...
 
 
@@ -87,22 +109,31 @@ class TorchBackend:
         from resnet56.inference import InferenceModel
 
         self.model = model
+        self.config = config
         self.form = InferenceModel(model)
         self.device = device
         self.runtime = f"PyTorch on {device}"
         self.mean = torch.tensor(config.mean, device=device)
         self.std = torch.tensor(config.std, device=device)
 
-    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
+    def run(self, images: UInt8Array) -> Outputs:
+        """Run the model on (N, 3, 32, 32) bytes."""
         import torch
 
         from resnet56.data.augment import normalize
 
         with torch.inference_mode():
             x = normalize(torch.from_numpy(images).to(self.device), self.mean, self.std)
-            logits, maps = self.form.explain(x)
-            return logits.cpu().numpy(), maps.cpu().numpy()
+            return Outputs(*(output.cpu().numpy() for output in self.form.explain(x)))
+
+    def logits(
+        self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
+    ) -> "torch.Tensor":
+        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        from resnet56.evaluation import predict_logits
+
+        mean, std = self.config.mean, self.config.std
+        return predict_logits(self.form, images, mean, std, "fp32", batch, advance)
 
 
 class OnnxBackend:
@@ -152,7 +183,7 @@ class OnnxBackend:
 
     def _check(self, count: int) -> str | None:
         """Run a random batch of `count` images, and return what is wrong with the outputs."""
-        classes = len(self.config.classes)
+        logits, maps = (count, len(self.config.classes)), (count, len(self.config.classes), 8, 8)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         try:
@@ -161,14 +192,27 @@ class OnnxBackend:
             finite = all(np.isfinite(output).all() for output in outputs)
         except Exception:  # ONNX Runtime raises several unrelated types
             return f"fails on a uint8 batch of shape {images.shape}"
-        if shapes != ((count, classes), (count, classes, 8, 8)):
-            return f"does not return logits and maps for its {classes} classes"
+        if shapes[:2] != (logits, maps):
+            return f"does not return logits and maps for its {len(self.config.classes)} classes"
+        if len(shapes[2]) != 2 or shapes[2][0] != count:
+            return "does not return features"
         return None if finite else "returns outputs that are not finite"
 
-    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """(N, 3, 32, 32) bytes -> (N, C) logits and (N, C, 8, 8) class activation maps."""
-        logits, maps = self.session.run(["logits", "maps"], {"images": images})
-        return logits, maps
+    def run(self, images: UInt8Array) -> Outputs:
+        """Run the model on (N, 3, 32, 32) bytes."""
+        return Outputs(*self.session.run(Outputs._fields, {"images": images}))
+
+    def logits(
+        self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
+    ) -> "torch.Tensor":
+        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        import torch
+
+        logits = []
+        for chunk in images.cpu().split(batch):
+            logits.append(torch.from_numpy(self.run(chunk.numpy()).logits))
+            advance(len(chunk))
+        return torch.cat(logits)
 
 
 class Predictor:
@@ -211,15 +255,16 @@ class Predictor:
             raise UsageError(f"{self.name} runs in ONNX Runtime and has no PyTorch module")
         return self.backend.model
 
-    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Compute logits and class activation maps (Zhou et al. 2016) of preprocessed images.
+    def run(self, images: UInt8Array) -> Outputs:
+        """Compute logits, class activation maps and features of preprocessed images.
 
         Args:
             images: (N, 3, 32, 32) uint8, as returned by `images.to_model_input`.
 
         Returns:
-            (N, C) logits and (N, C, 8, 8) maps, float32. The mean of a map plus the bias of its
-            class is the logit.
+            `logits` (N, classes), `maps` (N, classes, 8, 8) and `features` (N, C), float32. The
+            features are those after global average pooling. The mean of a map plus the bias of its
+            class is the logit (Zhou et al. 2016).
 
         Raises:
             UsageError: the images have another type or shape.
@@ -229,12 +274,50 @@ class Predictor:
             raise UsageError(
                 f"expected uint8 of shape (N, 3, 32, 32), not {images.dtype} {images.shape}"
             )
-        logits, maps = self.backend.run(np.ascontiguousarray(images))
-        if not np.isfinite(logits).all():
+        outputs = self.backend.run(np.ascontiguousarray(images))
+        if not np.isfinite(outputs.logits).all():
             raise RunError(
                 f"{self.name} returns outputs that are not finite; its weights are unusable"
             )
-        return logits, maps
+        return outputs
+
+    def evaluate(self, split: "Split") -> "Metrics":
+        """Return the metrics on a split, as `resnet56.evaluate` and evaluation.json.
+
+        Args:
+            split: images and labels. The labels index `classes`. If the data set has other classes
+                or another order, convert it with `Dataset.for_classes` first.
+
+        Raises:
+            UsageError: there are no images, or a label is not the index of a class.
+            NotFiniteError: a logit is not finite.
+        """
+        from resnet56.evaluation import BATCH, split_metrics
+
+        logits = self.backend.logits(split.images, BATCH, lambda count: None)
+        return split_metrics(logits, split, self.classes)
+
+    def logits(self, images: "ImageLike | Iterable[ImageLike]") -> FloatArray:
+        """Return the logits (N, classes) float32 of one or more images, as for `predict`."""
+        rows = [prediction.logits for prediction in self.predict(images)]
+        return np.stack(rows) if rows else self.run(NO_IMAGES).logits
+
+    def features(self, images: "ImageLike | Iterable[ImageLike]") -> FloatArray:
+        """Return the features of one or more images after global average pooling.
+
+        They are the input of the classifier.
+
+        Args:
+            images: as for `predict`.
+
+        Returns:
+            (N, C) float32. C is 64, or 256 with bottleneck blocks.
+
+        Raises:
+            ImageError: an image cannot be read.
+        """
+        rows = [prediction.features for prediction in self.predict(images)]
+        return np.stack(rows) if rows else self.run(NO_IMAGES).features
 
     def predict(
         self,
@@ -296,9 +379,11 @@ class Predictor:
 
     def _predict_valid(self, images: UInt8Array, top: int | None, maps: bool) -> list[Prediction]:
         """Return one prediction per preprocessed image."""
-        logits, class_maps = self.run(images)
+        outputs = self.run(images)
         predictions = []
-        for probabilities, image_maps in zip(softmax(logits), class_maps, strict=True):
+        for probabilities, logits, image_maps, features in zip(
+            softmax(outputs.logits), *outputs, strict=True
+        ):
             order = top_classes(probabilities, top)
             best = order[0]
             predictions.append(
@@ -306,6 +391,8 @@ class Predictor:
                     label=self.classes[best],
                     probability=float(probabilities[best]),
                     probabilities={self.classes[i]: float(probabilities[i]) for i in order},
+                    logits=logits,
+                    features=features,
                     map=image_maps[best] if maps else None,
                 )
             )

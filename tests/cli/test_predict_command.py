@@ -99,6 +99,45 @@ def test_maps_have_the_image_size_and_unique_names(
     assert {file: file.read_bytes() for file in album.rglob("*.png")} == before
 
 
+def test_logits_and_features_are_written(
+    run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The truncated image of the album is left out."""
+    names = [str(album / name) for name in ("a.png", "c.jpg", "nested/a.png")]
+    predictor = resnet56.load(run)
+    expected = {
+        "logits": predictor.logits(names),
+        "features": predictor.features(names),
+        "images": np.array(names),
+        "classes": np.array(CLASSES),
+    }
+    command = ["predict", "--run", str(run), str(album)]
+    first, second = tmp_path / "new" / "logits.npz", tmp_path / "features.npz"
+    assert cli.main([*command, "--logits", str(first), "--features", str(second)]) == 1
+    both = tmp_path / "both.npz"
+    assert cli.main([*command, "--logits", str(both), "--features", str(both)]) == 1
+    for file, absent in ((first, {"features"}), (second, {"logits"}), (both, set())):
+        with np.load(file, allow_pickle=False) as arrays:
+            assert set(arrays) == set(expected) - absent
+            for name, array in arrays.items():
+                assert array.dtype == expected[name].dtype
+                assert (array == expected[name]).all()
+
+
+def test_a_target_that_cannot_be_written_is_reported_first(
+    run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old.npz"
+    old.write_bytes(b"old")
+    command = ["predict", "--run", str(run), str(album / "b.png"), "--logits", str(old)]
+    assert cli.main([*command, "--features", str(tmp_path)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == (f"resnet56: cannot write {tmp_path}: it is a directory; choose a file\n")
+    assert cli.main(command) == 1  # no image can be read
+    assert old.read_bytes() == b"old"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in the file system")
 def test_an_image_can_be_read_from_a_named_pipe(
     run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

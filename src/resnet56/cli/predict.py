@@ -4,10 +4,10 @@ import contextlib
 import csv
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -16,6 +16,8 @@ from resnet56.cli.common import Threads, say
 from resnet56.errors import Error, ImageError, UsageError, escape
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from resnet56.data.images import FloatArray
     from resnet56.predict import Prediction
 
@@ -47,6 +49,14 @@ class PredictOptions:
     cam: Path | None = None
     """Directory in which to write each image, overlaid with its class activation map, as
     NAME.cam.png."""
+
+    logits: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
+    """File for the logits: arrays logits (N, classes) float32, images (N,) file names, and classes
+    (classes,). Images that cannot be read are left out."""
+
+    features: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
+    """File for the features after global average pooling: arrays features (N, channels) float32,
+    images and classes. It can be the same file as for --logits."""
 
     max_pixels: int | None = None
     """Maximum number of pixels per image. By default, 89 million, or 358 million for JPEG."""
@@ -82,13 +92,20 @@ def run(arguments: list[str]) -> int:
         from PIL import Image
 
         Image.MAX_IMAGE_PIXELS = options.max_pixels  # for this process
+    from resnet56.files import check_target
     from resnet56.predict import load
 
+    given = {"logits": options.logits, "features": options.features}
+    outputs = {name: file for name, file in given.items() if file is not None}
+    for file in outputs.values():
+        check_target(file)  # before the images are classified
     predictor = load(options.run, options.device, threads=options.threads)
     sources, failed = _sources(options.images)
     top = min(options.top, len(predictor.classes))
     write = _writer("json" if options.json else "csv" if options.csv else "text", top)
     used_names: set[str] = set()
+    names: list[str] = []
+    rows: dict[str, list[FloatArray]] = {name: [] for name in outputs}
     results = predictor.stream(
         (source.image for source in sources), top=top, maps=options.cam is not None
     )
@@ -100,14 +117,40 @@ def run(arguments: list[str]) -> int:
                 if options.cam is not None and result.map is not None:
                     _write_map(source, result.map, options.cam, used_names)
                 write(source.name, result)
+                names.append(source.name)
+                for name, arrays in rows.items():
+                    arrays.append(getattr(result, name))
             except ImageError as error:
                 _print_error(error)
                 failed += 1
             advance(1)
+    if names:
+        _write_outputs(outputs, names, predictor.classes, rows)
     if failed:
         inputs = "input" if failed == 1 else "inputs"
         say(f"resnet56: {failed:,} {inputs} could not be read")
     return 1 if failed else 0
+
+
+def _write_outputs(
+    files: Mapping[str, Path],
+    images: Sequence[str],
+    classes: Sequence[str],
+    rows: "Mapping[str, Sequence[FloatArray]]",
+) -> None:
+    """Write the logits and the features of N images to their files, which can be the same."""
+    import numpy as np
+
+    from resnet56.files import write_arrays
+
+    contents: dict[Path, dict[str, npt.NDArray[Any]]] = {}
+    for name, file in files.items():
+        arrays = contents.setdefault(
+            file.resolve(), {"images": np.array(images), "classes": np.array(classes)}
+        )
+        arrays[name] = np.stack(rows[name])
+    for file, arrays in contents.items():
+        write_arrays(file, **arrays)
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:

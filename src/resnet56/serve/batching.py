@@ -23,8 +23,11 @@ class Predictor(Protocol):
     def classes(self) -> tuple[str, ...]:
         """Names of the C classes."""
 
-    def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Return logits (N, C) and class activation maps (N, C, 8, 8) of (N, 3, 32, 32) images."""
+    def run(self, images: UInt8Array) -> tuple[FloatArray, ...]:
+        """Return logits (N, C) and class activation maps (N, C, 8, 8) of (N, 3, 32, 32) images.
+
+        More outputs are ignored.
+        """
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Batcher:
             size = len(batch)
             padded = np.zeros((1 << (size - 1).bit_length(), *batch.shape[1:]), np.uint8)
             padded[:size] = batch
-            batch_logits, batch_maps = self.predictor.run(padded)
+            batch_logits, batch_maps, *_ = self.predictor.run(padded)
             self.on_batch(size)
             logits.append(batch_logits[:size])
             maps.append(batch_maps[:size])
