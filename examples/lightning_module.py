@@ -5,10 +5,10 @@ Run: pip install 'lightning>=2.6.4' && python examples/lightning_module.py --epo
 
 import argparse
 from collections.abc import Iterable
-from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,8 +18,9 @@ from resnet56 import Augmentation, Batches, build, channel_statistics, evaluate,
 class LitResNet(lightning.LightningModule):
     """A network with its optimizer and its training batches."""
 
-    def __init__(self, arch: str, classes: int, batches: Batches) -> None:
+    def __init__(self, arch: str, classes: int, batches: Batches, epochs: int) -> None:
         super().__init__()
+        self.epochs = epochs
         self.model = build(arch, classes=classes)
         self.batches = batches
 
@@ -32,10 +33,11 @@ class LitResNet(lightning.LightningModule):
         self.log("train_loss", loss)
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-        steps = self.trainer.max_epochs * self.batches.steps
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, self.epochs * self.batches.steps
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     mean, std = channel_statistics(data.train.images)
     augmentation = Augmentation(padding=2, flip=data.allow_flip)
     batches = Batches(data.train, mean, std, batch_size=64, seed=0, augmentation=augmentation)
-    module = LitResNet(options.arch, len(data.classes), batches)
+    module = LitResNet(options.arch, len(data.classes), batches, options.epochs)
     trainer = lightning.Trainer(
         max_epochs=options.epochs,
         reload_dataloaders_every_n_epochs=1,  # each epoch has its own order and augmentation
