@@ -1,7 +1,7 @@
 """ResNet-56 on CIFAR-10: build, train and test the network, and explain its results.
 
-The names below are the public API. They are imported on first use, so that
-`import resnet56` and `resnet56 --help` are fast.
+The names below are the public API. They are imported on first use, which keeps
+`import resnet56` and `resnet56 --help` fast.
 """
 
 from importlib import import_module

@@ -18,27 +18,27 @@ import torch
 from resnet56.distributed import Distributed, all_reduce_max
 from resnet56.threads import ThreadControl
 
-READ_LOSS_EVERY = 10  # steps; reading the loss waits for the device
+READ_LOSS_EVERY = 10  # steps between reads of the loss, which wait for the device
 SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
 
 
 @dataclass
 class StopRequest:
-    """The signal that requested training to stop, or None."""
+    """The number of the signal that requested training to stop, or None."""
 
     signum: int | None = None
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record the first Ctrl-C or SIGTERM. The previous handlers receive the second one."""
+    """Record the first Ctrl-C or SIGTERM. Restore the previous handlers for the second signal."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread can set signal handlers
+        yield stop  # only the main thread may set signal handlers
         return
     signals = [signal.SIGINT, signal.SIGTERM]
     if sys.platform == "win32":
-        signals.append(signal.SIGBREAK)  # Ctrl-Break can be sent to a process group
+        signals.append(signal.SIGBREAK)  # Windows can send Ctrl-Break to a process group
     handlers = {s: signal.getsignal(s) for s in signals}
 
     def record(signum: int, frame: FrameType | None) -> None:
@@ -56,25 +56,27 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 class DueActions(NamedTuple):
-    """Actions that are due after a step."""
+    """The actions that are due after a step."""
 
     read_loss: bool
     save: bool
     stop: bool
-    message: str = ""  # to display if the number of threads has changed
+    message: str = ""  # a message for the user if the number of threads has changed
 
 
 class Cadence:
     """Decides which actions are due after each step.
 
-    All processes must save and stop at the same step, but each has its own clock and receives its
-    own signals. They synchronize only when they read the loss, because reading it waits for the
-    device anyway. After the last step of an epoch, only reading the loss is due, because the
-    training loop then saves a checkpoint itself. A checkpoint is also saved when the number of
-    threads changes, so that a resumed run gives bitwise identical results.
+    All processes must save and stop at the same step, but each process has its own clock and
+    receives its own signals. The processes synchronize only when they read the loss, because this
+    waits for the device anyway.
+
+    After the last step of an epoch, only reading the loss is due, because the training loop then
+    saves a checkpoint. A change of the number of threads also causes a checkpoint, which makes the
+    results of a resumed run bitwise identical.
 
     Args:
-        steps: steps per epoch.
+        steps: number of steps per epoch.
         stop: stop request of this process.
         threads: thread control of this process.
         dist: rank and world size.
@@ -97,11 +99,11 @@ class Cadence:
         self.record_save()
 
     def record_save(self) -> None:
-        """Record that a checkpoint has been written."""
+        """Record the time of a checkpoint."""
         self.last_save = time.perf_counter()
 
     def after_step(self, step: int, epoch_step: int) -> DueActions:
-        """Return the actions due after step `step`, which is step `epoch_step` of its epoch."""
+        """Return the actions that are due after `step`, which is `epoch_step` within its epoch."""
         last = epoch_step == self.steps
         read_loss = last or epoch_step % READ_LOSS_EVERY == 0
         if last or (self.dist.world_size > 1 and not read_loss):

@@ -13,17 +13,17 @@ from resnet56.inference import InferenceModel, restore
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runtime import Precision
 
-TEACHER_STREAM = 2  # separates the choice of random teachers from other uses of the seed
+TEACHER_STREAM = 2  # gives the choice of random teachers its own random numbers
 
 
 class Teachers:
-    """One or more trained models, each as an `InferenceModel`.
+    """One or more trained models that teach another model.
 
     Args:
-        checkpoints: checkpoints of the teachers, by name.
+        checkpoints: mapping from the names of the teachers to their checkpoints.
         student: configuration of the student.
         device: training device.
-        precision: precision of the forward pass of the teachers.
+        precision: precision of the teachers' forward pass.
 
     Raises:
         UsageError: the classes of a teacher differ from those of the student.
@@ -46,7 +46,7 @@ class Teachers:
                     f"those of the images ({abbreviate(student.classes)}); choose another "
                     f"{option('teacher')}"
                 )
-            # Convert the student's normalization to the teacher's: scale * x + shift.
+            # scale * x + shift converts the student's normalization to the teacher's.
             means, stds = (
                 torch.tensor([getattr(c, name) for c in (student, teacher)], dtype=torch.float64)
                 for name in ("mean", "std")
@@ -69,7 +69,7 @@ class Teachers:
         Args:
             images: (B, 3, S, S), the normalized and augmented input of the student.
             temperature: divisor of the logits.
-            member: index of the teacher, or None for all.
+            member: index of the teacher. By default, all teachers are used.
 
         Returns:
             (B, C) float32.
@@ -82,19 +82,19 @@ class Teachers:
         return torch.stack(outputs).mean(dim=0)
 
     def random_member(self, seed: int, step: int) -> int:
-        """Return the index of a random teacher. It depends only on the seed and the step."""
+        """Return the index of a random teacher. The index depends only on the arguments."""
         return derive_seed(seed, step, TEACHER_STREAM) % len(self.members)
 
 
 def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
     """Return the Kullback-Leibler divergence of the student from the teachers, in nats.
 
-    The result is multiplied by the squared temperature, so that the gradients have about the same
-    magnitude at every temperature.
+    The function multiplies the divergence by the squared temperature. Gradients then have about the
+    same magnitude at every temperature.
 
     Args:
-        logits: (B, C), of the student.
-        probabilities: (B, C), of the teachers, at the same temperature.
+        logits: (B, C) logits of the student.
+        probabilities: (B, C) probabilities of the teachers at the same temperature.
         temperature: divisor of the logits.
 
     Returns:
@@ -105,7 +105,7 @@ def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return a SHA-256 hash of the weights that does not depend on the file format."""
+    """Return the SHA-256 digest of the weights. It does not depend on the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint.model.items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())

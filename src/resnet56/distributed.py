@@ -24,7 +24,7 @@ class Distributed(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> "Distributed":
-        """Read the variables that torchrun sets. Without them, there is a single process.
+        """Read the variables that torchrun sets. Without these variables, there is one process.
 
         Raises:
             UsageError: RANK or WORLD_SIZE is not an integer, or they contradict each other.
@@ -45,7 +45,7 @@ class Distributed(NamedTuple):
 
 
 def from_environment(name: str, default: int) -> int:
-    """Return an integer that torchrun sets. Raises UsageError for any other value."""
+    """Return a variable that torchrun sets. Raises UsageError if its value is not an integer."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise UsageError(
@@ -57,7 +57,9 @@ def from_environment(name: str, default: int) -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Distributed]:
-    """Set up the process group for the duration of the block: NCCL for GPUs, gloo otherwise.
+    """Create the process group, and destroy it when the block ends.
+
+    GPUs use NCCL, and other devices use gloo.
 
     Raises:
         UsageError: the environment does not specify how to reach the other processes.
@@ -69,8 +71,8 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DDP imports it. If it is imported while there is a process group, it keeps the group alive.
-    # Then the threads of gloo run until the process exits, which they sometimes abort.
+    # Import the module that DDP imports before the process group exists. Otherwise, the module
+    # keeps the group alive, and the threads of gloo sometimes abort the process when it exits.
     import_module("torch._dynamo")
 
     try:
@@ -90,17 +92,18 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
             raise _connection_error(error) from None
         raise
     finally:
-        gc.collect()  # release DDP, which reference cycles keep alive, before its process group
+        gc.collect()  # DDP is in reference cycles, and must be released before its process group
         group.destroy_process_group()
 
 
 def _is_connection_error(error: RuntimeError) -> bool:
-    """Return whether the connection failed. gloo raises RuntimeErrors with source file names."""
+    """Return whether a connection failed. gloo raises RuntimeError with its name in the message."""
     return isinstance(error, group.DistError) or "gloo" in str(error).lower()
 
 
 def _connection_error(error: RuntimeError) -> TrainingError:
-    reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # [file.cc:9] from gloo
+    # gloo starts its messages with a source file and line, such as "[file.cc:9] ".
+    reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
     return TrainingError(
         "another process of this run has ended or cannot be reached "
         f"({one_line(reason)}); restart all processes with {option('resume', True)}"
@@ -115,14 +118,14 @@ def all_reduce_sum(value: Tensor, dist: Distributed) -> Tensor:
 
 
 def all_reduce_max(value: Tensor, dist: Distributed) -> Tensor:
-    """Reduce `value` to its maximum over all processes, in place."""
+    """Replace `value` with its maximum over all processes, in place."""
     if dist.world_size > 1:
         group.all_reduce(value, op=group.ReduceOp.MAX)
     return value
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes. Its gradient is the sum of the gradients of all processes."""
+    """Sum a value over all processes. The backward pass sums the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -140,8 +143,8 @@ class _Sum(torch.autograd.Function):
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes.
 
-    PyTorch's SyncBatchNorm supports GPUs only. This class supports any device with a process group.
-    It requires batches of equal size, as `Batches` yields.
+    PyTorch's SyncBatchNorm supports only GPUs. This class supports all devices. It requires batches
+    of equal size, which `Batches` provides.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +171,10 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace each batch norm of `model` with a synchronized one, keeping its state and name."""
+    """Replace each batch norm of `model` with a synchronized batch norm of the same name and state.
+
+    The function can change `model` in place. Use the returned model.
+    """
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
     for parent in list(model.modules()):

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from resnet56.runtime import Precision, autocast
 
-# Batch norm statistics are re-estimated above this decay, because the averaged statistics no longer
-# match the EMA weights.
+# Above this decay, the averaged batch norm statistics do not match the EMA weights, so training
+# re-estimates them.
 REESTIMATION_DECAY = 0.9995
-REESTIMATION_IMAGES = 10_000  # number of training images
+REESTIMATION_IMAGES = 10_000  # number of training images for the re-estimation
 
 
 class EMA:
     """An exponential moving average of the weights and running statistics of a model.
 
-    The decay is min(decay, (1 + step) / (10 + step)), so that the random initialization does not
-    dominate the average early in training.
+    The decay is min(decay, (1 + step) / (10 + step)). The lower decay early in training prevents
+    the random initial weights from dominating the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -25,7 +25,7 @@ class EMA:
         self.tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     def update(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Update the average with the state of the model after step `step` (from 0)."""
+        """Update the average with the state of the model after `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = [], []
         for name, tensor in tensors.items():
@@ -37,7 +37,7 @@ class EMA:
         torch._foreach_lerp_(averages, values, 1 - decay)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the average to a copy of `tensors`."""
+        """Set the average to the values of `tensors`."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
 
@@ -55,7 +55,7 @@ def reestimate_batch_norm(
     section 3.2). `num_batches_tracked` does not change.
 
     Args:
-        model: changed in place, and left in evaluation mode.
+        model: the model. The function changes it in place, and leaves it in evaluation mode.
         batches: batches of normalized images, each (B, 3, S, S), on the device of the model.
         precision: precision of the forward pass.
         frozen: modules whose statistics do not change.
@@ -65,9 +65,10 @@ def reestimate_batch_norm(
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m not in fixed]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.num_batches_tracked = torch.tensor(0, device=device)  # keep the saved tensor unchanged
+        # Use a new tensor, because `reset_running_stats` would change the saved tensor.
+        norm.num_batches_tracked = torch.tensor(0, device=device)
         norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean over the batches
+        norm.momentum = None  # batch norm then computes the mean over the batches
     model.train()
     for module in frozen:
         module.eval()

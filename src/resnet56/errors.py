@@ -1,18 +1,18 @@
-"""Errors that users can cause. A message says in one line what failed, where, and what to do.
+"""Errors that users can cause. A message states in one line what failed, where, and what to do.
 
-Messages name an option with `option`, so that Python users read `resume=True` and users of the
-command line read `--resume`.
+Messages format options with `option`. Python users read `resume=True`, and users of the command
+line read `--resume`.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 
-_flags = False  # whether messages spell options as flags
+_flags = False  # whether messages show options as flags
 
 
 @contextlib.contextmanager
 def spell_flags() -> Iterator[None]:
-    """Write options as command-line flags in all messages of the process."""
+    """Show options as command-line flags in all messages of the process."""
     global _flags
     before, _flags = _flags, True
     try:
@@ -22,7 +22,7 @@ def spell_flags() -> Iterator[None]:
 
 
 def option(name: str, value: object = None) -> str:
-    """Return an option as the user writes it.
+    """Return an option in the syntax of the interface in use.
 
     | call                      | in Python      | on the command line |
     |---------------------------|----------------|---------------------|
@@ -39,12 +39,12 @@ def option(name: str, value: object = None) -> str:
 
 
 def either(python: str, command_line: str) -> str:
-    """Return the text for the interface in use: Python or the command line."""
+    """Return the text for the interface in use, which is Python or the command line."""
     return command_line if _flags else python
 
 
 class Error(Exception):
-    """Base class of the errors. The command line prints the message and exits."""
+    """Base class of all errors that users can cause. The command line prints them and exits."""
 
     exit_code = 1
 
@@ -64,7 +64,7 @@ class ImageError(DataError):
 
 
 class DownloadError(Error):
-    """An archive cannot be downloaded completely or unpacked safely."""
+    """An archive cannot be downloaded or unpacked safely."""
 
 
 class RunError(Error):
@@ -89,7 +89,7 @@ class TrainingError(Error):
 def one_line(value: object) -> str:
     """Format `value` for an error message: at most 200 characters on one line.
 
-    An exception without a message is represented by its type.
+    For an exception without a message, return the name of its type.
     """
     return escape(" ".join(str(value).split())[:200]) or type(value).__name__
 
@@ -100,10 +100,10 @@ def abbreviate(names: Sequence[object]) -> str:
 
 
 def escape(text: str) -> str:
-    """Return `text` if it is printable, and its `ascii` representation otherwise.
+    """Return `text` if it is printable. Otherwise, return `ascii(text)`.
 
-    File names can contain any character. A line feed could forge a line of output, an escape
-    sequence could clear the terminal, and invalid UTF-8 cannot be written at all.
+    File names can contain any character. A line feed could imitate a line of output, and an escape
+    sequence could clear the terminal. Invalid UTF-8 cannot be printed.
     """
     return text if text.isprintable() else ascii(text)
 
@@ -111,8 +111,8 @@ def escape(text: str) -> str:
 def escape_line(line: str) -> str:
     """Escape each character of `line` that is not printable.
 
-    Use this function for a complete line just before it is written to the terminal. Use `escape`
-    for a name within a message.
+    Use this function for a complete line just before printing it. Use `escape` for a name within a
+    message.
     """
     if line.isprintable():
         return line

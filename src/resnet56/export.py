@@ -29,13 +29,13 @@ from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.pretrained import config_to_metadata
 from resnet56.runs.schema import Metrics
 
-TOLERANCE = 1e-4  # largest difference of logits; other outputs may differ ten times as much
-CHECK_IMAGES = 256  # images on which the exported file must match PyTorch
+TOLERANCE = 1e-4  # maximum difference of logits; other outputs may differ ten times as much
+CHECK_IMAGES = 256  # number of images to compare the exported file with PyTorch
 CPU = torch.device("cpu")
 
 
 class _WithNormalization(nn.Module):
-    """A model that normalizes its own input, so that users of the file do not have to."""
+    """A model that normalizes its input, so that users of the exported file need not do this."""
 
     def __init__(self, model: ResNet, config: ModelConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _WithNormalization(nn.Module):
         self.register_buffer("std", torch.tensor(config.std))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 3, 32, 32) uint8 -> logits, maps and features, as `ResNet.explain`."""
+        """Compute logits, maps and features of (N, 3, 32, 32) uint8. See `ResNet.explain`."""
         return self.model.explain(normalize(images, self.mean, self.std))  # type: ignore[arg-type]
 
 
@@ -52,8 +52,8 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
     """Export a checkpoint to ONNX, and return the content of the file.
 
     The input `images` is (N, 3, 32, 32) uint8 RGB. The outputs are `logits` (N, classes), `maps`
-    (N, classes, 8, 8) and `features` (N, C). The batch size N is dynamic. The metadata contains
-    arch, classes, mean and std as JSON.
+    (N, classes, 8, 8) and `features` (N, C). The batch size N is dynamic. The metadata contain
+    `arch`, `classes`, `mean` and `std` as JSON.
 
     Args:
         checkpoint: the model to export.
@@ -61,11 +61,11 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
 
     Raises:
         MissingExtraError: the extra `onnx` is not installed.
-        Error: the outputs differ from PyTorch. See `check_onnx`.
+        Error: the outputs differ from those of PyTorch. See `check_onnx`.
     """
     try:
-        import_onnxruntime()  # for the check
-        import onnxscript  # noqa: F401  # torch.onnx.export requires it
+        import_onnxruntime()  # `check_onnx` requires it
+        import onnxscript  # noqa: F401  # `torch.onnx.export` requires it
     except ImportError:
         raise MissingExtraError("the ONNX exporter", "onnx") from None
     model = _replace_padding(restore(checkpoint, CPU))
@@ -81,7 +81,7 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
             dynamic_shapes=({0: torch.export.Dim("N")},),
             verbose=False,
         )
-    assert program is not None  # None only if torch.onnx.export writes the file itself
+    assert program is not None  # with a file name, `torch.onnx.export` would return None
     proto = program.model_proto
     for key, value in config_to_metadata(checkpoint.config).items():
         proto.metadata_props.add(key=key, value=value)
@@ -92,10 +92,10 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
 
 
 def _replace_padding(model: ResNet) -> ResNet:
-    """Replace padded shortcuts with equivalent 1x1 convolutions whose weights are zeros and ones.
+    """Replace padded shortcuts with equivalent 1x1 convolutions, whose weights are zeros and ones.
 
-    Inference engines use a blocked channel layout between convolutions. A slice and a pad break
-    this layout and prevent the fusion of later additions, which makes ONNX Runtime 7 to 9 % slower.
+    Inference engines use a blocked channel layout between convolutions. Slices and pads interrupt
+    this layout and prevent the fusion of later additions. They make ONNX Runtime 7 to 9 % slower.
     """
     for block in model.modules():
         if isinstance(block, BasicBlock) and isinstance(pad := block.shortcut, PadShortcut):
@@ -111,7 +111,7 @@ def _replace_padding(model: ResNet) -> ResNet:
 
 @contextlib.contextmanager
 def _silence_exporter() -> Iterator[None]:
-    """Suppress the exporter's messages, which use warnings, logging and stdout."""
+    """Suppress the exporter's warnings, log messages and output to stdout."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -122,7 +122,7 @@ def _silence_exporter() -> Iterator[None]:
 
 
 def check_onnx(content: bytes, checkpoint: Checkpoint) -> None:
-    """Check that an ONNX file matches PyTorch on `CHECK_IMAGES` random images.
+    """Check that an ONNX file and PyTorch agree on `CHECK_IMAGES` random images.
 
     Raises:
         Error: a predicted class differs, or an output differs by more than the tolerance.
@@ -141,14 +141,14 @@ def check_onnx(content: bytes, checkpoint: Checkpoint) -> None:
     )
     if not (changed == 0 and logits <= TOLERANCE and max(maps, features) <= 10 * TOLERANCE):
         raise Error(
-            f"the exported model does not match PyTorch: the predicted class of {changed} of "
-            f"{len(images)} images changes, logits differ by up to {logits:.2g}, maps by up to "
-            f"{maps:.2g}, and features by up to {features:.2g}; no file is written"
+            f"the exported model does not match PyTorch: predicted classes differ for {changed} of "
+            f"{len(images)} images, logits by up to {logits:.2g}, maps by up to {maps:.2g}, and "
+            f"features by up to {features:.2g}; no file was written"
         )
 
 
 class OnnxModel:
-    """A model in ONNX Runtime, for evaluation."""
+    """A model in ONNX Runtime, with the interface that evaluation requires."""
 
     def __init__(self, backend: OnnxBackend) -> None:
         self.backend = backend
@@ -162,7 +162,7 @@ class OnnxModel:
     def logits(
         self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
     ) -> Tensor:
-        """(N, 3, 32, 32) uint8 images -> (N, C) float32 logits."""
+        """Compute logits: (N, 3, 32, 32) uint8 images -> (N, classes) float32."""
         return self.backend.logits(images, batch, advance)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
@@ -171,7 +171,7 @@ class OnnxModel:
 
 
 def write_onnx(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the result of `to_onnx` atomically."""
+    """Export a checkpoint to an ONNX file. The function writes the file atomically."""
     write_bytes(path, to_onnx(checkpoint))
 
 
@@ -182,7 +182,7 @@ def write_hub_directory(
 
     Args:
         checkpoint: the model to export.
-        directory: the directory to create. It must not exist, or must be empty.
+        directory: the directory to create. It may already exist if it is empty.
         evaluation: the content of evaluation.json, if available.
 
     Raises:
@@ -192,9 +192,9 @@ def write_hub_directory(
     """
     if directory.exists() and not (directory.is_dir() and next(directory.iterdir(), None) is None):
         raise RunError(f"{directory} already exists; choose another {option('out')}")
-    restore(checkpoint, CPU)  # rejects unusable weights
+    restore(checkpoint, CPU)  # raises if the weights are unusable
     state_dict = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
-    # Hub libraries require the framework of the tensors in "format".
+    # Hub libraries require the metadata "format", the framework of the tensors.
     metadata = config_to_metadata(checkpoint.config) | {"format": "pt"}
     weights = safetensors.torch.save(state_dict, metadata=metadata)
     card = model_card(checkpoint.config, directory.name, evaluation)
@@ -205,7 +205,7 @@ def write_hub_directory(
         config = json.dumps(hub_config(checkpoint.config), indent=2)
         write_bytes(temporary / "config.json", f"{config}\n".encode())
         write_bytes(temporary / "README.md", card.encode())
-        temporary.chmod(0o755)  # mkdtemp gives access to the owner only
+        temporary.chmod(0o755)  # the directory from `mkdtemp` is accessible only to its owner
         if directory.exists():
             directory.rmdir()
         temporary.replace(directory)
@@ -257,7 +257,7 @@ def model_card(config: ModelConfig, name: str, evaluation: Mapping[str, Any] | N
         ]
     lines = "\n".join(
         f"{key}: {json.dumps(value)}" for key, value in front_matter.items()
-    )  # JSON is YAML
+    )  # the front matter is YAML, which includes JSON
     return _CARD.format(
         front_matter=lines,
         name=name,

@@ -1,7 +1,7 @@
-"""Atomic file writes.
+"""Write files atomically.
 
-A file is written under a temporary name, flushed to disk and renamed. After a crash, it has
-either the old or the new content.
+The functions write a file under a temporary name, flush it to disk and rename it. After a crash,
+the file has either the old content or the new content.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 
 def check_target(path: Path) -> None:
-    """Raise RunError if `path` exists and is not a file, so that it cannot be written."""
+    """Raise RunError if `path` exists but is not a file."""
     if path.is_dir():
         raise RunError(f"cannot write {path}: it is a directory; choose a file")
-    if path.exists() and not path.is_file():  # a rename would replace it
+    if path.exists() and not path.is_file():  # renaming would replace the device or pipe
         raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` when the block ends without an exception."""
+    """Open a temporary file. It replaces `path` when the block ends without an exception."""
     check_target(path)
     if path.is_symlink():
-        path = path.resolve()  # replace its target, not the link
+        path = path.resolve()  # replace the target of the link, not the link
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        if os.name == "posix":  # flush the rename to disk before older files are removed
+        if os.name == "posix":  # flush the new name to disk, because callers may delete old files
             directory = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(directory)
@@ -65,19 +65,22 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically. Raises RunError."""
-    # The text may contain file names that are not UTF-8.
+    """Write a text file atomically. Raises RunError if this fails."""
+    # The text can contain file names that are not valid UTF-8.
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically. Raises RunError."""
+    """Write a file atomically. Raises RunError if this fails."""
     with _writing(path) as file:
         file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON atomically, with each list of numbers on one line. Raises RunError."""
+    """Write indented JSON atomically, with each list of numbers on one line.
+
+    Raises RunError if this fails.
+    """
     try:
         text = _format_json(content)
     except (Error, RecursionError) as error:
@@ -86,7 +89,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
-    """Write a compressed .npz file atomically. Raises RunError."""
+    """Write a compressed .npz file atomically. Raises RunError if this fails."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     write_bytes(path, content.getvalue())
@@ -105,21 +108,21 @@ def _format_json(content: Any, indent: str = "") -> str:
 
 
 def to_json(content: Any) -> str:
-    """Format `content` as one line of JSON. Raises Error for NaN and infinity."""
+    """Format `content` as JSON on one line. Raises Error for NaN and infinity."""
     try:
         return json.dumps(content, allow_nan=False)
     except ValueError as error:
         raise Error(
-            f"a result is not a finite number, which JSON cannot represent: {error}"
+            f"JSON cannot represent a result that is not a finite number: {error}"
         ) from None
 
 
 def from_json(text: str) -> Any:
-    """Parse JSON strictly. Python's parser also accepts NaN and infinity, and 1e999 as infinity.
+    """Parse JSON. Unlike `json.loads`, reject NaN, infinity, and numbers that overflow.
 
     Raises:
         ValueError: `text` is not valid JSON.
-        RecursionError: it is nested too deeply.
+        RecursionError: the JSON is nested too deeply.
     """
     return json.loads(text, parse_float=_finite, parse_constant=_finite)
 
@@ -132,7 +135,7 @@ def _finite(text: str) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that contains an object. Raises RunError."""
+    """Read a JSON file that contains an object. Raises RunError for any other file."""
     try:
         content = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -145,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unused_path(base: Path) -> Path:
-    """Return the first of `base`, base-2, base-3, ... that does not exist."""
+    """Return the first path of `base`, base-2, base-3, ... that does not exist."""
     path, number = base, 1
     while path.exists():
         number += 1

@@ -23,8 +23,8 @@ NONFINITE_MESSAGE = "the network returns outputs that are not finite; its weight
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
     """Return the model of a checkpoint on `device`, in evaluation mode.
 
-    Its parameters are contiguous. `InferenceModel` uses the channels-last format instead, in which
-    convolutions are faster.
+    The parameters are contiguous. For faster convolutions, use an `InferenceModel`, which has the
+    channels-last format.
 
     Raises:
         RunError: the weights do not fit the architecture.
@@ -32,7 +32,7 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
         UsageError: the architecture is unknown.
     """
     config = checkpoint.config
-    with torch.device("meta"):  # check the weights before allocating memory
+    with torch.device("meta"):  # allocate memory only after checking the weights
         model = build(config.arch, classes=len(config.classes))
     message = f"the weights do not fit {config.arch} with {len(config.classes)} classes"
     require_fit(checkpoint.model, model.state_dict(), message)
@@ -56,11 +56,11 @@ def _require_finite_outputs(
 
 
 class InferenceModel(nn.Module):
-    """A copy of a model with each batch norm folded into the preceding convolution.
+    """A copy of a model, with each batch norm folded into the convolution before it.
 
-    In evaluation mode, batch norm is a fixed scale and shift that the convolution can apply (Jacob
-    et al. 2018, section 3.2). The outputs equal those of the model up to rounding. The
-    convolutions run in `precision`, without the casts of autocast. The last layer stays in fp32.
+    In evaluation mode, batch norm applies a fixed scale and shift, which the convolution can apply
+    instead (Jacob et al. 2018, section 3.2). The outputs equal those of the model up to rounding.
+    The convolutions run in `precision`, without the casts of autocast. The last layer runs in fp32.
 
     Args:
         model: the model to copy.
@@ -80,23 +80,23 @@ class InferenceModel(nn.Module):
         self.requires_grad_(False)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalized images -> (N, C, 8, 8) features of the last stage."""
+        """Compute features: (N, 3, 32, 32) normalized images -> (N, C, 8, 8)."""
         return self.net.features(x.to(self.dtype, memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalized images -> (N, classes) float32 logits."""
+        """Compute logits: (N, 3, 32, 32) normalized images -> (N, classes) float32."""
         return self.net(x.to(self.dtype, memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
     def explain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 3, 32, 32) normalized images -> logits, maps and features, as `ResNet.explain`."""
+        """Compute logits, class activation maps and features. See `ResNet.explain`."""
         return self.net.explain(x.to(self.dtype, memory_format=torch.channels_last))
 
 
 def can_fold(model: nn.Module) -> bool:
-    """Return whether `InferenceModel` can copy a model: a `ResNet` with the layers of `build`.
+    """Return whether `InferenceModel` can copy a model. It can copy unchanged models from `build`.
 
-    Changed layers or hooks can compute the weights of a convolution in each forward pass, as
-    `torch.nn.utils.prune` and `torch.nn.utils.parametrize` do.
+    Other layers or hooks can compute the weights of a convolution in each forward pass. For
+    example, `torch.nn.utils.prune` and `torch.nn.utils.parametrize` do this.
     """
     return type(model) is ResNet and all(
         type(module) in _LAYERS and not module._forward_pre_hooks and not module._forward_hooks
@@ -105,7 +105,7 @@ def can_fold(model: nn.Module) -> bool:
 
 
 def _fold(parent: nn.Module) -> None:
-    """Fold each batch norm among the children of `parent` into the preceding convolution."""
+    """Fold each batch norm that is a child of `parent` into the convolution before it."""
     children = dict(parent.named_children())
     previous = ""
     for name, child in children.items():

@@ -1,4 +1,4 @@
-"""Measure layer responses and gradients on one batch.
+"""Measure the responses and gradients of all layers on one batch.
 
 The measurements answer two questions of He et al. 2015: whether gradients vanish in deep networks
 (section 4.1), and how large the responses of the layers are (figure 7).
@@ -24,11 +24,11 @@ class LayerStatistics:
     the ReLU. The response of the classifier is the logits.
     """
 
-    name: str  # as in the state dict, such as "stage2.3.conv1"
+    name: str  # name in the state dict, such as "stage2.3.conv1"
     response_std: float  # standard deviation over images, channels and positions
     response_gradient: float  # norm of the gradient of the loss with respect to the response
     weight_gradient: float  # norm of the gradient of the loss with respect to the weights
-    dead_relus: float | None  # fraction of channels that are zero in all images; None without ReLU
+    dead_relus: float | None  # fraction of channels that are always zero; None without a ReLU
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def inspect_layers(
     """Run a forward and a backward pass in training mode, and return statistics of each layer.
 
     The passes use the dtype of the weights. Batch norm uses the statistics of the batch, as in a
-    training step. Projection shortcuts are omitted because the paper does not count them as layers.
+    training step. The result omits projection shortcuts, which the paper does not count as layers.
 
     Args:
-        model: model to inspect. It is copied and not modified.
+        model: model to inspect. The function uses a copy and does not change the model.
         images: (N, 3, S, S) normalized images on the device of the model.
         labels: (N,) class indices.
         batch_norm: if False, replace each batch norm with the identity.
@@ -105,7 +105,7 @@ def _norm(gradient: object) -> float:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Disable TF32 and autocast, whose rounding errors affect small gradients."""
+    """Disable TF32 and autocast, because their rounding errors affect small gradients."""
     with (
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),

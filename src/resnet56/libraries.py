@@ -1,6 +1,6 @@
-"""Import libraries without telemetry or writes to the user's home directory.
+"""Import libraries without telemetry, and without writing to the user's home directory.
 
-All imports of ONNX Runtime and Matplotlib go through this module.
+All modules import ONNX Runtime and Matplotlib through this module.
 """
 
 import os
@@ -8,15 +8,15 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-# ONNX Runtime reads one of these variables on import. Its name depends on the release.
+# ONNX Runtime reads one of these variables on import. The release determines which one.
 _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 
 def import_onnxruntime() -> ModuleType:
-    """Import ONNX Runtime with telemetry disabled, unless the variables below are already set.
+    """Import ONNX Runtime. Disable its telemetry unless the user has set one of its variables.
 
-    Otherwise, some releases look up a telemetry host and write a device ID to the user's cache
-    directory (microsoft/onnxruntime issues 27379 and 29843).
+    With telemetry, some releases look up a host and write a device ID to the user's cache directory
+    (microsoft/onnxruntime issues 27379 and 29843).
 
     Raises:
         ImportError: ONNX Runtime is not installed.
@@ -30,9 +30,10 @@ def import_onnxruntime() -> ModuleType:
 
 
 def import_matplotlib() -> ModuleType:
-    """Import Matplotlib, with a temporary font cache if the home directory is not writable.
+    """Import Matplotlib. Use a temporary font cache if the home directory is not writable.
 
-    Otherwise, it prints warnings to stderr in containers whose user has no home directory.
+    Without this cache, Matplotlib prints warnings to stderr if the user has no home directory, for
+    example in a container.
     """
     if "MPLCONFIGDIR" not in os.environ and not _home_is_writable():
         os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir()) / f"matplotlib-{_user()}")
@@ -42,10 +43,10 @@ def import_matplotlib() -> ModuleType:
 
 
 def _home_is_writable() -> bool:
-    """Return whether Matplotlib's default configuration directory is writable or can be created."""
+    """Return whether Matplotlib can write to its default configuration directory."""
     try:
         path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "matplotlib"
-    except RuntimeError:  # no HOME, and no entry in the password database
+    except RuntimeError:  # HOME is not set, and the password database has no entry
         return False
     while not path.exists():
         path = path.parent

@@ -1,4 +1,4 @@
-"""Open and lock files in directories that other users can write to, without following links."""
+"""Open and lock files in directories that other users can write to. Links are not followed."""
 
 import errno
 import os
@@ -29,23 +29,23 @@ for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"
 def create_temporary(directory: Path) -> tuple[BufferedRandom, Path]:
     """Create a file with an unpredictable name in `directory` and open it for writing.
 
-    Another user could place a link at a predictable name. Unlike a file from `mkstemp`, this one
-    follows the user's umask. Raises OSError.
+    Another user could create a link with a predictable name. Unlike `mkstemp`, this function
+    respects the user's umask. Raises OSError if the file cannot be created.
     """
     path = directory / f".{secrets.token_hex(8)}.tmp"
     return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, 0o666), "r+b"), path
 
 
 def open_private(path: Path) -> BufferedRandom:
-    """Open `path` for reading and writing without following links. Create it if it is missing.
+    """Open `path` for reading and writing, without following links. Create a missing file.
 
-    In a shared directory, another user could place a link at `path` to have a file elsewhere
-    overwritten. A link is therefore replaced with a new file.
+    In a shared directory, another user could create a link at `path` to make this process overwrite
+    another file. The function therefore replaces a link with a new file.
 
     Raises:
         OSError: `path` cannot be opened, belongs to another user, or is not a regular file.
     """
-    for _ in range(100):  # bounded, because another user could keep recreating the link
+    for _ in range(100):  # stop at some point, because another user could recreate the link forever
         try:
             return _open_private(path)
         except _LinkError:
@@ -58,12 +58,12 @@ class _LinkError(Exception):
 
 
 def _open_private(path: Path) -> BufferedRandom:
-    if path.is_symlink():  # for platforms without O_NOFOLLOW
+    if path.is_symlink():  # some platforms do not have O_NOFOLLOW
         raise _LinkError
     try:
         descriptor = os.open(path, _FLAGS, 0o600)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK):  # links: ELOOP in POSIX, EMLINK on FreeBSD
+        if error.errno in (errno.ELOOP, errno.EMLINK):  # a link (FreeBSD reports EMLINK)
             raise _LinkError from None
         raise
     try:
@@ -87,11 +87,11 @@ def _open_private(path: Path) -> BufferedRandom:
 def try_lock(descriptor: int) -> bool:
     """Lock a file without waiting. Return False if another process holds the lock.
 
-    Return True if the file system does not support locks.
+    If the file system does not support locks, return True.
     """
     try:
         _lock(descriptor)
-    except (BlockingIOError, PermissionError):  # POSIX and Windows report a held lock
+    except (BlockingIOError, PermissionError):  # another process holds the lock (POSIX, Windows)
         return False
     except OSError:  # the file system does not support locks
         pass

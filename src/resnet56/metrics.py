@@ -1,7 +1,7 @@
 """Classification metrics, computed from logits and labels.
 
 The metrics include accuracy with a confidence interval, precision, recall and F1 per class, the
-confusion matrix, top-k accuracy, and calibration. Fractions are in [0, 1], and losses in nats.
+confusion matrix, top-k accuracy, and calibration. Fractions are in [0, 1]. Losses are in nats.
 """
 
 import math
@@ -16,13 +16,13 @@ FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
-BINS = 15  # of the reliability diagram, as in Guo et al. 2017
+BINS = 15  # number of bins of the reliability diagram, as in Guo et al. 2017
 
 
 def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ...]) -> Metrics:
     """Compute all metrics of a set of predictions.
 
-    The scores of classes without images are None, and averages exclude these classes.
+    The scores of a class without images are None, and averages exclude this class.
 
     Args:
         logits: (N, C) finite floats, N >= 1.
@@ -40,7 +40,7 @@ def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ..
     predicted = logits.argmax(axis=1)
     indices = np.arange(len(classes))
     matrix = confusion_matrix(labels, predicted, labels=indices)
-    # The precision of a class that is never predicted is undefined; 0 is the convention.
+    # By convention, the precision of a class that is never predicted is 0.
     columns = precision_recall_fscore_support(labels, predicted, labels=indices, zero_division=0.0)
     precision, recall, f1, support = (np.asarray(column) for column in columns)
     scores = {"precision": precision, "recall": recall, "f1": f1}
@@ -76,14 +76,14 @@ def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ..
 
 
 def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
-    """(N, C) logits -> (N, C) log-probabilities, in float64."""
+    """Convert logits (N, C) to log-probabilities (N, C) in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
 
 
 def softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
-    """(N, C) logits -> (N, C) probabilities, in float64."""
+    """Convert logits (N, C) to probabilities (N, C) in float64."""
     result: npt.NDArray[np.float64] = np.exp(log_softmax(logits))
     return result
 
@@ -91,8 +91,8 @@ def softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
 def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (Wilson 1927).
 
-    Unlike the normal approximation, it is also accurate near 0 and 1. `hits` may be an average over
-    several models on the same n images.
+    Unlike the normal approximation, this interval is also accurate near 0 and 1. `hits` may be the
+    average of several models on the same n images.
     """
     proportion = hits / n
     center = (proportion + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
@@ -134,14 +134,14 @@ def calibration(probabilities: FloatArray, labels: IntArray) -> Calibration:
     """Measure how well the confidence matches the accuracy.
 
     Returns:
-        `ece`, the expected calibration error (Guo et al. 2017) over 15 bins of equal width.
-        `brier`, the Brier score (Brier 1950), summed over classes, from 0 to 2.
-        `bins`, the count, confidence and accuracy of each bin. The confidence and accuracy of an
-        empty bin are None.
+        ece: the expected calibration error (Guo et al. 2017) over 15 bins of equal width.
+        brier: the Brier score (Brier 1950), summed over classes, from 0 to 2.
+        bins: the count, confidence and accuracy of each bin. The confidence and accuracy of an
+            empty bin are None.
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    # Bins are (lower, upper], so the last bin includes a confidence of exactly 1.
+    # Bins are (lower, upper], so the last bin includes a confidence of 1.
     index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     counts = np.bincount(index, minlength=BINS)
     confidences = np.bincount(index, confidence, minlength=BINS)

@@ -1,8 +1,8 @@
 """ResNet for 32x32 images (He et al. 2015, "Deep Residual Learning", section 4.2).
 
-The network consists of a 3x3 convolution, three stages of residual blocks with 16, 32 and 64
-filters on feature maps of 32x32, 16x16 and 8x8, global average pooling, and a linear layer. The
-plain networks of the paper have the same layers without shortcuts.
+The network consists of a 3x3 convolution, three stages of residual blocks, global average pooling,
+and a linear layer. The stages have 16, 32 and 64 filters, and feature maps of 32x32, 16x16 and 8x8.
+The plain networks of the paper have the same layers without shortcuts.
 """
 
 import functools
@@ -21,19 +21,19 @@ from resnet56.notebook import table
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "none"]
 
-MAX_CLASSES = 1_000_000  # a larger number would exhaust memory
-WIDTHS = (16, 32, 64)  # filters of stages 1 to 3
+MAX_CLASSES = 1_000_000  # more classes would exhaust the memory
+WIDTHS = (16, 32, 64)  # number of filters in stages 1 to 3
 LAYERS_PER_BLOCK = {"basic": 2, "bottleneck": 3}
-EXPANSION = {"basic": 1, "bottleneck": 4}  # output channels of a block / width
+EXPANSION = {"basic": 1, "bottleneck": 4}  # ratio of a block's output channels to its width
 
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """3x3 convolution with padding 1 and without bias."""
+    """Return a 3x3 convolution with padding 1 and without bias."""
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
 
 
 def conv1x1(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution without bias."""
+    """Return a 1x1 convolution without bias."""
     return nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
 
 
@@ -41,14 +41,15 @@ class NormReLU(Protocol):
     """An implementation of relu(norm(x) + residual)."""
 
     def __call__(self, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), and a residual of the same shape -> (N, C, H, W)."""
+        """Compute relu(norm(x) + residual). All tensors are (N, C, H, W)."""
         ...
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Compute relu(norm(x) + residual) with PyTorch operations.
 
-    Addition and ReLU run in place, because the backward pass does not need the output of the norm.
+    The addition and the ReLU run in place, because the backward pass does not need the output of
+    the norm.
     """
     out: Tensor = norm(x)
     if residual is not None:
@@ -57,10 +58,10 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 class PadShortcut(nn.Module):
-    """Option A: subsampled identity with added zero channels, without parameters.
+    """Option A of the paper, without parameters: subsample the input and add channels of zeros.
 
-    Half of the zero channels precede the input channels, and half follow them. This matches the
-    most widely used PyTorch port, so its published weights give the same outputs.
+    Half of the zero channels precede the input channels, and half follow them. The most widely used
+    PyTorch port does the same, so its published weights give the same outputs.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
@@ -76,7 +77,7 @@ class PadShortcut(nn.Module):
 
 
 def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    """Option B: a 1x1 convolution with batch norm."""
+    """Option B of the paper: a 1x1 convolution with batch norm."""
     return nn.Sequential(conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))
 
 
@@ -104,10 +105,11 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1 to `width`, 3x3, 1x1 to 4 * `width`, with a shortcut (figure 5 of the paper, right).
+    """1x1, 3x3 and 1x1 convolutions with a shortcut (figure 5 of the paper, right).
 
-    The stride applies to the 3x3 convolution, as in torchvision. In the paper, it applies to the
-    first 1x1 convolution, which then skips three quarters of the input.
+    The first convolution has `width` filters, and the last has 4 * `width`. The stride applies to
+    the 3x3 convolution, as in torchvision. In the paper, the stride applies to the first 1x1
+    convolution, which then skips three quarters of the input.
     """
 
     def __init__(
@@ -146,12 +148,13 @@ class ResNet(nn.Module):
     """The CIFAR network of the paper.
 
     Args:
-        depth: number of weighted layers, 6n + 2 with basic blocks or 9n + 2 with bottleneck blocks.
-            Projection shortcuts are not counted.
-        block: "basic" (two layers) or "bottleneck" (three).
-        shortcut: "A" (zero-padded identity) or "B" (projection) where the shape changes, and the
-            identity elsewhere. "none" for a plain network without shortcuts.
-        classes: number of outputs.
+        depth: number of layers with weights: 6n + 2 with basic blocks, 9n + 2 with bottleneck
+            blocks. Projection shortcuts do not count.
+        block: "basic" (two layers) or "bottleneck" (three layers).
+        shortcut: type of the shortcuts where the shape changes: "A" (identity padded with zeros) or
+            "B" (projection). All other shortcuts are identities. "none" builds a plain network
+            without shortcuts.
+        classes: number of classes.
 
     Raises:
         UsageError: the depth is not valid for the block, or the number of classes is out of range.
@@ -189,20 +192,20 @@ class ResNet(nn.Module):
                 module.norm_relu = norm_relu
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalized images -> (N, C, 8, 8) feature maps of the last stage."""
+        """Compute features of the last stage: (N, 3, 32, 32) normalized images -> (N, C, 8, 8)."""
         x = self.norm_relu(self.bn1, self.conv1(x))
         return self.stage3(self.stage2(self.stage1(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalized images -> (N, classes) logits."""
+        """Compute logits: (N, 3, 32, 32) normalized images -> (N, classes)."""
         pooled = self.features(x).mean(dim=(2, 3), dtype=self.fc.weight.dtype)
         return self.fc(pooled)  # type: ignore[no-any-return]
 
     def explain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute logits, class activation maps (Zhou et al. 2016) and pooled features.
 
-        The maps are exact, because pooling and the linear layer commute: the mean of a map plus
-        the bias of its class is the logit.
+        The maps are exact, because pooling and the linear layer commute. The logit of a class is
+        the mean of its map plus its bias.
 
         Args:
             x: (N, 3, 32, 32) normalized images.
@@ -235,7 +238,7 @@ def _make_stage(
 
 
 def blocks_per_stage(depth: int, block: Block) -> int:
-    """Return n in depth = 6n + 2 (basic) or 9n + 2 (bottleneck).
+    """Return n, where depth = 6n + 2 for basic blocks and 9n + 2 for bottleneck blocks.
 
     Raises:
         UsageError: the depth is not of this form.
@@ -291,7 +294,7 @@ def build(name: str, *, classes: int = 10, seed: int = 0) -> ResNet:
 
     Args:
         name: architecture, such as "resnet56" or "plain20". See `Architecture.parse`.
-        classes: number of outputs.
+        classes: number of classes.
         seed: seed of the initial weights.
 
     Raises:
@@ -308,7 +311,7 @@ class Part:
     """A row of a `Description`."""
 
     name: str
-    layers: str  # such as "2-19", counted from the image to the classifier
+    layers: str  # numbers of the layers, such as "2-19", counted from the input
     blocks: int
     output: tuple[int, ...]  # (C, H, W), or (classes,)
     parameters: int
@@ -317,7 +320,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Description:
-    """Sizes and costs of a network, computed from the model."""
+    """The layers, parameters and operations of a network."""
 
     arch: str
     depth: int
@@ -353,9 +356,9 @@ class Description:
 
 @functools.cache
 def describe(name: str, classes: int = 10) -> Description:
-    """Compute the layers, output shapes, parameters and multiply-accumulates of a network."""
+    """Count the layers, parameters and multiply-accumulates of a network, part by part."""
     architecture = Architecture.parse(name)
-    with torch.device("meta"):  # only shapes, without memory or arithmetic
+    with torch.device("meta"):  # compute only shapes
         model = ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)
         image = torch.empty(1, 3, 32, 32)
     macs = dict.fromkeys(model.modules(), 0)

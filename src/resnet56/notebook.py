@@ -1,15 +1,15 @@
-"""HTML tables and bars that notebooks show for the objects of this package."""
+"""HTML tables and bars for objects of this package in notebooks."""
 
 import html
 from collections.abc import Iterable, Sequence
 
 from resnet56.errors import escape
 
-BAR_COLOR = "#4f8fc4"  # visible on light and on dark backgrounds
+BAR_COLOR = "#4f8fc4"  # visible on light and dark backgrounds
 
 
 class Html(str):
-    """Text that is already HTML, so `table` does not escape it."""
+    """HTML text, which `table` does not escape."""
 
     __slots__ = ()
 
@@ -17,7 +17,7 @@ class Html(str):
 def table(
     rows: Iterable[Sequence[object]], *, columns: Sequence[str] = (), caption: str = ""
 ) -> str:
-    """Return an HTML table. The first column is aligned to the left, all others to the right."""
+    """Return an HTML table. The first column is left-aligned, and all others are right-aligned."""
     lines = [f"<tr>{_cells('th', columns)}</tr>"] if columns else []
     lines += [f"<tr>{_cells('td', row)}</tr>" for row in rows]
     title = f"<div>{_text(caption)}</div>" if caption else ""
@@ -25,7 +25,7 @@ def table(
 
 
 def bar(fraction: float) -> Html:
-    """Return a horizontal bar whose length is a fraction of 12 em."""
+    """Return a horizontal bar whose length is `fraction` of 12 em."""
     style = f"width:{12 * fraction:.2f}em;height:0.8em;border-radius:2px;background:{BAR_COLOR}"
     return Html(f'<div style="width:12em"><div style="{style}"></div></div>')
 

@@ -1,4 +1,4 @@
-"""Progress display: a status line on a terminal or in a notebook, plain lines elsewhere."""
+"""Display progress: a status line on a terminal or in a notebook, plain lines elsewhere."""
 
 import os
 import sys
@@ -19,36 +19,36 @@ if TYPE_CHECKING:
 
 ProgressCallback = Callable[[int], None]
 
-LINE_EVERY = 60.0  # seconds between status lines, if the output is not a terminal
+LINE_EVERY = 60.0  # seconds between status lines if the output is not a terminal
 SKIP_WITHIN = 5.0  # minimum seconds between epoch lines of a command in a notebook
-UPDATE_EVERY = 0.25  # seconds between updates of the output in a notebook
-NOTEBOOK_LINES = 40  # lines that the output in a notebook keeps
+UPDATE_EVERY = 0.25  # minimum seconds between updates of a notebook's output
+NOTEBOOK_LINES = 40  # maximum number of lines in a notebook's output
 
 
 def percent(fraction: float) -> str:
-    """0.9303 -> '93.03 %'."""
+    """Format a fraction: 0.9303 -> '93.03 %'."""
     return f"{100 * fraction:.2f} %"
 
 
 def duration(seconds: float) -> str:
-    """90 -> '1:30', 3700 -> '1:01:40'."""
+    """Format a duration: 90 -> '1:30', 3700 -> '1:01:40'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Output:
-    """Shows lines, and the status of a task. This base class shows nothing."""
+    """Shows lines and the status of a task. This base class shows nothing."""
 
     def log(self, line: str, *, skippable: bool = False) -> None:
-        """Show a line. An output with limited space may omit a skippable line."""
+        """Show a line. Outputs with limited space may omit skippable lines."""
 
     def begin(self, label: str) -> None:
         """Begin a task."""
         self.status(label, 0.0, "")
 
     def status(self, label: str, fraction: float, text: str) -> None:
-        """Show the status of the task: a label, the finished fraction and a text."""
+        """Show the status of the task: its label, the finished fraction and a text."""
 
     def end(self) -> None:
         """End the task, and remove its status."""
@@ -59,7 +59,7 @@ class LineOutput(Output):
 
     Args:
         stream: text stream.
-        brief: write no status, and omit skippable lines within a few seconds.
+        brief: write no status, and omit skippable lines that follow another line within seconds.
     """
 
     def __init__(self, stream: TextIO, *, brief: bool = False) -> None:
@@ -80,7 +80,7 @@ class LineOutput(Output):
         self.log(label)
 
     def status(self, label: str, fraction: float, text: str) -> None:
-        """Write the status if the last line is a minute old."""
+        """Write the status if there has been no line for a minute."""
         if not self.brief and time.monotonic() - self.last_line >= LINE_EVERY:
             self.log(f"  {label}  {text}")
 
@@ -105,12 +105,12 @@ class TerminalOutput(Output):
                 TextColumn("{task.fields[text]}", markup=False),
                 console=self.console,
                 transient=True,
-                redirect_stdout=sys.stdout.isatty(),  # rich must not change a file or a pipe
+                redirect_stdout=sys.stdout.isatty(),  # leave files and pipes unchanged
             )
             self.bar.add_task("", total=1.0)
         task = self.bar.task_ids[0]
         self.bar.update(task, description=escape_line(label), completed=fraction, text=text)
-        self.bar.start()  # does nothing if the bar is already shown
+        self.bar.start()  # has no effect if the bar is already visible
 
     def end(self) -> None:
         """Remove the status."""
@@ -120,9 +120,9 @@ class TerminalOutput(Output):
 
 
 class NotebookOutput(Output):
-    """Shows everything in one output of a notebook cell, which is updated.
+    """Shows everything in one output of a notebook cell, and updates this output.
 
-    The notebook stores only the last content of this output. Its lines are limited.
+    The notebook stores only the last content of the output, with a limited number of lines.
     """
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class NotebookOutput(Output):
                 self.handle = display(self.content(), raw=True, display_id=True)
 
     def content(self) -> dict[str, str]:
-        """Return the content of the output, by MIME type."""
+        """Return the content of the output for each MIME type."""
         lines = self.lines[-NOTEBOOK_LINES:]
         if earlier := len(self.lines) - len(lines):
             lines = [f"({earlier} earlier lines)", *lines]
@@ -176,8 +176,8 @@ class NotebookOutput(Output):
 def stream_output(stream: TextIO) -> Output:
     """Return the output for a stream: a status line on a terminal, plain lines elsewhere.
 
-    A command in a notebook cell (`!resnet56 train`) has a terminal, but the notebook stores all
-    characters that are written to it. It therefore gets a few plain lines.
+    A command in a notebook cell (`!resnet56 train`) has a terminal, but the notebook stores every
+    character. The command therefore writes only a few plain lines.
     """
     brief = _started_by_notebook()
     if stream.isatty() and not brief:
@@ -186,11 +186,10 @@ def stream_output(stream: TextIO) -> Output:
 
 
 def default_output(show: bool | None = None) -> Output:
-    """Return the output of a function that is called in Python.
+    """Return the output for a function that the user calls in Python.
 
     Args:
-        show: True shows plain lines if there is neither a notebook nor a terminal, None shows
-            nothing then, and False never shows anything.
+        show: whether to show progress. By default, show it only in a notebook or on a terminal.
     """
     if show is False:
         return Output()
@@ -209,7 +208,7 @@ def _in_notebook() -> bool:
 
 
 def _started_by_notebook() -> bool:
-    """Return whether a notebook has started this process, with variables that ipykernel sets."""
+    """Return whether a notebook has started this process, according to variables of ipykernel."""
     names = ("TERM", "PAGER", "GIT_PAGER")
     return [os.environ.get(name) for name in names] == ["xterm-color", "cat", "cat"]
 
@@ -224,7 +223,7 @@ class TrainingDisplay:
         self.started = time.monotonic()
 
     def __enter__(self) -> "TrainingDisplay":
-        """Return self. The display starts with `begin`."""
+        """Return self. `begin` starts the display."""
         return self
 
     def __exit__(
@@ -251,9 +250,9 @@ class TrainingDisplay:
         """Start the display of a training run.
 
         Args:
-            costs: relative duration of a step, for each epoch.
-            steps: steps per epoch.
-            done: steps already finished, if the run is resumed.
+            costs: relative duration of a step in each epoch.
+            steps: number of steps per epoch.
+            done: number of finished steps if the run is resumed.
         """
         self.costs, self.steps, self.done = costs, steps, done
         self.started = time.monotonic()
@@ -267,7 +266,7 @@ class TrainingDisplay:
         )
 
     def step(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show the state after `step` steps in total. Metrics are means over the epoch so far."""
+        """Show the status after `step` steps. Metrics are means over the current epoch."""
         work, total = self._work(step), self._work(len(self.costs) * self.steps)
         elapsed = time.monotonic() - self.started
         left = elapsed * (total - work) / (work - self._work(self.done))
@@ -315,7 +314,7 @@ def image_progress(output: Output, label: str, total: int) -> Iterator[ProgressC
     """Show how many of `total` images have been processed.
 
     Yields:
-        A function to call with the number of images processed since the last call.
+        A function. Call it with the number of images processed since the last call.
     """
     started, done = time.monotonic(), 0
 
@@ -333,27 +332,27 @@ def image_progress(output: Output, label: str, total: int) -> Iterator[ProgressC
 
 
 class DownloadProgress:
-    """Displays a download. Call it with the received bytes and the total, or None if unknown."""
+    """Displays a download. Call the object with the bytes downloaded so far and the total."""
 
     def __init__(self, name: str) -> None:
         self.output = default_output(True)
         self.name = name
         self.started = time.monotonic()
-        self.first: int | None = None  # bytes received before, if the download is resumed
+        self.first: int | None = None  # bytes at the first call, above 0 for a resumed download
         self.done = 0
 
     def __enter__(self) -> "DownloadProgress":
-        """Return self. The display starts with the first call."""
+        """Return self. The first call starts the display."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Replace the status by a line."""
+        """Replace the status with a line."""
         self.output.end()
         if self.done:
             self.output.log(f"{self.name}: {self.done / 1e6:.0f} MB received")
 
     def __call__(self, done: int, total: int | None) -> None:
-        """Show that `done` of `total` bytes have been received."""
+        """Show that `done` of `total` bytes (None if unknown) have been received."""
         if self.first is None:
             self.first, self.started = done, time.monotonic()
         self.done = done

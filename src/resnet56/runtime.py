@@ -27,8 +27,8 @@ DTYPES: dict[str, torch.dtype] = {
 def resolve_device(name: str) -> torch.device:
     """Return the device for `auto` or a PyTorch device name (cpu, cuda:1, mps).
 
-    `auto` selects a GPU if there is one. Each process that torchrun starts gets its own GPU. TF32
-    is disabled on CUDA, because it rounds the inputs of convolutions to ten mantissa bits.
+    `auto` selects a GPU if one is available. Each process from torchrun gets its own GPU. On CUDA,
+    the function disables TF32, which rounds the inputs of convolutions to ten mantissa bits.
 
     Raises:
         UsageError: the device is unknown or not available, or several processes cannot share it.
@@ -55,7 +55,7 @@ def resolve_device(name: str) -> torch.device:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]
     if count == 0:
         raise UsageError(f"device {name!r} is not available; PyTorch finds no such hardware")
-    if not 0 <= (device.index or 0) < count:  # PyTorch wraps 128 around to -128
+    if not 0 <= (device.index or 0) < count:  # PyTorch converts the index 128 to -128
         label = str(device) if distributed else name
         raise UsageError(
             f"device {label!r} is not available; this machine has {count} of this type"
@@ -78,7 +78,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     if name == "fp16" and device.type == "mps":
         raise UsageError("fp16 needs loss scaling, which PyTorch does not support on mps; use fp32")
     if name != "auto":
-        return name  # type: ignore[return-value]  # checked by the recipe
+        return name  # type: ignore[return-value]  # the recipe has checked the name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if device.type == "cpu" and _cpu_has_bf16():
@@ -87,13 +87,13 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def _cpu_has_bf16() -> bool:
-    # These private functions were added in PyTorch 2.4.
+    # PyTorch 2.4 added these private functions.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Return the autocast context of the forward pass. Parameters stay in fp32."""
+    """Return the autocast context for a forward pass. Parameters stay in fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
@@ -102,12 +102,13 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 def peak_memory_mb(device: torch.device) -> float:
     """Return the peak memory in MB (10**6 bytes).
 
-    On CUDA, this is the memory that PyTorch allocated; otherwise, the resident memory.
+    On CUDA, this is the memory that PyTorch has allocated. On other devices, it is the resident
+    memory of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage also counts memory used before exec
+    if status.exists():  # on Linux, `getrusage` includes memory that was in use before `exec`
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6
@@ -121,7 +122,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def processor_name() -> str:
-    """Return the model name of the processor, or a generic name if it is unknown."""
+    """Return the model name of the processor. If it is unknown, return a generic name."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -135,7 +136,7 @@ def processor_name() -> str:
 
 
 def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
-    """Return the hardware, the software and the command of a run, for environment.json."""
+    """Describe the hardware, the software and the command of a run for environment.json."""
     info: dict[str, Any] = {
         "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
@@ -162,7 +163,7 @@ def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit and whether files have changed, or None outside a git checkout."""
+    """Return the commit and whether files have changed. Outside a git checkout, return None."""
     directory = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -171,7 +172,7 @@ def git_state() -> dict[str, Any] | None:
         return result.stdout.strip()
 
     try:
-        if not git("ls-files", Path(__file__).name):  # installed inside another repository
+        if not git("ls-files", Path(__file__).name):  # the checkout belongs to another project
             return None
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):

@@ -13,9 +13,9 @@ from resnet56.data.mixing import mix_images, sample_mix_params
 from resnet56.metrics import FloatArray, IntArray, softmax
 
 MAX_MISTAKES = 500
-MOST_CONFIDENT = 24  # mistakes that are selected regardless of their classes
-MAX_ORIGINALS = 10  # training images
-VARIANTS = 5  # augmented versions of each training image
+MOST_CONFIDENT = 24  # number of mistakes to select regardless of their classes
+MAX_ORIGINALS = 10  # maximum number of training images
+VARIANTS = 5  # number of augmented versions of each training image
 
 
 def augmented_samples(
@@ -29,8 +29,9 @@ def augmented_samples(
         augmentation: augmentation of the training images.
 
     Returns:
-        `originals` (K, 3, 32, 32) uint8, `original_labels` (K,), and `augmented`
-        (K, V, 3, 32, 32) uint8.
+        originals: (K, 3, 32, 32) uint8.
+        original_labels: (K,).
+        augmented: (K, V, 3, 32, 32) uint8, the V versions of each original.
     """
     labels = training.labels.cpu().numpy()
     index = torch.from_numpy(np.unique(labels, return_index=True)[1][:MAX_ORIGINALS])
@@ -42,7 +43,7 @@ def augmented_samples(
     if augmentation.mix != "none":
         unmixed = augment(images, params, means, stds, augmentation.before_mixing())
         _mix_variants(augmented, unmixed, augmentation)
-    # Undo the normalization. Pixels that Cutout erased become the mean.
+    # Undo the normalization. The pixels that Cutout erased become the mean.
     pixels = augmented * stds[:, None, None] + means[:, None, None]
     variants = (255 * pixels).round().clamp(0, 255).byte()
     return {
@@ -53,12 +54,12 @@ def augmented_samples(
 
 
 def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation) -> None:
-    """Mix the same fraction of the variants as in training, but at least one.
+    """Mix at least one version of each original, and otherwise the same fraction as in training.
 
     Args:
         augmented: (K * V, 3, 32, 32), changed in place.
-        unmixed: the same images, augmented but not mixed. The k-th variants of all originals form
-            a batch.
+        unmixed: the same images, augmented for mixing. The k-th versions of all originals form a
+            batch.
         augmentation: augmentation of the training images.
     """
     count = len(augmented) // VARIANTS
@@ -73,20 +74,23 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
 
 
 def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES) -> dict[str, Any]:
-    """Return wrong predictions from every cell of the confusion matrix, by descending confidence.
+    """Return wrong predictions from all cells of the confusion matrix, by descending confidence.
 
-    If there are more than `limit`, only the most confident predictions are returned: first the
-    `MOST_CONFIDENT` overall, then one from each cell, then a second one, and so on. Cells with
-    more images come first.
+    If there are more than `limit` wrong predictions, the function selects those with the highest
+    confidence. It first selects `MOST_CONFIDENT` predictions from all cells together. It then
+    selects one prediction from each cell, then a second prediction from each cell, and so on. Cells
+    with more wrong predictions come first.
 
     Args:
-        logits: (N, C), of the images of `split`.
+        logits: (N, C) logits of the images in `split`.
         split: N images and their labels.
         limit: maximum number of images.
 
     Returns:
-        `mistakes` (M, 3, 32, 32) uint8, and `mistake_index`, `mistake_true`, `mistake_predicted`
-        and `mistake_confidence`, each (M,).
+        mistakes: (M, 3, 32, 32) uint8.
+        mistake_index: (M,) indices in `split`.
+        mistake_true, mistake_predicted: (M,) classes.
+        mistake_confidence: (M,) probabilities of the predicted classes.
     """
     labels, predicted = split.labels.cpu().numpy(), logits.argmax(axis=1)
     confidence = softmax(logits).max(axis=1)
@@ -103,14 +107,14 @@ def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES)
 
 
 def _select_evenly(cells: IntArray, limit: int) -> IntArray:
-    """Select at most `limit` indices of `cells`, distributed evenly over its values.
+    """Select at most `limit` indices of `cells`, evenly distributed over the values of `cells`.
 
-    The first `MOST_CONFIDENT` indices are always selected. The result is in ascending order.
+    The result contains the first `MOST_CONFIDENT` indices. It is in ascending order.
     """
     by_cell = np.argsort(cells, kind="stable")
     _, starts, counts = np.unique(cells[by_cell], return_index=True, return_counts=True)
     rank, size = np.empty_like(by_cell), np.empty_like(by_cell)
-    rank[by_cell] = np.arange(len(cells)) - np.repeat(starts, counts)  # within its cell
+    rank[by_cell] = np.arange(len(cells)) - np.repeat(starts, counts)  # rank within the cell
     size[by_cell] = np.repeat(counts, counts)
     rank[:MOST_CONFIDENT] = -1
     return np.sort(np.lexsort((-size, rank))[:limit])

@@ -1,8 +1,8 @@
-"""Tests of whether two accuracies differ by more than chance.
+"""Test whether two accuracies differ by more than chance.
 
-Two sources of chance need different tests. Training with another seed gives another accuracy:
-`compare_means` compares the accuracies of several seeds. Testing on other images gives another
-accuracy: `compare_predictions` compares two models image by image.
+Two sources of chance need different tests. Training with another seed gives another accuracy, so
+`compare_means` compares the accuracies of several seeds. Testing on other images also gives another
+accuracy, so `compare_predictions` compares two models image by image.
 """
 
 import math
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-LEVEL = 0.05  # a difference is significant if its p-value is below
+LEVEL = 0.05  # a difference is significant if its p-value is below this level
 CONFIDENCE = 1 - LEVEL
-RESAMPLES = 10_000  # of the bootstrap
-MAX_PERMUTATIONS = 10_000  # above, a random sample of permutations is tested
+RESAMPLES = 10_000  # number of bootstrap samples
+MAX_PERMUTATIONS = 10_000  # if there are more permutations, the test uses a random sample
 
 Interval = tuple[float, float]
 BoolArray = npt.NDArray[np.bool_]
@@ -26,13 +26,13 @@ class Means:
     """Comparison of the mean accuracies of two groups of runs.
 
     Attributes:
-        difference: mean of the first group minus mean of the second, a fraction.
+        difference: mean of the first group minus mean of the second group, as a fraction.
         interval: 95 % confidence interval of the difference.
         p_value: two-sided p-value of the t-test.
-        permutation_p_value: two-sided p-value of the permutation test, or None for a group of
-            one run. Its smallest possible value depends on the number of runs.
-        pooled: whether both groups are assumed to have the same variance, which is required if one
-            of them has only one run.
+        permutation_p_value: two-sided p-value of the permutation test, or None if a group has only
+            one run. The number of runs limits how small this value can be.
+        pooled: whether the t-test assumes that both groups have the same variance. This is
+            necessary if a group has only one run.
     """
 
     difference: float
@@ -47,7 +47,7 @@ class Paired:
     """Comparison of the predictions of two models on the same images.
 
     Attributes:
-        difference: accuracy of the first model minus accuracy of the second, a fraction.
+        difference: accuracy of the first model minus accuracy of the second model, as a fraction.
         interval: 95 % bootstrap interval of the difference.
         p_value: two-sided p-value of McNemar's exact test.
         only_first: number of images that only the first model classifies correctly.
@@ -64,7 +64,7 @@ class Paired:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the 95 % confidence interval of a mean, from the t-distribution.
+    """Return the 95 % confidence interval of a mean. It uses the t-distribution.
 
     Args:
         values: at least two accuracies.
@@ -78,13 +78,13 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def compare_means(first: Sequence[float], second: Sequence[float]) -> Means:
-    """Compare two groups of accuracies, one per seed.
+    """Compare the mean accuracies of two groups of runs with different seeds.
 
-    The p-value is that of Welch's t-test. If one group has a single run, whose variance is
-    unknown, it is that of Student's t-test with the variance of the other group.
+    The p-value is from Welch's t-test. A group with a single run has no variance. In this case, the
+    p-value is from Student's t-test with the variance of the other group.
 
     Args:
-        first, second: accuracies; at least three in total.
+        first, second: accuracies of the two groups, at least three in total.
 
     Raises:
         ValueError: there are fewer than three accuracies, or a group is empty.
@@ -95,7 +95,7 @@ def compare_means(first: Sequence[float], second: Sequence[float]) -> Means:
         raise ValueError("the comparison of means requires three accuracies in two groups")
     difference = float(np.mean(first) - np.mean(second))
     pooled = min(len(first), len(second)) == 1
-    if np.ptp(first) == np.ptp(second) == 0:  # no variance: the t-statistic is undefined
+    if np.ptp(first) == np.ptp(second) == 0:  # without variance, the t-statistic is undefined
         p_value, interval = float(difference == 0), (difference, difference)
     else:
         result = stats.ttest_ind(first, second, equal_var=pooled)
@@ -126,7 +126,7 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
     """Compare two models on the same images.
 
     Args:
-        first, second: (N,) bool, True for the images that the model classifies correctly.
+        first, second: (N,) bool, True for images that the model classifies correctly.
 
     Raises:
         ValueError: the arrays are empty or differ in shape.
@@ -139,11 +139,11 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
     only_first = int((first & ~second).sum())
     only_second = int((~first & second).sum())
     discordant = only_first + only_second
-    # If the models were equally accurate, a discordant image would favor either with probability
-    # one half (McNemar 1947; exact form: binomial).
+    # If the models are equally accurate, a discordant image favors each model with probability 1/2.
+    # This is the exact (binomial) form of the test of McNemar 1947.
     p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
-    # To resample images with replacement is to draw these three counts from a multinomial
-    # distribution.
+    # Resampling images with replacement is equivalent to drawing the three counts from a
+    # multinomial distribution.
     shares = np.array([only_first, only_second, images - discordant]) / images
     drawn = np.random.default_rng(0).multinomial(images, shares, RESAMPLES)
     differences = (drawn[:, 0] - drawn[:, 1]) / images
@@ -159,10 +159,10 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for the number of comparisons (Holm 1979), in the given order.
+    """Adjust p-values for the number of comparisons (Holm 1979). Keep their order.
 
-    The probability that at least one difference is declared significant by chance stays below the
-    significance level.
+    If no differences exist, the probability of a significant result stays below the significance
+    level.
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

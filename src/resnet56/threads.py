@@ -1,12 +1,12 @@
 """Choose the number of CPU threads according to the load from other programs.
 
-A training step has hundreds of barriers at which every thread waits for the slowest. A thread that
-shares its core with another program runs only part of the time, and all others wait for it. If
-another program keeps one of two cores busy, two threads are therefore slower than one. Training on
-the CPU uses as many threads as there are free cores, and adjusts the number as the load changes.
+A training step has hundreds of barriers, where every thread waits for the slowest thread. A thread
+that shares its core with another program runs only part of the time, and all other threads wait for
+it. For example, if another program keeps one of two cores busy, two threads are slower than one.
+Training on the CPU uses one thread per free core, and adjusts the number of threads to the load.
 
 The number of threads determines the order of some sums, and therefore the last bits of the weights.
-Every change is recorded with its first step, and a resumed run uses the recorded numbers.
+Runs record every change with its first step. A resumed run uses the recorded numbers.
 """
 
 import math
@@ -21,16 +21,16 @@ import psutil
 
 from resnet56.errors import UsageError, option
 
-WINDOW = 5.0  # seconds between two decisions
-FIRST_WINDOW = 0.3  # seconds before the first decision; CPU times have a resolution of 10 ms
-BUSY = 0.4  # a core counts as busy above this load from other programs
-FREE = 0.25  # a busy core counts as free again at or below this load
+WINDOW = 5.0  # seconds of a measurement window; a decision follows each window
+FIRST_WINDOW = 0.3  # seconds of the first window; CPU times have a resolution of 10 ms
+BUSY = 0.4  # a core counts as busy if its load from other programs exceeds this value
+FREE = 0.25  # a busy core counts as free again if its load falls to this value
 BACKOFF_WINDOWS = 12  # if cores become busy again within this number of windows, the wait doubles
-MAX_WAIT = 12  # maximum number of measurement windows to wait before using free cores
+MAX_WAIT = 12  # maximum number of windows to wait before using free cores
 
-SLOW = 0.5  # fraction of the run's median throughput below which a warning is shown
-RECOVERED = 0.75  # fraction above which the warning can be shown again
-MIN_WINDOWS = 6  # number of windows required for the median
+SLOW = 0.5  # warn if throughput falls below this fraction of the run's median
+RECOVERED = 0.75  # warn again only after throughput has exceeded this fraction of the median
+MIN_WINDOWS = 6  # minimum number of windows for the median
 
 
 class Load(NamedTuple):
@@ -44,19 +44,20 @@ class Meter(Protocol):
     """The interface of `LoadMeter`."""
 
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
-        """Return the load since the last window, or None if it ended less than `seconds` ago."""
+        """Return the load since the last window. See `LoadMeter.window`."""
         ...
 
 
 class LoadMeter:
-    """Measures how much other programs use the cores available to this process.
+    """Measures how much other programs use the cores that this process may use.
 
-    Time that a hypervisor gives to other machines (steal time) counts as use by other programs.
+    The time that a hypervisor gives to other virtual machines (steal time) counts as load from
+    other programs.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        # macOS has no affinity mask.
+        # Processes have no affinity mask on macOS.
         has_affinity = hasattr(self._process, "cpu_affinity")
         self._allowed = set(self._process.cpu_affinity()) if has_affinity else None
         self._last = self._read()
@@ -64,7 +65,8 @@ class LoadMeter:
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
         """Return the load since the last window.
 
-        If the last window ended less than `seconds` ago, return None. With `wait`, sleep instead.
+        If the last window ended less than `seconds` ago, return None. If `wait` is True, wait until
+        `seconds` have passed instead.
         """
         missing = seconds - (time.perf_counter() - self._last[0])
         if missing > 0:
@@ -77,7 +79,7 @@ class LoadMeter:
         return Load(elapsed, max(0.0, busy - own) / elapsed)
 
     def _read(self) -> tuple[float, float, float]:
-        """Return the time, and the CPU time of all programs and of this one, in seconds."""
+        """Return the time, the CPU time of all processes, and that of this process, in seconds."""
         busy = 0.0
         for number, times in enumerate(psutil.cpu_times(percpu=True)):
             if self._allowed is None or number in self._allowed:
@@ -91,13 +93,13 @@ class LoadMeter:
 class ThreadControl:
     """Controls the number of threads of a training run.
 
-    Use it as a context manager. It restores PyTorch's number of threads on exit.
+    Use this class as a context manager. It restores PyTorch's number of threads on exit.
 
     Args:
-        requested: a fixed number of threads, or None to choose the number automatically.
+        requested: a fixed number of threads. By default, the number is chosen automatically.
         adaptive: whether to adjust the number to the load. Use False on a GPU or if several
             processes share the cores.
-        meter: measures the load.
+        meter: measures the load from other programs.
 
     Raises:
         UsageError: `requested` is less than one or more than the number of processors.
@@ -110,23 +112,23 @@ class ThreadControl:
             check_threads(requested)
         self.requested = requested
         self.adaptive = adaptive and requested is None
-        self.others = 0.0  # cores used by other programs in the last window
-        self.changes: list[list[int]] = []  # [first step, threads], in order
-        import torch  # imported here because ONNX inference runs without PyTorch
+        self.others = 0.0  # number of cores that other programs used in the last window
+        self.changes: list[list[int]] = []  # [first step, number of threads] of each change
+        import torch  # ONNX inference imports this module, but not PyTorch
 
         self._torch = torch
         self._before = torch.get_num_threads()
         usable = usable_cores()
         self._max_threads = min(self._before, usable)
-        # Two hyperthreads share a core.
+        # Count a core with two hyperthreads once.
         self.cores = min(usable, psutil.cpu_count(logical=False) or usable)
         self._meter = meter or LoadMeter()
-        self._wait_windows = 1  # windows in which cores must be free before they are used
+        self._wait_windows = 1  # number of windows that cores must be free before they are used
         self._free_windows = 0
         self._windows_since_up = BACKOFF_WINDOWS
 
     def __enter__(self) -> "ThreadControl":
-        """Set the number of threads that `begin` or `after_step` chose last, if any."""
+        """Restore the number of threads that `begin` or `after_step` last set, if any."""
         if self.changes:
             self._torch.set_num_threads(self.changes[-1][1])
         return self
@@ -150,7 +152,7 @@ class ThreadControl:
 
         Args:
             step: the first step to run.
-            recorded: the `state` of the run to resume.
+            recorded: the result of `state` in the run to resume.
 
         Returns:
             A message for the user, or an empty string.
@@ -181,8 +183,8 @@ class ThreadControl:
         """Adjust the number of threads for `step` and later steps.
 
         Returns:
-            A message for the user if the number changed, or an empty string. After a change, the
-            caller saves a checkpoint, so that a resumed run changes the number at the same step.
+            A message for the user if the number changed, or an empty string. After a change, save a
+            checkpoint, so that a resumed run changes the number at the same step.
         """
         load = self._meter.window(WINDOW)
         if load is None:
@@ -206,11 +208,11 @@ class ThreadControl:
         return ""
 
     def state(self) -> dict[str, Any]:
-        """Return the state for resuming, as JSON values."""
+        """Return the state that resuming needs, as JSON values."""
         return {"fixed": not self.adaptive, "changes": self.changes}
 
     def _free_threads(self, others: float, tolerance: float) -> int:
-        """Return the number of threads that have a free core if `others` cores are busy."""
+        """Return the number of threads that can have a free core while `others` cores are busy."""
         return max(1, min(math.floor(self.cores - others + tolerance), self._max_threads))
 
     def _set(self, threads: int, step: int) -> None:
@@ -224,11 +226,11 @@ class ThreadControl:
 
 
 class ThroughputMonitor:
-    """Detects when throughput falls below half of the run's median.
+    """Detects a throughput of less than half of the run's median.
 
     Args:
         control: provides the load from other programs.
-        device: "cpu", "cuda", ..., for the likely reason.
+        device: type of the device, such as "cpu" or "cuda". Messages mention likely reasons for it.
     """
 
     def __init__(self, control: ThreadControl, device: str) -> None:
@@ -237,26 +239,25 @@ class ThroughputMonitor:
         self._rates: list[float] = []
         self._warned = False
         self._changes = len(control.changes)
-        self._last = (0, 0.0)  # images and seconds of the epoch at the last update
+        self._last = (0, 0.0)  # arguments of the last update
         self._images = self._cost = self._seconds = 0.0
 
     def update(self, images: int, seconds: float, cost: float = 1.0) -> str:
-        """Record progress and return a message for the user, or an empty string.
+        """Record progress. Return a message for the user, or an empty string.
 
         Args:
-            images: number of images of this epoch so far.
+            images: number of images that training has processed in this epoch so far.
             seconds: training time of these images.
             cost: cost of an image in this epoch, relative to other epochs.
         """
-        if images < self._last[0]:  # a new epoch
+        if images < self._last[0]:  # a new epoch has started
             self._last = (0, 0.0)
         self._images += images - self._last[0]
         self._cost += cost * (images - self._last[0])
         self._seconds += seconds - self._last[1]
         self._last = (images, seconds)
-        if self._changes != len(
-            self._control.changes
-        ):  # the number of threads changed within the window
+        # Discard a window in which the number of threads changed.
+        if self._changes != len(self._control.changes):
             self._changes = len(self._control.changes)
             self._images = self._cost = self._seconds = 0.0
         if self._seconds < WINDOW:
@@ -295,7 +296,8 @@ def _override() -> str:
 
 def usable_cores() -> int:
     """Return the number of processors that the affinity mask and the container quota allow."""
-    # The command line sets JOBLIB_MULTIPROCESSING=0, for which joblib.cpu_count returns 1.
+    # Do not use `joblib.cpu_count`. It returns 1, because the command line sets
+    # JOBLIB_MULTIPROCESSING=0.
     from joblib.externals.loky import cpu_count
 
     return int(cpu_count())
@@ -314,7 +316,7 @@ def set_threads(requested: int | None) -> None:
     """Set PyTorch's number of threads.
 
     Args:
-        requested: the number of threads, or None for the number of cores that are free now.
+        requested: number of threads. None selects the number of cores that are free now.
 
     Raises:
         UsageError: `requested` is less than one or more than the number of processors.
