@@ -183,7 +183,7 @@ def test_the_command_prints_tables_and_writes_json(
         (["--seconds", "nan"], "--seconds: expected a finite number"),
         (
             ["--json", "no/such/directory/x.json"],
-            "--json no/such/directory/x.json: the directory does not exist",
+            "--json no/such/directory/x.json: the directory does not exist; create it first",
         ),
         (["--json", "."], "--json . is a directory; choose a file"),
         (["--rounds", "0"], "--rounds must be from 1"),

@@ -482,7 +482,7 @@ def test_a_comparison_ranks_runs_and_groups_seeds(
     [pair] = page.tables["pairs"][1:]
     assert pair[:2] == ["group\N{NO-BREAK SPACE}1", "he"]
     assert (pair[4], pair[8]) == ("Student", "yes")
-    assert "A single run has no variance of its own." in page.text
+    assert "The variance of a single run is unknown." in page.text
 
 
 def test_errors_over_epochs_are_plotted(tmp_path: Path) -> None:

@@ -58,14 +58,14 @@ To try it without a download: resnet56 train quick --data digits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code. User errors are printed as one line."""
+    """Run the command and return its exit code. Prints user errors as one line."""
     _open_standard_streams()
-    # Without a writable /dev/shm, joblib warns about multiprocessing, which is not used here.
+    # Without a writable /dev/shm, joblib warns about multiprocessing, which is unused.
     os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [_expand(argument) for argument in given]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that cannot be encoded
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that cannot be encoded
     try:
         with spell_flags():
             code = _run(arguments)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except Error as error:
         return _fail(str(error), error.exit_code)
-    except SystemExit as stopped:  # tyro printed the help, or rich found a broken pipe
+    except SystemExit as stopped:  # Either tyro printed the help, or rich found a broken pipe.
         if isinstance(stopped.__context__, BrokenPipeError):
             return _pipe_closed(arguments)
         return int(stopped.code or 0)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stopped", INTERRUPTED)
     except BrokenPipeError:
         return _pipe_closed(arguments)
-    except OSError as error:  # such as missing permissions or a path that is too long
+    except OSError as error:  # for example, missing permissions or a path that is too long
         prefix = f"{error.filename}: " if error.filename else ""
         line = f"{prefix}{error.strerror or error}"
         if "usable temporary directory" in line:
@@ -104,10 +104,10 @@ def _expand(argument: str) -> str:
 
 
 def _open_standard_streams() -> None:
-    """Open standard streams that are closed (`>&-`) on the null device.
+    """Connect closed standard streams (`>&-`) to the null device.
 
-    Otherwise, the next file that is opened would get the descriptor of the stream, and C libraries
-    would write messages to this file.
+    Otherwise, the next opened file would get the descriptor of the stream, and C libraries would
+    write messages to that file.
     """
     modes = {"stdin": "r", "stdout": "w", "stderr": "w"}
     for number, (name, mode) in enumerate(modes.items()):
@@ -120,7 +120,7 @@ def _open_standard_streams() -> None:
 
 
 def _pipe_closed(arguments: Sequence[str]) -> int:
-    """Return the exit code after stdout was closed, as by `| head -1`."""
+    """Return the exit code for a closed stdout, as in `resnet56 ... | head -1`."""
     _discard(sys.stdout)
     if arguments[:1] != ["train"]:
         return BROKEN_PIPE
@@ -133,7 +133,7 @@ def _pipe_closed(arguments: Sequence[str]) -> int:
 
 def _discard(stream: TextIO) -> None:
     """Discard buffered output. Otherwise, Python would print an error at exit."""
-    with contextlib.suppress(OSError, ValueError):  # no file descriptor, as in tests
+    with contextlib.suppress(OSError, ValueError):  # In tests, streams have no file descriptor.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -1,6 +1,6 @@
 """Parse command-line arguments into a dataclass with tyro. Error messages are one line.
 
-The syntax of numbers is stricter than in Python: they must be finite and use only ASCII digits,
+The syntax of numbers is stricter than in Python. Numbers must be finite, with ASCII digits and
 without underscores. Integers have at most 18 digits, so they fit in 64 bits.
 """
 
@@ -24,8 +24,8 @@ from resnet56.errors import UsageError, escape
 
 Options = TypeVar("Options")
 
-COLUMNS = 80  # width of the help
-MAX_VALUE_LENGTH = 40  # in error messages
+COLUMNS = 80  # maximum width of the help
+MAX_VALUE_LENGTH = 40  # maximum length of a value in an error message
 NAME_INDENT = 6  # column of the names in tyro's list of missing arguments
 NUMBERS = ConstructorRegistry()
 
@@ -38,14 +38,14 @@ def parse(
     default: Options | None = None,
     description: str | None = None,
 ) -> Options:
-    """Parse flags into an instance of `options_type`, a dataclass.
+    """Parse flags into an instance of the dataclass `options_type`.
 
     Raises:
         UsageError: a flag is unknown or missing, or a value is invalid.
         SystemExit: the help was requested and printed.
     """
     extra: dict[str, Any] = {} if default is None else {"default": default}
-    _hide_empty_defaults(options_type)  # type: ignore[arg-type]  # a class is hashable
+    _hide_empty_defaults(options_type)  # type: ignore[arg-type]  # Classes are hashable.
     output, errors = _Terminal(), _Terminal()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), NUMBERS:
@@ -155,10 +155,10 @@ def _nested(options_type: type) -> Iterator[tuple[type, dataclasses.Field[Any]]]
 
 @functools.cache
 def _hide_empty_defaults(options_type: type) -> None:
-    """Annotate the fields so that the help shows neither "(default: None)" nor --no-json."""
+    """Annotate the fields to hide "(default: None)" and --no-json in the help."""
     for owner, field in _nested(options_type):
         settings: list[object] = [tyro.conf.arg(help_behavior_hint=_hint)]
-        if field.type is bool and owner is options_type:  # recipe flags need their --no- form
+        if field.type is bool and owner is options_type:  # Recipe flags need their --no- form.
             settings = [tyro.conf.arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
         owner.__annotations__[field.name] = Annotated[field.type, *settings]
 
@@ -200,7 +200,7 @@ def _unknown(tokens: Sequence[str], options_type: type) -> str:
 
 
 def _error_line(output: str) -> str:
-    """Extract the error from tyro's box, which contains a title, the error, a rule and the help."""
+    """Extract the error from tyro's box, which contains a title, the error, a line and the help."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", output).partition("\n")[2]
     error = re.split(r"\n\W*───", box)[0]
     rows = [re.sub("[│╭╮╰╯─]", " ", row).rstrip() for row in error.splitlines()]
@@ -213,7 +213,7 @@ def _error_line(output: str) -> str:
     return line
 
 
-# Patterns that match errors of tyro, and the messages that replace them.
+# Patterns of errors of tyro, and the messages that replace these errors.
 ERROR_MESSAGES = {
     r"Missing value for argument '(\S+/)?(?P<flag>\S+)'": "{flag}: a value is missing",
     r"invalid choice (?P<value>.*) for argument '(\S+/)?(?P<flag>\S+)'. Expected one of "

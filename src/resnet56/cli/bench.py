@@ -18,8 +18,8 @@ COMMA_SEPARATED = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
 class BenchOptions:
     """Benchmark training and inference against a standard PyTorch loop.
 
-    The candidates are measured alternately, which takes a few minutes. Do not run other programs at
-    the same time.
+    The benchmark measures the candidates alternately and takes a few minutes. Do not run other
+    programs at the same time.
     """
 
     data: Data = None
@@ -59,10 +59,10 @@ def run(arguments: list[str]) -> int:
     options = parse(BenchOptions, arguments, "resnet56 bench")
     if not (1 <= options.rounds <= 10_000 and 0 < options.seconds <= 3600):
         raise UsageError(
-            "--rounds must be from 1 to 10,000, and --seconds positive and at most 3,600"
+            "--rounds must be from 1 to 10,000, and --seconds must be positive and at most 3,600"
         )
     if options.json and not options.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {options.json}: the directory does not exist")
+        raise UsageError(f"--json {options.json}: the directory does not exist; create it first")
     if options.json and options.json.is_dir():
         raise UsageError(f"--json {options.json} is a directory; choose a file")
     from resnet56 import model

@@ -19,9 +19,9 @@ Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="R
 
 
 def say(line: str) -> None:
-    """Print a message to stderr. Results go to stdout.
+    """Print a message to stderr as one line. Escapes control characters.
 
-    Control characters are escaped, so the message stays on one line.
+    Results go to stdout.
     """
     print(escape_line(line), file=sys.stderr)
 
@@ -52,7 +52,8 @@ def load_data(
     from resnet56.data import readers
     from resnet56.distributed import Distributed
 
-    if data is None and (own or "digits") == "digits":  # even if a directory has this name
+    # A directory with the name "digits" does not replace the default data set.
+    if data is None and (own or "digits") == "digits":
         return readers.load_digits()
     name = data if data is not None else own or "digits"
     dataset = readers.load_data(name, evaluation=evaluation, skip_broken=skip_broken)
@@ -62,7 +63,7 @@ def load_data(
 
 
 def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
-    """Select the images of the given classes, and print a remark about any others."""
+    """Select the images of the given classes, and print a remark about other images, if any."""
     printed = len(dataset.remarks)
     dataset = dataset.for_classes(classes)
     for remark in dataset.remarks[printed:]:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class CompareOptions:
     """Test whether the test accuracies of runs differ by more than chance.
 
-    Runs that differ only in their seed form a group. Groups are compared by the means over their
-    seeds, and two single runs by their predictions on the same images.
+    Runs that differ only in their seed form a group. Groups are compared by their means over seeds.
+    Two single runs are compared by their predictions on the same images.
     """
 
     runs: Annotated[
@@ -47,7 +47,9 @@ def run(arguments: list[str]) -> int:
     first = entries[0]
     for entry in entries:
         if entry.facts.test is None:
-            raise UsageError(f"{entry.facts.path} is not evaluated; run resnet56 evaluate on it")
+            raise UsageError(
+                f"{entry.facts.path} has not been evaluated; run resnet56 evaluate on it"
+            )
         if comparison.data_key(entry) != comparison.data_key(first):
             raise UsageError(
                 f"{first.facts.path} and {entry.facts.path} were tested on different images; "
@@ -81,7 +83,7 @@ def run(arguments: list[str]) -> int:
 def _json(
     groups: "Sequence[Group]", differences: "Sequence[Difference]", title: str, notes: list[str]
 ) -> dict[str, Any]:
-    """Return the JSON output. Groups are referenced by their index in `groups`."""
+    """Return the JSON output. Differences refer to groups by their index in `groups`."""
     return {
         "title": title,
         "groups": [

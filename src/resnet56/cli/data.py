@@ -21,7 +21,7 @@ class FetchOptions:
     """Directory for data sets. By default, $RESNET56_DATA, or a directory in the user's cache."""
 
     mirror: tuple[str, ...] = ()
-    """URLs to try before the official one. By default, $RESNET56_MIRROR."""
+    """URLs to try before the official URL. By default, $RESNET56_MIRROR."""
 
 
 def run(arguments: list[str]) -> int:

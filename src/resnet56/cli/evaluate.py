@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a model. Results of a run on its own data are saved in the run directory."""
+    """Evaluate a model. For a run on its own data, save the results in the run directory."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
     """Run directory, model hub directory, exported file, or name of a pretrained model."""
@@ -34,10 +34,10 @@ class EvaluateOptions:
     CIFAR-10.1. By default, the data of the run."""
 
     split: Literal["test", "train", "validation"] = "test"
-    """Split to print. For a run on its own data, all splits are evaluated."""
+    """Split to print. A run on its own data is evaluated on all splits."""
 
     skip_broken: bool = False
-    """Skip images that cannot be read, with a warning, instead of stopping."""
+    """Skip unreadable images with a warning instead of stopping."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
@@ -181,7 +181,7 @@ def _evaluate_run(
     precision: "Precision",
     title: str,
 ) -> None:
-    """Evaluate a run on its own data, and save the results in the run directory."""
+    """Evaluate a run on its own data and save the results in the run directory."""
     from resnet56.cli import tables
     from resnet56.evaluation import evaluate_run, measure_extras
     from resnet56.files import read_json, to_json

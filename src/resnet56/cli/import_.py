@@ -33,10 +33,10 @@ class ImportOptions:
 
     mean: tuple[float, float, float] | None = None
     """Channel means of the training images, from 0 to 1. By default, the values in the file, or
-    those that the authors of the model used."""
+    the values that the authors of the model used."""
 
     std: tuple[float, float, float] | None = None
-    """Channel standard deviations of the training images. By default, as for --mean."""
+    """Channel standard deviations of the training images. The default is chosen as for --mean."""
 
     classes: tuple[str, ...] = ()
     """Class names in the order of the outputs, a text file with one name per line, cifar10,
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
         std=options.std,
         classes=_names(options.classes),
     )
-    restore(imported.checkpoint, torch.device("cpu"))  # raises if the outputs are not finite
+    restore(imported.checkpoint, torch.device("cpu"))  # Raises an error if outputs are not finite.
     directory.create()
     directory.save(imported.checkpoint)
     for remark in imported.remarks:

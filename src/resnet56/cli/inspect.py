@@ -34,7 +34,7 @@ class InspectOptions:
     models: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|ARCH [...]")
     ]
-    """Runs, or architectures at initialization such as plain56. All are drawn in one plot."""
+    """Runs, or architectures at initialization such as plain56. The plot shows all of them."""
 
     pretrained: bool = False
     """Use the pretrained weights of an architecture instead of its initial weights."""
@@ -48,7 +48,7 @@ class InspectOptions:
     seed: int = 0
     """Seed of the initial weights and the choice of images."""
 
-    batch_norm: bool = True  # the help below is that of --no-batch-norm
+    batch_norm: bool = True  # The help below describes --no-batch-norm.
     """Replace each batch norm with the identity. Only for architectures at initialization."""
 
     device: str = "auto"
@@ -174,7 +174,7 @@ def _inspect(
 
 
 def _draw(entries: list[dict[str, Any]], out: Path) -> None:
-    """Write the plot, with one panel per quantity and one curve per model."""
+    """Write a plot with one panel per quantity and one curve per model."""
     from resnet56.files import write_bytes
     from resnet56.report.plots import Line, Panel, layers
 

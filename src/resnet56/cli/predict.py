@@ -47,8 +47,8 @@ class PredictOptions:
     """Print comma-separated values with a header line."""
 
     cam: Path | None = None
-    """Directory in which to write each image, overlaid with its class activation map, as
-    NAME.cam.png."""
+    """Directory to write to. For each image, NAME.cam.png shows it with its class activation
+    map."""
 
     logits: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
     """File for the logits: arrays logits (N, classes) float32, images (N,) file names, and classes
@@ -74,7 +74,7 @@ class Source:
 
     name: str
     image: Path | bytes
-    map_name: str  # relative path in the --cam directory, without suffix
+    map_name: str  # relative path in the --cam directory without suffix
 
 
 def run(arguments: list[str]) -> int:
@@ -91,7 +91,7 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"--max-pixels must be at least 1, not {options.max_pixels}")
         from PIL import Image
 
-        Image.MAX_IMAGE_PIXELS = options.max_pixels  # for this process
+        Image.MAX_IMAGE_PIXELS = options.max_pixels  # This applies to the current process.
     from resnet56.files import check_target
     from resnet56.predict import load
 
@@ -154,7 +154,7 @@ def _write_outputs(
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
-    """Return the images that the arguments name, and the number of directories without images."""
+    """Return the images in the arguments, and the number of directories without images."""
     from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0
@@ -174,7 +174,7 @@ def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
             for file in files:
                 map_name = file.relative_to(path).with_suffix("").as_posix()
                 sources.append(Source(str(file), file, map_name))
-        elif path.is_fifo():  # such as <(curl ...), which can be read only once
+        elif path.is_fifo():  # for example, <(curl ...), which can be read only once
             sources.append(Source(argument, path.read_bytes(), path.stem))
         else:
             sources.append(Source(argument, path, path.stem))
@@ -230,13 +230,13 @@ def _write_map(
 ) -> None:
     """Write the image with its class activation map.
 
-    This reads the image again, because the originals of a batch may not fit in memory.
+    This function reads the image again because the originals of a batch may not fit in memory.
     """
     from resnet56.data.images import overlay, read_image
     from resnet56.files import write_bytes
 
     name, number = source.map_name, 1
-    while name in used_names:  # images with the same name from several directories
+    while name in used_names:  # Several directories can contain images with the same name.
         number += 1
         name = f"{source.map_name}-{number}"
     used_names.add(name)

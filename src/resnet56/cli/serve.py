@@ -41,7 +41,7 @@ class ServeOptions:
 def run(arguments: list[str]) -> int:
     """Run `resnet56 serve` until Ctrl-C or SIGTERM, then finish the requests in flight."""
     options = parse(ServeOptions, arguments, "resnet56 serve")
-    if not 0 <= options.drain <= 3600:  # also true for NaN
+    if not 0 <= options.drain <= 3600:  # This also rejects NaN.
         raise UsageError(f"--drain must be from 0 to 3600 seconds, not {options.drain:g}")
     try:
         from resnet56.serve.limits import Limits

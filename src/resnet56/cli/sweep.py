@@ -37,12 +37,12 @@ class SweepOptions:
     (TPE) suggests values based on earlier trials."""
 
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = ()
-    """Seeds of each trial. Its value is the mean validation accuracy over them. By default, the
-    seed of the recipe."""
+    """Seeds of each trial. The value of a trial is the mean validation accuracy over its seeds. By
+    default, the seed of the recipe."""
 
     no_prune: bool = False
     """Train all trials to the end. By default, only the better half of the trials continues after a
-    quarter of the epochs, after half of them, and after each seed (successive halving)."""
+    quarter of the epochs, after half of the epochs, and after each seed (successive halving)."""
 
     data: Data = None
     """Data set: digits (the default, no download), cifar10, cifar100 or a directory."""
@@ -55,7 +55,7 @@ class SweepOptions:
     the same command on each machine. By default, OUT/study.db, for processes on one machine."""
 
     skip_broken: bool = False
-    """Skip images that cannot be read, with a warning, instead of stopping."""
+    """Skip unreadable images with a warning instead of stopping."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
@@ -125,7 +125,7 @@ def run(arguments: list[str]) -> int:
             output=output,
         )
     except KeyboardInterrupt as interrupted:
-        say("")  # start a new line after the terminal's ^C
+        say("")  # Start a new line after the ^C that the terminal prints.
         say(f"stopped; no trial is lost; continue with: {given}")
         return getattr(interrupted, "exit_code", INTERRUPTED)
     finally:
@@ -135,7 +135,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _show(content: "Sweep", options: SweepOptions) -> None:
-    """Print the result."""
+    """Print the result of a sweep."""
     from resnet56.files import to_json
     from resnet56.progress import percent
     from resnet56.sweep import listed
@@ -194,22 +194,23 @@ def parse_space(texts: tuple[str, ...]) -> "dict[str, Range | Choices]":
     return space
 
 
-def _value(text: str, kind: Any) -> Any:
-    """Parse a value of a field. Raises ValueError."""
-    if get_origin(kind) is tuple:
-        return tuple(_value(item, get_args(kind)[0]) for item in text.split())
+def _value(text: str, field_type: Any) -> Any:
+    """Parse a value of a field. Raises ValueError if the value is invalid."""
+    if get_origin(field_type) is tuple:
+        return tuple(_value(item, get_args(field_type)[0]) for item in text.split())
     text = text.strip()
-    if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            raise ValueError(f"{one_line(repr(text))} is not one of {', '.join(get_args(kind))}")
+    if get_origin(field_type) is Literal:
+        choices = get_args(field_type)
+        if text not in choices:
+            raise ValueError(f"{one_line(repr(text))} is not one of {', '.join(choices)}")
         return text
-    if kind is bool:
+    if field_type is bool:
         if text not in ("true", "false"):
             raise ValueError(f"expected true or false, not {one_line(repr(text))}")
         return text == "true"
-    if kind is int:
+    if field_type is int:
         return integer(text)
-    if kind is float:
+    if field_type is float:
         return number(text)
     return text
 

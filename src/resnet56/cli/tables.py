@@ -23,12 +23,12 @@ def _table(*columns: str, left: int = 1) -> Table:
 
 
 def _cell(name: str) -> str:
-    """Escape a name for a table cell, in which rich interprets brackets as markup."""
+    """Escape a name for a table cell, where rich would interpret brackets as markup."""
     return escape(name).replace("[", r"\[")
 
 
 def _percentage(value: float | None) -> str:
-    """Format a fraction as a percentage without the sign, or None as a dash."""
+    """Format a fraction as a percentage without the percent sign, or None as a dash."""
     return "\N{EN DASH}" if value is None else f"{100 * value:.2f}"
 
 

@@ -33,7 +33,7 @@ class TrainOptions:
     """Continue the run in --out from its last checkpoint."""
 
     skip_broken: bool = False
-    """Skip images that cannot be read, with a warning, instead of stopping."""
+    """Skip unreadable images with a warning instead of stopping."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
@@ -60,7 +60,7 @@ class _Job:
     """The options of a training run, with its data and run directory."""
 
     options: TrainOptions
-    own_data: str | None  # data origin of the run to resume
+    own_data: str | None  # origin of the data of the run to resume
     out: Path
 
     @property
@@ -89,7 +89,7 @@ def run(arguments: list[str]) -> int:
             _train(job, display)
         except Interrupted as interrupted:
             if is_main_process:
-                say("")  # start a new line after the terminal's ^C
+                say("")  # Start a new line after the ^C that the terminal prints.
                 say(f"stopped and saved a checkpoint; continue with: {job.resume_command}")
             return interrupted.exit_code
         except KeyboardInterrupt:
@@ -106,7 +106,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _choose(arguments: list[str]) -> _Job:
-    """Parse the arguments, and check them before the data are loaded."""
+    """Parse the arguments and check them before loading the data."""
     from resnet56.distributed import Distributed
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
@@ -114,7 +114,7 @@ def _choose(arguments: list[str]) -> _Job:
     options = _parse_train(arguments, name, base)
     if name is None and options.resume and options.out:
         file = options.out / "recipe.json"
-        if file.is_file():  # `train` rejects flags that change the run's recipe
+        if file.is_file():  # `train` rejects flags that change the recipe of the run.
             options = _parse_train(arguments, name, recipes.read(file))
     if name is None and not options.resume:
         raise UsageError(
@@ -140,7 +140,7 @@ def _choose(arguments: list[str]) -> _Job:
     out = options.out or unused_path(Path("runs") / f"{stem}-{Path(data).resolve().name}")
     run = RunDirectory(out)
     if options.resume:
-        run.load()  # raises if there is nothing to resume
+        run.load()  # Raises an error if there is nothing to resume.
     else:
         run.require_unused()
     return _Job(options, own, out)
@@ -191,7 +191,7 @@ def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recip
 
 
 def _origin_of_resumed(options: TrainOptions) -> str | None:
-    """Return the data origin of the run to resume, if any."""
+    """Return the origin of the data of the run to resume, if any."""
     from resnet56.runs.directory import RunDirectory
 
     if not (options.resume and options.out):

@@ -1,4 +1,4 @@
-"""Comparison of several runs: groups of seeds, tests of their differences, and charts."""
+"""Comparison of several runs: groups of seeds, tests of differences, and charts."""
 
 import math
 import statistics
@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def accuracy(self) -> float:
-        """The test accuracy of a tested run."""
+        """The test accuracy. The run must be tested."""
         assert self.facts.test is not None
         return self.facts.test["accuracy"]
 
@@ -55,7 +55,7 @@ class Entry:
 class Group:
     """Finished and tested runs that differ only in their seed, or one imported network.
 
-    The runs are sorted by ascending seed.
+    The runs are in ascending order of the seed.
     """
 
     rank: int
@@ -126,7 +126,7 @@ class Difference:
 
     @property
     def permutation_p_value(self) -> float | None:
-        """The p-value of the permutation test, or None without one."""
+        """The p-value of the permutation test, or None if there is no such test."""
         return None if isinstance(self.result, Paired) else self.result.permutation_p_value
 
     @property
@@ -159,7 +159,7 @@ def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
 
 
 def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
-    """Sort by test accuracy, best first; untested runs come last, in the given order."""
+    """Sort by test accuracy, best first. Untested runs come last, in the given order."""
     order = sorted(runs, key=lambda run: -run.test["accuracy"] if run.test else math.inf)
     names = [run.name for run in runs]
     return [
@@ -169,7 +169,7 @@ def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
 
 
 def title(entries: Sequence[Entry], grouped: Sequence[Group]) -> str:
-    """Return the headline: the number of runs, and the best group."""
+    """Return the headline: the number of runs and the best group."""
     trained = all(entry.facts.recipe for entry in entries)
     runs = words.plural(len(entries), "run" if trained else "network")
     if not grouped:
@@ -209,7 +209,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
 
 
 def data_key(entry: Entry) -> tuple[Any, ...]:
-    """Images and classes, which must be equal for two runs to be comparable."""
+    """Return the images and classes of a run. Only runs with equal values are comparable."""
     facts = entry.facts
     return facts.images or facts.source, facts.classes
 
@@ -231,7 +231,7 @@ def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
 
 
 def unrecorded(entries: Sequence[Entry]) -> str | None:
-    """Name the networks without a recipe."""
+    """State which networks have no recipe."""
     names = [entry.label for entry in entries if entry.facts.recipe is None]
     if not names:
         return None
@@ -240,11 +240,10 @@ def unrecorded(entries: Sequence[Entry]) -> str | None:
 
 
 def groups(entries: Sequence[Entry]) -> list[Group]:
-    """Group finished, tested runs that differ only in their seed; the highest mean comes first.
+    """Group finished, tested runs that differ only in their seed. The highest mean comes first.
 
-    A network without a recipe is a group of its own.
-    A run that repeats the seed of another run with the same settings is not an independent sample.
-    Of such runs, the first is used.
+    A network without a recipe is a group of its own. Runs with the same settings and the same seed
+    are not independent samples, so only the first of them is used.
     """
     by_recipe: dict[Any, dict[int, Entry]] = {}
     for entry in entries:
@@ -262,7 +261,7 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
 
 
 def differences(grouped: Sequence[Group]) -> list[Difference]:
-    """Compare all pairs of groups, or each of many groups with the best.
+    """Compare all pairs of groups, or each group with the best if there are many.
 
     The p-values are adjusted for the number of these comparisons. Pairs without a test are omitted:
     groups on different data sets, and single runs without predictions.npz.
@@ -300,8 +299,8 @@ def significance(pairs: Sequence[Difference]) -> str:
     """Summarize which differences are significant."""
     if not pairs:
         return (
-            "No difference can be tested. Two runs need the same test images and their "
-            "predictions.npz."
+            "No difference can be tested. A test requires the same test images and the "
+            "predictions.npz of both runs."
         )
     unclear = [pair for pair in pairs if not pair.significant]
     if len(pairs) == 1:
@@ -325,8 +324,8 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
     if "McNemar" in tests:
         sentences.append(
             "McNemar\N{RIGHT SINGLE QUOTATION MARK}s exact test compares two trained models on the "
-            "same images. It shows whether these models would also differ on other images of this "
-            "kind. It does not show that one recipe is better than another, because another seed "
+            "same images. It shows whether these models would also differ on other, similar "
+            "images. It does not show that one recipe is better than another, because another seed "
             "gives another model."
         )
     if "Welch" in tests:
@@ -336,9 +335,9 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
         )
     if "Student" in tests:
         sentences.append(
-            "A single run has no variance of its own. Its comparison with a group of several seeds "
-            "is Student\N{RIGHT SINGLE QUOTATION MARK}s t-test, which assumes that both have the "
-            "variance of the group. More seeds of the single run give a better test."
+            "The variance of a single run is unknown. Student\N{RIGHT SINGLE QUOTATION MARK}s "
+            "t-test compares the run with a group of several seeds and assumes that both have the "
+            "variance of the group. More seeds for the recipe of the single run give a better test."
         )
     for pair in pairs:
         if pair.test != "Welch":
@@ -361,7 +360,7 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
 
 
 def error_charts(entries: Sequence[Entry]) -> list[Chart]:
-    """Training error with test or validation error over epochs, if any run recorded one."""
+    """Plot training error with test or validation error over epochs, if any run recorded one."""
     curves, measured = [], set()
     for entry in entries:
         rows = entry.facts.rows
@@ -386,7 +385,7 @@ def _error(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
 
 
 def charts(entries: Sequence[Entry]) -> list[Chart]:
-    """Curves of all runs; the numbers in the legend are the ranks in the table."""
+    """Plot the curves of all runs. The numbers in the legend are the ranks in the table."""
     plotted = (
         ("train_loss", "Training loss", "cross-entropy, nats", False),
         ("train_accuracy", "Training accuracy", "accuracy, %", True),

@@ -29,13 +29,16 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """Images that an evaluation saved, as uint8 of shape (..., 3, 32, 32)."""
+    """The images in samples.npz: K training images with V versions each, and M mistakes.
+
+    Images are uint8. The mistakes are in descending order of confidence.
+    """
 
     originals: Array  # (K, 3, 32, 32)
     original_labels: Array  # (K,)
     augmented: Array  # (K, V, 3, 32, 32)
-    mistakes: Array  # (M, 3, 32, 32), by descending confidence
-    mistake_index: Array  # (M,), index into the test set
+    mistakes: Array  # (M, 3, 32, 32)
+    mistake_index: Array  # (M,), indices into the test set
     mistake_true: Array  # (M,)
     mistake_predicted: Array  # (M,)
     mistake_confidence: Array  # (M,)
@@ -45,27 +48,27 @@ class Samples:
 class Predictions:
     """The predictions of a run on the test images."""
 
-    labels: Array  # (N,), the true classes
-    correct: npt.NDArray[np.bool_]  # (N,) bool, True if the image is classified correctly
+    labels: Array  # true classes of shape (N,)
+    correct: npt.NDArray[np.bool_]  # whether each of the N images is classified correctly
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All data about a run that a report uses.
+    """The data about a run for a report.
 
     A model that `resnet56 import` converted has no recipe and no training curves.
     """
 
     path: Path
-    environment: Environment  # empty if it is missing
-    rows: list[EpochMetrics]  # metrics.jsonl, one row per epoch
+    environment: Environment  # environment.json, or an empty dictionary
+    rows: list[EpochMetrics]  # metrics.jsonl, with one row per epoch
     recipe: Recipe | None  # None if the training is not recorded
     config: ModelConfig
     progress: Progress
     metadata: CheckpointMetadata
     description: Description
-    evaluation: Evaluation | None  # of the current weights, or None
-    comparisons: list[Comparison]  # of devices or precisions, for the current weights
+    evaluation: Evaluation | None  # evaluation of the current weights
+    comparisons: list[Comparison]  # comparisons of devices or precisions, for the current weights
     samples: Samples | None
 
     @property
@@ -75,7 +78,7 @@ class RunFacts:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names, in the order of the outputs."""
+        """The class names in the order of the outputs."""
         return self.config.classes
 
     @property
@@ -95,7 +98,7 @@ class RunFacts:
 
     @property
     def validation(self) -> Metrics | None:
-        """The metrics on the validation images, if there are any."""
+        """The metrics on the validation images, if they were evaluated."""
         return self.evaluation.get("validation") if self.evaluation else None
 
     @property
@@ -126,7 +129,7 @@ class RunFacts:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs of the recipe are finished. True without a recipe."""
+        """Whether all epochs of the recipe are finished, or True without a recipe."""
         return self.recipe is None or self.progress.epoch >= self.recipe.epochs
 
 
@@ -156,13 +159,13 @@ def read_run(path: Path) -> RunFacts:
         description=describe(config.arch, len(config.classes)),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
-        # The samples include mistakes, which belong to the evaluated weights.
+        # The samples include mistakes of the evaluated weights.
         samples=read_samples(run, len(config.classes)) if evaluation else None,
     )
 
 
 def read_samples(run: RunDirectory, classes: int) -> Samples | None:
-    """Read the images that an evaluation saved, or return None if there are none.
+    """Read samples.npz, or return None if it does not exist.
 
     Raises:
         RunError: the file is damaged.
@@ -178,10 +181,10 @@ def read_samples(run: RunDirectory, classes: int) -> Samples | None:
 
 
 def read_predictions(facts: RunFacts) -> Predictions | None:
-    """Read the predictions behind the test metrics, or return None if there are none.
+    """Read the predictions that the test metrics describe, or return None if there are none.
 
     Raises:
-        RunError: the file is damaged, or belongs to another evaluation.
+        RunError: the file is damaged or belongs to another evaluation.
     """
     run = RunDirectory(facts.path)
     arrays = run.read_predictions()

@@ -269,7 +269,7 @@ def unrecorded(file: str | None) -> str:
     origin = f" from {file}" if file else ""
     return (
         f"The weights were imported{origin}, so the run has no recipe and no training curves. "
-        "Whether the network was trained on the training images of this data set is not known."
+        "It is unknown whether the network was trained on the training images of this data set."
     )
 
 
