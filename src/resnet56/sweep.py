@@ -1,8 +1,7 @@
-"""Search for the best settings of a recipe with Optuna, by validation accuracy.
+"""Search for the settings of a recipe with the best validation accuracy, with Optuna.
 
-Several processes, also on several machines, can work on one sweep. Its trials are in a database,
-which is the only means of coordination. Each trial is a run directory. The test images are never
-used.
+Several processes can work on one sweep, on one machine or several. They share only the database
+that contains the trials. Each trial is a run directory. A sweep never uses the test images.
 """
 
 import contextlib
@@ -48,18 +47,20 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FILE = "sweep.json"
-HEARTBEAT = 60  # seconds; a worker that is silent for twice this time is considered dead
-MAX_RETRIES = 5  # of a trial whose worker died
-MAX_COMBINATIONS = 10_000  # of a grid, and of combinations to check before the first trial
-POLL = 1.0  # seconds between checks for the trials of other workers
-FIXED = ("seed", "val_size")  # fields that a sweep sets itself
+# Seconds between heartbeats of a worker. A worker without a heartbeat for twice this time counts as
+# dead.
+HEARTBEAT = 60
+MAX_RETRIES = 5  # maximum number of retries for a trial whose workers died
+MAX_COMBINATIONS = 10_000  # maximum size of a grid, and of combinations to check in advance
+POLL = 1.0  # seconds between queries while other workers run the last trials
+FIXED = ("seed", "val_size")  # fields that cannot vary in a sweep
 
 Scalar = bool | int | float | str
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, sampled uniformly, or uniformly in the logarithm."""
+    """Numbers from `low` to `high`, sampled uniformly or log-uniformly."""
 
     low: float
     high: float
@@ -93,35 +94,37 @@ def sweep(
     output: Output | None = None,
     heartbeat: int = HEARTBEAT,
 ) -> Sweep:
-    """Train with many settings, and return all trials with the best one.
+    """Train with different settings. Return all trials and the number of the best trial.
 
-    A sweep that was interrupted continues when it is called again. Several processes can call it
-    at the same time, with the same `out` or the same `storage`.
+    To continue an interrupted sweep, call this function again. Several processes can call the
+    function at the same time, with the same `out` or the same `storage`.
 
     Args:
-        recipe: the settings that do not vary. It needs validation images (`val_size`).
+        recipe: the settings that do not vary. `val_size` must be above 0.
         space: the values of each field that varies.
-        dataset: the data set. Its test images are not used.
-        out: directory of the sweep. Its name is the name of the study in the storage.
-        trials: number of trials, over all processes. Ignored for a grid.
-        seeds: seeds of each trial, whose value is the mean over them. By default, that of the
-            recipe.
-        grid: try all combinations of the choices. By default, the tree-structured Parzen estimator
-            (TPE) of Optuna suggests values.
-        prune: stop trials early whose validation accuracy is in the lower half after a quarter or
+        dataset: the data set. The sweep does not use its test images.
+        out: directory of the sweep. The name of the directory is the name of the study.
+        trials: number of trials, over all processes. A grid ignores this number.
+        seeds: seeds of each trial. The value of a trial is the mean over its seeds. By default, the
+            seed of the recipe.
+        grid: try all combinations of the choices. By default, Optuna's tree-structured Parzen
+            estimator (TPE) suggests values.
+        prune: stop a trial early if its validation accuracy is in the lower half after a quarter or
             half of the epochs (successive halving).
         storage: SQLAlchemy URL of a database. By default, the SQLite file `out/study.db`, which
             supports several processes on one machine.
         device, threads: as in `train`.
-        base: name of a recipe and the recipe, to which the command that trains the winner refers.
+        base: a recipe and its name. The command that trains the best recipe starts from this
+            recipe.
         output: shows a line per trial.
-        heartbeat: seconds between signs of life of a worker.
+        heartbeat: number of seconds between heartbeats of a worker.
 
     Raises:
-        UsageError: a setting is invalid, or the study was made with other settings.
+        UsageError: a setting is invalid, or the study has other settings.
         RunError: the storage does not answer, or a run cannot be written.
         MissingExtraError: Optuna is not installed.
-        KeyboardInterrupt: Ctrl-C or SIGTERM. The current trial can be continued.
+        KeyboardInterrupt: the process received Ctrl-C or SIGTERM. The next call continues the
+            current trial.
     """
     optuna = import_optuna()
     check_space(recipe, space, grid=grid)
@@ -136,7 +139,7 @@ def sweep(
     except UsageError as error:
         raise UsageError(f"{option('seeds')}: {error}") from None
     withheld = without_test(dataset)
-    training_split(withheld, recipe.val_size)  # raises if the size does not fit
+    training_split(withheld, recipe.val_size)  # raises if the data set is too small
     content: Sweep = {
         "study": Path(out).resolve().name,
         "recipe": recipe.to_json(),
@@ -159,8 +162,9 @@ def sweep(
             sampler = lambda _: sampler_of_grid  # noqa: E731
         study.sampler = sampler(0)
         if prune:
-            # Half of the trials continue after a quarter of the epochs, and half of these after
-            # half of the epochs. Less would favor settings that converge fast.
+            # Half of the trials continue after a quarter of the epochs. Half of the remaining
+            # trials continue after half of the epochs. Earlier pruning would favor settings that
+            # converge fast.
             study.pruner = optuna.pruners.SuccessiveHalvingPruner(
                 min_resource=max(1, recipe.epochs // 4), reduction_factor=2
             )
@@ -185,7 +189,7 @@ def sweep(
 
 
 def import_optuna() -> ModuleType:
-    """Import Optuna without its log. Raises MissingExtraError."""
+    """Import Optuna and disable its log. Raises MissingExtraError if it is not installed."""
     try:
         import optuna
     except ImportError:
@@ -196,19 +200,19 @@ def import_optuna() -> ModuleType:
 
 
 def without_test(dataset: Dataset) -> Dataset:
-    """Return the data set with an empty test split, so that no test image can be used."""
+    """Return the data set with an empty test split."""
     train = dataset.train
     empty = replace(train, images=train.images[:0], labels=train.labels[:0])
     return replace(dataset, test=empty)
 
 
 def check_space(recipe: Recipe, space: Space, *, grid: bool = False) -> None:
-    """Raise UsageError if a field or a value is invalid, or a combination of values is."""
+    """Raise UsageError if a field, a value or a combination of values is invalid."""
     types = get_type_hints(Recipe)
     if recipe.val_size == 0:
         raise UsageError(
-            "a sweep chooses by the accuracy on validation images; set "
-            f"{option('val_size', 5000)}, for example"
+            "a sweep needs validation images to compare trials; for example, set "
+            f"{option('val_size', 5000)}"
         )
     if not space:
         raise UsageError(f"a sweep needs a setting to vary; use {option('vary')}")
@@ -241,7 +245,10 @@ def check_space(recipe: Recipe, space: Space, *, grid: bool = False) -> None:
             _check_value(recipe, name, value)
     count = math.prod(map(len, ends.values()))
     if grid and count > MAX_COMBINATIONS:
-        raise UsageError(f"the grid has {count:,} combinations; at most {MAX_COMBINATIONS:,} work")
+        raise UsageError(
+            f"the grid has {count:,} combinations, more than the limit of {MAX_COMBINATIONS:,}; "
+            "list fewer values"
+        )
     for combination in itertools.islice(itertools.product(*ends.values()), MAX_COMBINATIONS):
         settings = dict(zip(ends, combination, strict=True))
         try:
@@ -251,7 +258,7 @@ def check_space(recipe: Recipe, space: Space, *, grid: bool = False) -> None:
 
 
 def _check_value(recipe: Recipe, name: str, value: Any) -> None:
-    """Check the range of a value. What depends on other fields is checked with them."""
+    """Check the range of a value, but not requirements that depend on other fields."""
     if name == "arch":
         Architecture.parse(value)
     try:
@@ -261,20 +268,20 @@ def _check_value(recipe: Recipe, name: str, value: Any) -> None:
             raise
 
 
-def train_command(base: tuple[str, Recipe], winner: Recipe, data: str) -> str:
-    """Return the command that trains the winner on all training images.
+def train_command(base: tuple[str, Recipe], best: Recipe, data: str) -> str:
+    """Return the command that trains the best recipe on all training images.
 
     Args:
-        base: name of a recipe and the recipe.
-        winner: the recipe of the best trial.
-        data: the value of --data.
+        base: name of a recipe, and the recipe.
+        best: recipe of the best trial.
+        data: value of --data.
     """
-    with contextlib.suppress(UsageError):  # several EMA decays need validation images
-        winner = replace(winner, val_size=0)
+    with contextlib.suppress(UsageError):  # several EMA decays require validation images
+        best = replace(best, val_size=0)
     name, recipe = base
     words = ["resnet56", "train", *([name] if name else []), "--data", data]
     before = dataclasses.asdict(recipe)
-    for field, value in dataclasses.asdict(winner).items():
+    for field, value in dataclasses.asdict(best).items():
         if value == before[field]:
             continue
         flag = field.replace("_", "-")
@@ -287,15 +294,15 @@ def train_command(base: tuple[str, Recipe], winner: Recipe, data: str) -> str:
 
 
 def read_sweep(directory: Path) -> Sweep:
-    """Read the description of a sweep. Raises RunError."""
+    """Read sweep.json. Raises RunError if the file is missing or damaged."""
     return schema.read(directory / FILE, Sweep)
 
 
 def importance(content: Sweep) -> dict[str, float]:
-    """Return the share of the variance of the accuracy that each setting explains (fANOVA).
+    """Return the fraction of the variance of the accuracy that each setting explains (fANOVA).
 
-    Only completed trials are used. The result is empty if there are fewer than four, or if they
-    have the same value.
+    The function uses only completed trials. The result is empty if there are fewer than four
+    completed trials, or if all have the same value.
 
     Raises:
         MissingExtraError: Optuna is not installed.
@@ -324,25 +331,25 @@ def importance(content: Sweep) -> dict[str, float]:
     return shares
 
 
-# The values of a field in Optuna and in sweep.json
+# Convert the values of a field to and from the formats of Optuna and sweep.json.
 
 
 def _key(value: Any) -> Scalar:
-    """Return a value as Optuna stores it. It stores no tuples."""
+    """Return a value in the form that Optuna stores. Optuna cannot store tuples."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return cast(Scalar, value)
 
 
 def _described(values: Range | Choices) -> dict[str, Any]:
-    """Return values as in sweep.json."""
+    """Convert values to the format of sweep.json."""
     if isinstance(values, Range):
         return {"low": values.low, "high": values.high, "log": values.log}
     return {"choices": [list(v) if isinstance(v, tuple) else v for v in values.values]}
 
 
 def _parsed(values: Mapping[str, Any]) -> Range | Choices:
-    """Return values of sweep.json."""
+    """Convert values from the format of sweep.json."""
     if "choices" in values:
         return Choices(tuple(map(_key, values["choices"])))
     return Range(values["low"], values["high"], values["log"])
@@ -358,7 +365,7 @@ def _distribution(optuna: ModuleType, name: str, values: Range | Choices) -> Any
 
 
 def listed(settings: Mapping[str, Any]) -> str:
-    """Format settings for a line: {"lr": 0.1} -> "lr 0.1"."""
+    """Format settings on one line: {"lr": 0.1} -> "lr 0.1"."""
     return ", ".join(f"{name} {setting_text(value)}" for name, value in settings.items())
 
 
@@ -371,11 +378,11 @@ def setting_text(value: Any) -> str:
     return str(_key(value)) or "none"
 
 
-# The directory and the study
+# Open the directory and the study.
 
 
 def _prepare(out: Path, content: Sweep) -> Path:
-    """Create the directory of the sweep, or check that it has the same sweep."""
+    """Create the directory of the sweep, or check that it contains the same sweep."""
     if (out / FILE).exists():
         _require_same(content, cast(dict[str, Any], read_sweep(out)), str(out))
         return out
@@ -384,7 +391,7 @@ def _prepare(out: Path, content: Sweep) -> Path:
         others = sorted(entry.name for entry in out.iterdir())
     except OSError as error:
         raise RunError(f"cannot use {out} for a sweep: {error.strerror or error}") from None
-    # Another worker may have created the database and begun its first trial.
+    # Another worker may have created the database and started the first trial.
     others = [n for n in others if not n.startswith(("study.db", "trial-")) and n[-4:] != ".tmp"]
     if others:
         raise RunError(
@@ -398,9 +405,9 @@ COMPARED = ("recipe", "fingerprint", "space", "seeds", "grid")
 
 
 def _require_same(content: Sweep, saved: Mapping[str, Any], place: str) -> None:
-    """Raise UsageError if a sweep has other settings than its study."""
+    """Raise UsageError if the settings of a sweep differ from saved settings."""
     new: dict[str, Any] = json.loads(json.dumps(content))
-    remedy = f"repeat its options to continue it, or choose another directory for {option('out')}"
+    remedy = f"to continue it, repeat its options; otherwise, choose another {option('out')}"
     for key in COMPARED:
         if new[key] == saved.get(key):
             continue
@@ -420,14 +427,14 @@ def _require_same(content: Sweep, saved: Mapping[str, Any], place: str) -> None:
 
 
 def _open_study(content: Sweep, url: str | None, directory: Path, heartbeat: int) -> "optuna.Study":
-    """Open or create the study, and check its settings."""
+    """Open or create the study. Check its settings."""
     import optuna
 
     storage = _open_storage(url, directory, heartbeat)
     study = optuna.create_study(
         study_name=content["study"], storage=storage, direction="maximize", load_if_exists=True
     )
-    # Optuna limits the length of attributes on some databases, so the settings are separate.
+    # Store each setting as an attribute, because some databases limit the length of attributes.
     saved = study.user_attrs
     for key in COMPARED:
         if key not in saved:
@@ -437,7 +444,7 @@ def _open_study(content: Sweep, url: str | None, directory: Path, heartbeat: int
 
 
 def _open_storage(url: str | None, directory: Path, heartbeat: int) -> Any:
-    """Open the database. Raises UsageError or RunError."""
+    """Open the database. Raises UsageError or RunError if this fails."""
     import sqlalchemy
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
@@ -459,7 +466,7 @@ def _open_storage(url: str | None, directory: Path, heartbeat: int) -> Any:
     for attempt in itertools.count():
         try:
             return RDBStorage(
-                # Optuna calls str.format on the URL, so braces are doubled.
+                # Double the braces, because Optuna calls `str.format` on the URL.
                 parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
                 engine_kwargs={"connect_args": connect, "pool_pre_ping": True},
                 heartbeat_interval=heartbeat,
@@ -470,19 +477,19 @@ def _open_storage(url: str | None, directory: Path, heartbeat: int) -> Any:
                 f"the driver for {parsed.drivername} is not installed: {one_line(error)}"
             ) from None
         except sqlalchemy.exc.DBAPIError as error:
-            # Two workers that create the tables at the same time can fail.
+            # If two workers create the tables at the same time, one of them can fail.
             if attempt == 2:
                 reason = one_line(error.orig)
                 raise RunError(f"the storage {shown} does not answer: {reason}") from None
             time.sleep(1)
-        except RuntimeError as error:  # tables of another version of Optuna
+        except RuntimeError as error:  # another version of Optuna has created the tables
             raise RunError(f"cannot use the storage {shown}: {one_line(error)}") from None
     raise AssertionError
 
 
 @contextlib.contextmanager
 def _storage_errors() -> Iterator[None]:
-    """Convert errors of the database during the sweep."""
+    """Convert database errors in the block to RunError."""
     import sqlalchemy
     from optuna.exceptions import StorageInternalError
 
@@ -499,7 +506,7 @@ def _storage_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(optuna: ModuleType) -> Iterator[None]:
-    """Hide Optuna's warnings about its experimental functions, such as heartbeats."""
+    """Ignore Optuna's warnings about experimental functions, such as heartbeats."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
@@ -508,19 +515,20 @@ def _quiet(optuna: ModuleType) -> Iterator[None]:
 def _tpe(number: int) -> Any:
     """Return a sampler whose seed is the number of the trial.
 
-    A single worker then repeats its suggestions, and several workers differ in theirs.
+    The suggestions of a single worker are then reproducible, and several workers get different
+    suggestions.
     """
     import optuna
 
-    # Workers see the running trials of others as bad, so that they search elsewhere.
+    # `constant_liar` makes workers avoid the settings of trials that other workers are running.
     return optuna.samplers.TPESampler(seed=number, constant_liar=True)
 
 
-# The trials
+# Run the trials.
 
 
 class _SurplusError(Exception):
-    """The trial is not needed: another worker has started the last one, or the same one."""
+    """The trial is not needed, because other workers have started enough trials or the same one."""
 
 
 @dataclass
@@ -528,21 +536,21 @@ class _Worker:
     """One process that works on a study."""
 
     study: "optuna.Study"
-    sampler: Callable[[int], Any]  # by number of the trial
+    sampler: Callable[[int], Any]  # returns the sampler for the number of a trial
     space: Space
-    recipes: Sequence[Recipe]  # one per seed, without the settings of a trial
+    recipes: Sequence[Recipe]  # one recipe per seed, without the settings of a trial
     dataset: Dataset
     directory: Path
     content: Sweep
     base: tuple[str, Recipe]
     total: int
-    unique: bool  # whether to try each combination once
+    unique: bool  # whether to try each combination only once
     options: dict[str, Any]
     output: Output
     heartbeat: int
 
     def work(self) -> Sweep:
-        """Run trials until the number of trials is reached, and return the sweep."""
+        """Run trials until enough trials are finished. Return the sweep."""
         self._save()
         waiting = False
         done = len(self._finished())
@@ -565,7 +573,7 @@ class _Worker:
                 time.sleep(min(POLL, self.heartbeat))
 
     def _run_trial(self) -> None:
-        """Run one trial, and show its result."""
+        """Run a trial and show its result."""
         self.number: int | None = None
         try:
             self.study.optimize(self._objective, n_trials=1, catch=(_SurplusError,))
@@ -620,7 +628,7 @@ class _Worker:
         return trial.suggest_float(name, values.low, values.high, log=values.log)
 
     def _train(self, trial: "optuna.Trial", number: int, recipe: Recipe, index: int) -> float:
-        """Train with one seed, and report the validation accuracy of each epoch."""
+        """Train with one seed. Report the validation accuracy of each epoch to Optuna."""
         from optuna.exceptions import TrialPruned
 
         suffix = f"-seed{recipe.seed}" if len(self.recipes) > 1 else ""
@@ -654,15 +662,15 @@ class _Worker:
             )
         return accuracy
 
-    # Which trials count
+    # Count the trials.
 
     def _superseded(self) -> set[int]:
-        """Return the numbers of the trials that another trial has retried or will retry."""
+        """Return the numbers of trials that other trials have retried or will retry."""
         trials = self.study.get_trials(deepcopy=False)
         return {n for trial in trials for n in trial.system_attrs.get("retry_history", [])}
 
     def _slots(self) -> list["FrozenTrial"]:
-        """Return the trials that count, without surplus trials and those that are retried."""
+        """Return the trials that count. Surplus and superseded trials do not count."""
         superseded = self._superseded()
         return [
             trial
@@ -671,46 +679,46 @@ class _Worker:
         ]
 
     def _finished(self) -> list["FrozenTrial"]:
-        """Return the finished trials, with those that failed too often."""
+        """Return the finished trials, including trials that failed too often."""
         return [trial for trial in self._slots() if trial.state.is_finished()]
 
     def _is_surplus(self, trial: "optuna.Trial") -> bool:
-        """Whether trials with lower numbers, which other workers started, suffice."""
+        """Return whether trials with lower numbers make this trial unnecessary."""
         earlier = [other for other in self._slots() if other.number < trial.number]
         if len(earlier) >= self.total:
             return True
         return self.unique and any(other.params == trial.params for other in earlier)
 
-    # Trials of dead workers
+    # Recover the trials of dead workers.
 
     def _recover(self) -> None:
-        """Queue the trials of dead workers again."""
+        """Queue the trials of dead workers for a retry."""
         import optuna
 
-        optuna.storages.fail_stale_trials(self.study)  # by their heartbeats
-        # On this machine, there is no need to wait for the heartbeat.
+        optuna.storages.fail_stale_trials(self.study)  # finds dead workers by their heartbeats
+        # Find dead workers on this machine by their processes, without waiting for heartbeats.
         for trial in self.study.get_trials(deepcopy=False, states=(_state("RUNNING"),)):
             worker = trial.user_attrs.get("worker")
             if worker is not None:
                 dead = worker["host"] == platform.node() and not _is_alive(worker)
-            else:  # killed before its first heartbeat
+            else:  # the worker may have died before its first heartbeat
                 assert trial.datetime_start is not None
                 age = time.time() - trial.datetime_start.timestamp()
                 dead = age > 10 * self.heartbeat
             if dead:
-                with contextlib.suppress(ValueError):  # another worker was faster
+                with contextlib.suppress(ValueError):  # another worker has already queued the trial
                     self._retry(self.study.tell(trial.number, state=_state("FAIL")))
 
     def _retry(self, trial: "FrozenTrial") -> None:
-        """Queue a failed trial again. It continues from its checkpoint."""
+        """Queue a failed trial for a retry. The retry continues from the checkpoint."""
         from optuna.storages import RetryHeartbeatStaleTrialCallback
 
         RetryHeartbeatStaleTrialCallback()(self.study, trial)
 
-    # sweep.json
+    # Write sweep.json.
 
     def _save(self) -> Sweep:
-        """Write sweep.json with all trials."""
+        """Write sweep.json with all trials. Return its content."""
         trials = [_record(trial) for trial in self._slots()]
         trials = [trial for trial in trials if trial["settings"].keys() == self.space.keys()]
         for trial in trials:
@@ -723,21 +731,21 @@ class _Worker:
         complete = [trial for trial in content["trials"] if trial["state"] == "complete"]
         if complete:
             best = max(complete, key=lambda trial: trial["value"])
-            winner = replace(self.recipes[0], **best["settings"])
+            recipe = replace(self.recipes[0], **best["settings"])
             content["best"] = best["number"]
-            content["command"] = train_command(self.base, winner, self.content["origin"])
+            content["command"] = train_command(self.base, recipe, self.content["origin"])
         schema.write(self.directory / FILE, content, Sweep)
         return content
 
 
 class _Status(Output):
-    """Shows the status line of a trial, but no other output."""
+    """Shows only the status line of a trial."""
 
     def __init__(self, output: Output, label: str) -> None:
         self.output, self.label = output, label
 
     def status(self, label: str, fraction: float, text: str) -> None:
-        """Show the status with the name of the trial."""
+        """Show the status after the name of the trial."""
         self.output.status(f"{self.label}, {label}", fraction, text)
 
     def end(self) -> None:
@@ -746,7 +754,7 @@ class _Status(Output):
 
 
 def _record(trial: "FrozenTrial") -> SweepTrial:
-    """Return a trial as in sweep.json."""
+    """Convert a trial to the format of sweep.json."""
     states = {"FAIL": "failed", "COMPLETE": "complete", "PRUNED": "pruned"}
     record: dict[str, Any] = {
         "number": _directory_number(trial),
@@ -763,7 +771,7 @@ def _record(trial: "FrozenTrial") -> SweepTrial:
 
 
 def _line(trial: "FrozenTrial", content: Sweep) -> str:
-    """Return the line about a finished trial."""
+    """Return a line that describes a finished trial."""
     number = _directory_number(trial)
     if trial.state.name == "COMPLETE":
         result = percent(cast(float, trial.value))
@@ -777,7 +785,7 @@ def _line(trial: "FrozenTrial", content: Sweep) -> str:
 
 
 def _directory_number(trial: "FrozenTrial") -> int:
-    """Return the number of the trial for users, which a retry keeps."""
+    """Return the number of a trial for users. A retry has the same number as the first attempt."""
     return int(trial.user_attrs.get("directory", trial.number))
 
 
@@ -796,7 +804,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _is_alive(worker: Mapping[str, Any]) -> bool:
-    """Whether the process of a worker on this machine exists."""
+    """Return whether the process of a worker on this machine still exists."""
     try:
         return bool(psutil.Process(worker["pid"]).create_time() == worker["started"])
     except psutil.Error:
