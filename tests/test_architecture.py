@@ -74,7 +74,7 @@ ARROWS: dict[str, set[str]] = {
     },
     # step and evaluation
     "inference": {"errors", "model", "runs.checkpoint", "runtime"},
-    "metrics": {"runs.schema"},
+    "metrics": {"notebook", "runs.schema"},
     "samples": {"data.augment", "data.dataset", "data.mixing", "metrics"},
     "evaluation": {
         "data.augment", "data.corruptions", "data.dataset", "errors", "inference", "metrics",

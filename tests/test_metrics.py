@@ -41,22 +41,22 @@ PREDICTED = [*[0, 0, 0, 1, 1], *[0, 1, 1], *[1, 2]]
 
 def test_three_classes_match_hand_computed_metrics() -> None:
     result = compute_metrics(deciding(PREDICTED, 3), np.array(TRUE), ("A", "B", "C"))
-    assert result.n == 10
-    assert result.accuracy == pytest.approx(6 / 10)
-    assert result.confusion_matrix == [[3, 2, 0], [1, 2, 0], [0, 1, 1]]
+    assert result["n"] == 10
+    assert result["accuracy"] == pytest.approx(6 / 10)
+    assert result["confusion_matrix"] == [[3, 2, 0], [1, 2, 0], [0, 1, 1]]
     expected = {
         "A": {"precision": 3 / 4, "recall": 3 / 5, "f1": 2 / 3, "support": 5},
         "B": {"precision": 2 / 5, "recall": 2 / 3, "f1": 1 / 2, "support": 3},
         "C": {"precision": 1, "recall": 1 / 2, "f1": 2 / 3, "support": 2},
     }
-    assert list(result.per_class) == ["A", "B", "C"]
+    assert list(result["per_class"]) == ["A", "B", "C"]
     for name, row in expected.items():
-        assert result.per_class[name] == pytest.approx(row)
+        assert result["per_class"][name] == pytest.approx(row)
     macro = {"precision": 43 / 60, "recall": 53 / 90, "f1": 11 / 18, "classes": 3}
     weighted = {"precision": 0.695, "recall": 0.6, "f1": 37 / 60, "classes": 3}
-    assert result.macro == pytest.approx(macro)
-    assert result.weighted == pytest.approx(weighted)
-    assert result.most_confused == [
+    assert result["macro"] == pytest.approx(macro)
+    assert result["weighted"] == pytest.approx(weighted)
+    assert result["most_confused"] == [
         {"true": "A", "predicted": "B", "count": 2, "fraction": pytest.approx(2 / 5)},
         {"true": "B", "predicted": "A", "count": 1, "fraction": pytest.approx(1 / 3)},
         {"true": "C", "predicted": "B", "count": 1, "fraction": pytest.approx(1 / 2)},
@@ -65,17 +65,17 @@ def test_three_classes_match_hand_computed_metrics() -> None:
 
 def test_a_class_that_is_never_predicted_has_precision_0() -> None:
     result = compute_metrics(deciding([0, 0, 1], 3), np.array([0, 2, 1]), names(3))
-    assert result.per_class["class 2"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
-    assert result.macro["precision"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert result["per_class"]["class 2"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
+    assert result["macro"]["precision"] == pytest.approx((1 / 2 + 1 + 0) / 3)
 
 
 def test_a_class_without_images_has_no_scores_and_is_excluded_from_means() -> None:
     """This also holds if it is predicted. The means are those of the other classes."""
     result = compute_metrics(deciding([0, 1, 2, 1], 3), np.array([0, 1, 0, 0]), names(3))
-    assert result.per_class["class 2"] == {
+    assert result["per_class"]["class 2"] == {
         "precision": None, "recall": None, "f1": None, "support": 0,
     }  # fmt: skip
-    assert result.macro == pytest.approx(
+    assert result["macro"] == pytest.approx(
         {
             "precision": (1 + 1 / 2) / 2,
             "recall": (1 / 3 + 1) / 2,
@@ -83,17 +83,17 @@ def test_a_class_without_images_has_no_scores_and_is_excluded_from_means() -> No
             "classes": 2,
         }
     )
-    assert result.weighted["classes"] == 2
-    assert result.weighted["recall"] == pytest.approx(result.accuracy)
-    assert result.confusion_matrix[2] == [0, 0, 0]
+    assert result["weighted"]["classes"] == 2
+    assert result["weighted"]["recall"] == pytest.approx(result["accuracy"])
+    assert result["confusion_matrix"][2] == [0, 0, 0]
     result = compute_metrics(deciding([0, 1, 1], 3), np.array([0, 1, 0]), names(3))
-    assert result.weighted["recall"] == pytest.approx(2 / 3)
-    assert result.confusion_matrix[2] == [0, 0, 0]
+    assert result["weighted"]["recall"] == pytest.approx(2 / 3)
+    assert result["confusion_matrix"][2] == [0, 0, 0]
 
 
 def test_metrics_of_one_image_are_valid() -> None:
     result = compute_metrics(deciding([1], 2), np.array([1]), names(2))
-    assert (result.n, result.accuracy, result.most_confused) == (1, 1.0, [])
+    assert (result["n"], result["accuracy"], result["most_confused"]) == (1, 1.0, [])
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 9), (9303, 10_000)])
@@ -108,7 +108,7 @@ def test_the_interval_matches_scipy(hits: int, n: int) -> None:
 def test_top_k_counts_labels_with_fewer_than_k_larger_logits(classes: int) -> None:
     logits, labels = noise(300, classes)
     result = compute_metrics(logits, labels, names(classes))
-    for k, measured in ((1, result.accuracy), (2, result.top2), (3, result.top3)):
+    for k, measured in ((1, result["accuracy"]), (2, result["top2"]), (3, result["top3"])):
         hits = sum(
             sum(other > row[label] for other in row) < k
             for row, label in zip(logits, labels, strict=True)
@@ -123,7 +123,7 @@ def test_a_top_1_hit_with_tied_logits_is_also_in_top_2_and_top_3(classes: int) -
     for _ in range(30):
         logits = rng.integers(0, 2, (50, classes)).astype(np.float32)
         result = compute_metrics(logits, logits.argmax(axis=1), names(classes))
-        assert (result.accuracy, result.top2, result.top3) == (1, 1, 1)
+        assert (result["accuracy"], result["top2"], result["top3"]) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("scale", [1, 100, 1e4])
@@ -140,7 +140,7 @@ def test_the_loss_matches_pytorch_in_double_precision(classes: int) -> None:
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
     )
-    assert compute_metrics(logits, labels, names(classes)).loss == pytest.approx(
+    assert compute_metrics(logits, labels, names(classes))["loss"] == pytest.approx(
         float(expected), rel=1e-12
     )
 
@@ -152,9 +152,9 @@ def test_extreme_logits_stay_finite(scale: float) -> None:
     json.dumps(dict(result), allow_nan=False)
     # With a positive scale, six of ten are correct. Otherwise, each is off by 1e4 or a tie of two.
     if scale > 0:
-        assert result.loss == pytest.approx(1e4 * 4 / 10)
+        assert result["loss"] == pytest.approx(1e4 * 4 / 10)
     else:
-        assert result.loss == pytest.approx((6 * 1e4 + 10 * np.log(2)) / 10)
+        assert result["loss"] == pytest.approx((6 * 1e4 + 10 * np.log(2)) / 10)
 
 
 @pytest.mark.parametrize("classes", [2, 100])

@@ -1,13 +1,18 @@
 """What notebooks and the prompt show for the objects of the package."""
 
+import dataclasses
+import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import resnet56
+from resnet56 import Recipe
 from resnet56.data.dataset import Dataset, Split
+from resnet56.files import read_json
 from resnet56.notebook import Html, bar, table
 from resnet56.predict import Prediction
 
@@ -87,3 +92,21 @@ def test_a_description_shows_its_parts() -> None:
 def test_a_predictor_shows_its_runtime() -> None:
     predictor = resnet56.load("resnet56", device="cpu")
     assert repr(predictor) == "Predictor(resnet56: 10 classes, PyTorch on cpu)"
+
+
+def test_results_are_dictionaries_with_a_short_representation(
+    tiny: Dataset, small: Recipe, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(small, epochs=1, val_size=6)
+    result = resnet56.train(recipe, tiny, tmp_path / "run", device="cpu")
+    assert isinstance(result, dict)
+    assert json.loads(json.dumps(result)) == read_json(tmp_path / "run" / "evaluation.json")
+    accuracy = f"{100 * result['test']['accuracy']:.2f} %"
+    assert repr(result) == f"Evaluation(test accuracy {accuracy} on 24 images)"
+    assert repr(result["test"]) == f"Metrics(accuracy {accuracy} on 24 images)"
+    text = result._repr_html_()  # type: ignore[attr-defined]
+    assert text.startswith("<div>the tests&#x27; stripes; final weights after epoch 1</div>")
+    rows = Cells(text).rows
+    assert [row[:2] for row in rows[1:]] == [["test", "24"], ["train", "44"], ["validation", "6"]]
+    assert rows[1][2] == accuracy
+    assert Cells(result["test"]._repr_html_()).rows[1][1:] == rows[1][1:]  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evenly_s
 from resnet56.data.dataset import Dataset, Split, training_split
 from resnet56.errors import NotFiniteError, RunError, UsageError
 from resnet56.inference import NONFINITE_MESSAGE, InferenceModel, can_fold, restore
-from resnet56.metrics import compute_metrics
+from resnet56.metrics import compute_metrics, metrics_table, percent
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
@@ -161,6 +161,19 @@ def evaluated_model(
     return EvaluatedModel(restore(checkpoint, device), checkpoint.config, precision)
 
 
+class EvaluationDict(dict[str, Any]):
+    """`Evaluation` with a short representation."""
+
+    def __repr__(self) -> str:
+        test = self["test"]
+        return f"Evaluation(test accuracy {percent(test['accuracy'])} on {test['n']:,} images)"
+
+    def _repr_html_(self) -> str:
+        splits = {name: self[name] for name in ("test", "train", "validation") if name in self}
+        caption = f"{self['data']}; {self['weights']} weights after epoch {self['epoch']}"
+        return metrics_table(splits, caption)
+
+
 def evaluate_run(
     run: RunDirectory,
     dataset: Dataset,
@@ -227,7 +240,7 @@ def evaluate_run(
     samples = augmented_samples(training, config.mean, config.std, augmentation)
     run.write_samples(samples | select_mistakes(test_logits, dataset.test))
     run.write_evaluation(result)
-    return result
+    return cast(Evaluation, EvaluationDict(result))
 
 
 def measure_extras(

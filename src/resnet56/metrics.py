@@ -5,11 +5,13 @@ confusion matrix, top-k accuracy, and calibration. Fractions are in [0, 1]. Loss
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from resnet56.notebook import table
 from resnet56.runs.schema import Calibration, ConfusedPair, Metrics
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -17,6 +19,40 @@ IntArray = npt.NDArray[np.integer[Any]]
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 BINS = 15  # number of bins of the reliability diagram, as in Guo et al. 2017
+
+
+class MetricsDict(dict[str, Any]):
+    """`Metrics` with a short representation."""
+
+    def __repr__(self) -> str:
+        return f"Metrics(accuracy {percent(self['accuracy'])} on {self['n']:,} images)"
+
+    def _repr_html_(self) -> str:
+        return metrics_table({"": cast(Metrics, self)})
+
+
+def metrics_table(splits: Mapping[str, Metrics], caption: str = "") -> str:
+    """Return an HTML table with a row of metrics for each split."""
+    rows = []
+    for name, metrics in splits.items():
+        low, high = metrics["accuracy_interval"]
+        rows.append(
+            (
+                name,
+                f"{metrics['n']:,}",
+                percent(metrics["accuracy"]),
+                f"{100 * low:.2f} to {percent(high)}",
+                f"{metrics['loss']:.4f}",
+                percent(metrics["calibration"]["ece"]),
+            )
+        )
+    columns = ("", "images", "accuracy", "95 % interval", "loss", "calibration error")
+    return table(rows, columns=columns, caption=caption)
+
+
+def percent(fraction: float) -> str:
+    """Format a fraction: 0.9482 -> '94.82 %'."""
+    return f"{100 * fraction:.2f} %"
 
 
 def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ...]) -> Metrics:
@@ -30,10 +66,9 @@ def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ..
         classes: names of the C classes.
 
     Returns:
-        A dictionary whose keys can also be read as attributes.
+        A dictionary with a short representation in notebooks and at the prompt.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-    from sklearn.utils import Bunch
 
     log_probabilities = log_softmax(logits)
     probabilities = np.exp(log_probabilities)
@@ -46,7 +81,7 @@ def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ..
     scores = {"precision": precision, "recall": recall, "f1": f1}
     present = support > 0
     hits = int((predicted == labels).sum())
-    result = Bunch(
+    result = MetricsDict(
         accuracy=hits / len(labels),
         accuracy_interval=list(wilson_interval(hits, len(labels))),
         top2=top_k(logits, labels, 2),

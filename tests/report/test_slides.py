@@ -127,6 +127,15 @@ def test_a_perfect_result_has_no_mistakes(decks: dict[str, Page]) -> None:
     assert "error" not in deck.by_id["10"]
 
 
+def test_the_verb_agrees_with_the_number_of_mistakes(runs: dict[str, Path]) -> None:
+    facts = read_run(runs["perfect"])
+    assert facts.test is not None
+    row = facts.test["confusion_matrix"][0]
+    for title in ("1 of 2,000 test images is misclassified", "2 of 2,000 test images are mis"):
+        row[0], row[1] = row[0] - 1, row[1] + 1
+        assert slides.mistakes(facts).title.startswith(title)
+
+
 def test_slides_about_a_hundred_classes_show_the_largest_errors(
     runs: dict[str, Path], decks: dict[str, Page]
 ) -> None:

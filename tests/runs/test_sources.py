@@ -95,7 +95,7 @@ def test_a_copy_of_pretrained_weights_opens_like_its_name(tmp_path: Path) -> Non
 
 def test_weights_without_declared_classes_must_be_imported(tmp_path: Path) -> None:
     torch.save(dict(random_checkpoint().model), tmp_path / "bare.pth")
-    with pytest.raises(RunError, match="does not declare its classes and mean and std.* import"):
+    with pytest.raises(RunError, match="its classes, mean, std; import it first: resnet56 i"):
         open_model(tmp_path / "bare.pth")
     with pytest.raises(RunError, match="nowhere is neither a run nor a pretrained model"):
         open_model("nowhere")

@@ -264,7 +264,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def to_model_input(image: Image.Image) -> UInt8Array:
     """Convert an upright RGB image from `read_image` to a model input (3, 32, 32) uint8.
 
-    The function crops the image to the central square and resizes it with antialiasing. A 32x32
+    The function crops the image to the center square and resizes it with antialiasing. A 32x32
     image does not change.
     """
     resized = ImageOps.fit(image, (SIZE, SIZE), method=Image.Resampling.BICUBIC)
@@ -276,8 +276,8 @@ def overlay(image: Image.Image, class_map: FloatArray) -> Image.Image:
 
     Args:
         image: upright RGB image from `read_image`. The function darkens the area outside the
-            central square, which the model does not see.
-        class_map: (H, W), the map of the central square. Positive values are scaled by the
+            center square, which the model does not see.
+        class_map: (H, W), the map of the center square. Positive values are scaled by the
             maximum. Other values are transparent.
     """
     side = min(image.size)

@@ -284,7 +284,8 @@ def mistakes(facts: RunFacts) -> Slide:
     if not number:
         title = f"No mistakes on {plural(test['n'], 'test image')}"
         return Slide("mistakes", "Mistakes", title)
-    title = f"{count(number)} of {count(test['n'])} test images are misclassified"
+    verb = "is" if number == 1 else "are"
+    title = f"{count(number)} of {plural(test['n'], 'test image')} {verb} misclassified"
     shown = min(len(page.mistakes(facts)), MAX_MISTAKES)
     sentences = []
     if shown:

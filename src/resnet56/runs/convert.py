@@ -75,7 +75,7 @@ def read(
         declared = declared_config(file, contents.metadata)
         if require_declared and (missing := declared.missing()):
             raise RunError(
-                f"{file} does not declare its {' and '.join(missing)}; import it first: resnet56 "
+                f"{file} does not declare its {', '.join(missing)}; import it first: resnet56 "
                 f"import {file} --out RUN"
             )
         state_dict, matched, remarks = _choose(file, contents, arch or declared.arch, prefix)
@@ -221,7 +221,7 @@ def _resolve_classes(
         if len(declared.classes) != outputs:
             raise RunError(
                 f"{declared.file} declares {len(declared.classes)} classes, but the model has "
-                f"{outputs} outputs; set the names with {option('classes')}"
+                f"{outputs} outputs; set the names with resnet56 import --classes"
             )
         return declared.classes, []
     if outputs == len(CIFAR10):
