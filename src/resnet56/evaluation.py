@@ -26,9 +26,9 @@ from resnet56.samples import augmented_samples, select_mistakes
 
 BATCH = 256
 
-# Called with the number of images processed since the last call.
+# A function that is called with the number of images processed since the last call.
 ProgressCallback = Callable[[int], None]
-# Called with a description and the number of images.
+# A function that creates progress callbacks from a description and the number of images.
 ProgressFactory = Callable[[str, int], AbstractContextManager[ProgressCallback]]
 
 
@@ -50,14 +50,13 @@ def predict_logits(
     """Compute the logits of images, without augmentation.
 
     Args:
-        model: a model in evaluation mode. A network of `build` is converted to an
-            `InferenceModel`, unless its layers have been changed, as by `torch.nn.utils.prune`.
+        model: a model in evaluation mode. The function converts a model from `build` to an
+            `InferenceModel`, unless its layers have changed, for example by `torch.nn.utils.prune`.
         images: (N, 3, 32, 32) uint8, on any device.
-        mean: channel means of the training images, for pixels in [0, 1].
-        std: their channel standard deviations.
+        mean, std: channel statistics of the training images, for pixels in [0, 1].
         precision: precision of the forward pass.
         batch: batch size.
-        advance: called after each batch with its size.
+        advance: function that is called after each batch with its size.
 
     Returns:
         (N, C) float32 on the CPU.
@@ -93,8 +92,8 @@ def evaluate(
     """Return the metrics of `model` on `split`, as in evaluation.json.
 
     Args:
-        model: a model that maps normalized images (N, 3, 32, 32) to logits (N, C). It is evaluated
-            in evaluation mode. Its mode is not changed.
+        model: a model that maps normalized images (N, 3, 32, 32) to logits (N, C). The function
+            uses evaluation mode, and then restores the mode of the model.
         split: images and labels.
         classes: names of the C classes.
         mean, std: channel statistics of the training images, for pixels in [0, 1].
@@ -124,7 +123,7 @@ def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Met
     if low < 0 or high >= len(classes):
         raise UsageError(
             f"the labels are from {low} to {high}, but the model has {len(classes)} classes; "
-            "convert the data set with its method for_classes"
+            "convert the data set with Dataset.for_classes"
         )
     return compute_metrics(logits.numpy(), split.labels.cpu().numpy(), classes)
 
@@ -140,7 +139,7 @@ class EvaluatedModel:
     def logits(
         self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
     ) -> Tensor:
-        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         mean, std = self.config.mean, self.config.std
         return predict_logits(self.model, images, mean, std, self.precision, batch, advance)
 
@@ -186,10 +185,10 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate the weights of a run on its data set, and write the results to the run directory.
 
-    Training, validation and test images are evaluated without augmentation. Writes evaluation.json,
-    predictions.npz (logits, labels and indices of the test images) and samples.npz (images for
-    the report). Keeps the results of `measure_extras` if the weights, the device and the precision
-    are the same.
+    The function evaluates training, validation and test images without augmentation. It writes
+    evaluation.json, predictions.npz (logits, labels and indices of the test images) and samples.npz
+    (images for the report). It keeps the results of `measure_extras` if the weights, the device and
+    the precision are the same.
 
     Args:
         run: a run directory with a checkpoint.
@@ -226,7 +225,7 @@ def evaluate_run(
         if key in checkpoint.metadata:
             result[key] = checkpoint.metadata[key]
     previous = None
-    with suppress(RunError):  # a damaged file is replaced
+    with suppress(RunError):  # replace a damaged file
         previous = run.read_evaluation(checkpoint.progress.step)
     if previous and (previous["device"], previous["precision"]) == (result["device"], precision):
         if "speed" in previous:
@@ -256,8 +255,7 @@ def measure_extras(
 
     Args:
         run, dataset, device, precision, progress: as in `evaluate_run`.
-        robustness: number of test images to corrupt. If 0, robustness is not measured, and an
-            earlier result is kept.
+        robustness: number of test images to corrupt. 0 keeps the earlier result.
 
     Returns:
         The content of evaluation.json.
@@ -308,16 +306,16 @@ def measure_robustness(
 def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
     """Return the median time from uint8 images to logits, for batch sizes 1 and 256."""
     result: dict[str, BatchSpeed] = {}
-    if isinstance(evaluated.model, ResNet):  # convert it once, not in every call
+    if isinstance(evaluated.model, ResNet):  # convert the model once, not in every call
         model = InferenceModel(evaluated.model, evaluated.precision)
-        evaluated = replace(evaluated, model=model, precision="fp32")  # it runs without autocast
+        evaluated = replace(evaluated, model=model, precision="fp32")  # disables autocast
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[torch.arange(batch) % len(images)]
         evaluated.logits(batch_images, batch)  # warm up
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            evaluated.logits(batch_images, batch)  # waits for the device
+            evaluated.logits(batch_images, batch)  # copying the logits waits for the device
             times.append(time.perf_counter() - start)
         seconds = statistics.median(times) / len(batch_images)
         result[f"batch_{batch}"] = {
@@ -336,11 +334,11 @@ class Classifier(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """The classes and channel statistics."""
+        """The configuration, which contains the classes and channel statistics."""
         ...
 
     def logits(self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = ...) -> Tensor:
-        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         ...
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from resnet56.errors import TrainingError, one_line
 from resnet56.recipe import Recipe
 
-PREFIX = "optimizer."  # of the names of state tensors: optimizer.KEY.PARAMETER
+PREFIX = "optimizer."  # prefix of the names of state tensors, optimizer.KEY.PARAMETER
 
-# The rest of the state: "groups" contains the settings of each parameter group, and "state" the
-# values of each parameter that are not tensors, by name.
+# The part of the state that does not consist of tensors. "groups" contains the settings of each
+# parameter group. "state" maps the name of each parameter to its values.
 StateValues = dict[str, Any]
 
 
@@ -28,9 +28,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": vector_decay},
     ]
-    # If the first fp16 step overflows, the fused kernel of SGD leaves the buffers that it creates
-    # uninitialized. State of zeros gives the same first step. It is also the template that the
-    # state of a checkpoint is compared with.
+    # If the first fp16 step overflows, the fused kernel of SGD does not initialize the buffers that
+    # it creates. Buffers of zeros give the same first step. They are also the template for the
+    # state of a checkpoint.
     if recipe.optimizer == "adamw":
         adamw = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
         for parameter in parameters:
@@ -57,10 +57,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def state_of(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], StateValues]:
-    """Return the state of an optimizer: tensors by name, and the rest as JSON values.
+    """Return the state of an optimizer: its tensors by name, and all other values as JSON.
 
     Raises:
-        TrainingError: the state contains other objects, or parameters that are not of the model.
+        TrainingError: the state contains other objects, or parameters of another model.
     """
     tensors: dict[str, Tensor] = {}
     values: StateValues = {"groups": [], "state": {}}
@@ -89,13 +89,13 @@ def restore_state(
     tensors: Mapping[str, Tensor],
     values: StateValues | None = None,
 ) -> None:
-    """Restore the state that `state_of` returned. Names without `PREFIX` are ignored.
+    """Restore the state that `state_of` returned. Ignore names without `PREFIX`.
 
     Args:
         model: the model that the optimizer trains.
         optimizer: a new optimizer with the same settings.
         tensors: tensors of a checkpoint.
-        values: the rest of the state, or None for an optimizer whose state consists of tensors.
+        values: all other values of the state, or None if the state consists only of tensors.
 
     Raises:
         TrainingError: the state does not fit the optimizer.
@@ -112,8 +112,8 @@ def restore_state(
             if name.startswith(PREFIX):
                 key, _, owner = name.removeprefix(PREFIX).partition(".")
                 if value.shape == parameters[owner].shape:
-                    # Keep the memory format of the parameter, so that the next step rounds the
-                    # same.
+                    # Keep the memory format of the parameter, which affects rounding in the next
+                    # step.
                     value = torch.empty_like(parameters[owner], dtype=value.dtype).copy_(value)
                 state.setdefault(indices[owner], {})[key] = value
         for group, saved in zip(
@@ -131,14 +131,14 @@ def restore_state(
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
-    """Return the names of the optimizer's parameters, by their index in its state."""
+    """Return a mapping from the indices of parameters in the state to their names."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     return {index: names[p] for index, p in enumerate(ordered) if p in names}
 
 
 def _plain(value: Any, optimizer: torch.optim.Optimizer, key: object) -> Any:
-    """Return `value` as a JSON value."""
+    """Convert `value` to a JSON value."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, list | tuple):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from resnet56.model import ResNet
     from resnet56.runs.schema import Metrics
 
-BATCH = 64  # images per batch; limits memory use and the delay of the first result
+BATCH = 64  # small batches limit memory use and the delay of the first result
 NO_IMAGES: UInt8Array = np.zeros((0, 3, 32, 32), np.uint8)
 
 # A path, the bytes of an image file, an open image file, a Pillow image, an array of shape (H, W),
@@ -61,11 +61,11 @@ class Prediction:
     probabilities: Mapping[str, float]
     """Probability of each class, in descending order."""
     logits: FloatArray
-    """(classes,) float32, in the order of `Predictor.classes`."""
+    """Logits (classes,) float32, in the order of `Predictor.classes`."""
     features: FloatArray
-    """(C,) float32, features after global average pooling, the input of the classifier."""
+    """Features (C,) float32 after global average pooling. They are the input of the classifier."""
     map: FloatArray | None = None
-    """(8, 8) class activation map of `label` over the center square, if requested."""
+    """Class activation map (8, 8) of `label` for the center square, if requested."""
 
     def __repr__(self) -> str:
         best = islice(self.probabilities.items(), 3)
@@ -80,14 +80,14 @@ class Outputs(NamedTuple):
     """The outputs of a model for N images, as float32."""
 
     logits: FloatArray  # (N, classes)
-    maps: FloatArray  # (N, classes, 8, 8), class activation maps
-    features: FloatArray  # (N, C), after global average pooling
+    maps: FloatArray  # (N, classes, 8, 8) class activation maps
+    features: FloatArray  # (N, C) after global average pooling
 
 
 class Backend(Protocol):
     """Runs a model on preprocessed images."""
 
-    runtime: str  # library and device, for users
+    runtime: str  # name of the library and the device, for users
 
     def run(self, images: UInt8Array) -> Outputs:
         """Run the model on (N, 3, 32, 32) bytes."""
@@ -110,7 +110,7 @@ class TorchBackend:
 
         self.model = model
         self.config = config
-        self.form = InferenceModel(model)
+        self.inference_model = InferenceModel(model)
         self.device = device
         self.runtime = f"PyTorch on {device}"
         self.mean = torch.tensor(config.mean, device=device)
@@ -124,7 +124,7 @@ class TorchBackend:
 
         with torch.inference_mode():
             x = normalize(torch.from_numpy(images).to(self.device), self.mean, self.std)
-            return Outputs(*(output.cpu().numpy() for output in self.form.explain(x)))
+            return Outputs(*(output.cpu().numpy() for output in self.inference_model.explain(x)))
 
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
@@ -133,7 +133,7 @@ class TorchBackend:
         from resnet56.evaluation import predict_logits
 
         mean, std = self.config.mean, self.config.std
-        return predict_logits(self.form, images, mean, std, "fp32", batch, advance)
+        return predict_logits(self.inference_model, images, mean, std, "fp32", batch, advance)
 
 
 class OnnxBackend:
@@ -146,7 +146,7 @@ class OnnxBackend:
         """Load a file.
 
         Raises:
-            RunError: the file cannot be read or is not an export of this package.
+            RunError: the file cannot be read, or this package has not exported it.
             MissingExtraError: ONNX Runtime is not installed.
         """
         try:
@@ -162,8 +162,8 @@ class OnnxBackend:
         except ImportError:
             raise MissingExtraError("ONNX Runtime", "onnx") from None
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0  # 0: one per core
-        options.log_severity_level = 3  # errors only, because it also warns about valid graphs
+        options.intra_op_num_threads = threads or 0  # 0 selects one thread per core
+        options.log_severity_level = 3  # hides warnings, which also occur for valid graphs
         try:
             self.session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
@@ -182,7 +182,7 @@ class OnnxBackend:
                 raise RunError(f"{name} {problem}; {hint}")
 
     def _check(self, count: int) -> str | None:
-        """Run a random batch of `count` images, and return what is wrong with the outputs."""
+        """Run a random batch of `count` images. Return a problem with the outputs, or None."""
         logits, maps = (count, len(self.config.classes)), (count, len(self.config.classes), 8, 8)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
@@ -216,7 +216,7 @@ class OnnxBackend:
 
 
 class Predictor:
-    """A model that is ready for inference. It is thread-safe."""
+    """A model for inference. Its methods are thread-safe."""
 
     def __init__(self, name: str, config: ModelConfig, backend: Backend) -> None:
         self.name = name
@@ -229,17 +229,17 @@ class Predictor:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the logits."""
+        """The names of the classes, in the order of the logits."""
         return self.config.classes
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Channel means of the training images, scaled to [0, 1]."""
+        """The channel means of the training images, for pixels in [0, 1]."""
         return self.config.mean
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Channel standard deviations of the training images, scaled to [0, 1]."""
+        """The channel standard deviations of the training images, for pixels in [0, 1]."""
         return self.config.std
 
     @property
@@ -249,7 +249,7 @@ class Predictor:
         Predictions use an optimized copy, so changes to this module do not affect them.
 
         Raises:
-            UsageError: the model is an ONNX file.
+            UsageError: the model runs in ONNX Runtime.
         """
         if not isinstance(self.backend, TorchBackend):
             raise UsageError(f"{self.name} runs in ONNX Runtime and has no PyTorch module")
@@ -262,12 +262,12 @@ class Predictor:
             images: (N, 3, 32, 32) uint8, as returned by `images.to_model_input`.
 
         Returns:
-            `logits` (N, classes), `maps` (N, classes, 8, 8) and `features` (N, C), float32. The
-            features are those after global average pooling. The mean of a map plus the bias of its
-            class is the logit (Zhou et al. 2016).
+            `logits` (N, classes), `maps` (N, classes, 8, 8) and `features` (N, C), all float32.
+            `features` are the outputs of global average pooling. The logit of a class is the mean
+            of its map plus its bias (Zhou et al. 2016).
 
         Raises:
-            UsageError: the images have another type or shape.
+            UsageError: the images have the wrong type or shape.
             RunError: the logits are not finite.
         """
         if images.dtype != np.uint8 or images.shape[1:] != (3, 32, 32):
@@ -282,11 +282,11 @@ class Predictor:
         return outputs
 
     def evaluate(self, split: "Split") -> "Metrics":
-        """Return the metrics on a split, as `resnet56.evaluate` and evaluation.json.
+        """Return the metrics on a split, in the format of `resnet56.evaluate`.
 
         Args:
-            split: images and labels. The labels index `classes`. If the data set has other classes
-                or another order, convert it with `Dataset.for_classes` first.
+            split: images and labels. The labels are indices of `classes`. If the data set has other
+                classes or another order, convert the data set with `Dataset.for_classes` first.
 
         Raises:
             UsageError: there are no images, or a label is not the index of a class.
@@ -298,17 +298,17 @@ class Predictor:
         return split_metrics(logits, split, self.classes)
 
     def logits(self, images: "ImageLike | Iterable[ImageLike]") -> FloatArray:
-        """Return the logits (N, classes) float32 of one or more images, as for `predict`."""
+        """Return logits (N, classes) float32. The argument is the same as in `predict`."""
         rows = [prediction.logits for prediction in self.predict(images)]
         return np.stack(rows) if rows else self.run(NO_IMAGES).logits
 
     def features(self, images: "ImageLike | Iterable[ImageLike]") -> FloatArray:
-        """Return the features of one or more images after global average pooling.
+        """Return the features of images after global average pooling.
 
-        They are the input of the classifier.
+        The features are the input of the classifier.
 
         Args:
-            images: as for `predict`.
+            images: one or more images, as in `predict`.
 
         Returns:
             (N, C) float32. C is 64, or 256 with bottleneck blocks.
@@ -326,12 +326,12 @@ class Predictor:
         top: int | None = None,
         maps: bool = False,
     ) -> list[Prediction]:
-        """Predict the classes of each image.
+        """Predict the classes of images.
 
         Args:
             images: one or more images of any size: paths, bytes of image files, Pillow images,
                 arrays or tensors. A 4-dimensional array or tensor is a batch.
-            top: number of classes to return. By default, all.
+            top: number of classes to return. By default, all classes are returned.
             maps: whether to return class activation maps.
 
         Returns:
@@ -355,15 +355,16 @@ class Predictor:
         top: int | None = None,
         maps: bool = False,
     ) -> Iterator[Prediction | ImageError]:
-        """Yield the predictions one by one, and an error in place of an unreadable image.
+        """Yield one prediction per image, or an error if the image cannot be read.
 
-        Takes the arguments of `predict`. Only one batch is in memory at a time, so `images` may be
-        of any length.
+        The arguments are the same as in `predict`. Only one batch is in memory at a time, so the
+        number of images is unlimited.
         """
         if top is not None and top < 1:
             raise UsageError(f"top must be at least 1, not {top}")
         iterator = iter(_as_iterable(images))
-        # Decoding large photos takes longer than inference. Pillow releases the GIL meanwhile.
+        # Decode in threads, because decoding large photos takes longer than inference. Pillow
+        # releases the GIL while it decodes.
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             while batch := list(islice(iterator, BATCH)):
                 yield from self._predict_batch(list(pool.map(_preprocess, batch)), top, maps)
@@ -371,7 +372,7 @@ class Predictor:
     def _predict_batch(
         self, batch: list[UInt8Array | ImageError], top: int | None, maps: bool
     ) -> Iterator[Prediction | ImageError]:
-        """Yield the predictions of one batch, with the errors at their positions."""
+        """Yield predictions and errors in the order of the batch."""
         valid = [image for image in batch if not isinstance(image, ImageError)]
         predictions = iter(self._predict_valid(np.stack(valid), top, maps) if valid else [])
         for image in batch:
@@ -405,15 +406,15 @@ def load(
     """Load a model for inference.
 
     Args:
-        source: a run directory, the name of a pretrained model, or the output of
-            `resnet56 export`: an ONNX file (loaded without importing PyTorch), a model hub
-            directory, or the weight file in such a directory.
+        source: a run directory, the name of a pretrained model, or the output of `resnet56 export`.
+            The output can be an ONNX file, a model hub directory, or the weight file in such a
+            directory. ONNX files do not require PyTorch.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
-        threads: number of CPU threads of PyTorch or of the ONNX session. By default, one per core.
+        threads: number of CPU threads of PyTorch or ONNX Runtime. By default, one thread per core.
 
     Raises:
         RunError: the model does not exist or is damaged.
-        UsageError: the device or the number of threads is not available.
+        UsageError: the device is not available, or the number of threads is out of range.
         MissingExtraError: the model is an ONNX file and ONNX Runtime is not installed.
     """
     path = Path(source)
@@ -438,13 +439,13 @@ def load(
 def top_classes(
     probabilities: npt.NDArray[np.float64], top: int | None = None
 ) -> npt.NDArray[np.intp]:
-    """(C,) -> indices of the `top` most probable classes, in descending order; ties by index."""
+    """Return the indices of the `top` most probable classes. For ties, lower indices are first."""
     order: npt.NDArray[np.intp] = np.argsort(-probabilities, kind="stable")[:top]
     return order
 
 
 def _as_iterable(images: Any) -> Iterable[ImageLike]:
-    """Wrap a single image in a list. A batch of arrays or tensors already is an iterable."""
+    """Wrap a single image in a list. Return iterables, arrays and tensors of images unchanged."""
     single = isinstance(images, str | os.PathLike | bytes | Image.Image) or hasattr(images, "read")
     if single or getattr(images, "ndim", 4) < 4:
         return [images]
@@ -453,7 +454,7 @@ def _as_iterable(images: Any) -> Iterable[ImageLike]:
 
 
 def _preprocess(image: ImageLike) -> UInt8Array | ImageError:
-    """Convert any image to (3, 32, 32), or return why it cannot be read."""
+    """Convert any image to a model input (3, 32, 32). If this fails, return the error."""
     name = escape(os.fspath(image)) if isinstance(image, str | os.PathLike) else "the image"
     try:
         with image_errors(name):
@@ -468,8 +469,8 @@ def to_pil(image: ImageLike) -> Image.Image:
     """Convert any image to an upright RGB Pillow image.
 
     Raises:
-        ImageError: the image is empty or of an unsupported type, or the file cannot be read.
-        Exception: whatever Pillow raises for other faults.
+        ImageError: the image is empty or has an unsupported type, or the file cannot be read.
+        Exception: any other exception that Pillow raises.
     """
     if isinstance(image, Image.Image):
         if 0 in image.size:
@@ -481,7 +482,7 @@ def to_pil(image: ImageLike) -> Image.Image:
         return read_image(image)  # type: ignore[arg-type]
     if isinstance(image, np.ndarray):
         return to_upright_rgb(_array_to_pil(image))
-    if hasattr(image, "detach"):  # a tensor; this check does not import PyTorch
+    if hasattr(image, "detach"):  # recognizes tensors without importing PyTorch
         tensor = image.detach().cpu()
         pixels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         return to_upright_rgb(
@@ -491,7 +492,7 @@ def to_pil(image: ImageLike) -> Image.Image:
 
 
 def _array_to_pil(pixels: npt.NDArray[Any]) -> Image.Image:
-    """(H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or floating point from 0 to 1."""
+    """Convert an array (H, W) or (H, W, C) to a Pillow image. See `ImageLike`."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if 0 in pixels.shape or not (

@@ -1,7 +1,7 @@
 """Recipes: all settings that determine how a model is trained.
 
-This module imports only the standard library, so listing the recipes is fast. The docstring below
-each field is also the help text of its flag.
+This module does not import PyTorch, so listing the recipes is fast. The docstring below each field
+is also the help text of its flag.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Execution = Literal["eager", "fused", "native", "compiled"]
 ExecutionChoice = Literal["auto", Execution]
 
-MAX_VALUE = 1_000_000  # upper bound on settings without a natural limit
+MAX_VALUE = 1_000_000  # upper bound of settings that have no other limit
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class Recipe:
     (no shortcuts), and other depths."""
 
     weights: str = ""
-    """Initial weights: a run, a file or a pretrained model of the same architecture. The classifier
-    is new if the classes differ. The images are normalized as for these weights, which must not
-    have been trained on the validation images."""
+    """Initial weights: a run, a file or a pretrained model of the same architecture. If the classes
+    differ, the classifier is initialized at random. The images are normalized as for these weights.
+    The weights must not have been trained on the validation images."""
 
     freeze: tuple[str, ...] = ()
-    """Layers of --weights that are not trained: conv1, bn1, stage1, stage2, stage3 or a part of
-    them such as stage3.0, or body, which is everything but the classifier. Their batch norm
-    statistics do not change either."""
+    """Layers of --weights that are not trained: conv1, bn1, stage1, stage2, stage3, a part of a
+    stage such as stage3.0, or body (all layers except the classifier). Their batch norm statistics
+    do not change either."""
 
     epochs: int = 40
     """Number of epochs."""
 
     batch_size: int = 32
-    """Images per step, summed over all processes."""
+    """Number of images per step, over all processes."""
 
     lr: float = 0.02
     """Peak learning rate."""
@@ -60,7 +60,7 @@ class Recipe:
     """Momentum of SGD."""
 
     nesterov: bool = False
-    """Use Nesterov momentum in SGD."""
+    """Use Nesterov momentum with SGD."""
 
     weight_decay: float = 1e-4
     """Weight decay: an L2 penalty with SGD, decoupled from the gradient with AdamW."""
@@ -82,43 +82,46 @@ class Recipe:
     """Epochs of linear learning-rate warm-up from zero."""
 
     label_smoothing: float = 0.0
-    """Label smoothing: fraction of the target that is distributed evenly over all classes."""
+    """Label smoothing: fraction of the target to distribute evenly over all classes."""
 
     padding: int = 4
-    """Black pixels added on each side before a random 32x32 crop; 0 disables the crop."""
+    """Number of black pixels to add on each side before a random 32x32 crop. 0 disables the
+    crop."""
 
     flip: bool = True
-    """Random horizontal flips. They are disabled for digits, which must not be mirrored."""
+    """Flip images horizontally at random. Digits are never flipped, because mirrored digits are not
+    valid."""
 
     alternate_flip: bool = False
     """Flip each image in every other epoch instead of at random (Jordan 2024,
     arXiv:2404.00498)."""
 
     sizes: tuple[int, ...] = ()
-    """Image size in pixels in each of the first epochs. Later epochs use 32."""
+    """Image sizes of the first epochs, in pixels. Later epochs use 32."""
 
     cutout: int = 0
-    """Cutout: size in pixels of a random square that is set to the mean; 0 disables it."""
+    """Cutout: size of a random square to set to the mean, in pixels. 0 disables Cutout."""
 
     trivial_augment: bool = False
-    """Apply one of 14 geometric or color transforms, chosen at random, to each image before the
-    crop (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
+    """TrivialAugment: apply one of 14 geometric or color transforms to each image before the crop,
+    at random (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
 
     mix: Mixing = "none"
     """Mix the images of a batch and their targets. cutmix: paste a rectangle of another image (Yun
     et al. 2019); mixup: blend two images (Zhang et al. 2018); ricap: combine crops of four images
-    (Takahashi et al. 2018), which replaces the padded crop. Mixed batches do not use Cutout. The
-    training accuracy is then the mean target of the predicted class."""
+    (Takahashi et al. 2018) instead of the padded crop. Mixed batches do not use Cutout. Their
+    training accuracy is the mean target probability of the predicted class."""
 
     mix_alpha: float = 1.0
-    """Parameter of the beta distribution of the mixing ratio. 1 is the uniform distribution. Lower
+    """Parameter of the beta distribution of the mixing ratio. 1 gives a uniform distribution. Lower
     values keep mixed images closer to one of the originals (0.3 in the RICAP paper)."""
 
     mix_probability: float = 1.0
     """Probability that a batch is mixed."""
 
     plain_tail: int = 0
-    """Number of final epochs with crops and flips only: no mixing, Cutout or TrivialAugment."""
+    """Number of final epochs with only crops and flips, without mixing, Cutout or
+    TrivialAugment."""
 
     ema_decay: tuple[float, ...] = ()
     """Decay per step of an exponential moving average (EMA) of the weights. The run then uses the
@@ -126,8 +129,8 @@ class Recipe:
     validation images (see --val-size)."""
 
     teacher: tuple[str, ...] = ()
-    """Teachers for knowledge distillation: runs or pretrained models. Several form an ensemble.
-    They must not have been trained on the validation images."""
+    """Teachers for knowledge distillation: runs or pretrained models. Several teachers form an
+    ensemble. The teachers must not have been trained on the validation images."""
 
     teacher_weight: float = 1.0
     """Weight of the distillation loss. The loss on the labels has weight 1 - teacher_weight."""
@@ -140,13 +143,13 @@ class Recipe:
     gradient is the same."""
 
     precision: Precision = "auto"
-    """Numerical precision. auto: the fastest that the device supports in hardware."""
+    """Numerical precision. auto: the fastest precision that the device supports in hardware."""
 
     execution: ExecutionChoice = "auto"
-    """Implementation of the training step. All give the same results up to rounding. eager: PyTorch
-    operations; fused: batch norm and ReLU in one kernel (CPU); native: C kernels in bf16 (CPUs with
-    AMX); compiled: torch.compile, which takes about a minute; auto: the first available of native,
-    fused and eager."""
+    """Implementation of the training step. All implementations give the same results up to
+    rounding. eager: PyTorch operations; fused: batch norm and ReLU in one kernel (CPU); native: C
+    kernels in bf16 (CPUs with AMX); compiled: torch.compile, which takes about a minute to compile;
+    auto: the first of native, fused and eager that is available."""
 
     val_size: int = 0
     """Number of training images to use for validation instead of training. The split is stratified
@@ -156,7 +159,7 @@ class Recipe:
     """Seed of the initial weights, the order of the images and the augmentation."""
 
     def __post_init__(self) -> None:
-        """Check each value, and values that depend on each other."""
+        """Check all values and their combinations."""
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _convert(name, kind, getattr(self, name)))
         bounds = f"from 1 to {MAX_VALUE:,}"
@@ -213,7 +216,7 @@ class Recipe:
         _require(0 <= self.val_size < 10**9, "val_size", self.val_size, "at least 0 and below 10^9")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.nesterov and self.momentum == 0:
-            raise UsageError("nesterov requires a momentum above 0")
+            raise UsageError(f"{option('nesterov', True)} requires {option('momentum')} above 0")
         for name in ("teacher", "freeze"):
             values = getattr(self, name)
             _require(len(set(values)) == len(values), name, values, "all different")
@@ -230,7 +233,7 @@ class Recipe:
             raise UsageError("alternate_flip requires flip")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values. `from_fields` is the inverse."""
+        """Return the fields as JSON values. `from_fields` converts them back."""
         fields = dataclasses.asdict(self)
         fields |= {name: list(v) for name, v in fields.items() if isinstance(v, tuple)}
         return fields
@@ -241,7 +244,7 @@ def from_fields(fields: dict[str, Any], source: str) -> Recipe:
 
     Args:
         fields: names and values of the fields.
-        source: file name, for error messages.
+        source: file name for error messages.
 
     Raises:
         UsageError: a field is unknown or has an invalid value.
@@ -274,7 +277,7 @@ def read(path: Path) -> Recipe:
         raise UsageError(f"{path} is not valid {kind}: {str(error).splitlines()[0]}") from None
     if not isinstance(fields, dict):
         raise UsageError(
-            f"{path} is not a recipe: its top level must be an object or table of fields"
+            f"{path} is not a recipe: the top level must be a JSON object or a TOML table"
         )
     return from_fields(fields, str(path))
 
@@ -302,7 +305,7 @@ def _require(condition: bool, name: str, value: object, requirement: str) -> Non
 
 
 def _convert(name: str, kind: Any, value: Any) -> Any:
-    """Convert a value to the type of its field: an integer to a float, or a list to a tuple."""
+    """Convert a value to the type of its field, for example an integer to a float."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise UsageError(
@@ -327,18 +330,18 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-# The settings of the original report. The report does not state the weight decay. 1e-4 is the value
-# in the ResNet paper.
+# The settings of the original report. It does not state the weight decay, which is 1e-4 in the
+# ResNet paper.
 REPORT = Recipe(arch="resnet56-bottleneck")
 
-# He et al. 2015, section 4.2: batch 128, learning rate 0.1 divided by 10 at 32k and 48k of 64k
-# iterations. With 390 steps per epoch, these are 82, 123 and 164 epochs.
+# He et al. 2015, section 4.2: the batch size is 128, and the learning rate of 0.1 is divided by 10
+# after 32k and 48k of 64k iterations. With 390 steps per epoch, these are 82, 123 and 164 epochs.
 HE2015 = Recipe(
     epochs=164, batch_size=128, lr=0.1, schedule="step", drop_epochs=(82, 123), drop_factor=0.1
 )
 
-# From the literature: a long cosine schedule, Nesterov momentum, Cutout, alternating flips and EMA
-# weights. 120 epochs reached 94.83 % (docs/results.md).
+# This recipe combines methods from the literature: a long cosine schedule, Nesterov momentum,
+# Cutout, alternating flips and EMA weights. 120 epochs reached 94.83 % (docs/results.md).
 BEST = Recipe(
     epochs=200,
     batch_size=128,
@@ -353,10 +356,11 @@ BEST = Recipe(
     ema_decay=(0.999,),
 )
 
-# The fastest recipe found for about 90 % accuracy on two CPU cores, selected on 5,000 validation
-# images (docs/results.md). Small images come first: epochs at 16 and 24 pixels take two fifths and
-# two thirds of the time of a full-size epoch. Alternating flips help wherever random flips do
-# (Jordan 2024). Label smoothing is not used because it makes the calibration worse.
+# This was the fastest recipe for about 90 % accuracy on two CPU cores. It was selected on 5,000
+# validation images (docs/results.md). The first epochs use small images. Epochs at 16 and 24 pixels
+# take two fifths and two thirds of the time of a full-size epoch. Alternating flips help wherever
+# random flips help (Jordan 2024). The recipe does not use label smoothing, because it makes the
+# calibration worse.
 FAST = Recipe(
     epochs=13,
     batch_size=64,
@@ -369,8 +373,8 @@ FAST = Recipe(
     sizes=(16, 16, 16, 16, 24, 24, 24, 24, 24),
 )
 
-# Trains on the digits in under a minute on two cores. The batches are small because an epoch has
-# only 1,437 images.
+# This recipe trains on the digits in under a minute on two cores. The batches are small, because an
+# epoch has only 1,437 images.
 QUICK = Recipe(
     epochs=6,
     batch_size=16,
@@ -384,9 +388,9 @@ QUICK = Recipe(
 RECIPES = {"report": REPORT, "he2015": HE2015, "fast": FAST, "best": BEST, "quick": QUICK}
 
 DESCRIPTIONS = {
-    "report": "original report: bottleneck blocks, batch 32, lr 0.02 halved every 10 epochs",
-    "he2015": "He et al. 2015: batch 128, lr 0.1 divided by 10 twice, 164 epochs",
-    "fast": "about 90 % in 5 minutes on two cores with AMX (22 without); small images first",
-    "best": "highest accuracy: cosine, Nesterov, Cutout, EMA weights, 200 epochs",
-    "quick": "handwritten digits in under a minute",
+    "report": "original report: bottleneck blocks, batch size 32, lr 0.02 halved every 10 epochs",
+    "he2015": "He et al. 2015: batch size 128, lr 0.1 divided by 10 twice, 164 epochs",
+    "fast": "about 90 % in 5 minutes on two cores with AMX (22 minutes without)",
+    "best": "highest accuracy: cosine schedule, Nesterov momentum, Cutout, EMA, 200 epochs",
+    "quick": "handwritten digits in less than a minute",
 }

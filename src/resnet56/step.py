@@ -1,4 +1,4 @@
-"""One training step: forward and backward pass, optimizer, schedule and EMA."""
+"""Training steps: forward and backward pass, optimizer, schedule and EMA."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from resnet56.runtime import DTYPES, Precision, autocast
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate at `step` (from 0): linear warm-up, then the schedule."""
+    """Return the learning rate at `step` (from 0). The schedule follows a linear warm-up."""
     warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
@@ -41,8 +41,8 @@ class PreparedModel:
 
     module: nn.Module
     execution: Execution
-    reason: str = ""  # why a faster mode is not used
-    remedy: str = ""  # how to make the faster mode available
+    reason: str = ""  # the reason why a faster mode is not available
+    remedy: str = ""  # what the user can do to make the faster mode available
 
 
 def prepare_model(model: ResNet, execution: str, precision: Precision) -> PreparedModel:
@@ -50,9 +50,9 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
 
     Args:
         model: the model on its device. Fused execution changes it in place.
-        execution: `execution` of a recipe. `auto` selects native execution only on a CPU with a
-            matrix unit. It never selects `torch.compile`, which takes about a minute to compile
-            and is faster only in long runs.
+        execution: the field `execution` of a recipe. `auto` selects native execution only on a CPU
+            with a matrix unit. `auto` never selects `torch.compile`, which takes about a minute to
+            compile and is faster only in long runs.
         precision: precision of the forward pass.
 
     Raises:
@@ -101,7 +101,7 @@ def _probe_compiler(model: nn.Module) -> None:
     """Raise UsageError if `torch.compile` does not work on this machine."""
     try:
         torch.compile(torch.sin)(torch.ones(2, device=next(model.parameters()).device))
-    except Exception as error:  # Dynamo and Inductor errors have no common base class
+    except Exception as error:  # errors of Dynamo and Inductor have no common base class
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"torch.compile does not work on this machine: {message}; use "
@@ -110,13 +110,13 @@ def _probe_compiler(model: nn.Module) -> None:
 
 
 class Trainer:
-    """Performs training steps, and sums the loss and the accuracy of the epoch on the device.
+    """Performs training steps. Sums the loss and the correct predictions on the device.
 
     Args:
-        model: the model. Its state is saved in checkpoints.
-        wrapped: the module to call in the forward pass: `model` or a wrapper of it, such as
+        model: the model. Checkpoints contain its state.
+        wrapped: the module to call in the forward pass: `model`, or a wrapper of `model` such as
             DistributedDataParallel.
-        recipe: the training configuration.
+        recipe: the recipe of the run.
         precision: precision of the forward and backward passes.
         teachers: teachers for distillation, or None.
         frozen: modules that stay in evaluation mode. Their parameters do not require gradients.
@@ -143,7 +143,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.emas = [EMA(model, decay) for decay in recipe.ema_decay]
         self.reset_sums()
-        # The first step whose loss is not finite, or -1.
+        # Number of the first step whose loss is not finite, or -1 if there is none.
         self.first_nonfinite_step = torch.tensor(-1, device=self.device)
 
     def train_mode(self) -> None:
@@ -153,7 +153,7 @@ class Trainer:
             module.eval()
 
     def reset_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
-        """Reset the sums at the start of an epoch, or restore those of an interrupted epoch."""
+        """Reset the sums at the start of an epoch, or restore the sums of an interrupted epoch."""
         # MPS does not support float64.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.tensor([loss_sum, correct], dtype=dtype, device=self.device)
@@ -161,9 +161,9 @@ class Trainer:
     def step(self, images: Tensor, targets: Tensor, lr: float, step: int) -> None:
         """Perform one training step.
 
-        Adds the loss and the number of correct predictions to `sums`, without synchronizing with
-        the device. If the targets are probabilities, a prediction counts as the target probability
-        of the predicted class.
+        The step adds the loss and the number of correct predictions to `sums`, without waiting for
+        the device. If the targets are probabilities, it adds the target probability of the
+        predicted class.
 
         Args:
             images: (B, 3, S, S), normalized.
@@ -207,14 +207,14 @@ class Trainer:
         return distillation_loss(logits, probabilities, recipe.teacher_temperature)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Return the first EMA if there is one, otherwise the weights of the model."""
+        """Return the weights of the first EMA. Without an EMA, return those of the model."""
         return self.emas[0].tensors if self.emas else self.model.state_dict()
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that resuming needs in addition to `weights`.
 
-        These are the state of the optimizer, the weights of the model if there is an EMA, and all
-        EMAs if there are several.
+        The result contains the state of the optimizer. If there is an EMA, it also contains the
+        weights of the model. If there are several EMAs, it also contains all of them.
         """
         state, _ = state_of(self.model, self.optimizer)
         if self.emas:
