@@ -115,7 +115,7 @@ def test_frozen_layers_keep_their_batch_norm_statistics(
     ("fields", "error", "message"),
     [
         ({"weights": "none"}, RunError, "none is neither a run nor a pretrained model"),
-        ({"arch": "resnet14"}, UsageError, 'are of resnet8, but .* set arch="resnet8"'),
+        ({"arch": "resnet14"}, UsageError, 'belong to resnet8, but .* set arch="resnet8"'),
         ({"freeze": ("stage9",)}, UsageError, "no layer 'stage9'; choose conv1, bn1, stage1"),
         ({"freeze": ("body", "fc")}, UsageError, "leaves no layer to train"),
         ({"freeze": ("body",), "weights": ""}, UsageError, "freeze requires weights"),

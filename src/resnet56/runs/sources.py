@@ -1,7 +1,7 @@
-"""Open a model by path or name, for all commands.
+"""Open a model by name or path, for all commands.
 
-A source is a run directory, a file of its checkpoint, the name of a pretrained model, a file that
-`resnet56 export` wrote, or a model hub directory.
+A source is a run directory, a file of its checkpoint, the name of a pretrained model, a file from
+`resnet56 export`, or a model hub directory.
 """
 
 import os
@@ -27,12 +27,12 @@ class Source:
     """A model and its origin."""
 
     checkpoint: Checkpoint
-    run: RunDirectory | None = None  # the run, if the model belongs to one
-    pretrained: str | None = None  # the name, if it is a pretrained model
+    run: RunDirectory | None = None  # run of the model, if it belongs to a run
+    pretrained: str | None = None  # name of the model, if it is pretrained
 
 
 def open_model(name_or_path: StrPath) -> Source:
-    """Open the model with a name or at a path.
+    """Open a model by name or path.
 
     A run or a model hub directory takes precedence over a pretrained model of the same name.
 
@@ -43,7 +43,7 @@ def open_model(name_or_path: StrPath) -> Source:
     """
     source = _open_own(name_or_path)
     if source is None:
-        from resnet56.runs import convert  # imports PyTorch
+        from resnet56.runs import convert  # This imports PyTorch.
 
         source = Source(convert.read(Path(name_or_path), require_declared=True).checkpoint)
     return source
@@ -84,7 +84,7 @@ def _open_own(name_or_path: StrPath) -> Source | None:
         return Source(pretrained.load(name), pretrained=name)
     if path.is_dir():
         run = RunDirectory(path)
-        return Source(run.load(), run=run)  # raises an error that says what is missing
+        return Source(run.load(), run=run)  # Raises an error that states what is missing.
     if path.exists():
         return None
     available = ", ".join(pretrained.names()) or "none"
@@ -97,10 +97,10 @@ def _open_own(name_or_path: StrPath) -> Source | None:
 def _find_run(path: Path) -> RunDirectory | None:
     """Return the run that a path belongs to, or None.
 
-    The path can be a run directory, its checkpoint directory, or a file in the latter.
+    The path can be a run directory, its checkpoint directory, or a file of its checkpoint.
 
     Raises:
-        RunError: the path is a file in the checkpoint directory without the weights of the model.
+        RunError: the path is a file of the checkpoint that does not contain the weights.
     """
     if RunDirectory(path).checkpoint_file.exists():
         return RunDirectory(path)

@@ -52,20 +52,21 @@ def train(
         tensorboard: also write TensorBoard scalars to `out/tensorboard`.
         test_every_epoch: also record the test loss and accuracy after each epoch, for plots. They
             do not influence training.
-        threads: number of CPU threads. By default, all cores that other programs leave free. This
-            number is updated during training.
-        progress: whether to show the progress. By default, it is shown in notebooks and on
-            terminals. If True, lines are also written to stderr if it is not a terminal. The
-            command line passes its own display.
-        on_epoch: called after each epoch with its metrics, as in metrics.jsonl. The checkpoint has
-            already been saved.
+        threads: number of CPU threads. By default, the number of cores that other programs leave
+            free, updated during training.
+        progress: whether to show progress. By default, progress appears in notebooks and on
+            terminals. If True, lines also go to stderr if it is not a terminal. The command line
+            passes its own display.
+        on_epoch: called after each epoch, when its checkpoint is saved, with the metrics of the
+            epoch as in metrics.jsonl.
 
     Returns:
-        The content of evaluation.json. An empty dictionary if the rank is not 0.
+        The content of evaluation.json, or an empty dictionary without test images or on ranks
+        other than 0.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM stopped training, and a checkpoint has been written. This is
-            a `KeyboardInterrupt`.
+        Interrupted: Ctrl-C or SIGTERM stopped training, and a checkpoint was written. This
+            exception is a `KeyboardInterrupt`.
         TrainingError: the loss is not finite.
         RunError: `out` cannot be used or written.
         UsageError: the device is not available, or the validation set is too large.
@@ -90,7 +91,7 @@ def train(
                 with tensorboard_writer(
                     tensorboard and dist.is_main_process, run, loop.progress.step
                 ) as scalars:
-                    if dist.is_main_process:  # after all checks, so that an error leaves no files
+                    if dist.is_main_process:  # All checks have passed, so an error leaves no files.
                         if saved is None:
                             run.create()
                             stack.enter_context(run.locked())
@@ -100,9 +101,9 @@ def train(
                         begin_run(run, recipe, environment, saved)
                     loop.run(dataset.test if test_every_epoch else None, scalars, on_epoch)
             finally:
-                del loop  # DDP is released before its process group
+                del loop  # Release DDP before its process group.
         remedy = f"the model in {run.path} is trained; evaluate it with {option('resume', True)}"
-        if stop.signum is not None:  # received after the last step
+        if stop.signum is not None:  # A signal has arrived after the last step.
             raise Interrupted(remedy, stop.signum)
         if not dist.is_main_process or not len(dataset.test):
             return {}  # type: ignore[typeddict-item]

@@ -38,10 +38,10 @@ def select_ema(
 
     Args:
         setup: the trainer with its EMAs, and the validation images.
-        last_epoch: index of the epoch whose images re-estimate batch norm statistics.
+        last_epoch: index of the epoch with the images to re-estimate batch norm statistics.
 
     Returns:
-        The weights of the EMA, or None if there is no EMA; and metadata of the checkpoint.
+        The weights of the EMA or, without an EMA, None, and metadata for the checkpoint.
 
     Raises:
         NotFiniteError: an output is not finite.
@@ -56,7 +56,7 @@ def select_ema(
         candidates.append((metrics, weights))
     if not candidates:
         return None, {}
-    # Ties are resolved by the loss. A single EMA needs no validation set.
+    # The loss breaks ties. A single EMA needs no validation set.
     best, selected = max(
         candidates,
         key=lambda pair: (pair[0].get("val_accuracy", 0), -pair[0].get("val_loss", 0)),
@@ -75,7 +75,7 @@ def _reestimate(
     model = build(setup.config.arch, classes=len(setup.config.classes))
     model.to(setup.trainer.device, memory_format=channels_last)  # type: ignore[call-overload]
     model.load_state_dict(weights)
-    # This runs in one process, on global batches.
+    # Only the main process runs this function, so it uses global batches.
     batches = replace(setup.batches, rank=0, world_size=1)
     count = math.ceil(REESTIMATION_IMAGES / batches.global_batch)
     images = (images for images, _ in batches.epoch(epoch))

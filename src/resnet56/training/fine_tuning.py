@@ -10,23 +10,23 @@ from resnet56.recipe import Recipe
 from resnet56.runs.checkpoint import Checkpoint, require_fit
 from resnet56.runs.schema import InitialWeights
 
-BODY = "body"  # in `freeze`: all modules except the classifier
+BODY = "body"  # name for all modules except the classifier
 CLASSIFIER = "fc"
 
 
 def load_weights(
     model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, classes: tuple[str, ...]
 ) -> InitialWeights:
-    """Load the weights of `checkpoint`, without its classifier if its classes differ.
+    """Load the weights of a checkpoint, except for the classifier if the classes differ.
 
     Args:
         model: the model to train, with random weights.
-        checkpoint: the model that `weights` of the recipe names.
+        checkpoint: the model in the field `weights` of the recipe.
         recipe: the training configuration.
         classes: classes of the training images.
 
     Returns:
-        The entry of environment.json.
+        The entry for environment.json.
 
     Raises:
         UsageError: the checkpoint has another architecture.
@@ -35,8 +35,8 @@ def load_weights(
     arch = checkpoint.config.arch
     if arch != recipe.arch:
         raise UsageError(
-            f"the weights of {recipe.weights} are of {arch}, but the recipe trains {recipe.arch}; "
-            f"set {option('arch', arch)} or choose other {option('weights')}"
+            f"the weights of {recipe.weights} belong to {arch}, but the recipe trains "
+            f"{recipe.arch}; set {option('arch', arch)} or choose other {option('weights')}"
         )
     new_classifier = checkpoint.config.classes != classes
     kept = {
@@ -67,10 +67,10 @@ def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
         names: names of modules, such as "stage1" or "stage3.0", or "body".
 
     Returns:
-        The modules.
+        The frozen modules.
 
     Raises:
-        UsageError: there is no such module, or nothing remains to train.
+        UsageError: a module does not exist, or nothing remains to train.
     """
     children = [name for name, _ in model.named_children()]
     frozen: list[nn.Module] = []
@@ -84,7 +84,7 @@ def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
             choices = [*children, BODY] if CLASSIFIER in children else children
             raise UsageError(
                 f"{option('freeze')}: the network has no layer {one_line(repr(name))}; choose "
-                f"{', '.join(choices[:10])} or a part of them, such as {_example(model)}"
+                f"{', '.join(choices[:10])} or a part of one, such as {_example(model)}"
             ) from None
     for module in frozen:
         module.requires_grad_(False)
@@ -96,6 +96,6 @@ def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 
 def _example(model: nn.Module) -> str:
-    """Return the name of a module within another."""
+    """Return the name of a nested module."""
     nested = [name for name, _ in model.named_modules() if "." in name]
     return nested[0] if nested else "stage3.0"

@@ -29,14 +29,14 @@ EpochCallback = Callable[[EpochMetrics], object]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training stopped because of Ctrl-C or SIGTERM, after writing a checkpoint."""
+    """Raised when Ctrl-C or SIGTERM has stopped training and a checkpoint is saved."""
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
 
     def _render_traceback_(self) -> list[str]:
-        """Return what IPython prints. The traceback would only show the current step."""
+        """Return the lines that IPython prints. A traceback would show only the current step."""
         return [str(self)]
 
 
@@ -53,7 +53,7 @@ class TrainingLoop:
         dist: rank and world size.
         stop: stop request of this process.
         threads: thread control of this process.
-        display: shows the progress.
+        display: display of the progress.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class TrainingLoop:
         self.cadence = Cadence(self.batches.steps, stop, threads, dist, device)
         self.throughput = ThroughputMonitor(threads, device.type)
         self.costs = step_costs(recipe)
-        self.selected: Mapping[str, Tensor] | None = None  # the best EMA, after the last epoch
+        self.selected: Mapping[str, Tensor] | None = None  # best EMA, known after the last epoch
         self.ema_metadata: dict[str, Any] = {}
         prepared = self.setup.prepared
         if prepared.remedy:
             self.log(f"training is slower than necessary: {prepared.reason}; {prepared.remedy}")
         initial = self.setup.initial_weights
         if initial is not None and saved is None and initial["new_classifier"]:
-            self.log(f"the classifier is new, because {initial['weights']} has other classes")
+            self.log(f"the classifier is new because {initial['weights']} has other classes")
         if saved is not None:
             self.log(restore(self.setup, saved, run))
 
@@ -101,11 +101,11 @@ class TrainingLoop:
         Args:
             test: images to evaluate after each epoch, or None.
             scalars: TensorBoard writer, or None.
-            on_epoch: called with the row of each epoch, or None.
+            on_epoch: called with the metrics of each epoch, or None.
         """
         self.display.begin(self.costs, self.batches.steps, self.progress.step)
         if self.progress.step == 0:
-            self.save()  # makes the run resumable before the first step
+            self.save()  # Make the run resumable before the first step.
         while self.progress.epoch < self.recipe.epochs:
             lr = self.train_epoch()
             row = self.summary(lr)
@@ -113,7 +113,8 @@ class TrainingLoop:
                 if self.progress.epoch + 1 == self.recipe.epochs:
                     self.select_ema()
                 row = self.with_measurements(row, {"val": self.setup.validation, "test": test})
-                self.run_directory.append_metrics(row)  # before saving; resuming removes extra rows
+                # Append the row before saving the checkpoint. Resuming removes extra rows.
+                self.run_directory.append_metrics(row)
                 log_scalars(scalars, row)
             self.progress = Progress(epoch=self.progress.epoch + 1, step=self.progress.step)
             message = self.cadence.threads.after_step(self.progress.step)
@@ -126,7 +127,7 @@ class TrainingLoop:
                 raise self.interrupted()
 
     def train_epoch(self) -> float:
-        """Run the rest of the current epoch, and return its last learning rate."""
+        """Run the rest of the current epoch and return its last learning rate."""
         start, started, lr = self.progress, time.perf_counter(), 0.0
         # The saved sums cover all processes, so only the main process restores them.
         self.trainer.reset_sums(
@@ -158,7 +159,7 @@ class TrainingLoop:
 
     def read_loss(self) -> None:
         """Read and display the running loss. Raise TrainingError if a loss is not finite."""
-        # Share the failed step, so that all processes stop together.
+        # Share the failed step so that all processes stop together.
         diverged = int(all_reduce_max(self.trainer.first_nonfinite_step.clone(), self.dist))
         if diverged >= 0:
             epoch = diverged // self.batches.steps + 1
@@ -194,7 +195,7 @@ class TrainingLoop:
     def with_measurements(
         self, row: EpochMetrics, splits: Mapping[str, Split | None]
     ) -> EpochMetrics:
-        """Return `row` with the loss and accuracy of the weights on each split."""
+        """Return `row` with the loss and accuracy on each split."""
         measured: dict[str, float] = {}
         try:
             for name, split in splits.items():
@@ -259,6 +260,6 @@ class TrainingLoop:
         )
 
     def log(self, line: str) -> None:
-        """Display a line in the main process, unless it is empty."""
+        """Display a line in the main process, unless the line is empty."""
         if line and self.dist.is_main_process:
             self.display.log(line)

@@ -29,7 +29,7 @@ class Scalars(Protocol):
 def load_checkpoint(
     run: RunDirectory, recipe: Recipe, dataset: Dataset, fingerprint: str
 ) -> Checkpoint:
-    """Load the checkpoint to resume. Raise RunError if its recipe or its data set differs."""
+    """Load the checkpoint to resume. Raise RunError if the recipe or the data set differs."""
     checkpoint = run.load(training=True)
     saved_fields = from_fields(read_json(run.recipe_file), str(run.recipe_file)).to_json()
     differing = [
@@ -82,7 +82,7 @@ def restore(setup: TrainingSetup, saved: Checkpoint, run: RunDirectory) -> str:
         return ""
     return (
         f"resuming with {' '.join(current)} instead of {' '.join(map(str, previous))}: "
-        "results are equal up to rounding, not bit for bit"
+        "results are equal up to rounding but not bitwise identical"
     )
 
 
@@ -116,7 +116,7 @@ def describe_environment(
 def begin_run(
     run: RunDirectory, recipe: Recipe, current: Environment, saved: Checkpoint | None
 ) -> None:
-    """Write the files that are known before the first step."""
+    """Write the files of a run before the first step."""
     if saved is None:
         run.metrics_file.unlink(missing_ok=True)
         write_json(run.recipe_file, recipe.to_json())
@@ -127,7 +127,7 @@ def begin_run(
     run.write_environment(
         {
             **original,
-            "data": current["data"],  # the directory may have changed
+            "data": current["data"],  # The directory of the data may have changed.
             "resumed": [*original.get("resumed", []), current],
         }
     )
@@ -146,8 +146,8 @@ def save_checkpoint(
         run: the run directory.
         setup: the model and its trainer.
         weights: the weights to evaluate.
-        progress: finished steps.
-        metadata: metadata in addition to that of the setup.
+        progress: the progress of the run.
+        metadata: additional metadata.
 
     Raises:
         NotFiniteError: a value is not finite. The previous checkpoint is kept.
@@ -169,7 +169,7 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def tensorboard_writer(enabled: bool, run: RunDirectory, step: int) -> Iterator[Scalars | None]:
-    """Open a TensorBoard writer that replaces the scalars after step `step`, or None."""
+    """Yield a TensorBoard writer that replaces the scalars after `step`, or None if disabled."""
     if not enabled:
         yield None
         return
@@ -177,7 +177,7 @@ def tensorboard_writer(enabled: bool, run: RunDirectory, step: int) -> Iterator[
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError(
-            "TensorBoard is not installed; pip install 'resnet56[tensorboard]'"
+            "TensorBoard is not installed; install it with: pip install 'resnet56[tensorboard]'"
         ) from None
     writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1 if step else None)
     try:
@@ -187,7 +187,7 @@ def tensorboard_writer(enabled: bool, run: RunDirectory, step: int) -> Iterator[
 
 
 def log_scalars(scalars: Scalars | None, row: EpochMetrics) -> None:
-    """Write the metrics of an epoch to TensorBoard, if it is enabled."""
+    """Write the metrics of an epoch to TensorBoard if it is enabled."""
     if scalars is not None:
         for name, value in row.items():
             if name not in ("epoch", "step"):

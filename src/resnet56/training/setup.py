@@ -23,7 +23,7 @@ from resnet56.training.fine_tuning import freeze, load_weights
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Everything that a recipe and a data set define for training.
+    """The objects that training creates from a recipe and a data set.
 
     Attributes:
         config: metadata of the model.
@@ -32,8 +32,8 @@ class TrainingSetup:
         prepared: the forward pass of the model, and its execution mode.
         batches: training batches on the device.
         validation: validation images, or None.
-        teachers: teachers, as in environment.json.
-        initial_weights: the weights that training started from, as in environment.json, or None.
+        teachers: entries for environment.json.
+        initial_weights: entry for environment.json, or None if training starts from random weights.
     """
 
     config: ModelConfig
@@ -60,8 +60,8 @@ def set_up(
         dataset: training images.
         device: training device.
         dist: rank and world size.
-        saved: checkpoint to continue from, or None. It contains the weights, so those that the run
-            started from are not needed any more.
+        saved: checkpoint to continue from, or None. With a checkpoint, the initial weights of the
+            recipe are not read.
 
     Raises:
         RunError: the initial weights or a teacher do not exist or are damaged.
@@ -78,7 +78,7 @@ def set_up(
     start = saved
     if recipe.weights and saved is None:
         start = open_model(recipe.weights).checkpoint
-    # The initial weights expect images that are normalized as in their own training.
+    # Initial weights require images with the same normalization as in their own training.
     if start is not None:
         mean, std = start.config.mean, start.config.std
     else:
@@ -130,10 +130,10 @@ def augmentation_of(recipe: Recipe, *, allow_flip: bool) -> Augmentation:
 
 
 def step_costs(recipe: Recipe) -> list[float]:
-    """Return the relative duration of a step in each epoch. A step on 32x32 images takes 1."""
+    """Return the duration of a step in each epoch, relative to a step on 32x32 images."""
     rest = [32] * (recipe.epochs - len(recipe.sizes))
-    # A fifth of the time does not depend on the size. Measured: 0.39 for 16x16 and 0.64 for 24x24
-    # (resnet56, batch size 64, two CPU cores, results/fast-seed0).
+    # A fifth of the time does not depend on the image size. The measured durations are 0.39 for
+    # 16x16 and 0.64 for 24x24 (resnet56, batch size 64, two CPU cores, results/fast-seed0).
     return [0.2 + 0.8 * (side / 32) ** 2 for side in (*recipe.sizes, *rest)][: recipe.epochs]
 
 
@@ -145,7 +145,7 @@ def _build_trainer(
     dist: Distributed,
     teachers: Teachers | None,
 ) -> tuple[Trainer, PreparedModel]:
-    """Move the model to its device, and build its trainer and its forward pass."""
+    """Move the model to its device and build its trainer and its forward pass."""
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dist.world_size == 1:
         frozen = freeze(model, recipe.freeze)
@@ -161,8 +161,8 @@ def _build_trainer(
     frozen = freeze(model, recipe.freeze)
     ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids)
-    # The batch norm statistics are already synchronized. This is set as an attribute because the
-    # name of the argument differs between PyTorch releases.
+    # The batch norm statistics are already synchronized. Set the attribute because the name of the
+    # argument differs between PyTorch releases.
     wrapped.broadcast_buffers = False
     prepared = PreparedModel(wrapped, "eager", "several processes require synchronized batch norm")
     return Trainer(model, wrapped, recipe, precision, teachers, frozen=frozen), prepared
