@@ -125,6 +125,10 @@ ARROWS: dict[str, set[str]] = {
         "data.augment", "data.dataset", "errors", "evaluation", "files", "inference", "libraries",
         "model", "predict", "runs.checkpoint", "runs.pretrained", "runs.schema",
     },
+    "classifiers": {
+        "data.dataset", "errors", "evaluation", "export", "files", "predict", "runs.checkpoint",
+        "runs.directory", "runs.pretrained", "runs.sources", "runtime", "threads",
+    },
     # report
     "significance": set(),
     "report.pictures": set(),
@@ -200,10 +204,6 @@ ARROWS: dict[str, set[str]] = {
     "cli.describe": {"cli.arguments", "cli.tables", "files", "model"},
     "cli.common": {"data.readers", "distributed", "errors", "progress"},
     "cli.data": {"cli.arguments", "data.readers", "errors"},
-    "cli.import_": {
-        "cli.arguments", "cli.common", "data.class_names", "errors", "inference", "runs.directory",
-        "runs.sources",
-    },
     "cli.report": {"cli.arguments", "cli.common", "errors", "report"},
     "cli.train": {
         "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
@@ -217,10 +217,16 @@ ARROWS: dict[str, set[str]] = {
         "cli.arguments", "cli.common", "data.image_files", "data.images", "errors", "files",
         "predict", "progress",
     },
+    "cli.networks": {
+        "cli.common", "data.augment", "errors", "evaluation", "files", "recipe", "training",
+    },
+    "cli.import_": {
+        "classifiers", "cli.arguments", "cli.common", "cli.networks", "data.class_names", "errors",
+        "inference", "progress", "runs.directory", "runs.sources",
+    },
     "cli.evaluate": {
-        "cli.arguments", "cli.common", "cli.tables", "data.arrays", "errors", "evaluation",
-        "export", "files", "predict", "recipe", "runs.pretrained", "runs.sources", "runtime",
-        "threads", "training",
+        "classifiers", "cli.arguments", "cli.common", "cli.networks", "cli.tables", "data.arrays",
+        "errors", "evaluation", "export", "files", "runtime",
     },
     "cli.export": {
         "cli.arguments", "cli.common", "errors", "export", "runs.pretrained", "runs.sources",

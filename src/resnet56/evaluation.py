@@ -2,12 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +21,21 @@ from resnet56.metrics import compute_metrics, metrics_table, percent
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
-from resnet56.runs.schema import BatchSpeed, Comparison, Evaluation, Metrics, Robustness, Speed
-from resnet56.runtime import Precision, autocast, peak_memory_mb
+from resnet56.runs.schema import (
+    BatchSpeed,
+    Comparison,
+    Environment,
+    Evaluation,
+    Metrics,
+    Origin,
+    Robustness,
+    Speed,
+)
+from resnet56.runtime import Precision, autocast, environment, peak_memory_mb
 from resnet56.samples import augmented_samples, select_mistakes
 
 BATCH = 256
+_EMA_FIELDS = ("ema_decay", "ema_candidates")  # of a checkpoint's metadata
 
 # A function that is called with the number of images processed since the last call.
 ProgressCallback = Callable[[int], None]
@@ -128,6 +139,38 @@ def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Met
     return compute_metrics(logits.numpy(), split.labels.cpu().numpy(), classes)
 
 
+class Classifier(Protocol):
+    """A model that returns logits: an `EvaluatedModel`, or a model in another runtime."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration, which contains the classes and channel statistics."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """The precision of the forward pass."""
+        ...
+
+    @property
+    def runtime(self) -> str:
+        """The library that runs the model: PyTorch or ONNX Runtime."""
+        ...
+
+    def logits(self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = ...) -> Tensor:
+        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        ...
+
+    def metrics(self, split: Split, advance: ProgressCallback = ...) -> Metrics:
+        """Return the metrics on `split`, as in evaluation.json."""
+        ...
+
+
 @dataclass(frozen=True)
 class EvaluatedModel:
     """A model in evaluation mode, with its configuration and precision."""
@@ -135,6 +178,7 @@ class EvaluatedModel:
     model: nn.Module
     config: ModelConfig
     precision: Precision
+    runtime: str = "PyTorch"
 
     def logits(
         self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
@@ -173,6 +217,85 @@ class EvaluationDict(dict[str, Any]):
         return metrics_table(splits, caption)
 
 
+@dataclass(frozen=True)
+class Results:
+    """The results of an evaluation: the content of three files of a run."""
+
+    evaluation: Evaluation
+    predictions: dict[str, npt.NDArray[Any]]  # of predictions.npz
+    samples: dict[str, npt.NDArray[Any]]  # of samples.npz
+
+
+def measure(
+    classifier: Classifier,
+    dataset: Dataset,
+    weights: Mapping[str, Any],
+    *,
+    training: bool = True,
+    val_size: int = 0,
+    augmentation: Augmentation = CROP_AND_FLIP,
+    progress: ProgressFactory = no_progress,
+) -> Results:
+    """Evaluate any network on the images of a data set, without augmentation.
+
+    Args:
+        classifier: the network.
+        dataset: the data set, with test images and with the classes of the network.
+        weights: the fields of `Evaluation` that describe the weights: weights, epoch and step.
+        training: whether to evaluate the training and validation images, if there are any.
+        val_size: number of training images that are used for validation.
+        augmentation: augmentation of the sample images.
+        progress: displays the progress of the evaluation.
+    """
+    training_images, validation = training_split(dataset, val_size)
+    splits = {"test": dataset.test, "train": training_images, "validation": validation}
+    metrics: dict[str, Metrics] = {}
+    logits: dict[str, Tensor] = {}
+    for name, split in splits.items():
+        if split and (training or name == "test"):
+            with progress(f"{len(split):,} images ({name})", len(split)) as advance:
+                logits[name] = classifier.logits(split.images, advance=advance)
+            metrics[name] = split_metrics(logits[name], split, classifier.config.classes)
+    evaluation = cast(Evaluation, {**metrics, **weights, **conditions(classifier, dataset)})
+    test_logits, test_labels = logits["test"].numpy(), dataset.test.labels.cpu().numpy()
+    config = classifier.config
+    samples = augmented_samples(
+        training_images or dataset.test, config.mean, config.std, augmentation
+    )
+    return Results(
+        evaluation,
+        predictions={
+            "logits": test_logits,
+            "labels": test_labels,
+            "indices": np.arange(len(test_labels)),
+        },
+        samples=samples | select_mistakes(test_logits, dataset.test),
+    )
+
+
+def conditions(classifier: Classifier, dataset: Dataset) -> dict[str, str]:
+    """Return the fields of `Evaluation` that describe how a network is evaluated."""
+    fields = {
+        "device": str(classifier.device),
+        "precision": classifier.precision,
+        "data": dataset.source,
+    }
+    if classifier.runtime != "PyTorch":
+        fields["runtime"] = classifier.runtime
+    return fields
+
+
+def describe_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the fields of `Evaluation` that describe the weights of a checkpoint."""
+    fields = {key: checkpoint.metadata[key] for key in _EMA_FIELDS if key in checkpoint.metadata}
+    return {
+        "weights": checkpoint.metadata.get("weights", "final"),
+        **fields,
+        "epoch": checkpoint.progress.epoch,
+        "step": checkpoint.progress.step,
+    }
+
+
 def evaluate_run(
     run: RunDirectory,
     dataset: Dataset,
@@ -190,6 +313,9 @@ def evaluate_run(
     (images for the report). It keeps the results of `measure_extras` if the weights, the device and
     the precision are the same.
 
+    An imported network has no data set. The first evaluation records `dataset` as the data set of
+    the run.
+
     Args:
         run: a run directory with a checkpoint.
         dataset: the data set of the run.
@@ -202,44 +328,40 @@ def evaluate_run(
         The content of evaluation.json.
     """
     checkpoint = run.load()
-    evaluated = evaluated_model(checkpoint, device, precision)
-    training, validation = training_split(dataset, val_size)
-    splits = {"test": dataset.test, "train": training, "validation": validation}
-    metrics: dict[str, Metrics] = {}
-    logits: dict[str, Tensor] = {}
-    for name, split in splits.items():
-        if split is not None:
-            with progress(f"{len(split):,} images ({name})", len(split)) as advance:
-                logits[name] = evaluated.logits(split.images, advance=advance)
-            metrics[name] = split_metrics(logits[name], split, checkpoint.config.classes)
-    result: Evaluation = {
-        **metrics,  # type: ignore[typeddict-item]
-        "weights": checkpoint.metadata.get("weights", "final"),
-        "epoch": checkpoint.progress.epoch,
-        "step": checkpoint.progress.step,
-        "device": str(device),
-        "precision": precision,
-        "data": dataset.source,
-    }
-    for key in ("ema_decay", "ema_candidates"):
-        if key in checkpoint.metadata:
-            result[key] = checkpoint.metadata[key]
+    results = measure(
+        evaluated_model(checkpoint, device, precision),
+        dataset,
+        describe_weights(checkpoint),
+        val_size=val_size,
+        augmentation=augmentation,
+        progress=progress,
+    )
+    evaluation = results.evaluation
     previous = None
     with suppress(RunError):  # replace a damaged file
         previous = run.read_evaluation(checkpoint.progress.step)
-    if previous and (previous["device"], previous["precision"]) == (result["device"], precision):
+    if previous and (previous["device"], previous["precision"]) == (str(device), precision):
         if "speed" in previous:
-            result["speed"] = previous["speed"]
+            evaluation["speed"] = previous["speed"]
         if "robustness" in previous:
-            result["robustness"] = previous["robustness"]
-    test_logits, test_labels = logits["test"].numpy(), dataset.test.labels.cpu().numpy()
-    indices = np.arange(len(test_labels))
-    run.write_predictions({"logits": test_logits, "labels": test_labels, "indices": indices})
-    config = evaluated.config
-    samples = augmented_samples(training, config.mean, config.std, augmentation)
-    run.write_samples(samples | select_mistakes(test_logits, dataset.test))
-    run.write_evaluation(result)
-    return cast(Evaluation, EvaluationDict(result))
+            evaluation["robustness"] = previous["robustness"]
+    if run.is_imported() and checkpoint.metadata.get("data") is None:
+        _record_data(run, dataset, device, precision)
+    run.write_predictions(results.predictions)
+    run.write_samples(results.samples)
+    run.write_evaluation(evaluation)
+    return cast(Evaluation, EvaluationDict(evaluation))
+
+
+def _record_data(
+    run: RunDirectory, dataset: Dataset, device: torch.device, precision: Precision
+) -> None:
+    """Record the data set of an imported network, and the machine that evaluates it."""
+    data: Origin = {"origin": dataset.origin, "source": dataset.source}
+    run.write_environment(cast(Environment, environment(device, precision) | {"data": data}))
+    checkpoint = run.load(training=True)
+    metadata = {**checkpoint.metadata, "data": dataset.fingerprint()}
+    run.save(replace(checkpoint, metadata=metadata))
 
 
 def measure_extras(
@@ -276,14 +398,14 @@ def measure_extras(
 
 
 def measure_robustness(
-    evaluated: EvaluatedModel, split: Split, count: int, progress: ProgressFactory = no_progress
+    classifier: Classifier, split: Split, count: int, progress: ProgressFactory = no_progress
 ) -> Robustness:
     """Return the accuracy on `count` evenly spaced images for each corruption and severity."""
     index = evenly_spaced(len(split), count)
     images, labels = split.images[index].cpu(), split.labels[index].cpu()
 
     def accuracy(inputs: Tensor, advance: ProgressCallback = lambda count: None) -> float:
-        logits = evaluated.logits(inputs, advance=advance)
+        logits = classifier.logits(inputs, advance=advance)
         return float((logits.argmax(dim=1) == labels).double().mean())
 
     repeats = len(CORRUPTIONS) * len(SEVERITIES)
@@ -303,19 +425,20 @@ def measure_robustness(
     }
 
 
-def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
+def inference_speed(classifier: Classifier, images: Tensor) -> Speed:
     """Return the median time from uint8 images to logits, for batch sizes 1 and 256."""
     result: dict[str, BatchSpeed] = {}
-    if isinstance(evaluated.model, ResNet):  # convert the model once, not in every call
-        model = InferenceModel(evaluated.model, evaluated.precision)
-        evaluated = replace(evaluated, model=model, precision="fp32")  # disables autocast
+    if isinstance(classifier, EvaluatedModel) and isinstance(classifier.model, ResNet):
+        # Convert the model once, not in every call. The result runs without autocast.
+        model = InferenceModel(classifier.model, classifier.precision)
+        classifier = replace(classifier, model=model, precision="fp32")
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[torch.arange(batch) % len(images)]
-        evaluated.logits(batch_images, batch)  # warm up
+        classifier.logits(batch_images, batch)  # warm up
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            evaluated.logits(batch_images, batch)  # copying the logits waits for the device
+            classifier.logits(batch_images, batch)  # copying the logits waits for the device
             times.append(time.perf_counter() - start)
         seconds = statistics.median(times) / len(batch_images)
         result[f"batch_{batch}"] = {
@@ -325,21 +448,8 @@ def inference_speed(evaluated: EvaluatedModel, images: Tensor) -> Speed:
     return {
         "batch_1": result["batch_1"],
         "batch_256": result[f"batch_{BATCH}"],
-        "peak_memory_mb": peak_memory_mb(evaluated.device),
+        "peak_memory_mb": peak_memory_mb(classifier.device),
     }
-
-
-class Classifier(Protocol):
-    """A model that returns logits: an `EvaluatedModel`, or a model in another runtime."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The configuration, which contains the classes and channel statistics."""
-        ...
-
-    def logits(self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = ...) -> Tensor:
-        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
-        ...
 
 
 def compare(

@@ -150,6 +150,10 @@ def check_onnx(content: bytes, checkpoint: Checkpoint) -> None:
 class OnnxModel:
     """A model in ONNX Runtime, with the interface that evaluation requires."""
 
+    runtime = "ONNX Runtime"
+    device = CPU
+    precision = "as stored"  # the file determines it
+
     def __init__(self, backend: OnnxBackend) -> None:
         self.backend = backend
         self.config = backend.config

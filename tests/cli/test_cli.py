@@ -152,7 +152,7 @@ def test_evaluating_other_images_writes_no_files(
     shutil.copytree(data_dir, tmp_path / "fewer")
     (tmp_path / "fewer" / "test" / "red" / "0.png").unlink()
     assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "fewer"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 7
+    assert json.loads(capsys.readouterr().out)["test"]["n"] == 7
     np.save(tmp_path / "x_data.npy", np.zeros((3, 32, 32, 3), np.uint8))
     np.save(tmp_path / "x_labels.npy", np.array([0, 1, 0]))
     assert cli.main(["evaluate", str(run), "--data", str(tmp_path)]) == 0
@@ -381,11 +381,11 @@ def test_classes_are_matched_by_name(
     assert cli.main(["evaluate", str(run), "--data", str(other), "--json"]) == 0
     shown = capsys.readouterr()
     assert "skipped the images of green" in shown.err
-    metrics = json.loads(shown.out)
+    metrics = json.loads(shown.out)["test"]
     assert (metrics["n"], metrics["per_class"]["red"]["support"]) == (4, 4)
     shutil.rmtree(other / "train")
     assert cli.main(["evaluate", str(run), "--data", str(other), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 4
+    assert json.loads(capsys.readouterr().out)["test"]["n"] == 4
     shutil.rmtree(other / "test" / "red")
     assert cli.main(["evaluate", str(run), "--data", str(other)]) == 2
     assert "no classes in common (data: green;" in capsys.readouterr().err

@@ -228,7 +228,7 @@ def test_the_name_of_pretrained_weights_is_accepted_instead_of_a_run(
     assert cli.main(["evaluate", "resnet56"]) == 2
     assert "--data is required" in capsys.readouterr().err
     assert cli.main(["evaluate", "resnet56", "--data", "data", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 6
+    assert json.loads(capsys.readouterr().out)["test"]["n"] == 6
     parity = ["evaluate", "resnet56", "--data", "data", "--parity", "fp32,bf16", "--device", "cpu"]
     assert cli.main(parity) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "weights"]

@@ -387,7 +387,7 @@ def test_an_imported_run_can_be_evaluated(
                 picture.save(tmp_path / "data" / split / name / f"{index}.png")
     capsys.readouterr()
     assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "data"), "--json"]) == 0
-    metrics = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)["test"]
     labels = np.array([0, 0, 0, 1, 1, 1])
     colors = [Image.new("RGB", (32, 32), name) for name in ("blue", "red")]
     seen = [resnet56.load(run).predict(color)[0].label for color in colors]

@@ -76,9 +76,9 @@ def test_every_format_can_be_evaluated(
             Image.fromarray(noise(9)[index].transpose(1, 2, 0)).save(directory / f"{index}.png")
     flags = ["--data", str(tmp_path / "data"), "--json"]
     assert cli.main(["evaluate", str(written["run"]), *flags]) == 0
-    expected = json.loads(capsys.readouterr().out)
+    expected = json.loads(capsys.readouterr().out)["test"]
     assert cli.main(["evaluate", str(written[form]), *flags]) == 0
-    actual = json.loads(capsys.readouterr().out)
+    actual = json.loads(capsys.readouterr().out)["test"]
     assert actual["accuracy"] == expected["accuracy"]
     assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-4)
 

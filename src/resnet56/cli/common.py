@@ -63,7 +63,12 @@ def load_data(
 
 
 def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
-    """Select the images of the given classes, and print a remark about other images, if any."""
+    """Select the images of the given classes, and print a remark about other images, if any.
+
+    A data set with the same classes is not changed. In particular, it keeps its test images.
+    """
+    if dataset.classes == classes:
+        return dataset
     printed = len(dataset.remarks)
     dataset = dataset.for_classes(classes)
     for remark in dataset.remarks[printed:]:

@@ -2,29 +2,27 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from resnet56 import recipe as recipes
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import Data, Threads, for_classes, load_data, say, show_progress
+from resnet56.cli.common import Data, Threads, say, show_progress
+from resnet56.cli.networks import ROBUSTNESS, data_for, evaluate_run, require_images
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
+    from resnet56.classifiers import Network
     from resnet56.data.dataset import Dataset, Split
-    from resnet56.evaluation import EvaluatedModel
-    from resnet56.export import OnnxModel
-    from resnet56.runs.checkpoint import Checkpoint
-    from resnet56.runs.directory import RunDirectory
-    from resnet56.runtime import Precision
+    from resnet56.evaluation import Classifier
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a model. For a run on its own data, save the results in the run directory."""
+    """Evaluate a network. For a run on its own data, save the results in the run directory.
+
+    The first data set that an imported network is evaluated on becomes its own.
+    """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
     """Run directory, model hub directory, exported file, or name of a pretrained model."""
@@ -33,8 +31,8 @@ class EvaluateOptions:
     """Data set: a name, an image directory, or a directory with the .npy files of CIFAR-10-C or
     CIFAR-10.1. By default, the data of the run."""
 
-    split: Literal["test", "train", "validation"] = "test"
-    """Split to print. A run on its own data is evaluated on all splits."""
+    split: Literal["test", "train", "validation"] | None = None
+    """Split to print. By default, test. A run on its own data is evaluated on all splits."""
 
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of stopping."""
@@ -45,12 +43,12 @@ class EvaluateOptions:
     threads: Threads = None
     """Number of CPU threads. By default, one per core that is not in use."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the forward pass."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    """Precision of the forward pass. By default, fp32."""
 
-    robustness: int = 500
-    """Number of test images for the robustness test (ten corruptions, five severities). 0 skips the
-    test."""
+    robustness: int | None = None
+    """Number of test images for the robustness test (ten corruptions, five severities). By default,
+    500. 0 skips the test."""
 
     parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
     """Compare two devices (cpu,cuda), precisions (fp32,bf16) or runtimes (torch,onnx) on the test
@@ -63,55 +61,79 @@ class EvaluateOptions:
 def run(arguments: list[str]) -> int:
     """Run `resnet56 evaluate`."""
     options = parse(EvaluateOptions, arguments, "resnet56 evaluate")
-    from resnet56 import runtime
-    from resnet56.cli.tables import show_metrics
-    from resnet56.evaluation import evaluated_model
-    from resnet56.files import to_json
-    from resnet56.runs.pretrained import is_onnx
-    from resnet56.runs.sources import open_model
-    from resnet56.threads import set_threads
+    _check_flags(options)
+    from resnet56.classifiers import open_network
 
-    if options.robustness < 0:
-        raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
-    if is_onnx(Path(options.run)):
-        return _evaluate_onnx(options)
-    device = runtime.resolve_device(options.device)
-    if options.threads is not None or device.type == "cpu":
-        set_threads(options.threads)
-    precision = runtime.resolve_precision(options.precision, device)
-    source = open_model(options.run)
-    checkpoint, run = source.checkpoint, source.run
-    if _is_benchmark(options.data):
-        if options.parity is not None:
-            raise UsageError("--parity does not support CIFAR-10-C and CIFAR-10.1; omit --data")
-        _evaluate_benchmark(evaluated_model(checkpoint, device, precision), options)
-        return 0
-
-    if run is None and options.data is None:
-        raise UsageError(f"{options.run} is not a run, so --data is required")
-    net = checkpoint.config
-    dataset = load_data(
-        options.data,
-        own=run.data_origin() if run else None,
-        evaluation=True,
-        skip_broken=options.skip_broken,
+    network = open_network(
+        options.run,
+        device=options.device,
+        precision=options.precision or "fp32",
+        threads=options.threads,
     )
-    own = run is not None and dataset.fingerprint() == checkpoint.metadata.get("data")
-    if not own:
-        dataset = for_classes(dataset, net.classes)
-        if run is not None:
-            say("these are not the data of the run, so the results are not saved")
-    title = f"{net.arch} on the {options.split} images; {dataset.source}"
+    if _is_benchmark(options.data):
+        _evaluate_benchmark(network.classifier, options)
+        return 0
+    dataset = data_for(network, options.data, skip_broken=options.skip_broken)
+    own = network.has_own_data(dataset)
+    if network.run is not None and not own:
+        remedy = "; to save them, import it again" if network.run.is_imported() else ""
+        say(f"these are not the data of the run, so the results are not saved{remedy}")
     if options.parity is not None:
-        _compare(checkpoint, dataset.test, options, device, save_to=run if own else None)
-    elif own and run is not None:
-        _evaluate_run(run, dataset, options, device, precision, title)
+        if own and network.data is None:
+            own = False
+            say("the network is not evaluated yet, so the comparison is not saved")
+        _compare(network, require_images(dataset.test, "test"), options, own=own)
+        return 0
+    from resnet56.cli import tables
+    from resnet56.files import to_json
+
+    split = options.split or "test"
+    if own:
+        robustness = ROBUSTNESS if options.robustness is None else options.robustness
+        result: Any = evaluate_run(network, dataset, robustness=robustness, split=split)
     else:
-        split = _other_split(dataset, options)
-        with show_progress(f"{len(split):,} images", len(split)) as advance:
-            metrics = evaluated_model(checkpoint, device, precision).metrics(split, advance)
-        print(to_json(metrics)) if options.json else show_metrics(metrics, title)
+        result = _evaluate(network, dataset, options, split)
+    if options.json:
+        print(to_json(result))
+    else:
+        runtime = f" in {result['runtime']}" if "runtime" in result else ""
+        title = f"{network.config.arch}{runtime} on the {split} images; {dataset.source}"
+        tables.show_metrics(result[split], title)
+        tables.show_extras(result)
     return 0
+
+
+def _check_flags(options: EvaluateOptions) -> None:
+    """Raise UsageError if a flag is invalid, or has no effect together with the others."""
+    if options.robustness is not None and options.robustness < 0:
+        raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
+    not_test = options.split not in (None, "test")
+    if _is_benchmark(options.data):
+        arrays = "CIFAR-10-C and CIFAR-10.1"
+        if options.parity is not None:
+            raise UsageError(f"--parity does not support {arrays}; choose other data")
+        if options.robustness:
+            raise UsageError(f"--robustness does not support {arrays}; omit it")
+        if not_test:
+            raise UsageError(f"{arrays} contain only test images; omit --split")
+    if options.parity is None:
+        return
+    sides = options.parity.split(",")
+    if len(sides) != 2:
+        raise UsageError(
+            "--parity requires a pair, such as cpu,cuda or fp32,bf16 or torch,onnx, not "
+            f"{options.parity!r}"
+        )
+    if not_test:
+        raise UsageError("--parity compares predictions on the test images; omit --split")
+    if options.robustness:
+        raise UsageError("--parity and --robustness cannot be combined; run evaluate twice")
+    if options.precision is not None:
+        raise UsageError("--parity names the precisions; omit --precision")
+    from resnet56.runtime import DTYPES
+
+    if options.device != "auto" and not any(side == "torch" or side in DTYPES for side in sides):
+        raise UsageError("--parity names the devices; omit --device")
 
 
 def _is_benchmark(data: str | None) -> bool:
@@ -120,138 +142,74 @@ def _is_benchmark(data: str | None) -> bool:
     return data is not None and data.strip() != "" and is_benchmark(Path(data))
 
 
-def _other_split(dataset: "Dataset", options: EvaluateOptions) -> "Split":
-    """Return the split to evaluate if the data are not those of the run."""
-    if options.split == "validation":
+def _evaluate(
+    network: "Network", dataset: "Dataset", options: EvaluateOptions, name: str
+) -> dict[str, Any]:
+    """Evaluate a network on one split, without saving the results.
+
+    Returns:
+        The same fields as in evaluation.json, but only one of the splits.
+    """
+    from resnet56.evaluation import conditions, inference_speed, measure_robustness
+
+    if name == "validation":
         raise UsageError("only a run on its own data has validation images; choose another --split")
-    split = dataset.test if options.split == "test" else dataset.train
-    if not len(split):
-        raise UsageError(
-            f"the data contain no {options.split} images of the model's classes; choose another "
-            "--split"
-        )
-    return split
-
-
-def _evaluate_onnx(options: EvaluateOptions) -> int:
-    """Evaluate an ONNX file in ONNX Runtime on the images of `--data`."""
-    from resnet56.cli.tables import show_metrics
-    from resnet56.export import OnnxModel
-    from resnet56.files import to_json
-    from resnet56.predict import OnnxBackend
-
-    if options.parity is not None:
-        raise UsageError("--parity requires a PyTorch model, not an ONNX file")
-    if options.device not in ("auto", "cpu") or options.precision not in ("auto", "fp32"):
-        raise UsageError("an ONNX file runs on the CPU in fp32; omit --device and --precision")
-    if options.data is None:
-        raise UsageError(f"{options.run} is not a run, so --data is required")
-    model = OnnxModel(OnnxBackend.from_file(Path(options.run), options.threads))
-    if _is_benchmark(options.data):
-        _evaluate_benchmark(model, options)
-        return 0
-    dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
-    dataset = for_classes(dataset, model.config.classes)
-    split = _other_split(dataset, options)
+    split = require_images(dataset.test if name == "test" else dataset.train, name)
+    if options.robustness:
+        require_images(dataset.test, "test")
+    robustness = ROBUSTNESS if options.robustness is None else options.robustness
+    robustness = min(robustness, len(dataset.test))
+    classifier = network.classifier
     with show_progress(f"{len(split):,} images", len(split)) as advance:
-        metrics = model.metrics(split, advance)
-    title = f"{model.config.arch} in ONNX Runtime on the {options.split} images; {dataset.source}"
-    print(to_json(metrics)) if options.json else show_metrics(metrics, title)
-    return 0
+        result: dict[str, Any] = {name: classifier.metrics(split, advance)}
+    result |= {**network.weights, **conditions(classifier, dataset)}
+    result["speed"] = inference_speed(classifier, split.images)
+    if robustness:
+        result["robustness"] = measure_robustness(
+            classifier, dataset.test, robustness, show_progress
+        )
+    return result
 
 
-def _evaluate_benchmark(evaluated: "EvaluatedModel | OnnxModel", options: EvaluateOptions) -> None:
+def _evaluate_benchmark(classifier: "Classifier", options: EvaluateOptions) -> None:
     """Evaluate on the arrays of CIFAR-10-C or CIFAR-10.1."""
     from resnet56.cli.tables import show_accuracies
     from resnet56.data.arrays import load_benchmark
     from resnet56.files import to_json
 
     metrics = {}
-    for name, images in load_benchmark(Path(options.data or ""), len(evaluated.config.classes)):
+    for name, images in load_benchmark(Path(options.data or ""), len(classifier.config.classes)):
         with show_progress(f"{len(images):,} images ({name})", len(images)) as advance:
-            metrics[name] = evaluated.metrics(images, advance)
+            metrics[name] = classifier.metrics(images, advance)
     print(to_json(metrics)) if options.json else show_accuracies(metrics)
 
 
-def _evaluate_run(
-    run: "RunDirectory",
-    dataset: "Dataset",
-    options: EvaluateOptions,
-    device: "torch.device",
-    precision: "Precision",
-    title: str,
-) -> None:
-    """Evaluate a run on its own data and save the results in the run directory."""
-    from resnet56.cli import tables
-    from resnet56.evaluation import evaluate_run, measure_extras
-    from resnet56.files import read_json, to_json
-    from resnet56.training import augmentation_of
-
-    recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
-    if options.split == "validation" and recipe.val_size == 0:
-        raise UsageError(f"{run.path} has no validation images; train with --val-size N")
-    evaluate_run(
-        run,
-        dataset,
-        device=device,
-        precision=precision,
-        val_size=recipe.val_size,
-        augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
-        progress=show_progress,
-    )
-    robustness = min(options.robustness, len(dataset.test))
-    result = measure_extras(
-        run,
-        dataset,
-        device=device,
-        precision=precision,
-        robustness=robustness,
-        progress=show_progress,
-    )
-    if options.json:
-        print(to_json(result))
-    else:
-        tables.show_metrics(result[options.split], title)
-        tables.show_extras(result)
-
-
-def _compare(
-    checkpoint: "Checkpoint",
-    split: "Split",
-    options: EvaluateOptions,
-    device: "torch.device",
-    save_to: "RunDirectory | None",
-) -> None:
-    """Compare the model in the two configurations of `--parity`."""
+def _compare(network: "Network", split: "Split", options: EvaluateOptions, *, own: bool) -> None:
+    """Compare the network in the two configurations of `--parity`, and save the result if `own`."""
     from resnet56 import runtime
     from resnet56.cli.tables import show_comparison
-    from resnet56.evaluation import Classifier, compare, evaluated_model
+    from resnet56.evaluation import compare, evaluated_model
+    from resnet56.export import OnnxModel
     from resnet56.files import to_json
 
-    sides = options.parity or ""
     names: list[str] = []
-    evaluated_models: list[Classifier] = []
-    for side in sides.split(","):
+    classifiers: list[Classifier] = []
+    for side in (options.parity or "").split(","):
         if side == "onnx":
-            from resnet56.export import OnnxModel
-
             names.append("ONNX Runtime")
-            evaluated_models.append(OnnxModel.from_checkpoint(checkpoint, options.threads))
+            if isinstance(network.classifier, OnnxModel):
+                classifiers.append(network.classifier)
+            else:
+                checkpoint = network.load_checkpoint()
+                classifiers.append(OnnxModel.from_checkpoint(checkpoint, options.threads))
             continue
         is_device = side != "torch" and side not in runtime.DTYPES
-        side_device = runtime.resolve_device(side) if is_device else device
-        precision = runtime.resolve_precision(
-            side if side in runtime.DTYPES else "fp32", side_device
-        )
-        names.append(f"{side_device} {precision}")
-        evaluated_models.append(evaluated_model(checkpoint, side_device, precision))
-    if len(names) != 2:
-        raise UsageError(
-            f"--parity requires a pair, such as cpu,cuda or fp32,bf16 or torch,onnx, not {sides!r}"
-        )
-    comparison = compare(
-        evaluated_models[0], evaluated_models[1], (names[0], names[1]), split, show_progress
-    )
-    if save_to is not None:
-        save_to.add_comparison(comparison, checkpoint.progress.step)
+        device = runtime.resolve_device(side) if is_device else network.classifier.device
+        precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", device)
+        names.append(f"{device} {precision}")
+        classifiers.append(evaluated_model(network.load_checkpoint(), device, precision))
+    first, second = classifiers
+    comparison = compare(first, second, (names[0], names[1]), split, show_progress)
+    if own and network.run is not None:
+        network.run.add_comparison(comparison, network.weights["step"])
     print(to_json(comparison)) if options.json else show_comparison(comparison)

@@ -1,5 +1,6 @@
 """The `resnet56 import` command."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -7,14 +8,19 @@ from typing import Annotated
 import tyro
 
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import say
+from resnet56.cli.common import Data, for_classes, load_data, say
+from resnet56.cli.networks import ROBUSTNESS, evaluate_run, require_images
 from resnet56.data.class_names import PUBLISHED
 from resnet56.errors import UsageError
+from resnet56.progress import percent
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Convert a checkpoint of another project to a run. Code in the file is never executed."""
+    """Convert a checkpoint of another project to a run. Code in the file is never executed.
+
+    With --data, the network is also evaluated, as with resnet56 evaluate.
+    """
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE|DIR|NAME")]
     """Checkpoint (torch.save or safetensors), exported file, model hub directory, run directory, or
@@ -22,6 +28,9 @@ class ImportOptions:
 
     out: Annotated[Path, tyro.conf.arg(aliases=("--output-dir",), metavar="RUN")]
     """Run directory to create."""
+
+    data: Data = None
+    """Data set to evaluate the network on. It becomes the data set of the run."""
 
     arch: str | None = None
     """Architecture. By default, detected from the names and shapes of the tensors. Required for
@@ -67,13 +76,29 @@ def run(arguments: list[str]) -> int:
         std=options.std,
         classes=_names(options.classes),
     )
+    config = imported.checkpoint.config
     restore(imported.checkpoint, torch.device("cpu"))  # Raises an error if outputs are not finite.
+    dataset = None
+    if options.data is not None:  # before the run is written, so that an error leaves no files
+        dataset = for_classes(load_data(options.data, evaluation=True), config.classes)
+        require_images(dataset.test, "test")
     directory.create()
     directory.save(imported.checkpoint)
     for remark in imported.remarks:
         say(remark)
-    arch = imported.checkpoint.config.arch
-    say(f"imported {arch}; evaluate it with: resnet56 evaluate {options.out} --data DIR")
+    if dataset is None:
+        command = f"resnet56 evaluate {shlex.quote(str(options.out))} --data DIR"
+        say(f"imported {config.arch}; evaluate it with: {command}")
+    else:
+        from resnet56.classifiers import open_network
+
+        network = open_network(options.out)
+        test = evaluate_run(network, dataset, robustness=ROBUSTNESS)["test"]
+        command = f"resnet56 report {shlex.quote(str(options.out))}"
+        say(
+            f"imported {config.arch}: test accuracy {percent(test['accuracy'])} on {test['n']:,} "
+            f"images; for a page, use: {command}"
+        )
     print(options.out)
     return 0
 

@@ -66,7 +66,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "story": stories(facts),
         "sections": sections(facts),
         "evaluated": evaluated(facts.evaluation) if facts.evaluation else None,
-        "device": device(facts.evaluation["device"]) if facts.evaluation else None,
+        "conditions": conditions(facts.evaluation) if facts.evaluation else None,
         "training_charts": training_charts(facts),
         "means": means(facts),
         "reliability": reliability(facts),
@@ -135,13 +135,23 @@ def sections(facts: RunFacts) -> list[tuple[str, str]]:
 
 def evaluated(evaluation: Evaluation) -> str:
     """State which weights were evaluated, and how."""
-    weights = "EMA" if evaluation["weights"] == "ema" else "final"
+    weights = "EMA" if evaluation["weights"] == "ema" else evaluation["weights"]
     decay = f" (decay {evaluation['ema_decay']:g})" if "ema_decay" in evaluation else ""
-    return (
-        f"The {weights} weights{decay} after epoch {evaluation['epoch']} (step "
-        f"{words.count(evaluation['step'])}) were evaluated in {evaluation['precision']} on "
-        f"{device(evaluation['device'])}. The images are normalized but not augmented."
+    epoch = (
+        f" after epoch {evaluation['epoch']} (step {words.count(evaluation['step'])})"
+        if evaluation["epoch"]
+        else ""
     )
+    return (
+        f"The {weights} weights{decay}{epoch} were evaluated {conditions(evaluation)}. The images "
+        "are normalized but not augmented."
+    )
+
+
+def conditions(evaluation: Evaluation) -> str:
+    """State how a network was evaluated, as in 'in fp32 on the CPU'."""
+    runtime = evaluation.get("runtime", evaluation["precision"])
+    return f"in {runtime} on {device(evaluation['device'])}"
 
 
 def device(name: str) -> str:

@@ -83,6 +83,10 @@ class RunDirectory:
                 f"directory for {option('out')}"
             )
 
+    def is_imported(self) -> bool:
+        """Return whether `resnet56 import` wrote the run, which then has no recipe."""
+        return self.checkpoint_file.exists() and not self.recipe_file.exists()
+
     def data_origin(self) -> str | None:
         """Return the value of --data for the data of the run, or None if it is not recorded."""
         environment = self.read_environment()

@@ -225,13 +225,14 @@ class Evaluation(TypedDict):
     test: Metrics  # on the test set
     train: NotRequired[Metrics]  # on the training images without augmentation
     validation: NotRequired[Metrics]  # on the validation set
-    weights: Text  # which weights were evaluated: ema or final
+    weights: Text  # which weights were evaluated: ema, final, imported, pretrained or exported
     ema_decay: NotRequired[Fraction]  # decay of the EMA weights
     ema_candidates: NotRequired[list[EmaCandidate]]  # all EMAs of the run
     epoch: Count  # number of finished epochs
     step: Count  # training steps since the start of the run
     device: Text  # device of the evaluation
-    precision: Text  # precision of the evaluation
+    precision: Text  # precision of the evaluation: fp32, bf16, fp16 or, in ONNX Runtime, as stored
+    runtime: NotRequired[Text]  # ONNX Runtime, if it is not PyTorch
     data: Text  # a sentence that describes the data set
     speed: NotRequired[Speed]  # inference speed
     robustness: NotRequired[Robustness]  # accuracy on corrupted images

@@ -1,0 +1,100 @@
+"""Open any network for evaluation: a run, pretrained weights, an exported file or a hub directory.
+
+An ONNX file runs in ONNX Runtime. All others run in PyTorch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resnet56.data.dataset import Dataset
+from resnet56.errors import UsageError, option
+from resnet56.evaluation import Classifier, describe_weights, evaluated_model
+from resnet56.export import OnnxModel
+from resnet56.files import StrPath
+from resnet56.predict import OnnxBackend
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig
+from resnet56.runs.directory import RunDirectory
+from resnet56.runs.pretrained import is_onnx
+from resnet56.runs.sources import open_model
+from resnet56.runtime import resolve_device, resolve_precision
+from resnet56.threads import set_threads
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that is ready for evaluation.
+
+    Attributes:
+        path: the name or path that it was opened by.
+        classifier: returns its logits.
+        run: the run, if it belongs to one.
+        data: the fingerprint of the data set of the run, if it is recorded.
+        weights: the fields of `Evaluation` that describe its weights.
+    """
+
+    path: Path
+    classifier: Classifier
+    run: RunDirectory | None
+    data: str | None
+    weights: Mapping[str, Any]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture, classes and normalization."""
+        return self.classifier.config
+
+    def has_own_data(self, dataset: Dataset) -> bool:
+        """Return whether a data set is that of the run, so that its evaluation is saved.
+
+        The first data set on which an imported network is evaluated becomes that of the run.
+        """
+        if self.run is None:
+            return False
+        if self.data is None:
+            return self.run.is_imported()
+        return self.data == dataset.fingerprint()
+
+    def load_checkpoint(self) -> Checkpoint:
+        """Read the weights for PyTorch, also those of an ONNX file. Raises RunError."""
+        return open_model(self.path).checkpoint
+
+
+def open_network(
+    name_or_path: StrPath,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+) -> Network:
+    """Open a network by name or path.
+
+    Args:
+        name_or_path: as for `runs.sources.open_model`, or an ONNX file.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
+        precision: "auto", "fp32", "bf16" or "fp16".
+        threads: number of CPU threads. By default, one per core that is not in use.
+
+    Raises:
+        RunError: the network does not exist or is damaged.
+        UsageError: the device or the precision is not available.
+        MissingExtraError: the network is an ONNX file, and ONNX Runtime is not installed.
+    """
+    path = Path(name_or_path)
+    if is_onnx(path):
+        if device not in ("auto", "cpu") or precision not in ("auto", "fp32"):
+            raise UsageError(
+                "an ONNX file runs on the CPU in its own precision; omit "
+                f"{option('device')} and {option('precision')}"
+            )
+        model: Classifier = OnnxModel(OnnxBackend.from_file(path, threads))
+        return Network(path, model, None, None, {"weights": "exported", "epoch": 0, "step": 0})
+    torch_device = resolve_device(device)
+    if threads is not None or torch_device.type == "cpu":
+        set_threads(threads)
+    resolved = resolve_precision(precision, torch_device)
+    source = open_model(name_or_path)
+    model = evaluated_model(source.checkpoint, torch_device, resolved)
+    data = source.checkpoint.metadata.get("data")
+    return Network(path, model, source.run, data, describe_weights(source.checkpoint))

@@ -1,0 +1,212 @@
+"""Networks of any origin: imported, pretrained, exported. All are evaluated and reported alike."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import CLASSES, random_checkpoint
+from PIL import Image
+
+from resnet56 import cli, export
+from resnet56.runs.directory import RunDirectory
+
+Says = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise images of three classes: four training and six test images of each."""
+    root = tmp_path_factory.mktemp("data") / "noise"
+    chance = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 6)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                coarse = chance.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+                image = Image.fromarray(coarse).resize((32, 32), Image.Resampling.NEAREST)
+                image.save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One network as a bare state dict, a hub directory and an ONNX file."""
+    root = tmp_path_factory.mktemp("forms")
+    checkpoint = random_checkpoint()
+    torch.save(dict(checkpoint.model), root / "theirs.pth")
+    export.write_hub_directory(checkpoint, root / "hub")
+    export.write_onnx(checkpoint, root / "net.onnx")
+    return {"file": root / "theirs.pth", "hub": root / "hub", "onnx": root / "net.onnx"}
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Says:
+    """Run a command that must fail with one line, and return this line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()  # of earlier commands
+        assert cli.main([str(argument) for argument in arguments]) > 0
+        shown = capsys.readouterr()
+        assert not shown.out
+        assert shown.err.startswith("resnet56: ")
+        assert shown.err.count("\n") == 1, shown.err
+        return shown.err
+
+    return run
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the speed measurement, which takes longer than the rest of an evaluation."""
+    batch = {"ms_per_image": 1.0, "images_per_second": 1000.0}
+    speed = {"batch_1": batch, "batch_256": batch}
+    monkeypatch.setattr("resnet56.evaluation.inference_speed", lambda *_: speed)
+
+
+CONSTANTS = ["--mean", ".4", ".5", ".6", "--std", ".2", ".25", ".3", "--classes", *CLASSES]
+
+
+@pytest.mark.usefixtures("untimed")
+def test_an_import_with_data_is_evaluated(
+    forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "theirs"
+    command = ["import", str(forms["file"]), "--out", str(run), "--data", str(data), *CONSTANTS]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{run}\n"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert f"test accuracy {100 * evaluation['test']['accuracy']:.2f} % on 18" in shown.err
+    assert evaluation["weights"] == "imported"
+    assert [evaluation[split]["n"] for split in ("test", "train")] == [18, 12]
+    assert evaluation["robustness"]["images"] == 18
+    # The network is that of the file: its accuracy is that of the exported forms.
+    quick = ["--robustness", "0", "--json"]
+    assert cli.main(["evaluate", str(forms["hub"]), "--data", str(data), *quick]) == 0
+    theirs = json.loads(capsys.readouterr().out)
+    assert theirs["test"]["accuracy"] == evaluation["test"]["accuracy"]
+    # It is evaluated again without --data. Other images do not replace the results.
+    assert cli.main(["evaluate", str(run), "--robustness", "0"]) == 0
+    assert cli.main(["evaluate", str(run), "--parity", "fp32,bf16"]) == 0
+    kept = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    assert {"evaluation.json", "predictions.npz", "samples.npz", "parity.json"} <= set(kept)
+    fewer = Path(shutil.copytree(data, tmp_path / "fewer"))
+    (fewer / "test" / CLASSES[0] / "0.png").unlink()
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--data", str(fewer), *quick]) == 0
+    shown = capsys.readouterr()
+    assert "not saved; to save them, import it again" in shown.err
+    assert json.loads(shown.out)["test"]["n"] == 17
+    assert kept == {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+
+
+@pytest.mark.usefixtures("untimed")
+def test_the_first_evaluation_of_an_imported_network_is_saved(
+    forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
+) -> None:
+    run = tmp_path / "theirs"
+    assert cli.main(["import", str(forms["file"]), "--out", str(run), *CONSTANTS]) == 0
+    weights = {key: tensor.clone() for key, tensor in RunDirectory(run).load().model.items()}
+    assert cli.main(["evaluate", str(run), "--data", str(data), "--parity", "fp32,bf16"]) == 0
+    assert not (run / "parity.json").exists()
+    (tmp_path / "only").mkdir()
+    shutil.copytree(data / "test", tmp_path / "only" / "test")
+    assert "imported network without data, so --data is required" in refused("evaluate", run)
+    assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "only")]) == 0
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert "train" not in evaluation  # there are no training images
+    with np.load(run / "samples.npz") as samples:
+        assert len(samples["originals"]) == 3
+    assert "no train images" in refused("evaluate", run, "--split", "train")
+    after = RunDirectory(run).load().model
+    assert all(torch.equal(tensor, after[key]) for key, tensor in weights.items())
+
+
+def test_a_failed_import_leaves_no_files(
+    forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
+) -> None:
+    command = ["import", forms["hub"], "--out", tmp_path / "run"]
+    assert "does not exist" in refused(*command, "--data", tmp_path / "none")
+    (tmp_path / "other" / "test" / "dog").mkdir(parents=True)
+    (tmp_path / "other" / "test" / "dog" / "1.png").write_bytes(
+        (data / "test" / CLASSES[0] / "0.png").read_bytes()
+    )
+    assert "no classes in common" in refused(*command, "--data", tmp_path / "other")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("form", ["hub", "onnx"])
+def test_robustness_and_speed_of_every_form(
+    form: str, forms: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(forms[form]), "--data", str(data)]
+    assert cli.main([*command, "--robustness", "5", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["robustness"]["images"] == 5
+    assert result["speed"]["batch_1"]["ms_per_image"] > 0
+    assert result.get("runtime") == ("ONNX Runtime" if form == "onnx" else None)
+    assert cli.main([*command, "--robustness", "0", "--split", "train"]) == 0
+    shown = capsys.readouterr().out
+    assert "on the train images" in shown
+    assert "severity" not in shown
+
+
+def test_parity_of_an_onnx_file_runs_this_file(
+    forms: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for sides, names in (
+        ("torch,onnx", ["cpu fp32", "ONNX Runtime"]),
+        ("fp32,bf16", ["cpu fp32", "cpu bf16"]),
+    ):
+        command = ["evaluate", str(forms["onnx"]), "--data", str(data), "--parity", sides]
+        assert cli.main([*command, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert [result["a"], result["b"]] == names
+        assert 0 < result["largest_difference"] < (1e-4 if "onnx" in sides else 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--parity fp32,bf16 --robustness 5", "--parity and --robustness cannot be combined"),
+        ("--parity fp32,bf16 --split train", "omit --split"),
+        ("--parity fp32,bf16 --precision bf16", "omit --precision"),
+        ("--parity cpu,cuda --device cpu", "omit --device"),
+        ("--parity fp32", "--parity requires a pair"),
+        ("--robustness -1", "--robustness must be at least 0"),
+        ("--split validation", "only a run on its own data has validation images"),
+    ],
+)
+@pytest.mark.parametrize("form", ["hub", "onnx"])
+def test_flags_that_would_be_ignored_are_refused(
+    form: str, flags: str, message: str, forms: dict[str, Path], data: Path, refused: Says
+) -> None:
+    assert message in refused("evaluate", forms[form], "--data", data, *flags.split())
+
+
+def test_flags_that_arrays_do_not_support_are_refused(
+    forms: dict[str, Path], tmp_path: Path, refused: Says
+) -> None:
+    np.save(tmp_path / "x_data.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "x_labels.npy", np.array([0, 1, 0]))
+    for flags in (["--robustness", "5"], ["--split", "train"], ["--parity", "fp32,bf16"]):
+        error = refused("evaluate", forms["hub"], "--data", tmp_path, *flags)
+        assert re.search(rf"{flags[0]}\b", error)
+
+
+@pytest.mark.usefixtures("untimed")
+def test_an_exported_network_keeps_the_test_images_of_its_run(
+    forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a test directory, a fixed fifth of the images is used for testing.
+
+    Other images may be training images of the exported network.
+    """
+    folder = shutil.copytree(data / "test", tmp_path / "plain")
+    assert cli.main(["evaluate", str(forms["hub"]), "--data", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["n"] == 3
