@@ -1,4 +1,4 @@
-"""An installed Chromium, for tests of pages."""
+"""Start an installed Chromium to test pages."""
 
 import shutil
 from collections.abc import Iterator

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    # Imported where they are used, because the process that distributes the tests needs no PyTorch.
+    # At run time, functions import these, because the process that distributes the tests does not
+    # need PyTorch.
     from resnet56.data.dataset import Dataset, Split
     from resnet56.recipe import Recipe
 
-# One thread: the networks here are tiny, threads that wait for each other on a busy machine are
-# slow, and the rounding must be that of the processes that tests start. PyTorch reads it on import.
+# Use one thread, which is faster for tiny networks on a busy machine. It also makes processes that
+# tests start round in the same way. PyTorch reads this variable on import.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell starts background jobs with SIGINT ignored. The tests of Ctrl-C need Python's own handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The files that take longest. They start first, so that no worker waits for one of them at the end.
+# The slowest test files. They start first, so that no worker waits for one of them at the end.
 SLOW = ("test_readme.py", "test_tutorials.py", "test_training.py", "test_fused.py")
 
 

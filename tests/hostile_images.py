@@ -1,4 +1,4 @@
-"""Small image files that cost an unprotected decoder minutes of CPU time or gigabytes."""
+"""Small image files that take an unprotected decoder minutes of CPU time or gigabytes of memory."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ def _segment(marker: bytes, body: bytes) -> bytes:
 
 
 def overlapping_exif(tags: int) -> bytes:
-    """Return EXIF tags that all refer to the same bytes, those of the directory itself."""
+    """Return EXIF tags that all refer to the bytes of the directory itself."""
     length = 10 + 12 * tags
     entries = b"".join(struct.pack("<HHLL", tag, 7, length - 8, 8) for tag in range(1, tags + 1))
     return b"II*\0" + struct.pack("<LH", 8, tags) + entries
@@ -65,7 +65,7 @@ def _tiff_with_many_strips(strips: int = 100_000) -> bytes:
 
 
 def _tiff_that_floods_the_log() -> bytes:
-    """Return a CCITT fax with many damaged rows, each of which libtiff reports on stderr."""
+    """Return a CCITT fax with many damaged rows. libtiff reports each of them on stderr."""
     rows = 20_000_000
     return _tiff([
         (256, 4, 1, 1), (257, 4, 1, rows), (258, 3, 1, 1), (259, 3, 1, 3), (262, 3, 1, 0),

@@ -1,4 +1,4 @@
-"""Untrained networks with outputs like those of trained ones."""
+"""Untrained networks with outputs similar to those of trained networks."""
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ def randomize(model: nn.Module, last: nn.Linear) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (
-                (module.weight, 0.3, 0.7),  # below 1, or 27 blocks would add up to huge logits
+                # Weights below 1 keep the sum of 27 blocks, and so the logits, small.
+                (module.weight, 0.3, 0.7),
                 (module.bias, -0.1, 0.1),
                 (module.running_mean, -0.1, 0.1),
                 (module.running_var, 0.5, 1.5),

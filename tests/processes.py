@@ -1,4 +1,4 @@
-"""New processes that need not import PyTorch, which takes longer than what they do."""
+"""Start processes that do not import PyTorch again, which takes longer than their work."""
 
 import multiprocessing
 import os
@@ -11,7 +11,10 @@ PRELOADED = ["resnet56.benchmark.benchmark", "resnet56.training", "optuna.storag
 
 
 def context() -> BaseContext:
-    """A server that has imported PyTorch forks the processes. Windows can only spawn them."""
+    """Return a context that forks processes from a server that has imported PyTorch.
+
+    Windows can only spawn processes, which import PyTorch again.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     forking = multiprocessing.get_context("forkserver")

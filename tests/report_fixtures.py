@@ -1,4 +1,4 @@
-"""Synthetic run directories for the report, seeded and internally consistent; parsed pages."""
+"""Synthetic run directories for tests of the report, and a parser for its pages."""
 
 import json
 import math
@@ -26,7 +26,7 @@ SIMILAR = {3: 5, 5: 3, 0: 8, 8: 0, 1: 9, 9: 1, 2: 4, 4: 2}  # cat and dog, airpl
 
 
 class Page(HTMLParser):
-    """A page as parsed by a browser: text by id, tables as cells, attributes, tags."""
+    """A parsed page: text by id, tables as cells, attributes and tags."""
 
     VOID = ("meta", "link", "br", "img", "path", "rect", "circle", "use")
 
@@ -158,7 +158,7 @@ def make_run(
     seed: int = 0,
     fingerprint: str | None = None,
 ) -> Path:
-    """Write a run directory, with `extras` including all optional files."""
+    """Write a run directory. With `extras`, include all optional files."""
     run = RunDirectory(path)
     path.mkdir(parents=True)
     done = recipe.epochs if done is None else done
@@ -201,7 +201,7 @@ def make_run(
 
 
 def make_runs(path: Path) -> dict[str, Path]:
-    """One run of each kind, by name."""
+    """Write one run of each type, and return their directories by name."""
     short = replace(RECIPES["best"], epochs=3)
     plain = replace(RECIPES["report"], epochs=3, arch="plain20", padding=0, flip=False)
     runs = {

@@ -6,7 +6,7 @@ from typing import NoReturn
 import pytest
 import torch
 
-# How the native kernel is compiled: for this processor, and without its matrix unit if it has one.
+# The native kernel is compiled for this processor and, if it has a matrix unit, also without it.
 UNITS = ["native", "vectors"] if torch.cpu._is_amx_tile_supported() else ["native"]
 UNSUPPORTED = (
     "C compiler .* was not found|AVX-512 BF16|matrix unit|denies|require Linux|OpenMP|unrecognized"
@@ -14,7 +14,7 @@ UNSUPPORTED = (
 
 
 def skip_without_kernel(reason: Exception) -> NoReturn:
-    """Skip the test if `reason` is a property of the machine. Otherwise raise it, as a failure."""
+    """Skip the test if `reason` is a property of the machine. Otherwise, raise it."""
     if not re.search(UNSUPPORTED, str(reason)):
         raise reason
     pytest.skip(f"the kernel is not available on this machine: {reason}")

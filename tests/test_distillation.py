@@ -1,4 +1,4 @@
-"""Distillation: the loss, ensembles of teachers and distilled runs."""
+"""The distillation loss, ensembles of teachers, and runs with distillation."""
 
 import dataclasses
 import json

@@ -62,7 +62,8 @@ def test_stored_mistakes_cover_all_cells_of_the_confusion_matrix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(samples, "MOST_CONFIDENT", 2)
-    # Class 0 as class 1 with high confidence, nine times; class 1 as 2 and 2 as 0 with lower ones.
+    # Nine images of class 0 are predicted as 1 with high confidence. With lower confidence, three
+    # images of class 1 are predicted as 2, and one image of class 2 as 0.
     cells = [(0, 1)] * 9 + [(1, 2)] * 3 + [(2, 0)]
     labels = torch.tensor([true for true, _ in cells])
     logits = np.zeros((13, 3))
@@ -71,7 +72,7 @@ def test_stored_mistakes_cover_all_cells_of_the_confusion_matrix(
     split = Split(torch.zeros(13, 3, 32, 32, dtype=torch.uint8), labels)
     assert samples.select_mistakes(logits, split)["mistake_index"].tolist() == list(range(13))
     kept = samples.select_mistakes(logits, split, limit=6)
-    # The two most confident; then the first of each other cell, and the second ones.
+    # First the two most confident mistakes, then the first of each other cell, then the second.
     assert kept["mistake_index"].tolist() == [0, 1, 2, 9, 10, 12]
 
 

@@ -27,7 +27,7 @@ def batch(count: int = 6, side: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def two_layers() -> ResNet:
-    """A convolution with batch norm and ReLU, and a classifier, without blocks."""
+    """Return a network of a convolution with batch norm and ReLU, and a classifier."""
     model = build("plain8", classes=3)
     model.stage1, model.stage2, model.stage3 = nn.Sequential(), nn.Sequential(), nn.Sequential()
     model.fc = nn.Linear(16, 3)
@@ -116,7 +116,7 @@ def test_gradients_match_finite_differences(arch: str, batch_norm: bool) -> None
 
 
 def test_response_gradients_match_those_of_an_added_shift() -> None:
-    """A zero shift is added to each response but the last. Its gradient is that of the response."""
+    """A zero shift is added to each response but the last, so their gradients must be equal."""
     model = build("resnet8", classes=3, seed=2).double().train()
     images, labels = batch()
     found = {x.name: x for x in inspect_layers(model, images, labels).layers}

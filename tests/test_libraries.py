@@ -50,7 +50,7 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
 
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Export a file as a user whose home directory, next to it, is empty."""
+    """Export a file as a user with an empty home directory, which is next to the file."""
     pytest.importorskip("onnxruntime")
     directory = tmp_path_factory.mktemp("onnx")
     (directory / "home").mkdir()

@@ -239,7 +239,8 @@ def test_the_forward_pass_matches_a_functional_reference(name: str) -> None:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            if tensor.ndim == 1:  # no initial values in batch norm, so that every parameter matters
+            # Replace the initial values of batch norm, so that every parameter matters.
+            if tensor.ndim == 1:
                 tensor.copy_(torch.rand(len(tensor), generator=generator) + 0.5)
         x = images().double()
         expected = functional_forward(model.state_dict(), x, name, blocks=2)

@@ -1,4 +1,4 @@
-"""What notebooks and the prompt show for the objects of the package."""
+"""The representations of objects in notebooks and at the prompt."""
 
 import dataclasses
 import json

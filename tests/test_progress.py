@@ -24,7 +24,7 @@ from resnet56.progress import (
 
 
 class Terminal(io.StringIO):
-    """A stream that says that it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -93,7 +93,7 @@ print("isatty", sys.stdout.isatty())
 
 
 def test_a_command_in_a_notebook_writes_few_lines(tmp_path: Path) -> None:
-    """Its terminal would store every redrawn character."""
+    """The notebook would store every character that a progress bar redraws."""
     (tmp_path / "command.py").write_text(COMMAND)
     [outputs] = run_notebook(tmp_path, f"!{sys.executable} command.py")
     text = "".join(output["text"] for output in outputs)

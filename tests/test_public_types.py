@@ -1,4 +1,4 @@
-"""The types that users of the Python API see. `mypy --strict` also checks this file."""
+"""The types in the Python API. `mypy --strict` also checks this file."""
 
 from pathlib import Path
 from typing import assert_type

@@ -27,8 +27,8 @@ def offline_commands() -> list[list[str]]:
     return commands[:first]
 
 
-# In one process, because importing PyTorch takes longer than most of the commands. ResNet-8
-# replaces the ResNet-56 of the recipe and trains in a tenth of the time.
+# The commands run in one process, because importing PyTorch takes longer than most of them.
+# ResNet-8 replaces the ResNet-56 of the recipe and trains in a tenth of the time.
 SESSION = """
 import json, sys
 from dataclasses import replace

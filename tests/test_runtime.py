@@ -155,7 +155,7 @@ def test_autocast_multiplies_matrices_in_the_precision(
 
 def test_peak_memory_grows_with_use_and_does_not_decrease() -> None:
     before = peak_memory_mb(CPU)
-    # Enough to exceed the peak of this process by 200 MB, whatever ran before.
+    # This exceeds the earlier peak of this process by 200 MB.
     size = int((before + 200) * 1e6) - psutil.Process().memory_info().rss
     block = np.ones(size, dtype=np.uint8)
     resident = psutil.Process().memory_info().rss / 1e6
@@ -196,7 +196,7 @@ def test_memory_is_the_total_memory_of_the_machine() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Create a directory, not yet a repository, with a copy of the file of the module."""
+    """Create a directory that contains the module file and is not a repository yet."""
     if shutil.which("git") is None:
         pytest.skip("no git on this machine")
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):

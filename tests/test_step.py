@@ -66,7 +66,7 @@ def assert_equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> No
 
 
 class PlainLoop:
-    """A training loop as in a PyTorch tutorial."""
+    """A training loop in the style of a PyTorch tutorial."""
 
     def __init__(self, recipe: Recipe, arch: str = "resnet8") -> None:
         self.model = build(arch, seed=0)
@@ -502,7 +502,7 @@ def test_bf16_is_close_to_fp32() -> None:
     reference, reduced = make_trainer(make_recipe()), make_trainer(make_recipe(), "bf16")
     assert run(reduced, range(3)) == pytest.approx(run(reference, range(3)), rel=0.05)
     assert all(p.dtype == torch.float32 for p in reduced.model.parameters())
-    assert run(reduced, range(3, 4)) != run(reference, range(3, 4))  # it was reduced
+    assert run(reduced, range(3, 4)) != run(reference, range(3, 4))  # the precision was reduced
 
 
 @pytest.fixture
@@ -530,7 +530,7 @@ def test_fp16_with_loss_scaling_is_close_to_fp32() -> None:
 def filled_memory() -> Iterator[None]:
     """Fill new memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills the result of torch.empty
+    torch.use_deterministic_algorithms(True)  # also fills new memory from torch.empty
     yield
     torch.use_deterministic_algorithms(before)
 

@@ -1,4 +1,4 @@
-"""Sweeps: which trials run, what they train on, and what survives an interruption."""
+"""Sweeps: the choice of trials, their training data, and interruptions."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def recipe(small: Recipe) -> Recipe:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """Replace training by a function of the recipe. Returns the recipes trained."""
+    """Replace training with a function of the recipe, and return the list of trained recipes."""
     recipes: list[Recipe] = []
 
     def train(recipe: Recipe, dataset: Dataset, out: Path, **options: Any) -> None:
@@ -262,7 +262,7 @@ def test_trials_are_runs_that_use_no_test_images(
 def test_an_interrupted_trial_continues_from_its_checkpoint(
     tiny: Dataset, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in epoch 2 of the second trial. The result is that of an uninterrupted sweep."""
+    """Ctrl-C interrupts epoch 2 of the second trial. The result does not change."""
     options: dict[str, Any] = {"grid": True, "prune": False, "device": "cpu"}
     space = {"lr": Choices((0.01, 0.05))}
     expected = sweep(recipe, space, tiny, tmp_path / "a" / "s", **options)

@@ -67,7 +67,7 @@ def thread_counts(*others: float, start: float = 0.0, **options: bool) -> list[i
         (2, 0.67, [1.0, 1.0], [1, 1, 1]),  # the fair share of one of three threads on two cores
         (2, 1.33, [1.33], [1, 1]),
         (2, 0.0, [0.67, 1.0, 0.0, 0.0], [2, 1, 1, 2, 2]),
-        (2, 0.0, [0.5, 0.3], [2, 1, 1]),  # neither busy nor free: no change
+        (2, 0.0, [0.5, 0.3], [2, 1, 1]),  # neither busy nor free, so the number does not change
         (4, 0.8, [1.0], [3, 3]),
         (16, 0.9, [1.0, 9.0], [15, 15, 7]),
         (2, 40.0, [0.0], [1, 2]),
@@ -123,7 +123,7 @@ def test_resuming_keeps_the_number_or_reports_the_change() -> None:
     assert saved == {"fixed": False, "changes": [[0, 2], [7, 1]]}
     with ThreadControl(
         meter=ScriptedMeter(0.0)
-    ) as control:  # idle now, but the first window is not over
+    ) as control:  # idle now, but the first window has not ended
         assert control.begin(9, saved) == ""
         assert control.threads == 1
         control.after_step(10)
@@ -185,7 +185,7 @@ class RecordedDisplay(TrainingDisplay):
 
 
 class StepMeter:
-    """A meter called once per step. Another program runs from step `busy` to step `free`."""
+    """A meter that is called once per step. Another program runs from step `busy` to `free`."""
 
     def __init__(self, busy: int, free: int) -> None:
         self.calls = -1  # the first call is before the first step
@@ -240,7 +240,7 @@ def test_a_run_with_a_change_of_threads_resumes_bitwise_identically(
     train(recipe, tiny, tmp_path / "killed", device="cpu", resume=True)
     assert RunDirectory(tmp_path / "killed").load().metadata == head.metadata
     assert same_weights("straight", "killed")
-    # The number of threads does change the weights; otherwise the test would be meaningless.
+    # The number of threads changes the weights. Otherwise, the test would be meaningless.
     train(recipe, tiny, tmp_path / "one", device="cpu", threads=1)
     assert not same_weights("straight", "one")
 
@@ -338,7 +338,7 @@ def test_training_and_evaluation_use_the_number_and_restore_it(
 
 
 def test_the_command_sees_every_core() -> None:
-    """The environment that the command sets for its libraries must not hide any."""
+    """The environment that the command sets for its libraries must not hide cores."""
     count = "from resnet56.threads import usable_cores; print(usable_cores())"
     command = f"from resnet56.cli import main; main(['--version']); {count}"
     environment = {key: os.environ[key] for key in os.environ if not key.startswith("JOBLIB")}

@@ -1,4 +1,4 @@
-"""The tutorials run, and their stored outputs are those of their code."""
+"""The tutorials run, and their stored outputs match their code."""
 
 import importlib.util
 import re
@@ -63,7 +63,7 @@ def printed(notebook: Any) -> str:
 
 
 def epochs(output: str) -> list[list[tuple[float, float]]]:
-    """The training and validation accuracy of the four epochs of each network."""
+    """Return the training and validation accuracy of the four epochs of each network."""
     pattern = r"training loss \S+, accuracy (\S+); validation loss \S+, accuracy (\S+)"
     rows = [(float(train), float(val)) for train, val in re.findall(pattern, output)]
     assert len(rows) == 12

@@ -93,7 +93,7 @@ def test_the_baseline_loop_learns(tiny: Dataset) -> None:
 
 
 def ten_classes(tiny: Dataset) -> Dataset:
-    """Use ten class names, as the networks have ten outputs."""
+    """Use ten class names, because the networks have ten outputs."""
     return dataclasses.replace(tiny, classes=tuple("0123456789"))
 
 
@@ -119,7 +119,7 @@ def test_the_measured_step_is_the_step_of_training(
 
 
 def test_peak_memory_grows_with_the_batch(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 48 instead of 2 images, memory grows by at least the activations for backward."""
+    """With 48 instead of 2 images, memory grows by at least the activations that are saved."""
     monkeypatch.setattr(benchmark, "get_context", lambda _: context())
     setup = BenchmarkSetup(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
     few, many = (benchmark.peak_memory(setup, "resnet8", batch, ["eager"]) for batch in (2, 48))

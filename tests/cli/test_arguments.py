@@ -1,4 +1,4 @@
-"""Arguments of every command: errors about them are one line, with exit code 2."""
+"""Errors about the arguments of every command have one line and exit code 2."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ import pytest
 from resnet56 import cli
 from resnet56.cli.arguments import integer, number
 
-# Each command's arguments that come before the flag in question.
+# The arguments that precede the tested flag, by command.
 COMMANDS = {
     "train": ["train", "quick"],
     "evaluate": ["evaluate", "none"],
@@ -62,7 +62,7 @@ def numeric_flags(kind: type) -> Iterator[tuple[str, int]]:
 
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run in an empty directory, so that no command finds data or a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
@@ -76,7 +76,7 @@ def test_every_command_is_tested() -> None:
 def test_invalid_numbers_cause_one_line_errors(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The values are huge, negative, empty, or in the digits of other scripts."""
+    """The values are huge, negative, empty, or written with digits of other scripts."""
     for flag, count in numeric_flags(options_of(command)):
         for value in INVALID_NUMBERS:
             code = cli.main([*COMMANDS[command], flag, *[value] * count])

@@ -49,7 +49,7 @@ Refused = Callable[..., str]
 def refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Refused:
-    """Run a command in an empty directory, check that it fails, and return its one-line error."""
+    """Return a function that runs a command in an empty directory and returns its error line."""
     monkeypatch.chdir(tmp_path)
 
     def run_and_fail(*arguments: str, code: int) -> str:
@@ -220,7 +220,8 @@ def test_ctrl_c_exits_with_130_and_prints_the_command_to_resume(
         time.sleep(0.1)
     training.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
     _, shown = training.communicate(timeout=120)
-    assert training.returncode == (149 if os.name == "nt" else 130)  # 128 and the signal
+    # The exit code is 128 plus the number of the signal.
+    assert training.returncode == (149 if os.name == "nt" else 130)
     assert f"continue with: resnet56 train --resume --out '{out}'" in shown
     head = json.loads((out / "checkpoint" / "checkpoint.json").read_text())
     assert head["progress"]["step"] > 0

@@ -14,11 +14,11 @@ from resnet56.data.batches import Batches, derive_seed
 from resnet56.data.dataset import Split
 from resnet56.errors import UsageError
 
-BLACK, UNIT = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # keeps pixel values unchanged
+BLACK, UNIT = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # constants that keep the pixel values
 
 
 def numbered(count: int) -> Split:
-    """Return a split in which pixels and label of image i are i. `count` is at most 256."""
+    """Return a split in which image `i` has pixels and label `i`. `count` is at most 256."""
     numbers = torch.arange(count)
     return Split(numbers.byte()[:, None, None, None].expand(-1, 3, 32, 32).contiguous(), numbers)
 

@@ -1,6 +1,6 @@
-"""Published, modified and damaged files of CIFAR in all forms.
+"""Published, modified and damaged files of CIFAR, in all versions.
 
-The data sets are small. Their sizes and checksums replace the published ones.
+The tests use small data sets and replace the published sizes and checksums with theirs.
 """
 
 import gzip
@@ -28,7 +28,7 @@ DIRECTORIES = [layout.directory for layout in cifar.LAYOUTS]
 
 
 def records(name: str, file: int) -> np.ndarray:
-    """Return the records of one file of the binary form, with equally many images per class."""
+    """Return the records of one file of the binary version, with equally many images per class."""
     count = ROWS[name][file]
     label_bytes = 1 if name == "cifar10" else 2
     rng = np.random.default_rng(100 * label_bytes + file)
@@ -44,7 +44,7 @@ def names_of(name: str) -> tuple[str, ...]:
 
 
 def write(layout: "cifar._Layout", root: Path) -> Path:
-    """Write the data set in one form."""
+    """Write the data set in one version."""
     directory = root / layout.directory
     directory.mkdir(parents=True)
     for number, file in enumerate((*layout.train, layout.test)):

@@ -34,7 +34,7 @@ ALTERNATIVES = ('load_data("digits")', "load_data(DIR)", "RESNET56_MIRROR")
 
 
 class Site(ThreadingHTTPServer):
-    """Serves one file at every path. The attributes configure its misbehavior."""
+    """Serves one file at every path. The attributes configure faulty behavior."""
 
     daemon_threads = True
 
@@ -42,13 +42,13 @@ class Site(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Page)
         self.content = content
         self.seen: list[tuple[str, str | None, int]] = []  # path, Range, length of the response
-        self.statuses: list[int] = []  # of the first responses
+        self.statuses: list[int] = []  # statuses of the first responses
         self.sends: list[float] = []  # fractions of the first responses to send
         self.content_type = "application/gzip"
         self.ranges = True
         self.shift = 0  # offset of the returned range from the requested one
         self.sends_length = True
-        self.location = ""  # redirect target; the same path by default
+        self.location = ""  # redirect target (default: the same path)
         self.length = ""  # a false Content-Length
         self.reason: str | None = None  # reason phrase after the status
         self.head_gate = threading.Event()  # delays the response headers
@@ -59,7 +59,7 @@ class Site(ThreadingHTTPServer):
         self.gate.set()
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's version looks up the host name
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would look up the host name
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore errors, since tests close connections."""
@@ -116,7 +116,7 @@ def packed(*members: tuple[tarfile.TarInfo | str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-CONTENT = packed(*FILES.items())  # packed once, since gzip stores the time
+CONTENT = packed(*FILES.items())  # packed once, because gzip stores the time
 _PAX = tarfile.TarInfo("toy/a")
 _PAX.pax_headers, _PAX.mtime = {"comment": "x", "mtime": "1700000000.5"}, 1_700_000_000
 SMALL = packed(("toy/readme.txt", b"a toy"), (_PAX, b"a"))
@@ -132,7 +132,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("no_proxy", "*")  # also ignores the proxy settings of macOS and Windows
+    monkeypatch.setenv("no_proxy", "*")  # also disables the proxy settings of macOS and Windows
     for name in ("RESNET56_DATA", "RESNET56_MIRROR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(download, "_RETRY_DELAYS", (0.0, 0.0, 0.0))
@@ -184,7 +184,7 @@ def closed() -> str:
 
 
 def failure(archive: Archive, root: Path, **options: Any) -> str:
-    """Return the message of a failing fetch, and check that it unpacks nothing."""
+    """Check that a fetch fails and unpacks nothing, and return its error message."""
     with pytest.raises(DownloadError) as caught:
         fetch(archive, root, **{"timeout": 5.0, **options})
     message = str(caught.value)
@@ -261,7 +261,7 @@ def test_a_dropped_connection_is_resumed(
     site: Site, archive: Archive, root: Path, sends_length: bool
 ) -> None:
     site.sends, site.sends_length = [0.5], sends_length
-    if not sends_length:  # only the archive's size reveals the early end
+    if not sends_length:  # only the size of the archive shows that the end is missing
         archive = archive_of(site.content, site.url(), len(site.content))
     assert_complete(fetch(archive, root), root)
     half = len(site.content) // 2
@@ -467,7 +467,7 @@ def test_credentials_are_sent_only_to_their_host(
         "http://me:s3cret@[127/",
         "ftp://me:s3cret@127.0.0.1/",
         "me:s3cret@127.0.0.1/pub",
-        "http://me:s3cret@\u2100.example/",  # urlsplit rejects it with a message that contains it
+        "http://me:s3cret@\u2100.example/",  # the message of urlsplit contains this URL
     ],
 )
 def test_errors_do_not_contain_passwords(site: Site, root: Path, mirror: str) -> None:

@@ -1,4 +1,4 @@
-"""Image files that are found in a directory, and those that are skipped."""
+"""Finding image files in a directory, and skipping others."""
 
 import os
 import sys

@@ -30,7 +30,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def pixel_by_pixel(
     images: np.ndarray, labels: np.ndarray, mix: MixParams, i: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return image `i` mixed as in the papers, and a target from the pixel counts of classes."""
+    """Return image `i` mixed as in the papers, and its target from the pixels of each class."""
     sources = [i, *(int(partners[i]) for partners in mix.partners)]
     result, target = np.zeros((3, 32, 32)), np.zeros(4)
     if not mix.patches:

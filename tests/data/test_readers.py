@@ -41,7 +41,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def batch(seed: int) -> np.ndarray:
-    """Return 10,000 random records of the binary form: label, then red, green and blue bytes."""
+    """Return 10,000 random records of the binary version: label, then red, green and blue bytes."""
     records = np.random.default_rng(seed).integers(0, 256, (10_000, 3073), dtype=np.uint8)
     records[:, 0] = np.random.default_rng(seed).permutation(10_000) % 10
     return records

@@ -1,4 +1,4 @@
-"""A naive convolution over rows of positions, the layout that kernels/positions.h pictures.
+"""A naive convolution over rows of positions, the layout that kernels/positions.h describes.
 
 Feature maps are (N, H, W, C) and weights (out, kernel, kernel, in). Sums are in double precision.
 Values are rounded to bf16 where the native kernel rounds them: the weights, the output and the

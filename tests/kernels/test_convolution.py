@@ -1,4 +1,4 @@
-"""Single convolutions of the native kernel against the naive reference, bit by bit.
+"""Single convolutions of the native kernel, compared bit by bit with a naive reference.
 
 The operands are integers, so every sum is exact in float32 and in any order.
 """
@@ -33,7 +33,7 @@ def library(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
             compiled = compile_kernel("native.c")
         except UnavailableError as reason:
             skip_without_kernel(reason)
-    if compiled.resnet56_matrix_unit() == 0:  # the call also requests access to the unit
+    if compiled.resnet56_matrix_unit() == 0:  # this call also requests access to the matrix unit
         pytest.skip("the operating system denies access to the matrix unit")
     return compiled
 
@@ -49,7 +49,8 @@ def operands(
     """The input, the weights and the gradient of the output."""
     images, height, width = shape
     x = integers(4, *shape, channels[0])
-    weight = integers(300, channels[1], kernel, kernel, channels[0])  # more than bf16's eight bits
+    # These weights need more than the eight bits of bf16.
+    weight = integers(300, channels[1], kernel, kernel, channels[0])
     return x, weight, integers(4, images, height // stride, width // stride, channels[1])
 
 

@@ -36,7 +36,7 @@ def fused(dtype: torch.dtype) -> NormReLU:
 
 
 def tensors(dtype: torch.dtype, channels: int, mean: float = 0.0) -> list[Tensor]:
-    """x, the residual and the output's gradient. The last block of the 231 pixels is short."""
+    """Return x, the residual, and the gradient of the output. The last block of pixels is short."""
     generator = torch.Generator().manual_seed(channels)
     result = [torch.randn(11, channels, 3, 7, generator=generator) for _ in range(3)]
     result[0] = result[0] * torch.linspace(0.5, 2, channels)[:, None, None] + mean
@@ -54,7 +54,7 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 def run_step(
     function: NormReLU, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, grad: Tensor
 ) -> dict[str, Tensor]:
-    """The output, the gradients and the running statistics of a forward and a backward pass."""
+    """Return the output, the gradients and the running statistics of one step."""
     x = x.clone().requires_grad_()
     residual = None if residual is None else residual.clone().requires_grad_()
     out = function(norm, x, residual)
@@ -101,7 +101,7 @@ def test_results_are_deterministic_for_a_number_of_threads(
     before = torch.get_num_threads()
     runs = []
     try:
-        for threads in (2, 2, 3, 8):  # of 8 threads, 4 have no block of rows
+        for threads in (2, 2, 3, 8):  # four of eight threads have no block of rows
             torch.set_num_threads(threads)
             runs.append(run_step(fused, batch_norm(64), x, residual, grad))
     finally:

@@ -43,7 +43,7 @@ def native(model: ResNet) -> NativeNetwork:
 
 
 def random_network(arch: str, seed: int = 1) -> ResNet:
-    """A network with random batch norm parameters."""
+    """Return a network with random batch norm parameters."""
     model = build(arch, seed=seed).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -124,7 +124,7 @@ class RoundedBatchNorm(torch.autograd.Function):
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, y: Tensor) -> Tensor:
-    """The convolution and its batch norm, without shortcut and ReLU."""
+    """Apply a convolution and its batch norm, without shortcut and ReLU."""
     z = F.conv2d(y, rounded(conv.weight), stride=conv.stride, padding=conv.padding)
     z = grad_rounded(z)
     with torch.no_grad():
@@ -174,7 +174,7 @@ class Reference(nn.Module):
 
 
 def results(model: ResNet, config: nn.Module, images: Tensor, weights: Tensor) -> list[Tensor]:
-    """The logits, gradients and running statistics, in the order of `names`."""
+    """Return the logits, gradients and running statistics, in the order of `names`."""
     logits = run(config, images, weights)
     statistics = [b for n, b in model.named_buffers() if "running" in n]
     return [t.double() for t in (logits, *(p.grad for p in model.parameters()), *statistics)]
@@ -238,7 +238,7 @@ def test_results_are_deterministic_for_a_number_of_threads(unit: str) -> None:
 
 
 def test_batch_shapes_can_alternate(unit: str) -> None:
-    """As with progressive resizing and a smaller last batch. Each shape has its own buffers."""
+    """Progressive resizing and a smaller last batch change the shape. Each shape has buffers."""
     fresh = [random_network("resnet8") for _ in range(3)]
     shapes = [(8, 16, 16), (8, 32, 32), (5, 16, 16)]
     alone = []
@@ -352,7 +352,7 @@ def test_a_weight_that_changes_before_backward_raises_an_error() -> None:
 
 
 def test_unsupported_layers_are_rejected() -> None:
-    native(build("resnet8"))  # or skip
+    native(build("resnet8"))  # skips the test if the kernel is unavailable
     with pytest.raises(UnavailableError, match="unsupported shortcut"):
         native_network(ResNet(11, "bottleneck", "A"), allow_avx512=True)  # padded with stride 1
     for change in ({"bias": True}, {"padding": 0}, {"groups": 16}):
@@ -386,7 +386,7 @@ def test_backward_through_overwritten_activations_raises_an_error() -> None:
 @pytest.mark.parametrize("arch", ["resnet8", "resnet11-bottleneck", "plain8"])
 def test_losses_of_native_training_match_eager_training(unit: str, arch: str) -> None:
     """Rounding errors grow from step to step, so the tolerance of the first steps is tighter."""
-    native(build("resnet8"))  # or skip
+    native(build("resnet8"))  # skips the test if the kernel is unavailable
     losses = {}
     for mode in ("eager", "native"):
         model = build(arch).to(memory_format=torch.channels_last)
@@ -410,7 +410,7 @@ def test_losses_of_native_training_match_eager_training(unit: str, arch: str) ->
 
 def test_auto_selects_native_only_with_a_matrix_unit(unit: str) -> None:
     model = build("resnet8").to(memory_format=torch.channels_last)
-    native(model)  # or skip
+    native(model)  # skips the test if the kernel is unavailable
     forward = prepare_model(model, "auto", "bf16")
     if unit == "vectors" or "vectors" not in UNITS:
         assert forward.execution == "fused"
@@ -429,14 +429,14 @@ def test_another_precision_causes_a_one_line_error() -> None:
 
 
 def test_a_processor_without_bf16_vectors_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    native(build("resnet8"))  # or skip
+    native(build("resnet8"))  # skips the test if the kernel is unavailable
     monkeypatch.setenv("CC", "cc -mno-amx-tile -mno-amx-bf16 -mno-avx512bf16")
     with pytest.raises(UnavailableError, match="does not support AVX-512 BF16"):
         native_network(build("resnet8"), allow_avx512=True)
 
 
 def test_a_kernel_with_wrong_results_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    native(build("resnet8"))  # or skip
+    native(build("resnet8"))  # skips the test if the kernel is unavailable
     monkeypatch.setenv("CC", "cc -Dsqrt=fabs")
     with pytest.raises(UnavailableError, match="results differ from PyTorch's"):
         native_network(build("resnet8"), allow_avx512=True)
@@ -466,7 +466,7 @@ def _swapped(structure: type[ctypes.Structure], first: str, second: str) -> type
 def test_a_mirror_that_differs_from_its_struct_is_rejected_in_one_line(
     mirror: str, change: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native(build("resnet8"))  # or skip
+    native(build("resnet8"))  # skips the test if the kernel is unavailable
     monkeypatch.setattr(plan, mirror, change(getattr(plan, mirror)))
     with pytest.raises(UnavailableError, match=message) as caught:
         native_network(build("resnet8"), allow_avx512=True)
@@ -476,7 +476,7 @@ def test_a_mirror_that_differs_from_its_struct_is_rejected_in_one_line(
 def test_a_field_that_exists_only_in_c_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native(build("resnet8"))  # or skip
+    native(build("resnet8"))  # skips the test if the kernel is unavailable
     for file in (Path(plan.__file__).parent).glob("*.[ch]"):
         text = file.read_text(encoding="utf-8")
         (tmp_path / file.name).write_text(text.replace("} Conv;", "long extra;\n} Conv;"))

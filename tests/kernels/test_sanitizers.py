@@ -45,7 +45,7 @@ def test_the_kernels_pass_the_sanitizers() -> None:
         found = subprocess.run(
             ["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        if not Path(found).is_absolute():  # GCC prints the bare name of a missing library
+        if not Path(found).is_absolute():  # GCC prints only the name if a library is missing
             pytest.skip(f"the compiler has no {name}")
         libraries.append(found)
     environment = os.environ | {

@@ -1,4 +1,4 @@
-"""The comparison of runs: groups of seeds, the tests of their differences, and the command."""
+"""Comparisons of runs: groups of seeds, significance tests, and the command."""
 
 import json
 import re

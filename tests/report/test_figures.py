@@ -1,4 +1,4 @@
-"""Figures: the plotted values equal those in the files, and pyplot is not involved."""
+"""Figures show the values in the files and do not use pyplot."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Reports: numbers equal those in the files, names are escaped, pages are self-contained."""
+"""Reports show the numbers in the files, escape names, and are self-contained."""
 
 import html
 import json
@@ -146,7 +146,7 @@ def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
     assert "test-accuracy" not in page.by_id
     for comparison in parity:
         assert comparison["verdict"] not in page.text
-    assert "its predicted class" not in page.text  # nor their mistakes
+    assert "its predicted class" not in page.text  # and their mistakes are not shown
     other = make_run(tmp_path / "other")
     compared = Page(write_report([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
     assert [row[1] for row in compared.tables["runs"][1:]] == ["other", "run"]
@@ -274,7 +274,7 @@ def test_only_relevant_fields_are_shown(tmp_path: Path) -> None:
 
 
 def skeleton(page: str) -> list[str]:
-    """The headings, captions and notes of a page, and the fields of its recipe."""
+    """Return the headings, captions and notes of a page, and the fields of its recipe."""
     found = re.findall(r"<(h2|h3|caption|summary)[^>]*>(.*?)</\1>", page)
     found += re.findall(r'<p class="(note)[^>]*>(.*?)</p>', page)
     recipe = page[page.index('id="recipe"') :].partition("</dl>")[0]
@@ -689,7 +689,7 @@ def test_the_most_confused_pair_is_named() -> None:
 
 
 def split(accuracy: float, interval: tuple[float, float], **metrics: Any) -> dict[str, Any]:
-    """Metrics on 1,000 images of two classes, of which 600 are in the first."""
+    """Return metrics on 1,000 images of two classes. The first class has 600 images."""
     wrong = round(1000 * (1 - accuracy))
     made = {
         "accuracy": accuracy,

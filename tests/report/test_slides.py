@@ -1,4 +1,4 @@
-"""Slides: every run has ten, with few words and the numbers of its files."""
+"""Every run has ten slides, with few words and the numbers in its files."""
 
 import json
 import re

@@ -33,7 +33,7 @@ def decks(tmp_path_factory: pytest.TempPathFactory, browser: "Browser") -> dict[
 
 @pytest.fixture
 def page(browser: "Browser", decks: dict[str, Path]) -> Iterator["Page"]:
-    """The full deck in a window of 1280 x 720 pixels, without network."""
+    """Open the full deck in a window of 1280 x 720 pixels, without a network connection."""
     page = browser.new_page(viewport=WIDE)
     requested: list[str] = []
     errors: list[str] = []
@@ -47,7 +47,7 @@ def page(browser: "Browser", decks: dict[str, Path]) -> Iterator["Page"]:
 
 
 def shown(page: "Page") -> int:
-    """The number of the only visible slide, which the page also displays and links."""
+    """Return the number of the only visible slide, and check that the page shows and links it."""
     [number] = page.locator(".slide:visible").evaluate_all("nodes => nodes.map((node) => node.id)")
     assert page.get_by_role("status").inner_text().startswith(f"{number} / 10")
     assert page.url.endswith(f"#{number}")
@@ -128,7 +128,7 @@ def test_swipes_change_the_slide(browser: "Browser", decks: dict[str, Path]) -> 
     swipe(-120, 10)
     assert shown(page) == 2
     swipe(-30, 0)  # too short
-    swipe(-120, 200)  # scrolls
+    swipe(-120, 200)  # scrolls the page
     assert shown(page) == 2
     swipe(120, -10)
     assert shown(page) == 1

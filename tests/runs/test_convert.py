@@ -33,7 +33,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class PadBoth(nn.Module):
-    """Shortcut A of akamaster: every second pixel, zero channels before and after."""
+    """Shortcut A of akamaster: every second pixel, with zero channels before and after."""
 
     def forward(self, x: Tensor) -> Tensor:
         quarter = x.shape[1] // 2
@@ -164,7 +164,7 @@ def test_state_dicts_are_read_in_every_format(form: str, tmp_path: Path) -> None
     file = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pth")
     if form == "half":
         state = {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
-        model.load_state_dict(state)  # round the reference, too
+        model.load_state_dict(state)  # round the weights of the reference as well
     if form == "no counters":
         state = {key: t for key, t in state.items() if "num_batches" not in key}
     if form == "safetensors":
@@ -284,7 +284,7 @@ def test_a_mismatch_names_the_tensors_and_the_matching_architecture(
     assert cli.main([*command, "resnet8-b"]) == 1
     assert "conv1.weight is 64x3x7x7, not 16x3x3x3" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    state["layer1.99999999.x"] = torch.zeros(1)  # must not build a network of that depth
+    state["layer1.99999999.x"] = torch.zeros(1)  # the network of this depth must not be built
     torch.save(state, tmp_path / "model.pth")
     with pytest.raises(RunError, match="matches no supported architecture"):
         convert.read(tmp_path / "model.pth")
@@ -311,7 +311,8 @@ def test_a_pickle_that_could_run_code_is_rejected(form: str | int, tmp_path: Pat
     with pytest.raises(RunError, match="could run code, so it was not loaded") as caught:
         convert.read(file)
     assert "\n" not in str(caught.value)
-    assert "weights_only" not in str(caught.value)  # no advice to bypass the check
+    # The message does not suggest bypassing the check.
+    assert "weights_only" not in str(caught.value)
     assert not marker.exists()
     pickle.load(io.BytesIO(pickle.dumps(Bomb(marker))))  # the pickle does run code
     assert marker.exists()
@@ -471,7 +472,7 @@ def one_based(form: str) -> Callable[[re.Match[str]], str]:
     return lambda match: form.format(match[1], int(match[2]) + 1)
 
 
-# Rules from our names to those of other layouts.
+# Rules that convert the names of this package to those of other layouts.
 RULES: dict[str, tuple[str, list[tuple[str, Any]]]] = {
     "osmr": ("resnet14-b", [
         (r"^stage(\d)\.(\d+)\.", one_based("features.stage{}.unit{}.")),
@@ -504,7 +505,7 @@ def test_the_names_of_other_projects_are_recognized(layout: str, tmp_path: Path)
 
 
 class PadAfter(nn.Module):
-    """Shortcut A of D-X-Y: all zero channels come after."""
+    """Shortcut A of D-X-Y: all zero channels are at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, ::2, ::2]

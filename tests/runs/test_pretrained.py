@@ -19,7 +19,7 @@ def evaluated(name: str) -> EvaluatedModel:
 
 
 def color_blocks(count: int) -> torch.Tensor:
-    """Blocks of random color, a middle ground between noise and photographs."""
+    """Return images of random color blocks, which have some structure but are not photos."""
     generator = torch.Generator().manual_seed(56)
     coarse = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
     return coarse.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)

@@ -1,4 +1,4 @@
-"""Commands read networks in all forms that the package writes, with equal outputs."""
+"""Commands read networks in all formats that the package writes, with equal outputs."""
 
 import json
 import shutil
@@ -19,13 +19,13 @@ from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.sources import import_model, open_model
 
-FORMS = ("run", "checkpoint directory", "checkpoint.json", "weights of the run", "hub directory",
+FORMATS = ("run", "checkpoint directory", "checkpoint.json", "weights of the run", "hub directory",
          "hub weights", "renamed hub weights", "onnx")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write one network in all forms that the package writes."""
+    """Write one network in all formats that the package writes."""
     directory = tmp_path_factory.mktemp("written")
     run = RunDirectory(directory / "run")
     run.save(random_checkpoint())
@@ -48,7 +48,7 @@ def noise(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_every_format_gives_the_same_outputs(
     form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ def saved(content: object, **options: Any) -> bytes:
 
 
 class Unknown:
-    """A class that is not available when the file is read."""
+    """A class that does not exist when the file is read."""
 
     def __init__(self) -> None:
         self.lr = 0.1
@@ -185,7 +185,7 @@ def test_unsupported_types_cause_a_one_line_error(dtype: object, tmp_path: Path)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_tensor_larger_than_its_storage_allocates_no_memory(legacy: bool, tmp_path: Path) -> None:
     huge = dict(STATE)
-    huge["fc.bias"] = torch.ones(1).expand(2**40)  # a stride of zero, as a file may claim
+    huge["fc.bias"] = torch.ones(1).expand(2**40)  # a file can specify a stride of zero
     huge["layer1." + "9" * 5000 + ".x"] = torch.zeros(1)
     (tmp_path / "model.pth").write_bytes(saved(huge, _use_new_zipfile_serialization=not legacy))
     with pytest.raises(RunError, match="matches no supported architecture"):
@@ -215,7 +215,7 @@ def nested(depth: int) -> bytes:
 def test_a_small_pickle_cannot_allocate_much_memory(content: bytes) -> None:
     tracemalloc.start()
     try:
-        with contextlib.suppress(ValueError):  # some are refused, others harmless
+        with contextlib.suppress(ValueError):  # some are rejected, and others are harmless
             unpickle(io.BytesIO(content), with_numpy(reject_all))
         assert tracemalloc.get_traced_memory()[1] < 100_000_000  # tens of gigabytes without limits
     finally:

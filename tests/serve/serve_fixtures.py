@@ -18,13 +18,13 @@ CLASSES = ("red", "green", "blue")
 
 
 class ColorModel:
-    """Predicts the brightest channel, with maps of each; records the sizes of its batches."""
+    """Predicts the brightest channel with a map per channel, and records the sizes of batches."""
 
     name = "colors"
     classes = CLASSES
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds  # per run
+        self.seconds = seconds  # per batch
         self.sizes: list[int] = []
 
     def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
@@ -40,10 +40,10 @@ def server(**options: float | str) -> Iterator[tuple[subprocess.Popen[str], str]
     """Serve `ColorModel`, or a run, in a subprocess.
 
     Args:
-        options: numeric fields of `Limits`; `formats`, "all" for every image format; `run`, the
-            run to serve; `seconds`, the time per run of `ColorModel`; `idle` and `exit`, which
-            replace `IDLE_SECONDS` and `EXIT_SECONDS`; and `files`, the maximum number of open
-            files.
+        options: numeric fields of `Limits`, and these options: `formats` ("all" for every image
+            format), `run` (the run to serve), `seconds` (the time per batch of `ColorModel`),
+            `idle` and `exit` (values of `IDLE_SECONDS` and `EXIT_SECONDS`), and `files` (the
+            maximum number of open files).
 
     Yields:
         The process and its address.

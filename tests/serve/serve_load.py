@@ -58,7 +58,7 @@ def encode(pixels: "np.typing.NDArray[np.uint8]", image_format: str) -> bytes:
 
 
 def request_types() -> list[RequestType]:
-    """Return two thirds valid images, and one third invalid or malicious requests."""
+    """Return the types of requests: two thirds are valid, and one third is invalid or malicious."""
     cat = skimage.data.chelsea()
     photo, small = encode(cat, "JPEG"), encode(cat[100:132, 200:232], "PNG")
     huge = encode(np.tile(cat, (10, 9, 1)), "JPEG")  # 12 megapixels, as from a phone
@@ -94,7 +94,7 @@ class Client:
         self.writer: asyncio.StreamWriter | None = None
 
     async def send(self, request_type: RequestType) -> tuple[int, bytes]:
-        """Send a request, and return the status and body of the response; (0, b"") without one."""
+        """Send a request. Return the status and body of the response, or (0, b"") without one."""
         if self.reader is None or self.writer is None or self.writer.is_closing():
             self.reader, self.writer = await asyncio.open_connection(*self.address)
         try:

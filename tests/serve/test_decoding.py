@@ -1,4 +1,4 @@
-"""The decoding pool: order of requests, and replacement of faulty processes."""
+"""The decoding pool: the order of requests, and the replacement of faulty processes."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Tests of the server's middleware."""
+"""The middleware of the server."""
 
 import asyncio
 import logging

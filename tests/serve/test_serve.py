@@ -491,11 +491,11 @@ def test_a_slow_prediction_times_out() -> None:
 
 
 def test_the_api_conforms_to_its_description() -> None:
-    # A high limit on images: otherwise a body with many commas gets 413 before it is validated.
+    # The limit on images is high, because a body with many commas is otherwise rejected with 413.
     app = build_app(ColorModel(), limits=dataclasses.replace(SMALL, images=1000))
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     load_all_checks()
-    # A schema cannot express which bytes are an image, so most valid bodies are rejected.
+    # A schema cannot specify which bytes are an image, so the server rejects most valid bodies.
     excluded = {"positive_data_acceptance"}
     checks = [check for check in CHECKS.get_all() if check.__name__ not in excluded]
     covered = set()

@@ -1,4 +1,4 @@
-"""Training in other processes: one that is killed, and one of two ranks."""
+"""Training in other processes, which are killed or belong to a group of two ranks."""
 
 import os
 import pickle
@@ -41,8 +41,8 @@ def train_until_killed(step: int, moment: str, *arguments: Any) -> None:
 def train_as_rank(job: dict[str, Any], environment: dict[str, str]) -> None:
     """Train as one of two ranks, which synchronize at every second step.
 
-    Only the clock of the first requires saving, and only the second receives a stop request, in the
-    middle of an epoch. Both must save after the steps `job["saves"]`.
+    Only the clock of the first rank requires saving. Only the second rank receives a stop request,
+    in the middle of an epoch. Both must save after the steps `job["saves"]`.
     """
     os.environ.update(environment)
     first = os.environ["RANK"] == "0"
@@ -73,7 +73,7 @@ def train_as_rank(job: dict[str, Any], environment: dict[str, str]) -> None:
     assert not job["stop"] or job["stop"] == saved[-1] - 1, saved
     assert saved == job["saves"], saved
     tasks = Path("/proc/self/task").glob("*/comm")  # on Linux
-    # Threads of gloo that still run can abort the process when it exits.
+    # If threads of gloo are still running, they can abort the process when it exits.
     assert not [name for task in tasks if "gloo" in (name := task.read_text())]
 
 
