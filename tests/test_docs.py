@@ -107,7 +107,7 @@ def test_the_python_examples_run(example: str, user_directory: Path) -> None:
     if "net.onnx" in example:
         write_onnx(random_checkpoint(), Path("net.onnx"))
     with torch.random.fork_rng():
-        exec(compile(example, "example", "exec"), {"__name__": "example"})
+        exec(compile(example, "example", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("block", COMMAND_BLOCKS)
