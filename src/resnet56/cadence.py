@@ -18,7 +18,7 @@ import torch
 from resnet56.distributed import Distributed, all_reduce_max
 from resnet56.threads import ThreadControl
 
-READ_LOSS_EVERY = 10  # steps between reads of the loss, which wait for the device
+READ_LOSS_EVERY = 10  # steps between reads of the loss; each read waits for the device
 SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
 
 
@@ -68,8 +68,8 @@ class Cadence:
     """Decides which actions are due after each step.
 
     All processes must save and stop at the same step, but each process has its own clock and
-    receives its own signals. The processes synchronize only when they read the loss, because this
-    waits for the device anyway.
+    receives its own signals. The processes synchronize only when they read the loss, because
+    reading the loss waits for the device anyway.
 
     After the last step of an epoch, only reading the loss is due, because the training loop then
     saves a checkpoint. A change of the number of threads also causes a checkpoint, which makes the
@@ -103,7 +103,7 @@ class Cadence:
         self.last_save = time.perf_counter()
 
     def after_step(self, step: int, epoch_step: int) -> DueActions:
-        """Return the actions that are due after `step`, which is `epoch_step` within its epoch."""
+        """Return the actions that are due after a step. `epoch_step` counts from its epoch."""
         last = epoch_step == self.steps
         read_loss = last or epoch_step % READ_LOSS_EVERY == 0
         if last or (self.dist.world_size > 1 and not read_loss):

@@ -92,12 +92,12 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
             raise _connection_error(error) from None
         raise
     finally:
-        gc.collect()  # DDP is in reference cycles, and must be released before its process group
+        gc.collect()  # releases DDP before its process group, because DDP is in reference cycles
         group.destroy_process_group()
 
 
 def _is_connection_error(error: RuntimeError) -> bool:
-    """Return whether a connection failed. gloo raises RuntimeError with its name in the message."""
+    """Return whether a connection failed. Messages of gloo's RuntimeErrors contain "gloo"."""
     return isinstance(error, group.DistError) or "gloo" in str(error).lower()
 
 

@@ -100,7 +100,7 @@ def evaluate(
     std: tuple[float, float, float],
     precision: Precision = "fp32",
 ) -> Metrics:
-    """Return the metrics of `model` on `split`, as in evaluation.json.
+    """Return the metrics of `model` on `split`, in the format of evaluation.json.
 
     Args:
         model: a model that maps normalized images (N, 3, 32, 32) to logits (N, C). The function
@@ -121,7 +121,7 @@ def evaluate(
 
 
 def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metrics:
-    """Return the metrics of (N, C) logits on `split`, as in evaluation.json.
+    """Return the metrics of (N, C) logits on `split`, in the format of evaluation.json.
 
     Raises:
         UsageError: there are no images, or the logits or labels do not fit the classes.
@@ -163,11 +163,11 @@ class Classifier(Protocol):
         ...
 
     def logits(self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = ...) -> Tensor:
-        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         ...
 
     def metrics(self, split: Split, advance: ProgressCallback = ...) -> Metrics:
-        """Return the metrics on `split`, as in evaluation.json."""
+        """Return the metrics on `split`, in the format of evaluation.json."""
         ...
 
 
@@ -188,7 +188,7 @@ class EvaluatedModel:
         return predict_logits(self.model, images, mean, std, self.precision, batch, advance)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
-        """Return the metrics on `split`, as in evaluation.json."""
+        """Return the metrics on `split`, in the format of evaluation.json."""
         return split_metrics(self.logits(split.images, advance=advance), split, self.config.classes)
 
     @property

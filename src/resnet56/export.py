@@ -30,7 +30,7 @@ from resnet56.runs.pretrained import config_to_metadata
 from resnet56.runs.schema import Metrics
 
 TOLERANCE = 1e-4  # maximum difference of logits; other outputs may differ ten times as much
-CHECK_IMAGES = 256  # number of images to compare the exported file with PyTorch
+CHECK_IMAGES = 256  # number of images for comparing the exported file with PyTorch
 CPU = torch.device("cpu")
 
 
@@ -198,7 +198,7 @@ def write_hub_directory(
         raise RunError(f"{directory} already exists; choose another {option('out')}")
     restore(checkpoint, CPU)  # raises if the weights are unusable
     state_dict = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
-    # Hub libraries require the metadata "format", the framework of the tensors.
+    # Hub libraries require the metadata field "format", which names the framework of the tensors.
     metadata = config_to_metadata(checkpoint.config) | {"format": "pt"}
     weights = safetensors.torch.save(state_dict, metadata=metadata)
     card = model_card(checkpoint.config, directory.name, evaluation)

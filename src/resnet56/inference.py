@@ -11,7 +11,7 @@ from resnet56.model import BLOCKS, PadShortcut, ResNet, build, norm_relu
 from resnet56.runs.checkpoint import Checkpoint, require_fit
 from resnet56.runtime import DTYPES, Precision
 
-# The types of all modules in a network of `build`.
+# The types of all modules in a model from `build`.
 _LAYERS = {
     ResNet, *BLOCKS.values(), PadShortcut,
     nn.BatchNorm2d, nn.Conv2d, nn.Identity, nn.Linear, nn.Sequential,

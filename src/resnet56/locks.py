@@ -37,7 +37,7 @@ def create_temporary(directory: Path) -> tuple[BufferedRandom, Path]:
 
 
 def open_private(path: Path) -> BufferedRandom:
-    """Open `path` for reading and writing, without following links. Create a missing file.
+    """Open `path` for reading and writing, without following links. Create the file if necessary.
 
     In a shared directory, another user could create a link at `path` to make this process overwrite
     another file. The function therefore replaces a link with a new file.
@@ -45,7 +45,7 @@ def open_private(path: Path) -> BufferedRandom:
     Raises:
         OSError: `path` cannot be opened, belongs to another user, or is not a regular file.
     """
-    for _ in range(100):  # stop at some point, because another user could recreate the link forever
+    for _ in range(100):  # do not retry forever, because another user can recreate the link
         try:
             return _open_private(path)
         except _LinkError:

@@ -71,7 +71,7 @@ class PadShortcut(nn.Module):
         self.channels_after = channels_out - channels_in - self.channels_before
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels_in, H, W) -> (N, channels_out, H/stride, W/stride)."""
+        """Pad `x`: (N, channels_in, H, W) -> (N, channels_out, H/stride, W/stride)."""
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, self.channels_before, self.channels_after))
 
@@ -99,7 +99,7 @@ class BasicBlock(nn.Module):
         self.norm_relu: NormReLU = norm_relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels_in, H, W) -> (N, width, H/stride, W/stride)."""
+        """Run the block: (N, channels_in, H, W) -> (N, width, H/stride, W/stride)."""
         out = self.norm_relu(self.bn1, self.conv1(x))
         return self.norm_relu(self.bn2, self.conv2(out), _residual(self.shortcut, x))
 
@@ -127,7 +127,7 @@ class BottleneckBlock(nn.Module):
         self.norm_relu: NormReLU = norm_relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels_in, H, W) -> (N, 4 * width, H/stride, W/stride)."""
+        """Run the block: (N, channels_in, H, W) -> (N, 4 * width, H/stride, W/stride)."""
         out = self.norm_relu(self.bn1, self.conv1(x))
         out = self.norm_relu(self.bn2, self.conv2(out))
         return self.norm_relu(self.bn3, self.conv3(out), _residual(self.shortcut, x))

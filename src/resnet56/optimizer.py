@@ -29,8 +29,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": vector_decay},
     ]
     # If the first fp16 step overflows, the fused kernel of SGD does not initialize the buffers that
-    # it creates. Buffers of zeros give the same first step. They are also the template for the
-    # state of a checkpoint.
+    # it creates. Buffers of zeros give the same first step. They are also a template with which the
+    # state of a checkpoint is compared.
     if recipe.optimizer == "adamw":
         adamw = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
         for parameter in parameters:
@@ -150,6 +150,6 @@ def _plain(value: Any, optimizer: torch.optim.Optimizer, key: object) -> Any:
 
 def _unsupported(optimizer: torch.optim.Optimizer, key: object) -> TrainingError:
     return TrainingError(
-        f"the optimizer {type(optimizer).__name__} cannot be saved in a checkpoint: its state "
-        f"{one_line(repr(key))} is neither a tensor, a number nor a string of a parameter"
+        f"the optimizer {type(optimizer).__name__} cannot be saved: checkpoints do not support the "
+        f"entry {one_line(repr(key))} of its state"
     )

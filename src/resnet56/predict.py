@@ -90,13 +90,13 @@ class Backend(Protocol):
     runtime: str  # name of the library and the device, for users
 
     def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on (N, 3, 32, 32) bytes."""
+        """Run the model on images (N, 3, 32, 32) uint8."""
         ...
 
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         ...
 
 
@@ -117,7 +117,7 @@ class TorchBackend:
         self.std = torch.tensor(config.std, device=device)
 
     def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on (N, 3, 32, 32) bytes."""
+        """Run the model on images (N, 3, 32, 32) uint8."""
         import torch
 
         from resnet56.data.augment import normalize
@@ -129,7 +129,7 @@ class TorchBackend:
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         from resnet56.evaluation import predict_logits
 
         mean, std = self.config.mean, self.config.std
@@ -182,7 +182,7 @@ class OnnxBackend:
                 raise RunError(f"{name} {problem}; {hint}")
 
     def _check(self, count: int) -> str | None:
-        """Run a random batch of `count` images. Return a problem with the outputs, or None."""
+        """Run a random batch of `count` images. Describe a problem with the outputs, if any."""
         logits, maps = (count, len(self.config.classes)), (count, len(self.config.classes), 8, 8)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
@@ -199,13 +199,13 @@ class OnnxBackend:
         return None if finite else "returns outputs that are not finite"
 
     def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on (N, 3, 32, 32) bytes."""
+        """Run the model on images (N, 3, 32, 32) uint8."""
         return Outputs(*self.session.run(Outputs._fields, {"images": images}))
 
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Return the logits of (N, 3, 32, 32) uint8 images, as (N, C) float32 on the CPU."""
+        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         import torch
 
         logits = []
@@ -439,7 +439,7 @@ def load(
 def top_classes(
     probabilities: npt.NDArray[np.float64], top: int | None = None
 ) -> npt.NDArray[np.intp]:
-    """Return the indices of the `top` most probable classes. For ties, lower indices are first."""
+    """Return the indices of the `top` most probable classes. Ties are in the order of indices."""
     order: npt.NDArray[np.intp] = np.argsort(-probabilities, kind="stable")[:top]
     return order
 

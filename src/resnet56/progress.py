@@ -59,7 +59,7 @@ class LineOutput(Output):
 
     Args:
         stream: text stream.
-        brief: write no status, and omit skippable lines that follow another line within seconds.
+        brief: write no status, and omit skippable lines within a few seconds of another line.
     """
 
     def __init__(self, stream: TextIO, *, brief: bool = False) -> None:
@@ -338,7 +338,7 @@ class DownloadProgress:
         self.output = default_output(True)
         self.name = name
         self.started = time.monotonic()
-        self.first: int | None = None  # bytes at the first call, above 0 for a resumed download
+        self.first: int | None = None  # bytes already received at the first call
         self.done = 0
 
     def __enter__(self) -> "DownloadProgress":

@@ -35,8 +35,8 @@ class Recipe:
 
     weights: str = ""
     """Initial weights: a run, a file or a pretrained model of the same architecture. If the classes
-    differ, the classifier is initialized at random. The images are normalized as for these weights.
-    The weights must not have been trained on the validation images."""
+    differ, the classifier is initialized at random. The images are normalized as in the training of
+    these weights. The weights must not have been trained on the validation images."""
 
     freeze: tuple[str, ...] = ()
     """Layers of --weights that are not trained: conv1, bn1, stage1, stage2, stage3, a part of a
@@ -79,7 +79,7 @@ class Recipe:
     """Factor by which the step schedule multiplies the learning rate at each drop."""
 
     warmup_epochs: float = 0.0
-    """Epochs of linear learning-rate warm-up from zero."""
+    """Number of epochs in which the learning rate increases linearly from zero."""
 
     label_smoothing: float = 0.0
     """Label smoothing: fraction of the target to distribute evenly over all classes."""

@@ -54,7 +54,7 @@ def augmented_samples(
 
 
 def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation) -> None:
-    """Mix at least one version of each original, and otherwise the same fraction as in training.
+    """Mix the same fraction of the versions as in training, but at least one version.
 
     Args:
         augmented: (K * V, 3, 32, 32), changed in place.

@@ -64,7 +64,7 @@ class Paired:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the 95 % confidence interval of a mean. It uses the t-distribution.
+    """Return the 95 % confidence interval of a mean, based on the t-distribution.
 
     Args:
         values: at least two accuracies.
@@ -140,7 +140,7 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
     only_second = int((~first & second).sum())
     discordant = only_first + only_second
     # If the models are equally accurate, a discordant image favors each model with probability 1/2.
-    # This is the exact (binomial) form of the test of McNemar 1947.
+    # This is the exact binomial form of McNemar's test (McNemar 1947).
     p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
     # Resampling images with replacement is equivalent to drawing the three counts from a
     # multinomial distribution.
@@ -161,8 +161,7 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for the number of comparisons (Holm 1979). Keep their order.
 
-    If no differences exist, the probability of a significant result stays below the significance
-    level.
+    The probability of at least one false significant difference is at most the significance level.
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

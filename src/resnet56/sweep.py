@@ -1,6 +1,6 @@
-"""Search for the settings of a recipe with the best validation accuracy, with Optuna.
+"""Search for recipe settings that maximize the validation accuracy, with Optuna.
 
-Several processes can work on one sweep, on one machine or several. They share only the database
+Several processes on one or more machines can work on the same sweep. They share only the database
 that contains the trials. Each trial is a run directory. A sweep never uses the test images.
 """
 
@@ -104,7 +104,7 @@ def sweep(
         space: the values of each field that varies.
         dataset: the data set. The sweep does not use its test images.
         out: directory of the sweep. The name of the directory is the name of the study.
-        trials: number of trials, over all processes. A grid ignores this number.
+        trials: number of trials, over all processes. If `grid` is True, this argument is ignored.
         seeds: seeds of each trial. The value of a trial is the mean over its seeds. By default, the
             seed of the recipe.
         grid: try all combinations of the choices. By default, Optuna's tree-structured Parzen

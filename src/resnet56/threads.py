@@ -102,7 +102,7 @@ class ThreadControl:
         meter: measures the load from other programs.
 
     Raises:
-        UsageError: `requested` is less than one or more than the number of processors.
+        UsageError: `requested` is below 1 or above the number of processors.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ThreadControl:
         # Count a core with two hyperthreads once.
         self.cores = min(usable, psutil.cpu_count(logical=False) or usable)
         self._meter = meter or LoadMeter()
-        self._wait_windows = 1  # number of windows that cores must be free before they are used
+        self._wait_windows = 1  # number of windows during which cores must be free before use
         self._free_windows = 0
         self._windows_since_up = BACKOFF_WINDOWS
 
@@ -230,7 +230,8 @@ class ThroughputMonitor:
 
     Args:
         control: provides the load from other programs.
-        device: type of the device, such as "cpu" or "cuda". Messages mention likely reasons for it.
+        device: type of the device, such as "cpu" or "cuda". Messages state likely reasons for this
+            type.
     """
 
     def __init__(self, control: ThreadControl, device: str) -> None:
@@ -319,7 +320,7 @@ def set_threads(requested: int | None) -> None:
         requested: number of threads. None selects the number of cores that are free now.
 
     Raises:
-        UsageError: `requested` is less than one or more than the number of processors.
+        UsageError: `requested` is below 1 or above the number of processors.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Benchmarks of training, inference and start-up, against a standard PyTorch loop."""
+"""Benchmarks of training, inference and start-up, compared with a standard PyTorch loop."""
 
 import contextlib
 import functools
@@ -229,7 +229,7 @@ def bench(
     """Run all benchmarks.
 
     Args:
-        load: function that loads the data set. The benchmark measures its time.
+        load: function that loads the data set. The benchmark also times this function.
         archs: names of architectures.
         batches: batch sizes for training.
         device: "auto", "cpu", "cuda", ...

@@ -14,7 +14,8 @@ def machine_limits(device: torch.device, precision: Precision) -> dict[str, floa
     """Measure the GFLOP/s of a matrix product and the GB/s of a copy (the best of ten runs)."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    # Pages of zeros share physical memory until they are written, so copy ones.
+    # The source does not contain zeros, because pages of zeros share physical memory until they are
+    # written.
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
 
@@ -34,8 +35,8 @@ def roofline_times(
 ) -> dict[str, float]:
     """Return the minimum times of a training step for arithmetic and for memory traffic, in ms.
 
-    The backward pass takes twice as many operations as the forward pass. The model assumes that all
-    operations except convolutions and batch norms are fused, and that no tensor stays in a cache.
+    The backward pass takes twice as many operations as the forward pass. For the memory traffic,
+    all operations except convolutions and batch norms are fused, and no tensor stays in a cache.
     Each output of a convolution or batch norm is then written once and read twice, and each
     gradient is written and read once. This makes five passes over all stored activations.
     """

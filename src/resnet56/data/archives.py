@@ -24,7 +24,7 @@ def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
     """Unpack an archive to `root/directory` atomically.
 
     Args:
-        archive: the archive file, open for reading. Its position is ignored.
+        archive: the archive file, open for reading. The function ignores its position.
         root: an existing directory. The function also creates a temporary directory there.
         directory: name of the top-level directory in the archive.
 
@@ -47,7 +47,7 @@ def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
         try:
             Path(temporary, directory).replace(final)
         except OSError:
-            if not final.is_dir():  # another process may have created it
+            if not final.is_dir():  # another process may have created the directory
                 raise
     return final
 

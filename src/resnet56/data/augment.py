@@ -16,7 +16,7 @@ from resnet56.data.trivial_augment import LEVELS, TRANSFORMS, trivial_augment
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The settings of the augmentation of training images.
+    """Settings for augmenting training images.
 
     Attributes:
         padding: black pixels added to each side before a random 32x32 crop.
@@ -61,7 +61,7 @@ CROP_AND_FLIP = Augmentation()
 
 
 class AugmentationParams(NamedTuple):
-    """The random parameters of the augmentation of N images."""
+    """Random augmentation parameters of N images."""
 
     rows: Tensor  # (N,) int64, top row of the crop in the padded image
     cols: Tensor  # (N,) int64, left column of the crop

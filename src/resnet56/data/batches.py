@@ -1,6 +1,6 @@
 """Training batches as a pure function of the seed, epoch, rank and world size.
 
-Checkpoints contain no state of the batches. The global batches do not depend on the number of
+Resuming therefore needs no iterator state. The global batches do not depend on the number of
 processes.
 """
 
@@ -110,7 +110,7 @@ class Batches:
         Yields:
             images: (B, 3, S, S) float32, normalized, in channels-last memory format. S is the
                 entry of the epoch in `sizes`, or 32 if there is none.
-            targets: labels (B,) int64. For a mixed batch, probabilities (B, C) float32.
+            targets: labels (B,) int64, or probabilities (B, C) float32 if the batch is mixed.
         """
         augmentation = self.augmentation.in_epoch(epoch)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))

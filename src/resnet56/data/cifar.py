@@ -44,7 +44,8 @@ _PUBLISHED = {
     ),
 }
 _TRAIN_SIZE, _TEST_SIZE = 50_000, 10_000
-# Minimum fraction of distinct images in a split. It is at least 0.9997 in the published splits.
+# Minimum fraction of distinct images in a split. This fraction is at least 0.9997 in the published
+# splits.
 _MIN_DISTINCT = 0.99
 
 

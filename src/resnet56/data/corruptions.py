@@ -2,7 +2,7 @@
 
 This module implements the ten of the benchmark's nineteen corruptions that need only arithmetic and
 Pillow. The severities match those of CIFAR-10-C. The images are not identical to those of
-CIFAR-10-C, but accuracies are close. Results are reproducible for a given seed.
+CIFAR-10-C, but the accuracies are similar. Results are reproducible for a given seed.
 """
 
 import io

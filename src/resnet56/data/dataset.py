@@ -226,7 +226,7 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
     for _ in range(count - int(selected.sum())):
         deficit = count * sizes - total * selected  # missing images per class, times `total`
         selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
-    # NumPy guarantees that the numbers of RandomState never change. Generator has no guarantee.
+    # NumPy guarantees that the numbers of RandomState never change, unlike those of Generator.
     order = np.random.RandomState(seed).permutation(total)
     mask = np.zeros(total, dtype=bool)
     for index, size in enumerate(selected):

@@ -30,7 +30,7 @@ Progress = Callable[[int, int | None], None]
 _RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt per URL
 _REPORT_INTERVAL = 0.2  # seconds between calls of `progress`, and between attempts to lock
 _BLOCK = 1 << 18  # bytes to read at once
-_MIN_RATE = (1_000, 60.0)  # minimum bytes per interval in seconds; slower connections are closed
+_MIN_RATE = (1_000, 60.0)  # close connections that receive fewer bytes in this many seconds
 _HEADER_TIMEOUTS = 4  # the time limit for the response headers is this multiple of the timeout
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNREACHABLE_ERRNOS = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
@@ -123,14 +123,14 @@ def fetch(
     Ctrl-C, the next call resumes from `root/<filename>.part`.
 
     If several processes call this function, one of them locks the empty file
-    `root/<filename>.lock` and downloads. The others wait and report its progress. If the file
-    system does not support locks, the processes can corrupt each other's download. The checksum
-    detects this. The function does not follow links to these two files, so `root` can be a shared
-    directory.
+    `root/<filename>.lock` and downloads. The other processes wait and report the progress of the
+    download. If the file system does not support locks, the processes can corrupt each other's
+    download. The checksum detects this. The function does not follow links to these two files, so
+    `root` can be a shared directory.
 
     Args:
         archive: the archive to download, for example `ARCHIVES["cifar10"]`.
-        root: directory for data sets, created if missing. See `default_root`.
+        root: directory for data sets. The function creates a missing directory. See `default_root`.
         mirrors: base URLs or full URLs (http, https, file) to try before the official URL, in
             order. By default, the URLs in $RESNET56_MIRROR, separated by commas or whitespace.
             Credentials in a URL are sent only to its host and never shown.
@@ -157,14 +157,15 @@ def fetch(
             while not try_lock(locked.fileno()):
                 report(_size(part), archive.size)
                 time.sleep(_REPORT_INTERVAL)
-            if not final.is_dir():  # another process may have created it
+            if not final.is_dir():  # another process may have created the directory
                 _download_and_unpack(archive, urls, part, root, timeout, report)
     except OSError as err:  # only file errors, because network errors become _UrlError
         reason = "the disk is full" if err.errno in _DISK_FULL_ERRNOS else _reason(err)
         path = err.filename or root
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
         raise DownloadError(_single_line(message)) from err
-    # Processes that still wait for the lock do not need the lock file. They find the directory.
+    # Other processes may still wait for the lock. They will find the directory, so they do not need
+    # the lock file.
     for leftover in (part, lock):
         with suppress(OSError):
             leftover.unlink()

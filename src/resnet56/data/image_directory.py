@@ -374,7 +374,7 @@ def _split_off_test(
 
 
 def _reject_ambiguous(path: Path, train: Path, classes: Sequence[str]) -> None:
-    """Raise DataError if another directory next to train/ has classes of train/."""
+    """Raise DataError if another directory next to train/ has a class in common with train/."""
     for directory in visible_directories(path):
         if directory == train:
             continue
@@ -408,7 +408,7 @@ def _find_splits(path: Path, role: str) -> list[Path]:
 
 
 def _role(name: str) -> str | None:
-    """Return the role that the name of a directory implies: "train" for 'Training_Set'."""
+    """Return the role that the name of a directory implies, such as "train" for Training_Set."""
     base = re.sub(r"[\s_-]", "", name.casefold())
     base = re.sub(r"(set|images|data|split)$", "", base)
     return next((role for role, names in _ROLES.items() if base in names), None)

@@ -56,7 +56,7 @@ def find_images(directory: Path) -> ImageFiles:
         if entry.is_symlink() and not entry.exists():
             if suffix in SUFFIXES:
                 found.skipped["broken link"] += 1
-        elif not entry.is_file():  # for example, a pipe, which would block when opened
+        elif not entry.is_file():  # opening a pipe, for example, would block
             continue
         elif suffix in SUFFIXES:
             found.files.append(entry)

@@ -276,8 +276,8 @@ def overlay(image: Image.Image, class_map: FloatArray) -> Image.Image:
 
     Args:
         image: upright RGB image from `read_image`. The function darkens the area outside the
-            center square, which the model does not see.
-        class_map: (H, W), the map of the center square. Positive values are scaled by the
+            center square, which is not part of the model's input.
+        class_map: (H, W), the map of the center square. Positive values are divided by the
             maximum. Other values are transparent.
     """
     side = min(image.size)

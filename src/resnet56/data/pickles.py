@@ -130,8 +130,8 @@ class _Buffer(PickledArray):
         self.__setstate__((1, shape, dtype, order == "F", data))
 
 
-# A pickle can set attributes of everything that it names. The values are classes, not functions,
-# because __setstate__ prevents this for classes.
+# A pickle can set attributes of everything that it names. The values are therefore classes, because
+# their __setstate__ prevents this. Functions have no protection.
 _NUMPY: dict[str, type] = {
     "numpy.ndarray": PickledArray,
     "numpy.dtype": _Dtype,
@@ -225,7 +225,7 @@ class _Unpickler(pickle._Unpickler):
             opcode[0]: _with_checked_keys(opcode, keys)
             for opcode, keys in (
                 (pickle.SETITEM, slice(-2, -1)),
-                (pickle.SETITEMS, slice(None, None, 2)),  # the stack starts at the mark
+                (pickle.SETITEMS, slice(None, None, 2)),  # the stack contains only keys and values
                 (pickle.DICT, slice(None, None, 2)),
                 (pickle.ADDITEMS, slice(None)),
                 (pickle.FROZENSET, slice(None)),

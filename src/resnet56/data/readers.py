@@ -65,7 +65,7 @@ def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> P
     Args:
         name: "cifar10" or "cifar100".
         root: directory for data sets. By default, `download.default_root()`.
-        mirrors: URLs to try before the official one.
+        mirrors: URLs to try before the official URL.
 
     Raises:
         DownloadError: the archive cannot be downloaded.
@@ -88,7 +88,7 @@ def load_digits() -> Dataset:
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
-    grays = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the originals are 0..16
+    grays = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # original pixels are 0..16
     images = torch.empty((len(grays), 3, 32, 32), dtype=torch.uint8)
     for index, gray in enumerate(grays):
         upsampled = Image.fromarray(gray).resize((32, 32), Image.Resampling.BICUBIC)
@@ -115,9 +115,9 @@ def load_directory(
     """Load the data set in a directory or an archive.
 
     The function supports CIFAR-10 and CIFAR-100 (fine labels) in the binary and Python formats. The
-    files can be in `path` or in a subdirectory with the published name. Published archives are
-    unpacked next to the archive. The data are compared with the published data. A minor difference
-    adds a remark, and a major difference raises an error.
+    files can be in `path` or in a subdirectory with the published name. The function unpacks a
+    published archive in the directory of the archive. It compares the data with the published data.
+    A minor difference adds a remark, and a major difference raises an error.
 
     The function also supports image directories (see `image_directory.load_image_directory`).
 

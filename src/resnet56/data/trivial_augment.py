@@ -155,7 +155,7 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
     ones = torch.ones_like(values)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(2, values, ones)
-    # As in Pillow, pixels with the largest value do not count for the step.
+    # As in Pillow, the step does not depend on pixels with the largest value.
     largest = counts.gather(2, values.amax(dim=2, keepdim=True))
     step = (values.shape[2] - largest) // 255
     before = counts.cumsum(dim=2) - counts

@@ -84,7 +84,7 @@ def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        # Usually, the temporary directory is mounted with noexec.
+        # The most common reason is a temporary directory that is mounted with noexec.
         raise UnavailableError(
             f"the compiled kernel could not be loaded: {error}",
             "set TMPDIR to a directory that allows execution",

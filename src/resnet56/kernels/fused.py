@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from resnet56.kernels.compiler import UnavailableError, compile_kernel
 from resnet56.model import NormReLU, norm_relu
 
-LANES = 16  # equal to LANES in fused.c; the number of channels must be a multiple of it
+LANES = 16  # as in fused.c; the number of channels must be a multiple of LANES
 MAX_CHANNELS = 1024  # more channels could overflow the stack, which stores the sums
 REAL = {torch.float32: ["-DREAL=float"], torch.bfloat16: ["-DREAL=uint16_t", "-DBF16"]}
 
@@ -173,5 +173,5 @@ def _check(fused: NormReLU, dtype: torch.dtype) -> None:
         assert actual is not None
         assert expected is not None
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
-        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # True for NaN
+        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # also True for NaN
             raise UnavailableError("the kernel's results differ from PyTorch's on this machine")

@@ -66,7 +66,7 @@ class NativeNetwork(nn.Module):
         Plan(library, model, 1, 8, 8, 1)  # raises if the model is not supported
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) normalized images -> (N, classes) logits."""
+        """Compute logits: (N, 3, H, W) normalized images -> (N, classes)."""
         if not self._supports(x):
             return self.model(x)  # type: ignore[no-any-return]
         key = (x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads())
@@ -122,7 +122,7 @@ class _Features(torch.autograd.Function):
 
 
 def _has_matrix_unit() -> bool:
-    # This private function was added in PyTorch 2.4.
+    # PyTorch 2.4 added this private function.
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
 
 
@@ -147,7 +147,7 @@ def _check(library: ctypes.CDLL) -> None:
             results.append([(0.02, [logits, *statistics]), (0.5, gradients)])
         for (tolerance, expected), (_, actual) in zip(*results, strict=True):
             for a, b in zip(actual, expected, strict=True):
-                if not (a - b).norm() < tolerance * b.norm():  # True for NaN
+                if not (a - b).norm() < tolerance * b.norm():  # also True for NaN
                     raise UnavailableError(
                         "the kernel's results differ from PyTorch's on this machine"
                     )

@@ -1,4 +1,4 @@
-"""Plan a training step: the sequence of calls to kernels/native.c, and their buffers."""
+"""The plan of a training step: a sequence of calls to kernels/native.c, and their buffers."""
 
 import ctypes
 import itertools
@@ -139,7 +139,8 @@ class Plan:
         scratch = max(library.resnet56_scratch_bytes(ctypes.byref(conv)) for conv in self._backward)
         arena = self._address(torch.zeros(threads * scratch, dtype=torch.uint8))
         self._threads = _long(threads)
-        self._scratch = _pointer(arena), _long(scratch), self._threads  # last arguments of calls
+        # These are the last arguments of all calls.
+        self._scratch = _pointer(arena), _long(scratch), self._threads
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -202,10 +203,10 @@ class Plan:
     def _layer(
         self, module: nn.Module, norm: nn.Module, height: int, width: int, input_stride: int = 1
     ) -> _Layer:
-        """Describe a convolution of maps of size (height, width), and allocate its buffers.
+        """Describe a convolution of (height, width) feature maps, and allocate its buffers.
 
-        A 1x1 convolution with a stride reads every `input_stride`-th pixel of its input. Pass the
-        height and width of its output in this case.
+        A 1x1 convolution with a stride reads every `input_stride`-th pixel of its input. In this
+        case, pass the height and width of the output.
         """
         if type(module) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or not norm.affine:
             raise UnavailableError(f"unsupported layer: {module}, {norm}")

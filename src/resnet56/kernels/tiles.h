@@ -43,7 +43,7 @@ struct config { /* the instruction LDTILECFG requires this layout */
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
-/* GCC does not know that tile loads read memory. The barrier completes earlier stores first. */
+/* GCC does not know that tile loads read memory. The barrier keeps earlier stores before them. */
 #define COMPILER_BARRIER __asm__ volatile("" ::: "memory")
 
 static void begin_tiles(struct config *saved) {
@@ -139,7 +139,7 @@ static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *p
     if (tiles > 4) _tile_stored(4, c[4], c_bytes);
 }
 
-/* Computes the same for 32 outputs and two tiles of 16 inputs. In `planes` and `c`, outputs 16-31
+/* Like outer_1x5, but for 32 outputs and two tiles of 16 inputs. In `planes` and `c`, outputs 16-31
  * start 16 rows after outputs 0-15. */
 static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
                       long pair_bytes, long chunks, float *const *c, long c_bytes) {
