@@ -100,6 +100,17 @@ def test_evaluate_returns_the_metrics_of_the_function(predictor: Predictor, tiny
     assert metrics["n"] == 24
 
 
+def test_evaluate_restores_the_mode_of_the_model(tiny: Dataset) -> None:
+    model = build("resnet8", classes=3)
+    arguments = tiny.test, tiny.classes, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    resnet56.evaluate(model, *arguments)
+    assert model.training
+    nn.init.constant_(model.fc.bias, float("inf"))
+    with pytest.raises(RunError, match="not finite"):
+        resnet56.evaluate(model, *arguments)
+    assert model.training
+
+
 def test_unsuitable_splits_are_not_evaluated(predictor: Predictor, tiny: Dataset) -> None:
     with pytest.raises(UsageError, match="without images"):
         predictor.evaluate(tiny.test.select(slice(0)))

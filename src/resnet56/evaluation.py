@@ -115,8 +115,10 @@ def evaluate(
         NotFiniteError: a logit is not finite.
     """
     training = model.training
-    logits = predict_logits(model.eval(), split.images, mean, std, precision)
-    model.train(training)
+    try:
+        logits = predict_logits(model.eval(), split.images, mean, std, precision)
+    finally:
+        model.train(training)
     return split_metrics(logits, split, classes)
 
 
