@@ -1,4 +1,4 @@
-"""Imports between modules. They only go down. A new import requires an edit of the table here."""
+"""Imports between modules only go down. To add an import, edit the table in this file."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import resnet56
 PACKAGE = Path(resnet56.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-# From the bottom up. A module can import the modules below it that its line lists.
+# From the lowest module to the highest. A module can import the modules that its line lists.
 ARROWS: dict[str, set[str]] = {
     # ground
     "errors": set(),

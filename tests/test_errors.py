@@ -47,7 +47,7 @@ def test_a_used_run_directory_is_reported_in_the_terms_of_the_caller(
     message = capsys.readouterr().err
     assert "continue it with --resume or choose another directory for --out" in message
     with pytest.raises(UsageError, match=f"^threads must be from 1 to .*, not {10**6}"):
-        resnet56.load(threads=10**6)  # the command restores the terms of Python
+        resnet56.load(threads=10**6)  # after the command, messages use the terms of Python again
 
 
 def messages(tree: ast.AST) -> Iterator[str]:

@@ -219,7 +219,7 @@ def test_a_comparison_states_how_much_of_a_gap_it_explains(
         "6 of 24 images (25.00 %) change their predicted class from a to b. Accuracy changes by "
         "-25.00 points, so this difference explains at most 25.00 points of an accuracy gap."
     )
-    # Two wrong answers differ, but not in accuracy.
+    # Both predictions are wrong, so they differ but do not change the accuracy.
     first, second = (Fixed(config, correct.roll(shift, dims=1)) for shift in (1, 2))
     assert compare(first, second, ("a", "b"), tiny.test)["verdict"].endswith(
         "Accuracy does not change, so this difference does not explain any accuracy gap."

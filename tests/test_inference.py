@@ -92,7 +92,7 @@ def test_changed_models_are_evaluated_as_they_are(change: Callable[[ResNet], Non
     inputs = (pixels / 255 - 0.5) / 0.25
     before = model(inputs)
     change(model)
-    expected = model(inputs)  # leaves a weight that is not a leaf, which cannot be copied
+    expected = model(inputs)  # makes the weight a non-leaf tensor, which cannot be copied
     assert not torch.allclose(before, expected, atol=1e-3)
     logits = predict_logits(model, pixels.byte(), (0.5,) * 3, (0.25,) * 3)
     assert torch.allclose(logits, expected, atol=1e-5)

@@ -316,7 +316,7 @@ def test_convolutions_have_the_initial_deviation_of_he_et_al(name: str) -> None:
             expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
             error = 5 / math.sqrt(
                 2 * module.weight.numel()
-            )  # 5 standard errors of a sample deviation
+            )  # five standard errors of the sample standard deviation
             assert float(module.weight.detach().std()) == pytest.approx(expected, rel=error), key
 
 

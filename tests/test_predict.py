@@ -78,7 +78,7 @@ def test_the_map_equals_grad_cam(predictor: Predictor) -> None:
 
 
 def test_features_are_the_pooled_input_of_the_classifier(predictor: Predictor) -> None:
-    images = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)  # more than a batch
+    images = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)  # more than one batch
     features = predictor.features(images)
     mean, std = (torch.tensor(values)[:, None, None] for values in (predictor.mean, predictor.std))
     with torch.inference_mode():

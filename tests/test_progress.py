@@ -41,7 +41,7 @@ def run_notebook(directory: Path, *cells: str) -> list[list[dict[str, Any]]]:
     return [cell.outputs for cell in notebook.cells]
 
 
-# A data set and a recipe for one second of training.
+# Create a data set and a recipe with which training takes one second.
 SETUP = """
 import dataclasses, json, signal, torch
 from resnet56 import Dataset, RECIPES, Split, train

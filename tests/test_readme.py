@@ -60,7 +60,7 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     *said, rest = done.stdout.split("\0")
     assert (len(said), rest) == (len(commands), "")
-    assert said[-1] == said[-3]  # ONNX Runtime's answer is PyTorch's
+    assert said[-1] == said[-3]  # ONNX Runtime and PyTorch print the same prediction
     assert (tmp_path / "maps" / "photo.cam.png").exists()
     run = tmp_path / "runs" / "digits"
     assert json.loads((run / "evaluation.json").read_text())["test"]["accuracy"] >= 0.95

@@ -49,7 +49,7 @@ def test_the_recipe_he2015_matches_section_4_2_of_the_paper() -> None:
     for epochs, iterations in zip(
         (*he2015.drop_epochs, he2015.epochs), (32e3, 48e3, 64e3), strict=True
     ):
-        assert abs(epochs * steps - iterations) < steps  # rounded to whole epochs
+        assert abs(epochs * steps - iterations) < steps  # the recipe rounds to whole epochs
 
 
 def test_every_recipe_has_a_description() -> None:

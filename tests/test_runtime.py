@@ -251,7 +251,7 @@ def test_several_processes_cannot_share_a_gpu(monkeypatch: pytest.MonkeyPatch, n
         resolve_device(name)
 
 
-def test_fewer_gpus_than_processes_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_gpus_than_processes_raise_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

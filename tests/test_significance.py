@@ -29,10 +29,10 @@ def test_welch_matches_the_formulas() -> None:
 
 
 def test_permutations_are_counted_exactly() -> None:
-    """Of the 20 ways to split six values into threes, 2 are as extreme as a full separation."""
+    """Of the 20 ways to split six values into two groups of three, 2 separate them fully."""
     separated = compare_means([0.93, 0.94, 0.95], [0.90, 0.91, 0.92])
     assert separated.permutation_p_value == pytest.approx(2 / 20)
-    # With one swap fewer, only these and their mirror images are as extreme, 4 of 20.
+    # Here, 4 of the 20 ways are as extreme, including their mirror images.
     mixed = compare_means([0.92, 0.94, 0.95], [0.90, 0.91, 0.93])
     assert mixed.permutation_p_value == pytest.approx(4 / 20)
 

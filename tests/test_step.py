@@ -166,7 +166,8 @@ def test_one_cycle_rises_and_falls_linearly(warmup: float, steps_per_epoch: int)
     assert curve[peak] == LR
     assert [step for step, rate in enumerate(curve) if rate >= LR] == [peak]
     rise = [b - a for a, b in itertools.pairwise([0, *curve[: peak + 1]])]
-    fall = [a - b for a, b in itertools.pairwise([*curve[peak:], 0])]  # 0 is one step after
+    # One step after the end, the rate is 0.
+    fall = [a - b for a, b in itertools.pairwise([*curve[peak:], 0])]
     assert rise == pytest.approx([LR / (peak + 1)] * (peak + 1))
     assert fall == pytest.approx([LR / (len(curve) - peak)] * (len(curve) - peak))
 
@@ -330,8 +331,8 @@ def test_sums_start_from_zero_or_from_the_given_values() -> None:
     assert fresh.sums.tolist() == pytest.approx([12.5 + BATCH * loss, 40 + correct])
 
 
-# From a run of this code (PyTorch 2.13, CPU). Detects changes of initialization, forward pass, loss
-# and optimizer.
+# These losses were printed by this code (PyTorch 2.13, CPU). They detect changes of initialization,
+# forward pass, loss and optimizer.
 GOLDEN = {"resnet8": [2.3057, 2.2363, 2.2357], "resnet56": [2.2916, 3.4756, 3.9976]}
 
 
@@ -355,7 +356,7 @@ def test_training_overfits_one_batch() -> None:
 # EMA
 
 
-@pytest.mark.parametrize("decay", [0.2, 0.999])  # the first is reached at step 2
+@pytest.mark.parametrize("decay", [0.2, 0.999])  # the first decay is reached at step 2
 def test_ema_matches_a_naive_loop(decay: float) -> None:
     recipe = make_recipe(ema_decay=(decay,))
     trainer = make_trainer(recipe)
@@ -456,7 +457,7 @@ def test_three_steps_and_two_resumed_steps_match_five(
     # Contiguous copies, as if loaded from a file.
     weights = {name: t.contiguous() for name, t in copy(first.weights()).items()}
     state = {name: t.contiguous() for name, t in copy(first.state()).items()}
-    run(first, range(3, 5))  # must not change the saved tensors
+    run(first, range(3, 5))  # these steps must not change the saved tensors
     second.restore(weights, state)
     run(second, range(3, 5))
     assert_equal(second.weights(), straight.weights())

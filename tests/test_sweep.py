@@ -33,7 +33,7 @@ pytest.importorskip("optuna")
 
 Choices, Range, sweep = sweeps.Choices, sweeps.Range, sweeps.sweep
 
-Accuracy = Callable[[Recipe, int], float]  # by recipe and epoch
+Accuracy = Callable[[Recipe, int], float]  # takes a recipe and an epoch
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_an_invalid_option_causes_a_one_line_error(
 def test_a_storage_that_does_not_answer_causes_a_one_line_error(
     tiny: Dataset, recipe: Recipe, tmp_path: Path
 ) -> None:
-    with socket.socket() as unused:  # bound, but not listening
+    with socket.socket() as unused:  # the port is bound, but nobody listens
         unused.bind(("127.0.0.1", 0))
         url = f"postgresql://user:secret@127.0.0.1:{unused.getsockname()[1]}/name"
         with pytest.raises(RunError, match="does not answer") as caught:
@@ -175,7 +175,7 @@ def test_a_trial_is_not_trained_if_another_worker_makes_it_unnecessary() -> None
     trials = [worker.study.ask() for _ in range(3)]
     assert [worker._is_surplus(trial) for trial in trials] == [False, False, True]
 
-    worker.study, worker.total, worker.unique = optuna.create_study(), 3, True  # a grid
+    worker.study, worker.total, worker.unique = optuna.create_study(), 3, True  # as in a grid
     surplus = []
     for value in (1, 2, 1):
         worker.study.enqueue_trial({"cutout": value})
@@ -191,7 +191,7 @@ def test_later_suggestions_are_better_than_random_ones(
     space = {"lr": Range(0.01, 1.0), "momentum": Range(0.0, 0.9)}
     sweep(recipe, space, tiny, tmp_path / "s", trials=30, prune=False)
     distances = [abs(one.lr - 0.2) for one in trained]
-    # Of 30 random values, half are farther than the middle of the first ten, which are random.
+    # The first ten values are random. If all 30 were, half would be farther than their median.
     middle = sorted(distances[:10])[5]
     assert sum(distance < middle for distance in distances[15:]) >= 12
 
@@ -367,7 +367,8 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = os.geteuid() == 0
     if root and not shutil.which("runuser"):
         pytest.skip("PostgreSQL does not run as root, and runuser is missing")
-    directory = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())  # short path
+    # The path of a socket must be short.
+    directory = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
     prefix = ["runuser", "-u", "postgres", "--"] if root else []
     if root:
         shutil.chown(directory, "postgres")

@@ -78,7 +78,7 @@ def test_the_number_of_threads_is_the_number_of_free_cores(
     cores: int, start: float, others: list[float], expected: list[int]
 ) -> None:
     assert thread_counts(*others, start=start) == expected
-    assert torch.get_num_threads() == cores  # restored
+    assert torch.get_num_threads() == cores  # the number is restored
 
 
 @pytest.mark.usefixtures("cores")
@@ -101,7 +101,7 @@ def test_a_fixed_number_does_not_change() -> None:
 
 @pytest.mark.usefixtures("cores")
 def test_the_setting_of_pytorch_is_the_maximum() -> None:
-    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
+    torch.set_num_threads(1)  # has the same effect as OMP_NUM_THREADS=1
     assert thread_counts(0.0, 0.0) == [1, 1, 1]
 
 
@@ -137,7 +137,7 @@ def test_resuming_keeps_the_number_or_reports_the_change() -> None:
     with ThreadControl(meter=ScriptedMeter(1.0, 1.0)) as control:
         message = control.begin(9, elsewhere)
         assert "the run has used 8 threads so far and continues with 2 threads" in message
-        assert not control.after_step(10)  # still fixed
+        assert not control.after_step(10)  # the number does not change
         assert control.threads == 2
 
 
@@ -169,7 +169,7 @@ def test_the_meter_excludes_this_process() -> None:
     assert 0.5 < alone.seconds < 30
     assert beside.seconds >= 1.5
     # Other programs may run on this machine, so the test can only check what is excluded.
-    assert alone.others <= cores + 0.2  # neither idle nor used by this process
+    assert alone.others <= cores + 0.2  # excludes idle cores and this process
     assert beside.others > 0.1
 
 
@@ -280,7 +280,8 @@ def test_image_size_and_thread_changes_are_not_slowdowns() -> None:
     assert not monitor.update(216 * 5, 5.0, cost=1.0)  # the next epoch, of larger images
     assert not monitor.update(216 * 9, 9.0, cost=1.0)
     control.after_step(8)
-    assert not monitor.update(216 * 9 + 60, 14.0, cost=1.0)  # partly with the old number of threads
+    # This window includes steps with the old number of threads.
+    assert not monitor.update(216 * 9 + 60, 14.0, cost=1.0)
     assert monitor.update(216 * 9 + 120, 19.0, cost=1.0)
 
 

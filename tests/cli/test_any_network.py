@@ -49,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Says:
     """Run a command that must fail with one line, and return this line."""
 
     def run(*arguments: object) -> str:
-        capsys.readouterr()  # of earlier commands
+        capsys.readouterr()  # discard the output of earlier commands
         assert cli.main([str(argument) for argument in arguments]) > 0
         shown = capsys.readouterr()
         assert not shown.out
@@ -85,12 +85,12 @@ def test_an_import_with_data_is_evaluated(
     assert evaluation["weights"] == "imported"
     assert [evaluation[split]["n"] for split in ("test", "train")] == [18, 12]
     assert evaluation["robustness"]["images"] == 18
-    # The network is that of the file: its accuracy is that of the exported forms.
+    # The imported network has the accuracy of the exported files.
     quick = ["--robustness", "0", "--json"]
     assert cli.main(["evaluate", str(forms["hub"]), "--data", str(data), *quick]) == 0
     theirs = json.loads(capsys.readouterr().out)
     assert theirs["test"]["accuracy"] == evaluation["test"]["accuracy"]
-    # It is evaluated again without --data. Other images do not replace the results.
+    # Without --data, the network is evaluated again. Other images do not replace these results.
     assert cli.main(["evaluate", str(run), "--robustness", "0"]) == 0
     assert cli.main(["evaluate", str(run), "--parity", "fp32,bf16"]) == 0
     kept = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}

@@ -94,7 +94,7 @@ def test_help_shows_the_given_recipe(capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
-def test_the_module_runs_as_the_command() -> None:
+def test_the_module_can_be_run_as_a_command() -> None:
     command = [sys.executable, "-m", "resnet56", "--version"]
     shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.stdout == f"resnet56 {__version__}\n"
@@ -429,7 +429,7 @@ def test_a_directory_takes_precedence_over_a_data_set_of_the_same_name(
     monkeypatch.chdir(tmp_path)
     assert load_data(name).classes == ("blue", "red")
     assert f"loaded the directory {tmp_path / name} instead of" in capsys.readouterr().err
-    assert load_data(None).classes == tuple("0123456789")  # the default without --data
+    assert load_data(None).classes == tuple("0123456789")  # the digits are the default
     assert load_data(None, own="digits").classes == tuple(
         "0123456789"
     )  # the data set that a run was trained on

@@ -83,7 +83,7 @@ def test_maps_have_the_image_size_and_unique_names(
 ) -> None:
     before = {file: file.read_bytes() for file in album.rglob("*.png")}
     command = ["predict", "--run", str(run), str(album / "a.png"), str(album / "nested/a.png")]
-    for _ in range(2):  # the second call ignores the maps of the first
+    for _ in range(2):  # the second call does not classify the maps of the first
         assert cli.main([*command, str(album), "--cam", str(album)]) == 1
     maps = {file.relative_to(album).as_posix() for file in album.rglob("*.cam.png")}
     sizes = {name: read_image(album / name).size for name in maps}

@@ -209,7 +209,7 @@ def test_fetch_downloads_verifies_unpacks_and_cleans_up(
     assert_complete(directory, root)
     total = len(site.content)
     assert (calls[0], calls[-1]) == ((0, total), (total, total))
-    assert len(calls) < 50  # of the 600 blocks
+    assert len(calls) < 50  # progress is not reported for each of the 600 blocks
 
 
 def test_an_existing_directory_is_not_downloaded(site: Site, archive: Archive, root: Path) -> None:
@@ -648,7 +648,7 @@ def test_unresolved_host_names_are_reported_as_offline(
     message = failure(archive_of(b"", "http://toy.invalid/toy.tar.gz"), root)
     assert "appears to be offline" in message
     assert "not known" in message
-    assert lookups == ["toy.invalid"]  # not retried
+    assert lookups == ["toy.invalid"]  # the lookup is not repeated
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:

@@ -85,7 +85,7 @@ def test_two_directories_of_the_same_role_raise_an_error(tmp_path: Path) -> None
     fill(tmp_path / "dev", "a")
     assert "has dev/ and val/; rename the one for testing" in error_of(tmp_path)
     fill(tmp_path / "Train", "a")
-    if len(list(tmp_path.iterdir())) == 4:  # the file system is case-sensitive
+    if len(list(tmp_path.iterdir())) == 4:  # only on case-sensitive file systems
         assert "has Train/ and train/; keep one" in error_of(tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_names_that_differ_in_case_are_matched_with_a_remark(tmp_path: Path) -> 
 
 def test_class_names_can_differ_only_in_case() -> None:
     assert match_classes(("a", "A"), ("A", "a")) == ({"a": "a", "A": "A"}, [])
-    assert match_classes(("ß",), ("SS", "ss"))[0] == {}  # two candidates
+    assert match_classes(("ß",), ("SS", "ss"))[0] == {}  # ambiguous
     matches, remarks = match_classes(("x",), ("y",))
     assert (matches, remarks) == ({}, [])
 

@@ -45,7 +45,7 @@ def test_linked_directories_are_visited_once(tmp_path: Path) -> None:
     for name, target in (
         ("more", tmp_path / "pool"),
         ("again", tmp_path / "pool"),
-        ("up", tmp_path / "data"),  # contains the dogs
+        ("up", tmp_path / "data"),  # a parent directory
         ("round", cat),
         ("file.png", tmp_path / "pool" / "2.png"),
     ):
@@ -57,7 +57,7 @@ def test_linked_directories_are_visited_once(tmp_path: Path) -> None:
 
 @needs_links
 def test_a_lattice_of_links_is_visited_in_linear_time(tmp_path: Path) -> None:
-    for level in range(40):  # 2**40 paths
+    for level in range(40):  # there are 2**40 paths
         (tmp_path / f"{level}").mkdir()
     for level in range(39):
         for side in "ab":

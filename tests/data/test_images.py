@@ -59,7 +59,7 @@ def test_the_first_frame_of_an_animation_is_used() -> None:
 
 def test_the_exif_orientation_is_applied_once() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:4] = 255  # the top of the stored image, shown at the right
+    pixels[:4] = 255  # shown at the right, because of the orientation
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encoded(Image.fromarray(pixels), "TIFF", exif=exif.tobytes())
@@ -71,7 +71,7 @@ def test_the_exif_orientation_is_applied_once() -> None:
 @pytest.mark.parametrize("exif", [b"\0\x08\0\x02junk", b"II", b""], ids=repr)
 def test_an_image_with_damaged_exif_is_read(exif: bytes) -> None:
     original = encoded(Image.new("RGB", (40, 40), (9, 8, 7)))
-    header = 8 + 12 + 13  # the signature, and IHDR
+    header = 8 + 12 + 13  # length of the signature and the IHDR chunk
     content = original[:header] + png_chunk(b"eXIf", exif) + original[header:]
     assert pixel(read_image(content)) == [9, 8, 7]
 
@@ -111,7 +111,7 @@ def test_invalid_images_raise_one_line_errors(content: bytes, message: str, tmp_
         with pytest.raises(ImageError, match=message) as caught:
             read_image(source)
         assert "\n" not in str(caught.value)
-        assert "0x" not in str(caught.value)  # no address of an object
+        assert "0x" not in str(caught.value)  # the message contains no address of an object
     assert str(file) in str(caught.value)
 
 
@@ -286,7 +286,7 @@ def test_reading_in_threads_restores_the_warning_filters() -> None:
 
 def test_the_overlay_covers_the_central_square_and_darkens_the_rest() -> None:
     evidence = np.full((8, 8), -1.0, np.float32)
-    evidence[:, 6:] = 2.0  # right quarter of the square
+    evidence[:, 6:] = 2.0  # only the right quarter supports the class
     image = Image.new("RGB", (160, 80), (100, 100, 100))
     result = np.asarray(overlay(image, evidence)).astype(int)
     assert result.shape == (80, 160, 3)

@@ -93,7 +93,7 @@ def test_the_cutmix_rectangle_is_a_clipped_square() -> None:
     ]
     assert len(inside) > 500
     assert all(p.height == p.width for p in inside)
-    # Simulated from the paper: lambda uniform, the center uniform, the square clipped.
+    # Simulate the paper: lambda and the center are uniform, and the square is clipped.
     generator = np.random.default_rng(1)
     sides = (32 * np.sqrt(1 - generator.uniform(size=100_000))).astype(int) // 2
     centers = generator.integers(0, 32, (2, 100_000))

@@ -192,7 +192,7 @@ def test_cifar100_binary_has_fine_labels_and_needs_little_memory(tmp_path: Path)
     loaded = load_directory(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 50e6  # without the images, which PyTorch allocates
+    assert peak < 50e6  # excludes the images, which PyTorch allocates
     assert (loaded.name, loaded.classes) == ("cifar100", tuple(names))
     for split in (loaded.train, loaded.test):
         assert split.labels[[0, -1]].tolist() == [0, 99]
@@ -210,7 +210,7 @@ def test_cifar100_python_has_fine_labels(tmp_path: Path) -> None:
     labels = [number % 100 for number in range(50_000)]
     content = {"data": pixels, "fine_labels": labels, "coarse_labels": [1] * 50_000}
     (directory / "train").write_bytes(pickle.dumps(content, 4))
-    # Protocol 5 as written by NumPy 1.
+    # NumPy 1 writes arrays like this with protocol 5.
     (directory / "test").write_bytes(
         b"\x80\x05}(\x8c\x04datacnumpy.core.numeric\n_frombuffer\n"
         + b"(B"
@@ -342,7 +342,7 @@ def test_an_unsafe_pickle_of_class_names_is_rejected(pickled: Path, tmp_path: Pa
         (b"\x80\x02}.", "'data' is not"),
         (b"\x80\x02}U\x04datacnumpy\nndarray\n)\x81s.", "'data' is not"),  # without __init__
         (b"\x80\x02}U\x04datacnumpy\nndarray\ns.", "'data' is not"),  # the class itself
-        # Attributes set on allowed names: the classes of arrays and dtypes, and the encoder.
+        # These pickles set attributes of allowed names: the array class, dtypes and the encoder.
         (b"\x80\x02cnumpy\nndarray\n}U\x05shapeK\x01sb.", "not a valid pickle"),
         (b"\x80\x02cnumpy\ndtype\nN}\x8c\x04codeK\x01s\x86b.", "not a valid pickle"),
         (b"\x80\x02c_codecs\nencode\nN}\x8c\x07__doc__K\x01s\x86b.", "not a valid pickle"),
@@ -485,7 +485,7 @@ def test_every_documented_format_is_read(tmp_path: Path, suffix: str) -> None:
     assert (image - 200).abs().max() <= 3  # JPEG and WebP are lossy
 
 
-def test_without_a_test_directory_a_stratified_fifth_is_split_off(tmp_path: Path) -> None:
+def test_a_stratified_fifth_is_used_for_testing_without_a_test_directory(tmp_path: Path) -> None:
     for index in range(20):
         save(tmp_path / "train" / "many" / f"{index}.png", (index, 0, 0))
     for index in range(5):

@@ -65,8 +65,8 @@ def test_transforms_match_pillow(name: str) -> None:
         expected = np.asarray(by_pillow(name, level)(picture)).transpose(2, 0, 1)
         off = np.abs(found.numpy().astype(int) - expected)
         if name in ("shear x", "shear y", "rotate"):
-            # Rounding decides for pixels whose source lies between two pixels: two diagonals at
-            # 135 degrees, few pixels otherwise.
+            # If a source position lies halfway between two pixels, rounding selects one of them. At
+            # 135 degrees, this affects two diagonals. At other angles, it affects few pixels.
             assert (off > 0).any(axis=0).sum() <= (32 if abs(level) == 30 else 5), level
         else:
             assert off.max() <= 1, level  # rounding differences

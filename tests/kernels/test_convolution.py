@@ -81,7 +81,8 @@ def run_kernel(
         ctypes.c_long(scratch), ctypes.c_long(THREADS),
     )  # fmt: skip
     library.resnet56_forward(*arguments)
-    coefficients = torch.tensor([1.0, 0.0, 0.0])[:, None].repeat(1, outputs)  # of g, z and 1
+    # The coefficients of g, z and 1.
+    coefficients = torch.tensor([1.0, 0.0, 0.0])[:, None].repeat(1, outputs)
     norm.g_scale, norm.z_scale, norm.constant = (row.data_ptr() for row in coefficients)
     library.resnet56_backward(*arguments)
     return layer.z.double(), weight_grad.double(), x_grad.double()

@@ -19,7 +19,10 @@ from resnet56.step import Trainer, prepare_model
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernels require Linux")
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}  # relative; bf16 has 8 significant bits
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 6e-3,
+}  # relative errors; bf16 has 8 significant bits
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -144,7 +147,7 @@ def test_unsupported_inputs_use_pytorch(fused: NormReLU, dtype: torch.dtype) -> 
     assert torch.equal(fused(plain, x), norm_relu(nn.BatchNorm2d(16, affine=False), x))
 
 
-EARLY = {"fp32": 1e-5, "bf16": 2e-3}  # relative; rounding errors grow from step to step
+EARLY = {"fp32": 1e-5, "bf16": 2e-3}  # relative differences, which grow from step to step
 LATE = {"fp32": 2e-2, "bf16": 0.1}
 
 
@@ -263,13 +266,14 @@ def test_a_noexec_temporary_directory_is_reported_with_a_remedy(
     def refuse(path: str) -> None:
         raise OSError(
             f"{path}: failed to map segment from shared object"
-        )  # as if mounted with noexec
+        )  # the error of a directory that is mounted with noexec
 
     try:
         fused_norm_relu(torch.float32)
     except UnavailableError as reason:
         skip_without_kernel(reason)
-    monkeypatch.setenv("CC", f"cc -I{tmp_path}")  # not the kernel that is already loaded
+    # With another command, the kernel is compiled again.
+    monkeypatch.setenv("CC", f"cc -I{tmp_path}")
     monkeypatch.setattr("ctypes.CDLL", refuse)
     forward = prepare_model(build("resnet8"), "auto", "fp32")
     assert forward.execution == "eager"

@@ -67,7 +67,7 @@ def run(config: nn.Module, images: Tensor, weights: Tensor) -> Tensor:
     return logits.float().detach()
 
 
-# ---- the reference ----
+# The reference
 
 
 class RoundForward(torch.autograd.Function):
@@ -259,7 +259,7 @@ def test_nan_propagates(unit: str) -> None:
     model = random_network("resnet8")
     x, weights = batch(4)
     x[2, 1, 3, 3] = float("nan")
-    assert run(native(model), x, weights).isnan().all()  # through batch norm to all images
+    assert run(native(model), x, weights).isnan().all()  # batch norm spreads NaN to all images
     assert all(p.grad.isnan().any() for p in model.parameters() if p.ndim == 4)
 
 
@@ -278,7 +278,7 @@ def test_evaluation_and_unsupported_inputs_use_pytorch() -> None:
     model = random_network("resnet8")
     config = native(model)
     x, _ = batch(3)
-    assert torch.equal(config(x), copy.deepcopy(model)(x))  # fp32: no autocast
+    assert torch.equal(config(x), copy.deepcopy(model)(x))  # in fp32, without autocast
     with torch.autocast("cpu", torch.bfloat16):
         config(x)
         config(x)
@@ -354,7 +354,8 @@ def test_a_weight_that_changes_before_backward_raises_an_error() -> None:
 def test_unsupported_layers_are_rejected() -> None:
     native(build("resnet8"))  # skips the test if the kernel is unavailable
     with pytest.raises(UnavailableError, match="unsupported shortcut"):
-        native_network(ResNet(11, "bottleneck", "A"), allow_avx512=True)  # padded with stride 1
+        # This shortcut pads channels with stride 1.
+        native_network(ResNet(11, "bottleneck", "A"), allow_avx512=True)
     for change in ({"bias": True}, {"padding": 0}, {"groups": 16}):
         model = build("resnet8")
         model.stage1[0].conv1 = nn.Conv2d(16, 16, 3, **({"padding": 1, "bias": False} | change))
@@ -458,7 +459,8 @@ def _swapped(structure: type[ctypes.Structure], first: str, second: str) -> type
     [
         ("_Conv", lambda s: _without(s, "skip_channels"), "conv .*: sizeof, skip_channels$"),
         ("_Conv", lambda s: _without(s, "images"), "conv .*images.*sizeof"),
-        ("_Conv", lambda s: _swapped(s, "g", "g_in"), "conv .*: g, g_in$"),  # same size
+        # The size of the struct is the same.
+        ("_Conv", lambda s: _swapped(s, "g", "g_in"), "conv .*: g, g_in$"),
         ("_Norm", lambda s: _without(s, "eps"), "norm .*eps"),
         ("_Norm", lambda s: _swapped(s, "g_scale", "z_scale"), "norm .*: g_scale, z_scale$"),
     ],
@@ -481,6 +483,7 @@ def test_a_field_that_exists_only_in_c_is_rejected(
         text = file.read_text(encoding="utf-8")
         (tmp_path / file.name).write_text(text.replace("} Conv;", "long extra;\n} Conv;"))
     monkeypatch.setattr("resnet56.kernels.compiler.files", lambda package: tmp_path)
-    monkeypatch.setenv("CC", f"cc -I{tmp_path}")  # not the kernel that is already loaded
+    # With another command, the kernel is compiled again.
+    monkeypatch.setenv("CC", f"cc -I{tmp_path}")
     with pytest.raises(UnavailableError, match="struct conv differs between C and plan.py: sizeof"):
         native_network(build("resnet8"), allow_avx512=True)

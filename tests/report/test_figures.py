@@ -51,7 +51,7 @@ def test_the_confusion_matrix_accepts_a_path_an_evaluation_or_metrics(run: Path)
 def test_the_calibration_plot_shows_the_values_of_the_evaluation(run: Path) -> None:
     bins = read_json(run / "evaluation.json")["validation"]["calibration"]["bins"]
     upper, lower = resnet56.plot_calibration(run, split="validation").axes
-    _, curve = upper.get_lines()  # the diagonal comes first
+    _, curve = upper.get_lines()  # the first line is the diagonal
     filled = [item for item in bins if item["count"]]
     assert list(curve.get_xdata()) == [100 * item["confidence"] for item in filled]
     assert list(curve.get_ydata()) == [100 * item["accuracy"] for item in filled]

@@ -545,7 +545,7 @@ def test_comparisons_of_untested_runs_or_other_images_have_a_warning(tmp_path: P
     ]
     other = make_run(tmp_path / "b", images=100, fingerprint="b")
     page = Page(write_report([*same, other], tmp_path / "e.html").read_text(encoding="utf-8"))
-    assert "do not all use the same images" in page.text  # despite equal names
+    assert "do not all use the same images" in page.text  # although the data sets have equal names
     assert len(page.tables["pairs"][1:]) == 1
     c = make_run(tmp_path / "c", done=0, tested=False)
     d = make_run(tmp_path / "d", done=0, tested=False)
@@ -627,7 +627,8 @@ def test_the_trend_of_the_last_epochs_is_described() -> None:
     )
     falling = only(story.trend(rows(1.0, 0.9), cosine))
     assert "expected because the learning rate falls to zero. It does not show" in falling
-    warming = Recipe(epochs=1, schedule="cosine", warmup_epochs=1)  # the decay never begins
+    # This run ends before the decay begins.
+    warming = Recipe(epochs=1, schedule="cosine", warmup_epochs=1)
     assert "More epochs may help" in only(story.trend(rows(1.0, 0.9), warming))
     # The loss falls because the last epoch has weaker augmentation.
     tail = Recipe(epochs=1, cutout=8, plain_tail=1)
@@ -980,5 +981,5 @@ def test_long_run_names_leave_room_for_the_curves(tmp_path: Path) -> None:
     names = [f"{letter * 200}-{number}" for number, letter in enumerate("abcd")]
     runs = [make_run(tmp_path / name, replace(BEST, epochs=2), images=100) for name in names]
     text = write_report(runs, tmp_path / "c.html").read_text(encoding="utf-8")
-    assert "aaaaaaaa…aaaaaaaaaa-0" in text  # in the legend
+    assert "aaaaaaaa…aaaaaaaaaa-0" in text  # the legend shortens names
     assert {row[1] for row in Page(text).tables["runs"][1:]} == set(names)

@@ -132,7 +132,7 @@ def test_swipes_change_the_slide(browser: "Browser", decks: dict[str, Path]) -> 
     assert shown(page) == 2
     swipe(120, -10)
     assert shown(page) == 1
-    page.keyboard.press("ArrowDown")  # scrolls
+    page.keyboard.press("ArrowDown")  # scrolls the page
     page.locator("main").tap()
     assert shown(page) == 1
     page.goto("about:blank")
@@ -185,7 +185,7 @@ def test_every_slide_of_every_run_fits(
             assert not found["out"], (name, number, found)
             if fits:
                 assert found["high"] <= 1, (name, number, found)
-            # 20 pixels at 1280 x 720: 36 lines of text on the height of a slide.
+            # At 1280 x 720, text has at least 20 pixels, so a slide has at most 36 lines.
             scale = min(width / 1280, height / 720)
             assert found["text"] >= (19.9 * scale if fits else 14), (name, number, found)
     page.close()
@@ -215,7 +215,7 @@ def test_the_pdf_has_one_landscape_page_per_slide(
         pdf = page.pdf(prefer_css_page_size=True, print_background=True)
         assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 10, name
         boxes = set(re.findall(rb"/MediaBox\s*\[([^]]*)\]", pdf))
-        assert boxes == {b"0 0 960 540"}, name  # in points: 16:9
+        assert boxes == {b"0 0 960 540"}, name  # 16:9, in points
     page.emulate_media(media="print")
     colors = page.locator("body").evaluate(
         "body => [getComputedStyle(body).backgroundColor, getComputedStyle(body).color]"

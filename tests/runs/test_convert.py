@@ -137,7 +137,8 @@ def test_every_layout_gives_equal_outputs(
     command = ["import", str(tmp_path / "checkpoint.th"), "--out", str(tmp_path / "run")]
     assert cli.main([*command, "--arch", arch]) == 0
     assert has_equal_outputs(model, tmp_path / "run")
-    assert convert.read(tmp_path / "checkpoint.th").checkpoint.config.arch == arch  # without --arch
+    # The architecture is recognized without --arch.
+    assert convert.read(tmp_path / "checkpoint.th").checkpoint.config.arch == arch
 
 
 def test_ema_weights_are_preferred(tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_a_pickle_that_could_run_code_is_rejected(form: str | int, tmp_path: Pat
     # The message does not suggest bypassing the check.
     assert "weights_only" not in str(caught.value)
     assert not marker.exists()
-    pickle.load(io.BytesIO(pickle.dumps(Bomb(marker))))  # the pickle does run code
+    pickle.load(io.BytesIO(pickle.dumps(Bomb(marker))))  # pickle.load runs the code
     assert marker.exists()
 
 

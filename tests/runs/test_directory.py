@@ -251,7 +251,7 @@ def test_a_comparison_replaces_an_earlier_one_of_the_same_pair(tmp_path: Path) -
         run.add_comparison(COMPARISON | {"a": pair[0], "b": pair[1], "changed": changed}, step=5)
     kept = read_json(run.parity_file)["comparisons"]
     assert [(one["b"], one["changed"]) for one in kept] == [("c", 2), ("b", 3)]
-    run.add_comparison(COMPARISON | {"a": "a", "b": "d"}, step=6)  # after further training
+    run.add_comparison(COMPARISON | {"a": "a", "b": "d"}, step=6)  # from a later step of training
     assert [one["b"] for one in read_json(run.parity_file)["comparisons"]] == ["d"]
     run.parity_file.write_text('{"comparisons": [5]}')
     with pytest.raises(RunError, match="damaged"):

@@ -202,7 +202,7 @@ def nested(depth: int) -> bytes:
     [
         nested(60),
         b"\x80\x04\x8f(" + nested(60)[3:-4] + b"\x90.",
-        # one string, encoded many times
+        # a string that is encoded many times
         b"\x80\x02X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000 + b"q\x00"
         + b"c_codecs\nencode\nq\x01X\x06\x00\x00\x00latin1q\x02"
         + b"]q\x03(" + b"h\x01h\x00h\x02\x86R" * 20_000 + b"e.",
@@ -217,7 +217,7 @@ def test_a_small_pickle_cannot_allocate_much_memory(content: bytes) -> None:
     try:
         with contextlib.suppress(ValueError):  # some are rejected, and others are harmless
             unpickle(io.BytesIO(content), with_numpy(reject_all))
-        assert tracemalloc.get_traced_memory()[1] < 100_000_000  # tens of gigabytes without limits
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000  # without limits, tens of gigabytes
     finally:
         tracemalloc.stop()
 
@@ -251,7 +251,7 @@ VALID_FILES: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
     "safetensors": (SAFETENSORS, bytes),
     "pickle": (pickle.dumps({"a": [1, "b", 2.5, {3}, (4, b"5")], "b": Unknown()}), bytes),
 }
-EDGE = 6_000  # bytes at either end, which hold the structure of a file
+EDGE = 6_000  # the first and last bytes, which contain the structure of a file
 
 mutation = st.tuples(
     st.floats(-1, 1), st.sampled_from(["set", "insert", "delete", "copy"]), st.binary(max_size=9)

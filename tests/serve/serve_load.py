@@ -35,7 +35,7 @@ class RequestType:
     name: str
     weight: float
     content: bytes
-    expected: set[int] = field(default_factory=set)  # empty: the client disconnects
+    expected: set[int] = field(default_factory=set)  # empty if the client disconnects
 
 
 def request(content: bytes, media_type: str = FORM, length: int | None = None) -> bytes:
@@ -151,7 +151,7 @@ class Tally:
 
     statuses: Counter[int] = field(default_factory=Counter)
     unexpected: Counter[str] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)  # latencies of responses with 200
+    seconds: list[float] = field(default_factory=list)  # latencies of responses with status 200
 
     def add(self, request_type: RequestType, status: int, seconds: float) -> None:
         """Record one response."""
@@ -186,7 +186,7 @@ async def main(address: str, clients: int, seconds: float, hostile: float = 0.0)
         for fraction in (0, 1 / 6, 1 / 3, 2 / 3, 1):
             await asyncio.sleep(max(0, end - seconds * (1 - fraction) - time.perf_counter()))
             _, body = await client.send(metrics)
-            client.close()  # the server would close the idle connection
+            client.close()  # otherwise, the server closes the idle connection
             match = re.search(rb"\nprocess_resident_memory_bytes (\S+)", body)
             memory = f"{float(match[1]) / 1e6:.0f} MB" if match else "unknown"
             print(f"after {fraction * seconds:3.0f} s: memory {memory}", flush=True)

@@ -94,7 +94,7 @@ def test_a_worker_with_an_invalid_response_is_replaced(
             await decoders.decode(b"", "b")
             return decoders.workers[0].starts  # type: ignore[attr-defined]
 
-    assert asyncio.run(decode_two()) == 3  # the image was tried twice
+    assert asyncio.run(decode_two()) == 3  # the pool sent the image to two workers
 
 
 def test_the_pool_stalls_only_while_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ from resnet56.serve.limits import Limits
 from resnet56.serve.schema import PredictRequest
 from resnet56.serve.server import listen
 
-with warnings.catch_warnings():  # deprecations inside schemathesis
+with warnings.catch_warnings():  # schemathesis uses deprecated functions
     warnings.simplefilter("ignore")
     import schemathesis
     from hypothesis import given, settings
@@ -424,7 +424,7 @@ def test_batches_are_padded_to_powers_of_two() -> None:
             logits, maps = await batcher.run(images)
             assert logits.shape == (count, 3)
             assert maps.shape == (count, 3, 8, 8)
-            assert (logits == 1).all()  # without the padding
+            assert (logits == 1).all()  # the results do not include the padding
 
     for count in range(1, 20):
         asyncio.run(run(count))
@@ -466,7 +466,7 @@ def test_too_many_requests_get_429_with_retry_after() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert post(client, encode()).status_code == 200  # there is capacity again
+        assert post(client, encode()).status_code == 200  # the server accepts requests again
     statuses = sorted(response.status_code for response in responses)
     assert statuses[:2] == [200, 200]
     assert set(statuses[2:]) <= {200, 429}
@@ -592,7 +592,7 @@ def test_a_signal_drains_requests_in_flight(number: signal.Signals) -> None:
         )
         thread = threading.Thread(target=send)
         thread.start()
-        idle = connect(address)  # an idle connection does not delay the stop
+        idle = connect(address)  # an idle connection does not delay the shutdown
         time.sleep(0.5)
         process.send_signal(number)
         output, _ = process.communicate(timeout=20)

@@ -113,7 +113,7 @@ def test_an_image_of_another_format_is_classified_with_a_notice(
     page.set_input_files("#file", tiff)
     expect(page.get_by_role("status")).to_have_text(re.compile("^Most likely green, "))
     expect(page.get_by_text("This browser cannot display the image")).to_be_visible()
-    expect(page.locator("#map")).to_be_hidden()  # it would cover the notice
+    expect(page.locator("#map")).to_be_hidden()  # the map would cover the notice
     page.get_by_role("radio", name="blue").check(force=True)
     expect(page.locator("#map")).to_be_hidden()
     expect(page.locator("#caption")).to_be_empty()

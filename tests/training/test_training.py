@@ -35,7 +35,7 @@ from resnet56.step import Trainer
 from resnet56.training import Interrupted, train
 
 STEPS = 6  # per epoch: 50 images, batch size 8
-DEADLOCK = 300  # seconds; processes that disagree about a step wait forever
+DEADLOCK = 300  # seconds; without a limit, processes could wait for each other forever
 
 
 @pytest.fixture(scope="session")
@@ -370,7 +370,7 @@ def test_images_are_flipped_only_if_the_data_set_allows_it(
 def test_the_ema_with_the_best_validation_accuracy_is_selected(
     tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
-    decays = (0.2, 0.9, 0.9999)  # the last with re-estimated statistics
+    decays = (0.2, 0.9, 0.9999)  # with the last decay, statistics are re-estimated
     several = dataclasses.replace(small, lr=0.02, ema_decay=decays, val_size=11)
     train(several, tiny, tmp_path / "uninterrupted", device="cpu")
     run_until(tmp_path / "run", STEPS + 1, several, tiny)
@@ -500,7 +500,7 @@ def test_two_processes_match_one_process_and_resume(
         job = {"recipe": recipe, "dataset": tiny, "out": out, "resume": resume}
         launch(job | {"saves": saves, "stop": stop}, tmp_path)
 
-    # With a low learning rate, because each step amplifies rounding differences.
+    # The learning rate is low, because each step amplifies rounding differences.
     # Some batches are mixed with partners from the other process.
     recipe = dataclasses.replace(small, epochs=2, lr=0.001, mix="cutmix", mix_probability=0.5)
     train(recipe, tiny, tmp_path / "one", device="cpu")

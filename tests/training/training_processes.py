@@ -72,10 +72,10 @@ def train_as_rank(job: dict[str, Any], environment: dict[str, str]) -> None:
     assert code == (143 if job["stop"] else 0)
     assert not job["stop"] or job["stop"] == saved[-1] - 1, saved
     assert saved == job["saves"], saved
-    tasks = Path("/proc/self/task").glob("*/comm")  # on Linux
+    tasks = Path("/proc/self/task").glob("*/comm")  # empty if the system is not Linux
     # If threads of gloo are still running, they can abort the process when it exits.
     assert not [name for task in tasks if "gloo" in (name := task.read_text())]
 
 
-if __name__ == "__main__":  # with torchrun
+if __name__ == "__main__":  # started by torchrun
     train_as_rank(pickle.loads(Path(sys.argv[1]).read_bytes()), {})
