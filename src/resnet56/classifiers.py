@@ -1,6 +1,6 @@
 """Open any network for evaluation: a run, pretrained weights, an exported file or a hub directory.
 
-An ONNX file runs in ONNX Runtime. All others run in PyTorch.
+ONNX files run in ONNX Runtime. All other networks run in PyTorch.
 """
 
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ class Network:
     """A network that is ready for evaluation.
 
     Attributes:
-        path: the name or path that it was opened by.
-        classifier: returns its logits.
-        run: the run, if it belongs to one.
-        data: the fingerprint of the data set of the run, if it is recorded.
-        weights: the fields of `Evaluation` that describe its weights.
+        path: name or path of the network.
+        classifier: computes the logits.
+        run: the run of the network, or None.
+        data: fingerprint of the data set of the run, if recorded.
+        weights: the fields of `Evaluation` that describe the weights.
     """
 
     path: Path
@@ -42,13 +42,13 @@ class Network:
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture, classes and normalization."""
+        """The configuration: architecture, classes and normalization."""
         return self.classifier.config
 
     def has_own_data(self, dataset: Dataset) -> bool:
-        """Return whether a data set is that of the run, so that its evaluation is saved.
+        """Return whether a data set is the data set of the run. Its evaluation is then saved.
 
-        The first data set on which an imported network is evaluated becomes that of the run.
+        For an imported network, the first evaluation determines the data set of the run.
         """
         if self.run is None:
             return False
@@ -57,7 +57,10 @@ class Network:
         return self.data == dataset.fingerprint()
 
     def load_checkpoint(self) -> Checkpoint:
-        """Read the weights for PyTorch, also those of an ONNX file. Raises RunError."""
+        """Read the weights as a PyTorch checkpoint, even from an ONNX file.
+
+        Raises RunError if the weights cannot be read.
+        """
         return open_model(self.path).checkpoint
 
 
@@ -71,10 +74,10 @@ def open_network(
     """Open a network by name or path.
 
     Args:
-        name_or_path: as for `runs.sources.open_model`, or an ONNX file.
+        name_or_path: an ONNX file, or an argument of `runs.sources.open_model`.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
         precision: "auto", "fp32", "bf16" or "fp16".
-        threads: number of CPU threads. By default, one per core that is not in use.
+        threads: number of CPU threads. By default, one thread per free core.
 
     Raises:
         RunError: the network does not exist or is damaged.

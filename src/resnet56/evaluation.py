@@ -35,7 +35,7 @@ from resnet56.runtime import Precision, autocast, environment, peak_memory_mb
 from resnet56.samples import augmented_samples, select_mistakes
 
 BATCH = 256
-_EMA_FIELDS = ("ema_decay", "ema_candidates")  # of a checkpoint's metadata
+_EMA_FIELDS = ("ema_decay", "ema_candidates")  # metadata of a checkpoint with EMA weights
 
 # A function that is called with the number of images processed since the last call.
 ProgressCallback = Callable[[int], None]
@@ -207,7 +207,7 @@ def evaluated_model(
 
 
 class EvaluationDict(dict[str, Any]):
-    """`Evaluation` with a short representation."""
+    """An `Evaluation` with a short representation."""
 
     def __repr__(self) -> str:
         test = self["test"]
@@ -224,8 +224,8 @@ class Results:
     """The results of an evaluation: the content of three files of a run."""
 
     evaluation: Evaluation
-    predictions: dict[str, npt.NDArray[Any]]  # of predictions.npz
-    samples: dict[str, npt.NDArray[Any]]  # of samples.npz
+    predictions: dict[str, npt.NDArray[Any]]  # arrays of predictions.npz
+    samples: dict[str, npt.NDArray[Any]]  # arrays of samples.npz
 
 
 def measure(
@@ -242,10 +242,10 @@ def measure(
 
     Args:
         classifier: the network.
-        dataset: the data set, with test images and with the classes of the network.
-        weights: the fields of `Evaluation` that describe the weights: weights, epoch and step.
-        training: whether to evaluate the training and validation images, if there are any.
-        val_size: number of training images that are used for validation.
+        dataset: a data set with test images, whose classes are those of the network.
+        weights: the fields of `Evaluation` that describe the weights, from `describe_weights`.
+        training: whether to evaluate training and validation images, if there are any.
+        val_size: number of training images to use for validation.
         augmentation: augmentation of the sample images.
         progress: displays the progress of the evaluation.
     """
@@ -276,7 +276,7 @@ def measure(
 
 
 def conditions(classifier: Classifier, dataset: Dataset) -> dict[str, str]:
-    """Return the fields of `Evaluation` that describe how a network is evaluated."""
+    """Return the fields of `Evaluation` that describe the device, the precision and the data."""
     fields = {
         "device": str(classifier.device),
         "precision": classifier.precision,

@@ -22,7 +22,7 @@ BINS = 15  # number of bins of the reliability diagram, as in Guo et al. 2017
 
 
 class MetricsDict(dict[str, Any]):
-    """`Metrics` with a short representation."""
+    """A `Metrics` dictionary with a short representation."""
 
     def __repr__(self) -> str:
         return f"Metrics(accuracy {percent(self['accuracy'])} on {self['n']:,} images)"

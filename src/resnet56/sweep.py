@@ -254,7 +254,9 @@ def check_space(recipe: Recipe, space: Space, *, grid: bool = False) -> None:
         try:
             replace(recipe, **settings)
         except UsageError as error:
-            raise UsageError(f"the combination {listed(settings)} is invalid: {error}") from None
+            raise UsageError(
+                f"the combination {format_settings(settings)} is invalid: {error}"
+            ) from None
 
 
 def _check_value(recipe: Recipe, name: str, value: Any) -> None:
@@ -364,12 +366,12 @@ def _distribution(optuna: ModuleType, name: str, values: Range | Choices) -> Any
     return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
 
 
-def listed(settings: Mapping[str, Any]) -> str:
+def format_settings(settings: Mapping[str, Any]) -> str:
     """Format settings on one line: {"lr": 0.1} -> "lr 0.1"."""
-    return ", ".join(f"{name} {setting_text(value)}" for name, value in settings.items())
+    return ", ".join(f"{name} {format_setting(value)}" for name, value in settings.items())
 
 
-def setting_text(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Format the value of a setting: 0.1234567 -> "0.1235", (16, 16) -> "16 16"."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -781,7 +783,7 @@ def _line(trial: "FrozenTrial", content: Sweep) -> str:
         result = f"pruned after epoch {max(trial.intermediate_values)}"
     best = next((t for t in content["trials"] if t["number"] == content.get("best")), None)
     suffix = f"; best {percent(best['value'])}, trial {best['number']}" if best else ""
-    return f"trial {number}: {result} ({listed(trial.params)}){suffix}"
+    return f"trial {number}: {result} ({format_settings(trial.params)}){suffix}"
 
 
 def _directory_number(trial: "FrozenTrial") -> int:

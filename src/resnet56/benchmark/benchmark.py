@@ -44,7 +44,7 @@ from resnet56.runtime import (
 from resnet56.step import Trainer, learning_rate, prepare_model
 
 START_REPEATS = 3  # how many times to start each program
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ def peak_memory(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
 ) -> dict[str, float]:
     """Measure the peak memory of the baseline loop and all modes, each in a new process."""
-    few = slice(0, 4 * batch)
+    subset = slice(0, 4 * batch)
     # Clone the images, because pickling a view copies its entire storage.
-    split = Split(setup.split.images[few].clone(), setup.split.labels[few].clone())
+    split = Split(setup.split.images[subset].clone(), setup.split.labels[subset].clone())
     setup = replace(setup, split=split)
     peaks = {}
     for mode in ("baseline", *modes):
@@ -224,7 +224,7 @@ def bench(
     compiled: bool = False,
     rounds: int = 7,
     seconds: float = 1.5,
-    say: Say = lambda line: None,
+    log: Log = lambda line: None,
 ) -> dict[str, Any]:
     """Run all benchmarks.
 
@@ -237,7 +237,7 @@ def bench(
         compiled: whether to include torch.compile, which adds a minute per comparison.
         rounds: number of rounds per comparison.
         seconds: duration of each measurement.
-        say: function that is called with the description of each measurement.
+        log: function that is called with the description of each measurement.
 
     Returns:
         A JSON-serializable dictionary with the machine and all measurements.
@@ -256,12 +256,12 @@ def bench(
     setup = BenchmarkSetup(
         dataset.train, mean, std, resolved_device, resolved_precision, len(dataset.classes)
     )
-    say("limits of the machine")
+    log("limits of the machine")
     limits = machine_limits(resolved_device, resolved_precision)
     modes = available_modes(resolved_device, resolved_precision, compiled)
     training, inference = [], []
     for arch, batch in itertools.product(archs, batches):
-        say(f"training {arch}, batch {batch}")
+        log(f"training {arch}, batch {batch}")
         rows = bench_training(setup, arch, batch, modes, rounds, seconds)
         memory = peak_memory(setup, arch, batch, modes)
         for row in rows:
@@ -270,10 +270,10 @@ def bench(
         times = roofline_times(arch, batch, resolved_precision, limits)
         training.append({"arch": arch, "batch": batch, "roofline": times, "rows": rows})
     for arch, batch in itertools.product(archs, (1, 256)):
-        say(f"inference {arch}, batch {batch}")
+        log(f"inference {arch}, batch {batch}")
         rows = bench_inference(setup, arch, batch, rounds, seconds / 3)
         inference.append({"arch": arch, "batch": batch, "rows": rows})
-    say("start-up, data and evaluation")
+    log("start-up, data and evaluation")
     return {
         "machine": environment(resolved_device, resolved_precision),
         "data": dataset.source,

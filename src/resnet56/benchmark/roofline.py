@@ -35,8 +35,9 @@ def roofline_times(
 ) -> dict[str, float]:
     """Return the minimum times of a training step for arithmetic and for memory traffic, in ms.
 
-    The backward pass takes twice as many operations as the forward pass. For the memory traffic,
-    all operations except convolutions and batch norms are fused, and no tensor stays in a cache.
+    The backward pass takes twice as many operations as the forward pass. The memory traffic assumes
+    that all operations except convolutions and batch norms are fused, and that no tensor stays in a
+    cache.
     Each output of a convolution or batch norm is then written once and read twice, and each
     gradient is written and read once. This makes five passes over all stored activations.
     """

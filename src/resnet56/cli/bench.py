@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int:
         compiled=options.compiled,
         rounds=options.rounds,
         seconds=options.seconds,
-        say=say,
+        log=say,
     )
     show_bench(result)
     if options.json:

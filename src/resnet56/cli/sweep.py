@@ -138,7 +138,7 @@ def _show(content: "Sweep", options: SweepOptions) -> None:
     """Print the result of a sweep."""
     from resnet56.files import to_json
     from resnet56.progress import percent
-    from resnet56.sweep import listed
+    from resnet56.sweep import format_settings
 
     if options.json:
         print(to_json(content))
@@ -149,7 +149,7 @@ def _show(content: "Sweep", options: SweepOptions) -> None:
         return
     print(
         f"best: trial {best['number']}, {percent(best['value'])} validation accuracy with "
-        f"{listed(best['settings'])}"
+        f"{format_settings(best['settings'])}"
     )
     print(f"train it on all training images: {content['command']}")
     print(f"report: resnet56 report {shlex.quote(str(options.out))}")

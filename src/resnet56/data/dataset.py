@@ -25,8 +25,8 @@ _SHOWN_CLASSES = 10  # maximum number of classes in the table for notebooks
 class Split(torch_data.Dataset[tuple[Tensor, int]]):
     """Images (N, 3, 32, 32) uint8 and their class indices (N,) int64, on one device.
 
-    A split is a map-style data set of PyTorch: `split[i]` is the image (3, 32, 32) uint8 and its
-    label. It works with `DataLoader`, `Subset` and `random_split`. `Batches` augments and
+    A split is a map-style PyTorch data set: `split[i]` is the image (3, 32, 32) uint8 and its
+    label. Splits work with `DataLoader`, `Subset` and `random_split`. `Batches` augments and
     normalizes the images.
     """
 

@@ -159,7 +159,7 @@ def fetch(
                 time.sleep(_REPORT_INTERVAL)
             if not final.is_dir():  # another process may have created the directory
                 _download_and_unpack(archive, urls, part, root, timeout, report)
-    except OSError as err:  # only file errors, because network errors become _UrlError
+    except OSError as err:  # a file error, because network errors become _UrlError
         reason = "the disk is full" if err.errno in _DISK_FULL_ERRNOS else _reason(err)
         path = err.filename or root
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"

@@ -10,7 +10,7 @@ from resnet56.report import plots, words
 from resnet56.report.plots import Chart
 from resnet56.runs.schema import Sweep, SweepTrial
 from resnet56.significance import mean_interval
-from resnet56.sweep import FILE, importance, read_sweep, setting_text
+from resnet56.sweep import FILE, format_setting, importance, read_sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def content(directory: Path) -> dict[str, Any]:
         "trials": [
             {
                 "number": trial["number"],
-                "settings": [setting_text(trial["settings"][name]) for name in sweep["space"]],
+                "settings": [format_setting(trial["settings"][name]) for name in sweep["space"]],
                 "value": trial.get("value"),
                 "outcome": outcome(trial),
                 "epochs": len(trial["epochs"]),
@@ -94,7 +94,7 @@ def row(trial: SweepTrial, seeds: int) -> dict[str, Any]:
         "number": trial["number"],
         "value": trial["value"],
         "interval": mean_interval(values) if seeds > 1 else None,
-        "settings": [setting_text(value) for value in trial["settings"].values()],
+        "settings": [format_setting(value) for value in trial["settings"].values()],
     }
 
 
@@ -268,9 +268,9 @@ def _marks(sweep: Sweep, name: str) -> list[tuple[float, str]]:
     """Return the heights and labels of the marks on the axis of a setting."""
     values = sweep["space"][name]
     if "choices" not in values:
-        return [(0, setting_text(values["low"])), (1, setting_text(values["high"]))]
+        return [(0, format_setting(values["low"])), (1, format_setting(values["high"]))]
     last = max(1, len(values["choices"]) - 1)
-    return [(i / last, setting_text(value)) for i, value in enumerate(values["choices"])]
+    return [(i / last, format_setting(value)) for i, value in enumerate(values["choices"])]
 
 
 def _label_axis(axes: "Axes", sweep: Sweep, name: str) -> None:
@@ -280,7 +280,7 @@ def _label_axis(axes: "Axes", sweep: Sweep, name: str) -> None:
     values = sweep["space"][name]
     if "choices" in values:
         choices = values["choices"]
-        axes.set_xticks(range(len(choices)), [plots.shortened(setting_text(c)) for c in choices])
+        axes.set_xticks(range(len(choices)), [plots.shortened(format_setting(c)) for c in choices])
         axes.set_xlim(-0.5, len(choices) - 0.5)
     elif values["log"]:
         low, high = values["low"], values["high"]
