@@ -727,8 +727,8 @@ def test_the_talking_points_are_five_sentences() -> None:
         "interval), and always predicting the most frequent class would reach 60.00 %.",
         "The most frequent error is “cat” classified as “dog” (100 images), and “cat” has the "
         "lowest recall (83.33 %).",
-        "Training accuracy is 99.50 %, 9.50 points higher, so the network overfits: it fits almost "
-        "all training images, but it is less accurate on new images.",
+        "Training accuracy is 99.50 %, 9.50 points above test accuracy, so the network overfits: "
+        "it fits almost all training images, but it is less accurate on new images.",
         "Next, try stronger augmentation or more training images, and repeat the run with other "
         "seeds to measure how much the accuracy varies.",
     ]

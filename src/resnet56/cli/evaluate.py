@@ -41,7 +41,7 @@ class EvaluateOptions:
     """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """Number of CPU threads. By default, one per core that is not in use."""
+    """Number of CPU threads. By default, one per idle core."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     """Precision of the forward pass. By default, fp32."""
@@ -77,11 +77,11 @@ def run(arguments: list[str]) -> int:
     own = network.has_own_data(dataset)
     if network.run is not None and not own:
         remedy = "; to save them, import it again" if network.run.is_imported() else ""
-        say(f"these are not the data of the run, so the results are not saved{remedy}")
+        say(f"this is not the data set of the run, so the results are not saved{remedy}")
     if options.parity is not None:
         if own and network.data is None:
             own = False
-            say("the network is not evaluated yet, so the comparison is not saved")
+            say("the network has not been evaluated yet, so the comparison is not saved")
         _compare(network, require_images(dataset.test, "test"), options, own=own)
         return 0
     from resnet56.cli import tables

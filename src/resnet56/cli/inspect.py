@@ -55,7 +55,7 @@ class InspectOptions:
     """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """Number of CPU threads. By default, one per core that is not in use."""
+    """Number of CPU threads. By default, one per idle core."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.svg")] = None
     """Also write a plot, as .svg or .png."""

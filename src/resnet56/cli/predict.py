@@ -47,8 +47,7 @@ class PredictOptions:
     """Print comma-separated values with a header line."""
 
     cam: Path | None = None
-    """Directory to write to. For each image, NAME.cam.png shows it with its class activation
-    map."""
+    """Directory for class activation maps. NAME.cam.png shows an image with its map."""
 
     logits: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
     """File for the logits: arrays logits (N, classes) float32, images (N,) file names, and classes

@@ -61,8 +61,7 @@ class SweepOptions:
     """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """Number of CPU threads. By default, one per core that is not in use, adjusted during
-    training."""
+    """Number of CPU threads. By default, one per idle core, adjusted during training."""
 
     json: bool = False
     """Print the content of sweep.json to stdout at the end, and progress to stderr."""
@@ -126,7 +125,7 @@ def run(arguments: list[str]) -> int:
         )
     except KeyboardInterrupt as interrupted:
         say("")  # Start a new line after the ^C that the terminal prints.
-        say(f"stopped; no trial is lost; continue with: {given}")
+        say(f"stopped without losing a trial; continue with: {given}")
         return getattr(interrupted, "exit_code", INTERRUPTED)
     finally:
         output.end()
@@ -151,7 +150,7 @@ def _show(content: "Sweep", options: SweepOptions) -> None:
         f"best: trial {best['number']}, {percent(best['value'])} validation accuracy with "
         f"{format_settings(best['settings'])}"
     )
-    print(f"train it on all training images: {content['command']}")
+    print(f"to train it on all training images: {content['command']}")
     print(f"report: resnet56 report {shlex.quote(str(options.out))}")
 
 

@@ -39,8 +39,7 @@ class TrainOptions:
     """Device: auto, cpu, cuda, cuda:N or mps."""
 
     threads: Threads = None
-    """Number of CPU threads. By default, one per core that is not in use, adjusted during
-    training."""
+    """Number of CPU threads. By default, one per idle core, adjusted during training."""
 
     tensorboard: bool = False
     """Also write TensorBoard logs to RUN/tensorboard."""
@@ -122,7 +121,7 @@ def _choose(arguments: list[str]) -> _Job:
             f"{', '.join(recipes.RECIPES)} or a file"
         )
     if options.out is None and Distributed.from_environment().world_size > 1:
-        raise UsageError("training in several processes requires --out RUN, the same RUN for all")
+        raise UsageError("training in several processes requires the same --out RUN for all")
     if options.resume and options.out is None:
         raise UsageError("--resume requires --out RUN, the directory of the run to continue")
 

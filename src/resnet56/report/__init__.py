@@ -1,4 +1,4 @@
-"""Reports on runs, as one HTML file, as Markdown with a directory of images, or as slides.
+"""Reports on runs in HTML or Markdown, and slides.
 
 A report needs only the files of the run. It needs neither the data set nor a GPU.
 """

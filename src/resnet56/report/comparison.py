@@ -108,7 +108,7 @@ class Difference:
     Attributes:
         better: the group with the higher mean.
         other: the other group.
-        result: the result of the test. `better` is the first group.
+        result: the result of the test, with `better` as the first group.
         p_value: p-value of the test, adjusted for the number of comparisons.
     """
 
@@ -242,7 +242,7 @@ def unrecorded(entries: Sequence[Entry]) -> str | None:
 def groups(entries: Sequence[Entry]) -> list[Group]:
     """Group finished, tested runs that differ only in their seed. The highest mean comes first.
 
-    A network without a recipe is a group of its own. Runs with the same settings and the same seed
+    A network without a recipe forms its own group. Runs with the same settings and the same seed
     are not independent samples, so only the first of them is used.
     """
     by_recipe: dict[Any, dict[int, Entry]] = {}
@@ -281,7 +281,7 @@ def differences(grouped: Sequence[Group]) -> list[Difference]:
 
 
 def _test(first: Group, second: Group) -> Means | Paired | None:
-    """Test the difference between two groups. Return None if there is no test for it."""
+    """Test the difference between two groups. Return None if no test applies."""
     a, b = first.entries[0], second.entries[0]
     if data_key(a) != data_key(b):
         return None

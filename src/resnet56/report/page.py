@@ -160,12 +160,12 @@ def device(name: str) -> str:
 
 
 def unrecorded(facts: RunFacts) -> str | None:
-    """What is unknown about the training, for a run without a recipe."""
+    """State what is unknown about the training of a run without a recipe."""
     return story.unrecorded(facts.metadata.get("file")) if facts.recipe is None else None
 
 
 def state(facts: RunFacts) -> list[str]:
-    """What is missing from the run, if anything."""
+    """State what is missing from the run, if anything."""
     if facts.recipe is not None:
         tested = facts.test is not None
         return story.unfinished(facts.progress.epoch, facts.recipe.epochs, tested=tested)
@@ -310,7 +310,7 @@ def robustness(facts: RunFacts) -> Chart | None:
     corruptions = {story.spaced(name): values for name, values in measured.items() if values}
     if metrics is None or not corruptions:
         return None
-    alt = f"Mean accuracy over all corruptions {words.percent(metrics['mean_accuracy'])}."
+    alt = f"Mean accuracy over all corruptions: {words.percent(metrics['mean_accuracy'])}."
     return plots.robustness("robustness", corruptions, alt)
 
 

@@ -60,7 +60,8 @@ def augmentation(recipe: Recipe, *, flips: bool) -> str:
 
 
 MIX_EFFECTS = {
-    "cutmix": "a random rectangle of each image is replaced with that of another image (CutMix)",
+    "cutmix": "a random rectangle of each image is replaced with the same rectangle of another "
+    "image (CutMix)",
     "mixup": "each image is blended with another image (mixup)",
     "ricap": "each image is composed of random crops of four images (RICAP), instead of a padded "
     "crop",
@@ -123,7 +124,7 @@ def fields(recipe: Recipe, *, flips: bool) -> dict[str, Any]:
     }
 
 
-# Options that 0, False, "none", an empty string or an empty list disables.
+# Options that are disabled by 0, False, "none", an empty string or an empty list.
 OPTIONS = (
     *("weights", "freeze"),
     *("nesterov", "warmup_epochs", "label_smoothing", "alternate_flip", "sizes", "cutout"),

@@ -1,7 +1,7 @@
 """Content of the slides about one run, for the template.
 
-Slides are read from a distance. They contain only short sentences with the results of the run, and
-at most a dozen bars, images or classes.
+Slides are read from a distance, so they contain only short sentences with the results of the run
+and at most a dozen bars, images or classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from resnet56.report.read import RunFacts
 from resnet56.report.words import big, count, listed, percent, plural, points, quoted
 from resnet56.runs.schema import ConfusedPair, Evaluation, Metrics
 
-MAX_CELLS = 12  # maximum number of classes for a confusion matrix instead of the largest errors
+MAX_CELLS = 12  # maximum number of classes for a slide with a confusion matrix
 MAX_BARS = 10
 MAX_PAIRS = 7
 MAX_ORIGINALS, MAX_VERSIONS = 5, 5
 MAX_MISTAKES = 12
 MAX_DROPS = 4  # maximum number of learning-rate drops to list
 MAX_COMMAND = 100  # maximum number of characters of a command on a slide
-CHART_SIZE = (3.3, 1.95)  # in inches. Smaller than in the report, for relatively larger text.
+CHART_SIZE = (3.3, 1.95)  # in inches. The text is relatively larger than in the report.
 
 SIZE = "32 \N{MULTIPLICATION SIGN} 32"
 UNTESTED = "There are no test results yet"

@@ -120,7 +120,7 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
 
 
 def _why_falling(recipe: Recipe, window: int) -> str:
-    """Explain whether a loss that still falls in the last `window` epochs suggests more epochs."""
+    """Explain why a loss may still fall in the last `window` epochs."""
     causes = []
     if recipe.schedule != "step" and recipe.warmup_epochs < recipe.epochs:
         causes.append("the learning rate falls to zero")
@@ -274,7 +274,7 @@ def unrecorded(file: str | None) -> str:
 
 
 def unevaluated(path: str) -> str:
-    """State that an imported network has no evaluation, and how to evaluate it."""
+    """State that an imported network has not been evaluated, and how to evaluate it."""
     return (
         "This network has not been evaluated. To evaluate it: resnet56 evaluate "
         f"{shlex.quote(path)} --data DIR"
@@ -356,7 +356,7 @@ def _gap_in_brief(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> s
     accuracy, difference = percent(train["accuracy"]), train["accuracy"] - test["accuracy"]
     if train["accuracy"] <= test["accuracy_interval"][1]:
         return f"Training accuracy is {accuracy}, so there is no significant overfitting."
-    numbers = f"Training accuracy is {accuracy}, {points(difference)} higher"
+    numbers = f"Training accuracy is {accuracy}, {points(difference)} above test accuracy"
     if difference < LARGE_GAP:
         return f"{numbers}, so there is little overfitting."
     if train["accuracy"] >= FITTED:
@@ -379,8 +379,8 @@ def _next_step(
     if against_chance(test):
         if augmented is None:
             return (
-                "Next, check that the architecture, the order of the classes, and the "
-                "normalization are those of its training."
+                "Next, check that the architecture, the class order and the normalization match "
+                "the training of the network."
             )
         return "Next, check the labels, the learning rate, and the training loss."
     mistakes = test["n"] - sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
@@ -390,7 +390,7 @@ def _next_step(
             "hard to measure."
         )
     if augmented is None:
-        return "Next, compare it with other networks on the same images (resnet56 compare)."
+        return "Next, compare the network with others on the same images (resnet56 compare)."
     seeds = "repeat the run with other seeds to measure how much the accuracy varies"
     if train is None:
         return f"Next, {seeds}."

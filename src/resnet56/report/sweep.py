@@ -1,4 +1,4 @@
-"""Content of the report on a sweep, for the templates. It shows only validation accuracies."""
+"""Content of the report on a sweep, which shows only validation accuracies."""
 
 import math
 from collections.abc import Mapping, Sequence

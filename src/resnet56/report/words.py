@@ -54,7 +54,7 @@ def p_value(probability: float) -> str:
 
 
 def plural(number: int, one: str, many: str | None = None) -> str:
-    """Format a number of things: (1, 'epoch') -> '1 epoch', (2, 'epoch') -> '2 epochs'."""
+    """Format a number with a noun: (1, 'epoch') -> '1 epoch', (2, 'epoch') -> '2 epochs'."""
     return f"{count(number)} {one if number == 1 else many or one + 's'}"
 
 

@@ -51,7 +51,7 @@ class ModelConfig:
     std: tuple[Deviation, Deviation, Deviation]  # channel standard deviations
 
     def __post_init__(self) -> None:
-        """Check that the class names are unique, as the keys of predictions must be."""
+        """Check that the class names are unique, because predictions use them as keys."""
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("two classes have the same name")
 
@@ -181,7 +181,7 @@ def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
 
     Args:
         file: path of checkpoint.json.
-        training: if True, also read the training state, which resuming requires.
+        training: if True, also read the training state, which is required to resume.
 
     Raises:
         RunError: the checkpoint does not exist, is damaged, or has a newer format.
@@ -225,7 +225,7 @@ def _read_tensors(directory: Path, entry: _TensorFile) -> dict[str, "Tensor"]:
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from None
     if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise RunError(f"{path} is damaged: its checksum differs from that in checkpoint.json")
+        raise RunError(f"{path} is damaged: its checksum differs from the one in checkpoint.json")
     try:
         tensors = safetensors.torch.load(content)
     except Exception as error:  # for example, dtypes that this version of safetensors lacks
@@ -252,7 +252,7 @@ def require_fit(
 ) -> None:
     """Raise RunError unless the tensors match `expected`.
 
-    Names and shapes must match. Floating-point tensors must match floating-point tensors.
+    Names and shapes must be equal. A floating-point tensor matches only a floating-point tensor.
     """
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]

@@ -57,11 +57,11 @@ def read(
     Args:
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this
             package, or a directory that contains one of them.
-        arch: the architecture. Defaults to the architecture with matching names and shapes.
-        mean, std: normalization constants for pixels in [0, 1]. Default to the declared constants,
-            or else to the constants that the authors of the layout used.
-        classes: class names in the order of the outputs. Default to the declared names, or else to
-            the classes of CIFAR-10 or CIFAR-100.
+        arch: the architecture. By default, the architecture with matching names and shapes.
+        mean, std: normalization constants for pixels in [0, 1]. By default, the declared constants
+            or, if there are none, the constants that the authors of the layout used.
+        classes: class names in the order of the outputs. By default, the declared names or, if
+            there are none, the classes of CIFAR-10 or CIFAR-100.
         prefix: path of the model inside the file. Required if the file contains several models.
         require_declared: if True, reject a file that does not declare mean, std and classes.
 
@@ -161,7 +161,7 @@ def _choose(
 
 
 def _default_constants(state_dict: StateDict, outputs: int) -> tuple[Constants | None, str]:
-    """Return the constants that the authors of the layout used for normalization, and a label."""
+    """Return the default normalization constants of the layout, and their origin in words."""
     has_projections = any(".shortcut." in key for key in state_dict.tensors)
     if state_dict.head == "linear.weight" and not has_projections:
         return IMAGENET, "of ImageNet, which akamaster used"
@@ -175,7 +175,7 @@ def _resolve_constants(
     outputs: int,
     defaults: tuple[Constants | None, str] = (None, ""),
 ) -> tuple[Constants, list[str]]:
-    """Return remarks, and mean and std from the arguments, the file or the defaults."""
+    """Return mean and std from the arguments, the file or the defaults, with remarks."""
     remarks = []
     for name, given, in_file in (("mean", mean, declared.mean), ("std", std, declared.std)):
         if given and in_file and not all(map(math.isclose, given, in_file)):
@@ -205,7 +205,7 @@ def _resolve_constants(
 def _resolve_classes(
     names: Sequence[str], declared: DeclaredConfig, outputs: int
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Return remarks, and class names from the arguments, the file or a CIFAR data set."""
+    """Return class names from the arguments, the file or a CIFAR data set, with remarks."""
     if names:
         if len(names) != outputs or len(set(names)) != outputs:
             raise UsageError(

@@ -29,7 +29,7 @@ from resnet56.runs.schema import Comparison, Environment, EpochMetrics, Evaluati
 
 
 class RunDirectory:
-    """Reads and writes the files of a run. The directory need not exist."""
+    """Reads and writes the files of a run. The directory does not have to exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -220,7 +220,7 @@ class RunDirectory:
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Remove the lines after the first `epochs` epochs. Raises RunError if this fails."""
+        """Remove the lines after the first `epochs` epochs. Raises RunError if writing fails."""
         if self.metrics_file.exists():
             rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
             text = "".join(to_json(row) + "\n" for row in rows)

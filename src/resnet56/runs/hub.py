@@ -18,7 +18,7 @@ ARCH_PATTERN = r"plain\d{1,4}|resnet\d{1,4}(-b|-bottleneck)?"  # architecture na
 
 
 def has_weights(directory: Path) -> bool:
-    """Return whether a directory contains a weight file. Raises RunError if it cannot be read."""
+    """Return whether a directory contains a weight file. Raises RunError if reading fails."""
     return bool(_weight_files(directory))
 
 
@@ -62,7 +62,7 @@ class DeclaredConfig:
     file: str = ""  # name of the declaring file
 
     def missing(self) -> list[str]:
-        """Return the names of classes, mean and std that are not declared."""
+        """Return which of classes, mean and std are undeclared."""
         required = {"classes": self.classes, "mean": self.mean, "std": self.std}
         return [name for name, value in required.items() if value is None]
 

@@ -339,7 +339,7 @@ def read(file: Path, expected: type[T]) -> T:
 
 
 def write(file: Path, content: T, expected: type[T]) -> None:
-    """Write a JSON file of a run atomically. Raises RunError if this fails."""
+    """Write a JSON file of a run atomically. Raises RunError if writing fails."""
     write_json(file, check(content, expected, str(file)))
 
 
@@ -425,7 +425,7 @@ def check_evaluation(
 def save_arrays(
     file: Path, types: Mapping[str, ArrayType], arrays: Mapping[str, npt.NDArray[Any]]
 ) -> None:
-    """Write an .npz file of a run atomically. Raises RunError if this fails."""
+    """Write an .npz file of a run atomically. Raises RunError if writing fails."""
     _check_arrays(arrays, types, file)
     write_arrays(file, **arrays)
 

@@ -109,7 +109,7 @@ def _strip_wrappers(key: str) -> str:
 
 
 def describe_content(contents: Contents) -> str:
-    """Describe a file without state dicts of ResNets for an error message, as its predicate."""
+    """Return the predicate of an error message about a file without state dicts of ResNets."""
     containers = [container for _, container in _containers(contents.tree)]
     for container in containers:
         if not isinstance(container, Stub) or not isinstance(container.state, Mapping):

@@ -3,11 +3,11 @@
 limits.py         limits on requests, images and decoding
 uploads.py        reads the images of a request body
 decoding.py       decodes uploads in subprocesses with a deadline and a memory limit
-decode_worker.py  the program that such a subprocess runs
+decode_worker.py  the program of these subprocesses
 batching.py       groups concurrent requests into batches
 schema.py         request and response types
 meter.py          Prometheus metrics
-middleware.py     response headers, request metrics, and checks of hosts and sites
+middleware.py     host and cross-site checks, response headers, and request metrics
 service.py        handles a prediction request from the upload to the response
 app.py            the FastAPI application
 docs.py           prepares the OpenAPI description for the reference page

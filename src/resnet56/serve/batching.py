@@ -40,11 +40,12 @@ class Batcher:
     """Collects images for a few milliseconds or while the model is busy, and runs them together.
 
     Args:
-        predictor: the model. One thread makes all calls of its `run` method.
+        predictor: the model. All calls of its `run` method come from one thread.
         max_batch: maximum batch size, a power of two. On a CPU, batches of 8 to 16 images took
             the least time per image. Batches of 64 took twice as long per image because their
             activations did not fit in the caches.
-        max_wait: maximum time to wait for more images, in seconds. The event loop is not blocked.
+        max_wait: maximum time to wait for more images, in seconds. Waiting does not block the
+            event loop.
         on_batch: called with the number of images in each batch.
     """
 
@@ -74,7 +75,7 @@ class Batcher:
         self.worker.cancel()
         with suppress(asyncio.CancelledError):
             await self.worker
-        for result in self.pending:  # of jobs that are queued, collected or running
+        for result in self.pending:  # Jobs may be queued, collected or running.
             result.cancel()
         self.executor.shutdown()
 
@@ -110,7 +111,7 @@ class Batcher:
                     job.result.set_result((logits[rows], maps[rows]))
 
     async def _collect(self) -> list[_Job]:
-        """Wait for a job, then collect more jobs until the batch is full or `max_wait` is over."""
+        """Wait for a job, then collect more until the batch is full or `max_wait` has passed."""
         jobs = [await self.queue.get()]
         size = len(jobs[0].images)
         with suppress(TimeoutError):

@@ -114,7 +114,7 @@ class Decoders:
         raise HTTPException(422, f"cannot read {name}: the decoder crashed; re-encode the image")
 
     async def _acquire(self) -> "_Worker":
-        """Wait for an idle worker. Replace workers that ended while they were idle."""
+        """Wait for an idle worker. Replaces workers that ended while they were idle."""
         await self.available.acquire()
         while not (worker := self.idle.pop()).alive:
             self._create_task(self._replace(worker))

@@ -13,9 +13,9 @@ from resnet56.data.images import BROWSER_FORMATS
 class Limits:
     """Limits that protect the server. Normal requests stay well below them."""
 
-    images: int = 32  # per request
-    pixels: int = 25_000_000  # per image. Phone cameras produce fewer by default.
-    body_bytes: int = 16 * 2**20  # per request
+    images: int = 32  # maximum per request
+    pixels: int = 25_000_000  # maximum per image. Phone cameras produce fewer pixels by default.
+    body_bytes: int = 16 * 2**20  # maximum per request
     body_seconds: float = 30.0  # time to receive the body
     answer_seconds: float = 30.0  # time from the end of the body to the response
     requests: int = 128  # number of requests in flight
@@ -50,7 +50,7 @@ class RequestLimiter:
             A function that reserves bytes for the request until the block ends.
 
         Raises:
-            HTTPException: 429 if a limit is exceeded, on entry or when that function is called.
+            HTTPException: 429 if a limit is exceeded on entry or in a call of that function.
         """
         own_bytes = 0
 

@@ -22,12 +22,12 @@ from resnet56.serve.app import build_app
 from resnet56.serve.batching import Predictor
 from resnet56.serve.limits import Limits
 
-IDLE_SECONDS = 10.0  # time that a connection can stay open without a complete request
+IDLE_SECONDS = 10.0  # time limit for a connection without a complete request
 MAX_CONNECTIONS = 600  # reduced if the process can open only a few files
 # Files other than connections: the pipes of the decoders, of a new decoder and of the event loop.
 RESERVED_FILES = 24
 MIN_CONNECTION_FILES = 16
-BACKLOG = 128  # maximum number of connections that wait to be accepted
+BACKLOG = 128  # maximum number of pending connections
 EXIT_SECONDS = 5.0  # grace period after the drain time
 
 
@@ -112,7 +112,7 @@ def serve(
         limits: limits on requests, and on the time to finish them.
 
     Returns:
-        The exit code: 0 after a signal.
+        The exit code, which is 0 after a signal.
 
     Raises:
         UsageError: the server cannot listen on this address, or the limit on open files is
@@ -155,7 +155,7 @@ def serve(
 
 
 def _connection_limits() -> tuple[int, int]:
-    """Return the maximum number of open connections, and the backlog.
+    """Return the maximum number of open connections and the backlog.
 
     Both are reduced if the process can open only a few files (`ulimit -n`). Otherwise, asyncio
     would repeatedly fail to accept a connection and log a traceback each time.
@@ -209,7 +209,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _run(server: uvicorn.Server, listener: socket.socket, say: Callable[[str], None]) -> int:
-    """Run until a signal arrives. Uvicorn handles the signal, drains, and raises it again."""
+    """Run until a signal arrives. Uvicorn handles the signal, drains, and re-raises the signal."""
 
     def stop(*_: object) -> None:
         raise Stopped

@@ -28,7 +28,7 @@ MAX_QUOTE = 100  # maximum number of characters of client input in an error mess
 class Upload:
     """An uploaded image file."""
 
-    name: str  # in error messages: the client's file name or the position of the image
+    name: str  # name in error messages: the client's file name or the position of the image
     read: Callable[[], Awaitable[bytes]]  # raises HTTPException if the base64 is invalid
 
 
@@ -139,7 +139,7 @@ async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[
 
 
 def _parse(content: bytes, limits: Limits) -> PredictRequest:
-    """Parse a JSON body. Reject a body with too many values before parsing it.
+    """Parse a JSON body. Rejects a body with too many values before parsing it.
 
     Base64 contains no commas, so a valid body has one fewer comma than images.
     """
