@@ -47,7 +47,7 @@ def striped(count: int, seed: int) -> "Split":
 
 @pytest.fixture(scope="session")
 def tiny() -> "Dataset":
-    """50 training and 24 test images. 50 is not a multiple of the batch size, 8."""
+    """Return 50 training and 24 test images. 50 is not a multiple of the batch size, 8."""
     from resnet56.data.dataset import Dataset
 
     return Dataset(
@@ -63,7 +63,7 @@ def tiny() -> "Dataset":
 
 @pytest.fixture(scope="session")
 def small() -> "Recipe":
-    """A recipe for `tiny`: the smallest network, three epochs of six steps."""
+    """Return a recipe for `tiny`: the smallest network and three epochs of six steps."""
     from resnet56.recipe import Recipe
 
     return Recipe(
@@ -73,7 +73,7 @@ def small() -> "Recipe":
 
 @pytest.fixture(scope="session")
 def cifar10() -> "Dataset":
-    """The published CIFAR-10 in $CIFAR10_DIR. The tests fail if its SHA-1 sums differ."""
+    """Return the published CIFAR-10 in $CIFAR10_DIR. Tests fail if its checksums differ."""
     from resnet56.data.readers import load_directory
 
     directory = os.environ.get("CIFAR10_DIR")

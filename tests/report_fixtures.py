@@ -82,14 +82,14 @@ class Page(HTMLParser):
 def make_metrics(
     classes: tuple[str, ...], images: int, accuracy: float, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics of synthetic logits with approximately this accuracy."""
+    """Return metrics of synthetic logits with approximately this accuracy."""
     return dict(compute_metrics(*make_predictions(classes, images, accuracy, seed), classes))
 
 
 def make_predictions(
     classes: tuple[str, ...], images: int, accuracy: float, seed: int
 ) -> tuple[Any, Any]:
-    """Synthetic logits with approximately this accuracy, and the labels."""
+    """Return synthetic logits with approximately this accuracy, and the labels."""
     generator = np.random.default_rng(seed)
     count = len(classes)
     labels = np.arange(images) % count
@@ -109,7 +109,7 @@ def make_predictions(
 def evaluation(
     classes: tuple[str, ...] = CIFAR, *, step: int = 0, data: str = "some images", **metrics: Any
 ) -> dict[str, Any]:
-    """An evaluation.json with these metrics of 10,000 test images."""
+    """Return the content of an evaluation.json with metrics of 10,000 test images."""
     return {
         "test": make_metrics(classes, 10_000, 0.9) | metrics,
         "weights": "final",
@@ -122,7 +122,7 @@ def evaluation(
 
 
 def epochs(recipe: Recipe, done: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl for a plausible training run."""
+    """Return rows of metrics.jsonl for a plausible training run."""
     generator = np.random.default_rng(seed)
     rows = []
     for epoch in range(1, done + 1):
@@ -229,7 +229,7 @@ def make_runs(path: Path) -> dict[str, Path]:
 
 
 def samples(classes: tuple[str, ...], seed: int = 0, mistakes: int = 24) -> dict[str, Any]:
-    """Sample images: a colored blob per class, with a little noise."""
+    """Return sample images: a colored blob per class, with a little noise."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:32, 0:32]
 

@@ -26,7 +26,7 @@ THIRD_PARTY = ("mlflow", "onnxruntime", "timm", "wandb")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Return the code blocks of a page, without those in lists, which are fragments."""
+    """Return the code blocks of a page, except those in lists, which are incomplete."""
     text = page.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
@@ -70,7 +70,7 @@ def _first(split: Split, count: int) -> Split:
 
 @pytest.fixture
 def user_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with the photo, the images and the clone that the pages mention.
+    """Create a directory with the photo, the images and the clone that the pages mention.
 
     Recipes and data sets are shortened.
     """
@@ -97,7 +97,7 @@ def user_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_python_examples_run(example: str, user_directory: Path) -> None:
-    """Examples that need a tracking service or another framework run where it is installed."""
+    """An example that needs another package runs only if the package is installed."""
     for module in THIRD_PARTY:
         if re.search(rf"^(import|from) {module}\b", example, re.MULTILINE):
             pytest.importorskip(module)

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def run(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run that still makes mistakes."""
+    """Train a network that still makes mistakes."""
     out = tmp_path_factory.mktemp("evaluated") / "run"
     train(dataclasses.replace(small, epochs=1, lr=0.005), tiny, out, device="cpu")
     return RunDirectory(out)

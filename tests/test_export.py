@@ -136,7 +136,7 @@ def test_serve_with_onnx_does_not_import_pytorch(exported: Path, tmp_path: Path)
 def test_python_onnx_and_the_command_agree_on_a_photo(
     run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The photograph is Chelsea, a cat from scikit-image that is not in CIFAR-10."""
+    """The photo shows Chelsea, a cat from scikit-image that is not in CIFAR-10."""
     data = pytest.importorskip("skimage.data")
     chelsea = data.chelsea()
     Image.fromarray(chelsea).save(tmp_path / "chelsea.png")

@@ -70,7 +70,7 @@ def test_a_class_that_is_never_predicted_has_precision_0() -> None:
 
 
 def test_a_class_without_images_has_no_scores_and_is_excluded_from_means() -> None:
-    """This also holds if it is predicted. The means are those of the other classes."""
+    """This is also true if the class is predicted. Means include only the other classes."""
     result = compute_metrics(deciding([0, 1, 2, 1], 3), np.array([0, 1, 0, 0]), names(3))
     assert result["per_class"]["class 2"] == {
         "precision": None, "recall": None, "f1": None, "support": 0,

@@ -1,4 +1,4 @@
-"""Networks match the numbers of the paper, a widely used port and a functional reference."""
+"""Networks match the paper, a widely used implementation, and a functional reference."""
 
 import math
 from typing import Any
@@ -202,7 +202,7 @@ def test_shortcut_a_matches_the_port(channels_in: int, planes: int) -> None:
 
 
 def functional_forward(weights: dict[str, Tensor], x: Tensor, name: str, blocks: int) -> Tensor:
-    """The network of section 4.2 of the paper, without modules, in evaluation mode."""
+    """Compute the network of section 4.2 of the paper, without modules, in evaluation mode."""
 
     def conv_norm(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
         kernel = weights[f"{conv}.weight"]

@@ -263,7 +263,7 @@ def prune_half(model: ResNet) -> None:
 def test_trained_networks_can_be_pruned(
     execution: Literal["eager", "fused", "native"], tiny: Dataset, small: Recipe, tmp_path: Path
 ) -> None:
-    """Training uses the channels-last format; `load` returns contiguous parameters."""
+    """Training uses the channels-last format, but `load` returns contiguous parameters."""
     recipe = replace(small, epochs=1, precision="bf16", execution=execution)
     try:
         resnet56.train(recipe, tiny, tmp_path / "run", device="cpu")

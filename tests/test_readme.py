@@ -20,7 +20,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def offline_commands() -> list[list[str]]:
-    """The `resnet56 ...` lines that need nothing but the installation."""
+    """Return the `resnet56 ...` commands that need only the installation."""
     lines = [line for block in blocks(GUIDE, "bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("resnet56 ")]
     first = next(index for index, words in enumerate(commands) if "cifar10" in words)
@@ -44,7 +44,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> None:
-    """In order. The run must reach 95 % test accuracy on the digits."""
+    """The commands run in order. The run must reach 95 % test accuracy on the digits."""
     commands = offline_commands()
     assert [words[1] for words in commands] == [
         "describe", "inspect", "train", "evaluate", "evaluate", "report", "report", "predict",

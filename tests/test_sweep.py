@@ -359,7 +359,7 @@ def work(dataset: Dataset, out: Path, storage: str, machine: str, last_step: int
 
 @pytest.fixture(scope="module")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a database on a server that listens on a local socket."""
+    """Start a server on a local socket, and yield the URL of a database."""
     directories = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     tools = str(directories[-1]) if directories else os.path.dirname(shutil.which("initdb") or "")  # noqa: PTH120
     if not tools:

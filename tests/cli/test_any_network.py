@@ -1,4 +1,4 @@
-"""Networks of any origin: imported, pretrained, exported. All are evaluated and reported alike."""
+"""Imported, pretrained and exported networks are evaluated and reported in the same way."""
 
 import json
 import re
@@ -20,7 +20,7 @@ Says = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise images of three classes: four training and six test images of each."""
+    """Write noise images of three classes: four training and six test images per class."""
     root = tmp_path_factory.mktemp("data") / "noise"
     chance = np.random.default_rng(0)
     for split, count in (("train", 4), ("test", 6)):
@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One network as a bare state dict, a hub directory and an ONNX file."""
+    """Write one network as a state dict, a hub directory and an ONNX file."""
     root = tmp_path_factory.mktemp("forms")
     checkpoint = random_checkpoint()
     torch.save(dict(checkpoint.model), root / "theirs.pth")
@@ -46,7 +46,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Says:
-    """Run a command that must fail with one line, and return this line."""
+    """Return a function that runs a failing command and returns its error line."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()  # discard the output of earlier commands

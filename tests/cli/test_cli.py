@@ -327,7 +327,7 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no password database")
 def test_commands_work_without_a_home_directory(run: Path, data_dir: Path, tmp_path: Path) -> None:
-    """For example, `docker run --user 54321`: no HOME, and no entry in the password database."""
+    """`docker run --user 54321`, for example, sets no HOME and has no entry for the user."""
     image = next((data_dir / "test" / "red").iterdir())
     commands = [
         ["data", "fetch", "cifar10"],
@@ -371,7 +371,7 @@ def test_an_existing_file_as_output_is_rejected_before_data_is_read(
 def test_classes_are_matched_by_name(
     run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Images of other classes are skipped. Data without common classes are an error."""
+    """Images of other classes are skipped. Data without common classes cause an error."""
     for split in ("train", "test"):
         for name in ("green", "red"):
             target = tmp_path / "other" / split / name

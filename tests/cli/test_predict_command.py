@@ -102,7 +102,7 @@ def test_maps_have_the_image_size_and_unique_names(
 def test_logits_and_features_are_written(
     run: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The truncated image of the album is left out."""
+    """The file omits the truncated image of the album."""
     names = [str(album / name) for name in ("a.png", "c.jpg", "nested/a.png")]
     predictor = resnet56.load(run)
     expected = {

@@ -15,7 +15,7 @@ GENERATOR = torch.Generator()
 
 
 def smooth_images(count: int = 4) -> torch.Tensor:
-    """Random colors, slightly smoothed to resemble natural images."""
+    """Return random colors, slightly smoothed to resemble natural images."""
     rng = np.random.default_rng(3)
     raw = rng.uniform(0, 255, (count, 3, 32, 32))
     return torch.from_numpy(ndimage.gaussian_filter(raw, (0, 0, 1, 1)).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Downloads from a local web server that can misbehave."""
+"""Downloads from a local web server with configurable faults."""
 
 import base64
 import errno
@@ -62,7 +62,7 @@ class Site(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)  # HTTPServer would look up the host name
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore errors, since tests close connections."""
+        """Ignore errors, because tests close connections."""
 
     def url(self, path: str = "/kriz/toy.tar.gz") -> str:
         return f"http://127.0.0.1:{self.server_address[1]}{path}"
@@ -177,7 +177,7 @@ def part(root: Path) -> Path:
 
 @pytest.fixture
 def closed() -> str:
-    """A URL with a closed port."""
+    """Return a URL with a closed port."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{unused.getsockname()[1]}"

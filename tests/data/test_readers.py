@@ -101,7 +101,7 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def pickled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The same images, with another pickle protocol per file."""
+    """Write the same images, with a different pickle protocol in each file."""
     directory = tmp_path_factory.mktemp("root") / "cifar-10-batches-py"
     directory.mkdir()
     for seed, name in enumerate(PY):
@@ -292,7 +292,7 @@ def test_an_unreadable_file_raises_a_data_error(
 
 
 class Call:
-    """Pickled as a function call."""
+    """An object that is pickled as a function call."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = function, arguments

@@ -25,7 +25,7 @@ CHANNELS = [(16, 16), (16, 32), (32, 64), (64, 16), (96, 128), (256, 64)]
 
 @pytest.fixture(scope="module", params=UNITS)
 def library(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
-    """The kernel compiled for this processor, and without its matrix unit."""
+    """Compile the kernel for this processor, with and without its matrix unit."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "vectors":
             patch.setenv("CC", "cc -mno-amx-tile -mno-amx-bf16")
@@ -46,7 +46,7 @@ def integers(limit: int, *shape: int) -> Tensor:
 def operands(
     channels: tuple[int, int], kernel: int, stride: int, shape: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The input, the weights and the gradient of the output."""
+    """Return the input, the weights and the gradient of the output."""
     images, height, width = shape
     x = integers(4, *shape, channels[0])
     # These weights need more than the eight bits of bf16.
@@ -57,7 +57,7 @@ def operands(
 def run_kernel(
     library: ctypes.CDLL, x: Tensor, weight: Tensor, z_grad: Tensor, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output and the gradients of the weights and the input, by the native kernel."""
+    """Return the output and the gradients of the weights and the input."""
     images, height, width, inputs = x.shape
     outputs, kernel = weight.shape[:2]
     input_stride = stride if kernel == 1 else 1

@@ -29,7 +29,7 @@ VECTORS = "cc -mno-amx-tile -mno-amx-bf16"  # the same kernel, without the matri
 
 @pytest.fixture(params=UNITS)
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernel compiled for this processor, and without its matrix unit."""
+    """Compile the kernel for this processor, with and without its matrix unit."""
     if request.param == "vectors":
         monkeypatch.setenv("CC", VECTORS)
     return request.param
@@ -238,7 +238,7 @@ def test_results_are_deterministic_for_a_number_of_threads(unit: str) -> None:
 
 
 def test_batch_shapes_can_alternate(unit: str) -> None:
-    """Progressive resizing and a smaller last batch change the shape. Each shape has buffers."""
+    """Progressive resizing changes the shape of the batches. Each shape has its own buffers."""
     fresh = [random_network("resnet8") for _ in range(3)]
     shapes = [(8, 16, 16), (8, 32, 32), (5, 16, 16)]
     alone = []

@@ -1,4 +1,4 @@
-"""Both kernels under the address and undefined-behavior sanitizers."""
+"""Run both kernels under the address and undefined-behavior sanitizers."""
 
 import os
 import subprocess

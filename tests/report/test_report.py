@@ -37,7 +37,7 @@ def page_of(run: Path, **options: Any) -> Page:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all optional files, and its report."""
+    """Write a run with all optional files, and its report."""
     recipe = replace(BEST, val_size=500)
     run = make_run(tmp_path_factory.mktemp("full") / "run", recipe, extras=True)
     write_report([run])

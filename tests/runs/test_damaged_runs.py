@@ -1,7 +1,7 @@
 """Errors about damaged files of a run have one line.
 
-Hypothesis changes the files of a real run: every field to something else, the numbers of the
-tensors, and bytes. Commands then read the run in this process.
+Hypothesis changes fields, tensors and bytes in the files of a real run. The commands then read the
+run in this process.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Tests for the schema of a run's files: valid files load and invalid ones raise RunError."""
+"""The schema of the files of a run: valid files load, and invalid files raise RunError."""
 
 import json
 from pathlib import Path

@@ -163,7 +163,7 @@ def test_other_zip_archives_are_described(tmp_path: Path) -> None:
 
 
 def with_header(**change: object) -> bytes:
-    """A safetensors file with a changed header entry for one tensor."""
+    """Return a safetensors file with a changed header entry for one tensor."""
     content = safetensors.torch.save(STATE)
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
@@ -193,7 +193,7 @@ def test_a_tensor_larger_than_its_storage_allocates_no_memory(legacy: bool, tmp_
 
 
 def nested(depth: int) -> bytes:
-    """A pickle of a dictionary whose key takes 2^depth steps to hash."""
+    """Return a pickle of a dictionary whose key takes 2^depth steps to hash."""
     return b"\x80\x02}" + b")" + b"\x85" + b"".join([b"2\x86"] * depth) + b"K\x01s."
 
 
@@ -226,7 +226,7 @@ def test_a_small_pickle_cannot_allocate_much_memory(content: bytes) -> None:
 
 
 def with_index(pickled: bytes) -> bytes:
-    """A checkpoint with another index, in an intact archive."""
+    """Return a checkpoint with another index, in an intact archive."""
     source = zipfile.ZipFile(io.BytesIO(saved(SMALL)))
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as archive:
@@ -259,7 +259,7 @@ mutation = st.tuples(
 
 
 def error_message(file: Path) -> str:
-    """The error message for a file, or ""; exceptions of other types propagate."""
+    """Return the error message for a file, or "". Exceptions of other types propagate."""
     try:
         convert.read(file)
     except Error as error:

@@ -33,7 +33,7 @@ class FakeWorker:
 
     @staticmethod
     def on_response(name: str) -> None:
-        """Hook that runs just before the worker is released."""
+        """Run just before the worker is released. Tests replace this method."""
 
     def kill(self) -> None:
         self.alive = False
@@ -48,7 +48,7 @@ def _use_fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images_are_decoded_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that arrives as a worker is released does not overtake waiting requests."""
+    """A request that arrives when a worker is released does not overtake waiting requests."""
 
     async def decode_all() -> list[str]:
         async with Decoders(Limits(decoders=1)) as decoders:

@@ -604,7 +604,7 @@ def test_a_signal_drains_requests_in_flight(number: signal.Signals) -> None:
 
 
 def test_the_server_exits_after_the_drain_time() -> None:
-    """Even while the model is still running."""
+    """The model may still be running."""
     with server(seconds=60, drain_seconds=0.1, exit=0.2) as (process, address):
         connection = connect(address)
         content = f"Content-Length: {len(body := form(encode()))}\r\n"

@@ -1,4 +1,4 @@
-"""Start from trained weights, freeze layers, and other optimizers."""
+"""Starting from trained weights, freezing layers, and other optimizers."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def trained(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def other_classes(tiny: Dataset) -> Dataset:
-    """`tiny` with other names of classes, and darker images."""
+    """Return `tiny` with other class names and darker images."""
     train = dataclasses.replace(tiny.train, images=tiny.train.images // 2)
     return dataclasses.replace(tiny, classes=("a", "b", "c"), train=train)
 
@@ -49,7 +49,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny: Dataset, small: Recipe, trained: Path, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    """The source of the initial weights is not needed to resume."""
+    """Resuming does not require the source of the initial weights."""
     source = tmp_path / "source"
     shutil.copytree(trained, source)
     if "weights" in fields:
@@ -65,7 +65,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_training_starts_from_the_weights(
     tiny: Dataset, small: Recipe, trained: Path, tmp_path: Path
 ) -> None:
-    """With a tiny learning rate and without momentum, they hardly change."""
+    """With a tiny learning rate and without momentum, the weights hardly change."""
     recipe = dataclasses.replace(
         small, epochs=1, lr=1e-9, weight_decay=0.0, weights=str(trained), seed=5
     )
@@ -84,7 +84,7 @@ def test_training_starts_from_the_weights(
 def test_the_classifier_is_new_if_the_classes_differ(
     tiny: Dataset, other_classes: Dataset, small: Recipe, trained: Path, tmp_path: Path
 ) -> None:
-    """Everything else is frozen, and the images are normalized as before."""
+    """All other layers are frozen, and the normalization of images does not change."""
     recipe = dataclasses.replace(small, epochs=1, weights=str(trained), freeze=("body",), seed=5)
     train(recipe, other_classes, tmp_path / "run", device="cpu")
     before, after = weights_of(trained), weights_of(tmp_path / "run")
@@ -100,7 +100,7 @@ def test_the_classifier_is_new_if_the_classes_differ(
 def test_frozen_layers_keep_their_batch_norm_statistics(
     tiny: Dataset, small: Recipe, trained: Path, tmp_path: Path
 ) -> None:
-    """Also if the statistics of an EMA are re-estimated, as with the decay 0.9999."""
+    """This is also true if the statistics of an EMA are re-estimated (decay 0.9999)."""
     recipe = dataclasses.replace(
         small, epochs=1, weights=str(trained), freeze=("stage1", "stage2.0"), ema_decay=(0.9999,)
     )
@@ -122,7 +122,7 @@ def test_frozen_layers_keep_their_batch_norm_statistics(
     ],
     ids=str,
 )
-def test_an_invalid_start_is_an_error_that_leaves_no_files(
+def test_invalid_initial_weights_raise_an_error_and_leave_no_files(
     tiny: Dataset, small: Recipe, trained: Path, tmp_path: Path,
     fields: dict[str, Any], error: type[Exception], message: str,
 ) -> None:  # fmt: skip

@@ -40,7 +40,7 @@ DEADLOCK = 300  # seconds; without a limit, processes could wait for each other 
 
 @pytest.fixture(scope="session")
 def uninterrupted(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run with EMA."""
+    """Train an uninterrupted run with an EMA."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     train(dataclasses.replace(small, ema_decay=(0.9,)), tiny, str(out), device="cpu")
     return out
