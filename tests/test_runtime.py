@@ -96,7 +96,7 @@ def test_cuda_without_a_gpu_raises_an_error() -> None:
 
 
 @pytest.mark.parametrize("probe", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
-def test_auto_on_a_cpu_is_bf16_only_with_the_instructions(
+def test_auto_on_a_cpu_is_bf16_only_if_it_has_bf16_instructions(
     monkeypatch: pytest.MonkeyPatch, probe: str | None
 ) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):

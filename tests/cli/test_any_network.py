@@ -183,13 +183,13 @@ def test_parity_of_an_onnx_file_runs_this_file(
     ],
 )
 @pytest.mark.parametrize("form", ["hub", "onnx"])
-def test_flags_that_would_be_ignored_are_refused(
+def test_flags_that_would_be_ignored_are_rejected(
     form: str, flags: str, message: str, forms: dict[str, Path], data: Path, refused: Says
 ) -> None:
     assert message in refused("evaluate", forms[form], "--data", data, *flags.split())
 
 
-def test_flags_that_arrays_do_not_support_are_refused(
+def test_flags_that_arrays_do_not_support_are_rejected(
     forms: dict[str, Path], tmp_path: Path, refused: Says
 ) -> None:
     np.save(tmp_path / "x_data.npy", np.zeros((3, 32, 32, 3), np.uint8))

@@ -60,7 +60,7 @@ def test_an_unreadable_image_is_reported_and_the_others_are_classified(
     assert second == "resnet56: 1 input could not be read"
 
 
-def test_text_and_csv_print_the_top_classes(
+def test_text_and_csv_output_contain_the_top_classes(
     run: Path, album: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [str(album / "a.png"), str(album / "c.jpg")]

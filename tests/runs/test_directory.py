@@ -363,7 +363,7 @@ def test_files_have_the_default_permissions_of_the_user(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "1" + 5000 * "0"])
-def test_non_finite_and_huge_numbers_in_json_are_errors(tmp_path: Path, value: str) -> None:
+def test_non_finite_and_huge_numbers_in_json_raise_errors(tmp_path: Path, value: str) -> None:
     (tmp_path / "x.json").write_text(f'{{"a": {value}}}')
     with pytest.raises(RunError, match=r"x\.json is damaged") as caught:
         read_json(tmp_path / "x.json")
