@@ -72,8 +72,8 @@ class Cadence:
     reading the loss waits for the device anyway.
 
     After the last step of an epoch, only reading the loss is due, because the training loop then
-    saves a checkpoint. A change of the number of threads also causes a checkpoint, which makes the
-    results of a resumed run bitwise identical.
+    saves a checkpoint. Saving is also due after the number of threads changes, so that a resumed
+    run gives bitwise identical results.
 
     Args:
         steps: number of steps per epoch.

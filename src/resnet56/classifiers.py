@@ -46,7 +46,7 @@ class Network:
         return self.classifier.config
 
     def has_own_data(self, dataset: Dataset) -> bool:
-        """Return whether a data set is the data set of the run. Its evaluation is then saved.
+        """Return whether `dataset` is the data set of the run, so the evaluation can be saved.
 
         For an imported network, the first evaluation determines the data set of the run.
         """

@@ -55,7 +55,7 @@ def reestimate_batch_norm(
     section 3.2). `num_batches_tracked` does not change.
 
     Args:
-        model: the model. The function changes it in place, and leaves it in evaluation mode.
+        model: the function changes this model in place, and leaves it in evaluation mode.
         batches: batches of normalized images, each (B, 3, S, S), on the device of the model.
         precision: precision of the forward pass.
         frozen: modules whose statistics do not change.

@@ -131,7 +131,10 @@ def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Met
     if not len(split):
         raise UsageError("cannot evaluate a split without images")
     if logits.shape[1] != len(classes):
-        raise UsageError(f"the model has {logits.shape[1]} outputs, but {len(classes)} classes")
+        raise UsageError(
+            f"the model has {logits.shape[1]} outputs, but {len(classes)} class names; pass one "
+            "name per output"
+        )
     low, high = int(split.labels.min()), int(split.labels.max())
     if low < 0 or high >= len(classes):
         raise UsageError(

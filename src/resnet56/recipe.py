@@ -330,8 +330,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-# The settings of the original report. It does not state the weight decay, which is 1e-4 in the
-# ResNet paper.
+# The settings of the original report. The report does not state the weight decay, which is 1e-4 in
+# the ResNet paper.
 REPORT = Recipe(arch="resnet56-bottleneck")
 
 # He et al. 2015, section 4.2: the batch size is 128, and the learning rate of 0.1 is divided by 10

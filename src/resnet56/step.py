@@ -49,7 +49,7 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
     """Prepare a model for an execution mode. All modes give the same results up to rounding.
 
     Args:
-        model: the model on its device. Fused execution changes it in place.
+        model: the model on its device. Fused execution changes the model in place.
         execution: the field `execution` of a recipe. `auto` selects native execution only on a CPU
             with a matrix unit. `auto` never selects `torch.compile`, which takes about a minute to
             compile and is faster only in long runs.

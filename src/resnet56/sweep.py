@@ -189,7 +189,7 @@ def sweep(
 
 
 def import_optuna() -> ModuleType:
-    """Import Optuna and disable its log. Raises MissingExtraError if it is not installed."""
+    """Import Optuna and disable its log. Raises MissingExtraError if Optuna is not installed."""
     try:
         import optuna
     except ImportError:

@@ -51,8 +51,8 @@ class Augmentation:
     def before_mixing(self) -> "Augmentation":
         """Return the settings for images that will be mixed.
 
-        They disable Cutout, which would erase parts of the mixed image. For RICAP, they also
-        disable the padding, because RICAP itself crops the images.
+        These settings disable Cutout, which would erase parts of the mixed image. For RICAP, they
+        also disable the padding, because RICAP itself crops the images.
         """
         return replace(self, cutout=0, padding=0 if self.mix == "ricap" else self.padding)
 

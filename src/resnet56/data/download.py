@@ -139,8 +139,8 @@ def fetch(
         progress: function that is called a few times per second. See `Progress`.
 
     Raises:
-        DownloadError: no URL delivered the archive, it cannot be unpacked safely, or `root` is not
-            writable. The message is one line.
+        DownloadError: no URL delivered the archive, the archive cannot be unpacked safely, or
+            `root` is not writable. The message is one line.
     """
     final = root / archive.directory
     part = root / f"{archive.filename}.part"
@@ -268,7 +268,7 @@ def _alternatives() -> str:
 def _receive(
     url: str, archive: Archive, part: BufferedRandom, timeout: float, report: Progress
 ) -> bool:
-    """Append one response to `part`. Return whether it resumed an earlier download."""
+    """Append one response to `part`. Return whether the response resumed an earlier download."""
     done = _length(part)
     if archive.size is not None and done >= archive.size:
         return True
@@ -289,7 +289,7 @@ def _receive(
             raise _UrlError("the server returned a range that was not requested")
         with _network_errors():
             first = response.read(len(_GZIP_MAGIC))
-        # Check the content before changing `part`, so that a login page does not replace it.
+        # Check the content before changing `part`, so that a login page does not erase the file.
         is_page = response.headers.get_content_type() == "text/html"
         if is_page or not (resumed or _GZIP_MAGIC.startswith(first)):
             raise _UrlError("the server returned a web page instead of an archive")
@@ -382,7 +382,7 @@ def _network_errors() -> Iterator[None]:
         )
         retry = isinstance(err.reason, ConnectionError) and not offline
         raise _UrlError(_reason(err.reason), retry=retry, offline=offline) from err
-    except InvalidURL as err:  # its message is not shown, because it can contain secrets
+    except InvalidURL as err:  # do not show the message, which can contain secrets
         raise _UrlError("it is not a valid URL") from err
     except ValueError as err:  # the response cannot be parsed
         raise _UrlError(_reason(err)) from err

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def _has_avif() -> bool:
-    """Return whether Pillow supports AVIF. This requires version 11.3 and a build with AVIF."""
+    """Return whether Pillow supports AVIF. Some builds of Pillow 11.3 and later support it."""
     try:
         from PIL import AvifImagePlugin
     except ImportError:
@@ -59,8 +59,8 @@ class _IgnoreWarnings:
     """A thread-safe version of `warnings.catch_warnings` that ignores all warnings.
 
     All threads share the warning filters. If each thread saved and restored the filters, a thread
-    could restore those of another thread. Instead, the first thread to enter sets the filters, and
-    the last thread to leave restores them.
+    could restore the filters of another thread. Instead, the first thread to enter sets the
+    filters, and the last thread to leave restores them.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ def read_pixels(
 def _open(
     stream: BinaryIO, name: str, max_pixels: int | None, formats: tuple[str, ...]
 ) -> Image.Image:
-    """Open an image without decoding it. Raises ImageError if it is too large."""
+    """Open an image without decoding it. Raises ImageError if the image is too large."""
     try:
         image = Image.open(stream, formats=formats)
     except Image.DecompressionBombError:  # the image exceeds twice Pillow's limit

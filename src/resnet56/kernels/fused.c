@@ -64,7 +64,7 @@ static void add_lanes(double *sums, vec values) {
     for (int lane = 0; lane < LANES; lane++) sums[lane] += values[lane];
 }
 
-/* Returns the number of OpenMP threads. The loader compares it with that of PyTorch. */
+/* Returns the number of OpenMP threads. The loader compares this number with PyTorch's. */
 int resnet56_threads(void) { return omp_get_max_threads(); }
 
 /* Computes y = relu((x - mean) * scale + bias + residual). `residual` may be null. Updates

@@ -21,7 +21,7 @@
 
 #include "positions.h"
 
-/* Returns the number of OpenMP threads. The loader compares it with that of PyTorch. */
+/* Returns the number of OpenMP threads. The loader compares this number with PyTorch's. */
 int resnet56_threads(void) { return omp_get_max_threads(); }
 
 /* ---- forward ---- */

@@ -79,7 +79,7 @@ class NativeNetwork(nn.Module):
         return self.model.fc(pooled)  # type: ignore[no-any-return]
 
     def _supports(self, x: Tensor) -> bool:
-        """Return whether the kernel supports this step: training in bf16 on the CPU."""
+        """Return whether the kernel supports this step. It supports training in bf16 on the CPU."""
         tensors: list[Tensor | None] = [x, *(c.weight for c in self._convolutions)]
         for n in self._norms:
             tensors += n.weight, n.bias, n.running_mean, n.running_var
