@@ -257,7 +257,7 @@ static inline __attribute__((always_inline)) void write_block_row_as(
     const Conv *c, long shortcut, long image, long y, bf16 *to) {
     long channels = c->in, width = c->width, row = (image * c->height + y) * width * channels;
     long channels_before = (channels - c->shortcut_channels) / 2;
-    const bf16 *source = c->shortcut_map; /* for PADDED, moved to the row that the shortcut reads */
+    const bf16 *source = c->shortcut_map; /* for PADDED, the row that the shortcut reads */
     if (shortcut == PADDED)
         source += (image * 2 * c->height + 2 * y) * 2 * width * c->shortcut_channels;
     for (long k = 0; k < channels; k += LANES) {
