@@ -131,7 +131,7 @@ ARROWS: dict[str, set[str]] = {
     },
     # report
     "significance": set(),
-    "report.pictures": set(),
+    "report.png": set(),
     "report.notebook": set(),
     "report.plots": {"libraries", "report.notebook"},
     "report.words": {"progress"},
@@ -146,7 +146,7 @@ ARROWS: dict[str, set[str]] = {
         "errors", "report.plots", "report.read", "report.words", "runs.directory", "runs.schema",
     },
     "report.page": {
-        "data.cifar", "report.pictures", "report.plots", "report.read", "report.recipe_words",
+        "data.cifar", "report.png", "report.plots", "report.read", "report.recipe_words",
         "report.story", "report.words", "runs.schema",
     },
     "report.slides": {

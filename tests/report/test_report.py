@@ -84,9 +84,9 @@ def test_all_measurements_are_shown(page: Page) -> None:
     assert PARITY["comparisons"][0]["verdict"] in page.text
     assert "the mean accuracy is 73.25 %" in page.text
     assert "4.732" in page.text
-    pictures = [v for tag, name, v in page.attributes if (tag, name) == ("img", "alt")]
-    assert sum(alt.startswith("Test image") for alt in pictures) == 24
-    assert sum(alt.endswith("augmented") for alt in pictures) == 30
+    labels = [v for tag, name, v in page.attributes if (tag, name) == ("img", "alt")]
+    assert sum(alt.startswith("Test image") for alt in labels) == 24
+    assert sum(alt.endswith("augmented") for alt in labels) == 30
     assert "was not measured" not in page.text
 
 
@@ -165,8 +165,8 @@ def test_an_imported_network_has_no_recipe_and_no_curves(tmp_path: Path, tested:
     assert ("test-accuracy" in page.by_id) == tested
     command = f"To evaluate it: resnet56 evaluate {run} --data DIR"
     assert (command in page.text) == (not tested)
-    pictures = [v for tag, name, v in page.attributes if (tag, name) == ("img", "alt")]
-    assert not any(alt.endswith("augmented") for alt in pictures)
+    labels = [v for tag, name, v in page.attributes if (tag, name) == ("img", "alt")]
+    assert not any(alt.endswith("augmented") for alt in labels)
     markdown = write_report([run], format="md").read_text(encoding="utf-8")
     assert "no recipe and no training curves" in markdown
     assert "augmented" not in markdown.replace("not augmented", "")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class EvaluateOptions:
     """Evaluate a network. For a run on its own data, save the results in the run directory.
 
-    The first data set that an imported network is evaluated on becomes its own.
+    An imported network adopts the first data set of an evaluation as its own.
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
@@ -104,7 +104,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _check_flags(options: EvaluateOptions) -> None:
-    """Raise UsageError if a flag is invalid, or has no effect together with the others."""
+    """Raise UsageError if a flag is invalid or conflicts with another flag."""
     if options.robustness is not None and options.robustness < 0:
         raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
     not_test = options.split not in (None, "test")
@@ -148,7 +148,7 @@ def _evaluate(
     """Evaluate a network on one split, without saving the results.
 
     Returns:
-        The same fields as in evaluation.json, but only one of the splits.
+        The fields of evaluation.json, for the given split.
     """
     from resnet56.evaluation import conditions, inference_speed, measure_robustness
 
@@ -185,7 +185,7 @@ def _evaluate_benchmark(classifier: "Classifier", options: EvaluateOptions) -> N
 
 
 def _compare(network: "Network", split: "Split", options: EvaluateOptions, *, own: bool) -> None:
-    """Compare the network in the two configurations of `--parity`, and save the result if `own`."""
+    """Compare the network in the two configurations of `--parity`. Saves the result if `own`."""
     from resnet56 import runtime
     from resnet56.cli.tables import show_comparison
     from resnet56.evaluation import compare, evaluated_model

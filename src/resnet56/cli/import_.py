@@ -19,7 +19,7 @@ from resnet56.progress import percent
 class ImportOptions:
     """Convert a checkpoint of another project to a run. Code in the file is never executed.
 
-    With --data, the network is also evaluated, as with resnet56 evaluate.
+    With --data, also evaluate the network as resnet56 evaluate does.
     """
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE|DIR|NAME")]
@@ -30,7 +30,7 @@ class ImportOptions:
     """Run directory to create."""
 
     data: Data = None
-    """Data set to evaluate the network on. It becomes the data set of the run."""
+    """Data set for an evaluation of the network. It becomes the data set of the run."""
 
     arch: str | None = None
     """Architecture. By default, detected from the names and shapes of the tensors. Required for
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
     config = imported.checkpoint.config
     restore(imported.checkpoint, torch.device("cpu"))  # Raises an error if outputs are not finite.
     dataset = None
-    if options.data is not None:  # before the run is written, so that an error leaves no files
+    if options.data is not None:  # Load the data before writing, so that an error leaves no files.
         dataset = for_classes(load_data(options.data, evaluation=True), config.classes)
         require_images(dataset.test, "test")
     directory.create()
@@ -97,7 +97,7 @@ def run(arguments: list[str]) -> int:
         command = f"resnet56 report {shlex.quote(str(options.out))}"
         say(
             f"imported {config.arch}: test accuracy {percent(test['accuracy'])} on {test['n']:,} "
-            f"images; for a page, use: {command}"
+            f"images; for a report, use: {command}"
         )
     print(options.out)
     return 0

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset, Split
     from resnet56.runs.schema import Evaluation
 
-ROBUSTNESS = 500  # test images in the robustness test, by default
+ROBUSTNESS = 500  # default number of test images in the robustness test
 
 
 def data_for(network: "Network", data: str | None, *, skip_broken: bool = False) -> "Dataset":
-    """Load a data set with the classes of a network, by default the data of its run.
+    """Load a data set with the classes of a network. By default, load the data of its run.
 
     Raises:
         UsageError: there is no data set, or it has none of the classes.
@@ -24,8 +24,8 @@ def data_for(network: "Network", data: str | None, *, skip_broken: bool = False)
     run = network.run
     own = run.data_origin() if run else None
     if data is None and (run is None or (own is None and run.is_imported())):
-        kind = "not a run" if run is None else "an imported network without data"
-        raise UsageError(f"{network.path} is {kind}, so --data is required")
+        reason = "not a run" if run is None else "an imported network without data"
+        raise UsageError(f"{network.path} is {reason}, so --data is required")
     dataset = load_data(data, own=own, evaluation=True, skip_broken=skip_broken)
     return for_classes(dataset, network.config.classes)
 
@@ -34,8 +34,8 @@ def require_images(split: "Split", name: str) -> "Split":
     """Return the split, or raise UsageError if it is empty."""
     if not len(split):
         raise UsageError(
-            f"the data contain no {name} images of the model's classes; choose other data or "
-            "another --split"
+            f"the data set has no {name} images of the model's classes; choose another data set or "
+            "--split"
         )
     return split
 
@@ -43,13 +43,13 @@ def require_images(split: "Split", name: str) -> "Split":
 def evaluate_run(
     network: "Network", dataset: "Dataset", *, robustness: int, split: str = "test"
 ) -> "Evaluation":
-    """Evaluate the network of a run on its own data, and save the results.
+    """Evaluate the network of a run on its own data and save the results.
 
     Args:
         network: a network that belongs to a run.
         dataset: the data set of the run.
-        robustness: number of test images to corrupt; 0 for no robustness test.
-        split: the split that the user asked for.
+        robustness: number of test images in the robustness test, or 0 for no test.
+        split: the requested split.
 
     Raises:
         UsageError: there are no images of `split`.

@@ -51,11 +51,11 @@ class PredictOptions:
 
     logits: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
     """File for the logits: arrays logits (N, classes) float32, images (N,) file names, and classes
-    (classes,). Images that cannot be read are left out."""
+    (classes,). Unreadable images are omitted."""
 
     features: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
     """File for the features after global average pooling: arrays features (N, channels) float32,
-    images and classes. It can be the same file as for --logits."""
+    images and classes. It can be the file of --logits."""
 
     max_pixels: int | None = None
     """Maximum number of pixels per image. By default, 89 million, or 358 million for JPEG."""

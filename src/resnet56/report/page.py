@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from resnet56.data.cifar import OFFICIAL
-from resnet56.report import pictures, plots, recipe_words, story, words
+from resnet56.report import plots, png, recipe_words, story, words
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts
 from resnet56.runs.schema import Evaluation
@@ -24,8 +24,8 @@ MAX_CELLS = 150  # maximum number of classes for a confusion matrix as a table
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A small image and its label."""
+class EncodedImage:
+    """A PNG image and its label."""
 
     name: str
     png: bytes
@@ -41,7 +41,7 @@ class Picture:
 class Mistake:
     """A misclassified test image."""
 
-    picture: Picture
+    image: EncodedImage
     index: int
     true: str
     predicted: str
@@ -72,7 +72,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "reliability": reliability(facts),
         "robustness": robustness(facts),
         "confusion": confusion_table(facts) if len(facts.classes) <= MAX_CELLS else None,
-        "confusion_picture": confusion_picture(facts),
+        "confusion_chart": confusion_chart(facts),
         "originals": originals(facts),
         "samples_name": "Training images before and after augmentation"
         if facts.augmented
@@ -149,7 +149,7 @@ def evaluated(evaluation: Evaluation) -> str:
 
 
 def conditions(evaluation: Evaluation) -> str:
-    """State how a network was evaluated, as in 'in fp32 on the CPU'."""
+    """State how a network was evaluated, such as 'in fp32 on the CPU'."""
     runtime = evaluation.get("runtime", evaluation["precision"])
     return f"in {runtime} on {device(evaluation['device'])}"
 
@@ -339,14 +339,14 @@ def confusion_table(facts: RunFacts) -> list[list[Cell]] | None:
     return table
 
 
-def confusion_picture(facts: RunFacts) -> Chart | None:
+def confusion_chart(facts: RunFacts) -> Chart | None:
     """Plot the confusion matrix, for Markdown and for more than `MAX_CELLS` classes."""
     if not facts.test:
         return None
     return plots.confusion("confusion", facts.test["confusion_matrix"], facts.classes)
 
 
-def originals(facts: RunFacts) -> list[tuple[Picture, list[Picture]]]:
+def originals(facts: RunFacts) -> list[tuple[EncodedImage, list[EncodedImage]]]:
     """Return training images, with augmented versions if training augments images."""
     if facts.samples is None:
         return []
@@ -355,22 +355,22 @@ def originals(facts: RunFacts) -> list[tuple[Picture, list[Picture]]]:
     for i, image in enumerate(samples.originals[:MAX_SAMPLES]):
         label = facts.classes[int(samples.original_labels[i])]
         versions = [
-            Picture(f"sample-{i + 1}-{j + 1}", pictures.png(version), f"{label}, augmented")
+            EncodedImage(f"sample-{i + 1}-{j + 1}", png.encode(version), f"{label}, augmented")
             for j, version in enumerate(samples.augmented[i, :MAX_VERSIONS])
             if facts.augmented
         ]
-        shown.append((Picture(f"sample-{i + 1}", pictures.png(image), label), versions))
+        shown.append((EncodedImage(f"sample-{i + 1}", png.encode(image), label), versions))
     return shown
 
 
-def sample_sheet(facts: RunFacts) -> Picture | None:
+def sample_sheet(facts: RunFacts) -> EncodedImage | None:
     """Combine the training images, one per row, with their augmented versions to the right."""
     if facts.samples is None or not len(facts.samples.originals):
         return None
     versions = facts.samples.augmented[:MAX_SAMPLES, : MAX_VERSIONS if facts.augmented else 0]
     firsts = facts.samples.originals[:MAX_SAMPLES, None]
     rows = np.concatenate((firsts, versions), axis=1)
-    return Picture("samples", pictures.grid(rows), "Training images")
+    return EncodedImage("samples", png.encode_grid(rows), "Training images")
 
 
 def mistakes(facts: RunFacts) -> list[Mistake]:
@@ -386,8 +386,8 @@ def mistakes(facts: RunFacts) -> list[Mistake]:
             names[int(samples.mistake_predicted[i])],
         )
         label = f"Test image {index}, {true} classified as {predicted}"
-        picture = Picture(f"mistake-{i + 1:02}", pictures.png(image), label)
-        shown.append(Mistake(picture, index, true, predicted, float(samples.mistake_confidence[i])))
+        encoded = EncodedImage(f"mistake-{i + 1:02}", png.encode(image), label)
+        shown.append(Mistake(encoded, index, true, predicted, float(samples.mistake_confidence[i])))
     return shown
 
 
@@ -407,7 +407,7 @@ def kept_mistakes(facts: RunFacts) -> list[tuple[int, int, int, str, str]]:
             int(samples.mistake_predicted[i]),
             int(samples.mistake_index[i]),
             words.percent(float(samples.mistake_confidence[i])),
-            base64.b64encode(pictures.png(image)).decode("ascii"),
+            base64.b64encode(png.encode(image)).decode("ascii"),
         )
         for i, image in enumerate(samples.mistakes)
     ]

@@ -53,23 +53,23 @@ def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
     directory = out.with_name(f"{out.stem}-files")
     files: dict[str, bytes] = {}
 
-    def picture(name: str, png: bytes) -> Markup:
+    def save_image(name: str, png: bytes) -> Markup:
         files[f"{name}.png"] = png
         return Markup(quote(f"{directory.name}/{name}.png"))
 
     environment = _environment(autoescape=False)
     environment.finalize = _finalize
-    environment.filters["chart"] = lambda chart: _chart(chart, picture)
-    environment.filters["picture"] = lambda image: picture(image.name, image.png)
+    environment.filters["chart"] = lambda chart: _chart(chart, save_image)
+    environment.filters["image"] = lambda image: save_image(image.name, image.png)
     text = environment.get_template(f"{template}.md.j2").render(content)
     for name, png in files.items():
         write_bytes(directory / name, png)
     write_text(out, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 
 
-def _chart(chart: Chart, picture: Callable[[str, bytes], Markup]) -> Markup:
+def _chart(chart: Chart, save_image: Callable[[str, bytes], Markup]) -> Markup:
     alt = escape_markdown(f"{chart.title}. {chart.alt}")
-    return Markup(f"![{alt}]({picture(chart.name, chart.png())})")
+    return Markup(f"![{alt}]({save_image(chart.name, chart.png())})")
 
 
 def _finalize(value: Any) -> Any:

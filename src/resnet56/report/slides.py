@@ -391,7 +391,7 @@ def training_charts(facts: RunFacts) -> list[Chart]:
     return [replace(chart, size=CHART_SIZE) for chart in page.training_charts(facts)[:2]]
 
 
-def originals(facts: RunFacts) -> list[tuple[page.Picture, list[page.Picture]]]:
+def originals(facts: RunFacts) -> list[tuple[page.EncodedImage, list[page.EncodedImage]]]:
     """Return training images, with augmented versions if the recipe augments images."""
     shown = page.originals(facts)
     if facts.augmented:

@@ -53,7 +53,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class DeclaredConfig:
-    """The configuration that the file of a model or its config.json declares."""
+    """The configuration that a model file or its config.json declares."""
 
     arch: str | None = None
     classes: tuple[str, ...] | None = None

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from PIL import Image
 
 
-def png(image: npt.NDArray[Any], zoom: int = 1) -> bytes:
+def encode(image: npt.NDArray[Any], zoom: int = 1) -> bytes:
     """Encode a (3, H, W) uint8 image as PNG, with pixels enlarged to squares of side `zoom`."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0), dtype=np.uint8)
     pixels = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
@@ -17,7 +17,7 @@ def png(image: npt.NDArray[Any], zoom: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-def grid(images: npt.NDArray[Any], zoom: int = 3, space: int = 2) -> bytes:
+def encode_grid(images: npt.NDArray[Any], zoom: int = 3, space: int = 2) -> bytes:
     """Encode (rows, columns, 3, H, W) uint8 images as one PNG with a white background."""
     rows, columns, _, height, width = images.shape
     size = rows * (height + space) - space, columns * (width + space) - space
@@ -25,4 +25,4 @@ def grid(images: npt.NDArray[Any], zoom: int = 3, space: int = 2) -> bytes:
     for row, column in np.ndindex(rows, columns):
         top, left = row * (height + space), column * (width + space)
         canvas[:, top : top + height, left : left + width] = images[row, column]
-    return png(canvas, zoom)
+    return encode(canvas, zoom)
