@@ -161,7 +161,7 @@ ARROWS: dict[str, set[str]] = {
         "errors", "report.plots", "report.words", "runs.schema", "significance", "sweep",
     },
     "report": {
-        "errors", "report.comparison", "report.page", "report.read", "report.render",
+        "errors", "files", "report.comparison", "report.page", "report.read", "report.render",
         "report.slides", "report.sweep",
     },
     # benchmark
@@ -197,14 +197,9 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"__init__", "errors"},
     "cli.arguments": {"errors"},
     "cli.tables": {"errors", "progress", "report.words"},
-    "cli.compare": {
-        "cli.arguments", "cli.tables", "errors", "files", "report", "report.comparison",
-        "report.read",
-    },
     "cli.describe": {"cli.arguments", "cli.tables", "files", "model"},
     "cli.common": {"data.readers", "distributed", "errors", "progress"},
     "cli.data": {"cli.arguments", "data.readers", "errors"},
-    "cli.report": {"cli.arguments", "cli.common", "errors", "report"},
     "cli.train": {
         "cli", "cli.arguments", "cli.common", "distributed", "errors", "files", "model", "progress",
         "recipe", "report", "runs.directory", "runtime", "threads", "training",
@@ -218,7 +213,15 @@ ARROWS: dict[str, set[str]] = {
         "predict", "progress",
     },
     "cli.networks": {
-        "cli.common", "data.augment", "errors", "evaluation", "files", "recipe", "training",
+        "classifiers", "cli.common", "data.augment", "errors", "evaluation", "files", "recipe",
+        "report.read", "runs.pretrained", "runs.sources", "runtime", "training",
+    },
+    "cli.report": {
+        "cli.arguments", "cli.common", "cli.networks", "errors", "report", "report.sweep",
+    },
+    "cli.compare": {
+        "cli.arguments", "cli.common", "cli.networks", "cli.tables", "errors", "files", "report",
+        "report.comparison",
     },
     "cli.import_": {
         "classifiers", "cli.arguments", "cli.common", "cli.networks", "data.class_names", "errors",

@@ -11,8 +11,10 @@ import pytest
 import torch
 from networks import CLASSES, random_checkpoint
 from PIL import Image
+from report_fixtures import Page
 
 from resnet56 import cli, export
+from resnet56.runs import pretrained
 from resnet56.runs.directory import RunDirectory
 
 Says = Callable[..., str]
@@ -210,3 +212,127 @@ def test_an_exported_network_keeps_the_test_images_of_its_run(
     folder = shutil.copytree(data / "test", tmp_path / "plain")
     assert cli.main(["evaluate", str(forms["hub"]), "--data", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test"]["n"] == 3
+
+
+@pytest.fixture(scope="module")
+def ours(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained on the images."""
+    out = tmp_path_factory.mktemp("ours") / "ours"
+    flags = ["--arch", "resnet8", "--batch-size", "6", "--epochs", "1", "--device", "cpu"]
+    assert cli.main(["train", "quick", "--data", str(data), "--out", str(out), *flags]) == 0
+    return out
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("format", ["html", "md", "slides"])
+def test_a_network_that_is_not_a_run_is_reported(
+    format: str,
+    forms: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    form = {"html": "onnx", "md": "hub", "slides": "hub"}[format]
+    command = ["report", str(forms[form]), "--data", str(data), "--format", format]
+    assert cli.main(command) == 0
+    name = {"html": "net-report.html", "md": "hub-report.md", "slides": "hub-slides.html"}[format]
+    assert capsys.readouterr().out == f"{name}\n"
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    quick = ["--robustness", "0", "--json"]
+    assert cli.main(["evaluate", str(forms[form]), "--data", str(data), *quick]) == 0
+    test = json.loads(capsys.readouterr().out)["test"]
+    assert f"{100 * test['accuracy']:.2f} %" in text
+    if format == "html":
+        page = Page(text)
+        assert page.by_id["test-accuracy"] == f"{100 * test['accuracy']:.2f} %"
+        _, *rows = page.tables["confusion"]
+        assert [[int(cell) for cell in row[1:]] for row in rows] == test["confusion_matrix"]
+        assert "were evaluated in ONNX Runtime on the CPU" in page.text
+        assert "net.onnx contains no recipe and no training curves." in page.text
+        assert "Measured on 18 test images" in page.text
+        assert "Training accuracy" in page.text
+    elif format == "md":
+        assert "hub contains no recipe and no training curves." in text
+    assert {path.name for path in tmp_path.iterdir()} <= {name, "hub-report-files"}
+
+
+@pytest.mark.usefixtures("untimed")
+def test_pretrained_weights_are_reported_with_their_recipe(
+    ours: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
+    pretrained.save(RunDirectory(ours), "tiny", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "tiny", "--data", str(data)]) == 0
+    page = Page((tmp_path / "tiny-report.html").read_text(encoding="utf-8"))
+    assert "The pretrained weights were evaluated" in page.text
+    assert "includes the recipe of these weights, but not their training curves" in page.text
+    assert "batch size 6" in page.text
+    assert "recipe" in page.ids
+
+
+def test_other_networks_are_compared_with_a_run_by_a_paired_test(
+    ours: Path,
+    forms: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
+    pretrained.save(RunDirectory(ours), "tiny", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    names = ["tiny", str(forms["hub"]), str(forms["onnx"]), str(ours)]
+    assert cli.main(["compare", *names, "--json", "--out", "page.html"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["groups"]) == 4
+    assert [pair["test"] for pair in result["differences"]] == ["McNemar"] * 6
+    runs = {group["runs"][0]["run"]: group["runs"][0] for group in result["groups"]}
+    evaluation = json.loads((ours / "evaluation.json").read_text())
+    assert runs[str(ours)]["test_accuracy"] == evaluation["test"]["accuracy"]
+    assert runs[str(forms["hub"])]["test_accuracy"] == runs[str(forms["onnx"])]["test_accuracy"]
+    assert runs[str(forms["hub"])]["seed"] is None
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "hub and net.onnx have no recorded recipe" in page
+    # The paired test counts the images that only one of the two classifies correctly.
+    hub, onnx = (
+        [group["runs"][0]["run"] for group in result["groups"]].index(str(forms[form]))
+        for form in ("hub", "onnx")
+    )
+    [pair] = [d for d in result["differences"] if {d["better"], d["other"]} == {hub, onnx}]
+    assert (pair["only_first"], pair["only_second"], pair["p_value"]) == (0, 0, 1.0)
+    # A report of the same networks, with --data.
+    assert cli.main(["report", str(ours), str(forms["hub"]), "--data", str(data)]) == 0
+    assert "McNemar" in (tmp_path / "comparison.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_report_with_data_evaluates_an_imported_network_once(
+    forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
+) -> None:
+    run = tmp_path / "theirs"
+    assert cli.main(["import", str(forms["hub"]), "--out", str(run)]) == 0
+    assert cli.main(["report", str(run)]) == 0
+    assert "has not been evaluated" in (run / "report.html").read_text(encoding="utf-8")
+    assert cli.main(["report", str(run), "--data", str(data)]) == 0
+    assert "test-accuracy" in (run / "report.html").read_text(encoding="utf-8")
+    kept = (run / "evaluation.json").read_bytes()
+    assert cli.main(["report", str(run)]) == 0
+    assert (run / "evaluation.json").read_bytes() == kept
+    assert "--data is not used" in refused("report", run, "--data", data)
+    assert "--data is not used" in refused("compare", run, run, "--data", data)
+
+
+def test_networks_that_cannot_be_reported_are_one_line_errors(
+    forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
+) -> None:
+    none = tmp_path / "none"
+    assert "is not a run, so --data is required" in refused("report", forms["hub"])
+    assert "is not a run, so --data is required" in refused("compare", forms["hub"], forms["onnx"])
+    assert "does not exist" in refused("report", forms["hub"], "--data", none)
+    assert "import it first" in refused("report", forms["file"], "--data", data)
+    two = (forms["hub"], forms["onnx"], "--data", data, "--format", "slides")
+    assert "slides show one run, not 2" in refused("report", *two)
+    assert "is neither a run nor" in refused("compare", forms["hub"], none, "--data", data)

@@ -172,7 +172,7 @@ def test_missing_results_are_reported(runs: dict[str, Path], decks: dict[str, Pa
     assert "4 of 200 epochs" in decks["unfinished"].by_id["6"]
     assert "No epoch is finished yet" in decks["new"].by_id["5"]
     for name in ("imported", "converted"):
-        assert "Imported weights" in decks[name].by_id["5"]
+        assert "The training curves are not recorded." in decks[name].by_id["5"]
     assert "test accuracy" in title(decks["imported"], 1)
     assert "The network overfits" in title(decks["imported"], 9)
     assert "augmentation." not in decks["imported"].text
@@ -273,7 +273,7 @@ def test_errors_have_one_line(
         ((run, "--format", "pdf"), "format: 'pdf' is not one of"),
         ((run, run, "--format", "slides"), "slides show one run, not 2"),
         ((run, "--format", "slides", "--out", str(tmp_path)), "choose a file such as"),
-        ((str(tmp_path / "none"), "--format", "slides"), "no run"),
+        ((str(tmp_path / "none"), "--format", "slides"), "is neither a run nor"),
     ):
         assert cli.main(["report", *arguments]) > 0
         captured = capsys.readouterr()

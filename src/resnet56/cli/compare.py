@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from resnet56.cli.arguments import parse
+from resnet56.cli.common import Data
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,16 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Test whether the test accuracies of runs differ by more than chance.
+    """Test whether the test accuracies of networks differ by more than chance.
 
     Runs that differ only in their seed form a group. Groups are compared by their means over seeds.
-    Two single runs are compared by their predictions on the same images.
+    Two single runs or other networks are compared by their predictions on the same images.
     """
 
     runs: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN RUN [RUN ...]")
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|NAME|FILE [...]")
     ]
-    """Run directories, all evaluated on the same test images."""
+    """Run directories, model hub directories, exported files or names of pretrained models. Runs
+    must have been evaluated on the same test images."""
+
+    data: Data = None
+    """Data set for networks without saved results. By default, the data of the first run."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
     """Also write the comparison as an HTML page."""
@@ -39,11 +44,14 @@ def run(arguments: list[str]) -> int:
     options = parse(CompareOptions, arguments, "resnet56 compare")
     if len(options.runs) < 2:
         raise UsageError("a comparison needs at least two runs; use resnet56 compare RUN RUN ...")
+    from resnet56.cli.networks import read_networks
     from resnet56.files import to_json
-    from resnet56.report import comparison, write_report
-    from resnet56.report.read import read_run
+    from resnet56.report import comparison, require_valid, write_report
 
-    entries = comparison.ranked([read_run(path) for path in options.runs])
+    require_valid(len(options.runs), options.out, "html")
+
+    facts = read_networks(options.runs, options.data)
+    entries = comparison.ranked(facts)
     first = entries[0]
     for entry in entries:
         if entry.facts.test is None:
@@ -68,7 +76,7 @@ def run(arguments: list[str]) -> int:
         *comparison.conclusions(groups, differences),
     ]
     if options.out is not None:
-        write_report(options.runs, options.out)
+        write_report(facts, options.out)
     if options.json:
         print(to_json(_json(groups, differences, title, notes)))
         return 0

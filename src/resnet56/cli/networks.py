@@ -1,15 +1,19 @@
 """Evaluation of a network on a data set, for several commands."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 from resnet56 import recipe as recipes
-from resnet56.cli.common import for_classes, load_data, show_progress
-from resnet56.errors import UsageError
+from resnet56.cli.common import for_classes, load_data, say, show_progress
+from resnet56.errors import Error, UsageError
 
 if TYPE_CHECKING:
     from resnet56.classifiers import Network
     from resnet56.data.dataset import Dataset, Split
-    from resnet56.runs.schema import Evaluation
+    from resnet56.recipe import Recipe
+    from resnet56.report.read import RunFacts
+    from resnet56.runs.directory import RunDirectory
+    from resnet56.runs.schema import Environment, Evaluation
 
 ROBUSTNESS = 500  # default number of test images in the robustness test
 
@@ -91,3 +95,119 @@ def evaluate_run(
         robustness=min(robustness, len(dataset.test)),
         progress=show_progress,
     )
+
+
+def read_networks(
+    names: Sequence[str], data: str | None, *, on_error: Callable[[Error], None] | None = None
+) -> "list[RunFacts]":
+    """Read the results of runs, and evaluate other networks on a data set.
+
+    With --data, an imported network without results is also evaluated, and its results are saved.
+    If there are several networks, those that are not runs are evaluated on the test images only.
+
+    Args:
+        names: names or paths of networks.
+        data: the value of --data. By default, networks are evaluated on the data of the first run.
+        on_error: called with the error of each network that cannot be read, if there are several.
+            By default, the error is raised.
+
+    Raises:
+        UsageError: a network requires --data, or no network uses --data.
+        Error: a network cannot be read.
+    """
+    from resnet56.report.read import read_run
+    from resnet56.runs.sources import find_run
+
+    errors: list[Error] = []
+
+    def handle(error: Error) -> None:
+        if on_error is None or len(names) == 1:
+            raise error
+        on_error(error)
+        errors.append(error)
+
+    runs: list[tuple[str, RunDirectory | None]] = []
+    for name in names:
+        try:
+            runs.append((name, find_run(name)))
+        except Error as error:
+            handle(error)
+    pending = [run is None or (data is not None and _lacks_results(run)) for _, run in runs]
+    if data is not None and runs and not any(pending):
+        raise UsageError(
+            "--data is not used, because the report shows the saved results of runs; to evaluate "
+            "a run, use resnet56 evaluate"
+        )
+    found = []
+    for (name, run), is_pending in zip(runs, pending, strict=True):
+        try:
+            if run is not None and not is_pending:
+                found.append(read_run(run.path))
+                continue
+            if data is None:
+                data = next((o for _, r in runs if r and (o := r.data_origin())), None)
+                if data is not None:
+                    say(f"evaluating on the data of the first run: {data}")
+            found.append(_evaluate(name, data, all_images=len(names) == 1))
+        except Error as error:
+            handle(error)
+    if errors and not found:
+        raise errors[-1]
+    return found
+
+
+def _lacks_results(run: "RunDirectory") -> bool:
+    """Return whether a run is an imported network that has not been evaluated."""
+    return run.is_imported() and not run.evaluation_file.exists()
+
+
+def _evaluate(name: str, data: str | None, *, all_images: bool) -> "RunFacts":
+    """Evaluate a network, and save the results if it is an imported network.
+
+    Args:
+        name: name or path of the network.
+        data: the value of --data.
+        all_images: whether to evaluate the training images, and to measure speed and robustness.
+    """
+    from resnet56.classifiers import open_network
+    from resnet56.evaluation import inference_speed, measure, measure_robustness
+    from resnet56.report.read import facts_from_results, read_run
+    from resnet56.runtime import Precision, environment
+
+    network = open_network(name)
+    dataset = data_for(network, data)
+    if network.run is not None:
+        if not network.has_own_data(dataset):
+            raise UsageError(f"{name} has other data; omit --data")
+        evaluate_run(network, dataset, robustness=ROBUSTNESS)
+        return read_run(network.run.path)
+    classifier, test = network.classifier, require_images(dataset.test, "test")
+    results = measure(
+        classifier, dataset, network.weights, training=all_images, progress=show_progress
+    )
+    if all_images:
+        results.evaluation["speed"] = inference_speed(classifier, test.images)
+        results.evaluation["robustness"] = measure_robustness(
+            classifier, test, min(ROBUSTNESS, len(test)), show_progress
+        )
+    machine = environment(classifier.device, cast(Precision, classifier.precision))
+    origin = {"origin": dataset.origin, "source": dataset.source}
+    return facts_from_results(
+        network.path,
+        network.config,
+        results,
+        environment=cast("Environment", machine | {"data": origin}),
+        fingerprint=dataset.fingerprint(),
+        recipe=_recipe(network),
+    )
+
+
+def _recipe(network: "Network") -> "Recipe | None":
+    """Return the recipe of pretrained weights, or None for other networks."""
+    if network.weights["weights"] != "pretrained":
+        return None
+    from resnet56.runs import pretrained
+
+    name = str(network.path)
+    recipe = pretrained.card(name).get("recipe")
+    return recipes.from_fields(recipe, name) if recipe else None

@@ -7,20 +7,30 @@ from typing import Annotated, Literal
 import tyro
 
 from resnet56.cli.arguments import parse
-from resnet56.cli.common import say
+from resnet56.cli.common import Data, say
 from resnet56.errors import Error, UsageError
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write a report on one run or sweep, a comparison of several runs, or slides about a run."""
+    """Write a report on a network or sweep, a comparison of networks, or slides about a network.
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run directories, or the directory of a sweep."""
+    The report on a run shows its saved results. Other networks are evaluated on --data.
+    """
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|NAME|FILE [...]")
+    ]
+    """Run directories, model hub directories, exported files or names of pretrained models, or the
+    directory of a sweep."""
+
+    data: Data = None
+    """Data set for networks without saved results: a name or an image directory. By default, in a
+    comparison, the data of the first run."""
 
     out: Path | None = None
-    """Output file. By default, report.html or slides.html in the
-    run directory, or comparison.html in the current directory."""
+    """Output file. By default, report.html or slides.html in the run directory. In the current
+    directory, NAME-report.html for a network that is not a run, or comparison.html."""
 
     format: Literal["html", "md", "slides"] = "html"
     """One self-contained HTML page, Markdown with separate image
@@ -32,8 +42,16 @@ def run(arguments: list[str]) -> int:
     options = parse(ReportOptions, arguments, "resnet56 report")
     if not options.runs:
         raise UsageError("no run given; use resnet56 report RUN [RUN ...]")
-    from resnet56.report import write_report
+    from resnet56.cli.networks import read_networks
+    from resnet56.report import require_valid, write_report
+    from resnet56.report.sweep import is_sweep
 
+    require_valid(len(options.runs), options.out, options.format)
+    if len(options.runs) == 1 and is_sweep(Path(options.runs[0])):
+        if options.data is not None:
+            raise UsageError(f"{options.runs[0]} is a sweep, which does not use --data; omit it")
+        print(write_report(options.runs, options.out, format=options.format))
+        return 0
     skipped = 0
 
     def skip(error: Error) -> None:
@@ -41,7 +59,8 @@ def run(arguments: list[str]) -> int:
         skipped += 1
         say(f"resnet56: {error}")
 
-    print(write_report(options.runs, options.out, format=options.format, on_error=skip))
+    facts = read_networks(options.runs, options.data, on_error=skip)
+    print(write_report(facts, options.out, format=options.format))
     if skipped:
         say(f"resnet56: skipped {skipped} of {len(options.runs)} runs")
     return 1 if skipped else 0

@@ -3,35 +3,40 @@
 A report needs only the files of the run. It needs neither the data set nor a GPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from resnet56.errors import Error, UsageError, option
+from resnet56.errors import UsageError, option
+from resnet56.files import StrPath
 
-__all__ = ["write_report"]
+if TYPE_CHECKING:
+    from resnet56.report.read import RunFacts
+
+__all__ = ["require_valid", "write_report"]
+
+Format = Literal["html", "md", "slides"]
+_FILES = {"html": "report.html", "md": "report.md", "slides": "slides.html"}
 
 
 def write_report(
-    runs: Sequence[Path],
+    runs: Sequence["StrPath | RunFacts"],
     out: Path | None = None,
     *,
-    format: Literal["html", "md", "slides"] = "html",
-    on_error: Callable[[Error], None] | None = None,
+    format: Format = "html",
 ) -> Path:
     """Write a report on one run or sweep, a comparison of several runs, or slides about a run.
 
     Args:
-        runs: one or more directories of training runs or imported networks, or the directory of a
-            sweep.
+        runs: one or more directories of training runs or imported networks, the facts about other
+            networks, or the directory of a sweep.
         out: the file to write. The default for one run is report.html, report.md or slides.html in
-            the run directory. The default for several runs is comparison.html or comparison.md in
-            the current directory. A Markdown report writes its images to a directory next to it,
-            such as report-files.
+            the run directory, and for another network NAME-report.html in the current directory.
+            The default for several runs is comparison.html or comparison.md in the current
+            directory. A Markdown report writes its images to a directory next to it, such as
+            report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, or "slides"
             for an HTML file with ten slides about one run.
-        on_error: called with the error of each unreadable run in a comparison, which then omits
-            the run. By default, the error is raised.
 
     Returns:
         The path of the written file.
@@ -42,49 +47,45 @@ def write_report(
         RunError: a run is missing or damaged, or a file cannot be written.
     """
     from resnet56.report import comparison, page, render, slides, sweep
-    from resnet56.report.read import read_run
+    from resnet56.report.read import RunFacts, read_run
 
+    require_valid(len(runs), out, format)
+    first = runs[0]
+    if len(runs) == 1 and not isinstance(first, RunFacts) and sweep.is_sweep(Path(first)):
+        if format == "slides":
+            raise UsageError(f"{first} is a sweep; for slides, choose a run such as a trial")
+        out = out or Path(first) / f"report.{format}"
+        content, template = sweep.content(Path(first)), "sweep"
+    else:
+        facts = [run if isinstance(run, RunFacts) else read_run(Path(run)) for run in runs]
+        if len(facts) > 1:
+            content, template = comparison.content(facts), "comparison"
+            out = out or Path(f"comparison.{format}")
+        else:
+            write = slides.content if format == "slides" else page.content
+            content, template = write(facts[0]), "slides" if format == "slides" else "page"
+            out = out or _default_file(facts[0], format)
+    if format == "md":
+        render.write_markdown(out, template, content)
+    else:
+        render.write_html(out, template, content, "slides" if format == "slides" else "page")
+    return out
+
+
+def require_valid(runs: int, out: Path | None, format: Format) -> None:
+    """Raise UsageError if `write_report` cannot write this format about this number of runs."""
     if not runs:
         raise UsageError("a report needs at least one run directory")
     if out is not None and out.is_dir():
-        name = "slides.html" if format == "slides" else f"report.{format}"
-        raise UsageError(f"{out} is a directory; choose a file such as {out / name}")
-    if len(runs) == 1 and sweep.is_sweep(Path(runs[0])):
-        if format == "slides":
-            raise UsageError(f"{runs[0]} is a sweep; for slides, choose a run such as a trial")
-        out = out or Path(runs[0]) / f"report.{format}"
-        content, template = sweep.content(Path(runs[0])), "sweep"
-        if format == "html":
-            render.write_html(out, template, content)
-        else:
-            render.write_markdown(out, template, content)
-        return out
-    if format == "slides":
-        if len(runs) > 1:
-            html = option("format", "html")
-            raise UsageError(f"slides show one run, not {len(runs)}; choose one run or use {html}")
-        out = out or Path(runs[0]) / "slides.html"
-        render.write_html(out, "slides", slides.content(read_run(Path(runs[0]))), "slides")
-        return out
-    facts, last = [], None
-    for path in runs:
-        try:
-            facts.append(read_run(Path(path)))
-        except Error as error:
-            if on_error is None or len(runs) == 1:
-                raise
-            on_error(error)
-            last = error
-    if last is not None and not facts:
-        raise last
-    if len(runs) == 1:
-        content, template = page.content(facts[0]), "page"
-        out = out or facts[0].path / f"report.{format}"
-    else:
-        content, template = comparison.content(facts), "comparison"
-        out = out or Path(f"comparison.{format}")
-    if format == "html":
-        render.write_html(out, template, content)
-    else:
-        render.write_markdown(out, template, content)
-    return out
+        raise UsageError(f"{out} is a directory; choose a file such as {out / _FILES[format]}")
+    if format == "slides" and runs > 1:
+        html = option("format", "html")
+        raise UsageError(f"slides show one run, not {runs}; choose one run or use {html}")
+
+
+def _default_file(facts: "RunFacts", format: Format) -> Path:
+    """Return the file of the report on a run, or the file in the current directory."""
+    if facts.stored:
+        return facts.path / _FILES[format]
+    stem = facts.path.stem if facts.path.is_file() else facts.name
+    return Path(f"{stem}-{_FILES[format]}")

@@ -248,7 +248,7 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
     by_recipe: dict[Any, dict[int, Entry]] = {}
     for entry in entries:
         facts = entry.facts
-        if facts.test and facts.recipe is None:
+        if facts.test and not (facts.recipe and facts.stored):
             by_recipe[facts.path.resolve()] = {0: entry}
         elif facts.test and facts.recipe and facts.finished:
             recipe = facts.recipe.to_json()

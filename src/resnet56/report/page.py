@@ -82,11 +82,10 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "recipe": recipe_table(facts),
         "system": system_table(facts.environment),
         "kept": kept_mistakes(facts),
-        "recipe_note": (
-            "Disabled options and fields that do not apply are omitted. The file recipe.json "
-            "contains all fields."
-        ),
+        "recipe_note": "Disabled options and fields that do not apply are omitted."
+        + (" The file recipe.json contains all fields." if facts.stored else ""),
         "unrecorded": unrecorded(facts),
+        "no_curves": no_curves(facts),
         "curves_note": curves_note(facts),
         "machine": machine(facts.environment),
         "command": command(facts.environment),
@@ -160,8 +159,19 @@ def device(name: str) -> str:
 
 
 def unrecorded(facts: RunFacts) -> str | None:
-    """State what is unknown about the training of a run without a recipe."""
-    return story.unrecorded(facts.metadata.get("file")) if facts.recipe is None else None
+    """State what is unknown about the training of a network without a recipe."""
+    if facts.recipe:
+        return None
+    return story.unrecorded(facts.name, facts.metadata.get("file"), stored=facts.stored)
+
+
+def no_curves(facts: RunFacts) -> str:
+    """State why a network has no training curves."""
+    if facts.recipe is None:
+        return "The training curves are not recorded."
+    if not facts.stored:
+        return "The package includes the recipe of these weights, but not their training curves."
+    return "No epoch is finished yet, so there are no curves."
 
 
 def state(facts: RunFacts) -> list[str]:

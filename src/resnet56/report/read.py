@@ -1,8 +1,9 @@
 """Read and check all files of a run directory for a report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ from resnet56.runs.schema import (
     Metrics,
     check_evaluation,
 )
+
+if TYPE_CHECKING:
+    from resnet56.evaluation import Results
 
 Array = npt.NDArray[Any]
 
@@ -54,12 +58,13 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The data about a run for a report.
+    """The data about a run, or about another network, for a report.
 
-    A model that `resnet56 import` converted has no recipe and no training curves.
+    A network of another project has no recipe. Only training runs have training curves.
     """
 
-    path: Path
+    path: Path  # the run directory, or the name or path of another network
+    stored: bool  # whether the network is a run, whose predictions are in predictions.npz
     environment: Environment  # environment.json, or an empty dictionary
     rows: list[EpochMetrics]  # metrics.jsonl, with one row per epoch
     recipe: Recipe | None  # None if the training is not recorded
@@ -70,10 +75,11 @@ class RunFacts:
     evaluation: Evaluation | None  # evaluation of the current weights
     comparisons: list[Comparison]  # comparisons of devices or precisions, for the current weights
     samples: Samples | None
+    predictions: Mapping[str, Array] | None = None  # of a network that is not a run
 
     @property
     def name(self) -> str:
-        """The name of the directory."""
+        """The name of the directory, file or pretrained weights."""
         return self.path.resolve().name
 
     @property
@@ -148,6 +154,7 @@ def read_run(path: Path) -> RunFacts:
         check_evaluation(evaluation, run.evaluation_file, config.classes)
     return RunFacts(
         path=path,
+        stored=True,
         environment=run.read_environment() or {},
         rows=run.read_metrics(),
         recipe=recipe_from_fields(read_json(run.recipe_file), str(run.recipe_file))
@@ -161,6 +168,42 @@ def read_run(path: Path) -> RunFacts:
         comparisons=run.read_comparisons(step),
         # The samples include mistakes of the evaluated weights.
         samples=read_samples(run, len(config.classes)) if evaluation else None,
+    )
+
+
+def facts_from_results(
+    path: Path,
+    config: ModelConfig,
+    results: "Results",
+    *,
+    environment: Environment,
+    fingerprint: str,
+    recipe: Recipe | None,
+) -> RunFacts:
+    """Return the facts about a network that is not a run.
+
+    Args:
+        path: name or path of the network.
+        config: its configuration.
+        results: its evaluation.
+        environment: the machine and the data set of the evaluation.
+        fingerprint: fingerprint of the data set.
+        recipe: recipe of the network, if it is recorded.
+    """
+    return RunFacts(
+        path=path,
+        stored=False,
+        environment=environment,
+        rows=[],
+        recipe=recipe,
+        config=config,
+        progress=Progress(epoch=recipe.epochs if recipe else 0),
+        metadata={"weights": results.evaluation["weights"], "data": fingerprint},
+        description=describe(config.arch, len(config.classes)),
+        evaluation=results.evaluation,
+        comparisons=[],
+        samples=Samples(**results.samples),
+        predictions=results.predictions,
     )
 
 
@@ -187,7 +230,7 @@ def read_predictions(facts: RunFacts) -> Predictions | None:
         RunError: the file is damaged or belongs to another evaluation.
     """
     run = RunDirectory(facts.path)
-    arrays = run.read_predictions()
+    arrays = run.read_predictions() if facts.stored else facts.predictions
     if arrays is None or facts.test is None:
         return None
     labels = arrays["labels"]

@@ -170,8 +170,7 @@ def augmentation(recipe: Recipe, *, flips: bool) -> str:
 def training(facts: RunFacts) -> Slide:
     """Return the slide on the training time, the optimizer and the schedule."""
     if not facts.rows:
-        reason = "No epoch is finished yet" if facts.recipe else "Imported weights"
-        sentences = [f"{reason}: this run has no training curves."]
+        sentences = [page.no_curves(facts)]
         return Slide("training", "Training", "No training curves", sentences)
     title = f"{plural(facts.rows[-1]['epoch'], 'epoch')} in {time_taken(facts.seconds)}"
     sentences = [optimizer(facts.recipe), schedule(facts.recipe)] if facts.recipe else []

@@ -260,16 +260,20 @@ def hardware(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(comparison["verdict"]) for comparison in comparisons]
 
 
-def unrecorded(file: str | None) -> str:
-    """State what is unknown about an imported network.
+def unrecorded(name: str, file: str | None, *, stored: bool) -> str:
+    """State what is unknown about a network without a recipe.
 
     Args:
+        name: name of the network.
         file: name of the imported file, if it is recorded.
+        stored: whether the network is a run.
     """
     origin = f" from {file}" if file else ""
+    imported = f"The weights were imported{origin}, so the run has no recipe and no training curves"
+    exported = f"{name} contains no recipe and no training curves"
     return (
-        f"The weights were imported{origin}, so the run has no recipe and no training curves. "
-        "It is unknown whether the network was trained on the training images of this data set."
+        f"{imported if stored else exported}. It is unknown whether the network was trained on the "
+        "training images of this data set."
     )
 
 

@@ -72,19 +72,21 @@ def import_model(
     return convert.override(source.checkpoint, os.fspath(name_or_path), arch, mean, std, classes)
 
 
-def _open_own(name_or_path: StrPath) -> Source | None:
-    """Open a run or a pretrained model. Return None for any other file or directory."""
+def find_run(name_or_path: StrPath) -> RunDirectory | None:
+    """Return the run at a path, or None if the name or path is that of another network.
+
+    Also returns a directory that contains no network, so that reading it states what is missing.
+
+    Raises:
+        RunError: there is no network with this name or path, or the path is a file of the
+            checkpoint that does not contain the weights.
+    """
     name, path = os.fspath(name_or_path), Path(name_or_path)
-    run = _find_run(path)
-    if run is not None:
-        return Source(run.load(), run=run)
-    if path.is_dir() and has_weights(path):
-        return None
-    if name in pretrained.names():
-        return Source(pretrained.load(name), pretrained=name)
+    run = _run_of(path)
+    if run is not None or (path.is_dir() and has_weights(path)) or name in pretrained.names():
+        return run
     if path.is_dir():
-        run = RunDirectory(path)
-        return Source(run.load(), run=run)  # Raises an error that states what is missing.
+        return RunDirectory(path)
     if path.exists():
         return None
     available = ", ".join(pretrained.names()) or "none"
@@ -94,7 +96,18 @@ def _open_own(name_or_path: StrPath) -> Source | None:
     )
 
 
-def _find_run(path: Path) -> RunDirectory | None:
+def _open_own(name_or_path: StrPath) -> Source | None:
+    """Open a run or a pretrained model, or return None for any other file or directory."""
+    name, path = os.fspath(name_or_path), Path(name_or_path)
+    run = find_run(name_or_path)
+    if run is not None:
+        return Source(run.load(), run=run)
+    if name in pretrained.names() and not (path.is_dir() and has_weights(path)):
+        return Source(pretrained.load(name), pretrained=name)
+    return None
+
+
+def _run_of(path: Path) -> RunDirectory | None:
     """Return the run that a path belongs to, or None.
 
     The path can be a run directory, its checkpoint directory, or a file of its checkpoint.
