@@ -1,4 +1,4 @@
-"""docs/results.md matches the files in results/."""
+"""The documents match the files in results/."""
 
 import json
 import re
@@ -12,13 +12,18 @@ from resnet56.runs import pretrained
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-RUNS = sorted((ROOT / "results").iterdir())
+WHY = (ROOT / "docs" / "explanation" / "why-residual.md").read_text(encoding="utf-8")
+RUNS = sorted(file.parent for file in (ROOT / "results").glob("*/recipe.json"))
+DIGITS_RUNS = sorted(file.parent for file in (ROOT / "results" / "digits").glob("*/recipe.json"))
+
+
+def run_tool(name: str) -> str:
+    command = [sys.executable, str(ROOT / "tools" / name)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 
 def test_the_tables_match_the_files() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "results.py")]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-    tables = done.stdout.strip().split("\n\n")
+    tables = run_tool("results.py").strip().split("\n\n")
     assert len(tables) == 4
     for table in tables:
         assert table.count("\n") >= 3
@@ -30,15 +35,18 @@ def test_the_tables_match_the_files() -> None:
         assert re.search(rf"train {recipe} .*{re.escape(accuracy)}", tables[0])
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_table_of_plain_and_residual_networks_matches_the_files() -> None:
+    table = run_tool("degradation.py").strip()
+    assert table.count("\n") == 5
+    assert table in WHY
+
+
+@pytest.mark.parametrize("run", [*RUNS, *DIGITS_RUNS], ids=lambda run: run.name)
 def test_accuracies_match_the_confusion_matrices(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-    totals = {
-        "test": 10_000,
-        "train": 50_000 - recipe["val_size"],
-        "validation": recipe["val_size"],
-    }
+    train, test = (1_437, 360) if run in DIGITS_RUNS else (50_000, 10_000)
+    totals = {"test": test, "train": train - recipe["val_size"], "validation": recipe["val_size"]}
     for split, total in totals.items():
         if not total:
             continue
@@ -48,10 +56,14 @@ def test_accuracies_match_the_confusion_matrices(run: Path) -> None:
         assert evaluation[split]["accuracy"] == pytest.approx(correct / total)
     rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(rows) == recipe["epochs"]
-    assert re.search(rf"\b{run.name}\b", DOC), "docs/results.md does not name it"
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_results_page_names_each_run(run: Path) -> None:
+    assert re.search(rf"\b{run.name}\b", DOC)
+
+
+@pytest.mark.parametrize("run", [*RUNS, *DIGITS_RUNS], ids=lambda run: run.name)
 def test_results_contain_no_local_paths(run: Path) -> None:
     for file in run.iterdir():
         assert not re.search(r'"/|[ "](/tmp|/home|/root|[A-Z]:\\)', file.read_text("utf-8")), file

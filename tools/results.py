@@ -92,8 +92,8 @@ def machine(facts: dict[str, Any]) -> str:
 
 
 def kept_runs() -> list[tuple[Recipe, RunDirectory]]:
-    """Return all runs in results/ with their recipes."""
-    runs = [RunDirectory(path) for path in sorted(RESULTS.iterdir())]
+    """Return all CIFAR-10 runs in results/ with their recipes."""
+    runs = [RunDirectory(file.parent) for file in sorted(RESULTS.glob("*/recipe.json"))]
     return [(from_fields(read_json(run.recipe_file), str(run.recipe_file)), run) for run in runs]
 
 
