@@ -26,11 +26,13 @@ class CompareOptions:
     runs: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|NAME|FILE [...]")
     ]
-    """Run directories, model hub directories, exported files or names of pretrained models. Runs
-    must have been evaluated on the same test images."""
+    """Run directories, model hub directories, exported files or
+    names of pretrained models. Runs must have been evaluated
+    on the same test images."""
 
     data: Data = None
-    """Data set for networks without saved results. By default, the data of the first run."""
+    """Data set for networks without saved results. By default,
+    the data of the first run."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
     """Also write the comparison as an HTML page."""

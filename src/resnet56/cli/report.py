@@ -21,20 +21,25 @@ class ReportOptions:
     runs: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|NAME|FILE [...]")
     ]
-    """Run directories, model hub directories, exported files or names of pretrained models, or the
-    directory of a sweep."""
+    """Run directories, model hub directories, exported
+    files or names of pretrained models, or the directory
+    of a sweep."""
 
     data: Data = None
-    """Data set for networks without saved results: a name or an image directory. By default, in a
-    comparison, the data of the first run."""
+    """Data set for networks without saved results: a name
+    or an image directory. In a comparison, the default is
+    the data set of the first run."""
 
     out: Path | None = None
-    """Output file. By default, report.html or slides.html in the run directory. In the current
-    directory, NAME-report.html for a network that is not a run, or comparison.html."""
+    """Output file. By default, report.html or slides.html
+    in the run directory. In the current directory,
+    NAME-report.html or NAME-slides.html for a network that
+    is not a run, or comparison.html."""
 
     format: Literal["html", "md", "slides"] = "html"
-    """One self-contained HTML page, Markdown with separate image
-    files, or ten slides about one run in one HTML file."""
+    """One self-contained HTML page, Markdown with separate
+    image files, or ten slides about one network in one
+    HTML file."""
 
 
 def run(arguments: list[str]) -> int:
