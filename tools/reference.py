@@ -56,6 +56,7 @@ JSON_TYPES = {  # by their names in the schema
     "PositiveInt": "integer",
     "int": "integer",
     "Fraction": "number",
+    "Interval": "list of numbers",
     "Loss": "number",
     "NonNegative": "number",
     "float": "number",

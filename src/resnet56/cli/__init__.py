@@ -1,4 +1,4 @@
-"""The `resnet56` command. Each subcommand has its own module, which is imported when it runs."""
+"""The `resnet56` command. It imports the module of a subcommand only to run this subcommand."""
 
 import contextlib
 import difflib

@@ -213,7 +213,7 @@ def _error_line(output: str) -> str:
     return line
 
 
-# Patterns of errors of tyro, and the messages that replace these errors.
+# Patterns of tyro's errors and their replacement messages.
 ERROR_MESSAGES = {
     r"Missing value for argument '(\S+/)?(?P<flag>\S+)'": "{flag}: a value is missing",
     r"invalid choice (?P<value>.*) for argument '(\S+/)?(?P<flag>\S+)'. Expected one of "

@@ -49,8 +49,8 @@ class ImportOptions:
 
     classes: tuple[str, ...] = ()
     """Class names in the order of the outputs, a text file with one name per line, cifar10,
-    cifar100, digits, or a run with the same classes. By default, the classes in the file, or those
-    of CIFAR-10 or CIFAR-100."""
+    cifar100, digits, or a run with the same classes. By default, the classes in the file, or the
+    classes of CIFAR-10 or CIFAR-100."""
 
 
 def run(arguments: list[str]) -> int:

@@ -97,7 +97,7 @@ def run(arguments: list[str]) -> int:
     given = {"logits": options.logits, "features": options.features}
     outputs = {name: file for name, file in given.items() if file is not None}
     for file in outputs.values():
-        check_target(file)  # before the images are classified
+        check_target(file)  # Check the file before classifying the images.
     predictor = load(options.run, options.device, threads=options.threads)
     sources, failed = _sources(options.images)
     top = min(options.top, len(predictor.classes))

@@ -26,7 +26,7 @@ class ServeOptions:
     """Port to listen on. 0 selects a free port."""
 
     all_formats: bool = False
-    """Accept all image formats, not only those that browsers display."""
+    """Accept all image formats, not only the formats that browsers display."""
 
     drain: float = 30.0
     """Time limit in seconds for requests in flight after Ctrl-C or SIGTERM."""

@@ -288,8 +288,8 @@ def mistakes(facts: RunFacts) -> Slide:
     shown = min(len(page.mistakes(facts)), MAX_MISTAKES)
     sentences = []
     if shown:
-        those = "The mistake" if shown == 1 else f"The {shown} most confident mistakes"
-        sentences = [f"{those}: predicted class, true class, and confidence."]
+        subject = "The mistake" if shown == 1 else f"The {shown} most confident mistakes"
+        sentences = [f"{subject}: predicted class, true class, and confidence."]
     return Slide("mistakes", "Mistakes", title, sentences)
 
 

@@ -343,7 +343,9 @@ def _baseline(test: Mapping[str, Any], published: float | None) -> str:
 
 def _weakness(test: Mapping[str, Any]) -> str:
     if not test["most_confused"]:
-        return "It classifies all test images correctly, so they do not show its weaknesses."
+        return (
+            "The network classifies all test images correctly, so they do not show its weaknesses."
+        )
     recalls = scores(test["per_class"], "recall")
     low = min(recalls.values())
     error = _most_frequent_error(test["most_confused"])

@@ -38,7 +38,7 @@ FORMAT = 1  # version of the checkpoint format. Newer versions are rejected.
 ATTEMPTS = 10  # number of attempts to read a checkpoint that a training run is replacing
 
 Mean = Annotated[float, Meta(ge=-1000, le=1000)]
-Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # valid as a divisor in fp32
+Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # The lower bound makes divisions safe.
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class LossScale(TypedDict):
 class Threads(TypedDict):
     """The number of CPU threads during a training run."""
 
-    fixed: bool  # whether the user set it
-    changes: Annotated[list[tuple[Count, PositiveInt]], Meta(min_length=1)]  # (first step, threads)
+    fixed: bool  # whether the user set the number
+    # Pairs of a step and the number of threads from this step on.
+    changes: Annotated[list[tuple[Count, PositiveInt]], Meta(min_length=1)]
 
 
 class CheckpointMetadata(TypedDict, total=False):

@@ -52,7 +52,7 @@ def read(
     """Read the model in a file or a model hub directory.
 
     The metadata of the file or the config.json next to it can declare the architecture, the classes
-    and the normalization constants. An undeclared value gets a default, and a remark reports it.
+    and the normalization constants. Undeclared values get defaults, which the remarks report.
 
     Args:
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this

@@ -93,7 +93,7 @@ def _read_config(file: Path) -> DeclaredConfig:
         raise RunError(f"{file} is damaged: {one_line(error)}") from None
     if not isinstance(config, dict):
         raise RunError(f"{file} is damaged: it is not a JSON object")
-    inner = config.get("pretrained_cfg")  # timm
+    inner = config.get("pretrained_cfg")  # key of timm
     merged = {**config, **(inner if isinstance(inner, dict) else {})}
     arch = merged.get("architecture")
     if not isinstance(arch, str) or not re.fullmatch(ARCH_PATTERN, arch):
@@ -112,8 +112,8 @@ def _read_config(file: Path) -> DeclaredConfig:
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Return the declared class names if they are distinct."""
-    labels = config.get("label_names")  # timm
-    by_index = config.get("id2label")  # this package, Transformers
+    labels = config.get("label_names")  # key of timm
+    by_index = config.get("id2label")  # key of this package and of Transformers
     if not isinstance(labels, list) and isinstance(by_index, dict):
         labels = [by_index.get(str(index)) for index in range(len(by_index))]
     if not isinstance(labels, list) or not labels or len(labels) > MAX_CLASSES:

@@ -20,7 +20,7 @@ _TRAINING_STATE = re.compile(
     r"|^(pixel_)?(mean|std)$|^normali[sz]"
 )
 
-StoredTensors = Mapping[str, StoredTensor]  # by their names in this package
+StoredTensors = Mapping[str, StoredTensor]  # tensors by their names in this package
 
 
 def matching_arch(tensors: StoredTensors, arch: str | None = None) -> str | None:
@@ -60,7 +60,7 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
 
 
 def expected_tensors(arch: str, tensors: StoredTensors) -> dict[str, Tensor]:
-    """Return the state dict of an architecture on the meta device, with as many outputs."""
+    """Return the state dict of an architecture with `tensors`' outputs, on the meta device."""
     return _expected(arch, num_outputs(tensors))
 
 

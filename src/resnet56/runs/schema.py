@@ -32,6 +32,7 @@ PositiveInt = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 Fraction = Annotated[float, Meta(ge=0, le=1 + 1e-9)]
 Loss = Annotated[float, Meta(ge=-1e-6, le=1e300)]  # in nats
 NonNegative = Annotated[float, Meta(ge=0, le=1e300)]
+Interval = Annotated[list[Fraction], Meta(min_length=2, max_length=2)]
 Text = Annotated[str, Meta(max_length=100_000)]
 
 
@@ -74,7 +75,7 @@ class Environment(TypedDict, total=False):
     """environment.json: the machine, software and data set of a run."""
 
     processor: Text  # the name of the CPU
-    cores: Count | None  # number of physical CPU cores; null if unknown
+    cores: Count | None  # number of physical CPU cores, or null if unknown
     threads: Count  # number of CPU threads of PyTorch
     memory_gb: NonNegative  # main memory in GB
     system: Text  # operating system and version
@@ -106,15 +107,15 @@ class EpochMetrics(TypedDict):
     epoch: PositiveInt  # number of the epoch, starting at 1
     step: Count  # training steps since the start of the run
     lr: NonNegative  # learning rate of the last step
-    train_loss: Loss  # mean over the epoch's augmented images
-    train_accuracy: Fraction  # mean over the epoch's augmented images
+    train_loss: Loss  # mean loss over the epoch's augmented images
+    train_accuracy: Fraction  # mean accuracy over the epoch's augmented images
     images_per_second: NonNegative  # training throughput
     seconds: NonNegative  # training time of the epoch
     peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (of the GPU, if it is used)
-    val_loss: NotRequired[Loss]  # on the validation set
-    val_accuracy: NotRequired[Fraction]  # on the validation set
-    test_loss: NotRequired[Loss]  # on the test set, with --test-every-epoch
-    test_accuracy: NotRequired[Fraction]  # on the test set, with --test-every-epoch
+    val_loss: NotRequired[Loss]  # loss on the validation set
+    val_accuracy: NotRequired[Fraction]  # accuracy on the validation set
+    test_loss: NotRequired[Loss]  # loss on the test set, with --test-every-epoch
+    test_accuracy: NotRequired[Fraction]  # accuracy on the test set, with --test-every-epoch
     threads: NotRequired[PositiveInt]  # number of CPU threads at the end of the epoch
 
 
@@ -154,8 +155,8 @@ CalibrationBin = TypedDict(
         "from": Fraction,  # lower bound of the confidence, exclusive
         "to": Fraction,  # upper bound of the confidence, inclusive
         "count": Count,  # number of images in the bin
-        "confidence": Fraction | None,  # mean confidence; null if the bin is empty
-        "accuracy": Fraction | None,  # null if the bin is empty
+        "confidence": Fraction | None,  # mean confidence, or null if the bin is empty
+        "accuracy": Fraction | None,  # accuracy, or null if the bin is empty
     },
 )
 
@@ -165,14 +166,14 @@ class Calibration(TypedDict):
 
     ece: Fraction  # expected calibration error (Guo et al. 2017)
     brier: Annotated[float, Meta(ge=0, le=2 + 1e-9)]  # Brier score, summed over classes (0 to 2)
-    bins: Annotated[list[CalibrationBin], Meta(min_length=1)]  # equal-width bins of confidence
+    bins: Annotated[list[CalibrationBin], Meta(min_length=1)]  # equal-width confidence bins
 
 
 class Metrics(TypedDict):
     """Metrics of the predictions on one set of images."""
 
     accuracy: Fraction  # top-1 accuracy
-    accuracy_interval: Annotated[list[Fraction], Meta(min_length=2, max_length=2)]  # 95 % (Wilson)
+    accuracy_interval: Interval  # 95 % confidence interval of the accuracy (Wilson 1927)
     top2: Fraction  # top-2 accuracy
     top3: Fraction  # top-3 accuracy
     loss: Loss  # mean cross-entropy
@@ -214,17 +215,17 @@ class EmaCandidate(TypedDict):
     """One of the exponential moving averages (EMA) of a run."""
 
     decay: Fraction  # decay per step
-    reestimated: bool  # whether its batch norm statistics were re-estimated
-    val_loss: NotRequired[Loss]  # on the validation set
-    val_accuracy: NotRequired[Fraction]  # on the validation set
+    reestimated: bool  # whether the batch norm statistics were re-estimated
+    val_loss: NotRequired[Loss]  # loss on the validation set
+    val_accuracy: NotRequired[Fraction]  # accuracy on the validation set
 
 
 class Evaluation(TypedDict):
     """evaluation.json, and the result of `train`: the metrics of the weights of a run."""
 
-    test: Metrics  # on the test set
-    train: NotRequired[Metrics]  # on the training images without augmentation
-    validation: NotRequired[Metrics]  # on the validation set
+    test: Metrics  # metrics on the test set
+    train: NotRequired[Metrics]  # metrics on the training images without augmentation
+    validation: NotRequired[Metrics]  # metrics on the validation set
     weights: Text  # which weights were evaluated: ema, final, imported, pretrained or exported
     ema_decay: NotRequired[Fraction]  # decay of the EMA weights
     ema_candidates: NotRequired[list[EmaCandidate]]  # all EMAs of the run
@@ -259,7 +260,7 @@ class Comparison(TypedDict):
 class Parity(TypedDict):
     """parity.json: comparisons of devices or precisions."""
 
-    comparisons: list[Comparison]  # one per pair
+    comparisons: list[Comparison]  # one comparison per pair of devices or precisions
 
 
 # sweep.json
@@ -288,7 +289,7 @@ class Sweep(TypedDict):
     space: dict[str, dict[str, Any]]  # the values of each field: low, high and log, or choices
     seeds: list[Count]  # seeds of each trial
     grid: bool  # whether all combinations are tried
-    trials: list[SweepTrial]  # by number
+    trials: list[SweepTrial]  # trials in the order of their numbers
     best: NotRequired[Count]  # number of the best complete trial
     command: NotRequired[Text]  # command that trains the best settings on all training images
 
@@ -380,8 +381,8 @@ def check_metrics(metrics: Metrics, source: str, classes: tuple[str, ...] | None
     names, matrix = list(metrics["per_class"]), metrics["confusion_matrix"]
     if classes is not None and set(names) != set(classes):
         raise RunError(
-            f"{source} is damaged: the {len(names)} classes in per_class differ from those of the "
-            "model"
+            f"{source} is damaged: the {len(names)} classes in per_class differ from the classes "
+            "of the model"
         )
     if [len(row) for row in matrix] != [len(names)] * len(names):
         raise RunError(
@@ -474,7 +475,7 @@ def _check_arrays(
 
 
 def _encodable(content: Any) -> Any:
-    """Return a copy that escapes characters that UTF-8 cannot encode."""
+    """Return a copy with escapes for characters that UTF-8 cannot encode."""
     if isinstance(content, Mapping):
         return {_encodable(key): _encodable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -73,7 +73,7 @@ class StoredTensor:
     type: str  # name of the data type, as in PyTorch or in the file
     read: Callable[[], Tensor]  # reads the values. Can raise any exception for a damaged file.
     plain: bool = True  # whether it is a dense tensor of real numbers
-    memory: object = field(default_factory=object)  # equal for tensors that share memory
+    memory: object = field(default_factory=object)  # identifier of the memory of the values
 
 
 @dataclass(frozen=True)

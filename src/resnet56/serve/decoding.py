@@ -76,7 +76,7 @@ class Decoders:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Kill all processes, including those that are decoding."""
+        """Kill all processes, including busy ones."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)

@@ -53,7 +53,7 @@ class Service:
         """Return the `top` most probable classes of each image, optionally with their maps.
 
         Raises:
-            HTTPException: 4xx if the request is invalid or too large, or 429 if the server is at
+            HTTPException: 4xx if the request is invalid or too large, or if the server is at
                 capacity.
         """
         with self.limiter.admit() as reserve:
