@@ -73,9 +73,10 @@ ARROWS: dict[str, set[str]] = {
         "runs.pretrained",
     },
     # step and evaluation
+    "custom": {"data.batches", "errors", "runs.schema"},
     "inference": {"errors", "model", "runs.checkpoint", "runtime"},
     "metrics": {"notebook", "runs.schema"},
-    "samples": {"data.augment", "data.dataset", "data.mixing", "metrics"},
+    "samples": {"data.augment", "data.batches", "data.dataset", "data.mixing", "metrics"},
     "evaluation": {
         "data.augment", "data.corruptions", "data.dataset", "errors", "inference", "metrics",
         "model", "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "samples",
@@ -83,43 +84,44 @@ ARROWS: dict[str, set[str]] = {
     "ema": {"runtime"},
     "distillation": {"data.batches", "errors", "inference", "runs.checkpoint", "runtime"},
     "step": {
-        "distillation", "ema", "errors", "kernels.compiler", "kernels.fused", "kernels.native",
-        "model", "optimizer", "recipe", "runtime",
+        "custom", "distillation", "ema", "errors", "kernels.compiler", "kernels.fused",
+        "kernels.native", "model", "optimizer", "recipe", "runtime",
     },
     # training and prediction
     "training.fine_tuning": {
         "distillation", "errors", "recipe", "runs.checkpoint", "runs.schema",
     },
     "training.setup": {
-        "data.augment", "data.batches", "data.dataset", "distillation", "distributed", "errors",
-        "model", "recipe", "runs.checkpoint", "runs.schema", "runs.sources", "runtime", "step",
-        "training.fine_tuning",
+        "custom", "data.augment", "data.batches", "data.dataset", "distillation", "distributed",
+        "errors", "model", "recipe", "runs.checkpoint", "runs.schema", "runs.sources", "runtime",
+        "step", "training.fine_tuning",
     },
     "training.final_weights": {
-        "data.dataset", "ema", "evaluation", "model", "training.fine_tuning", "training.setup",
+        "data.batches", "data.dataset", "ema", "evaluation", "model", "training.fine_tuning",
+        "training.setup",
     },
     "training.record": {
-        "data.dataset", "errors", "files", "recipe", "runs.checkpoint", "runs.directory",
-        "runs.schema", "runtime", "training.setup",
+        "custom", "data.dataset", "errors", "files", "optimizer", "recipe", "runs.checkpoint",
+        "runs.directory", "runs.schema", "runtime", "training.setup",
     },
     "training.loop": {
-        "cadence", "data.dataset", "distributed", "errors", "progress", "recipe",
-        "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "step", "threads",
+        "cadence", "custom", "data.batches", "data.dataset", "distributed", "errors", "progress",
+        "recipe", "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "step", "threads",
         "training.final_weights", "training.record", "training.setup",
     },
     "training": {
-        "cadence", "data.dataset", "distributed", "errors", "evaluation", "files", "progress",
-        "recipe", "runs.directory", "runs.schema", "runtime", "threads", "training.loop",
-        "training.record", "training.setup",
+        "cadence", "custom", "data.dataset", "distributed", "errors", "evaluation", "files",
+        "progress", "recipe", "runs.directory", "runs.schema", "runtime", "threads",
+        "training.loop", "training.record", "training.setup",
     },
     "sweep": {
         "data.dataset", "errors", "files", "model", "progress", "recipe", "runs.directory",
         "runs.schema", "training",
     },
     "predict": {
-        "data.augment", "data.images", "errors", "evaluation", "files", "inference", "libraries",
-        "metrics", "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime",
-        "threads",
+        "custom", "data.augment", "data.images", "errors", "evaluation", "files", "inference",
+        "libraries", "metrics", "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources",
+        "runtime", "threads",
     },
     "export": {
         "data.augment", "data.dataset", "errors", "evaluation", "files", "inference", "libraries",
@@ -135,7 +137,7 @@ ARROWS: dict[str, set[str]] = {
     "report.notebook": set(),
     "report.plots": {"libraries", "report.notebook"},
     "report.words": {"progress"},
-    "report.recipe_words": {"recipe", "report.words"},
+    "report.recipe_words": {"recipe", "report.words", "runs.schema"},
     "report.render": {"files", "report.plots", "report.words"},
     "report.story": {"recipe", "report.recipe_words", "report.words", "runs.schema"},
     "report.read": {
@@ -150,8 +152,8 @@ ARROWS: dict[str, set[str]] = {
         "report.story", "report.words", "runs.schema",
     },
     "report.slides": {
-        "recipe", "report.page", "report.plots", "report.read", "report.story", "report.words",
-        "runs.schema",
+        "recipe", "report.page", "report.plots", "report.read", "report.recipe_words",
+        "report.story", "report.words", "runs.schema",
     },
     "report.comparison": {
         "report.page", "report.plots", "report.read", "report.recipe_words", "report.words",

@@ -57,7 +57,7 @@ def test_a_training_run_stores_one_small_output_in_a_notebook(tmp_path: Path) ->
         SETUP,
         'result = train(recipe, data, "run")',
         'result = train(recipe, data, "hidden", progress=False)',
-        'train(recipe, data, "stopped", on_epoch=lambda row: signal.raise_signal(signal.SIGINT))',
+        'train(recipe, data, "stopped", callbacks=[lambda _: signal.raise_signal(signal.SIGINT)])',
         'print(train(recipe, data, "stopped", resume=True, progress=False)["epoch"])',
     )
     assert setup == []

@@ -9,7 +9,9 @@ from resnet56 import Dataset, EpochMetrics, Evaluation, Metrics, Recipe
 
 def test_results_have_typed_fields(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
     rows: list[EpochMetrics] = []
-    result = resnet56.train(small, tiny, str(tmp_path / "run"), device="cpu", on_epoch=rows.append)
+    result = resnet56.train(
+        small, tiny, str(tmp_path / "run"), device="cpu", callbacks=[rows.append]
+    )
     assert_type(result, Evaluation)
     assert_type(result["test"]["accuracy"], float)
     assert_type(rows[0]["train_loss"], float)

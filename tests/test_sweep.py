@@ -51,7 +51,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         for epoch in range(1, recipe.epochs + 1):
             # The best learning rate is 0.2. Momentum matters less.
             accuracy = 0.9 - abs(recipe.lr - 0.2) - 0.01 * abs(recipe.momentum - 0.5)
-            options["on_epoch"]({"epoch": epoch, "val_accuracy": accuracy * epoch / recipe.epochs})
+            options["callbacks"][0](
+                {"epoch": epoch, "val_accuracy": accuracy * epoch / recipe.epochs}
+            )
 
     monkeypatch.setattr(sweeps, "train", train)
     return recipes
@@ -215,10 +217,10 @@ def test_bad_trials_are_pruned_and_the_value_is_that_of_the_last_epoch(
 def test_a_divergent_trial_is_pruned(
     tiny: Dataset, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def train(recipe: Recipe, *_: Any, on_epoch: Any, **options: Any) -> None:
+    def train(recipe: Recipe, *_: Any, callbacks: Any, **options: Any) -> None:
         if recipe.lr > 0.5:
             raise TrainingError("the loss is not finite")
-        on_epoch({"epoch": recipe.epochs, "val_accuracy": 0.5})
+        callbacks[0]({"epoch": recipe.epochs, "val_accuracy": 0.5})
 
     monkeypatch.setattr(sweeps, "train", train)
     result = sweep(recipe, {"lr": Choices((0.1, 0.9))}, tiny, tmp_path / "s", grid=True)

@@ -16,7 +16,7 @@ from resnet56.data.augment import CROP_AND_FLIP, Augmentation, normalize
 from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evenly_spaced
 from resnet56.data.dataset import Dataset, Split, training_split
 from resnet56.errors import NotFiniteError, RunError, UsageError
-from resnet56.inference import NONFINITE_MESSAGE, InferenceModel, can_fold, restore
+from resnet56.inference import NONFINITE_MESSAGE, InferenceModel, can_fold, restore, restore_custom
 from resnet56.metrics import compute_metrics, metrics_table, percent
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
@@ -203,10 +203,17 @@ class EvaluatedModel:
 
 
 def evaluated_model(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision = "fp32"
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: Precision = "fp32",
+    model: nn.Module | None = None,
 ) -> EvaluatedModel:
-    """Restore the model of a checkpoint on `device` for evaluation."""
-    return EvaluatedModel(restore(checkpoint, device), checkpoint.config, precision)
+    """Restore the model of a checkpoint on `device` for evaluation.
+
+    If `model`, a custom model, is given, its weights are replaced.
+    """
+    net = restore(checkpoint, device) if model is None else restore_custom(model, checkpoint)
+    return EvaluatedModel(net, checkpoint.config, precision)
 
 
 class EvaluationDict(dict[str, Any]):
@@ -309,6 +316,7 @@ def evaluate_run(
     precision: Precision = "fp32",
     val_size: int = 0,
     augmentation: Augmentation = CROP_AND_FLIP,
+    model: nn.Module | None = None,
     progress: ProgressFactory = no_progress,
 ) -> Evaluation:
     """Evaluate the weights of a run on its data set, and write the results to the run directory.
@@ -326,22 +334,32 @@ def evaluate_run(
         dataset: the data set of the run.
         device, precision: device and precision of the forward pass.
         val_size: number of validation images, as in the recipe of the run.
-        augmentation: augmentation of the run, for the images in samples.npz.
+        augmentation: augmentation of the run, for the images in samples.npz. If the run has a
+            custom augmentation that is not passed, the earlier images are kept.
+        model: module of a run with a custom model. Its weights are replaced.
         progress: displays the progress of the evaluation.
 
     Returns:
         The content of evaluation.json.
     """
     checkpoint = run.load()
+    unknown = "augment" in checkpoint.metadata.get("custom", {}) and augmentation.function is None
+    if unknown:
+        augmentation = Augmentation(padding=0, flip=False)
     results = measure(
-        evaluated_model(checkpoint, device, precision),
+        evaluated_model(checkpoint, device, precision, model),
         dataset,
         describe_weights(checkpoint),
         val_size=val_size,
         augmentation=augmentation,
         progress=progress,
     )
-    evaluation = results.evaluation
+    evaluation, samples = results.evaluation, results.samples
+    if unknown:
+        with suppress(RunError):
+            earlier = run.read_samples() or {}
+            kept = ("originals", "original_labels", "augmented")
+            samples |= {name: earlier[name] for name in kept if name in earlier}
     previous = None
     with suppress(RunError):  # replace a damaged file
         previous = run.read_evaluation(checkpoint.progress.step)
@@ -353,7 +371,7 @@ def evaluate_run(
     if run.is_imported() and checkpoint.metadata.get("data") is None:
         _record_data(run, dataset, device, precision)
     run.write_predictions(results.predictions)
-    run.write_samples(results.samples)
+    run.write_samples(samples)
     run.write_evaluation(evaluation)
     return cast(Evaluation, EvaluationDict(evaluation))
 

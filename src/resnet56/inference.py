@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from resnet56.errors import NotFiniteError
+from resnet56.errors import NotFiniteError, RunError
 from resnet56.model import BLOCKS, PadShortcut, ResNet, build, norm_relu
 from resnet56.runs.checkpoint import Checkpoint, require_fit
 from resnet56.runtime import DTYPES, Precision
@@ -32,6 +32,7 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
         UsageError: the architecture is unknown.
     """
     config = checkpoint.config
+    require_builtin(checkpoint)
     with torch.device("meta"):  # allocate memory only after checking the weights
         model = build(config.arch, classes=len(config.classes))
     message = f"the weights do not fit {config.arch} with {len(config.classes)} classes"
@@ -43,9 +44,34 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
     return model
 
 
+def require_builtin(checkpoint: Checkpoint) -> None:
+    """Raise RunError if the checkpoint has a custom model, whose code is not in the checkpoint."""
+    custom = checkpoint.metadata.get("custom", {}).get("model")
+    if custom is not None:
+        raise RunError(
+            f"the model is the custom {custom['name']}, which can only be loaded in Python: "
+            f"resnet56.load(RUN, model={custom['name']})"
+        )
+
+
+def restore_custom(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """Load the weights of a checkpoint into a custom model. Return it in evaluation mode.
+
+    Raises:
+        RunError: the weights do not fit the model.
+        NotFiniteError: the outputs are not finite.
+    """
+    message = f"the weights of {checkpoint.config.arch} do not fit the model"
+    require_fit(checkpoint.model, model.state_dict(), message)
+    model.load_state_dict(checkpoint.model)
+    model.eval()
+    _require_finite_outputs(model, checkpoint.config.mean, checkpoint.config.std)
+    return model
+
+
 @torch.inference_mode()
 def _require_finite_outputs(
-    model: ResNet, mean: tuple[float, float, float], std: tuple[float, float, float]
+    model: nn.Module, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> None:
     """Run the model on a black image and on noise, and check that the outputs are finite."""
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

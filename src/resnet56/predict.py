@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from resnet56.threads import check_threads, set_threads
 if TYPE_CHECKING:
     import torch
 
+    from resnet56.custom import ModelLike
     from resnet56.data.dataset import Split
     from resnet56.evaluation import ProgressCallback
     from resnet56.model import ResNet
@@ -80,6 +81,7 @@ class Outputs(NamedTuple):
     """The outputs of a model for N images, as float32."""
 
     logits: FloatArray  # (N, classes)
+    # Custom models without a method `explain` have neither maps (H = W = 0) nor features (C = 0).
     maps: FloatArray  # (N, classes, 8, 8) class activation maps
     features: FloatArray  # (N, C) after global average pooling
 
@@ -106,11 +108,11 @@ class TorchBackend:
     def __init__(self, model: "ResNet", config: ModelConfig, device: "torch.device") -> None:
         import torch
 
-        from resnet56.inference import InferenceModel
+        from resnet56.inference import InferenceModel, can_fold
 
         self.model = model
         self.config = config
-        self.inference_model = InferenceModel(model)
+        self.inference_model = InferenceModel(model) if can_fold(model) else model
         self.device = device
         self.runtime = f"PyTorch on {device}"
         self.mean = torch.tensor(config.mean, device=device)
@@ -124,7 +126,12 @@ class TorchBackend:
 
         with torch.inference_mode():
             x = normalize(torch.from_numpy(images).to(self.device), self.mean, self.std)
-            return Outputs(*(output.cpu().numpy() for output in self.inference_model.explain(x)))
+            if hasattr(self.inference_model, "explain"):
+                outputs = self.inference_model.explain(x)
+            else:  # a custom model
+                logits = self.inference_model(x).float()
+                outputs = (logits, x.new_empty(*logits.shape, 0, 0), x.new_empty(len(x), 0))
+            return Outputs(*(output.cpu().numpy() for output in outputs))
 
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
@@ -246,7 +253,8 @@ class Predictor:
     def model(self) -> "ResNet":
         """The PyTorch module, in evaluation mode.
 
-        Predictions use an optimized copy, so changes to this module do not affect them.
+        Predictions use an optimized copy, so changes to this module do not affect them. With
+        `model`, this is the module that was passed to `load`.
 
         Raises:
             UsageError: the model runs in ONNX Runtime.
@@ -317,6 +325,10 @@ class Predictor:
             ImageError: an image cannot be read.
         """
         rows = [prediction.features for prediction in self.predict(images)]
+        if rows and not rows[0].size:
+            raise UsageError(
+                f"{self.name} has a custom model without a method explain: no features"
+            )
         return np.stack(rows) if rows else self.run(NO_IMAGES).features
 
     def predict(
@@ -381,6 +393,8 @@ class Predictor:
     def _predict_valid(self, images: UInt8Array, top: int | None, maps: bool) -> list[Prediction]:
         """Return one prediction per preprocessed image."""
         outputs = self.run(images)
+        if maps and not outputs.maps.size:
+            raise UsageError(f"{self.name} has a custom model without a method explain: no maps")
         predictions = []
         for probabilities, logits, image_maps, features in zip(
             softmax(outputs.logits), *outputs, strict=True
@@ -401,7 +415,11 @@ class Predictor:
 
 
 def load(
-    source: StrPath = "resnet56", device: str = "auto", *, threads: int | None = None
+    source: StrPath = "resnet56",
+    device: str = "auto",
+    *,
+    model: "ModelLike | None" = None,
+    threads: int | None = None,
 ) -> Predictor:
     """Load a model for inference.
 
@@ -410,29 +428,43 @@ def load(
             The output can be an ONNX file, a model hub directory, or the weight file in such a
             directory. ONNX files do not require PyTorch.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
+        model: the custom model of a run, as it was passed to `train`: a module, whose weights are
+            replaced, or a function of the number of classes that returns it. Class activation maps
+            and features need a method `explain` like that of `ResNet`.
         threads: number of CPU threads of PyTorch or ONNX Runtime. By default, one thread per core.
 
     Raises:
-        RunError: the model does not exist or is damaged.
-        UsageError: the device is not available, or the number of threads is out of range.
+        RunError: the model does not exist or is damaged, the run needs `model`, or its weights do
+            not fit `model`.
+        UsageError: the device is not available, the number of threads is out of range, or the run
+            has a built-in network and needs no `model`.
         MissingExtraError: the model is an ONNX file and ONNX Runtime is not installed.
     """
     path = Path(source)
-    if is_onnx(path):
+    if is_onnx(path) and model is None:
         if device not in ("auto", "cpu"):
             raise UsageError(f"an ONNX file runs on the CPU only, not on {device!r}")
         onnx = OnnxBackend.from_file(path, threads)
         return Predictor(path.stem, onnx.config, onnx)
     checkpoint = open_model(source).checkpoint
 
-    from resnet56.inference import restore
+    from resnet56.inference import restore, restore_custom
     from resnet56.runtime import resolve_device
 
     if threads is not None:
         set_threads(threads)
     torch_device = resolve_device(device)
     config = checkpoint.config
-    backend = TorchBackend(restore(checkpoint, torch_device), config, torch_device)
+    if model is None:
+        net = restore(checkpoint, torch_device)
+    else:
+        from resnet56.custom import make_model
+
+        if "model" not in checkpoint.metadata.get("custom", {}):
+            raise UsageError(f"{path} has the built-in network {config.arch}; omit model")
+        module = make_model(model, len(config.classes), torch_device)
+        net = cast("ResNet", restore_custom(module, checkpoint))
+    backend = TorchBackend(net, config, torch_device)
     return Predictor(path.resolve().name, config, backend)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet56.data.augment import Augmentation, augment, sample_params
+from resnet56.data.batches import seeded
 from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, sample_mix_params
 from resnet56.metrics import FloatArray, IntArray, softmax
@@ -39,10 +40,11 @@ def augmented_samples(
     images = originals.repeat_interleave(VARIANTS, dim=0)
     params = sample_params(len(images), augmentation, torch.Generator().manual_seed(0))
     means, stds = torch.tensor(mean), torch.tensor(std)
-    augmented = augment(images, params, means, stds, augmentation)
-    if augmentation.mix != "none":
-        unmixed = augment(images, params, means, stds, augmentation.before_mixing())
-        _mix_variants(augmented, unmixed, augmentation)
+    with seeded(0, images.device):  # for a function that augments
+        augmented = augment(images, params, means, stds, augmentation)
+        if augmentation.mix != "none":
+            unmixed = augment(images, params, means, stds, augmentation.before_mixing())
+            _mix_variants(augmented, unmixed, augmentation)
     # Undo the normalization. The pixels that Cutout erased become the mean.
     pixels = augmented * stds[:, None, None] + means[:, None, None]
     variants = (255 * pixels).round().clamp(0, 255).byte()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet56.custom import Custom
 from resnet56.distillation import Teachers, distillation_loss
 from resnet56.ema import EMA
 from resnet56.errors import UsageError, option
@@ -16,7 +17,7 @@ from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.fused import fused_norm_relu
 from resnet56.kernels.native import native_network
 from resnet56.model import ResNet
-from resnet56.optimizer import make_optimizer, restore_state, state_of
+from resnet56.optimizer import StateValues, make_optimizer, restore_state, state_of, trainable
 from resnet56.recipe import Execution, Recipe
 from resnet56.runtime import DTYPES, Precision, autocast
 
@@ -45,7 +46,9 @@ class PreparedModel:
     remedy: str = ""  # what the user can do to make the faster mode available
 
 
-def prepare_model(model: ResNet, execution: str, precision: Precision) -> PreparedModel:
+def prepare_model(
+    model: nn.Module, execution: str, precision: Precision, *, builtin: bool = True
+) -> PreparedModel:
     """Prepare a model for an execution mode. All modes give the same results up to rounding.
 
     Args:
@@ -54,6 +57,7 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
             with a matrix unit. `auto` never selects `torch.compile`, which takes about a minute to
             compile and is faster only in long runs.
         precision: precision of the forward pass.
+        builtin: whether the model is a network of `build`. The kernels support no other models.
 
     Raises:
         UsageError: the execution mode is not available on this machine.
@@ -71,8 +75,11 @@ def prepare_model(model: ResNet, execution: str, precision: Precision) -> Prepar
     for mode, prepare in preparers.items():
         if execution in (mode, "auto"):
             try:
+                if not builtin:
+                    raise UnavailableError("it does not support custom models")
                 if next(model.parameters()).device.type != "cpu":
                     raise UnavailableError("the kernels run on the CPU only")
+                assert isinstance(model, ResNet)
                 return PreparedModel(prepare(model, precision), mode, "; ".join(reasons))
             except UnavailableError as error:
                 reasons.append(f"{mode} execution is not available: {error}")
@@ -120,6 +127,11 @@ class Trainer:
         precision: precision of the forward and backward passes.
         teachers: teachers for distillation, or None.
         frozen: modules that stay in evaluation mode. Their parameters do not require gradients.
+        custom: parts that replace built-in ones.
+
+    Raises:
+        UsageError: the custom optimizer is not an optimizer of the parameters.
+        TrainingError: the custom optimizer raises an exception.
     """
 
     def __init__(
@@ -131,7 +143,9 @@ class Trainer:
         teachers: Teachers | None = None,
         *,
         frozen: Sequence[nn.Module] = (),
+        custom: Custom | None = None,
     ) -> None:
+        self.custom = custom or Custom()
         self.teachers = teachers
         self.frozen = frozen
         self.model = model
@@ -139,7 +153,15 @@ class Trainer:
         self.recipe = recipe
         self.precision = precision
         self.device = next(model.parameters()).device
-        self.optimizer = make_optimizer(model, recipe)
+        if self.custom.optimizer is None:
+            self.optimizer = make_optimizer(model, recipe)
+        else:
+            self.optimizer = self.custom.make_optimizer(trainable(model), recipe.lr)
+        # The schedule scales the learning rate of each group.
+        self.lr_scales = [
+            float(group["lr"]) / recipe.lr if "lr" in group else None
+            for group in self.optimizer.param_groups
+        ]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.emas = [EMA(model, decay) for decay in recipe.ema_decay]
         self.reset_sums()
@@ -171,19 +193,24 @@ class Trainer:
             lr: learning rate.
             step: step number (from 0), over all epochs.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with autocast(self.device, self.precision):
+        for group, scale in zip(self.optimizer.param_groups, self.lr_scales, strict=True):
+            if scale is not None:
+                group["lr"] = lr * scale
+        with self.custom.reported("model"), autocast(self.device, self.precision):
             logits = self.wrapped(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+        if self.custom.loss is not None:
+            loss = self.custom.compute_loss(logits, targets)
+        else:
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
         if self.teachers is not None:
             weight = self.recipe.teacher_weight
             distilled = self._distillation_loss(self.teachers, images, logits, step)
             loss = distilled if weight == 1 else (1 - weight) * loss + weight * distilled
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        with self.custom.reported("optimizer"):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         tensors = self.model.state_dict() if self.emas else {}
         for ema in self.emas:
@@ -216,7 +243,8 @@ class Trainer:
         The result contains the state of the optimizer. If there is an EMA, it also contains the
         weights of the model. If there are several EMAs, it also contains all of them.
         """
-        state, _ = state_of(self.model, self.optimizer)
+        with self.custom.reported("optimizer"):
+            state, _ = state_of(self.model, self.optimizer)
         if self.emas:
             state |= {f"raw.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if len(self.emas) > 1:
@@ -224,12 +252,24 @@ class Trainer:
                 state |= {f"ema.{i}.{name}": tensor for name, tensor in ema.tensors.items()}
         return state
 
-    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Restore the tensors that `weights` and `state` returned."""
+    def optimizer_values(self) -> StateValues:
+        """Return the state of the optimizer that is not in tensors, as JSON values."""
+        return state_of(self.model, self.optimizer)[1]
+
+    def restore(
+        self,
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        values: StateValues | None = None,
+    ) -> None:
+        """Restore what `weights`, `state` and `optimizer_values` returned.
+
+        The built-in optimizers do not need `values`.
+        """
         self.model.load_state_dict(_with_prefix(state, "raw.") if self.emas else weights)
         for i, ema in enumerate(self.emas):
             ema.restore(_with_prefix(state, f"ema.{i}.") if len(self.emas) > 1 else weights)
-        restore_state(self.model, self.optimizer, state)
+        restore_state(self.model, self.optimizer, state, values)
 
 
 def _with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from resnet56.recipe import Recipe
 from resnet56.runs import schema
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import EpochMetrics, Sweep, SweepTrial
-from resnet56.training import train
+from resnet56.training import CallbackError, train
 
 if TYPE_CHECKING:
     import optuna
@@ -653,15 +653,18 @@ class _Worker:
                 report(row)
         display = TrainingDisplay(_Status(self.output, f"trial {number}{suffix}"))
         with display:
-            train(
-                recipe,
-                self.dataset,
-                run.path,
-                resume=resume,
-                progress=display,
-                on_epoch=report,
-                **self.options,
-            )
+            try:
+                train(
+                    recipe,
+                    self.dataset,
+                    run.path,
+                    resume=resume,
+                    progress=display,
+                    callbacks=[report],
+                    **self.options,
+                )
+            except CallbackError as error:
+                raise error.__cause__ or error from None
         return accuracy
 
     # Count the trials.

@@ -4,6 +4,7 @@
 any device. Batches are therefore the same on every device, in every process and after resuming.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ class Augmentation:
         mix_alpha: parameter of the Beta(alpha, alpha) distribution of the mixing weights.
         mix_probability: probability that a batch is mixed.
         plain_tail_from: first epoch (from 0) that uses only crops and flips.
+        function: replaces TrivialAugment, the crop, the flip and Cutout. It maps images
+            (B, 3, 32, 32) uint8 to images of the same type and shape.
     """
 
     padding: int = 4
@@ -41,6 +44,7 @@ class Augmentation:
     mix_alpha: float = 1.0
     mix_probability: float = 1.0
     plain_tail_from: int | None = None
+    function: Callable[[Tensor], Tensor] | None = None
 
     def in_epoch(self, epoch: int) -> "Augmentation":
         """Return the settings for `epoch` (from 0)."""
@@ -173,8 +177,12 @@ def augment(
 ) -> Tensor:
     """Augment and normalize images (N, 3, 32, 32) uint8. Return float32.
 
-    The steps are TrivialAugment, crop and flip, normalization, and Cutout.
+    The steps are TrivialAugment, crop and flip, normalization, and Cutout. A function in the
+    settings replaces all of them except normalization.
     """
+    if augmentation.function is not None:
+        images = augmentation.function(images).contiguous(memory_format=torch.channels_last)
+        return normalize(images, mean, std)
     if augmentation.trivial_augment:
         images = trivial_augment(images, params.transforms, params.levels)
     images = normalize(crop_and_flip(images, params, augmentation.padding), mean, std)

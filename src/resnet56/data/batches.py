@@ -5,6 +5,7 @@ processes.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, mix_labels, sample_mix_params
 from resnet56.errors import UsageError
 
+AUGMENT_STREAM = 3  # as MIXING_STREAM, for a function that augments
 MIXING_STREAM = 1  # gives mixing its own random numbers in each epoch
 
 
@@ -28,13 +30,24 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the random numbers of PyTorch on the CPU and on `device` until the block ends."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 @dataclass(frozen=True)
 class Batches:
     """Augmented training batches, as in `train`. Iterate over them with `epoch`.
 
     The batches of an epoch depend only on the arguments and the epoch. Every epoch has its own
-    order of the images and its own random augmentation. The batches do not use or change the
-    global random state of PyTorch.
+    order of the images and its own random augmentation. The batches do not change the global
+    random state of PyTorch. A function that augments runs with its own state in each step.
 
     Images are augmented in batches on the device of `split`, without worker processes. With a GPU,
     pass `split.to("cuda")`.
@@ -135,7 +148,13 @@ class Batches:
             """Return the augmented images and labels at `index` in the order of the epoch."""
             selected = order[index]
             images = self.split.images[selected]
-            images = augment(images, params.select(index), mean, std, augmentation)
+            state: AbstractContextManager[None] = nullcontext()
+            if augmentation.function is not None:
+                state = seeded(
+                    derive_seed(self.seed, epoch, AUGMENT_STREAM, step, self.rank), device
+                )
+            with state:
+                images = augment(images, params.select(index), mean, std, augmentation)
             return images, self.split.labels[selected]
 
         for step in range(start, self.steps):

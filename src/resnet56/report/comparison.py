@@ -217,15 +217,25 @@ def data_key(entry: Entry) -> tuple[Any, ...]:
 def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
     """Return the fields in which the recipes of trained runs differ, with one value per entry.
 
-    The value of a field that does not apply, such as mix_alpha without mixing, is a dash.
+    The value of a field that does not apply, such as mix_alpha without mixing, is a dash. Custom
+    parts have the start of their hash as value.
     """
-    recipes = [entry.facts.recipe for entry in entries if entry.facts.recipe]
+    trained = [(e.facts.recipe, e.facts.custom) for e in entries if e.facts.recipe]
     values = {
         name: [
-            (recipe_words.applies(recipe, name) and plain(recipe.to_json()[name])) or NO_VALUE
-            for recipe in recipes
+            (recipe_words.applies(recipe, name, custom) and plain(recipe.to_json()[name]))
+            or NO_VALUE
+            for recipe, custom in trained
         ]
-        for name in recipes[0].to_json()
+        for name in trained[0][0].to_json()
+    }
+    kinds = sorted({kind for _, custom in trained for kind in custom})
+    values |= {
+        f"custom {kind}": [
+            f"{custom[kind]['name']} ({custom[kind]['sha256'][:8]})" if kind in custom else NO_VALUE
+            for _, custom in trained
+        ]
+        for kind in kinds
     }
     return {name: row for name, row in values.items() if len(set(row)) > 1}
 
@@ -253,7 +263,8 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
         elif facts.test and facts.recipe and facts.finished:
             recipe = facts.recipe.to_json()
             seedless = tuple((name, str(recipe[name])) for name in recipe if name != "seed")
-            members = by_recipe.setdefault((seedless, data_key(entry)), {})
+            custom = tuple(sorted((kind, part["sha256"]) for kind, part in facts.custom.items()))
+            members = by_recipe.setdefault((seedless, custom, data_key(entry)), {})
             members.setdefault(facts.recipe.seed, entry)
     found = [tuple(members[seed] for seed in sorted(members)) for members in by_recipe.values()]
     found.sort(key=lambda group: -statistics.fmean(entry.accuracy for entry in group))

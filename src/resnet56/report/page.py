@@ -94,6 +94,9 @@ def content(facts: RunFacts) -> dict[str, Any]:
 
 def network_name(facts: RunFacts) -> str:
     """Return the name of the network without its block type, such as 'ResNet-56' or 'Plain-56'."""
+    if "model" in facts.custom:
+        name = facts.config.arch.rpartition(".")[2]
+        return name if name.isidentifier() else "The custom model"
     family = "Plain" if facts.description.shortcut == "none" else "ResNet"
     return f"{family}-{facts.description.depth}"
 
@@ -192,8 +195,10 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
         sentences |= {
             "trend": story.trend(facts.rows, recipe),
             "schedule": [recipe_words.schedule(recipe)],
-            "optimizer": [recipe_words.optimizer(recipe)],
-            "augmentation": [recipe_words.augmentation(recipe, flips=facts.flips)],
+            "optimizer": [recipe_words.optimizer(recipe, facts.custom)],
+            "augmentation": [
+                recipe_words.augmentation(recipe, flips=facts.flips, custom=facts.custom)
+            ],
         }
     if test:
         interval = (test["accuracy_interval"][0], test["accuracy_interval"][1])
@@ -425,7 +430,11 @@ def kept_mistakes(facts: RunFacts) -> list[tuple[int, int, int, str, str]]:
 
 def recipe_table(facts: RunFacts) -> dict[str, str]:
     """Return the fields of the recipe that apply to the run, as text."""
-    fields = recipe_words.fields(facts.recipe, flips=facts.flips) if facts.recipe else {}
+    if facts.recipe is None:
+        fields = {}
+    else:
+        fields = recipe_words.fields(facts.recipe, flips=facts.flips, custom=facts.custom)
+        fields |= {kind: part["name"] for kind, part in facts.custom.items()}
     return {name: plain(value) for name, value in fields.items()}
 
 

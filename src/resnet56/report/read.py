@@ -18,6 +18,7 @@ from resnet56.runs.checkpoint import CheckpointMetadata, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import (
     Comparison,
+    CustomPart,
     Environment,
     EpochMetrics,
     Evaluation,
@@ -127,11 +128,17 @@ class RunFacts:
         return self.recipe is not None and self.recipe.flip
 
     @property
+    def custom(self) -> Mapping[str, CustomPart]:
+        """The parts of training that replaced those of the recipe."""
+        return self.metadata.get("custom", {})
+
+    @property
     def augmented(self) -> bool | None:
         """Whether training images were augmented, or None if the training is not recorded."""
         if self.recipe is None:
             return None
-        return recipe_words.is_augmented(self.recipe, flips=self.flips)
+        builtin = recipe_words.is_augmented(self.recipe, flips=self.flips)
+        return builtin or "augment" in self.custom
 
     @property
     def finished(self) -> bool:
@@ -163,7 +170,7 @@ def read_run(path: Path) -> RunFacts:
         config=config,
         progress=checkpoint.progress,
         metadata=cast(CheckpointMetadata, checkpoint.metadata),
-        description=describe(config.arch, len(config.classes)),
+        description=_describe(config, checkpoint.metadata.get("custom", {}).get("model")),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
         # The samples include mistakes of the evaluated weights.
@@ -205,6 +212,14 @@ def facts_from_results(
         samples=Samples(**results.samples),
         predictions=results.predictions,
     )
+
+
+def _describe(config: ModelConfig, custom: CustomPart | None) -> Description:
+    """Describe the network. For a custom model, only the number of parameters is known."""
+    if custom is None:
+        return describe(config.arch, len(config.classes))
+    parameters = custom.get("parameters", 0)
+    return Description(config.arch, 0, "custom", "none", 0, (), parameters, 0)
 
 
 def read_samples(run: RunDirectory, classes: int) -> Samples | None:

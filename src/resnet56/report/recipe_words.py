@@ -1,10 +1,24 @@
 """Descriptions of a recipe, in sentences and as the list of fields that apply."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from resnet56.recipe import Recipe
 from resnet56.report.words import listed, plural
+from resnet56.runs.schema import CustomPart
+
+Custom = Mapping[str, CustomPart]  # parts that replaced those of the recipe
+NONE: Custom = {}
+
+# The fields of a recipe without an effect if a part is replaced.
+REPLACED = {
+    "model": ("arch",),
+    "optimizer": ("optimizer", "momentum", "nesterov", "weight_decay", "decay_norm"),
+    "loss": ("label_smoothing",),
+    "augment": ("padding", "flip", "alternate_flip", "cutout", "trivial_augment"),
+}
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -30,8 +44,12 @@ def schedule(recipe: Recipe) -> str:
     return f"{start} is multiplied by {recipe.drop_factor:g} after {word} {listed(drops)}."
 
 
-def augmentation(recipe: Recipe, *, flips: bool) -> str:
+def augmentation(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> str:
     """Describe the augmentation of training images."""
+    if "augment" in custom:
+        sentence = f"The custom function {custom['augment']['name']} augments training images."
+        recipe = replace(recipe, cutout=0, trivial_augment=False)
+        return " ".join([sentence, *_mixing(recipe), *_sizes(recipe)])
     steps = []
     if recipe.trivial_augment:
         steps.append("changed by a random geometric or color transform (TrivialAugment)")
@@ -109,17 +127,18 @@ def _sizes(recipe: Recipe) -> list[str]:
     return [f"At the start of training, images are downscaled {listed(downscaled)}."]
 
 
-def fields(recipe: Recipe, *, flips: bool) -> dict[str, Any]:
+def fields(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> dict[str, Any]:
     """Return the fields that affect the run, without disabled options.
 
     Args:
         recipe: the recipe.
         flips: whether training images are flipped. This depends on the recipe and the data.
+        custom: parts that replaced those of the recipe.
     """
     return {
         name: value
         for name, value in recipe.to_json().items()
-        if applies(recipe, name) and not (name == "flip" and recipe.flip and not flips)
+        if applies(recipe, name, custom) and not (name == "flip" and recipe.flip and not flips)
         if name not in OPTIONS or value not in (0, "none", "", [])  # 0 == False
     }
 
@@ -132,8 +151,10 @@ OPTIONS = (
 )
 
 
-def applies(recipe: Recipe, name: str) -> bool:
-    """Return whether a field has an effect, given the other fields."""
+def applies(recipe: Recipe, name: str, custom: Custom = NONE) -> bool:
+    """Return whether a field has an effect, given the other fields and custom parts."""
+    if any(name in REPLACED[kind] for kind in custom if kind in REPLACED):
+        return False
     conditions = {
         "drop_epochs": recipe.schedule == "step",
         "drop_factor": recipe.schedule == "step"
@@ -159,7 +180,7 @@ def is_augmented(recipe: Recipe, *, flips: bool) -> bool:
     )
 
 
-def optimizer(recipe: Recipe) -> str:
+def optimizer(recipe: Recipe, custom: Custom = NONE) -> str:
     """Describe the initial weights, the optimizer, weight decay, label smoothing and EMA."""
     momentum = f"momentum {recipe.momentum:g}, " if recipe.momentum else "no momentum, "
     if recipe.nesterov:
@@ -167,15 +188,19 @@ def optimizer(recipe: Recipe) -> str:
     method = f"stochastic gradient descent ({momentum}"
     if recipe.optimizer == "adamw":
         method = "AdamW ("
+    if "optimizer" in custom:
+        method = f"the custom optimizer {custom['optimizer']['name']} ("
     sentences = [
         f"The network is trained with {method}batch size {recipe.batch_size:,}) for "
         f"{plural(recipe.epochs, 'epoch')}.",
         *_fine_tuning(recipe),
     ]
-    if recipe.weight_decay:
+    if "loss" in custom:
+        sentences.append(f"The loss is the custom function {custom['loss']['name']}.")
+    if recipe.weight_decay and "optimizer" not in custom:
         exempt = "" if recipe.decay_norm else " and does not apply to batch norm and biases"
         sentences.append(f"The weight decay is {recipe.weight_decay:g}{exempt}.")
-    if recipe.label_smoothing:
+    if recipe.label_smoothing and "loss" not in custom:
         sentences.append(f"The label smoothing is {recipe.label_smoothing:g}.")
     if recipe.teacher:
         sentences.append(_distillation(recipe))

@@ -12,6 +12,7 @@ from resnet56.recipe import Recipe
 from resnet56.report import page, story
 from resnet56.report.plots import Chart, shortened
 from resnet56.report.read import RunFacts
+from resnet56.report.recipe_words import NONE, Custom
 from resnet56.report.words import big, count, listed, percent, plural, points, quoted
 from resnet56.runs.schema import ConfusedPair, Evaluation, Metrics
 
@@ -73,10 +74,12 @@ def content(facts: RunFacts) -> dict[str, Any]:
 
 def slides(facts: RunFacts) -> list[Slide]:
     """Return the text of the slides, in order."""
+    network = (
+        [custom_model(facts)] if "model" in facts.custom else [idea(facts), architecture(facts)]
+    )
     return [
         opening(facts),
-        idea(facts),
-        architecture(facts),
+        *network,
         data(facts),
         training(facts),
         results(facts),
@@ -128,6 +131,12 @@ def idea(facts: RunFacts) -> Slide:
     return Slide("idea", "Idea", title, sentences)
 
 
+def custom_model(facts: RunFacts) -> Slide:
+    """Return the slide on a custom model, whose layers are not recorded."""
+    title = f"A custom model with {count(facts.description.parameters)} parameters"
+    return Slide("custom-model", "Architecture", title, [f"Its name is {facts.config.arch}."])
+
+
 def architecture(facts: RunFacts) -> Slide:
     """Return the slide on the size of the network."""
     network = facts.description
@@ -148,13 +157,17 @@ def data(facts: RunFacts) -> Slide:
     title = f"{listed(numbers)} images in {classes}" if numbers else f"Images in {classes}"
     sentences = [f"Images are {SIZE} pixels, normalized per channel."]
     if facts.recipe:
-        sentences.append(augmentation(facts.recipe, flips=facts.flips))
+        sentences.append(augmentation(facts.recipe, flips=facts.flips, custom=facts.custom))
     return Slide("data", "Data", title, sentences)
 
 
-def augmentation(recipe: Recipe, *, flips: bool) -> str:
+def augmentation(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> str:
     """Name the operations that augment training images."""
+    if "augment" in custom:
+        recipe = replace(recipe, trivial_augment=False, padding=0, cutout=0)
+        flips = False
     names = [
+        *([custom["augment"]["name"]] if "augment" in custom else []),
         *(["TrivialAugment"] if recipe.trivial_augment else []),
         *(["random crops"] if recipe.padding else []),
         *(["horizontal flips"] if flips else []),
@@ -173,24 +186,30 @@ def training(facts: RunFacts) -> Slide:
         sentences = [page.no_curves(facts)]
         return Slide("training", "Training", "No training curves", sentences)
     title = f"{plural(facts.rows[-1]['epoch'], 'epoch')} in {time_taken(facts.seconds)}"
-    sentences = [optimizer(facts.recipe), schedule(facts.recipe)] if facts.recipe else []
+    sentences = (
+        [optimizer(facts.recipe, facts.custom), schedule(facts.recipe)] if facts.recipe else []
+    )
     return Slide("training", "Training", title, sentences)
 
 
-def optimizer(recipe: Recipe) -> str:
+def optimizer(recipe: Recipe, custom: Custom = NONE) -> str:
     """Describe the optimizer in a few words."""
+    replaced = "optimizer" in custom
+    decay = f"weight decay {recipe.weight_decay:g}"
     momentum = f"{'Nesterov ' if recipe.nesterov else ''}momentum {recipe.momentum:g}"
-    is_sgd = recipe.optimizer == "sgd"
+    is_sgd = recipe.optimizer == "sgd" and not replaced
     settings = [
         *([momentum] if recipe.momentum and is_sgd else []),
         f"batch size {count(recipe.batch_size)}",
-        *([f"weight decay {recipe.weight_decay:g}"] if recipe.weight_decay else []),
+        *([decay] if recipe.weight_decay and not replaced else []),
+        *(["a custom loss"] if "loss" in custom else []),
         *(["distillation"] if recipe.teacher else []),
         *(["EMA"] if recipe.ema_decay else []),
         *(["pretrained weights"] if recipe.weights else []),
         *(["frozen layers"] if recipe.freeze else []),
     ]
-    return f"Optimizer: {'SGD' if is_sgd else 'AdamW'} with {listed(settings)}."
+    name = custom["optimizer"]["name"] if replaced else "SGD" if is_sgd else "AdamW"
+    return f"Optimizer: {name} with {listed(settings)}."
 
 
 def schedule(recipe: Recipe) -> str:

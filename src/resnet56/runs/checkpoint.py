@@ -20,6 +20,7 @@ from resnet56.files import read_json, write_bytes, write_json
 from resnet56.runs.schema import (
     MAX_INTEGER,
     Count,
+    CustomPart,
     EmaCandidate,
     Fraction,
     InitialWeights,
@@ -97,6 +98,8 @@ class CheckpointMetadata(TypedDict, total=False):
     ema_candidates: list[EmaCandidate]  # all EMAs of the run
     teachers: list[Teacher]  # teachers of knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from
+    custom: dict[str, CustomPart]  # by name: model, optimizer, loss and augment
+    optimizer: dict[str, Any]  # state of a custom optimizer that is not in tensors
     precision: Text  # fp32, bf16 or fp16
     execution: Text  # eager, fused, native or compiled
     loss_scale: LossScale | None  # null unless the precision is fp16

@@ -71,6 +71,14 @@ class InitialWeights(TypedDict):
     new_classifier: bool  # whether the classifier was new, because the classes differ
 
 
+class CustomPart(TypedDict):
+    """A part of training that was passed to `train` in place of the built-in one."""
+
+    name: Text  # qualified name of the function or class
+    sha256: Text  # SHA-256 of its source code and its settings
+    parameters: NotRequired[Count]  # number of parameters, of a model
+
+
 class Environment(TypedDict, total=False):
     """environment.json: the machine, software and data set of a run."""
 
@@ -95,6 +103,7 @@ class Environment(TypedDict, total=False):
     execution_reason: Text  # why a faster execution mode was not used
     teachers: list[Teacher]  # teachers of knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from
+    custom: dict[str, CustomPart]  # by name: model, optimizer, loss and augment
     resumed: "list[Environment]"  # one environment for each time the run was resumed
 
 

@@ -1,12 +1,15 @@
 """Train a model: data -> model -> epochs -> checkpoint -> evaluation."""
 
 import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from resnet56.cadence import stop_requests
+from resnet56.custom import Augment, Custom, Loss, ModelLike, OptimizerFactory
 from resnet56.data.dataset import Dataset
 from resnet56.distributed import Distributed, process_group
-from resnet56.errors import option
+from resnet56.errors import UsageError, one_line, option
 from resnet56.evaluation import evaluate_run
 from resnet56.files import StrPath
 from resnet56.progress import TrainingDisplay, default_output
@@ -15,7 +18,13 @@ from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import Evaluation
 from resnet56.runtime import resolve_device
 from resnet56.threads import ThreadControl
-from resnet56.training.loop import EpochCallback, Interrupted, TrainingLoop
+from resnet56.training.loop import (
+    Callback,
+    CallbackError,
+    EpochCallback,
+    Interrupted,
+    TrainingLoop,
+)
 from resnet56.training.record import (
     begin_run,
     describe_environment,
@@ -24,7 +33,7 @@ from resnet56.training.record import (
 )
 from resnet56.training.setup import augmentation_of
 
-__all__ = ["Interrupted", "augmentation_of", "train"]
+__all__ = ["CallbackError", "Interrupted", "augmentation_of", "train"]
 
 
 def train(
@@ -38,7 +47,11 @@ def train(
     test_every_epoch: bool = False,
     threads: int | None = None,
     progress: bool | TrainingDisplay | None = None,
-    on_epoch: EpochCallback | None = None,
+    model: ModelLike | None = None,
+    optimizer: OptimizerFactory | None = None,
+    loss: Loss | None = None,
+    augment: Augment | None = None,
+    callbacks: Sequence[EpochCallback | Callback] = (),
 ) -> Evaluation:
     """Train a model, save the run in `out`, and evaluate it.
 
@@ -57,8 +70,28 @@ def train(
         progress: whether to show progress. By default, progress appears in notebooks and on
             terminals. If True, lines also go to stderr if it is not a terminal. The command line
             passes its own display.
-        on_epoch: called after each epoch, when its checkpoint is saved, with the metrics of the
-            epoch as in metrics.jsonl.
+        model: a module that replaces the network of the recipe, or a function that returns one. The
+            function is called with the number of classes. The module maps normalized images
+            (N, 3, 32, 32) float32 to logits (N, classes). A module is trained in place. To load the
+            run later, pass the same model to `load`.
+        optimizer: a function that replaces the optimizer of the recipe, such as
+            `torch.optim.RMSprop`. It is called with a list of the parameters to train, and with the
+            learning rate of the recipe as `lr`. Before each step, the schedule of the recipe scales
+            the learning rate of each parameter group.
+        loss: a function that replaces cross-entropy. It is called with logits (B, C) float32 and
+            labels (B,) int64, or probabilities (B, C) float32 if the recipe mixes images. It
+            returns a scalar.
+        augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps images
+            (B, 3, 32, 32) uint8 on the training device to images of the same type and shape. The
+            images are then normalized, and mixed or shrunk as in the recipe.
+        callbacks: functions, or objects with a method `on_epoch`. They are called after each epoch,
+            when its checkpoint is saved, with the metrics of the epoch as in metrics.jsonl.
+
+    The run records the name and a hash of the source code of `model`, `optimizer`, `loss` and
+    `augment`. The hash includes numbers and strings in their closures, attributes and partial
+    arguments. The run can only be resumed with the same parts. Settings of the recipe for a
+    replaced part have no effect. PyTorch's random numbers are seeded before each step, so that
+    parts that use them resume exactly.
 
     Returns:
         The content of evaluation.json, or an empty dictionary without test images or on ranks
@@ -67,10 +100,19 @@ def train(
     Raises:
         Interrupted: Ctrl-C or SIGTERM stopped training, and a checkpoint was written. This
             exception is a `KeyboardInterrupt`.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a replaced part or a callback raises an exception,
+            which is the cause of the error.
         RunError: `out` cannot be used or written.
-        UsageError: the device is not available, or the validation set is too large.
+        UsageError: the device is not available, the validation set is too large, or a replaced part
+            returns something unexpected.
     """
+    custom = Custom(model, optimizer, loss, augment)
+    for callback in callbacks:
+        if not callable(getattr(callback, "on_epoch", callback)):
+            raise UsageError(
+                f"the callback {one_line(repr(callback))} is not callable and has no method "
+                "on_epoch"
+            )
     run, torch_device = RunDirectory(Path(out)), resolve_device(device)
     with _open_display(progress) as display:
         with (
@@ -81,12 +123,14 @@ def train(
             fingerprint = dataset.fingerprint()
             if resume and dist.is_main_process:
                 stack.enter_context(run.locked())
-            saved = load_checkpoint(run, recipe, dataset, fingerprint) if resume else None
+            saved = load_checkpoint(run, recipe, dataset, fingerprint, custom) if resume else None
             adaptive = torch_device.type == "cpu" and dist.world_size == 1
             control = stack.enter_context(ThreadControl(threads, adaptive=adaptive))
             loop = TrainingLoop(
-                recipe, dataset, run, fingerprint, saved, torch_device, dist, stop, control, display
-            )
+                recipe, dataset, run, fingerprint, saved, torch_device, dist, stop, control,
+                display, custom,
+            )  # fmt: skip
+            trained = loop.trainer.model if custom.model is not None else None
             try:
                 with tensorboard_writer(
                     tensorboard and dist.is_main_process, run, loop.progress.step
@@ -99,7 +143,7 @@ def train(
                             loop.setup, dataset, torch_device, control.threads, dist.world_size
                         )
                         begin_run(run, recipe, environment, saved)
-                    loop.run(dataset.test if test_every_epoch else None, scalars, on_epoch)
+                    loop.run(dataset.test if test_every_epoch else None, scalars, callbacks)
             finally:
                 del loop  # Release DDP before its process group.
         remedy = f"the model in {run.path} is trained; evaluate it with {option('resume', True)}"
@@ -114,7 +158,11 @@ def train(
                     dataset,
                     device=torch_device,
                     val_size=recipe.val_size,
-                    augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
+                    augmentation=replace(
+                        augmentation_of(recipe, allow_flip=dataset.allow_flip),
+                        function=custom.augmented if custom.augment is not None else None,
+                    ),
+                    model=trained,
                     progress=display.evaluation_progress,
                 )
         except KeyboardInterrupt:

@@ -1,13 +1,15 @@
 """Measure weights during training, and select the EMA of a run after its last epoch."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, channels_last
+from torch import Tensor, channels_last, nn
 
+from resnet56.data.batches import seeded
 from resnet56.data.dataset import Split
 from resnet56.ema import REESTIMATION_DECAY, REESTIMATION_IMAGES, reestimate_batch_norm
 from resnet56.evaluation import evaluate
@@ -25,9 +27,8 @@ def measure(
         NotFiniteError: an output is not finite.
     """
     config = setup.config
-    model = build(config.arch, classes=len(config.classes)).to(setup.trainer.device)
-    model.load_state_dict(weights)
-    metrics = evaluate(model, split, config.classes, config.mean, config.std, setup.precision)
+    with _loaded(setup, weights) as model:
+        metrics = evaluate(model, split, config.classes, config.mean, config.std, setup.precision)
     return {f"{name}_loss": metrics["loss"], f"{name}_accuracy": metrics["accuracy"]}
 
 
@@ -72,13 +73,34 @@ def _reestimate(
     setup: TrainingSetup, weights: Mapping[str, Tensor], epoch: int
 ) -> Mapping[str, Tensor]:
     """Return `weights` with batch norm statistics computed on images of an epoch."""
-    model = build(setup.config.arch, classes=len(setup.config.classes))
-    model.to(setup.trainer.device, memory_format=channels_last)  # type: ignore[call-overload]
-    model.load_state_dict(weights)
     # Only the main process runs this function, so it uses global batches.
     batches = replace(setup.batches, rank=0, world_size=1)
     count = math.ceil(REESTIMATION_IMAGES / batches.global_batch)
     images = (images for images, _ in batches.epoch(epoch))
-    frozen = freeze(model, setup.trainer.recipe.freeze)
-    reestimate_batch_norm(model, itertools.islice(images, count), setup.precision, frozen)
-    return model.state_dict()
+    # A custom model can use random numbers.
+    random = seeded(setup.trainer.recipe.seed, setup.trainer.device)
+    with _loaded(setup, weights) as model, random:
+        frozen = freeze(model, setup.trainer.recipe.freeze)
+        reestimate_batch_norm(model, itertools.islice(images, count), setup.precision, frozen)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@contextlib.contextmanager
+def _loaded(setup: TrainingSetup, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """Yield a model with `weights`.
+
+    A custom model may not support copies, so its own weights are replaced until the block ends.
+    """
+    if setup.trainer.custom.model is None:
+        model = build(setup.config.arch, classes=len(setup.config.classes))
+        model.to(setup.trainer.device, memory_format=channels_last)  # type: ignore[call-overload]
+        model.load_state_dict(weights)
+        yield model
+        return
+    custom = setup.trainer.model
+    own = {name: tensor.clone() for name, tensor in custom.state_dict().items()}
+    custom.load_state_dict(weights)
+    try:
+        yield custom
+    finally:
+        custom.load_state_dict(own)

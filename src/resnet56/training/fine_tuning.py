@@ -7,7 +7,7 @@ from torch import nn
 from resnet56.distillation import fingerprint
 from resnet56.errors import UsageError, one_line, option
 from resnet56.recipe import Recipe
-from resnet56.runs.checkpoint import Checkpoint, require_fit
+from resnet56.runs.checkpoint import Checkpoint, ModelConfig, require_fit
 from resnet56.runs.schema import InitialWeights
 
 BODY = "body"  # name for all modules except the classifier
@@ -15,7 +15,7 @@ CLASSIFIER = "fc"
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, classes: tuple[str, ...]
+    model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, config: ModelConfig
 ) -> InitialWeights:
     """Load the weights of a checkpoint, except for the classifier if the classes differ.
 
@@ -23,7 +23,7 @@ def load_weights(
         model: the model to train, with random weights.
         checkpoint: the model in the field `weights` of the recipe.
         recipe: the training configuration.
-        classes: classes of the training images.
+        config: architecture and classes of the model.
 
     Returns:
         The entry for environment.json.
@@ -33,12 +33,14 @@ def load_weights(
         RunError: the weights do not fit the model.
     """
     arch = checkpoint.config.arch
-    if arch != recipe.arch:
+    if arch != config.arch:
+        custom = "model" in checkpoint.metadata.get("custom", {})
+        remedy = f"pass model={arch}" if custom else f"set {option('arch', arch)}"
         raise UsageError(
-            f"the weights of {recipe.weights} belong to {arch}, but the recipe trains "
-            f"{recipe.arch}; set {option('arch', arch)} or choose other {option('weights')}"
+            f"the weights of {recipe.weights} belong to {arch}, but the run trains {config.arch}; "
+            f"{remedy} or choose other {option('weights')}"
         )
-    new_classifier = checkpoint.config.classes != classes
+    new_classifier = checkpoint.config.classes != config.classes
     kept = {
         name: tensor
         for name, tensor in checkpoint.model.items()
@@ -49,7 +51,7 @@ def load_weights(
         for name, tensor in model.state_dict().items()
         if not (new_classifier and name.startswith(f"{CLASSIFIER}."))
     }
-    require_fit(kept, expected, f"the weights of {recipe.weights} do not fit {recipe.arch}")
+    require_fit(kept, expected, f"the weights of {recipe.weights} do not fit {config.arch}")
     model.load_state_dict(kept, strict=False)
     return {
         "weights": recipe.weights,

@@ -2,17 +2,19 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from resnet56.cadence import Cadence, StopRequest
+from resnet56.custom import Custom, name_of
+from resnet56.data.batches import derive_seed, seeded
 from resnet56.data.dataset import Dataset, Split
 from resnet56.distributed import Distributed, all_reduce_max, all_reduce_sum
-from resnet56.errors import NotFiniteError, RunError, TrainingError, option
+from resnet56.errors import NotFiniteError, RunError, TrainingError, one_line, option
 from resnet56.progress import TrainingDisplay
 from resnet56.recipe import Recipe
 from resnet56.runs.checkpoint import Checkpoint, Progress
@@ -26,6 +28,19 @@ from resnet56.training.record import Scalars, log_scalars, restore, save_checkpo
 from resnet56.training.setup import set_up, step_costs
 
 EpochCallback = Callable[[EpochMetrics], object]
+STEP_STREAM = 4  # separates the random numbers of a training step from other uses of the seed
+
+
+class Callback(Protocol):
+    """An object that `train` calls after each epoch."""
+
+    def on_epoch(self, row: EpochMetrics) -> object:
+        """Receive the metrics of an epoch, as in metrics.jsonl."""
+        ...
+
+
+class CallbackError(TrainingError):
+    """A callback raised an exception, which is the cause of this one."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,6 +69,7 @@ class TrainingLoop:
         stop: stop request of this process.
         threads: thread control of this process.
         display: display of the progress.
+        custom: parts that replace built-in ones.
     """
 
     def __init__(
@@ -68,13 +84,14 @@ class TrainingLoop:
         stop: StopRequest,
         threads: ThreadControl,
         display: TrainingDisplay,
+        custom: Custom,
     ) -> None:
         self.recipe, self.run_directory, self.fingerprint = recipe, run, fingerprint
         self.device, self.dist, self.display = device, dist, display
         self.progress = saved.progress if saved is not None else Progress()
         recorded = saved.metadata.get("threads") if saved is not None else None
         self.log(threads.begin(self.progress.step, recorded))
-        self.setup = set_up(recipe, dataset, device, dist, saved)
+        self.setup = set_up(recipe, dataset, device, dist, saved, custom)
         self.trainer, self.batches = self.setup.trainer, self.setup.batches
         self.cadence = Cadence(self.batches.steps, stop, threads, dist, device)
         self.throughput = ThroughputMonitor(threads, device.type)
@@ -84,6 +101,8 @@ class TrainingLoop:
         prepared = self.setup.prepared
         if prepared.remedy:
             self.log(f"training is slower than necessary: {prepared.reason}; {prepared.remedy}")
+        elif custom.model is not None and prepared.reason:
+            self.log(f"{prepared.execution} execution: {prepared.reason}")
         initial = self.setup.initial_weights
         if initial is not None and saved is None and initial["new_classifier"]:
             self.log(f"the classifier is new because {initial['weights']} has other classes")
@@ -94,14 +113,14 @@ class TrainingLoop:
         self,
         test: Split | None = None,
         scalars: Scalars | None = None,
-        on_epoch: EpochCallback | None = None,
+        callbacks: Sequence[EpochCallback | Callback] = (),
     ) -> None:
         """Train from the current progress to the last epoch.
 
         Args:
             test: images to evaluate after each epoch, or None.
             scalars: TensorBoard writer, or None.
-            on_epoch: called with the metrics of each epoch, or None.
+            callbacks: called with the metrics of each epoch.
         """
         self.display.begin(self.costs, self.batches.steps, self.progress.step)
         if self.progress.step == 0:
@@ -121,8 +140,8 @@ class TrainingLoop:
             self.save()
             self.log(message)
             self.display.epoch(row)
-            if on_epoch is not None and self.dist.is_main_process:
-                on_epoch(row)
+            if self.dist.is_main_process:
+                self.call(callbacks, row)
             if self.progress.epoch < self.recipe.epochs and self.cadence.stop_requested():
                 raise self.interrupted()
 
@@ -137,7 +156,7 @@ class TrainingLoop:
         for images, labels in self.batches.epoch(start.epoch, start.epoch_step):
             step, epoch_step = self.progress.step, self.progress.epoch_step + 1
             lr = learning_rate(self.recipe, step, self.batches.steps)
-            self.trainer.step(images, labels, lr, step)
+            self.step(images, labels, lr, step)
             self.progress = replace(
                 self.progress,
                 step=step + 1,
@@ -156,6 +175,30 @@ class TrainingLoop:
         seconds = start.seconds + time.perf_counter() - started
         self.progress = replace(self.progress, seconds=seconds)
         return lr
+
+    def step(self, images: Tensor, targets: Tensor, lr: float, step: int) -> None:
+        """Perform a training step. Custom parts get their own random numbers in each step."""
+        if not self.setup.custom:
+            self.trainer.step(images, targets, lr, step)
+            return
+        seed = derive_seed(self.recipe.seed, step, STEP_STREAM, self.dist.rank)
+        with seeded(seed, self.device):
+            self.trainer.step(images, targets, lr, step)
+        if step == 0:
+            self.trainer.state()  # raises an error if the optimizer cannot be saved
+
+    def call(self, callbacks: Sequence[EpochCallback | Callback], row: EpochMetrics) -> None:
+        """Call the callbacks with the row of an epoch, after saving its checkpoint."""
+        for callback in callbacks:
+            function: Any = getattr(callback, "on_epoch", callback)
+            try:
+                function(row)
+            except Exception as error:
+                raise CallbackError(
+                    f"the callback {name_of(callback)} raised {type(error).__name__} after epoch "
+                    f"{row['epoch']}: {one_line(error)}; the checkpoint is saved in "
+                    f"{self.run_directory.path}; continue with {option('resume', True)}"
+                ) from error
 
     def read_loss(self) -> None:
         """Read and display the running loss. Raise TrainingError if a loss is not finite."""

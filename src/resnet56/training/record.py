@@ -8,9 +8,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from resnet56.custom import Custom, difference
 from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, UsageError, either, option
 from resnet56.files import read_json, write_json
+from resnet56.optimizer import PREFIX
 from resnet56.recipe import Recipe, from_fields
 from resnet56.runs.checkpoint import Checkpoint, Progress, require_fit
 from resnet56.runs.directory import RunDirectory
@@ -27,7 +29,7 @@ class Scalars(Protocol):
 
 
 def load_checkpoint(
-    run: RunDirectory, recipe: Recipe, dataset: Dataset, fingerprint: str
+    run: RunDirectory, recipe: Recipe, dataset: Dataset, fingerprint: str, custom: Custom
 ) -> Checkpoint:
     """Load the checkpoint to resume. Raise RunError if the recipe or the data set differs."""
     checkpoint = run.load(training=True)
@@ -46,6 +48,11 @@ def load_checkpoint(
         raise RunError(
             f"{run.path} has a different recipe ({', '.join(differing)}); resume it with the same "
             f"options, or choose another directory for {option('out')}{longer}"
+        )
+    changed = difference(checkpoint.metadata.get("custom", {}), custom.identities())
+    if changed:
+        raise RunError(
+            f"{run.path} was trained {changed}; or choose another directory for {option('out')}"
         )
     if checkpoint.metadata.get("data") != fingerprint:
         its_data = either("its own data set", "its own data with --data")
@@ -72,8 +79,14 @@ def restore(setup: TrainingSetup, saved: Checkpoint, run: RunDirectory) -> str:
     trainer = setup.trainer
     message = f"{run.checkpoint_file} does not match the recipe"
     require_fit(saved.model, trainer.weights(), message)
-    require_fit(saved.training, trainer.state(), message)
-    trainer.restore(saved.model, saved.training)
+    saved_state, expected = dict(saved.training), trainer.state()
+    if trainer.custom.optimizer is not None:  # it creates its state in its first step
+        saved_state, expected = (
+            {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
+            for state in (saved_state, expected)
+        )
+    require_fit(saved_state, expected, message)
+    trainer.restore(saved.model, saved.training, saved.metadata.get("optimizer"))
     if trainer.scaler.is_enabled() and saved.metadata.get("loss_scale"):
         trainer.scaler.load_state_dict(dict(saved.metadata["loss_scale"]))
     previous = [saved.metadata.get("precision"), saved.metadata.get("execution")]
@@ -106,6 +119,8 @@ def describe_environment(
     }
     if setup.teachers:
         result["teachers"] = setup.teachers
+    if setup.custom:
+        result["custom"] = setup.custom
     if setup.initial_weights is not None:
         result["initial_weights"] = setup.initial_weights
     if setup.prepared.reason:
@@ -162,6 +177,8 @@ def save_checkpoint(
         "loss_scale": trainer.scaler.state_dict() or None,
         **metadata,
         **({"teachers": setup.teachers} if setup.teachers else {}),
+        **({"custom": setup.custom} if setup.custom else {}),
+        **({"optimizer": trainer.optimizer_values()} if trainer.custom.optimizer else {}),
         **({"initial_weights": setup.initial_weights} if setup.initial_weights else {}),
     }
     run.save(Checkpoint(setup.config, weights, trainer.state(), progress, metadata))

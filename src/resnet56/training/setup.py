@@ -1,20 +1,22 @@
 """Build the model, the trainer and the batches of a recipe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resnet56.custom import Custom, make_model
 from resnet56.data.augment import Augmentation
 from resnet56.data.batches import Batches
 from resnet56.data.dataset import Dataset, Split, channel_statistics, training_split
 from resnet56.distillation import Teachers, fingerprint
 from resnet56.distributed import Distributed, synchronize_batch_norm
 from resnet56.errors import UsageError, option
-from resnet56.model import ResNet, build
+from resnet56.model import build
 from resnet56.recipe import Recipe
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
-from resnet56.runs.schema import InitialWeights, Teacher
+from resnet56.runs.schema import CustomPart, InitialWeights, Teacher
 from resnet56.runs.sources import open_model
 from resnet56.runtime import Precision, resolve_precision
 from resnet56.step import PreparedModel, Trainer, prepare_model
@@ -34,6 +36,7 @@ class TrainingSetup:
         validation: validation images, or None.
         teachers: entries for environment.json.
         initial_weights: entry for environment.json, or None if training starts from random weights.
+        custom: parts that replace built-in ones, entries for environment.json.
     """
 
     config: ModelConfig
@@ -44,6 +47,7 @@ class TrainingSetup:
     validation: Split | None
     teachers: list[Teacher]
     initial_weights: InitialWeights | None
+    custom: dict[str, CustomPart]
 
 
 def set_up(
@@ -52,6 +56,7 @@ def set_up(
     device: torch.device,
     dist: Distributed,
     saved: Checkpoint | None = None,
+    custom: Custom | None = None,
 ) -> TrainingSetup:
     """Build the model, the trainer and the batches of a training run.
 
@@ -62,15 +67,23 @@ def set_up(
         dist: rank and world size.
         saved: checkpoint to continue from, or None. With a checkpoint, the initial weights of the
             recipe are not read.
+        custom: parts that replace built-in ones, or None.
 
     Raises:
         RunError: the initial weights or a teacher do not exist or are damaged.
-        UsageError: the validation set, the execution mode, the initial weights, the frozen layers
-            or a teacher cannot be used.
+        UsageError: the validation set, the execution mode, the initial weights, the frozen layers,
+            a teacher or a custom part cannot be used.
+        TrainingError: a custom part raises an exception.
     """
+    custom = custom or Custom()
     precision = resolve_precision(recipe.precision, device)
     training, validation = training_split(dataset, recipe.val_size)
-    if recipe.freeze and not recipe.weights:
+    if custom.loss is not None and recipe.teacher and recipe.teacher_weight == 1:
+        raise UsageError(
+            "the loss has no effect, because the loss on the labels has weight 0; set "
+            f"{option('teacher_weight')} below 1"
+        )
+    if recipe.freeze and not recipe.weights and custom.model is None:
         raise UsageError(
             f"{option('freeze')} requires {option('weights')}, because random layers would not be "
             "trained"
@@ -83,24 +96,37 @@ def set_up(
         mean, std = start.config.mean, start.config.std
     else:
         mean, std = channel_statistics(training.images)
-    config = ModelConfig(recipe.arch, dataset.classes, mean, std)
+    parts = custom.identities()
+    arch = parts["model"]["name"] if "model" in parts else recipe.arch
+    config = ModelConfig(arch, dataset.classes, mean, std)
     teachers = {name: open_model(name).checkpoint for name in recipe.teacher}
     ensemble = Teachers(teachers, config, device, precision) if teachers else None
-    model = build(recipe.arch, classes=len(dataset.classes), seed=recipe.seed)
+    classes = len(dataset.classes)
+    images = training.images[: recipe.batch_size]
+    custom.check(classes, images.to(device), mixed=recipe.mix != "none")
+    model: nn.Module
+    if custom.model is None:
+        model = build(recipe.arch, classes=classes, seed=recipe.seed)
+    else:
+        model = make_model(custom.model, classes, device, recipe.seed)
+        parts["model"]["parameters"] = sum(p.numel() for p in model.parameters())
     initial: InitialWeights | None = None
     if saved is not None:
         initial = saved.metadata.get("initial_weights")
     elif start is not None:
-        initial = load_weights(model, start, recipe, dataset.classes)
-    trainer, prepared = _build_trainer(model, recipe, device, precision, dist, ensemble)
+        initial = load_weights(model, start, recipe, config)
+    trainer, prepared = _build_trainer(model, recipe, device, precision, dist, ensemble, custom)
+    augmentation = augmentation_of(recipe, allow_flip=dataset.allow_flip)
+    if custom.augment is not None:
+        augmentation = replace(augmentation, function=custom.augmented)
     batches = Batches(
         training.to(device),
         mean,
         std,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
-        augmentation=augmentation_of(recipe, allow_flip=dataset.allow_flip),
-        classes=len(dataset.classes),
+        augmentation=augmentation,
+        classes=classes,
         rank=dist.rank,
         world_size=dist.world_size,
     )
@@ -109,7 +135,7 @@ def set_up(
         for name, teacher in teachers.items()
     ]
     return TrainingSetup(
-        config, precision, trainer, prepared, batches, validation, records, initial
+        config, precision, trainer, prepared, batches, validation, records, initial, parts
     )
 
 
@@ -138,26 +164,30 @@ def step_costs(recipe: Recipe) -> list[float]:
 
 
 def _build_trainer(
-    model: ResNet,
+    model: nn.Module,
     recipe: Recipe,
     device: torch.device,
     precision: Precision,
     dist: Distributed,
     teachers: Teachers | None,
+    custom: Custom,
 ) -> tuple[Trainer, PreparedModel]:
     """Move the model to its device and build its trainer and its forward pass."""
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dist.world_size == 1:
         frozen = freeze(model, recipe.freeze)
-        prepared = prepare_model(model, recipe.execution, precision)
-        trainer = Trainer(model, prepared.module, recipe, precision, teachers, frozen=frozen)
+        builtin = custom.model is None
+        prepared = prepare_model(model, recipe.execution, precision, builtin=builtin)
+        trainer = Trainer(
+            model, prepared.module, recipe, precision, teachers, frozen=frozen, custom=custom
+        )
         return trainer, prepared
     if recipe.execution not in ("auto", "eager"):
         raise UsageError(
             f"{recipe.execution} execution does not support several processes; use "
             f"{option('execution', 'auto')}"
         )
-    model = synchronize_batch_norm(model)  # type: ignore[assignment]
+    model = synchronize_batch_norm(model)
     frozen = freeze(model, recipe.freeze)
     ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids)
@@ -165,4 +195,5 @@ def _build_trainer(
     # argument differs between PyTorch releases.
     wrapped.broadcast_buffers = False
     prepared = PreparedModel(wrapped, "eager", "several processes require synchronized batch norm")
-    return Trainer(model, wrapped, recipe, precision, teachers, frozen=frozen), prepared
+    trainer = Trainer(model, wrapped, recipe, precision, teachers, frozen=frozen, custom=custom)
+    return trainer, prepared
