@@ -102,8 +102,8 @@ def read_networks(
 ) -> "list[RunFacts]":
     """Read the results of runs, and evaluate other networks on a data set.
 
-    With --data, an imported network without results is also evaluated, and its results are saved.
-    If there are several networks, those that are not runs are evaluated on the test images only.
+    With --data, also evaluates an imported network without results and saves its results. Of
+    several networks, the ones that are not runs are evaluated only on the test images.
 
     Args:
         names: names or paths of networks.

@@ -202,8 +202,8 @@ def states(entries: Sequence[Entry]) -> list[str]:
         best_first = sorted(validated, reverse=True)
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
         sentences.append(
-            f"To choose between these runs, use their validation accuracy: {listed}. Choosing by "
-            "test accuracy would make the test accuracy of the chosen run an optimistic estimate."
+            f"To choose between these runs, use their validation accuracy: {listed}. If you choose "
+            "by test accuracy, the test accuracy of the chosen run is an optimistic estimate."
         )
     return sentences
 

@@ -76,7 +76,7 @@ class RunFacts:
     evaluation: Evaluation | None  # evaluation of the current weights
     comparisons: list[Comparison]  # comparisons of devices or precisions, for the current weights
     samples: Samples | None
-    predictions: Mapping[str, Array] | None = None  # of a network that is not a run
+    predictions: Mapping[str, Array] | None = None  # predictions, if the network is not a run
 
     @property
     def name(self) -> str:

@@ -60,7 +60,10 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
 
 
 def expected_tensors(arch: str, tensors: StoredTensors) -> dict[str, Tensor]:
-    """Return the state dict of an architecture with `tensors`' outputs, on the meta device."""
+    """Return the state dict of an architecture, on the meta device.
+
+    The number of outputs is that of `tensors`.
+    """
     return _expected(arch, num_outputs(tensors))
 
 

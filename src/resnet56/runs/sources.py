@@ -73,9 +73,9 @@ def import_model(
 
 
 def find_run(name_or_path: StrPath) -> RunDirectory | None:
-    """Return the run at a path, or None if the name or path is that of another network.
+    """Return the run at a path, or None if the name or path belongs to another network.
 
-    Also returns a directory that contains no network, so that reading it states what is missing.
+    Also returns a directory without a network. Reading this directory reports what is missing.
 
     Raises:
         RunError: there is no network with this name or path, or the path is a file of the

@@ -24,7 +24,7 @@ class StateDict:
 
     path: str  # path inside the file, such as "model_ema.module"
     layout: Layout
-    tensors: Mapping[str, StoredTensor]  # by their names in this package
+    tensors: Mapping[str, StoredTensor]  # tensors by their names in this package
     siblings: tuple[str, ...]  # names of other tensors in the same container
     averaged: bool  # whether it contains averaged weights, such as an EMA
     head: str  # name of the classifier's weight in the layout
