@@ -27,7 +27,7 @@ MAX_VALUE = 1_000_000  # upper bound of settings that have no other limit
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a training run. Raises UsageError for an invalid value."""
+    """The settings of a training run."""
 
     arch: str = "resnet56"
     """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56
@@ -159,7 +159,7 @@ class Recipe:
     """Seed of the initial weights, the order of the images and the augmentation."""
 
     def __post_init__(self) -> None:
-        """Check all values and their combinations."""
+        """Check all values and their combinations. Raises UsageError for an invalid value."""
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _convert(name, kind, getattr(self, name)))
         bounds = f"from 1 to {MAX_VALUE:,}"
