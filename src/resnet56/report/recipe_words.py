@@ -9,10 +9,10 @@ from resnet56.recipe import Recipe
 from resnet56.report.words import listed, plural
 from resnet56.runs.schema import CustomPart
 
-Custom = Mapping[str, CustomPart]  # parts that replaced those of the recipe
+Custom = Mapping[str, CustomPart]  # custom parts that replace parts of the recipe
 NONE: Custom = {}
 
-# The fields of a recipe without an effect if a part is replaced.
+# Fields of a recipe that have no effect if a custom part replaces a part.
 REPLACED = {
     "model": ("arch",),
     "optimizer": ("optimizer", "momentum", "nesterov", "weight_decay", "decay_norm"),
@@ -133,7 +133,7 @@ def fields(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> dict[str, A
     Args:
         recipe: the recipe.
         flips: whether training images are flipped. This depends on the recipe and the data.
-        custom: parts that replaced those of the recipe.
+        custom: custom parts that replace parts of the recipe.
     """
     return {
         name: value

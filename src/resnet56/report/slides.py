@@ -448,7 +448,7 @@ def last_validated(facts: RunFacts) -> Mapping[str, Any] | None:
 
 
 def class_bars(test: Metrics) -> list[Bar]:
-    """Return the accuracy of each class in descending order, or the highest and lowest of many."""
+    """Return class accuracies in descending order. Of many classes, show the highest and lowest."""
     ranked = sorted(story.scores(test["per_class"], "recall").items(), key=lambda item: -item[1])
     if len(ranked) > MAX_BARS:
         ranked = ranked[: MAX_BARS // 2] + ranked[-MAX_BARS // 2 :]

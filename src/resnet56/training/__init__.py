@@ -70,28 +70,27 @@ def train(
         progress: whether to show progress. By default, progress appears in notebooks and on
             terminals. If True, lines also go to stderr if it is not a terminal. The command line
             passes its own display.
-        model: a module that replaces the network of the recipe, or a function that returns one. The
-            function is called with the number of classes. The module maps normalized images
-            (N, 3, 32, 32) float32 to logits (N, classes). A module is trained in place. To load the
+        model: a module that replaces the network of the recipe, or a function that takes the number
+            of classes and returns a module. The module maps normalized images (N, 3, 32, 32)
+            float32 to logits (N, classes). Training changes a given module in place. To load the
             run later, pass the same model to `load`.
         optimizer: a function that replaces the optimizer of the recipe, such as
-            `torch.optim.RMSprop`. It is called with a list of the parameters to train, and with the
-            learning rate of the recipe as `lr`. Before each step, the schedule of the recipe scales
-            the learning rate of each parameter group.
-        loss: a function that replaces cross-entropy. It is called with logits (B, C) float32 and
-            labels (B,) int64, or probabilities (B, C) float32 if the recipe mixes images. It
-            returns a scalar.
+            `torch.optim.RMSprop`. It takes a list of the parameters to train, and the learning rate
+            of the recipe as `lr`. Before each step, the schedule of the recipe scales the learning
+            rate of each parameter group.
+        loss: a function that replaces cross-entropy. It takes logits (B, C) float32 and labels (B,)
+            int64, or probabilities (B, C) float32 if the recipe mixes images. It returns a scalar.
         augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps images
             (B, 3, 32, 32) uint8 on the training device to images of the same type and shape. The
-            images are then normalized, and mixed or shrunk as in the recipe.
+            images are then normalized, and mixed or downscaled as the recipe specifies.
         callbacks: functions, or objects with a method `on_epoch`. They are called after each epoch,
             when its checkpoint is saved, with the metrics of the epoch as in metrics.jsonl.
 
     The run records the name and a hash of the source code of `model`, `optimizer`, `loss` and
     `augment`. The hash includes numbers and strings in their closures, attributes and partial
-    arguments. The run can only be resumed with the same parts. Settings of the recipe for a
-    replaced part have no effect. PyTorch's random numbers are seeded before each step, so that
-    parts that use them resume exactly.
+    arguments. A run can be resumed only with the same parts. The recipe's settings for a replaced
+    part have no effect. Training seeds PyTorch's random numbers before each step, so parts that use
+    them resume exactly.
 
     Returns:
         The content of evaluation.json, or an empty dictionary without test images or on ranks
