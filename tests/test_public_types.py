@@ -24,6 +24,7 @@ def test_results_have_typed_fields(tiny: Dataset, small: Recipe, tmp_path: Path)
     assert_type(metrics, Metrics)
     assert_type(metrics["confusion_matrix"], list[list[int]])
     assert metrics == result["test"]
+    assert_type(predictor.evaluate(tiny.test), Metrics)
 
     [prediction] = predictor.predict(tiny.test.images[0])
     assert_type(prediction.probability, float)
