@@ -78,7 +78,7 @@ def gradients(data: str, seed: int, *, batch_norm: bool) -> dict[str, dict[str, 
 
 
 def compare_gradients(data: str) -> None:
-    """Print the gradients of the last and the first convolution, and draw those of all."""
+    """Print the gradients of the last and the first convolution, and draw all gradients."""
     print("| network | batch norm | layer 55 | layer 1 | layer 1 / layer 55 |")
     print("|---|---|---|---|---|")
     panels = []
