@@ -176,6 +176,12 @@ def make_model(model: ModelLike, classes: int, device: torch.device, seed: int =
             )
         if not any(True for _ in module.parameters()):
             raise UsageError(f"the model {name} has no parameters")
+        entries = module.state_dict().items()
+        if extra := [key for key, value in entries if not isinstance(value, Tensor)]:
+            raise UsageError(
+                f"the state of the model {name} has entries that are not tensors, such as "
+                f"{extra[0]}"
+            )
         module.to(device)
         training = module.training
         with torch.no_grad():

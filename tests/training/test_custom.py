@@ -110,6 +110,27 @@ def test_parts_like_the_built_in_ones_give_the_same_run(
         assert one == pytest.approx(other, rel=1e-5)
 
 
+class Tied(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(3, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x.mean((2, 3)))))  # type: ignore[no-any-return]
+
+
+def test_a_model_can_use_the_same_weights_twice(
+    tiny: Dataset, recipe: Recipe, tmp_path: Path
+) -> None:
+    model = Tied(3)
+    train(recipe, tiny, tmp_path / "run", device="cpu", model=model)
+    saved = RunDirectory(tmp_path / "run").load().model
+    assert torch.equal(saved["first.weight"], saved["second.weight"])
+    assert torch.equal(saved["first.weight"], model.first.weight)
+
+
 def test_the_schedule_scales_the_learning_rate_of_each_group(
     tiny: Dataset, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +231,11 @@ def test_the_identity_depends_on_the_source_code_and_the_settings() -> None:
     assert difference(identities, identities) is None
 
 
+class Extra(Small):
+    def get_extra_state(self) -> Any:
+        return {"version": 1}
+
+
 class Failing(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         raise ValueError("closure is required\nin every step")
@@ -231,6 +257,7 @@ BEFORE_THE_RUN = [
     ({"model": lambda classes: [classes]}, UsageError, "returned an object of type list, expected"),
     ({"model": lambda classes: nn.Identity()}, UsageError, "has no parameters"),
     ({"model": Small(4)}, UsageError, r"Small for 2 images is a float32 tensor of shape \(2, 4\)"),
+    ({"model": Extra(3)}, UsageError, "entries that are not tensors, such as _extra_state"),
     ({"model": nn.Linear(3, 3)}, TrainingError, r"Linear raised RuntimeError: mat1 and mat2"),
     ({"optimizer": lambda p, lr: None}, UsageError, "returned None, expected a torch.optim.Opt"),
     ({"optimizer": broken}, TrainingError, "the optimizer .*broken raised TypeError"),

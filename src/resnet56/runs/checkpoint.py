@@ -159,8 +159,7 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
     directory = file.parent
     files = {}
     for part in ("model", "training"):
-        tensors = {name: t.detach().contiguous() for name, t in getattr(checkpoint, part).items()}
-        content = safetensors.torch.save(tensors)
+        content = safetensors.torch.save(_separate(getattr(checkpoint, part)))
         name = f"{part}-{checkpoint.progress.step:08d}.safetensors"
         write_bytes(directory / name, content)
         files[part] = {"name": name, "sha256": hashlib.sha256(content).hexdigest()}
@@ -178,6 +177,18 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
         if path.name not in named:
             with contextlib.suppress(OSError):  # On Windows, another process may keep it open.
                 path.unlink()
+
+
+def _separate(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return contiguous tensors. Copy those that share memory, as in a model with tied weights."""
+    separate: dict[str, Tensor] = {}
+    used: set[int] = set()
+    for name, tensor in tensors.items():
+        contiguous = tensor.detach().contiguous()
+        memory = contiguous.untyped_storage().data_ptr()
+        separate[name] = contiguous.clone() if memory in used else contiguous
+        used.add(memory)
+    return separate
 
 
 def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
