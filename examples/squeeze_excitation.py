@@ -12,6 +12,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from resnet56 import RECIPES, ResNet, build, load, load_data, train
+from resnet56.model import BasicBlock
 
 
 class SqueezeExcitation(nn.Module):
@@ -27,16 +28,16 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weights(x.mean(dim=(2, 3)))[:, :, None, None]
+        weights: Tensor = self.weights(x.mean(dim=(2, 3)))
+        return x * weights[:, :, None, None]
 
 
 def se_resnet(classes: int, arch: str) -> ResNet:
     """Build a network of basic blocks, with squeeze-and-excitation after their last batch norm."""
     model = build(arch, classes=classes)
-    for stage in (model.stage1, model.stage2, model.stage3):
-        for block in stage:
-            norm = block.bn2
-            block.bn2 = nn.Sequential(norm, SqueezeExcitation(norm.num_features))
+    for block in [module for module in model.modules() if isinstance(module, BasicBlock)]:
+        excitation = SqueezeExcitation(block.bn2.num_features)
+        block.register_module("bn2", nn.Sequential(block.bn2, excitation))
     return model
 
 

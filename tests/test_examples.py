@@ -11,6 +11,7 @@ import torch
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 CHANCE = 0.1  # accuracy of guessing one of ten digits
 THIRD_PARTY = ("lightning",)
+OPTIONS = {"distillation": ["--teacher", "resnet8"]}  # smaller, to save time
 
 
 # Lightning 2.6.6 uses a name that PyTorch 2.13 deprecates.
@@ -27,7 +28,8 @@ def test_the_example_learns_the_digits(
         if re.search(rf"^import {module}$", example.read_text(encoding="utf-8"), re.MULTILINE):
             pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(example), "--arch", "resnet8", "--epochs", "2"])
+    options = ["--arch", "resnet8", "--epochs", "2", *OPTIONS.get(example.stem, [])]
+    monkeypatch.setattr(sys, "argv", [str(example), *options])
     with torch.random.fork_rng():
         runpy.run_path(str(example), run_name="__main__")
     accuracies = re.findall(r"test accuracy: ([\d.]+)", capsys.readouterr().out)
