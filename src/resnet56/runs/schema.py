@@ -80,7 +80,10 @@ class CustomPart(TypedDict):
 
 
 class Environment(TypedDict, total=False):
-    """environment.json: the machine, software and data set of a run."""
+    """environment.json: the machine, software and data set of a run.
+
+    For an imported network, those of its first evaluation.
+    """
 
     processor: Text  # the name of the CPU
     cores: Count | None  # number of physical CPU cores, or null if unknown
