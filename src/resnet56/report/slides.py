@@ -182,13 +182,18 @@ def augmentation(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> str:
 
 def training(facts: RunFacts) -> Slide:
     """Return the slide on the training time, the optimizer and the schedule."""
-    if not facts.rows:
-        sentences = [page.no_curves(facts)]
-        return Slide("training", "Training", "No training curves", sentences)
-    title = f"{plural(facts.rows[-1]['epoch'], 'epoch')} in {time_taken(facts.seconds)}"
     sentences = (
         [optimizer(facts.recipe, facts.custom), schedule(facts.recipe)] if facts.recipe else []
     )
+    if facts.rows:
+        title = f"{plural(facts.rows[-1]['epoch'], 'epoch')} in {time_taken(facts.seconds)}"
+    elif facts.recipe and not facts.stored:
+        title = f"{plural(facts.recipe.epochs, 'epoch')}"
+    else:
+        title = "No training curves"
+        file = facts.metadata.get("file")
+        imported = f"The weights were imported from {shortened(file)}." if file else None
+        sentences = [imported or page.no_curves(facts)]
     return Slide("training", "Training", title, sentences)
 
 

@@ -77,7 +77,8 @@ def gap(train: float, test: float, test_interval: Interval, *, augmented: bool |
         ]
     if difference < LARGE_GAP:
         return [f"There is little overfitting: {numbers}, a gap of {points(difference)}."]
-    overfitting = f"The network overfits: {numbers}, a gap of {points(difference)}."
+    overfits = "overfits" if augmented is not None else "probably overfits"
+    overfitting = f"The network {overfits}: {numbers}, a gap of {points(difference)}."
     fit = (
         "It fits almost all training images"
         if train >= FITTED
@@ -322,7 +323,7 @@ def meeting(
         f"{percent(high)}).",
         _baseline(test, published),
         _weakness(test),
-        _gap_in_brief(test, train),
+        _gap_in_brief(test, train, augmented=augmented),
         _next_step(test, train, augmented=augmented, finished=finished),
     ]
 
@@ -356,7 +357,9 @@ def _weakness(test: Mapping[str, Any]) -> str:
     )
 
 
-def _gap_in_brief(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
+def _gap_in_brief(
+    test: Mapping[str, Any], train: Mapping[str, Any] | None, *, augmented: bool | None
+) -> str:
     if train is None:
         return "Training accuracy was not measured, so it is unknown whether the network overfits."
     accuracy, difference = percent(train["accuracy"]), train["accuracy"] - test["accuracy"]
@@ -365,12 +368,13 @@ def _gap_in_brief(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> s
     numbers = f"Training accuracy is {accuracy}, {points(difference)} above test accuracy"
     if difference < LARGE_GAP:
         return f"{numbers}, so there is little overfitting."
+    overfits = "overfits" if augmented is not None else "probably overfits"
     if train["accuracy"] >= FITTED:
         return (
-            f"{numbers}, so the network overfits: it fits almost all training images, but it is "
+            f"{numbers}, so the network {overfits}: it fits almost all training images, but it is "
             "less accurate on new images."
         )
-    return f"{numbers}, so the network overfits, and it does not fit all training images either."
+    return f"{numbers}, so the network {overfits}, and it does not fit all training images either."
 
 
 def _next_step(
