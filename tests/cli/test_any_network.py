@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from networks import CLASSES, random_checkpoint
 from PIL import Image
 from report_fixtures import Page
 
-from resnet56 import cli, export
+from resnet56 import RECIPES, cli, export, samples
 from resnet56.runs import pretrained
 from resnet56.runs.directory import RunDirectory
 
@@ -266,6 +267,13 @@ def test_a_network_that_is_not_a_run_is_reported(
 def test_pretrained_weights_are_reported_with_their_recipe(
     ours: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    augmentations = []
+
+    def record(*arguments: Any) -> dict[str, Any]:
+        augmentations.append(arguments[-1])
+        return samples.augmented_samples(*arguments)
+
+    monkeypatch.setattr("resnet56.evaluation.augmented_samples", record)
     monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
     pretrained.save(RunDirectory(ours), "tiny", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
@@ -274,6 +282,7 @@ def test_pretrained_weights_are_reported_with_their_recipe(
     assert "The pretrained weights were evaluated" in page.text
     assert "includes the recipe of these weights, but not their training curves" in page.text
     assert "batch size 6" in page.text
+    assert [augmentation.padding for augmentation in augmentations] == [RECIPES["quick"].padding]
     assert "recipe" in page.ids
 
 

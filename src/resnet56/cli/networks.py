@@ -9,6 +9,7 @@ from resnet56.errors import Error, UsageError
 
 if TYPE_CHECKING:
     from resnet56.classifiers import Network
+    from resnet56.data.augment import Augmentation
     from resnet56.data.dataset import Dataset, Split
     from resnet56.recipe import Recipe
     from resnet56.report.read import RunFacts
@@ -59,19 +60,16 @@ def evaluate_run(
         UsageError: there are no images of `split`.
     """
     from resnet56 import evaluation
-    from resnet56.data.augment import CROP_AND_FLIP
     from resnet56.evaluation import EvaluatedModel
     from resnet56.files import read_json
-    from resnet56.training import augmentation_of
 
     run, classifier = network.run, network.classifier
     assert run is not None
     assert isinstance(classifier, EvaluatedModel)
-    val_size, augmentation = 0, CROP_AND_FLIP
+    recipe = None
     if not run.is_imported():
         recipe = recipes.from_fields(read_json(run.recipe_file), str(run.recipe_file))
-        val_size = recipe.val_size
-        augmentation = augmentation_of(recipe, allow_flip=dataset.allow_flip)
+    val_size = recipe.val_size if recipe else 0
     if split == "validation" and val_size == 0:
         raise UsageError(f"{run.path} has no validation images; train with --val-size N")
     if split == "train":
@@ -84,7 +82,7 @@ def evaluate_run(
         device=device,
         precision=precision,
         val_size=val_size,
-        augmentation=augmentation,
+        augmentation=_augmentation(recipe, dataset),
         progress=show_progress,
     )
     return evaluation.measure_extras(
@@ -95,6 +93,16 @@ def evaluate_run(
         robustness=min(robustness, len(dataset.test)),
         progress=show_progress,
     )
+
+
+def _augmentation(recipe: "Recipe | None", dataset: "Dataset") -> "Augmentation":
+    """Return the augmentation for sample images. Without a recipe, the report does not show it."""
+    from resnet56.data.augment import CROP_AND_FLIP
+    from resnet56.training import augmentation_of
+
+    if recipe is None:
+        return CROP_AND_FLIP
+    return augmentation_of(recipe, allow_flip=dataset.allow_flip)
 
 
 def read_networks(
@@ -182,8 +190,14 @@ def _evaluate(name: str, data: str | None, *, all_images: bool) -> "RunFacts":
         evaluate_run(network, dataset, robustness=ROBUSTNESS)
         return read_run(network.run.path)
     classifier, test = network.classifier, require_images(dataset.test, "test")
+    recipe = _recipe(network)
     results = measure(
-        classifier, dataset, network.weights, training=all_images, progress=show_progress
+        classifier,
+        dataset,
+        network.weights,
+        training=all_images,
+        augmentation=_augmentation(recipe, dataset),
+        progress=show_progress,
     )
     if all_images:
         results.evaluation["speed"] = inference_speed(classifier, test.images)
@@ -198,7 +212,7 @@ def _evaluate(name: str, data: str | None, *, all_images: bool) -> "RunFacts":
         results,
         environment=cast("Environment", machine | {"data": origin}),
         fingerprint=dataset.fingerprint(),
-        recipe=_recipe(network),
+        recipe=recipe,
     )
 
 
