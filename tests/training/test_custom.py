@@ -57,6 +57,18 @@ def noisy(images: Tensor) -> Tensor:
     return (images + noise).clamp(0, 255).to(torch.uint8)
 
 
+class Averaging(torch.optim.SGD):
+    """SGD whose steps shrink. Its state contains numbers, in the group and of a parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            state = self.state[group["params"][0]]
+            state["total"] = state.get("total", 0.0) + 0.5
+            group["lr"] /= group["count"] + state["total"]
+        return super().step(closure)
+
+
 rmsprop = functools.partial(torch.optim.RMSprop, momentum=0.9)
 # An optimizer whose state contains tensors of other shapes than the parameters.
 adafactor = functools.partial(torch.optim.Adafactor, weight_decay=0.1)
@@ -73,8 +85,9 @@ def recipe(small: Recipe) -> Recipe:
         ({"model": Small, "optimizer": rmsprop}, {}),
         ({"model": Small, "loss": generalized(0.7)}, {"ema_decay": (0.5, 0.9999), "val_size": 11}),
         ({"optimizer": adafactor, "augment": noisy}, {}),
+        ({"optimizer": Averaging, "model": Small}, {}),
     ],
-    ids=["model-optimizer", "model-loss-ema", "optimizer-augment"],
+    ids=["model-optimizer", "model-loss-ema", "optimizer-augment", "numbers"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny: Dataset, recipe: Recipe, tmp_path: Path, parts: dict[str, Any], fields: dict[str, Any]
@@ -92,7 +105,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_parts_like_the_built_in_ones_give_the_same_run(
     tiny: Dataset, recipe: Recipe, tmp_path: Path
 ) -> None:
-    recipe = dataclasses.replace(recipe, padding=0, flip=False, execution="eager")
+    recipe = dataclasses.replace(
+        recipe, padding=0, flip=False, execution="eager", ema_decay=(0.9,), val_size=11
+    )
     train(recipe, tiny, tmp_path / "built-in", device="cpu")
     sgd = functools.partial(
         torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
