@@ -32,6 +32,8 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # (B, 3, 32, 32) uint8 images -> images of the same type and shape.
 Augment: TypeAlias = Callable[[Tensor], Tensor]
 
+WORDS = {"augment": "augmentation"}  # for messages
+
 
 @dataclass(frozen=True)
 class Custom:
@@ -120,7 +122,7 @@ class Custom:
             part = getattr(self, kind)
             if part is None:
                 raise
-            word = "augmentation" if kind == "augment" else kind
+            word = WORDS.get(kind, kind)
             raise TrainingError(
                 f"the {word} {name_of(part)} raised {type(error).__name__}: {one_line(error)}"
             ) from error
@@ -208,19 +210,18 @@ def name_of(part: object) -> str:
 
 
 def difference(saved: Mapping[str, CustomPart], current: Mapping[str, CustomPart]) -> str | None:
-    """Return how the parts of a saved run differ from the current ones, or None."""
+    """Return how the parts of a run differ from the current ones and what to do, or None."""
     for kind in sorted({*saved, *current}):
-        if kind not in current:
-            return f"with the custom {kind} {saved[kind]['name']}; pass it in Python as {kind}="
+        word = WORDS.get(kind, kind)
         if kind not in saved:
-            return f"with the built-in {kind}; omit {kind}={current[kind]['name']}"
+            return f"with the built-in {word}; omit {kind}={current[kind]['name']}"
+        text = f"with the custom {word} {saved[kind]['name']}"
+        if kind not in current:
+            return f"{text}; pass it in Python as {kind}="
         if saved[kind]["name"] != current[kind]["name"]:
-            return f"with the custom {kind} {saved[kind]['name']}, not {current[kind]['name']}"
+            return f"{text}, not {current[kind]['name']}; pass the same {kind}="
         if saved[kind]["sha256"] != current[kind]["sha256"]:
-            return (
-                f"with the custom {kind} {saved[kind]['name']}, whose source code or settings have "
-                "changed"
-            )
+            return f"{text}, whose source code or settings have changed; restore them"
     return None
 
 

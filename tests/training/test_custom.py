@@ -190,10 +190,22 @@ def other_loss(logits: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({}, r"was trained with the custom loss .*generalized.*; pass it in Python as loss="),
-        ({"loss": other_loss}, r"with the custom loss .*generalized.*, not .*other_loss; or"),
-        ({"loss": generalized(0.5)}, "whose source code or settings have changed; or choose"),
-        ({"loss": generalized(0.7), "augment": noisy}, r"built-in augment; omit augment=.*noisy"),
+        (
+            {},
+            r"trained with the custom loss .*generalized.*; pass it in Python as loss=, or choose",
+        ),
+        (
+            {"loss": other_loss},
+            r"with the custom loss .*generalized.*, not .*other_loss; pass the same loss=, or",
+        ),
+        (
+            {"loss": generalized(0.5)},
+            "whose source code or settings have changed; restore them, or choose",
+        ),
+        (
+            {"loss": generalized(0.7), "augment": noisy},
+            r"built-in augmentation; omit augment=.*noisy, or",
+        ),
     ],
 )
 def test_a_run_is_not_resumed_with_other_parts(

@@ -52,7 +52,7 @@ def load_checkpoint(
     changed = difference(checkpoint.metadata.get("custom", {}), custom.identities())
     if changed:
         raise RunError(
-            f"{run.path} was trained {changed}; or choose another directory for {option('out')}"
+            f"{run.path} was trained {changed}, or choose another directory for {option('out')}"
         )
     if checkpoint.metadata.get("data") != fingerprint:
         its_data = either("its own data set", "its own data with --data")
