@@ -29,7 +29,7 @@ ModelLike: TypeAlias = nn.Module | Callable[[int], nn.Module]
 OptimizerFactory: TypeAlias = Callable[..., torch.optim.Optimizer]
 # (B, C) float32 logits, and (B,) int64 labels or (B, C) float32 probabilities -> scalar.
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-# (B, 3, 32, 32) uint8 images -> images of the same type and shape.
+# (B, 3, 32, 32) uint8 images -> images of the same dtype and shape.
 Augment: TypeAlias = Callable[[Tensor], Tensor]
 
 WORDS = {"augment": "augmentation"}  # for messages

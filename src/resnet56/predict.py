@@ -275,7 +275,7 @@ class Predictor:
             of its map plus its bias (Zhou et al. 2016).
 
         Raises:
-            UsageError: the images have the wrong type or shape.
+            UsageError: the images have the wrong dtype or shape.
             RunError: the logits are not finite.
         """
         if images.dtype != np.uint8 or images.shape[1:] != (3, 32, 32):

@@ -39,7 +39,7 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
     and `y_NAME.npy`. Labels are integers of shape (N,) or (N, 1).
 
     Raises:
-        DataError: an array has an unexpected shape or type, labels are missing or out of range, or
+        DataError: an array has an unexpected shape or dtype, labels are missing or out of range, or
             there are no images.
     """
     stems = {file.stem: file for file in sorted(path.glob("*.npy"))}
@@ -52,14 +52,14 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
         images, labels = _read_array(file), _read_array(labels_file)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
             raise DataError(
-                f"{escape(str(file))} has shape {images.shape} and type "
+                f"{escape(str(file))} has shape {images.shape} and dtype "
                 f"{one_line(images.dtype)}; expected (N, 32, 32, 3) and uint8"
             )
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise DataError(
-                f"{escape(str(labels_file))} has shape {labels.shape} and type "
+                f"{escape(str(labels_file))} has shape {labels.shape} and dtype "
                 f"{one_line(labels.dtype)}; expected (N,) or (N, 1) and integers"
             )
         if len(images) != len(labels):

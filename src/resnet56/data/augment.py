@@ -31,7 +31,7 @@ class Augmentation:
         mix_probability: probability that a batch is mixed.
         plain_tail_from: first epoch (from 0) that uses only crops and flips.
         function: replaces TrivialAugment, the crop, the flip and Cutout. It maps images
-            (B, 3, 32, 32) uint8 to images of the same type and shape.
+            (B, 3, 32, 32) uint8 to images of the same dtype and shape.
     """
 
     padding: int = 4
@@ -108,12 +108,12 @@ def crop_and_flip(images: Tensor, params: AugmentationParams, padding: int) -> T
     """Pad each image with black pixels, crop it, and flip the images that `params` selects.
 
     Args:
-        images: (N, 3, H, W), any type.
+        images: (N, 3, H, W), any dtype.
         params: parameters of the N images.
         padding: number of black pixels on each side, as for `sample_params`. 0 disables the crop.
 
     Returns:
-        (N, 3, H, W) of the same type, in channels-last memory format.
+        (N, 3, H, W) of the same dtype, in channels-last memory format.
     """
     count, _, height, width = images.shape
     padded = F.pad(images, (padding, padding, padding, padding))

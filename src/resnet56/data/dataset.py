@@ -246,7 +246,7 @@ def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
     """Return the channel means and standard deviations of (N, 3, H, W) uint8, scaled to [0, 1].
 
     The standard deviation of a constant channel is 1.0 to avoid a division by zero. A histogram
-    makes the sums exact, and avoids a copy of the images in a wider type.
+    makes the sums exact, and avoids a copy of the images in a wider dtype.
 
     Raises DataError if there are no images.
     """

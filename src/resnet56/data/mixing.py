@@ -124,7 +124,7 @@ def mix_images(images: Sequence[Tensor], mix: MixParams) -> Tensor:
 
     Args:
         images: the batch and then its partners, in the order of `mix.partners`. Each has shape
-            (B, 3, 32, 32) and type float32.
+            (B, 3, 32, 32) and dtype float32.
         mix: parameters of the batch.
 
     Returns:

@@ -112,7 +112,7 @@ class PickledArray:
         _, self.shape, self.dtype, self.fortran, self.data = state
 
     def pixels(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
-        """Return the array if its type is uint8 and its shape is `shape`, otherwise None."""
+        """Return the array if its dtype is uint8 and its shape is `shape`, otherwise None."""
         if not isinstance(self.dtype, _Dtype) or self.dtype.code not in ("u1", b"u1"):
             return None
         if not isinstance(self.data, bytes | bytearray) or self.shape != shape:

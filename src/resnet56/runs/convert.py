@@ -235,7 +235,7 @@ def _resolve_classes(
 
 
 def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dict[str, Tensor]:
-    """Read the tensors and convert them to the data types and channel order of this package."""
+    """Read the tensors and convert them to the dtypes and channel order of this package."""
     model = {}
     for key, expected in expected_tensors(config.arch, state_dict.tensors).items():
         if is_counter(key):
@@ -249,11 +249,11 @@ def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dic
             values = values.to(expected.dtype, copy=True, memory_format=torch.contiguous_format)
         except Exception as error:  # Parsers can raise any exception for a damaged file.
             raise RunError(
-                f"{file} is damaged: {key} of type {one_line(stored.type)} cannot be read: "
+                f"{file} is damaged: {key} of dtype {one_line(stored.type)} cannot be read: "
                 f"{one_line(error)}"
             ) from None
         if values.shape != expected.shape or not dtype.is_floating_point:
-            raise RunError(f"{file} is unusable: {key} has type {dtype}, not floating point")
+            raise RunError(f"{file} is unusable: {key} has dtype {dtype}, not floating point")
         if not bool(values.isfinite().all()):
             raise RunError(f"{file} is unusable: {key} has values that are not finite")
         model[key] = values

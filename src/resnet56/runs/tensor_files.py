@@ -70,7 +70,7 @@ class StoredTensor:
     """A tensor in a file. Its values are read on demand."""
 
     shape: tuple[int, ...]
-    type: str  # name of the data type, as in PyTorch or in the file
+    type: str  # name of the dtype, as in PyTorch or in the file
     read: Callable[[], Tensor]  # reads the values. Can raise any exception for a damaged file.
     plain: bool = True  # whether it is a dense tensor of real numbers
     memory: object = field(default_factory=object)  # identifier of the memory of the values
@@ -204,7 +204,7 @@ class _RebuildTyped(_Rebuild):
     ) -> Any:  # fmt: skip
         resolved = getattr(torch, str(dtype.name).removeprefix("torch."), None)
         if not isinstance(resolved, torch.dtype):
-            raise ValueError(f"a tensor has the unknown type {dtype.name}")
+            raise ValueError(f"a tensor has the unknown dtype {dtype.name}")
         return _view(storage, resolved, offset, shape, stride)
 
 
@@ -293,7 +293,7 @@ class _TorchPickle:
             return _REBUILDS[name]
         if name.startswith("torch._utils._rebuild_"):
             return _RebuildSpecial
-        if name.startswith("torch."):  # for example, a storage class, a data type or a device
+        if name.startswith("torch."):  # for example, a storage class, a dtype or a device
             return make_stub(name)
         self.other_classes.add(name)
         return with_numpy(reject_dangerous)(name)
@@ -305,7 +305,7 @@ class _TorchPickle:
         tag, storage_class, key, _, count, *view = pid
         name = storage_class.name.rpartition(".")[2].removesuffix("Storage")
         if tag != "storage" or name not in _STORAGES or any(part is not None for part in view):
-            raise ValueError(f"the data of a tensor has the unknown type {one_line(name)}")
+            raise ValueError(f"the data of a tensor has the unknown dtype {one_line(name)}")
         if type(count) is not int or not 0 <= count < 2**60 or not isinstance(key, str | int):
             raise ValueError("the data of a tensor has an invalid size or key")
         storage = _Storage(key, _STORAGES[name], count, self.raw)

@@ -81,7 +81,7 @@ def train(
         loss: a function that replaces cross-entropy. It takes logits (B, C) float32 and labels (B,)
             int64, or probabilities (B, C) float32 if the recipe mixes images. It returns a scalar.
         augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps images
-            (B, 3, 32, 32) uint8 on the training device to images of the same type and shape. The
+            (B, 3, 32, 32) uint8 on the training device to images of the same dtype and shape. The
             images are then normalized, and mixed or downscaled as the recipe specifies.
         callbacks: functions, or objects with a method `on_epoch`. They are called after each epoch,
             when its checkpoint is saved, with the metrics of the epoch as in metrics.jsonl.
