@@ -74,7 +74,7 @@ def open_network(
     """Open a network by name or path.
 
     Args:
-        name_or_path: an ONNX file, or an argument of `runs.sources.open_model`.
+        name_or_path: an ONNX file, or a name or path that `runs.sources.open_model` accepts.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
         precision: "auto", "fp32", "bf16" or "fp16".
         threads: number of CPU threads. By default, one thread per free core.

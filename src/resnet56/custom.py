@@ -301,7 +301,7 @@ def _bytecode(code: CodeType) -> str:
 
 
 def _kind(value: object) -> str:
-    """Describe a returned value in an error message."""
+    """Describe a returned value for an error message."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)}"

@@ -44,7 +44,7 @@ class _WithNormalization(nn.Module):
         self.register_buffer("std", torch.tensor(config.std))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute logits, maps and features of (N, 3, 32, 32) uint8. See `ResNet.explain`."""
+        """Compute the outputs of `ResNet.explain` for uint8 images (N, 3, 32, 32)."""
         return self.model.explain(normalize(images, self.mean, self.std))  # type: ignore[arg-type]
 
 

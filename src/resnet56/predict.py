@@ -436,8 +436,8 @@ def load(
     Raises:
         RunError: the model does not exist or is damaged, the run needs `model`, or its weights do
             not fit `model`.
-        UsageError: the device is not available, the number of threads is out of range, or the run
-            has a built-in network and needs no `model`.
+        UsageError: the device is not available, the number of threads is out of range, or
+            `model` is given for a built-in network.
         MissingExtraError: the model is an ONNX file and ONNX Runtime is not installed.
     """
     path = Path(source)

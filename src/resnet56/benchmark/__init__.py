@@ -1,1 +1,1 @@
-"""Benchmarks of training and inference, compared with a standard PyTorch loop."""
+"""Benchmarks that compare training and inference with a standard PyTorch loop."""

@@ -1,4 +1,4 @@
-"""Benchmarks of training, inference and start-up, compared with a standard PyTorch loop."""
+"""Benchmarks that compare training, inference and start-up with a standard PyTorch loop."""
 
 import contextlib
 import functools

@@ -39,7 +39,7 @@ class BenchOptions:
     """Number of CPU threads. By default, one per core."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of this package. The standard loop always uses fp32."""
+    """Precision in which this package runs. The standard loop always uses fp32."""
 
     compiled: bool = False
     """Also benchmark torch.compile, which takes another minute per table."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a network. For a run on its own data, save the results in the run directory.
+    """Evaluate a network. Results on the data set of the run are saved in the run directory.
 
     An imported network adopts the first data set of an evaluation as its own.
     """
@@ -32,7 +32,9 @@ class EvaluateOptions:
     CIFAR-10.1. By default, the data of the run."""
 
     split: Literal["test", "train", "validation"] | None = None
-    """Split to print. By default, test. A run on its own data is evaluated on all splits."""
+    """Split to print. By default, test. On the data set of the
+    run, all splits are evaluated. On another data set, only
+    this split is evaluated."""
 
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of stopping."""
@@ -153,7 +155,7 @@ def _evaluate(
     from resnet56.evaluation import conditions, inference_speed, measure_robustness
 
     if name == "validation":
-        raise UsageError("only a run on its own data has validation images; choose another --split")
+        raise UsageError("only the data set of a run has validation images; choose another --split")
     split = require_images(dataset.test if name == "test" else dataset.train, name)
     if options.robustness:
         require_images(dataset.test, "test")

@@ -48,7 +48,7 @@ def require_images(split: "Split", name: str) -> "Split":
 def evaluate_run(
     network: "Network", dataset: "Dataset", *, robustness: int, split: str = "test"
 ) -> "Evaluation":
-    """Evaluate the network of a run on its own data and save the results.
+    """Evaluate the network of a run on the data set of the run and save the results.
 
     Args:
         network: a network that belongs to a run.

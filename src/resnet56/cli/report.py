@@ -32,9 +32,10 @@ class ReportOptions:
 
     out: Path | None = None
     """Output file. By default, report.html or slides.html
-    in the run directory. In the current directory,
-    NAME-report.html or NAME-slides.html for a network that
-    is not a run, or comparison.html."""
+    in the run directory. For a network that is not a run,
+    NAME-report.html or NAME-slides.html in the current
+    directory. For several networks, comparison.html in the
+    current directory."""
 
     format: Literal["html", "md", "slides"] = "html"
     """One self-contained HTML page, Markdown with separate

@@ -115,7 +115,7 @@ def _read_array(file: Path) -> npt.NDArray[Any]:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
     except MemoryError as error:
         raise DataError(
-            f"cannot read {escape(str(file))}: its header requests too much memory"
+            f"cannot read {escape(str(file))}: parsing its header requires too much memory"
         ) from error
     except Exception as error:  # NumPy can raise any exception for a damaged header
         reason = getattr(error, "strerror", None) or error

@@ -128,7 +128,7 @@ def crop_and_flip(images: Tensor, params: AugmentationParams, padding: int) -> T
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalize images (N, 3, H, W) uint8 to float32: subtract `mean` and divide by `std`.
+    """Normalize uint8 images (N, 3, H, W) to float32: subtract `mean` and divide by `std`.
 
     `mean` and `std` have shape (3,) and apply to pixels in [0, 1].
     """
@@ -175,7 +175,7 @@ def augment(
     std: Tensor,
     augmentation: Augmentation,
 ) -> Tensor:
-    """Augment and normalize images (N, 3, 32, 32) uint8. Return float32.
+    """Augment and normalize uint8 images (N, 3, 32, 32). Return float32.
 
     The steps are TrivialAugment, crop and flip, normalization, and Cutout. A function in the
     settings replaces all of them except normalization.

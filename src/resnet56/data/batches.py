@@ -65,11 +65,11 @@ class Batches:
         augmentation: settings of the augmentation. By default, random crops with padding 4, and
             horizontal flips.
         classes: number of classes, for the targets of mixed images.
-        rank, world_size: index of this process and number of processes, for several GPUs. Each
-            process gets its part of every global batch.
+        rank, world_size: index of this process and number of processes, for training on several
+            GPUs. Each process gets its part of every global batch.
 
     Raises:
-        UsageError: there are no images, or the global batch is not divisible by `world_size`.
+        UsageError: there are no images, or the global batch size is not divisible by `world_size`.
     """
 
     split: Split
@@ -122,7 +122,7 @@ class Batches:
 
         Yields:
             images: (B, 3, S, S) float32, normalized, in channels-last memory format. S is the
-                entry of the epoch in `sizes`, or 32 if there is none.
+                entry for the epoch in `sizes`, or 32 if there is none.
             targets: labels (B,) int64, or probabilities (B, C) float32 if the batch is mixed.
         """
         augmentation = self.augmentation.in_epoch(epoch)

@@ -243,7 +243,7 @@ def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None
 
 
 def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
-    """Return the channel means and standard deviations of (N, 3, H, W) uint8, scaled to [0, 1].
+    """Return channel means and standard deviations of uint8 images (N, 3, H, W), scaled to [0, 1].
 
     The standard deviation of a constant channel is 1.0 to avoid a division by zero. A histogram
     makes the sums exact, and avoids a copy of the images in a wider dtype.

@@ -28,7 +28,7 @@ Progress = Callable[[int, int | None], None]
 """A function that is called with the bytes downloaded so far and the total (None if unknown)."""
 
 _RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt per URL
-_REPORT_INTERVAL = 0.2  # seconds between calls of `progress`, and between attempts to lock
+_REPORT_INTERVAL = 0.2  # seconds between calls to `progress`, and between attempts to lock
 _BLOCK = 1 << 18  # bytes to read at once
 _MIN_RATE = (1_000, 60.0)  # close connections that receive fewer bytes in this many seconds
 _HEADER_TIMEOUTS = 4  # the time limit for the response headers is this multiple of the timeout

@@ -33,14 +33,14 @@ def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwo
             supported, or the kernel's results differ from PyTorch's.
     """
     if not allow_avx512 and not _has_matrix_unit():  # saves more than a second of compilation
-        raise UnavailableError("the processor does not support a matrix unit (AMX)")
+        raise UnavailableError("the processor has no matrix unit (AMX)")
     library = compile_kernel("native.c")
     check_layouts(library)
     unit = library.resnet56_matrix_unit()
     if unit == 0:
         raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
     if unit == 1 and not allow_avx512:
-        raise UnavailableError("the compiler does not support a matrix unit (AMX)")
+        raise UnavailableError("the compiler does not support the matrix unit (AMX)")
     network = NativeNetwork(model, library)
     _check(library)
     return network

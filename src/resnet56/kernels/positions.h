@@ -171,7 +171,7 @@ static Chunk chunk_of(long k, long channels, long kernel) {
     return chunk;
 }
 
-/* Computes the offset of each chunk from the first value of a position, in number of values. */
+/* Computes the offset of each chunk from the first value of a position, in values. */
 static void offsets_of(int32_t *offsets, long channels, long kernel, const Layout *l) {
     for (long k = 0; k < chunks_of(channels, kernel); k++) {
         Chunk at = chunk_of(k, channels, kernel);

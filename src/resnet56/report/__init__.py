@@ -30,11 +30,11 @@ def write_report(
     Args:
         runs: one or more directories of training runs or imported networks, the facts about other
             networks, or the directory of a sweep.
-        out: the file to write. The default for one run is report.html, report.md or slides.html in
-            the run directory, and for another network NAME-report.html in the current directory.
-            The default for several runs is comparison.html or comparison.md in the current
-            directory. A Markdown report writes its images to a directory next to it, such as
-            report-files.
+        out: the file to write. For one run, the default is report.html, report.md or slides.html in
+            the run directory. For a network that is not a run, it is a file such as
+            NAME-report.html in the current directory. For several runs, it is comparison.html or
+            comparison.md in the current directory. A Markdown report writes its images to a
+            directory next to it, such as report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, or "slides"
             for an HTML file with ten slides about one run.
 

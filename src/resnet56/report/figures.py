@@ -38,7 +38,8 @@ def plot_confusion_matrix(
     """Plot a confusion matrix, with true classes as rows and predicted classes as columns.
 
     Cells are shaded by the square root of their share of the true class, which makes rare errors
-    visible. More than 20 classes are labeled by index, without numbers in the cells.
+    visible. With more than 20 classes, the labels are class indices, and the cells contain no
+    numbers.
 
     Args:
         results: a run directory, the result of `train`, or the result of `evaluate`.

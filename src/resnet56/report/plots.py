@@ -415,7 +415,7 @@ def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) 
 def confusion(
     name: str, matrix: Sequence[Sequence[int]], classes: Sequence[str], *, normalize: bool = False
 ) -> Chart:
-    """Plot the confusion matrix. More than 20 classes are labeled by index instead of name.
+    """Plot the confusion matrix. With more than 20 classes, the labels are class indices.
 
     Args:
         name: unique identifier on the page.

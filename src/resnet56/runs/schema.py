@@ -511,7 +511,7 @@ _JSON_TYPES = {
 
 
 def _explanation(error: Exception, content: object, expected: Any) -> str:
-    """Rewrite an error of msgspec to include the full name of the field and its value."""
+    """Rewrite an error from msgspec to include the full name of the field and its value."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     text, _, path = str(error).partition(" - at `$")
@@ -529,7 +529,7 @@ def _explanation(error: Exception, content: object, expected: Any) -> str:
 
 
 def _keys_of(path: str, content: Any, expected: Any) -> list[str | int]:
-    """Split the path in an error of msgspec, such as `.a[2].b`, into keys and indices.
+    """Split the path in an error from msgspec, such as `.a[2].b`, into keys and indices.
 
     msgspec writes `[...]` for the key of a mapping. This function checks each value of the mapping
     separately to find the key.

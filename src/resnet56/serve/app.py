@@ -67,7 +67,7 @@ def build_app(
     """Build the application that serves a model.
 
     Args:
-        predictor: the model. All calls of its `run` method come from one thread.
+        predictor: the model. All calls to its `run` method come from one thread.
         limits: limits on requests.
         hosts: accepted host names in the Host header. "*" accepts all names. On a loopback
             address, a list of names protects the server from DNS rebinding.

@@ -40,7 +40,7 @@ class Batcher:
     """Collects images for a few milliseconds or while the model is busy, and runs them together.
 
     Args:
-        predictor: the model. All calls of its `run` method come from one thread.
+        predictor: the model. All calls to its `run` method come from one thread.
         max_batch: maximum batch size, a power of two. On a CPU, batches of 8 to 16 images took
             the least time per image. Batches of 64 took twice as long per image because their
             activations did not fit in the caches.

@@ -50,7 +50,7 @@ class RequestLimiter:
             A function that reserves bytes for the request until the block ends.
 
         Raises:
-            HTTPException: 429 if a limit is exceeded on entry or in a call of that function.
+            HTTPException: 429 if a limit is exceeded on entry or during a call to that function.
         """
         own_bytes = 0
 

@@ -83,8 +83,9 @@ def train(
         augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps images
             (B, 3, 32, 32) uint8 on the training device to images of the same dtype and shape. The
             images are then normalized, and mixed or downscaled as the recipe specifies.
-        callbacks: functions, or objects with a method `on_epoch`. They are called after each epoch,
-            when its checkpoint is saved, with the metrics of the epoch as in metrics.jsonl.
+        callbacks: functions, or objects with a method `on_epoch`. After each epoch, when its
+            checkpoint has been saved, they are called with its metrics in the format of
+            metrics.jsonl.
 
     The run records the name and a hash of the source code of `model`, `optimizer`, `loss` and
     `augment`. The hash includes numbers and strings in their closures, attributes and partial

@@ -1,4 +1,4 @@
-"""Measure weights during training, and select the EMA of a run after its last epoch."""
+"""Evaluate weights during training, and select the best EMA after the last epoch."""
 
 import contextlib
 import itertools
