@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from networks import CLASSES, random_checkpoint
+from onnxruntime.quantization import quantize_dynamic
 from PIL import Image
 from report_fixtures import Page
 
@@ -335,7 +336,50 @@ def test_a_report_with_data_evaluates_an_imported_network_once(
     assert cli.main(["report", str(run)]) == 0
     assert (run / "evaluation.json").read_bytes() == kept
     assert "--data is not used" in refused("report", run, "--data", data)
+    assert "--skip-broken is not used" in refused("report", run, "--skip-broken")
     assert "--data is not used" in refused("compare", run, run, "--data", data)
+
+
+@pytest.mark.usefixtures("untimed")
+def test_unreadable_images_are_skipped_on_request(
+    forms: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refused: Says,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    broken = Path(shutil.copytree(data, tmp_path / "broken"))
+    (broken / "test" / CLASSES[0] / "0.png").write_bytes(b"not an image")
+    commands = {
+        "import": ["import", forms["hub"], "--out", tmp_path / "run", "--data", broken],
+        "report": ["report", forms["hub"], "--data", broken],
+        "compare": ["compare", forms["hub"], forms["hub"], "--data", broken],
+    }
+    for command in commands.values():
+        assert "--skip-broken" in refused(*command)
+        assert cli.main([*map(str, command), "--skip-broken"]) == 0
+        assert "skipped 1 image that cannot be read" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test"]["n"] == 17
+    assert "requires --data" in refused(*commands["import"][:2], "--out", "x", "--skip-broken")
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_quantized_onnx_file_is_evaluated(
+    forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another tool changes the weights of an exported file, but not its metadata."""
+    file = tmp_path / "int8.onnx"
+    quantize_dynamic(forms["onnx"], file)
+    assert file.read_bytes() != forms["onnx"].read_bytes()
+    results = []
+    for path in (file, forms["onnx"]):
+        command = ["evaluate", str(path), "--data", str(data), "--robustness", "0", "--json"]
+        assert cli.main(command) == 0
+        results.append(json.loads(capsys.readouterr().out)["test"])
+    assert results[0]["loss"] != results[1]["loss"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=0.3)
 
 
 def test_networks_that_cannot_be_reported_are_one_line_errors(

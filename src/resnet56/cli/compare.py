@@ -34,6 +34,10 @@ class CompareOptions:
     """Data set for networks without saved results. By default,
     the data of the first run."""
 
+    skip_broken: bool = False
+    """Skip unreadable images with a warning instead of
+    stopping."""
+
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
     """Also write the comparison as an HTML page."""
 
@@ -52,7 +56,7 @@ def run(arguments: list[str]) -> int:
 
     require_valid(len(options.runs), options.out, "html")
 
-    facts = read_networks(options.runs, options.data)
+    facts = read_networks(options.runs, options.data, skip_broken=options.skip_broken)
     entries = comparison.ranked(facts)
     first = entries[0]
     for entry in entries:

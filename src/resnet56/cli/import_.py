@@ -32,6 +32,9 @@ class ImportOptions:
     data: Data = None
     """Data set for an evaluation of the network. It becomes the data set of the run."""
 
+    skip_broken: bool = False
+    """Skip unreadable images with a warning instead of stopping."""
+
     arch: str | None = None
     """Architecture. By default, detected from the names and shapes of the tensors. Required for
     plain networks, which have the same names and shapes as residual networks."""
@@ -63,6 +66,8 @@ def run(arguments: list[str]) -> int:
     from resnet56.runs.sources import import_model
 
     directory = RunDirectory(options.out)
+    if options.skip_broken and options.data is None:
+        raise UsageError("--skip-broken requires --data")
     if not all(0 <= value <= 1 for value in options.mean or ()):
         raise UsageError("--mean must be from 0 to 1, the range of the pixel values")
     if not all(0 < value <= 1 for value in options.std or ()):
@@ -80,7 +85,8 @@ def run(arguments: list[str]) -> int:
     restore(imported.checkpoint, torch.device("cpu"))  # Raises an error if outputs are not finite.
     dataset = None
     if options.data is not None:  # Load the data before writing, so that an error leaves no files.
-        dataset = for_classes(load_data(options.data, evaluation=True), config.classes)
+        dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
+        dataset = for_classes(dataset, config.classes)
         require_images(dataset.test, "test")
     directory.create()
     directory.save(imported.checkpoint)

@@ -106,7 +106,11 @@ def _augmentation(recipe: "Recipe | None", dataset: "Dataset") -> "Augmentation"
 
 
 def read_networks(
-    names: Sequence[str], data: str | None, *, on_error: Callable[[Error], None] | None = None
+    names: Sequence[str],
+    data: str | None,
+    *,
+    skip_broken: bool = False,
+    on_error: Callable[[Error], None] | None = None,
 ) -> "list[RunFacts]":
     """Read the results of runs, and evaluate other networks on a data set.
 
@@ -116,11 +120,12 @@ def read_networks(
     Args:
         names: names or paths of networks.
         data: the value of --data. By default, networks are evaluated on the data of the first run.
+        skip_broken: the value of --skip-broken.
         on_error: called with the error of each network that cannot be read, if there are several.
             By default, the error is raised.
 
     Raises:
-        UsageError: a network requires --data, or no network uses --data.
+        UsageError: a network requires --data, or no network uses --data or --skip-broken.
         Error: a network cannot be read.
     """
     from resnet56.report.read import read_run
@@ -141,9 +146,10 @@ def read_networks(
         except Error as error:
             handle(error)
     pending = [run is None or (data is not None and _lacks_results(run)) for _, run in runs]
-    if data is not None and runs and not any(pending):
+    if (data is not None or skip_broken) and runs and not any(pending):
+        flag = "--data" if data is not None else "--skip-broken"
         raise UsageError(
-            "--data is not used, because the report shows the saved results of runs; to evaluate "
+            f"{flag} is not used, because the report shows the saved results of runs; to evaluate "
             "a run, use resnet56 evaluate"
         )
     found = []
@@ -156,7 +162,8 @@ def read_networks(
                 data = next((o for _, r in runs if r and (o := r.data_origin())), None)
                 if data is not None:
                     say(f"evaluating on the data of the first run: {data}")
-            found.append(_evaluate(name, data, all_images=len(names) == 1))
+            all_images = len(names) == 1
+            found.append(_evaluate(name, data, skip_broken=skip_broken, all_images=all_images))
         except Error as error:
             handle(error)
     if errors and not found:
@@ -169,12 +176,13 @@ def _lacks_results(run: "RunDirectory") -> bool:
     return run.is_imported() and not run.evaluation_file.exists()
 
 
-def _evaluate(name: str, data: str | None, *, all_images: bool) -> "RunFacts":
+def _evaluate(name: str, data: str | None, *, skip_broken: bool, all_images: bool) -> "RunFacts":
     """Evaluate a network, and save the results if it is an imported network.
 
     Args:
         name: name or path of the network.
         data: the value of --data.
+        skip_broken: the value of --skip-broken.
         all_images: whether to evaluate the training images, and to measure speed and robustness.
     """
     from resnet56.classifiers import open_network
@@ -183,7 +191,7 @@ def _evaluate(name: str, data: str | None, *, all_images: bool) -> "RunFacts":
     from resnet56.runtime import Precision, environment
 
     network = open_network(name)
-    dataset = data_for(network, data)
+    dataset = data_for(network, data, skip_broken=skip_broken)
     if network.run is not None:
         if not network.has_own_data(dataset):
             raise UsageError(f"{name} has other data; omit --data")

@@ -30,6 +30,10 @@ class ReportOptions:
     or an image directory. In a comparison, the default is
     the data set of the first run."""
 
+    skip_broken: bool = False
+    """Skip unreadable images with a warning instead of
+    stopping."""
+
     out: Path | None = None
     """Output file. By default, report.html or slides.html
     in the run directory. For a network that is not a run,
@@ -54,8 +58,8 @@ def run(arguments: list[str]) -> int:
 
     require_valid(len(options.runs), options.out, options.format)
     if len(options.runs) == 1 and is_sweep(Path(options.runs[0])):
-        if options.data is not None:
-            raise UsageError(f"{options.runs[0]} is a sweep, which does not use --data; omit it")
+        if options.data is not None or options.skip_broken:
+            raise UsageError(f"{options.runs[0]} is a sweep; omit --data and --skip-broken")
         print(write_report(options.runs, options.out, format=options.format))
         return 0
     skipped = 0
@@ -65,7 +69,9 @@ def run(arguments: list[str]) -> int:
         skipped += 1
         say(f"resnet56: {error}")
 
-    facts = read_networks(options.runs, options.data, on_error=skip)
+    facts = read_networks(
+        options.runs, options.data, skip_broken=options.skip_broken, on_error=skip
+    )
     print(write_report(facts, options.out, format=options.format))
     if skipped:
         say(f"resnet56: skipped {skipped} of {len(options.runs)} runs")
