@@ -84,7 +84,7 @@ def recipe(small: Recipe) -> Recipe:
     [
         ({"model": Small, "optimizer": rmsprop}, {}),
         ({"model": Small, "loss": generalized(0.7)}, {"ema_decay": (0.5, 0.9999), "val_size": 11}),
-        ({"optimizer": adafactor, "augment": noisy}, {}),
+        ({"model": Small, "optimizer": adafactor, "augment": noisy}, {}),
         ({"optimizer": Averaging, "model": Small}, {}),
     ],
     ids=["model-optimizer", "model-loss-ema", "optimizer-augment", "numbers"],
@@ -364,13 +364,13 @@ def test_a_callback_that_raises_keeps_the_checkpoint(
         r"the callback .*Recorder raised ValueError after epoch 1: no connection; the checkpoint "
         r"is saved in .*run; continue with resume=True"
     )
-    callbacks = [rows.append, recorder]
+    parts: dict[str, Any] = {"model": Small, "callbacks": [rows.append, recorder]}
     with pytest.raises(TrainingError, match=message) as caught:
-        train(recipe, tiny, out, device="cpu", callbacks=callbacks)
+        train(recipe, tiny, out, device="cpu", **parts)
     assert isinstance(caught.value.__cause__, ValueError)
-    train(recipe, tiny, out, device="cpu", resume=True, callbacks=callbacks)
+    train(recipe, tiny, out, device="cpu", resume=True, **parts)
     assert [row["epoch"] for row in recorder.rows] == [row["epoch"] for row in rows] == [1, 2]
-    train(recipe, tiny, tmp_path / "uninterrupted", device="cpu")
+    train(recipe, tiny, tmp_path / "uninterrupted", device="cpu", model=Small)
     assert_same_run(out, tmp_path / "uninterrupted")
 
 
@@ -408,6 +408,7 @@ def test_the_report_describes_the_parts(
 ) -> None:
     """All formats, and a comparison with a run without custom parts."""
     monkeypatch.chdir(tmp_path)
+    recipe = dataclasses.replace(recipe, epochs=1)
     parts: dict[str, Any] = {"model": Small, "optimizer": rmsprop, "loss": generalized(0.7)}
     train(recipe, tiny, "custom", device="cpu", augment=noisy, **parts)
     train(recipe, tiny, "built-in", device="cpu")
@@ -442,7 +443,7 @@ def test_runs_with_different_parts_are_not_seeds_of_one_recipe(
     losses: list[Any] = [None, generalized(0.7), generalized(0.7), generalized(0.6)]
     for seed, loss in enumerate(losses):
         seeded = dataclasses.replace(recipe, seed=seed, epochs=1)
-        train(seeded, tiny, tmp_path / str(seed), device="cpu", loss=loss)
+        train(seeded, tiny, tmp_path / str(seed), device="cpu", model=Small, loss=loss)
     entries = ranked([read_run(tmp_path / str(seed)) for seed in range(4)])
     grouped = [[entry.facts.name for entry in group.entries] for group in groups(entries)]
     assert sorted(grouped) == [["0"], ["1", "2"], ["3"]]
