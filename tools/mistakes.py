@@ -47,7 +47,7 @@ def evaluations(
     shuffled_logits = predict_with_batch_statistics(model, images[shuffled], config)
     yield "in training mode, batches of 32, shuffled", shuffled_logits, shuffled_labels
     sorted_logits = predict_with_batch_statistics(model, images[sorted_indices], config)
-    yield "the same, images sorted by class", sorted_logits, labels[sorted_indices]
+    yield "in training mode, batches of 32, sorted by class", sorted_logits, labels[sorted_indices]
     yield "normalized with ImageNet's constants", predict_logits(model, images, *IMAGENET), labels
     yield "not normalized, values from 0 to 1", predict_logits(model, images, *NONE), labels
     yield (
@@ -68,7 +68,7 @@ def main(directory: str, source: str = "resnet56") -> None:
     """Print the table."""
     checkpoint = open_model(source).checkpoint
     model, split = restore(checkpoint, CPU), load_directory(Path(directory)).test
-    print(f"| how `{source}` is tested | accuracy, % | points |\n|---|---|---|")
+    print(f"| how `{source}` is tested | accuracy, % | change, points |\n|---|---|---|")
     reference = None
     for name, logits, labels in evaluations(model, split, checkpoint.config):
         accuracy = 100 * (logits.argmax(dim=1) == labels).double().mean().item()

@@ -27,8 +27,25 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 USAGE = "usage: python tools/results.py [keep RUN NAME | draw]"
-HEAD = ("network", "command", "seeds", "test accuracy, %", "training accuracy, %", "time", "on")
-CHANGED_HEAD = ("command", "seeds", "test, %", "training, %", "gap, points", "ECE", "time", "on")
+HEAD = (
+    "network",
+    "command",
+    "seeds",
+    "test accuracy, %",
+    "training accuracy, %",
+    "time",
+    "machine",
+)
+CHANGED_HEAD = (
+    "command",
+    "seeds",
+    "test, %",
+    "training, %",
+    "gap, points",
+    "ECE",
+    "time",
+    "machine",
+)
 TRIAL_HEAD = ("command", "seed", "validation, %", "training, %", "corrupted test images, %")
 
 
