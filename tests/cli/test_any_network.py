@@ -65,17 +65,18 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Says:
 
 
 @pytest.fixture
-def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the speed measurement, which takes longer than the rest of an evaluation."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the speed measurement and all corruptions but one, which take most of the time."""
     batch = {"ms_per_image": 1.0, "images_per_second": 1000.0}
     speed = {"batch_1": batch, "batch_256": batch}
     monkeypatch.setattr("resnet56.evaluation.inference_speed", lambda *_: speed)
+    monkeypatch.setattr("resnet56.evaluation.CORRUPTIONS", ("contrast",))
 
 
 CONSTANTS = ["--mean", ".4", ".5", ".6", "--std", ".2", ".25", ".3", "--classes", *CLASSES]
 
 
-@pytest.mark.usefixtures("untimed")
+@pytest.mark.usefixtures("quick")
 def test_an_import_with_data_is_evaluated(
     forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,8 +91,8 @@ def test_an_import_with_data_is_evaluated(
     assert [evaluation[split]["n"] for split in ("test", "train")] == [18, 12]
     assert evaluation["robustness"]["images"] == 18
     # The imported network has the accuracy of the exported files.
-    quick = ["--robustness", "0", "--json"]
-    assert cli.main(["evaluate", str(forms["hub"]), "--data", str(data), *quick]) == 0
+    flags = ["--robustness", "0", "--json"]
+    assert cli.main(["evaluate", str(forms["hub"]), "--data", str(data), *flags]) == 0
     theirs = json.loads(capsys.readouterr().out)
     assert theirs["test"]["accuracy"] == evaluation["test"]["accuracy"]
     # Without --data, the network is evaluated again. Other images do not replace these results.
@@ -102,14 +103,14 @@ def test_an_import_with_data_is_evaluated(
     fewer = Path(shutil.copytree(data, tmp_path / "fewer"))
     (fewer / "test" / CLASSES[0] / "0.png").unlink()
     capsys.readouterr()
-    assert cli.main(["evaluate", str(run), "--data", str(fewer), *quick]) == 0
+    assert cli.main(["evaluate", str(run), "--data", str(fewer), *flags]) == 0
     shown = capsys.readouterr()
     assert "not saved; to save them, import it again" in shown.err
     assert json.loads(shown.out)["test"]["n"] == 17
     assert kept == {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
 
 
-@pytest.mark.usefixtures("untimed")
+@pytest.mark.usefixtures("quick")
 def test_the_first_evaluation_of_an_imported_network_is_saved(
     forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
 ) -> None:
@@ -154,9 +155,18 @@ def test_robustness_and_speed_of_every_form(
     assert result["robustness"]["images"] == 5
     assert result["speed"]["batch_1"]["ms_per_image"] > 0
     assert result.get("runtime") == ("ONNX Runtime" if form == "onnx" else None)
-    assert cli.main([*command, "--robustness", "0", "--split", "train"]) == 0
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("form", ["hub", "onnx"])
+def test_the_training_images_are_evaluated_on_request(
+    form: str, forms: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--robustness", "0", "--split", "train"]
+    assert cli.main(["evaluate", str(forms[form]), "--data", str(data), *flags]) == 0
     shown = capsys.readouterr().out
     assert "on the train images" in shown
+    assert "12 images" in shown
     assert "severity" not in shown
 
 
@@ -207,7 +217,7 @@ def test_flags_that_arrays_do_not_support_are_rejected(
         assert re.search(rf"{flags[0]}\b", error)
 
 
-@pytest.mark.usefixtures("untimed")
+@pytest.mark.usefixtures("quick")
 def test_an_exported_network_keeps_the_test_images_of_its_run(
     forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +239,7 @@ def ours(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.usefixtures("untimed")
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("format", ["html", "md", "slides"])
 def test_a_network_that_is_not_a_run_is_reported(
     format: str,
@@ -246,8 +256,8 @@ def test_a_network_that_is_not_a_run_is_reported(
     name = {"html": "net-report.html", "md": "hub-report.md", "slides": "hub-slides.html"}[format]
     assert capsys.readouterr().out == f"{name}\n"
     text = (tmp_path / name).read_text(encoding="utf-8")
-    quick = ["--robustness", "0", "--json"]
-    assert cli.main(["evaluate", str(forms[form]), "--data", str(data), *quick]) == 0
+    flags = ["--robustness", "0", "--json"]
+    assert cli.main(["evaluate", str(forms[form]), "--data", str(data), *flags]) == 0
     test = json.loads(capsys.readouterr().out)["test"]
     assert f"{100 * test['accuracy']:.2f} %" in text
     if format == "html":
@@ -264,7 +274,7 @@ def test_a_network_that_is_not_a_run_is_reported(
     assert {path.name for path in tmp_path.iterdir()} <= {name, "hub-report-files"}
 
 
-@pytest.mark.usefixtures("untimed")
+@pytest.mark.usefixtures("quick")
 def test_pretrained_weights_are_reported_with_their_recipe(
     ours: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,7 +332,7 @@ def test_other_networks_are_compared_with_a_run_by_a_paired_test(
     assert "McNemar" in (tmp_path / "comparison.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("untimed")
+@pytest.mark.usefixtures("quick")
 def test_a_report_with_data_evaluates_an_imported_network_once(
     forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
 ) -> None:
@@ -340,7 +350,7 @@ def test_a_report_with_data_evaluates_an_imported_network_once(
     assert "--data is not used" in refused("compare", run, run, "--data", data)
 
 
-@pytest.mark.usefixtures("untimed")
+@pytest.mark.usefixtures("quick")
 def test_unreadable_images_are_skipped_on_request(
     forms: dict[str, Path],
     data: Path,
@@ -365,7 +375,7 @@ def test_unreadable_images_are_skipped_on_request(
     assert "requires --data" in refused(*commands["import"][:2], "--out", "x", "--skip-broken")
 
 
-@pytest.mark.usefixtures("untimed")
+@pytest.mark.usefixtures("quick")
 def test_a_quantized_onnx_file_is_evaluated(
     forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
