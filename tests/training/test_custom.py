@@ -426,6 +426,8 @@ def test_the_report_describes_the_parts(
         assert "the custom optimizer torch.optim.rmsprop.RMSprop (batch size 8)" in text
         assert f"The loss is the custom function {__name__}.generalized" in text
         assert f"The custom function {__name__}.noisy augments training images." in text
+        assert "The training loss is the custom loss." in text
+        assert "the mean and standard deviation of the training images" in text
         assert "weight decay" not in text
         assert "cropped" not in text
         assert "multiply-accumulates" not in text

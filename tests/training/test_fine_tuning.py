@@ -13,6 +13,8 @@ from resuming import assert_same_run, run_until
 from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, UsageError
 from resnet56.recipe import Recipe
+from resnet56.report.page import normalization
+from resnet56.report.read import read_run
 from resnet56.runs.directory import RunDirectory
 from resnet56.training import train
 
@@ -109,6 +111,15 @@ def test_frozen_layers_keep_their_batch_norm_statistics(
     frozen = ("stage1.", "stage2.0.")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if not name.startswith(frozen)}
+
+
+def test_the_report_names_the_weights_that_define_the_normalization(
+    tiny: Dataset, small: Recipe, trained: Path, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(small, epochs=1, weights=str(trained))
+    train(recipe, tiny, tmp_path / "run", device="cpu")
+    assert normalization(read_run(trained)) == "of the training images"
+    assert normalization(read_run(tmp_path / "run")) == f"of {trained}, the initial weights"
 
 
 @pytest.mark.parametrize(

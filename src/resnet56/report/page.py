@@ -87,6 +87,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "unrecorded": unrecorded(facts),
         "no_curves": no_curves(facts),
         "curves_note": curves_note(facts),
+        "normalization": normalization(facts),
         "machine": machine(facts.environment),
         "command": command(facts.environment),
     }
@@ -236,14 +237,30 @@ def published_accuracy(facts: RunFacts) -> float | None:
     return story.PUBLISHED.get(facts.config.arch) if same_images else None
 
 
+def normalization(facts: RunFacts) -> str:
+    """Name the images whose statistics normalize those of the run."""
+    if facts.recipe is None:
+        return "of the imported network"
+    if facts.recipe.weights:
+        return f"of {facts.recipe.weights}, the initial weights"
+    return "of the training images"
+
+
 def curves_note(facts: RunFacts) -> str:
     """Explain how the training curves were measured."""
     on = "augmented images" if facts.augmented else "images without augmentation"
     note = "Training loss and accuracy are averages over each epoch, measured while the weights "
     note += f"change, on {on}."
+    if "loss" in facts.custom:
+        note += " The training loss is the custom loss. Other losses are cross-entropy."
     if facts.test:
         note += " The dots show the results of the evaluated weights on the test images."
     return note
+
+
+def loss_label(runs: Sequence[RunFacts]) -> str:
+    """Return the label of the loss axis. Only the built-in training loss is cross-entropy."""
+    return "loss" if any("loss" in facts.custom for facts in runs) else "cross-entropy, nats"
 
 
 def training_charts(facts: RunFacts) -> list[Chart]:
@@ -273,7 +290,7 @@ def training_charts(facts: RunFacts) -> list[Chart]:
     rates = [_line("learning rate", rows, "lr")]
     speeds = [_line("throughput", rows, "images_per_second")]
     return [
-        plots.curves("loss", "Loss", loss_alt, losses, "cross-entropy, nats"),
+        plots.curves("loss", "Loss", loss_alt, losses, loss_label([facts])),
         plots.curves("accuracy", "Accuracy", accuracy_alt, accuracies, "accuracy, %", percent=True),
         plots.curves(
             "learning-rate",
