@@ -38,8 +38,8 @@ of a single training run with a recipe that was fixed beforehand. The test image
 select a model.
 
 **Limitations.** Each model assigns one of its ten classes to any image. The training images show
-centered objects at 32x32 pixels. The package crops larger images to the center square and resizes
-them.
+centered objects at 32x32 pixels. The package crops other images to the center square and resizes
+them to 32x32 pixels.
 """
 
 
@@ -80,14 +80,14 @@ def section(name: str) -> str:
         "",
         f"- **Network**: {describe(recipe.arch).parameters:,} parameters.",
         f"- **Training**: `{command(recipe)}`, seed {recipe.seed}, {weights} weights.",
-        f"- **Accuracy** of the half-precision weights, in fp32: {100 * test['accuracy']:.2f} % on "
-        f"the {test['n']:,} test images",
-        f"  (95 % interval {low:.2f} to {high:.2f}), {100 * train['accuracy']:.2f} % on the "
+        f"- **Accuracy** of the half-precision weights, computed in fp32: "
+        f"{100 * test['accuracy']:.2f} % on the {test['n']:,} test images",
+        f"  (95 % interval {low:.2f} % to {high:.2f} %), {100 * train['accuracy']:.2f} % on the "
         "training images.",
         f"- **Calibration**: expected calibration error {calibration['ece']:.3f}, Brier score "
         f"{calibration['brier']:.3f}.",
         "",
-        "| class | precision % | recall % | F1 % |",
+        "| class | precision, % | recall, % | F1, % |",
         "|---|---|---|---|",
         *(table_row(each, row) for each, row in test["per_class"].items()),
         "",
