@@ -64,7 +64,8 @@ def predict_logits(
         model: a model in evaluation mode. The function converts a model from `build` to an
             `InferenceModel`, unless its layers have changed, for example by `torch.nn.utils.prune`.
         images: (N, 3, 32, 32) uint8, on any device.
-        mean, std: channel statistics of the training images, for pixels in [0, 1].
+        mean: channel means of the training images, for pixels in [0, 1].
+        std: channel standard deviations of the training images, for pixels in [0, 1].
         precision: precision of the forward pass.
         batch: batch size.
         advance: function that is called after each batch with its size.
@@ -107,7 +108,8 @@ def evaluate(
             uses evaluation mode, and then restores the mode of the model.
         split: images and labels.
         classes: names of the C classes.
-        mean, std: channel statistics of the training images, for pixels in [0, 1].
+        mean: channel means of the training images, for pixels in [0, 1].
+        std: channel standard deviations of the training images, for pixels in [0, 1].
         precision: precision of the forward pass.
 
     Raises:
