@@ -21,7 +21,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The slowest test files. They start first, so that no worker waits for one of them at the end.
-SLOW = ("test_readme.py", "test_tutorials.py", "test_training.py", "test_fused.py")
+SLOW = (
+    "test_readme.py",
+    "test_examples.py",
+    "test_tutorials.py",
+    "test_training.py",
+    "test_fused.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
