@@ -22,6 +22,7 @@ from resnet56.files import read_json, write_json
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.report import plots, recipe_words, story, words, write_report
 from resnet56.report.comparison import content
+from resnet56.report.page import stories
 from resnet56.report.read import read_run
 from resnet56.report.render import escape_markdown, unbroken
 from resnet56.runs.directory import RunDirectory
@@ -171,6 +172,17 @@ def test_an_imported_network_has_no_recipe_and_no_curves(tmp_path: Path, tested:
     assert "no recipe and no training curves" in markdown
     assert "augmented" not in markdown.replace("not augmented", "")
     assert "unfinished" not in markdown
+
+
+def test_a_network_may_have_been_trained_on_other_images(full: Path) -> None:
+    """Pretrained weights have a recipe, but can be evaluated on any data set."""
+    facts = read_run(full)
+    trained, other = (stories(replace(facts, stored=stored)) for stored in (True, False))
+    assert trained["gap"][0].startswith("The network overfits:")
+    assert trained["gap"][0].endswith("It was trained with augmentation.")
+    assert other["gap"][0].startswith("The network probably overfits:")
+    assert "compare the network with others" in other["meeting"][-1]
+    assert other["optimizer"] == trained["optimizer"]
 
 
 def test_a_directory_is_rejected_as_output(full: Path, tmp_path: Path) -> None:

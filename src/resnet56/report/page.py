@@ -210,7 +210,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
                 *story.against_chance(test),
             ],
             "gap": story.gap(
-                train["accuracy"], test["accuracy"], interval, augmented=facts.augmented
+                train["accuracy"], test["accuracy"], interval, augmented=facts.training_augmented
             )
             if train
             else [],
@@ -223,7 +223,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
                 test,
                 train,
                 published=published_accuracy(facts),
-                augmented=facts.augmented,
+                augmented=facts.training_augmented,
                 finished=facts.finished,
             ),
         }

@@ -141,6 +141,11 @@ class RunFacts:
         return builtin or "augment" in self.custom
 
     @property
+    def training_augmented(self) -> bool | None:
+        """The value of `augmented`, or None if the training images may be of another data set."""
+        return self.augmented if self.stored else None
+
+    @property
     def finished(self) -> bool:
         """Whether all epochs of the recipe are finished, or True without a recipe."""
         return self.recipe is None or self.progress.epoch >= self.recipe.epochs

@@ -354,7 +354,7 @@ def gap(facts: RunFacts) -> Gap | None:
         return None
     low, high = test["accuracy_interval"]
     [sentence] = story.gap(
-        train["accuracy"], test["accuracy"], (low, high), augmented=facts.augmented
+        train["accuracy"], test["accuracy"], (low, high), augmented=facts.training_augmented
     )
     verdict, _, rest = sentence.removeprefix("There is ").partition(": ")
     difference = train["accuracy"] - test["accuracy"]
