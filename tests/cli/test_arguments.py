@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
@@ -126,6 +127,19 @@ def test_help_fits_80_columns_and_shows_no_empty_defaults(
     assert "None" not in shown
     assert "default: )" not in shown
     assert not re.search(r"--no-(json|quiet|resume|csv|compiled)", shown)
+
+
+def test_help_texts_fill_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line ends where the next word would not fit, not where the line of the source ends."""
+    assert cli.main(["train", "quick", "--help"]) == 0
+    rows = [line[2:-2] for line in capsys.readouterr().out.splitlines() if line.startswith("│ ")]
+    wrapped = [
+        (first.rstrip(), second.split()[0])
+        for first, second in pairwise(rows)
+        if first[:23].strip() == "" == second[:23].strip()
+    ]
+    assert len(wrapped) > 20
+    assert [first for first, word in wrapped if len(first) + 1 + len(word) <= len(rows[0])] == []
 
 
 def test_help_on_a_terminal_without_unicode_is_ascii(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,9 @@ def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixt
 
 def test_help_shows_the_given_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["train", "report", "--help"])
-    assert "(default: resnet56-bottleneck)" in " ".join(
-        re.split(r"[\s│]+", capsys.readouterr().out)
-    )
+    shown = " ".join(re.split(r"[\s│]+", capsys.readouterr().out))
+    assert "The defaults are those of report." in shown
+    assert "(default: resnet56-bottleneck)" in shown
 
 
 def test_the_module_can_be_run_as_a_command() -> None:

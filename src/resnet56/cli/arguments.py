@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
+import docstring_parser
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -45,7 +46,7 @@ def parse(
         SystemExit: the help was requested and printed.
     """
     extra: dict[str, Any] = {} if default is None else {"default": default}
-    _hide_empty_defaults(options_type)  # type: ignore[arg-type]  # Classes are hashable.
+    _annotate(options_type)  # type: ignore[arg-type]  # Classes are hashable.
     output, errors = _Terminal(), _Terminal()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), NUMBERS:
@@ -154,13 +155,27 @@ def _nested(options_type: type) -> Iterator[tuple[type, dataclasses.Field[Any]]]
 
 
 @functools.cache
-def _hide_empty_defaults(options_type: type) -> None:
-    """Annotate the fields to hide "(default: None)" and --no-json in the help."""
+def _annotate(options_type: type) -> None:
+    """Annotate the fields to hide "(default: None)" and --no-json in the help.
+
+    Also join the lines of their docstrings. tyro keeps the line breaks before indented lines.
+    """
     for owner, field in _nested(options_type):
-        settings: list[object] = [tyro.conf.arg(help_behavior_hint=_hint)]
+        text = _help(owner).get(field.name)
+        settings: list[object] = [tyro.conf.arg(help=text, help_behavior_hint=_hint)]
         if field.type is bool and owner is options_type:  # Recipe flags need their --no- form.
-            settings = [tyro.conf.arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
+            settings = [
+                tyro.conf.arg(help=text, help_behavior_hint=""),
+                tyro.conf.FlagCreatePairsOff,
+            ]
         owner.__annotations__[field.name] = Annotated[field.type, *settings]
+
+
+@functools.cache
+def _help(options_type: type) -> dict[str, str]:
+    """Return the docstrings of the fields of a dataclass, each on one line."""
+    parameters = docstring_parser.parse_from_object(options_type).params
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parameters}
 
 
 def _hint(label: str) -> str:

@@ -21,30 +21,24 @@ class ReportOptions:
     runs: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|NAME|FILE [...]")
     ]
-    """Run directories, model hub directories, exported
-    files or names of pretrained models, or the directory
-    of a sweep."""
+    """Run directories, model hub directories, exported files or names of pretrained models, or the
+    directory of a sweep."""
 
     data: Data = None
-    """Data set for networks without saved results: a name
-    or an image directory. In a comparison, the default is
-    the data set of the first run."""
+    """Data set for networks without saved results: a name or an image directory. In a comparison,
+    the default is the data set of the first run."""
 
     skip_broken: bool = False
-    """Skip unreadable images with a warning instead of
-    stopping."""
+    """Skip unreadable images with a warning instead of stopping."""
 
     out: Path | None = None
-    """Output file. By default, report.html or slides.html
-    in the run directory. For a network that is not a run,
-    NAME-report.html or NAME-slides.html in the current
-    directory. For several networks, comparison.html in the
-    current directory."""
+    """Output file. By default, report.html or slides.html in the run directory. For a network that
+    is not a run, NAME-report.html or NAME-slides.html in the current directory. For several
+    networks, comparison.html in the current directory."""
 
     format: Literal["html", "md", "slides"] = "html"
-    """One self-contained HTML page, Markdown with separate
-    image files, or ten slides about one network in one
-    HTML file."""
+    """One self-contained HTML page, Markdown with separate image files, or ten slides about one
+    network in one HTML file."""
 
 
 def run(arguments: list[str]) -> int:

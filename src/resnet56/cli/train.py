@@ -176,6 +176,9 @@ def _write_report(out: Path, display: "TrainingDisplay") -> None:
 
 def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recipe) -> TrainOptions:
     names = "\n".join(f"  {key:7} {text}" for key, text in recipes.DESCRIPTIONS.items())
+    defaults = f"The defaults are those of {name}."
+    if name is None:
+        defaults = "To see the values of a recipe, use resnet56 train RECIPE --help."
     return parse(
         TrainOptions,
         arguments,
@@ -184,7 +187,7 @@ def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recip
         description=(
             "Train a model, write a run directory and evaluate the model.\n\nRECIPE is a .json or "
             f".toml file, such as the recipe.json of a run, or one of\n{names}\n\n"
-            "Each field of a recipe is also a flag."
+            f"Each field of a recipe is also a flag. {defaults}"
         ),
     )
 
