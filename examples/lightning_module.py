@@ -1,4 +1,4 @@
-"""Train a network of resnet56 in PyTorch Lightning, with the augmented batches of resnet56.
+"""Train a network from resnet56 with PyTorch Lightning, on augmented batches from resnet56.
 
 Run: pip install 'lightning>=2.6.4' && python examples/lightning_module.py --epochs 10
 """

@@ -1,7 +1,7 @@
 """Train on wrong labels with cross-entropy, and with a loss that is robust to them.
 
 Symmetric cross-entropy (Wang et al. 2019, arXiv:1908.06112) adds reverse cross-entropy, in which
-the label and the prediction change places. The logarithm of zero is replaced with -4. The reverse
+the label and the prediction are swapped. The logarithm of zero is replaced with -4. The reverse
 term is bounded, so images with a wrong label have less influence.
 
 Run: python examples/noisy_labels.py --noise 0.4 --epochs 10
@@ -19,7 +19,7 @@ from resnet56 import RECIPES, Dataset, Split, load_data, train
 
 
 def symmetric_cross_entropy(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """(B, classes) logits and (B,) labels -> mean over the batch."""
+    """Return the mean loss over a batch of logits (B, classes) and labels (B,)."""
     wrong = 1 - logits.softmax(dim=1).gather(1, labels[:, None])
     return F.cross_entropy(logits, labels) + beta * 4 * wrong.mean()
 

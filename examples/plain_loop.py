@@ -1,4 +1,4 @@
-"""Train a network in your own PyTorch loop, with the augmented batches of resnet56.
+"""Train a network in your own PyTorch loop, on augmented batches from resnet56.
 
 Run: python examples/plain_loop.py --epochs 10
 """

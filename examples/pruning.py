@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--data", default="digits", help="name or directory of a data set")
     parser.add_argument("--amount", type=float, default=0.8, help="fraction of weights to prune")
-    parser.add_argument("--epochs", type=int, default=5, help="of training, and of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=5, help="number of epochs for each phase")
     options = parser.parse_args()
 
     data = load_data(options.data)

@@ -1,6 +1,6 @@
 """Train your own model: ResNet with squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507).
 
-Each block weights its channels before it adds the shortcut. Any other module works in the same way.
+Each block scales its channels before it adds the shortcut. Any other module works in the same way.
 
 Run: python examples/squeeze_excitation.py --arch resnet56 --data cifar10 --epochs 10
 """
@@ -16,7 +16,7 @@ from resnet56.model import BasicBlock
 
 
 class SqueezeExcitation(nn.Module):
-    """Multiply each channel by a weight between 0 and 1 that depends on the means of all."""
+    """Multiply each channel by a factor from 0 to 1 that depends on the means of all channels."""
 
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ def training_step(
 
 
 def time_by_category(run_once: Callable[[], object]) -> Counter[str]:
-    """Measure the time of each category of operations, without the overhead of Python."""
+    """Measure the time of each category of operations, without Python overhead."""
     run_once()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(PROFILED_STEPS):

@@ -62,7 +62,7 @@ def draw() -> None:
 
 
 def gradients(data: str, seed: int, *, batch_norm: bool) -> dict[str, dict[str, float]]:
-    """Return the gradient norm at the response of each convolution of two networks."""
+    """Return the norm of the gradient with respect to each convolution output of two networks."""
     arguments = ["plain56", "resnet56", "--data", data, "--seed", str(seed), "--json"]
     with contextlib.redirect_stdout(io.StringIO()) as output:
         if main(["inspect", *arguments, *([] if batch_norm else ["--no-batch-norm"])]):

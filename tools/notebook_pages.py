@@ -1,7 +1,8 @@
 """MkDocs hook that shows the notebooks in docs/ as pages, with their stored outputs.
 
-The hook converts each notebook to Markdown, so that its page has the theme, the search and the link
-checks of the site. It does not run the notebooks. `tools/notebooks.py` stores their outputs.
+The hook converts each notebook to Markdown, so that the theme, the search and the link checks of
+the site apply to its page. It does not run the notebooks. `tools/notebooks.py` stores their
+outputs.
 """
 
 import base64
@@ -44,7 +45,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 
 def to_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
-    """Return the Markdown of a notebook and its images, by file name."""
+    """Return the Markdown of a notebook, and a dictionary of its images by file name."""
     parts: list[str] = []
     images: dict[str, bytes] = {}
     for cell in nbformat.read(path, as_version=4).cells:

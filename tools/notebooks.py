@@ -69,7 +69,7 @@ def normalized(notebook: Any) -> Any:
 
 
 def main() -> None:
-    """Run the notebooks on the command line, or all notebooks by default."""
+    """Run the notebooks given on the command line, or all notebooks by default."""
     for path in map(Path, sys.argv[1:]) if sys.argv[1:] else paths():
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:

@@ -35,10 +35,10 @@ A training run writes a directory:
 
 | file | content |
 |---|---|
-| `recipe.json` | the training options, named like the [flags](command-line.md#resnet56-train) |
+| `recipe.json` | the training options, named after the [flags](command-line.md#resnet56-train) |
 | `environment.json` | processor, memory, versions, command, git state, data |
 | `metrics.jsonl` | one JSON object per epoch |
-| `checkpoint/` | `checkpoint.json` and the safetensors files that it names, with their SHA-256 |
+| `checkpoint/` | `checkpoint.json` and the safetensors files that it lists with their SHA-256 |
 | `evaluation.json` | all metrics of the final weights |
 | `predictions.npz` | `logits` (N, classes), `labels` (N,) and `indices` (N,) of the test images |
 | `samples.npz` | a few images for the report |

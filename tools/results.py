@@ -236,7 +236,7 @@ class Published:
 
     name: str
     accuracy: float  # in %
-    interval: list[float]  # bounds in %; empty for results of others
+    interval: list[float]  # bounds in %; empty for results from other projects
     selected_on_test: bool  # whether the weights were selected on the test set
 
 

@@ -638,7 +638,7 @@ def test_the_trend_of_the_last_epochs_is_described() -> None:
         "1.0000 in the epoch before. More epochs may help."
     )
     falling = only(story.trend(rows(1.0, 0.9), cosine))
-    assert "expected because the learning rate falls to zero. It does not show" in falling
+    assert "expected because the learning rate falls to zero, so it does not show" in falling
     # This run ends before the decay begins.
     warming = Recipe(epochs=1, schedule="cosine", warmup_epochs=1)
     assert "More epochs may help" in only(story.trend(rows(1.0, 0.9), warming))

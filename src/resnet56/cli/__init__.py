@@ -1,4 +1,4 @@
-"""The `resnet56` command. It imports the module of a subcommand only to run this subcommand."""
+"""The `resnet56` command. The module of a subcommand is imported only when the subcommand runs."""
 
 import contextlib
 import difflib
@@ -30,11 +30,11 @@ COMMANDS = {
     "evaluate": "evaluate a model on this machine",
     "predict": "classify images and explain the predictions",
     "serve": "serve predictions over HTTP, with a demo page",
-    "import": "convert a checkpoint of another project to a run",
+    "import": "convert a checkpoint from another project to a run",
     "export": "export a model to ONNX or to a model hub directory",
     "report": "write a report on a network, or a comparison of several",
     "compare": "test whether the accuracies of networks differ by more than chance",
-    "inspect": "measure gradients and responses of each layer",
+    "inspect": "measure the gradients and responses of each layer",
     "describe": "print the layers, parameters and multiply-accumulates of a model",
     "bench": "benchmark training and inference against a standard loop",
     "data": "download CIFAR-10 or CIFAR-100",

@@ -1,7 +1,7 @@
 """Parse command-line arguments into a dataclass with tyro. Error messages are one line.
 
-The syntax of numbers is stricter than in Python. Numbers must be finite. They must consist of ASCII
-digits without underscores. Integers have at most 18 digits, so they fit in 64 bits.
+The syntax of numbers is stricter than in Python. Numbers must be finite. Their digits must be
+ASCII, without underscores. Integers have at most 18 digits, so they fit in 64 bits.
 """
 
 import contextlib

@@ -52,7 +52,7 @@ def load_data(
     from resnet56.data import readers
     from resnet56.distributed import Distributed
 
-    # A directory with the name "digits" does not replace the default data set.
+    # A directory named "digits" does not replace the default data set.
     if data is None and (own or "digits") == "digits":
         return readers.load_digits()
     name = data if data is not None else own or "digits"

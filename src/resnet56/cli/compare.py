@@ -31,15 +31,14 @@ class CompareOptions:
     on the same test images."""
 
     data: Data = None
-    """Data set for networks without saved results. By default,
-    the data of the first run."""
+    """Data set for networks without saved results. By default, the data set of the first run."""
 
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of
     stopping."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
-    """Also write the comparison as an HTML page."""
+    """Also write the comparison to this file, as an HTML page."""
 
     json: bool = False
     """Print JSON."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class EvaluateOptions:
     """Evaluate a network. Results on the data set of the run are saved in the run directory.
 
-    An imported network adopts the first data set of an evaluation as its own.
+    For an imported network, the data set of its first evaluation becomes the data set of the run.
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|NAME|FILE")]
@@ -29,7 +29,7 @@ class EvaluateOptions:
 
     data: Data = None
     """Data set: a name, an image directory, or a directory with the .npy files of CIFAR-10-C or
-    CIFAR-10.1. By default, the data of the run."""
+    CIFAR-10.1. By default, the data set of the run."""
 
     split: Literal["test", "train", "validation"] | None = None
     """Split to print. By default, test. On the data set of the
@@ -131,11 +131,11 @@ def _check_flags(options: EvaluateOptions) -> None:
     if options.robustness:
         raise UsageError("--parity and --robustness cannot be combined; run evaluate twice")
     if options.precision is not None:
-        raise UsageError("--parity names the precisions; omit --precision")
+        raise UsageError("--parity specifies the precisions; omit --precision")
     from resnet56.runtime import DTYPES
 
     if options.device != "auto" and not any(side == "torch" or side in DTYPES for side in sides):
-        raise UsageError("--parity names the devices; omit --device")
+        raise UsageError("--parity specifies the devices; omit --device")
 
 
 def _is_benchmark(data: str | None) -> bool:

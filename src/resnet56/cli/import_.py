@@ -17,7 +17,7 @@ from resnet56.progress import percent
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Convert a checkpoint of another project to a run. Code in the file is never executed.
+    """Convert a checkpoint from another project to a run. Code in the file is never executed.
 
     With --data, also evaluate the network as resnet56 evaluate does.
     """
@@ -37,7 +37,7 @@ class ImportOptions:
 
     arch: str | None = None
     """Architecture. By default, detected from the names and shapes of the tensors. Required for
-    plain networks, which have the same names and shapes as residual networks."""
+    plain networks, whose tensors have the same names and shapes as those of residual networks."""
 
     prefix: str | None = None
     """Prefix of the model's tensor names, such as student or model_ema.module. Required if the file

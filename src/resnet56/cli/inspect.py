@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from resnet56.runs.sources import Source
 
 IMAGE_SUFFIXES = (".svg", ".png")
-QUANTITIES = (  # field of LayerStatistics, panel label, logarithmic axis
+QUANTITIES = (  # field of LayerStatistics, panel label, whether the axis is logarithmic
     ("response_gradient", "gradient norm, response", True),
     ("weight_gradient", "gradient norm, weights", True),
     ("response_std", "standard deviation, response", False),
@@ -40,13 +40,13 @@ class InspectOptions:
     """Use the pretrained weights of an architecture instead of its initial weights."""
 
     data: Data = None
-    """Data set: a name or a directory. By default, the data of the first run, or the digits."""
+    """Data set: a name or a directory. By default, the data set of the first run, or the digits."""
 
     images: int = 128
     """Number of training images in the batch. They are not augmented."""
 
     seed: int = 0
-    """Seed of the initial weights and the choice of images."""
+    """Seed for the initial weights and the choice of images."""
 
     batch_norm: bool = True  # The help below describes --no-batch-norm.
     """Replace each batch norm with the identity. Only for architectures at initialization."""

@@ -20,10 +20,10 @@ ROBUSTNESS = 500  # default number of test images in the robustness test
 
 
 def data_for(network: "Network", data: str | None, *, skip_broken: bool = False) -> "Dataset":
-    """Load a data set with the classes of a network. By default, load the data of its run.
+    """Load a data set with the classes of a network. By default, load the data set of its run.
 
     Raises:
-        UsageError: there is no data set, or it has none of the classes.
+        UsageError: there is no data set, or it contains none of the classes.
         DataError: the data set cannot be read.
     """
     run = network.run
@@ -57,7 +57,7 @@ def evaluate_run(
         split: the requested split.
 
     Raises:
-        UsageError: there are no images of `split`.
+        UsageError: `split` contains no images.
     """
     from resnet56 import evaluation
     from resnet56.evaluation import EvaluatedModel
@@ -114,12 +114,13 @@ def read_networks(
 ) -> "list[RunFacts]":
     """Read the results of runs, and evaluate other networks on a data set.
 
-    With --data, also evaluates an imported network without results and saves its results. Of
-    several networks, the ones that are not runs are evaluated only on the test images.
+    With --data, also evaluates an imported network without results and saves its results. If there
+    are several networks, those that are not runs are evaluated only on the test images.
 
     Args:
         names: names or paths of networks.
-        data: the value of --data. By default, networks are evaluated on the data of the first run.
+        data: the value of --data. By default, networks are evaluated on the data set of the first
+            run.
         skip_broken: the value of --skip-broken.
         on_error: called with the error of each network that cannot be read, if there are several.
             By default, the error is raised.
@@ -161,7 +162,7 @@ def read_networks(
             if data is None:
                 data = next((o for _, r in runs if r and (o := r.data_origin())), None)
                 if data is not None:
-                    say(f"evaluating on the data of the first run: {data}")
+                    say(f"evaluating on the data set of the first run: {data}")
             all_images = len(names) == 1
             found.append(_evaluate(name, data, skip_broken=skip_broken, all_images=all_images))
         except Error as error:
@@ -194,7 +195,7 @@ def _evaluate(name: str, data: str | None, *, skip_broken: bool, all_images: boo
     dataset = data_for(network, data, skip_broken=skip_broken)
     if network.run is not None:
         if not network.has_own_data(dataset):
-            raise UsageError(f"{name} has other data; omit --data")
+            raise UsageError(f"--data is not the data set of {name}; omit --data")
         evaluate_run(network, dataset, robustness=ROBUSTNESS)
         return read_run(network.run.path)
     classifier, test = network.classifier, require_images(dataset.test, "test")

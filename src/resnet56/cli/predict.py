@@ -50,12 +50,14 @@ class PredictOptions:
     """Directory for class activation maps. NAME.cam.png shows an image with its map."""
 
     logits: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
-    """File for the logits: arrays logits (N, classes) float32, images (N,) file names, and classes
-    (classes,). Unreadable images are omitted."""
+    """File for the logits. It contains the arrays logits
+    (N, classes), images (the N file names) and classes
+    (the class names). Unreadable images are omitted."""
 
     features: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
-    """File for the features after global average pooling: arrays features (N, channels) float32,
-    images and classes. It can be the file of --logits."""
+    """File for the features after global average pooling. It
+    contains the arrays features (N, channels), images and
+    classes. It can be the same file as for --logits."""
 
     max_pixels: int | None = None
     """Maximum number of pixels per image. By default, 89 million, or 358 million for JPEG."""
@@ -137,7 +139,7 @@ def _write_outputs(
     classes: Sequence[str],
     rows: "Mapping[str, Sequence[FloatArray]]",
 ) -> None:
-    """Write the logits and the features of N images to their files, which can be the same."""
+    """Write the logits and the features of N images to their files, or to one file for both."""
     import numpy as np
 
     from resnet56.files import write_arrays

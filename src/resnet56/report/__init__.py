@@ -1,4 +1,4 @@
-"""Reports on runs in HTML or Markdown, and slides.
+"""HTML and Markdown reports on runs, and slides.
 
 A report needs only the files of the run. It needs neither the data set nor a GPU.
 """
@@ -28,12 +28,12 @@ def write_report(
     """Write a report on one run or sweep, a comparison of several runs, or slides about a run.
 
     Args:
-        runs: one or more directories of training runs or imported networks, the facts about other
-            networks, or the directory of a sweep.
+        runs: one or more directories of training runs or imported networks, facts about other
+            networks, or the directory of one sweep.
         out: the file to write. For one run, the default is report.html, report.md or slides.html in
             the run directory. For a network that is not a run, it is a file such as
             NAME-report.html in the current directory. For several runs, it is comparison.html or
-            comparison.md in the current directory. A Markdown report writes its images to a
+            comparison.md in the current directory. The images of a Markdown report are written to a
             directory next to it, such as report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, or "slides"
             for an HTML file with ten slides about one run.
@@ -43,7 +43,7 @@ def write_report(
 
     Raises:
         UsageError: `runs` is empty, slides are requested for several runs, `out` is a directory,
-            or a recipe.json has invalid values.
+            or a recipe.json contains invalid values.
         RunError: a run is missing or damaged, or a file cannot be written.
     """
     from resnet56.report import comparison, page, render, slides, sweep
@@ -53,7 +53,7 @@ def write_report(
     first = runs[0]
     if len(runs) == 1 and not isinstance(first, RunFacts) and sweep.is_sweep(Path(first)):
         if format == "slides":
-            raise UsageError(f"{first} is a sweep; for slides, choose a run such as a trial")
+            raise UsageError(f"{first} is a sweep; for slides, choose one of its trials")
         out = out or Path(first) / f"report.{format}"
         content, template = sweep.content(Path(first)), "sweep"
     else:
@@ -73,7 +73,7 @@ def write_report(
 
 
 def require_valid(runs: int, out: Path | None, format: Format) -> None:
-    """Raise UsageError if `write_report` cannot write this format about this number of runs."""
+    """Raise UsageError if `write_report` does not accept these arguments."""
     if not runs:
         raise UsageError("a report needs at least one run directory")
     if out is not None and out.is_dir():
@@ -84,7 +84,7 @@ def require_valid(runs: int, out: Path | None, format: Format) -> None:
 
 
 def _default_file(facts: "RunFacts", format: Format) -> Path:
-    """Return the file of the report on a run, or the file in the current directory."""
+    """Return the default path of a report on a run or on another network."""
     if facts.stored:
         return facts.path / _FILES[format]
     stem = facts.path.stem if facts.path.is_file() else facts.name

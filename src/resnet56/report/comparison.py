@@ -1,4 +1,4 @@
-"""Comparison of several runs: groups of seeds, tests of differences, and charts."""
+"""Comparison of several runs: groups of runs, significance tests, and charts."""
 
 import math
 import statistics
@@ -63,7 +63,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The label of the run, or the number of the group if it has several runs."""
+        """The label of the run, or the number of the group if it contains several runs."""
         return (
             self.entries[0].label
             if len(self.entries) == 1
@@ -103,7 +103,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference between the test accuracies of two groups, and its test.
+    """The difference between the test accuracies of two groups, and its significance test.
 
     Attributes:
         better: the group with the higher mean.
@@ -159,7 +159,7 @@ def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
 
 
 def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
-    """Sort by test accuracy, best first. Untested runs come last, in the given order."""
+    """Sort runs by test accuracy, the best first. Untested runs come last, in the given order."""
     order = sorted(runs, key=lambda run: -run.test["accuracy"] if run.test else math.inf)
     names = [run.name for run in runs]
     return [
@@ -186,7 +186,7 @@ def title(entries: Sequence[Entry], grouped: Sequence[Group]) -> str:
 
 
 def states(entries: Sequence[Entry]) -> list[str]:
-    """Return warnings about an unfair comparison, and the validation accuracies."""
+    """Return warnings about unfair comparisons, and the validation accuracies."""
     sentences = []
     for entry in entries:
         sentences += [f"{entry.label}: {sentence}" for sentence in state(entry.facts)]
@@ -209,7 +209,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
 
 
 def data_key(entry: Entry) -> tuple[Any, ...]:
-    """Return the images and classes of a run. Only runs with equal values are comparable."""
+    """Return the images and classes of a run. Only runs with equal keys are comparable."""
     facts = entry.facts
     return facts.images or facts.source, facts.classes
 
@@ -217,8 +217,8 @@ def data_key(entry: Entry) -> tuple[Any, ...]:
 def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
     """Return the fields in which the recipes of trained runs differ, with one value per entry.
 
-    The value of a field that does not apply, such as mix_alpha without mixing, is a dash. Custom
-    parts have the start of their hash as value.
+    The value of a field that does not apply, such as mix_alpha without mixing, is a dash. The value
+    of a custom part is the start of its hash.
     """
     trained = [(e.facts.recipe, e.facts.custom) for e in entries if e.facts.recipe]
     values = {
@@ -272,7 +272,7 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
 
 
 def differences(grouped: Sequence[Group]) -> list[Difference]:
-    """Compare all pairs of groups, or each group with the best if there are many.
+    """Compare all pairs of groups, or each group with the best if there are many groups.
 
     The p-values are adjusted for the number of these comparisons. Pairs without a test are omitted:
     groups on different data sets, and single runs without predictions.npz.
@@ -348,7 +348,8 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
         sentences.append(
             "The variance of a single run is unknown. Student\N{RIGHT SINGLE QUOTATION MARK}s "
             "t-test compares the run with a group of several seeds and assumes that both have the "
-            "variance of the group. More seeds for the recipe of the single run give a better test."
+            "variance of the group. For a more reliable test, train the recipe of the "
+            "single run with more seeds."
         )
     for pair in pairs:
         if pair.test != "Welch":
@@ -371,7 +372,7 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
 
 
 def error_charts(entries: Sequence[Entry]) -> list[Chart]:
-    """Plot training error with test or validation error over epochs, if any run recorded one."""
+    """Plot training error and test or validation error over epochs, if a run recorded both."""
     curves, measured = [], set()
     for entry in entries:
         rows = entry.facts.rows

@@ -1,7 +1,7 @@
 """Matplotlib figures of run results, for notebooks and scripts.
 
-The report draws the same plots. The figures do not use pyplot, so they need no backend, and pyplot
-keeps no references to them. A notebook displays a figure if it is the last value of a cell.
+The report contains the same plots. The figures do not use pyplot, so they need no backend, and
+pyplot keeps no references to them. A notebook displays a figure if it is the last value of a cell.
 `figure.savefig` saves a figure.
 """
 
@@ -80,14 +80,14 @@ def plot_curves(*runs: RunPath) -> "Figure":
 
     The training curves show averages over the augmented images of each epoch. A run with a
     validation set also has validation curves, and a run with `test_every_epoch` also has test
-    curves. In a figure of several runs, each run has its own color.
+    curves. If there are several runs, each has its own color.
 
     Args:
         runs: directories of finished or unfinished runs.
 
     Raises:
         RunError: a run is damaged or has no finished epoch.
-        UsageError: there are no runs.
+        UsageError: `runs` is empty.
     """
     if not runs:
         raise UsageError("plot_curves needs at least one run directory")
@@ -108,7 +108,7 @@ def plot_curves(*runs: RunPath) -> "Figure":
 
 
 def _line(label: str, rows: list[EpochMetrics], key: str, color: int, style: str) -> Line | None:
-    """Return the curve of a quantity, or None if no row has it."""
+    """Return the curve of a quantity, or None if no row contains it."""
     measured = [(row["epoch"], cast(float, row[key])) for row in rows if key in row]  # type: ignore[literal-required]
     if not measured:
         return None
@@ -127,7 +127,7 @@ def plot_mistakes(
     """Plot misclassified test images, the most confident first.
 
     The label of an image shows its true class, its predicted class, and the confidence in percent.
-    The images come from samples.npz, which the evaluation of the run writes.
+    The images come from samples.npz, which is written when the run is evaluated.
 
     Args:
         run: a run directory.
@@ -171,7 +171,7 @@ def plot_mistakes(
 
 
 def _metrics(results: RunPath | Evaluation | Metrics, split: SplitName) -> Metrics:
-    """Return the metrics in `results` on a split."""
+    """Return the metrics for a split from `results`."""
     if isinstance(results, str | os.PathLike):
         run = RunDirectory(Path(results))
         evaluation = run.read_evaluation(run.load().progress.step)

@@ -187,7 +187,7 @@ def state(facts: RunFacts) -> list[str]:
 
 
 def stories(facts: RunFacts) -> dict[str, list[str]]:
-    """Return the sentences of each section of the page."""
+    """Return the sentences for each section of the page."""
     test, train, recipe = facts.test, facts.train, facts.recipe
     names = (*PARTS, "meeting", "schedule", "optimizer", "augmentation")
     sentences: dict[str, list[str]] = {name: [] for name in names}
@@ -232,7 +232,7 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
 
 
 def published_accuracy(facts: RunFacts) -> float | None:
-    """Return the test accuracy in the paper for the same network and images, or None."""
+    """Return the test accuracy that the paper reports for this network and data, or None."""
     same_images = (facts.source or "").startswith(f"CIFAR-10 ({OFFICIAL})")
     return story.PUBLISHED.get(facts.config.arch) if same_images else None
 
@@ -347,7 +347,7 @@ def robustness(facts: RunFacts) -> Chart | None:
 
 
 def shade(share: float, *, diagonal: bool) -> str:
-    """Return the shade of a cell from its share of the true class."""
+    """Return the shade of a cell that contains this share of the true class."""
     steps = (0.5, 0.75, 0.9, 0.95) if diagonal else (0.005, 0.01, 0.02, 0.05)
     return ("d" if diagonal else "e") + str(1 + sum(share >= step for step in steps))
 

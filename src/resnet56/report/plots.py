@@ -1,7 +1,7 @@
 """Matplotlib charts, as PNG or as SVG that uses the CSS color variables of the page.
 
-This module imports Matplotlib only to draw a chart. It never parses text as math, because names of
-classes and runs can contain any character.
+Matplotlib is imported only when a chart is drawn. Text is never parsed as math, because the names
+of classes and runs can contain any character.
 """
 
 import base64
@@ -159,7 +159,7 @@ def _style(palette: Palette) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. A curve with a single point is drawn as a dot."""
+    """A curve. If it has only one point, it is drawn as a dot."""
 
     label: str
     x: Sequence[float]
@@ -169,7 +169,7 @@ class Line:
 
 
 def line_style(index: int, lines: int) -> str:
-    """Return a line style that distinguishes a few curves, or curves with the same color."""
+    """Return a line style that is unique among a few curves, or among curves of the same color."""
     return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
 
 

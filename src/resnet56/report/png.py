@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def encode(image: npt.NDArray[Any], zoom: int = 1) -> bytes:
-    """Encode a (3, H, W) uint8 image as PNG, with pixels enlarged to squares of side `zoom`."""
+    """Encode a uint8 image (3, H, W) as PNG, with pixels enlarged to squares of side `zoom`."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0), dtype=np.uint8)
     pixels = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
     buffer = io.BytesIO()
@@ -18,7 +18,7 @@ def encode(image: npt.NDArray[Any], zoom: int = 1) -> bytes:
 
 
 def encode_grid(images: npt.NDArray[Any], zoom: int = 3, space: int = 2) -> bytes:
-    """Encode (rows, columns, 3, H, W) uint8 images as one PNG with a white background."""
+    """Encode uint8 images (rows, columns, 3, H, W) as one PNG with a white background."""
     rows, columns, _, height, width = images.shape
     size = rows * (height + space) - space, columns * (width + space) - space
     canvas = np.full((3, *size), 255, np.uint8)

@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """The images in samples.npz: K training images with V versions each, and M mistakes.
+    """The images in samples.npz: K training images with V augmented versions each, and M mistakes.
 
     Images are uint8. The mistakes are in descending order of confidence.
     """
@@ -61,7 +61,7 @@ class Predictions:
 class RunFacts:
     """The data about a run, or about another network, for a report.
 
-    A network of another project has no recipe. Only training runs have training curves.
+    A network from another project has no recipe. Only training runs have training curves.
     """
 
     path: Path  # the run directory, or the name or path of another network
@@ -239,7 +239,7 @@ def read_samples(run: RunDirectory, classes: int) -> Samples | None:
     samples = Samples(**arrays)
     for labels in (samples.original_labels, samples.mistake_true, samples.mistake_predicted):
         if labels.size and labels.max() >= classes:
-            raise RunError(f"{run.samples_file} is damaged: it has labels outside the classes")
+            raise RunError(f"{run.samples_file} is damaged: it contains labels out of range")
     return samples
 
 

@@ -12,7 +12,7 @@ from resnet56.runs.schema import CustomPart
 Custom = Mapping[str, CustomPart]  # custom parts that replace parts of the recipe
 NONE: Custom = {}
 
-# Fields of a recipe that have no effect if a custom part replaces a part.
+# Fields of a recipe that have no effect if a custom part replaces the built-in one.
 REPLACED = {
     "model": ("arch",),
     "optimizer": ("optimizer", "momentum", "nesterov", "weight_decay", "decay_norm"),
@@ -132,7 +132,7 @@ def fields(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> dict[str, A
 
     Args:
         recipe: the recipe.
-        flips: whether training images are flipped. This depends on the recipe and the data.
+        flips: whether training images are flipped, which depends on the recipe and the data set.
         custom: custom parts that replace parts of the recipe.
     """
     return {

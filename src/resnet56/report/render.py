@@ -27,7 +27,7 @@ def escape_markdown(text: str) -> str:
 
 
 def unbroken(text: str) -> Markup:
-    """Convert plain text to HTML that has no line breaks inside percentages and image sizes."""
+    """Convert plain text to HTML without line breaks inside percentages and image sizes."""
     parts = re.split(UNBREAKABLE, text)
     marked = (
         Markup('<span class="nb">{}</span>').format(part) if i % 2 else escape(part)
@@ -73,7 +73,7 @@ def _chart(chart: Chart, save_image: Callable[[str, bytes], Markup]) -> Markup:
 
 
 def _finalize(value: Any) -> Any:
-    """Escape every string in a template except Markdown."""
+    """Escape every string that a template inserts, except Markdown."""
     if isinstance(value, Markup):
         return str(value)
     return escape_markdown(value) if isinstance(value, str) else value

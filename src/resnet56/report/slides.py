@@ -267,7 +267,7 @@ def class_range(test: Metrics) -> list[str]:
 
 
 def classes_with(values: Mapping[str, float], value: float) -> str:
-    """Return the name of the class with this value, or the number of classes if several have it."""
+    """Return the name of the class with this value, or the number of classes with it."""
     names = [name for name, other in values.items() if other == value]
     return quoted(shortened(names[0])) if len(names) == 1 else f"{len(names)} classes"
 
@@ -448,12 +448,12 @@ def split_bars(facts: RunFacts) -> list[Bar]:
 
 
 def last_validated(facts: RunFacts) -> Mapping[str, Any] | None:
-    """Return the last epoch with validation metrics, or None."""
+    """Return the row of the last epoch with validation metrics, or None."""
     return next((row for row in reversed(facts.rows) if "val_accuracy" in row), None)
 
 
 def class_bars(test: Metrics) -> list[Bar]:
-    """Return class accuracies in descending order. Of many classes, show the highest and lowest."""
+    """Return class accuracies in descending order. Omits the middle if there are many."""
     ranked = sorted(story.scores(test["per_class"], "recall").items(), key=lambda item: -item[1])
     if len(ranked) > MAX_BARS:
         ranked = ranked[: MAX_BARS // 2] + ranked[-MAX_BARS // 2 :]

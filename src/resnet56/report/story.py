@@ -12,7 +12,7 @@ from resnet56.report.recipe_words import disabled_in_tail
 from resnet56.report.words import count, listed, loss, percent, plural, points, quoted
 from resnet56.runs.schema import ClassMetrics
 
-LARGE_GAP = 0.02  # minimum of a large generalization gap
+LARGE_GAP = 0.02  # minimum generalization gap that counts as large
 FITTED = 0.99  # minimum training accuracy of a network that fits almost all training images
 STILL_FALLING = 0.05  # minimum relative change of the loss that counts as a trend
 TAIL = 10  # The trend compares the last tenth of the epochs with the previous tenth.
@@ -129,7 +129,10 @@ def _why_falling(recipe: Recipe, window: int) -> str:
         causes.append("the augmentation is weaker in the last epochs")
     if not causes:
         return "More epochs may help."
-    return f"This is expected because {listed(causes)}. It does not show that more epochs help."
+    return (
+        f"This is expected because {listed(causes)}, so it does not show that more epochs would "
+        "help."
+    )
 
 
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -390,7 +393,7 @@ def _next_step(
         if augmented is None:
             return (
                 "Next, check that the architecture, the class order and the normalization match "
-                "the training of the network."
+                "those used in training."
             )
         return "Next, check the labels, the learning rate, and the training loss."
     mistakes = test["n"] - sum(row[i] for i, row in enumerate(test["confusion_matrix"]))

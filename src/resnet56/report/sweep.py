@@ -1,4 +1,4 @@
-"""Content of the report on a sweep, which shows only validation accuracies."""
+"""Content of the report on a sweep. The report shows only validation accuracies."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BEST = 10  # number of rows in the table of best configurations
+BEST = 10  # number of rows in the table of the best configurations
 
 
 def is_sweep(directory: Path) -> bool:
@@ -88,7 +88,7 @@ def states(sweep: Sweep) -> list[str]:
 
 
 def row(trial: SweepTrial, seeds: int) -> dict[str, Any]:
-    """Return a row for the table of best configurations."""
+    """Return a row for the table of the best configurations."""
     values = trial["accuracies"]
     return {
         "number": trial["number"],
@@ -265,7 +265,7 @@ def _height(sweep: Sweep, name: str, trial: SweepTrial) -> float:
 
 
 def _marks(sweep: Sweep, name: str) -> list[tuple[float, str]]:
-    """Return the heights and labels of the marks on the axis of a setting."""
+    """Return the positions and labels of the ticks on the axis of a setting."""
     values = sweep["space"][name]
     if "choices" not in values:
         return [(0, format_setting(values["low"])), (1, format_setting(values["high"]))]

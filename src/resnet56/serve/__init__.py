@@ -3,7 +3,7 @@
 limits.py         limits on requests, images and decoding
 uploads.py        reads the images of a request body
 decoding.py       decodes uploads in subprocesses with a deadline and a memory limit
-decode_worker.py  the program of these subprocesses
+decode_worker.py  the program that these subprocesses run
 batching.py       groups concurrent requests into batches
 schema.py         request and response types
 meter.py          Prometheus metrics

@@ -13,7 +13,7 @@ from resnet56.data.images import FloatArray, UInt8Array
 
 
 class Predictor(Protocol):
-    """A model that is ready for inference, independent of its backend."""
+    """A model for inference, independent of its backend."""
 
     @property
     def name(self) -> str:
@@ -24,9 +24,9 @@ class Predictor(Protocol):
         """Names of the C classes."""
 
     def run(self, images: UInt8Array) -> tuple[FloatArray, ...]:
-        """Return logits (N, C) and class activation maps (N, C, 8, 8) of (N, 3, 32, 32) images.
+        """Return logits (N, C) and class activation maps (N, C, 8, 8) for images (N, 3, 32, 32).
 
-        More outputs are ignored.
+        Additional outputs are ignored.
         """
 
 
@@ -80,7 +80,7 @@ class Batcher:
         self.executor.shutdown()
 
     async def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Run the images, possibly batched with others, and return their logits and maps."""
+        """Run the model on images, possibly batched with others. Return their logits and maps."""
         job = _Job(images, asyncio.get_running_loop().create_future())
         self.pending.add(job.result)
         try:
@@ -122,7 +122,7 @@ class Batcher:
         return jobs
 
     def _run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Run the images in batches, each padded to a power of two.
+        """Run the model on images in batches, each padded to a power of two.
 
         PyTorch caches a plan for each batch size. For arbitrary sizes up to 95, this cache would
         take half a gigabyte.

@@ -78,7 +78,7 @@ class Service:
         )
 
     async def _decode(self, uploads: Sequence[Upload]) -> UInt8Array:
-        """Decode the uploads to an array of shape (N, 3, 32, 32).
+        """Decode the uploads to an array of images (N, 3, 32, 32).
 
         Decodes only a few images at a time, so that a large request does not delay others.
         """

@@ -129,7 +129,7 @@ async def _from_multipart(
 
 
 async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[Upload]:
-    """Return the images of a JSON body. Parses it in a thread because it can be long."""
+    """Return the images of a JSON body. The body is parsed in a thread because it can be long."""
     content = b"".join([chunk async for chunk in body])
     images = (await asyncio.to_thread(_parse, content, limits)).images
     return [
@@ -141,7 +141,7 @@ async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[
 def _parse(content: bytes, limits: Limits) -> PredictRequest:
     """Parse a JSON body. Rejects a body with too many values before parsing it.
 
-    Base64 contains no commas, so a valid body has one fewer comma than images.
+    Base64 contains no commas, so a valid body contains one comma fewer than images.
     """
     if content.count(b",") > limits.images:
         raise _too_many(limits)

@@ -68,30 +68,30 @@ def train(
         threads: number of CPU threads. By default, the number of cores that other programs leave
             free, updated during training.
         progress: whether to show progress. By default, progress appears in notebooks and on
-            terminals. If True, lines also go to stderr if it is not a terminal. The command line
-            passes its own display.
+            terminals. If True, lines are also printed to stderr if it is not a terminal. The
+            command line passes its own display.
         model: a module that replaces the network of the recipe, or a function that takes the number
-            of classes and returns a module. The module maps normalized images (N, 3, 32, 32)
-            float32 to logits (N, classes). Training changes a given module in place. To load the
-            run later, pass the same model to `load`.
+            of classes and returns a module. The module maps normalized float32 images
+            (N, 3, 32, 32) to logits (N, classes). Training changes a given module in place. To load
+            the run later, pass the same model to `load`.
         optimizer: a function that replaces the optimizer of the recipe, such as
             `torch.optim.RMSprop`. It takes a list of the parameters to train, and the learning rate
             of the recipe as `lr`. Before each step, the schedule of the recipe scales the learning
             rate of each parameter group.
-        loss: a function that replaces cross-entropy. It takes logits (B, C) float32 and labels (B,)
-            int64, or probabilities (B, C) float32 if the recipe mixes images. It returns a scalar.
-        augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps images
-            (B, 3, 32, 32) uint8 on the training device to images of the same dtype and shape. The
+        loss: a function that replaces cross-entropy. It takes float32 logits (B, C) and int64
+            labels (B,), or float32 probabilities (B, C) instead of labels if the recipe mixes
+            images. It returns a scalar.
+        augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps uint8
+            images (B, 3, 32, 32) on the training device to images of the same dtype and shape. The
             images are then normalized, and mixed or downscaled as the recipe specifies.
-        callbacks: functions, or objects with a method `on_epoch`. After each epoch, when its
-            checkpoint has been saved, they are called with its metrics in the format of
-            metrics.jsonl.
+        callbacks: functions, or objects with a method `on_epoch`. They are called with the metrics
+            of each epoch, in the format of metrics.jsonl, after its checkpoint has been saved.
 
     The run records the name and a hash of the source code of `model`, `optimizer`, `loss` and
     `augment`. The hash includes numbers and strings in their closures, attributes and partial
     arguments. A run can be resumed only with the same parts. The recipe's settings for a replaced
-    part have no effect. Training seeds PyTorch's random numbers before each step, so parts that use
-    them resume exactly.
+    part have no effect. Training seeds PyTorch's random number generators before each step, so
+    parts that use them resume exactly.
 
     Returns:
         The content of evaluation.json, or an empty dictionary without test images or on ranks
@@ -100,11 +100,11 @@ def train(
     Raises:
         Interrupted: Ctrl-C or SIGTERM stopped training, and a checkpoint was written. This
             exception is a `KeyboardInterrupt`.
-        TrainingError: the loss is not finite, or a replaced part or a callback raises an exception,
+        TrainingError: the loss is not finite, or a custom part or a callback raises an exception,
             which is the cause of the error.
         RunError: `out` cannot be used or written.
-        UsageError: the device is not available, the validation set is too large, or a replaced part
-            returns something unexpected.
+        UsageError: the device is not available, the validation set is too large, or a custom part
+            returns an unexpected value.
     """
     custom = Custom(model, optimizer, loss, augment)
     for callback in callbacks:
@@ -147,7 +147,7 @@ def train(
             finally:
                 del loop  # Release DDP before its process group.
         remedy = f"the model in {run.path} is trained; evaluate it with {option('resume', True)}"
-        if stop.signum is not None:  # A signal has arrived after the last step.
+        if stop.signum is not None:  # A signal arrived after the last step.
             raise Interrupted(remedy, stop.signum)
         if not dist.is_main_process or not len(dataset.test):
             return {}  # type: ignore[typeddict-item]

@@ -39,10 +39,10 @@ def select_ema(
 
     Args:
         setup: the trainer with its EMAs, and the validation images.
-        last_epoch: index of the epoch with the images to re-estimate batch norm statistics.
+        last_epoch: index of the epoch whose images are used to re-estimate batch norm statistics.
 
     Returns:
-        The weights of the EMA or, without an EMA, None, and metadata for the checkpoint.
+        The weights of the EMA, or None without an EMA, and metadata for the checkpoint.
 
     Raises:
         NotFiniteError: an output is not finite.

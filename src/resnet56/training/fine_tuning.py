@@ -21,7 +21,7 @@ def load_weights(
 
     Args:
         model: the model to train, with random weights.
-        checkpoint: the model in the field `weights` of the recipe.
+        checkpoint: the checkpoint that the field `weights` of the recipe specifies.
         recipe: the training configuration.
         config: architecture and classes of the model.
 

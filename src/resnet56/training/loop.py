@@ -32,7 +32,7 @@ STEP_STREAM = 4  # separates the random numbers of a training step from other us
 
 
 class Callback(Protocol):
-    """An object that `train` calls after each epoch."""
+    """An object whose `on_epoch` method `train` calls after each epoch."""
 
     def on_epoch(self, row: EpochMetrics) -> object:
         """Receive the metrics of an epoch, as in metrics.jsonl."""
@@ -105,7 +105,10 @@ class TrainingLoop:
             self.log(f"{prepared.execution} execution: {prepared.reason}")
         initial = self.setup.initial_weights
         if initial is not None and saved is None and initial["new_classifier"]:
-            self.log(f"the classifier is new because {initial['weights']} has other classes")
+            self.log(
+                "the classifier starts from random weights because "
+                f"{initial['weights']} has other classes"
+            )
         if saved is not None:
             self.log(restore(self.setup, saved, run))
 
@@ -188,7 +191,7 @@ class TrainingLoop:
             self.trainer.state()  # raises an error if the optimizer cannot be saved
 
     def call(self, callbacks: Sequence[EpochCallback | Callback], row: EpochMetrics) -> None:
-        """Call the callbacks with the row of an epoch, after saving its checkpoint."""
+        """Call the callbacks with the row of an epoch. Its checkpoint must have been saved."""
         for callback in callbacks:
             function: Any = getattr(callback, "on_epoch", callback)
             try:

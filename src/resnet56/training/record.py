@@ -95,7 +95,7 @@ def restore(setup: TrainingSetup, saved: Checkpoint, run: RunDirectory) -> str:
         return ""
     return (
         f"resuming with {' '.join(current)} instead of {' '.join(map(str, previous))}: "
-        "results are equal up to rounding but not bitwise identical"
+        "results are equal to within rounding error but not bitwise identical"
     )
 
 

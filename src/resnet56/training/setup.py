@@ -85,8 +85,8 @@ def set_up(
         )
     if recipe.freeze and not recipe.weights and custom.model is None:
         raise UsageError(
-            f"{option('freeze')} requires {option('weights')}, because random layers would not be "
-            "trained"
+            f"{option('freeze')} requires {option('weights')}, because frozen layers would keep "
+            "their random weights"
         )
     start = saved
     if recipe.weights and saved is None:
