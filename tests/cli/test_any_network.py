@@ -136,6 +136,8 @@ def test_a_failed_import_leaves_no_files(
     forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
 ) -> None:
     command = ["import", forms["hub"], "--out", tmp_path / "run"]
+    flags = ["--out", tmp_path / "run", "--prefix", "student"]
+    assert "--prefix has no effect" in refused("import", "resnet56", *flags)
     assert "does not exist" in refused(*command, "--data", tmp_path / "none")
     (tmp_path / "other" / "test" / "dog").mkdir(parents=True)
     (tmp_path / "other" / "test" / "dog" / "1.png").write_bytes(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnet56.errors import RunError
+from resnet56.errors import RunError, UsageError, option
 from resnet56.files import StrPath, read_json
 from resnet56.runs import pretrained
 from resnet56.runs.checkpoint import Checkpoint
@@ -68,6 +68,10 @@ def import_model(
     if source is None:
         return convert.read(
             Path(name_or_path), arch, mean=mean, std=std, classes=classes, prefix=prefix
+        )
+    if prefix is not None:
+        raise UsageError(
+            f"{name_or_path} contains one model, so {option('prefix')} has no effect; omit it"
         )
     return convert.override(source.checkpoint, os.fspath(name_or_path), arch, mean, std, classes)
 
