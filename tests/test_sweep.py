@@ -148,7 +148,7 @@ def test_a_storage_that_does_not_answer_causes_a_one_line_error(
     with socket.socket() as unused:  # the port is bound, but nobody listens
         unused.bind(("127.0.0.1", 0))
         url = f"postgresql://user:secret@127.0.0.1:{unused.getsockname()[1]}/name"
-        with pytest.raises(RunError, match="does not answer") as caught:
+        with pytest.raises(RunError, match="does not respond") as caught:
             sweep(recipe, {"lr": Choices((0.1,))}, tiny, tmp_path / "s", storage=url)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""`python -m resnet56` is the command `resnet56`."""
+"""Run the command `resnet56` with `python -m resnet56`."""
 
 import sys
 

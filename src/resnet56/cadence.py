@@ -24,7 +24,7 @@ SAVE_EVERY = 300.0  # seconds between checkpoints within an epoch
 
 @dataclass
 class StopRequest:
-    """The number of the signal that requested training to stop, or None."""
+    """The number of the signal that requested the stop, or None."""
 
     signum: int | None = None
 
@@ -103,7 +103,7 @@ class Cadence:
         self.last_save = time.perf_counter()
 
     def after_step(self, step: int, epoch_step: int) -> DueActions:
-        """Return the actions that are due after a step. `epoch_step` counts from its epoch."""
+        """Return the actions due after `step`, which is step `epoch_step` of its epoch."""
         last = epoch_step == self.steps
         read_loss = last or epoch_step % READ_LOSS_EVERY == 0
         if last or (self.dist.world_size > 1 and not read_loss):

@@ -1,7 +1,7 @@
 """Parts of training that the user replaces: model, optimizer, loss and augmentation.
 
 `Custom` contains them, checks what they return, and names them in errors. `identities` describes
-them for the files of a run, which can only be resumed with the same parts.
+them in the files of a run, because a run can be resumed only with the same parts.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from resnet56.data.batches import seeded
 from resnet56.errors import Error, TrainingError, UsageError, one_line
 from resnet56.runs.schema import CustomPart
 
-# A module, or a function of the number of classes that returns one. The module maps normalized
-# images (N, 3, 32, 32) float32 to logits (N, classes).
+# A module, or a function that takes the number of classes and returns a module. The module maps
+# normalized float32 images (N, 3, 32, 32) to logits (N, classes).
 ModelLike: TypeAlias = nn.Module | Callable[[int], nn.Module]
-# Called with the parameters to train and `lr=`, as the classes of torch.optim.
+# Called with the parameters to train and `lr=`, like the classes of torch.optim.
 OptimizerFactory: TypeAlias = Callable[..., torch.optim.Optimizer]
-# (B, C) float32 logits, and (B,) int64 labels or (B, C) float32 probabilities -> scalar.
+# float32 logits (B, C), and int64 labels (B,) or float32 probabilities (B, C) -> scalar.
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-# (B, 3, 32, 32) uint8 images -> images of the same dtype and shape.
+# uint8 images (B, 3, 32, 32) -> images of the same dtype and shape.
 Augment: TypeAlias = Callable[[Tensor], Tensor]
 
 WORDS = {"augment": "augmentation"}  # for messages
@@ -113,7 +113,7 @@ class Custom:
 
     @contextlib.contextmanager
     def reported(self, kind: str) -> Iterator[None]:
-        """Name the part in exceptions that it raises. Has no effect on built-in parts."""
+        """Add the name of the part to its exceptions. Has no effect on built-in parts."""
         try:
             yield
         except Error:
@@ -132,11 +132,11 @@ class Custom:
 
         Args:
             classes: number of classes.
-            images: some training images (B, 3, 32, 32) uint8, on the training device.
+            images: some uint8 training images (B, 3, 32, 32), on the training device.
             mixed: whether targets can be probabilities.
 
         Raises:
-            Error: a part raises an exception or returns something unexpected.
+            Error: a part raises an exception or returns an unexpected value.
         """
         if isinstance(self.loss, nn.Module):
             if any(True for _ in self.loss.parameters()):
@@ -157,16 +157,18 @@ class Custom:
 
 
 def make_model(model: ModelLike, classes: int, device: torch.device, seed: int = 0) -> nn.Module:
-    """Return the module on `device`. Its outputs are checked on two images.
+    """Return the module on `device`, after checking its outputs for two images.
 
     Args:
-        model: a module, which is not copied, or a function that returns one.
+        model: a module, which is not copied, or a function that takes the number of classes and
+            returns a module.
         classes: number of classes.
         device: device of the module.
-        seed: seed of PyTorch's random numbers in the function.
+        seed: seed of PyTorch's random numbers while the function runs.
 
     Raises:
-        UsageError: there is no module, or its output does not have the shape (N, classes).
+        UsageError: the function does not return a module, or the output of the module does not have
+            the shape (N, classes).
         TrainingError: the function or the module raises an exception.
     """
     name, custom = name_of(model), Custom(model=model)

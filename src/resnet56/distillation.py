@@ -87,7 +87,7 @@ class Teachers:
 
 
 def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-    """Return the Kullback-Leibler divergence of the student from the teachers, in nats.
+    """Return the Kullback-Leibler divergence KL(teachers || student), in nats.
 
     The function multiplies the divergence by the squared temperature. Gradients then have about the
     same magnitude at every temperature.

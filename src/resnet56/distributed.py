@@ -45,7 +45,10 @@ class Distributed(NamedTuple):
 
 
 def from_environment(name: str, default: int) -> int:
-    """Return a variable that torchrun sets. Raises UsageError if its value is not an integer."""
+    """Return the value of an environment variable that torchrun sets.
+
+    Raises UsageError if the value is not an integer.
+    """
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise UsageError(
@@ -92,12 +95,12 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
             raise _connection_error(error) from None
         raise
     finally:
-        gc.collect()  # releases DDP before its process group, because DDP is in reference cycles
+        gc.collect()  # releases DDP, which reference cycles contain, before its process group
         group.destroy_process_group()
 
 
 def _is_connection_error(error: RuntimeError) -> bool:
-    """Return whether a connection failed. Messages of gloo's RuntimeErrors contain "gloo"."""
+    """Return whether a connection has failed. Messages of gloo's RuntimeErrors contain "gloo"."""
     return isinstance(error, group.DistError) or "gloo" in str(error).lower()
 
 

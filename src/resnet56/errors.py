@@ -1,7 +1,7 @@
 """Errors that users can cause. A message states in one line what failed, where, and what to do.
 
-Messages format options with `option`. Python users read `resume=True`, and users of the command
-line read `--resume`.
+In messages, `option` formats the options: Python users see `resume=True`, and users of the command
+line see `--resume`.
 """
 
 import contextlib

@@ -212,7 +212,7 @@ def evaluated_model(
 ) -> EvaluatedModel:
     """Restore the model of a checkpoint on `device` for evaluation.
 
-    If `model`, a custom model, is given, its weights are replaced.
+    If `model` is given, it is a custom model, and its weights are replaced.
     """
     net = restore(checkpoint, device) if model is None else restore_custom(model, checkpoint)
     return EvaluatedModel(net, checkpoint.config, precision)

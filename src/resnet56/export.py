@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 class _WithNormalization(nn.Module):
-    """A model that normalizes its input, so that users of the exported file need not do this."""
+    """A model that normalizes its input, so that users of the exported file do not have to."""
 
     def __init__(self, model: ResNet, config: ModelConfig) -> None:
         super().__init__()

@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unused_path(base: Path) -> Path:
-    """Return the first path of `base`, base-2, base-3, ... that does not exist."""
+    """Return the first of the paths `base`, base-2, base-3, ... that does not exist."""
     path, number = base, 1
     while path.exists():
         number += 1

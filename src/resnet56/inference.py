@@ -23,7 +23,7 @@ NONFINITE_MESSAGE = "the network returns outputs that are not finite; its weight
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
     """Return the model of a checkpoint on `device`, in evaluation mode.
 
-    The parameters are contiguous. For faster convolutions, use an `InferenceModel`, which has the
+    The parameters are contiguous. For faster convolutions, use an `InferenceModel`, which uses the
     channels-last format.
 
     Raises:
@@ -55,7 +55,7 @@ def require_builtin(checkpoint: Checkpoint) -> None:
 
 
 def restore_custom(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Load the weights of a checkpoint into a custom model. Return it in evaluation mode.
+    """Load the weights of a checkpoint into a custom model. Return the model in evaluation mode.
 
     Raises:
         RunError: the weights do not fit the model.

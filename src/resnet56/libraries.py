@@ -13,7 +13,7 @@ _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 
 def import_onnxruntime() -> ModuleType:
-    """Import ONNX Runtime. Disable its telemetry unless the user has set the variables above.
+    """Import ONNX Runtime. Disable telemetry unless a variable in `_NO_TELEMETRY` is already set.
 
     With telemetry, some releases look up a host and write a device ID to the user's cache directory
     (microsoft/onnxruntime issues 27379 and 29843).

@@ -148,7 +148,7 @@ def top_k(logits: FloatArray, labels: IntArray, k: int) -> float:
 def most_confused(
     matrix: IntArray, classes: tuple[str, ...], limit: int = 10
 ) -> list[ConfusedPair]:
-    """Return the most frequent errors as (true, predicted) pairs, in descending order."""
+    """Return the most frequent errors as (true, predicted) pairs, by descending count."""
     errors = matrix.copy()
     np.fill_diagonal(errors, 0)
     order = np.argsort(-errors, axis=None, kind="stable")[:limit]

@@ -1,8 +1,8 @@
 """ResNet for 32x32 images (He et al. 2015, "Deep Residual Learning", section 4.2).
 
 The network consists of a 3x3 convolution, three stages of residual blocks, global average pooling,
-and a linear layer. The stages have 16, 32 and 64 filters, and feature maps of 32x32, 16x16 and 8x8.
-The plain networks of the paper have the same layers without shortcuts.
+and a linear layer. The stages have 16, 32 and 64 filters, and their feature maps have sizes of
+32x32, 16x16 and 8x8. The plain networks of the paper have the same layers without shortcuts.
 """
 
 import functools

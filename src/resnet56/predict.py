@@ -306,7 +306,7 @@ class Predictor:
         return split_metrics(logits, split, self.classes)
 
     def logits(self, images: "ImageLike | Iterable[ImageLike]") -> FloatArray:
-        """Return logits (N, classes) float32. The argument is the same as in `predict`."""
+        """Return float32 logits (N, classes). The argument is the same as in `predict`."""
         rows = [prediction.logits for prediction in self.predict(images)]
         return np.stack(rows) if rows else self.run(NO_IMAGES).logits
 
@@ -429,8 +429,8 @@ def load(
             directory. ONNX files do not require PyTorch.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
         model: the custom model of a run, as it was passed to `train`: a module, whose weights are
-            replaced, or a function of the number of classes that returns it. Class activation maps
-            and features need a method `explain` like that of `ResNet`.
+            replaced, or a function that takes the number of classes and returns a module. Class
+            activation maps and features need a method `explain` like that of `ResNet`.
         threads: number of CPU threads of PyTorch or ONNX Runtime. By default, one thread per core.
 
     Raises:

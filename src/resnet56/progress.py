@@ -332,7 +332,7 @@ def image_progress(output: Output, label: str, total: int) -> Iterator[ProgressC
 
 
 class DownloadProgress:
-    """Displays a download. Call the object with the bytes downloaded so far and the total."""
+    """Displays a download. Call it with the number of bytes downloaded so far and the total."""
 
     def __init__(self, name: str) -> None:
         self.output = default_output(True)

@@ -100,11 +100,11 @@ class Recipe:
     """Image sizes of the first epochs, in pixels. Later epochs use 32."""
 
     cutout: int = 0
-    """Cutout: size of a random square to set to the mean, in pixels. 0 disables Cutout."""
+    """Cutout: side length, in pixels, of a random square to set to the mean. 0 disables Cutout."""
 
     trivial_augment: bool = False
-    """TrivialAugment: apply one of 14 geometric or color transforms to each image before the crop,
-    at random (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
+    """TrivialAugment: before the crop, apply a random one of 14 geometric and color transforms to
+    each image (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
 
     mix: Mixing = "none"
     """Mix the images of a batch and their targets. cutmix: paste a rectangle of another image (Yun
@@ -139,7 +139,7 @@ class Recipe:
     """Softmax temperature of the teachers and the student in the distillation loss."""
 
     teacher_random: bool = False
-    """Use one random teacher per step. This is faster than using all teachers, and the expected
+    """Use one random teacher in each step. This is faster than using all teachers, and the expected
     gradient is the same."""
 
     precision: Precision = "auto"

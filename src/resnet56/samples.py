@@ -40,7 +40,7 @@ def augmented_samples(
     images = originals.repeat_interleave(VARIANTS, dim=0)
     params = sample_params(len(images), augmentation, torch.Generator().manual_seed(0))
     means, stds = torch.tensor(mean), torch.tensor(std)
-    with seeded(0, images.device):  # for a function that augments
+    with seeded(0, images.device):  # for a custom augmentation function
         augmented = augment(images, params, means, stds, augmentation)
         if augmentation.mix != "none":
             unmixed = augment(images, params, means, stds, augmentation.before_mixing())
@@ -90,8 +90,8 @@ def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES)
 
     Returns:
         mistakes: (M, 3, 32, 32) uint8.
-        mistake_index: (M,) indices in `split`.
-        mistake_true, mistake_predicted: (M,) classes.
+        mistake_index: (M,) indices into `split`.
+        mistake_true, mistake_predicted: (M,) class indices.
         mistake_confidence: (M,) probabilities of the predicted classes.
     """
     labels, predicted = split.labels.cpu().numpy(), logits.argmax(axis=1)

@@ -1,8 +1,8 @@
 """Test whether two accuracies differ by more than chance.
 
-Two sources of chance need different tests. Training with another seed gives another accuracy, so
-`compare_means` compares the accuracies of several seeds. Testing on other images also gives another
-accuracy, so `compare_predictions` compares two models image by image.
+Two sources of chance need different tests. Training with a different seed results in a different
+accuracy, so `compare_means` compares the accuracies of several seeds. Testing on different images
+also results in a different accuracy, so `compare_predictions` compares two models image by image.
 """
 
 import math
@@ -129,7 +129,7 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
         first, second: (N,) bool, True for images that the model classifies correctly.
 
     Raises:
-        ValueError: the arrays are empty or differ in shape.
+        ValueError: the arrays are empty or have different shapes.
     """
     from scipy import stats
 

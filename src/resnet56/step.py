@@ -23,7 +23,7 @@ from resnet56.runtime import DTYPES, Precision, autocast
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate at `step` (from 0). The schedule follows a linear warm-up."""
+    """Return the learning rate at `step` (from 0): a linear warm-up, followed by the schedule."""
     warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
@@ -57,7 +57,7 @@ def prepare_model(
             with a matrix unit. `auto` never selects `torch.compile`, which takes about a minute to
             compile and is faster only in long runs.
         precision: precision of the forward pass.
-        builtin: whether the model is a network of `build`. The kernels support no other models.
+        builtin: whether the model is a network from `build`. The kernels support no other models.
 
     Raises:
         UsageError: the execution mode is not available on this machine.
@@ -189,7 +189,7 @@ class Trainer:
 
         Args:
             images: (B, 3, S, S), normalized.
-            targets: labels (B,) int64, or probabilities (B, C) float32.
+            targets: int64 labels (B,), or float32 probabilities (B, C).
             lr: learning rate.
             step: step number (from 0), over all epochs.
         """
@@ -253,7 +253,7 @@ class Trainer:
         return state
 
     def optimizer_values(self) -> StateValues:
-        """Return the state of the optimizer that is not in tensors, as JSON values."""
+        """Return the non-tensor state of the optimizer, as JSON values."""
         return state_of(self.model, self.optimizer)[1]
 
     def restore(

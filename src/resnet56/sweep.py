@@ -1,7 +1,8 @@
 """Search for recipe settings that maximize the validation accuracy, with Optuna.
 
 Several processes on one or more machines can work on the same sweep. They share only the database
-that contains the trials. Each trial is a run directory. A sweep never uses the test images.
+that contains the trials. Each trial has a run directory for each seed. A sweep never uses the test
+images.
 """
 
 import contextlib
@@ -121,7 +122,7 @@ def sweep(
 
     Raises:
         UsageError: a setting is invalid, or the study has other settings.
-        RunError: the storage does not answer, or a run cannot be written.
+        RunError: the storage does not respond, or a run cannot be written.
         MissingExtraError: Optuna is not installed.
         KeyboardInterrupt: the process received Ctrl-C or SIGTERM. The next call continues the
             current trial.
@@ -425,7 +426,7 @@ def _require_same(content: Sweep, saved: Mapping[str, Any], place: str) -> None:
             difference = f"other seeds ({' '.join(map(str, saved['seeds']))})"
         else:
             difference = "a grid" if saved["grid"] else f"no {option('grid', True)}"
-        raise UsageError(f"{place} has a sweep with {difference}; {remedy}")
+        raise UsageError(f"{place} contains a sweep with {difference}; {remedy}")
 
 
 def _open_study(content: Sweep, url: str | None, directory: Path, heartbeat: int) -> "optuna.Study":
@@ -482,7 +483,7 @@ def _open_storage(url: str | None, directory: Path, heartbeat: int) -> Any:
             # If two workers create the tables at the same time, one of them can fail.
             if attempt == 2:
                 reason = one_line(error.orig)
-                raise RunError(f"the storage {shown} does not answer: {reason}") from None
+                raise RunError(f"the storage {shown} does not respond: {reason}") from None
             time.sleep(1)
         except RuntimeError as error:  # another version of Optuna has created the tables
             raise RunError(f"cannot use the storage {shown}: {one_line(error)}") from None
@@ -501,7 +502,7 @@ def _storage_errors() -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
         reason = one_line(getattr(cause, "orig", None) or cause or error)
         raise RunError(
-            f"the storage of the sweep does not answer: {reason}; run the same command again to "
+            f"the storage of the sweep does not respond: {reason}; run the same command again to "
             "continue"
         ) from error
 

@@ -49,7 +49,10 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Compute relu(norm(x) + residual). Only the addition is in place, as in these repositories."""
+    """Compute relu(norm(x) + residual).
+
+    As in the most widely used repositories, only the addition runs in place.
+    """
     out: Tensor = norm(x)
     if residual is not None:
         out += residual

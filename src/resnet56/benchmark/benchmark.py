@@ -1,4 +1,4 @@
-"""Benchmarks that compare training, inference and start-up with a standard PyTorch loop."""
+"""Benchmarks of training, inference, memory use and start-up, with a standard PyTorch loop."""
 
 import contextlib
 import functools
@@ -170,7 +170,7 @@ def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> flo
 def peak_memory(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
 ) -> dict[str, float]:
-    """Measure the peak memory of the baseline loop and all modes, each in a new process."""
+    """Measure the peak memory of the baseline loop and of each mode, each in a new process."""
     subset = slice(0, 4 * batch)
     # Clone the images, because pickling a view copies its entire storage.
     split = Split(setup.split.images[subset].clone(), setup.split.labels[subset].clone())
@@ -183,7 +183,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Measure start-up, data loading, writing a checkpoint, and an evaluation, in seconds."""
+    """Measure how long start-up, loading data, writing a checkpoint and evaluation take."""
 
     def start_time(*arguments: str) -> float:
         times = []
@@ -240,7 +240,7 @@ def bench(
         log: function that is called with the description of each measurement.
 
     Returns:
-        A JSON-serializable dictionary with the machine and all measurements.
+        A JSON-serializable dictionary with a description of the machine and all measurements.
     """
     resolved_device = resolve_device(device)
     resolved_precision = resolve_precision(precision, resolved_device)

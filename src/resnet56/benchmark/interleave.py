@@ -1,8 +1,8 @@
 """Time several functions alternately in one process.
 
 The functions take turns of about a second (A B C A B C ...). Other programs on the machine
-therefore slow down all functions equally. Each round gives one ratio between two functions, and
-the results contain the median of these ratios.
+therefore slow down all functions equally. Each round yields the ratio of the times of two
+functions, and the results contain the median ratio.
 """
 
 import statistics

@@ -15,7 +15,7 @@ def machine_limits(device: torch.device, precision: Precision) -> dict[str, floa
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     # The source does not contain zeros, because pages of zeros share physical memory until they are
-    # written.
+    # written to.
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
 
@@ -35,11 +35,11 @@ def roofline_times(
 ) -> dict[str, float]:
     """Return the minimum times of a training step for arithmetic and for memory traffic, in ms.
 
-    The backward pass takes twice as many operations as the forward pass. The memory traffic assumes
-    that all operations except convolutions and batch norms are fused, and that no tensor stays in a
-    cache.
-    Each output of a convolution or batch norm is then written once and read twice, and each
-    gradient is written and read once. This makes five passes over all stored activations.
+    The backward pass requires twice as many operations as the forward pass. The estimate of the
+    memory traffic assumes that all operations except convolutions and batch norms are fused, and
+    that no tensor stays in a cache. Each output of a convolution or batch norm is then written once
+    and read twice, and each gradient is written and read once. This amounts to five passes over all
+    stored activations.
     """
     operations = 3 * 2 * describe(arch).macs * batch
     bytes_moved = 5 * batch * _stored_activations(arch) * DTYPES[precision].itemsize

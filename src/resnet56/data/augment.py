@@ -23,15 +23,15 @@ class Augmentation:
         padding: black pixels added to each side before a random 32x32 crop.
         flip: flip each image horizontally with probability 1/2.
         alternate_flip: flip each image in every other epoch, not at random.
-        cutout: side of the square that Cutout erases, in pixels. 0 disables Cutout.
+        cutout: side length, in pixels, of the square that Cutout erases. 0 disables Cutout.
         trivial_augment: apply TrivialAugment.
         sizes: image sizes of the first epochs, in pixels. Later epochs use 32.
         mix: "cutmix", "mixup", "ricap" or "none".
         mix_alpha: parameter of the Beta(alpha, alpha) distribution of the mixing weights.
         mix_probability: probability that a batch is mixed.
         plain_tail_from: first epoch (from 0) that uses only crops and flips.
-        function: replaces TrivialAugment, the crop, the flip and Cutout. It maps images
-            (B, 3, 32, 32) uint8 to images of the same dtype and shape.
+        function: replaces TrivialAugment, the crop, the flip and Cutout. It maps uint8 images
+            (B, 3, 32, 32) to images of the same dtype and shape.
     """
 
     padding: int = 4
@@ -65,7 +65,7 @@ CROP_AND_FLIP = Augmentation()
 
 
 class AugmentationParams(NamedTuple):
-    """Random augmentation parameters of N images."""
+    """Random augmentation parameters for N images."""
 
     rows: Tensor  # (N,) int64, top row of the crop in the padded image
     cols: Tensor  # (N,) int64, left column of the crop
@@ -81,14 +81,14 @@ class AugmentationParams(NamedTuple):
         )
 
     def select(self, index: slice | Tensor) -> "AugmentationParams":
-        """Return the parameters of the images at `index`, a slice or an int64 CPU tensor."""
+        """Return the parameters for the images at `index`, a slice or an int64 CPU tensor."""
         return AugmentationParams(*(numbers[index] for numbers in self))
 
 
 def sample_params(
     count: int, augmentation: Augmentation, generator: torch.Generator
 ) -> AugmentationParams:
-    """Sample the parameters of `count` images.
+    """Sample the parameters for `count` images.
 
     All (2 * padding + 1)**2 crops have the same probability. The final state of `generator` does
     not depend on which augmentations are enabled.
@@ -109,7 +109,7 @@ def crop_and_flip(images: Tensor, params: AugmentationParams, padding: int) -> T
 
     Args:
         images: (N, 3, H, W), any dtype.
-        params: parameters of the N images.
+        params: parameters for the N images.
         padding: number of black pixels on each side, as for `sample_params`. 0 disables the crop.
 
     Returns:
@@ -137,14 +137,14 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
-    """Set a square of each image to zero, which is the mean (DeVries & Taylor 2017).
+    """Set a square of each normalized image to zero, the mean (DeVries & Taylor 2017).
 
     The square is clipped at the edges of the image.
 
     Args:
         images: (N, 3, H, W), normalized.
         centers: (N, 2), row and column of the centers.
-        side: side of the square, in pixels.
+        side: side length of the square, in pixels.
     """
     _, _, height, width = images.shape
     top, left = (centers - side // 2).unbind(1)
@@ -157,7 +157,7 @@ def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
-    """Resize images (N, 3, H, W) float32 to (N, 3, side, side), with antialiasing.
+    """Resize float32 images (N, 3, H, W) to (N, 3, side, side), with antialiasing.
 
     The interpolation is bilinear. Small images make early epochs faster (see Touvron et al. 2019 on
     training and test resolution).

@@ -17,7 +17,7 @@ from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, mix_labels, sample_mix_params
 from resnet56.errors import UsageError
 
-AUGMENT_STREAM = 3  # as MIXING_STREAM, for a function that augments
+AUGMENT_STREAM = 3  # like MIXING_STREAM, for a custom augmentation function
 MIXING_STREAM = 1  # gives mixing its own random numbers in each epoch
 
 
@@ -32,7 +32,7 @@ def derive_seed(*parts: int) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the random numbers of PyTorch on the CPU and on `device` until the block ends."""
+    """Seed PyTorch's random number generators of the CPU and of `device` until the block ends."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
@@ -47,7 +47,7 @@ class Batches:
 
     The batches of an epoch depend only on the arguments and the epoch. Every epoch has its own
     order of the images and its own random augmentation. The batches do not change the global
-    random state of PyTorch. A function that augments runs with its own state in each step.
+    random state of PyTorch. A custom augmentation function has its own random state in each step.
 
     Images are augmented in batches on the device of `split`, without worker processes. With a GPU,
     pass `split.to("cuda")`.
@@ -106,7 +106,7 @@ class Batches:
         return len(self.split) // self.global_batch
 
     def _first_flips(self) -> Tensor:
-        """For alternating flips, return a mask (N,) bool of the images to flip in even epochs.
+        """For alternating flips, return a Boolean mask (N,) of the images to flip in even epochs.
 
         The order of the images in epoch 0 has the same seed. This correlation is harmless.
         """
@@ -123,7 +123,7 @@ class Batches:
         Yields:
             images: (B, 3, S, S) float32, normalized, in channels-last memory format. S is the
                 entry for the epoch in `sizes`, or 32 if there is none.
-            targets: labels (B,) int64, or probabilities (B, C) float32 if the batch is mixed.
+            targets: int64 labels (B,), or float32 probabilities (B, C) if the batch is mixed.
         """
         augmentation = self.augmentation.in_epoch(epoch)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))

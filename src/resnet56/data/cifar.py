@@ -51,7 +51,7 @@ _MIN_DISTINCT = 0.99
 
 @dataclass(frozen=True)
 class _Layout:
-    """A published format of CIFAR: its files and the location of labels and class names.
+    """A published format of CIFAR: its files and the locations of the labels and the class names.
 
     A record of the binary format consists of `label_bytes` label bytes and 3,072 pixel bytes. The
     last label byte is the label. The pixel bytes are 1,024 each of red, green and blue, row by row
@@ -205,7 +205,7 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
 def _read_files(
     layout: _Layout, files: list[Path], total: int, pool: ThreadPoolExecutor
 ) -> tuple[Split, list[str]]:
-    """Read `total` images, the same number from each file. Return images and SHA-1 digests."""
+    """Read `total` images, equally many from each file. Return them and the SHA-1 digests."""
     split = empty_split(total)
     rows = total // len(files)
     images = split.images.view(len(files), rows, _PIXELS).numpy()

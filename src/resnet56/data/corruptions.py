@@ -1,7 +1,7 @@
 """Common corruptions of 32x32 images, from Hendrycks & Dietterich 2019 (CIFAR-10-C).
 
-This module implements the ten of the benchmark's nineteen corruptions that need only arithmetic and
-Pillow. The severities match those of CIFAR-10-C. The images are not identical to those of
+Of the benchmark's nineteen corruptions, this module implements the ten that need only arithmetic
+and Pillow. The severities match those of CIFAR-10-C. The images are not identical to those of
 CIFAR-10-C, but the accuracies are similar. Results are reproducible for a given seed.
 """
 

@@ -23,11 +23,11 @@ _SHOWN_CLASSES = 10  # maximum number of classes in the table for notebooks
 
 @dataclass(frozen=True, eq=False)
 class Split(torch_data.Dataset[tuple[Tensor, int]]):
-    """Images (N, 3, 32, 32) uint8 and their class indices (N,) int64, on one device.
+    """Uint8 images (N, 3, 32, 32) and their int64 class indices (N,), on one device.
 
-    A split is a map-style PyTorch data set: `split[i]` is the image (3, 32, 32) uint8 and its
-    label. Splits work with `DataLoader`, `Subset` and `random_split`. `Batches` augments and
-    normalizes the images.
+    A split is a map-style PyTorch data set: `split[i]` is a uint8 image (3, 32, 32) and its label.
+    Splits work with `DataLoader`, `Subset` and `random_split`. `Batches` augments and normalizes
+    the images.
     """
 
     images: Tensor
@@ -43,7 +43,7 @@ class Split(torch_data.Dataset[tuple[Tensor, int]]):
         return f"Split({len(self):,} images on {self.images.device})"
 
     def select(self, index: slice | Sequence[int] | Tensor) -> "Split":
-        """Return the images at `index`: a slice, positions, or a mask (N,) bool."""
+        """Return the images at `index`: a slice, positions, or a Boolean mask (N,)."""
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device | str) -> "Split":
@@ -53,7 +53,7 @@ class Split(torch_data.Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test split with the same classes. Labels index `classes`.
+    """A training and a test split with the same classes. Labels are indices into `classes`.
 
     Attributes:
         allow_flip: whether a horizontal flip preserves the class.
@@ -109,7 +109,7 @@ class Dataset:
         return digest.hexdigest()
 
     def for_classes(self, classes: Sequence[str]) -> "Dataset":
-        """Return a data set whose labels are indices of `classes`, the classes of a model.
+        """Return a data set whose labels are indices into `classes`, the classes of a model.
 
         Classes are matched by name (see `match_classes`). Images of other classes are skipped, and
         a remark reports this. Without a predefined split, all images become test images.
@@ -157,7 +157,7 @@ def _relabel(split: Split, new: Tensor) -> Split:
 def normalize_class_name(name: str) -> str:
     """Return a class name in NFC form without leading and trailing whitespace.
 
-    The names of directories from macOS can be in decomposed form.
+    Names of directories created on macOS can be in decomposed form.
 
     Raises DataError if the name is empty, is not valid Unicode, or contains control characters.
     """
@@ -175,7 +175,7 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[st
     """Match names to `classes`. Return a mapping from matched names to classes, and remarks.
 
     Names are compared in NFC form without surrounding whitespace. If a name has no exact match,
-    the comparison ignores case. The name then matches if exactly one class is equal.
+    case is ignored, and the name must match exactly one class.
     """
 
     def normalized(name: str) -> str:
@@ -245,8 +245,8 @@ def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None
 def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
     """Return channel means and standard deviations of uint8 images (N, 3, H, W), scaled to [0, 1].
 
-    The standard deviation of a constant channel is 1.0 to avoid a division by zero. A histogram
-    makes the sums exact, and avoids a copy of the images in a wider dtype.
+    The standard deviation of a constant channel is 1.0 to avoid a division by zero. The sums are
+    computed from a histogram, so they are exact and need no copy of the images in a wider dtype.
 
     Raises DataError if there are no images.
     """

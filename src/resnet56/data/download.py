@@ -25,7 +25,7 @@ from resnet56.errors import DownloadError, either, escape_line, one_line
 from resnet56.locks import open_private, try_lock
 
 Progress = Callable[[int, int | None], None]
-"""A function that is called with the bytes downloaded so far and the total (None if unknown)."""
+"""A function of the number of bytes downloaded so far and the total (None if unknown)."""
 
 _RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt per URL
 _REPORT_INTERVAL = 0.2  # seconds between calls to `progress`, and between attempts to lock
@@ -135,7 +135,7 @@ def fetch(
             order. By default, the URLs in $RESNET56_MIRROR, separated by commas or whitespace.
             Credentials in a URL are sent only to its host and never shown.
         timeout: seconds to wait for a connection and for each part of the response. Connections
-            slower than 1,000 bytes per minute are closed, too.
+            slower than 1,000 bytes per minute are also closed.
         progress: function that is called a few times per second. See `Progress`.
 
     Raises:

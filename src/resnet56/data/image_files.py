@@ -121,7 +121,7 @@ def _walk(directory: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _detect_suffix(file: Path) -> str | None:
-    """Detect an image format from the first bytes of a file. Return its suffix or None."""
+    """Detect an image format from the first bytes of a file. Return its suffix, or None."""
     try:
         with file.open("rb") as stream:
             head = stream.read(_SIGNATURE_BYTES)

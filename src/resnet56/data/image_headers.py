@@ -51,7 +51,7 @@ _TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), start=1)) 
 
 
 def find_exceeded_limit(stream: BinaryIO) -> str | None:
-    """Return a phrase about a limit that an image file exceeds, or None."""
+    """Return a phrase that states which limit an image file exceeds, or None."""
     stream.seek(0)
     start = stream.read(8)
     try:
@@ -147,7 +147,7 @@ def _check_gif(stream: BinaryIO) -> str | None:
 def _check_ppm(stream: BinaryIO) -> str | None:
     stream.seek(0)
     start = stream.read(_MAX_PPM_HEADER)
-    numbers = 2 if start[1:2] in (b"1", b"4") else 3  # width, height and perhaps maximum value
+    numbers = 2 if start[1:2] in (b"1", b"4") else 3  # width, height and possibly the maximum value
     header = re.compile(rb"P[^\s#]*+" + b"(?:%b){%d}" % (_PPM_TOKEN, numbers), re.DOTALL)
     if len(start) == _MAX_PPM_HEADER and not header.match(start):
         return f"is a PPM with a header of more than {_MAX_PPM_HEADER:,} bytes"

@@ -233,12 +233,13 @@ def _is_high_bit_depth(image: Image.Image) -> bool:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale a grayscale image to 8 bits, and clip values outside its range.
+    """Scale a grayscale image to 8 bits, and clip values outside the range.
 
     The range depends on the type of the values:
 
     - Floats: 0..1 if no value is above 1, and 0..255 otherwise.
-    - 16-bit integers: as in the TIFF tags MaxSampleValue and BitsPerSample, or 0..65535.
+    - 16-bit integers: from the TIFF tags MaxSampleValue and BitsPerSample, or 0..65535 without
+      them.
     - 32-bit integers: 0..255 if no value is above 255, and 0..65535 otherwise, because files do not
       use all 32 bits.
     """
@@ -262,7 +263,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def to_model_input(image: Image.Image) -> UInt8Array:
-    """Convert an upright RGB image from `read_image` to a model input (3, 32, 32) uint8.
+    """Convert an upright RGB image from `read_image` to a uint8 model input (3, 32, 32).
 
     The function crops the image to the center square and resizes it with antialiasing. A 32x32
     image does not change.

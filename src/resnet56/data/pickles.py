@@ -2,7 +2,7 @@
 
 A pickle is a program. This unpickler supports containers, numbers and strings. It replaces classes
 and functions with stubs, which store their content and do nothing else. Memory use is proportional
-to the size of the file, whatever lengths, indices and keys the file contains.
+to the size of the file, regardless of the lengths, indices and keys in the file.
 """
 
 import io
@@ -36,7 +36,7 @@ class Stub(dict[Any, Any]):
     """Replaces an instance of a class, or the result of a function, and stores its content.
 
     A stub is a dictionary, because many configuration classes are dictionaries. `state` stores the
-    attributes of the instance, in the form that the pickle contains.
+    attributes of the instance, in the form in which the pickle contains them.
     """
 
     name = ""  # full name of the class or function
@@ -131,7 +131,7 @@ class _Buffer(PickledArray):
 
 
 # A pickle can set attributes of everything that it names. The values are therefore classes, because
-# their __setstate__ prevents this. Functions have no protection.
+# their __setstate__ prevents this. Functions have no such protection.
 _NUMPY: dict[str, type] = {
     "numpy.ndarray": PickledArray,
     "numpy.dtype": _Dtype,

@@ -60,7 +60,7 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
 
 
 def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> Path:
-    """Download CIFAR-10 or CIFAR-100 with a progress bar if necessary. Return its directory.
+    """Download CIFAR-10 or CIFAR-100 if necessary, with a progress bar. Return its directory.
 
     Args:
         name: "cifar10" or "cifar100".
@@ -116,8 +116,8 @@ def load_directory(
 
     The function supports CIFAR-10 and CIFAR-100 (fine labels) in the binary and Python formats. The
     files can be in `path` or in a subdirectory with the published name. The function unpacks a
-    published archive in the directory of the archive. It compares the data with the published data.
-    A minor difference adds a remark, and a major difference raises an error.
+    published archive into the directory that contains it. It compares the data with the published
+    data. A minor difference adds a remark, and a major difference raises an error.
 
     The function also supports image directories (see `image_directory.load_image_directory`).
 

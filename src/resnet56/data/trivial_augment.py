@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 LEVELS = 30  # levels are integers from -30 to 30, and magnitudes are levels / 30
 
-# Takes images (N, 3, H, W) uint8 and magnitudes (N,) from -1 to 1, and returns transformed images.
+# Takes uint8 images (N, 3, H, W) and magnitudes (N,) from -1 to 1, and returns transformed images.
 Transform = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -22,7 +22,8 @@ def trivial_augment(images: Tensor, transforms: Tensor, levels: Tensor) -> Tenso
 
     Args:
         images: (N, 3, H, W) uint8.
-        transforms: (N,) int64, indices of TRANSFORMS. They are on the CPU to avoid synchronization.
+        transforms: (N,) int64, indices into TRANSFORMS. They are on the CPU to avoid
+            synchronization.
         levels: (N,) int64 from -LEVELS to LEVELS, on the device of the images.
 
     Returns:

@@ -2,9 +2,9 @@
 
 In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write entire
 feature maps. The kernel fuses each convolution with the operations before and after it. A
-convolution takes one call in the forward pass and one call in the backward pass.
+convolution requires one call in the forward pass and one call in the backward pass.
 
-Like the smaller kernel of `fused`, the kernel is compiled at run time and compared with PyTorch
+Like the smaller kernel in `fused`, the kernel is compiled at run time and compared with PyTorch
 before use. If the kernel is not available, training falls back to a slower mode.
 """
 
@@ -104,7 +104,7 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, images: Tensor, *parameters: Tensor) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(*parameters)  # autograd then detects later changes of parameters
+        ctx.save_for_backward(*parameters)  # autograd then detects later changes to parameters
         pooled = plan.forward(images.contiguous(memory_format=torch.channels_last))
         ctx.generation = plan.generation
         return pooled

@@ -97,7 +97,7 @@ typedef struct {
  *
  * At position p, the tap in row r and column c of the kernel reads position
  * p + (r - pad) * pitch + (c - pad). The dot after a row of pixels is its right padding and the
- * left padding of the next row. The dots also have results, but these are not stored, because their
+ * left padding of the next row. Results at the dots are also computed but not stored, because their
  * `pixel_of` is -1.
  *
  * `pitch` is the number of positions per row of pixels, `span` is the number of positions per

@@ -99,7 +99,7 @@ class CheckpointMetadata(TypedDict, total=False):
     teachers: list[Teacher]  # teachers of knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from
     custom: dict[str, CustomPart]  # by name: model, optimizer, loss and augment
-    optimizer: dict[str, Any]  # state of a custom optimizer that is not in tensors
+    optimizer: dict[str, Any]  # non-tensor state of a custom optimizer
     precision: Text  # fp32, bf16 or fp16
     execution: Text  # eager, fused, native or compiled
     loss_scale: LossScale | None  # null unless the precision is fp16

@@ -88,7 +88,7 @@ class RunDirectory:
         return self.checkpoint_file.exists() and not self.recipe_file.exists()
 
     def data_origin(self) -> str | None:
-        """Return the value of --data for the data of the run, or None if it is not recorded."""
+        """Return the value of --data for the data set of the run, or None if it is not recorded."""
         environment = self.read_environment()
         return environment["data"]["origin"] if environment and "data" in environment else None
 

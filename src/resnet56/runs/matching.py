@@ -81,7 +81,7 @@ def is_counter(key: str) -> bool:
 
 
 def _possible_archs(tensors: StoredTensors) -> Iterator[str]:
-    """Yield the architectures with the number of blocks per stage that the first stage has.
+    """Yield the architectures with as many blocks per stage as the first stage in `tensors`.
 
     Omits plain networks because they have the same tensors as networks with shortcut A.
     """
@@ -94,7 +94,7 @@ def _possible_archs(tensors: StoredTensors) -> Iterator[str]:
 
 
 def _distance(tensors: StoredTensors, arch: str) -> int:
-    """Return the number of tensors whose name or shape differs from an architecture."""
+    """Return the number of tensors whose names or shapes differ from those of an architecture."""
     expected = expected_tensors(arch, tensors)
     shared = expected.keys() & tensors.keys()
     differ = [key for key in shared if tensors[key].shape != expected[key].shape]

@@ -1,4 +1,4 @@
-"""The schema of the files of a run, which checks every file on reading and writing.
+"""The schema of the files of a run. Files are checked against it on reading and writing.
 
 JSON objects are dictionaries with TypedDict types. `train` and `evaluate` return the same types.
 RunError reports a field that is missing, has the wrong type or is out of range. Its message is one
@@ -76,7 +76,7 @@ class CustomPart(TypedDict):
 
     name: Text  # qualified name of the function or class
     sha256: Text  # SHA-256 of its source code and its settings
-    parameters: NotRequired[Count]  # number of parameters, of a model
+    parameters: NotRequired[Count]  # number of parameters, for a model
 
 
 class Environment(TypedDict, total=False):
@@ -135,7 +135,7 @@ class EpochMetrics(TypedDict):
 
 
 class ClassMetrics(TypedDict):
-    """Metrics of one class, which are null if the class has no images."""
+    """Metrics of one class. They are null if the class has no images."""
 
     precision: Fraction | None  # 0 if the class is never predicted
     recall: Fraction | None  # fraction of the class's images that are classified correctly
@@ -245,7 +245,7 @@ class Evaluation(TypedDict):
     step: Count  # training steps since the start of the run
     device: Text  # device of the evaluation
     precision: Text  # precision of the evaluation: fp32, bf16, fp16 or, in ONNX Runtime, as stored
-    runtime: NotRequired[Text]  # ONNX Runtime, if it is not PyTorch
+    runtime: NotRequired[Text]  # ONNX Runtime, if PyTorch was not used
     data: Text  # a sentence that describes the data set
     speed: NotRequired[Speed]  # inference speed
     robustness: NotRequired[Robustness]  # accuracy on corrupted images

@@ -79,7 +79,7 @@ def import_model(
 def find_run(name_or_path: StrPath) -> RunDirectory | None:
     """Return the run at a path, or None if the name or path belongs to another network.
 
-    Also returns a directory without a network. Reading this directory reports what is missing.
+    Also returns a directory without a network, because reading it reports what is missing.
 
     Raises:
         RunError: there is no network with this name or path, or the path is a file of the

@@ -183,7 +183,7 @@ class _Storage:
 
 
 class _Rebuild:
-    """Replaces the functions of PyTorch that build a tensor from a storage."""
+    """Replaces PyTorch's functions that build a tensor from a storage."""
 
     def __new__(
         cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
@@ -299,7 +299,7 @@ class _TorchPickle:
         return with_numpy(reject_dangerous)(name)
 
     def _storage(self, pid: Any) -> object:
-        """Resolve a persistent id to a storage or, in old files, to the class of a module."""
+        """Resolve a persistent ID to a storage or, in old files, to the class of a module."""
         if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":
             return pid[1]
         tag, storage_class, key, _, count, *view = pid
