@@ -215,7 +215,7 @@ def test_a_memory_error_affects_only_its_image(predictor: Predictor, image: Imag
         (np.full((4, 4), 255.0), "from 0 to 1"),
         (np.zeros((4, 4), np.int64), "not int64"),
         (torch.zeros(5, 4, 4), "is not an image"),
-        ([object()], "cannot read an image from type object"),
+        ([object()], "cannot read an image from an object of type object"),
         (Image.new("RGB", (0, 4)), "has no pixels"),
         (torch.zeros(3, 4, 4, device="meta"), "cannot read the image"),
     ],

@@ -73,7 +73,7 @@ class Cadence:
 
     After the last step of an epoch, only reading the loss is due, because the training loop then
     saves a checkpoint. Saving is also due after the number of threads changes, so that a resumed
-    run gives bitwise identical results.
+    run produces bitwise identical results.
 
     Args:
         steps: number of steps per epoch.

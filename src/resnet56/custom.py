@@ -76,8 +76,8 @@ class Custom:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if not all(id(parameter) in known for parameter in trained):
             raise UsageError(
-                f"the optimizer {name_of(self.optimizer)} has other parameters than those that it "
-                "was called with"
+                f"the optimizer {name_of(self.optimizer)} does not have the parameters that it was "
+                "called with"
             )
         return optimizer
 

@@ -140,7 +140,7 @@ def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Met
     low, high = int(split.labels.min()), int(split.labels.max())
     if low < 0 or high >= len(classes):
         raise UsageError(
-            f"the labels are from {low} to {high}, but the model has {len(classes)} classes; "
+            f"the labels range from {low} to {high}, but the model has {len(classes)} classes; "
             "convert the data set with Dataset.for_classes"
         )
     return compute_metrics(logits.numpy(), split.labels.cpu().numpy(), classes)

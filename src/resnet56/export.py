@@ -51,9 +51,9 @@ class _WithNormalization(nn.Module):
 def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
     """Export a checkpoint to ONNX, and return the content of the file.
 
-    The input `images` is (N, 3, 32, 32) uint8 RGB. The outputs are `logits` (N, classes), `maps`
-    (N, classes, 8, 8) and `features` (N, C). The batch size N is dynamic. The metadata contain
-    `arch`, `classes`, `mean` and `std` as JSON.
+    The input `images` contains uint8 RGB images (N, 3, 32, 32). The outputs are `logits`
+    (N, classes), `maps` (N, classes, 8, 8) and `features` (N, C). The batch size N is dynamic. The
+    metadata contain `arch`, `classes`, `mean` and `std` as JSON.
 
     Args:
         checkpoint: the model to export.
@@ -95,7 +95,8 @@ def _replace_padding(model: ResNet) -> ResNet:
     """Replace padded shortcuts with equivalent 1x1 convolutions, whose weights are zeros and ones.
 
     Inference engines use a blocked channel layout between convolutions. Slices and pads interrupt
-    this layout and prevent the fusion of later additions. They make ONNX Runtime 7 to 9 % slower.
+    this layout and prevent the fusion of later additions. As a result, ONNX Runtime is 7 to 9 %
+    slower.
     """
     for block in model.modules():
         if isinstance(block, BasicBlock) and isinstance(pad := block.shortcut, PadShortcut):

@@ -1,7 +1,7 @@
 """Write files atomically.
 
 The functions write a file under a temporary name, flush it to disk and rename it. After a crash,
-the file has either the old content or the new content.
+the file contains either the old content or the new content.
 """
 
 import contextlib

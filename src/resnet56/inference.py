@@ -49,7 +49,7 @@ def require_builtin(checkpoint: Checkpoint) -> None:
     custom = checkpoint.metadata.get("custom", {}).get("model")
     if custom is not None:
         raise RunError(
-            f"the model is the custom {custom['name']}, which can only be loaded in Python: "
+            f"the model is the custom {custom['name']}, which can be loaded only in Python: "
             f"resnet56.load(RUN, model={custom['name']})"
         )
 
@@ -85,8 +85,9 @@ class InferenceModel(nn.Module):
     """A copy of a model, with each batch norm folded into the convolution before it.
 
     In evaluation mode, batch norm applies a fixed scale and shift, which the convolution can apply
-    instead (Jacob et al. 2018, section 3.2). The outputs equal those of the model up to rounding.
-    The convolutions run in `precision`, without the casts of autocast. The last layer runs in fp32.
+    instead (Jacob et al. 2018, section 3.2). The outputs equal those of the model to within
+    rounding error. The convolutions run in `precision`, without the casts of autocast. The last
+    layer runs in fp32.
 
     Args:
         model: the model to copy.

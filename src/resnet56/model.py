@@ -61,7 +61,7 @@ class PadShortcut(nn.Module):
     """Option A of the paper, without parameters: subsample the input and add channels of zeros.
 
     Half of the zero channels precede the input channels, and half follow them. The most widely used
-    PyTorch port does the same, so its published weights give the same outputs.
+    PyTorch port does the same, so its published weights produce the same outputs.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:

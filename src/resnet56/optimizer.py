@@ -29,7 +29,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": vector_decay},
     ]
     # If the first fp16 step overflows, the fused kernel of SGD does not initialize the buffers that
-    # it creates. Buffers of zeros give the same first step. The state of a checkpoint is also
+    # it creates. Buffers of zeros result in the same first step. The state of a checkpoint is also
     # compared with these buffers.
     if recipe.optimizer == "adamw":
         adamw = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)

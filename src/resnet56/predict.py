@@ -153,7 +153,7 @@ class OnnxBackend:
         """Load a file.
 
         Raises:
-            RunError: the file cannot be read, or this package has not exported it.
+            RunError: the file cannot be read, or was not exported by this package.
             MissingExtraError: ONNX Runtime is not installed.
         """
         try:
@@ -293,8 +293,9 @@ class Predictor:
         """Return the metrics on a split, in the format of `resnet56.evaluate`.
 
         Args:
-            split: images and labels. The labels are indices of `classes`. If the data set has other
-                classes or another order, convert the data set with `Dataset.for_classes` first.
+            split: images and labels. The labels are indices into `classes`. If the classes of the
+                data set differ or have a different order, convert the data set with
+                `Dataset.for_classes` first.
 
         Raises:
             UsageError: there are no images, or a label is not the index of a class.
@@ -327,7 +328,8 @@ class Predictor:
         rows = [prediction.features for prediction in self.predict(images)]
         if rows and not rows[0].size:
             raise UsageError(
-                f"{self.name} has a custom model without a method explain: no features"
+                f"{self.name} has a custom model without a method explain, so it computes no "
+                "features"
             )
         return np.stack(rows) if rows else self.run(NO_IMAGES).features
 
@@ -394,7 +396,9 @@ class Predictor:
         """Return one prediction per preprocessed image."""
         outputs = self.run(images)
         if maps and not outputs.maps.size:
-            raise UsageError(f"{self.name} has a custom model without a method explain: no maps")
+            raise UsageError(
+                f"{self.name} has a custom model without a method explain, so it computes no maps"
+            )
         predictions = []
         for probabilities, logits, image_maps, features in zip(
             softmax(outputs.logits), *outputs, strict=True
@@ -443,7 +447,7 @@ def load(
     path = Path(source)
     if is_onnx(path) and model is None:
         if device not in ("auto", "cpu"):
-            raise UsageError(f"an ONNX file runs on the CPU only, not on {device!r}")
+            raise UsageError(f"an ONNX file runs only on the CPU, not on {device!r}")
         onnx = OnnxBackend.from_file(path, threads)
         return Predictor(path.stem, onnx.config, onnx)
     checkpoint = open_model(source).checkpoint
@@ -520,7 +524,7 @@ def to_pil(image: ImageLike) -> Image.Image:
         return to_upright_rgb(
             _array_to_pil(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels)
         )
-    raise ImageError(f"cannot read an image from type {type(image).__name__}")
+    raise ImageError(f"cannot read an image from an object of type {type(image).__name__}")
 
 
 def _array_to_pil(pixels: npt.NDArray[Any]) -> Image.Image:

@@ -146,8 +146,8 @@ class Recipe:
     """Numerical precision. auto: the fastest precision that the device supports in hardware."""
 
     execution: ExecutionChoice = "auto"
-    """Implementation of the training step. All implementations give the same results up to
-    rounding. eager: PyTorch operations; fused: batch norm and ReLU in one kernel (CPU); native: C
+    """Implementation of the training step. All implementations agree to within rounding
+    error. eager: PyTorch operations; fused: batch norm and ReLU in one kernel (CPU); native: C
     kernels in bf16 (CPUs with AMX); compiled: torch.compile, which takes about a minute to compile;
     auto: the first of native, fused and eager that is available."""
 

@@ -49,7 +49,7 @@ class PreparedModel:
 def prepare_model(
     model: nn.Module, execution: str, precision: Precision, *, builtin: bool = True
 ) -> PreparedModel:
-    """Prepare a model for an execution mode. All modes give the same results up to rounding.
+    """Prepare a model for an execution mode. All modes agree to within rounding error.
 
     Args:
         model: the model on its device. Fused execution changes the model in place.
@@ -78,7 +78,7 @@ def prepare_model(
                 if not builtin:
                     raise UnavailableError("it does not support custom models")
                 if next(model.parameters()).device.type != "cpu":
-                    raise UnavailableError("the kernels run on the CPU only")
+                    raise UnavailableError("the kernels run only on the CPU")
                 assert isinstance(model, ResNet)
                 return PreparedModel(prepare(model, precision), mode, "; ".join(reasons))
             except UnavailableError as error:
@@ -117,7 +117,7 @@ def _probe_compiler(model: nn.Module) -> None:
 
 
 class Trainer:
-    """Performs training steps. Sums the loss and the correct predictions on the device.
+    """Performs training steps. Sums the loss and counts correct predictions on the device.
 
     Args:
         model: the model. Checkpoints contain its state.

@@ -1,4 +1,4 @@
-"""Search for recipe settings that maximize the validation accuracy, with Optuna.
+"""Search with Optuna for recipe settings that maximize the validation accuracy.
 
 Several processes on one or more machines can work on the same sweep. They share only the database
 that contains the trials. Each trial has a run directory for each seed. A sweep never uses the test
@@ -531,7 +531,7 @@ def _tpe(number: int) -> Any:
 
 
 class _SurplusError(Exception):
-    """The trial is not needed, because other workers have started enough trials or the same one."""
+    """The trial is not needed, because other workers started enough trials or the same trial."""
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Choose the number of CPU threads according to the load from other programs.
 
-A training step has hundreds of barriers, where every thread waits for the slowest thread. A thread
-that shares its core with another program runs only part of the time, and all other threads wait for
-it. For example, if another program keeps one of two cores busy, two threads are slower than one.
-Training on the CPU uses one thread per free core, and adjusts the number of threads to the load.
+A training step contains hundreds of barriers, at which every thread waits for the slowest thread. A
+thread that shares its core with another program runs only part of the time, and all other threads
+wait for it. For example, if another program keeps one of two cores busy, two threads are slower
+than one. Training on the CPU uses one thread per free core, and adjusts the number of threads to
+the load.
 
 The number of threads determines the order of some sums, and therefore the last bits of the weights.
 Runs record every change with its first step. A resumed run uses the recorded numbers.
@@ -226,7 +227,7 @@ class ThreadControl:
 
 
 class ThroughputMonitor:
-    """Detects a throughput of less than half of the run's median.
+    """Detects when the throughput is less than half of the run's median.
 
     Args:
         control: provides the load from other programs.

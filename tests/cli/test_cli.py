@@ -251,7 +251,7 @@ def test_resume_requires_only_the_run_directory(
         (["describe", "--arch", "plain56-bottleneck"], "choose plain56"),
         (["train", "quick", "--device", "abacus"], "unknown device 'abacus'"),
         (["train", "quick", "--device", "cuda:99"], "device 'cuda:99' is not available"),
-        (["train", "quick", "--data", "cifar11"], "unknown data 'cifar11'.*cifar10"),
+        (["train", "quick", "--data", "cifar11"], "unknown data set 'cifar11'.*cifar10"),
         (["train", "--resume"], "--resume requires --out"),
         (["describe", "--arch", "resnet1"], "nearest is 8"),
         (["describe", "--classes", "1"], "2 to 1,000,000 classes"),

@@ -303,7 +303,7 @@ def test_a_wrong_checksum_is_reported_and_the_download_removed(site: Site, root:
     archive = archive_of(b"another archive", site.url())
     message = failure(archive, root)
     found = hashlib.md5(site.content, usedforsecurity=False).hexdigest()
-    assert f"its MD5 is {found}, expected {archive.md5}; the download was removed" in message
+    assert f"its MD5 digest is {found}, expected {archive.md5}; the download was removed" in message
     assert not (root / "toy.tar.gz.part").exists()
     assert len(site.seen) == 1
 

@@ -558,7 +558,7 @@ def test_invalid_class_directories_are_rejected(pets: Path) -> None:
     assert f"{pets / 'train' / 'empty'} contains no images" in error_of(pets)
     (pets / "train" / "empty").rmdir()
     (pets / "test").mkdir()
-    assert "test has no class directories" in error_of(pets)
+    assert "test contains no class directories" in error_of(pets)
     save(pets / "test" / "fish" / "0.png")
     assert "fish is not a class in train/" in error_of(pets)
     shutil.rmtree(pets / "test")
@@ -754,7 +754,8 @@ def test_a_directory_with_the_name_of_a_data_set_is_loaded_with_a_remark(
 
 
 def test_an_unknown_name_raises_an_error() -> None:
-    with pytest.raises(UsageError, match="unknown data 'cifra10'; use digits, cifar10, cifar100"):
+    expected = "unknown data set 'cifra10'; use digits, cifar10, cifar100"
+    with pytest.raises(UsageError, match=expected):
         load_data("cifra10")
 
 

@@ -291,7 +291,7 @@ BEFORE_THE_RUN = [
     (
         {"optimizer": lambda p, lr: torch.optim.SGD(nn.Linear(2, 2).parameters())},
         UsageError,
-        "has other parameters than those",
+        "does not have the parameters that it was called with",
     ),
     ({"loss": lambda a, b: 0.5}, TrainingError, "returned an object of type float, expected a sc"),
     (
@@ -383,9 +383,9 @@ def test_a_run_with_a_custom_model_is_loaded_with_that_model(
     assert predictor.evaluate(tiny.test)["accuracy"] == metrics["test"]["accuracy"]
     assert isinstance(predictor.model, Small)
     assert set(predictor.predict(tiny.test.images[0])[0].probabilities) == set(tiny.classes)
-    with pytest.raises(UsageError, match="without a method explain: no maps"):
+    with pytest.raises(UsageError, match="without a method explain, so it computes no maps"):
         predictor.predict(tiny.test.images[0], maps=True)
-    with pytest.raises(UsageError, match="without a method explain: no features"):
+    with pytest.raises(UsageError, match="without a method explain, so it computes no features"):
         predictor.features(tiny.test.images[0])
     with pytest.raises(RunError, match=r"do not fit the model: 44 missing tensors"):
         load(out, "cpu", model=lambda classes: build("resnet8", classes=classes))

@@ -24,8 +24,8 @@ MIXING_STREAM = 1  # gives mixing its own random numbers in each epoch
 def derive_seed(*parts: int) -> int:
     """Derive a 63-bit seed from integers.
 
-    The order of the integers matters. Trailing zeros have no effect: (0,) and (0, 0) give the same
-    seed.
+    The order of the integers matters. Trailing zeros have no effect: (0,) and (0, 0) result in the
+    same seed.
     """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
@@ -52,9 +52,9 @@ class Batches:
     Images are augmented in batches on the device of `split`, without worker processes. With a GPU,
     pass `split.to("cuda")`.
 
-    Every global batch has exactly `batch_size` images, so all batches have the same shape. Each
-    epoch skips the images that do not fill a batch. A data set with fewer than `batch_size` images
-    forms a single batch.
+    Every global batch contains exactly `batch_size` images, so all batches have the same shape.
+    Each epoch skips the images that do not fill a batch. A data set with fewer than `batch_size`
+    images forms a single batch.
 
     Attributes:
         split: training images and labels.
@@ -108,7 +108,7 @@ class Batches:
     def _first_flips(self) -> Tensor:
         """For alternating flips, return a Boolean mask (N,) of the images to flip in even epochs.
 
-        The order of the images in epoch 0 has the same seed. This correlation is harmless.
+        The order of the images in epoch 0 uses the same seed. This correlation is harmless.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()

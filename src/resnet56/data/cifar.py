@@ -123,7 +123,7 @@ def find_layout(path: Path) -> tuple[_Layout, Path] | None:
 def load_cifar(layout: _Layout, directory: Path) -> Dataset:
     """Load the data set in `directory`. Raises DataError if it is not the published data set."""
     needed = [*layout.train, layout.test]
-    if layout.classes != len(CIFAR10):  # only CIFAR-10 has default names
+    if layout.classes != len(CIFAR10):  # class names are built in only for CIFAR-10
         needed.append(layout.meta)
     for file in needed:
         if not (directory / file).is_file():

@@ -398,7 +398,8 @@ def _verify(archive: Archive, part: BufferedRandom, resumed: bool) -> None:
         part.truncate(0)
         # If the download was resumed, an earlier attempt may have received the wrong bytes.
         raise _UrlError(
-            f"its MD5 is {found}, expected {archive.md5}; the download was removed", retry=resumed
+            f"its MD5 digest is {found}, expected {archive.md5}; the download was removed",
+            retry=resumed,
         )
 
 

@@ -154,7 +154,9 @@ def load_image_directory(
     reader = _Reader(path, skip_broken, evaluation)
     parts = {role: _find_splits(path, role) for role in _ROLES}
     if len(parts["train"]) > 1:
-        raise DataError(f"{escape(str(path))} has {_join_names(parts['train'])}; keep one of them")
+        raise DataError(
+            f"{escape(str(path))} contains {_join_names(parts['train'])}; keep one of them"
+        )
     if parts["train"]:
         [train] = parts["train"]
         files = reader.find_files(train)
@@ -167,7 +169,9 @@ def load_image_directory(
         classes = tuple(files)
         images = reader.read(files, classes)
         if not len(images):
-            raise DataError(f"{escape(str(test))} has no class directories with images; add some")
+            raise DataError(
+                f"{escape(str(test))} contains no class directories with images; add some"
+            )
         return reader.dataset(classes, _empty_like(images), images, f"{test.name}/ only")
     return _load_classes(reader)
 
@@ -180,7 +184,7 @@ def _load_splits(
     if len(classes) < 2 and not reader.evaluation:
         raise DataError(
             f"{escape(str(train))}: expected at least two class directories, found {len(classes)}; "
-            "put the images of each class in their own directory"
+            "put the images of each class in a separate directory"
         )
     choices = parts["test"] or parts["validation"]
     if not choices:
@@ -191,7 +195,9 @@ def _load_splits(
     test = _single(reader.path, choices)
     test_files = reader.find_files(test)
     if not test_files:
-        raise DataError(f"{escape(str(test))} has no class directories; add some, or remove it")
+        raise DataError(
+            f"{escape(str(test))} contains no class directories; add some, or remove it"
+        )
     if parts["test"]:
         for unused in parts["validation"]:
             count = sum(len(find_images(path).files) for path in visible_directories(unused))
@@ -297,12 +303,14 @@ def _labels_table(path: Path, train: Path) -> Path | None:
     tables = train_tables or tables
     if len(tables) > 1:
         raise DataError(
-            f"{escape(str(path))} has several tables of labels, {_join_names(tables)}; keep one"
+            f"{escape(str(path))} contains several tables of labels, {_join_names(tables)}; "
+            "keep one"
         )
     if not tables:
         raise DataError(
             f"{escape(str(train))} contains images outside class directories; put the images of "
-            "each class in their own directory, or add a table (.csv) with the columns id and label"
+            "each class in a separate directory, or add a table (.csv) with the columns id and "
+            "label"
         )
     return tables[0]
 
@@ -389,8 +397,8 @@ def _reject_ambiguous(path: Path, train: Path, classes: Sequence[str]) -> None:
 def _single(path: Path, directories: Sequence[Path]) -> Path:
     if len(directories) > 1:
         raise DataError(
-            f"{escape(str(path))} has {_join_names(directories)}; rename the one for testing to "
-            "test/"
+            f"{escape(str(path))} contains {_join_names(directories)}; rename the one for testing "
+            "to test/"
         )
     return directories[0]
 

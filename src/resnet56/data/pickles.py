@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from resnet56.errors import DataError, one_line
 
-MAX_OPCODES = 2_000_000  # the training file of CIFAR-100 has 0.4 million
+MAX_OPCODES = 2_000_000  # the training file of CIFAR-100 contains 0.4 million
 
 # Files that refer to these modules are rejected, although the unpickler never calls functions.
 _DANGEROUS_MODULES = {

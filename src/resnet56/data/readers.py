@@ -50,7 +50,9 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
     if name in NAMES and not Path(name).is_dir():
         return load_digits() if name == "digits" else load_directory(fetch(name))
     if not Path(name).exists() and not re.search(r"[/\\.]", name):
-        raise UsageError(f"unknown data {name!r}; use {', '.join(NAMES)} or an existing directory")
+        raise UsageError(
+            f"unknown data set {name!r}; use {', '.join(NAMES)} or an existing directory"
+        )
     dataset = load_directory(name, evaluation=evaluation, skip_broken=skip_broken)
     if name in NAMES:
         path = escape(str(Path(name).resolve()))

@@ -58,7 +58,7 @@ def check_layouts(library: ctypes.CDLL) -> None:
     """Compare the struct layouts in the library with those in this module.
 
     Raises:
-        UnavailableError: a struct has different fields or offsets.
+        UnavailableError: the fields or offsets of a struct differ.
     """
     for mirror in (_Norm, _Conv):
         name = mirror.__name__.removeprefix("_").lower()
@@ -109,7 +109,7 @@ class Plan:
     """The calls of a training step and their buffers, for one batch shape.
 
     Raises:
-        UnavailableError: the model has a block or layer that the kernel does not support.
+        UnavailableError: the model contains a block or layer that the kernel does not support.
     """
 
     def __init__(

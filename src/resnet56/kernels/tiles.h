@@ -50,7 +50,7 @@ static void begin_tiles(struct config *saved) {
     struct config config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
     COMPILER_BARRIER;
-    _tile_storeconfig(saved); /* kernels of PyTorch may also use the tile registers */
+    _tile_storeconfig(saved); /* PyTorch's kernels may also use the tile registers */
     _tile_loadconfig(&config);
 }
 

@@ -39,7 +39,7 @@ FORMAT = 1  # version of the checkpoint format. Newer versions are rejected.
 ATTEMPTS = 10  # number of attempts to read a checkpoint that a training run is replacing
 
 Mean = Annotated[float, Meta(ge=-1000, le=1000)]
-Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # The lower bound makes divisions safe.
+Deviation = Annotated[float, Meta(ge=1e-9, le=1000)]  # The lower bound avoids division by zero.
 
 
 @dataclass(frozen=True)
