@@ -126,6 +126,15 @@ def test_documented_flags_exist(block: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_line_break_in_code_starts_a_list_item(page: Path) -> None:
+    """Markdown reads a line that starts with an operator as a list item, even within backticks."""
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for paragraph in re.split(r"\n\s*\n", prose):
+        for code in re.findall(r"`[^`]*`", paragraph):
+            assert not re.search(r"\n\s*([*+-]|\d+[.)])\s", code), code
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_documented_files_exist(page: Path) -> None:
     """Paths of code in a page, relative to the package or to the repository."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
