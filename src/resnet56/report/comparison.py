@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def accuracy(self) -> float:
-        """The test accuracy. The run must be tested."""
+        """The test accuracy of the run, which must have been tested."""
         assert self.facts.test is not None
         return self.facts.test["accuracy"]
 
@@ -55,7 +55,7 @@ class Entry:
 class Group:
     """Finished and tested runs that differ only in their seed, or one imported network.
 
-    The runs are in ascending order of the seed.
+    The runs are in ascending order of their seeds.
     """
 
     rank: int
@@ -209,7 +209,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
 
 
 def data_key(entry: Entry) -> tuple[Any, ...]:
-    """Return the images and classes of a run. Only runs with equal keys are comparable."""
+    """Return a key: the images and classes of a run. Only runs with equal keys are comparable."""
     facts = entry.facts
     return facts.images or facts.source, facts.classes
 
@@ -250,10 +250,11 @@ def unrecorded(entries: Sequence[Entry]) -> str | None:
 
 
 def groups(entries: Sequence[Entry]) -> list[Group]:
-    """Group finished, tested runs that differ only in their seed. The highest mean comes first.
+    """Group finished, tested runs that differ only in their seed.
 
-    A network without a recipe forms its own group. Runs with the same settings and the same seed
-    are not independent samples, so only the first of them is used.
+    The group with the highest mean comes first. A network without a recipe forms its own group.
+    Runs with the same settings and the same seed are not independent samples, so only the first of
+    them is used.
     """
     by_recipe: dict[Any, dict[int, Entry]] = {}
     for entry in entries:

@@ -238,7 +238,7 @@ def published_accuracy(facts: RunFacts) -> float | None:
 
 
 def normalization(facts: RunFacts) -> str:
-    """Name the images whose statistics normalize those of the run."""
+    """Name the images whose mean and standard deviation normalize the images of the run."""
     if facts.recipe is None:
         return "of the imported network"
     if facts.recipe.weights:
@@ -427,8 +427,9 @@ def kept_mistakes(facts: RunFacts) -> list[tuple[int, int, int, str, str]]:
     """Return the mistakes for the cells of the interactive confusion matrix.
 
     Returns:
-        For each mistake, in descending order of confidence: the true class, the predicted class,
-        the index in the test set, the confidence in percent, and the image as PNG in base64.
+        Each mistake consists of the true class, the predicted class, the index in the test set, the
+        confidence in percent, and the image as PNG in base64. The mistakes are in descending order
+        of confidence.
     """
     if facts.samples is None or not facts.test or len(facts.classes) > MAX_CELLS:
         return []
@@ -456,7 +457,7 @@ def recipe_table(facts: RunFacts) -> dict[str, str]:
 
 
 def plain(value: Any) -> str:
-    """Format a value of the recipe or environment."""
+    """Format a value from the recipe or the environment."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -467,7 +468,7 @@ def plain(value: Any) -> str:
 
 
 def machine(environment: Mapping[str, Any]) -> str | None:
-    """Return the name of the GPU or, without a GPU, of the processor. Omits trademark signs."""
+    """Return the name of the GPU, or of the processor without a GPU. Omits trademark signs."""
     name = environment.get("gpu") or environment.get("processor")
     return re.sub(r"\((R|TM)\)", "", name) if name else None
 

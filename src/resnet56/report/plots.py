@@ -121,7 +121,7 @@ class Chart:
 
 @contextmanager
 def _style(palette: Palette) -> Iterator[None]:
-    """Apply the style of the charts, independent of the user's matplotlibrc."""
+    """Apply the style of the charts, independently of the user's matplotlibrc."""
     matplotlib = import_matplotlib()
     with matplotlib.rc_context(), warnings.catch_warnings():
         # Matplotlib draws missing glyphs as boxes.
@@ -310,7 +310,7 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
 
 
 def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | None]]) -> Chart:
-    """Plot errors over epochs, in the style of He et al. 2015, figure 6.
+    """Plot errors over epochs, in the style of Figure 6 in He et al. 2015.
 
     Args:
         name: unique identifier on the page.
@@ -385,7 +385,7 @@ def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart
 
 
 def robustness(name: str, corruptions: Mapping[str, Sequence[float]], alt: str) -> Chart:
-    """Plot the mean accuracy under each corruption as a bar, and each severity as a dot."""
+    """Plot accuracy under each corruption: the mean as a bar, and each severity as a dot."""
     order = sorted(corruptions, key=lambda key: sum(corruptions[key]) / len(corruptions[key]))
 
     def draw(figure: "Figure", palette: Palette) -> None:

@@ -1,4 +1,4 @@
-"""Read and check all files of a run directory for a report."""
+"""Read and check the files of a run for a report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions of a run on the test images."""
+    """The predictions of a run for the test images."""
 
     labels: Array  # true classes of shape (N,)
     correct: npt.NDArray[np.bool_]  # whether each of the N images is classified correctly
@@ -68,7 +68,7 @@ class RunFacts:
     stored: bool  # whether the network is a run, whose predictions are in predictions.npz
     environment: Environment  # environment.json, or an empty dictionary
     rows: list[EpochMetrics]  # metrics.jsonl, with one row per epoch
-    recipe: Recipe | None  # None if the training is not recorded
+    recipe: Recipe | None  # None if training is not recorded
     config: ModelConfig
     progress: Progress
     metadata: CheckpointMetadata
@@ -129,12 +129,12 @@ class RunFacts:
 
     @property
     def custom(self) -> Mapping[str, CustomPart]:
-        """The parts of training that replaced those of the recipe."""
+        """The custom parts that replaced parts of the recipe."""
         return self.metadata.get("custom", {})
 
     @property
     def augmented(self) -> bool | None:
-        """Whether training images were augmented, or None if the training is not recorded."""
+        """Whether training images were augmented, or None if training is not recorded."""
         if self.recipe is None:
             return None
         builtin = recipe_words.is_augmented(self.recipe, flips=self.flips)
@@ -142,7 +142,7 @@ class RunFacts:
 
     @property
     def training_augmented(self) -> bool | None:
-        """The value of `augmented`, or None if the training images may be of another data set."""
+        """The value of `augmented`, or None if training may have used another data set."""
         return self.augmented if self.stored else None
 
     @property

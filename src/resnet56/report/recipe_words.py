@@ -1,4 +1,4 @@
-"""Descriptions of a recipe, in sentences and as the list of fields that apply."""
+"""Descriptions of a recipe, as sentences and as a list of the fields that apply."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -239,7 +239,7 @@ def schedule(recipe: Recipe) -> str:
 
 
 def results(facts: RunFacts) -> Slide:
-    """Return the slide on the test accuracy, its interval, and the range over classes."""
+    """Return the slide on the test accuracy, its interval, and the accuracies of the classes."""
     test = facts.test
     if test is None:
         sentences = page.state(facts) if facts.recipe else ["The test images have not been used."]
@@ -255,7 +255,7 @@ def results(facts: RunFacts) -> Slide:
 
 
 def class_range(test: Metrics) -> list[str]:
-    """State the lowest and the highest accuracy of a class."""
+    """State the lowest and the highest class accuracy."""
     recalls = story.scores(test["per_class"], "recall")
     low, high = min(recalls.values()), max(recalls.values())
     if low == high:
@@ -341,7 +341,7 @@ def overfitting(facts: RunFacts) -> Slide:
 
 @dataclass(frozen=True)
 class Gap:
-    """The verdict on the gap between training and test accuracy."""
+    """A statement about the gap between training and test accuracy."""
 
     title: str
     sentence: str
@@ -431,7 +431,7 @@ def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
 
 
 def split_bars(facts: RunFacts) -> list[Bar]:
-    """Return a bar with the accuracy on each split."""
+    """Return a bar for the accuracy on each split."""
     bars = []
     for name, metrics in evaluated_splits(facts.evaluation).items():
         low, high = metrics["accuracy_interval"]

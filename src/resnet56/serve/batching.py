@@ -37,7 +37,7 @@ class _Job:
 
 
 class Batcher:
-    """Collects images for a few milliseconds or while the model is busy, and runs them together.
+    """Collects images for a few milliseconds, or while the model is busy, and runs them in batches.
 
     Args:
         predictor: the model. All calls to its `run` method come from one thread.

@@ -1,4 +1,4 @@
-"""Limits on client requests. A request that exceeds a limit gets a 4xx response."""
+"""Limits on client requests. A request that exceeds a limit receives a 4xx response."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
