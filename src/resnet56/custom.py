@@ -51,7 +51,7 @@ class Custom:
                 raise UsageError(f"{kind} must be callable, not {one_line(repr(part))}")
 
     def parts(self) -> dict[str, Any]:
-        """Return the parts by their names."""
+        """Return the custom parts by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {kind: part for kind, part in values.items() if part is not None}
 
@@ -76,7 +76,7 @@ class Custom:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if not all(id(parameter) in known for parameter in trained):
             raise UsageError(
-                f"the optimizer {name_of(self.optimizer)} does not have the parameters that it was "
+                f"the optimizer {name_of(self.optimizer)} contains parameters that it was not "
                 "called with"
             )
         return optimizer

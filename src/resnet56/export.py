@@ -57,7 +57,8 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
 
     Args:
         checkpoint: the model to export.
-        checked: whether to compare the outputs with PyTorch. Speed measurements do not need this.
+        checked: whether to compare the outputs with PyTorch. Speed measurements do not require the
+            comparison.
 
     Raises:
         MissingExtraError: the extra `onnx` is not installed.
@@ -153,7 +154,7 @@ class OnnxModel:
 
     runtime = "ONNX Runtime"
     device = CPU
-    precision = "as stored"  # the file determines it
+    precision = "as stored"  # the file determines the precision
 
     def __init__(self, backend: OnnxBackend) -> None:
         self.backend = backend

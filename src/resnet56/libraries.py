@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-# ONNX Runtime reads one of these variables on import. The release determines which one.
+# ONNX Runtime reads one of these variables on import. Which one depends on the release.
 _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 

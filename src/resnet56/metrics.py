@@ -56,7 +56,7 @@ def percent(fraction: float) -> str:
 
 
 def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ...]) -> Metrics:
-    """Compute all metrics of a set of predictions.
+    """Compute all metrics for a set of predictions.
 
     The scores of a class without images are None, and averages exclude this class.
 

@@ -475,7 +475,7 @@ def load(
 def top_classes(
     probabilities: npt.NDArray[np.float64], top: int | None = None
 ) -> npt.NDArray[np.intp]:
-    """Return the indices of the `top` most probable classes. Ties are in the order of indices."""
+    """Return the indices of the `top` most probable classes. Ties are sorted by index."""
     order: npt.NDArray[np.intp] = np.argsort(-probabilities, kind="stable")[:top]
     return order
 

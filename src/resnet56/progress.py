@@ -208,7 +208,7 @@ def _in_notebook() -> bool:
 
 
 def _started_by_notebook() -> bool:
-    """Return whether a notebook has started this process, according to variables of ipykernel."""
+    """Return whether a notebook has started this process, according to ipykernel's variables."""
     names = ("TERM", "PAGER", "GIT_PAGER")
     return [os.environ.get(name) for name in names] == ["xterm-color", "cat", "cat"]
 

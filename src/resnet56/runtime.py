@@ -58,7 +58,8 @@ def resolve_device(name: str) -> torch.device:
     if not 0 <= (device.index or 0) < count:  # PyTorch converts the index 128 to -128
         label = str(device) if distributed else name
         raise UsageError(
-            f"device {label!r} is not available; this machine has {count} of this type"
+            f"device {label!r} is not available; this machine has {count} {device.type} "
+            f"device{'s' * (count > 1)}"
         )
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False

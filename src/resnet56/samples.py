@@ -109,7 +109,7 @@ def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES)
 
 
 def _select_evenly(cells: IntArray, limit: int) -> IntArray:
-    """Select at most `limit` indices of `cells`, evenly distributed over the values of `cells`.
+    """Select at most `limit` indices into `cells`, evenly distributed over the values of `cells`.
 
     The result is in ascending order, and contains the first `MOST_CONFIDENT` indices.
     """

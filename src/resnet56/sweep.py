@@ -791,7 +791,7 @@ def _line(trial: "FrozenTrial", content: Sweep) -> str:
 
 
 def _directory_number(trial: "FrozenTrial") -> int:
-    """Return the number of a trial for users. A retry has the same number as the first attempt."""
+    """Return the trial number that users see. A retry has the same number as the first attempt."""
     return int(trial.user_attrs.get("directory", trial.number))
 
 

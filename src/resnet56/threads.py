@@ -7,7 +7,8 @@ than one. Training on the CPU uses one thread per free core, and adjusts the num
 the load.
 
 The number of threads determines the order of some sums, and therefore the last bits of the weights.
-Runs record every change with its first step. A resumed run uses the recorded numbers.
+Runs record every change and the step at which it takes effect. A resumed run uses the recorded
+numbers.
 """
 
 import math
@@ -232,7 +233,7 @@ class ThroughputMonitor:
     Args:
         control: provides the load from other programs.
         device: type of the device, such as "cpu" or "cuda". Messages state likely reasons for this
-            type.
+            device type.
     """
 
     def __init__(self, control: ThreadControl, device: str) -> None:

@@ -291,7 +291,7 @@ BEFORE_THE_RUN = [
     (
         {"optimizer": lambda p, lr: torch.optim.SGD(nn.Linear(2, 2).parameters())},
         UsageError,
-        "does not have the parameters that it was called with",
+        "contains parameters that it was not called with",
     ),
     ({"loss": lambda a, b: 0.5}, TrainingError, "returned an object of type float, expected a sc"),
     (

@@ -1,4 +1,4 @@
-"""Benchmarks of training, inference, memory use and start-up, with a standard PyTorch loop."""
+"""Benchmarks of this package and a standard PyTorch loop: training, inference, memory, start-up."""
 
 import contextlib
 import functools

@@ -28,7 +28,7 @@ def gaussian_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tens
 
 
 def shot_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Add Poisson noise of photon counts, as in low light."""
+    """Add shot noise (Poisson noise of photon counts), as in low light."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     return torch.poisson(x * photons, generator=generator) / photons
 

@@ -112,7 +112,7 @@ class Dataset:
         """Return a data set whose labels are indices into `classes`, the classes of a model.
 
         Classes are matched by name (see `match_classes`). Images of other classes are skipped, and
-        a remark reports this. Without a predefined split, all images become test images.
+        a remark names these classes. Without a predefined split, all images become test images.
 
         Raises:
             UsageError: no class of this data set is in `classes`.

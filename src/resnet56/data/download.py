@@ -125,8 +125,8 @@ def fetch(
     If several processes call this function, one of them locks the empty file
     `root/<filename>.lock` and downloads. The other processes wait and report the progress of the
     download. If the file system does not support locks, the processes can corrupt each other's
-    download. The checksum detects this. The function does not follow links to these two files, so
-    `root` can be a shared directory.
+    download. The checksum detects such errors. The function does not follow links to these two
+    files, so `root` can be a shared directory.
 
     Args:
         archive: the archive to download, for example `ARCHIVES["cifar10"]`.

@@ -1,7 +1,7 @@
 """Read pickles without executing code: CIFAR batches and checkpoints of other projects.
 
 A pickle is a program. This unpickler supports containers, numbers and strings. It replaces classes
-and functions with stubs, which store their content and do nothing else. Memory use is proportional
+and functions with stubs that store data and do nothing else. Memory use is proportional
 to the size of the file, regardless of the lengths, indices and keys in the file.
 """
 

@@ -96,7 +96,7 @@ class CheckpointMetadata(TypedDict, total=False):
     weights: Text  # "ema", "final", "pretrained" or "imported"
     ema_decay: Fraction  # decay of the selected EMA, set at the end of the run
     ema_candidates: list[EmaCandidate]  # all EMAs of the run
-    teachers: list[Teacher]  # teachers of knowledge distillation
+    teachers: list[Teacher]  # teachers for knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from
     custom: dict[str, CustomPart]  # by name: model, optimizer, loss and augment
     optimizer: dict[str, Any]  # non-tensor state of a custom optimizer
@@ -192,7 +192,7 @@ def _separate(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
 
 
 def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
-    """Read a checkpoint. Retries if a training run replaces it at the same time.
+    """Read a checkpoint. Retries if a training run replaces the checkpoint at the same time.
 
     Args:
         file: path of checkpoint.json.

@@ -161,7 +161,7 @@ def _choose(
 
 
 def _default_constants(state_dict: StateDict, outputs: int) -> tuple[Constants | None, str]:
-    """Return the default normalization constants of the layout, and their origin in words."""
+    """Return the default normalization constants of the layout, and a phrase about their origin."""
     has_projections = any(".shortcut." in key for key in state_dict.tensors)
     if state_dict.head == "linear.weight" and not has_projections:
         return IMAGENET, "of ImageNet, which akamaster used"

@@ -1,4 +1,4 @@
-"""Match the tensors of a state dict to an architecture by their names and shapes."""
+"""Match the tensors of a state dict to an architecture by name and shape."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

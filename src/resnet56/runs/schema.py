@@ -55,7 +55,7 @@ class GitState(TypedDict):
 
 
 class Teacher(TypedDict):
-    """A teacher of knowledge distillation."""
+    """A teacher for knowledge distillation."""
 
     teacher: Text  # run or pretrained model, as in the recipe
     arch: Text  # name of the architecture
@@ -104,7 +104,7 @@ class Environment(TypedDict, total=False):
     data: Origin  # the data set
     execution: Text  # eager, fused, native or compiled
     execution_reason: Text  # why a faster execution mode was not used
-    teachers: list[Teacher]  # teachers of knowledge distillation
+    teachers: list[Teacher]  # teachers for knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from
     custom: dict[str, CustomPart]  # by name: model, optimizer, loss and augment
     resumed: "list[Environment]"  # one environment for each time the run was resumed

@@ -1,4 +1,4 @@
-"""Find the state dicts of ResNets in the nested containers of a file, with any name prefix."""
+"""Find the state dicts of ResNets, with any name prefix, in the nested containers of a file."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,6 @@
 """Read tensor files without running code. The content of a file determines its format.
 
-The supported formats are the formats of `torch.save` since 2017, safetensors, and the ONNX files
+The supported formats are those of `torch.save` since 2017, safetensors, and the ONNX files
 that this package exports. Opening a file reads only names and shapes. Values are read on demand.
 Reading a tensor never allocates more memory than the size of the file.
 """
@@ -272,7 +272,7 @@ def _view(
 
 
 class _TorchPickle:
-    """Unpickles a file of `torch.save` and records the classes that do not belong to PyTorch."""
+    """Unpickles a file from `torch.save` and records the classes that do not belong to PyTorch."""
 
     def __init__(self, raw: Callable[[_Storage], Any]) -> None:
         self.raw = raw
@@ -380,7 +380,7 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
 
 
 def _onnx(file: Path, content: bytes) -> Contents:
-    """Read a file of `resnet56 export` and return the weights with their PyTorch names.
+    """Read a file from `resnet56 export` and return the weights with their PyTorch names.
 
     The export folds each batch norm into the preceding convolution. This function converts the
     bias of each convolution to a batch norm that only adds this bias.
