@@ -25,7 +25,7 @@ def symmetric_cross_entropy(logits: Tensor, labels: Tensor, beta: float) -> Tens
 
 
 def with_wrong_labels(data: Dataset, fraction: float) -> Dataset:
-    """Replace a fraction of the training labels with other classes, chosen at random."""
+    """Replace a fraction of the training labels with other labels, chosen at random."""
     generator = torch.Generator().manual_seed(0)
     labels, classes = data.train.labels, len(data.classes)
     wrong = torch.rand(len(labels), generator=generator) < fraction

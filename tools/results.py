@@ -64,7 +64,7 @@ def keep(run: RunDirectory, name: str) -> None:
 
 
 def nearest(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """Return the named recipe that differs least, and the fields in which `recipe` differs."""
+    """Return the most similar named recipe, and the fields in which `recipe` differs from it."""
     fields = recipe.to_json()
     differing = {
         name: {
@@ -256,7 +256,7 @@ def published() -> list[Published]:
 
 
 def draw(figure: "Figure", palette: Palette) -> None:
-    """Draw one dot per result, and the confidence intervals of this package.
+    """Draw one dot per result, and the confidence intervals for this package.
 
     A dot is hollow if the weights were selected on the test set.
     """

@@ -139,7 +139,7 @@ def _inspect(
     options: InspectOptions,
     device: "torch.device",
 ) -> dict[str, Any]:
-    """Inspect a model and return its entry in the JSON output."""
+    """Inspect a model and return its entry for the JSON output."""
     import torch
 
     from resnet56.data.augment import normalize

@@ -114,15 +114,15 @@ def read_networks(
 ) -> "list[RunFacts]":
     """Read the results of runs, and evaluate other networks on a data set.
 
-    With --data, also evaluates an imported network without results and saves its results. If there
-    are several networks, those that are not runs are evaluated only on the test images.
+    With --data, an imported network without results is also evaluated, and its results are saved.
+    If there are several networks, those that are not runs are evaluated only on the test images.
 
     Args:
         names: names or paths of networks.
         data: the value of --data. By default, networks are evaluated on the data set of the first
             run.
         skip_broken: the value of --skip-broken.
-        on_error: called with the error of each network that cannot be read, if there are several.
+        on_error: called with the error of each unreadable network, if there are several networks.
             By default, the error is raised.
 
     Raises:

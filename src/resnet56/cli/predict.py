@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"--max-pixels must be at least 1, not {options.max_pixels}")
         from PIL import Image
 
-        Image.MAX_IMAGE_PIXELS = options.max_pixels  # This applies to the current process.
+        Image.MAX_IMAGE_PIXELS = options.max_pixels  # for the entire process
     from resnet56.files import check_target
     from resnet56.predict import load
 
@@ -155,7 +155,7 @@ def _write_outputs(
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
-    """Return the images in the arguments, and the number of directories without images."""
+    """Return the images that the arguments specify, and the number of directories without any."""
     from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0

@@ -57,7 +57,7 @@ def show_metrics(metrics: "Metrics", title: str) -> None:
 
 
 def show_extras(result: "Evaluation") -> None:
-    """Print the robustness and speed of an evaluation if they were measured."""
+    """Print robustness and speed if the evaluation measured them."""
     console = Console(highlight=False)
     if robustness := result.get("robustness"):
         severities = robustness["severities"]

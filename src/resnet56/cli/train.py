@@ -59,7 +59,7 @@ class _Job:
     """The options of a training run, with its data and run directory."""
 
     options: TrainOptions
-    own_data: str | None  # origin of the data of the run to resume
+    own_data: str | None  # data origin of the run to resume
     out: Path
 
     @property
@@ -193,7 +193,7 @@ def _parse_train(arguments: Sequence[str], name: str | None, base: recipes.Recip
 
 
 def _origin_of_resumed(options: TrainOptions) -> str | None:
-    """Return the origin of the data of the run to resume, if any."""
+    """Return the data origin of the run to resume, if any."""
     from resnet56.runs.directory import RunDirectory
 
     if not (options.resume and options.out):

@@ -11,7 +11,7 @@ DPI = 150
 
 
 class NotebookFigure(Figure):
-    """A figure that a notebook displays as the result of a cell.
+    """A figure that a notebook displays as the output of a cell.
 
     IPython displays plain figures only after pyplot is imported.
     """

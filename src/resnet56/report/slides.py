@@ -23,7 +23,7 @@ MAX_ORIGINALS, MAX_VERSIONS = 5, 5
 MAX_MISTAKES = 12
 MAX_DROPS = 4  # maximum number of learning-rate drops to list
 MAX_COMMAND = 100  # maximum number of characters of a command on a slide
-CHART_SIZE = (3.3, 1.95)  # in inches. The text is relatively larger than in the report.
+CHART_SIZE = (3.3, 1.95)  # in inches. The text is larger relative to the chart than in the report.
 
 SIZE = "32 \N{MULTIPLICATION SIGN} 32"
 UNTESTED = "There are no test results yet"

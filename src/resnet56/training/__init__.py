@@ -135,7 +135,7 @@ def train(
                 with tensorboard_writer(
                     tensorboard and dist.is_main_process, run, loop.progress.step
                 ) as scalars:
-                    if dist.is_main_process:  # All checks have passed, so an error leaves no files.
+                    if dist.is_main_process:  # after all checks, so that an error leaves no files
                         if saved is None:
                             run.create()
                             stack.enter_context(run.locked())

@@ -118,7 +118,7 @@ class TrainingLoop:
         scalars: Scalars | None = None,
         callbacks: Sequence[EpochCallback | Callback] = (),
     ) -> None:
-        """Train from the current progress to the last epoch.
+        """Train from the current step to the end of the last epoch.
 
         Args:
             test: images to evaluate after each epoch, or None.

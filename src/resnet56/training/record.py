@@ -80,7 +80,7 @@ def restore(setup: TrainingSetup, saved: Checkpoint, run: RunDirectory) -> str:
     message = f"{run.checkpoint_file} does not match the recipe"
     require_fit(saved.model, trainer.weights(), message)
     saved_state, expected = dict(saved.training), trainer.state()
-    if trainer.custom.optimizer is not None:  # it creates its state in its first step
+    if trainer.custom.optimizer is not None:  # creates its state in its first step
         saved_state, expected = (
             {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
             for state in (saved_state, expected)
@@ -142,7 +142,7 @@ def begin_run(
     run.write_environment(
         {
             **original,
-            "data": current["data"],  # The directory of the data may have changed.
+            "data": current["data"],  # The directory of the data set may have changed.
             "resumed": [*original.get("resumed", []), current],
         }
     )

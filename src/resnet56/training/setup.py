@@ -91,7 +91,7 @@ def set_up(
     start = saved
     if recipe.weights and saved is None:
         start = open_model(recipe.weights).checkpoint
-    # Initial weights require images with the same normalization as in their own training.
+    # Initial weights require images with the normalization that they were trained with.
     if start is not None:
         mean, std = start.config.mean, start.config.std
     else:
