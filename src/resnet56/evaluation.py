@@ -170,7 +170,7 @@ class Classifier(Protocol):
         ...
 
     def logits(self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = ...) -> Tensor:
-        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         ...
 
     def metrics(self, split: Split, advance: ProgressCallback = ...) -> Metrics:
@@ -190,7 +190,7 @@ class EvaluatedModel:
     def logits(
         self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
     ) -> Tensor:
-        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         mean, std = self.config.mean, self.config.std
         return predict_logits(self.model, images, mean, std, self.precision, batch, advance)
 
@@ -488,7 +488,7 @@ def compare(
 
     Returns:
         An entry of parity.json: both accuracies, the number of images whose predicted class
-        changes, the median and largest absolute difference of logits, and a verdict.
+        changes, the median and largest absolute difference between logits, and a verdict.
     """
     labels = split.labels.cpu()
     with progress(f"{len(labels):,} images, twice", 2 * len(labels)) as advance:

@@ -29,7 +29,7 @@ from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.pretrained import config_to_metadata
 from resnet56.runs.schema import Metrics
 
-TOLERANCE = 1e-4  # maximum difference of logits; other outputs may differ ten times as much
+TOLERANCE = 1e-4  # maximum difference between logits; other outputs may differ ten times as much
 CHECK_IMAGES = 256  # number of images for comparing the exported file with PyTorch
 CPU = torch.device("cpu")
 

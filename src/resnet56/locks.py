@@ -29,8 +29,8 @@ for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"
 def create_temporary(directory: Path) -> tuple[BufferedRandom, Path]:
     """Create a file with an unpredictable name in `directory` and open it for writing.
 
-    Another user could create a link with a predictable name. Unlike `mkstemp`, this function
-    respects the user's umask. Raises OSError if the file cannot be created.
+    If the name were predictable, another user could create a link with this name. Unlike `mkstemp`,
+    this function respects the user's umask. Raises OSError if the file cannot be created.
     """
     path = directory / f".{secrets.token_hex(8)}.tmp"
     return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, 0o666), "r+b"), path

@@ -92,13 +92,13 @@ class Backend(Protocol):
     runtime: str  # name of the library and the device, for users
 
     def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on images (N, 3, 32, 32) uint8."""
+        """Run the model on uint8 images (N, 3, 32, 32)."""
         ...
 
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         ...
 
 
@@ -119,7 +119,7 @@ class TorchBackend:
         self.std = torch.tensor(config.std, device=device)
 
     def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on images (N, 3, 32, 32) uint8."""
+        """Run the model on uint8 images (N, 3, 32, 32)."""
         import torch
 
         from resnet56.data.augment import normalize
@@ -136,7 +136,7 @@ class TorchBackend:
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         from resnet56.evaluation import predict_logits
 
         mean, std = self.config.mean, self.config.std
@@ -206,13 +206,13 @@ class OnnxBackend:
         return None if finite else "returns outputs that are not finite"
 
     def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on images (N, 3, 32, 32) uint8."""
+        """Run the model on uint8 images (N, 3, 32, 32)."""
         return Outputs(*self.session.run(Outputs._fields, {"images": images}))
 
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Compute logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         import torch
 
         logits = []
@@ -280,7 +280,7 @@ class Predictor:
         """
         if images.dtype != np.uint8 or images.shape[1:] != (3, 32, 32):
             raise UsageError(
-                f"expected uint8 of shape (N, 3, 32, 32), not {images.dtype} {images.shape}"
+                f"expected uint8 images of shape (N, 3, 32, 32), not {images.dtype} {images.shape}"
             )
         outputs = self.backend.run(np.ascontiguousarray(images))
         if not np.isfinite(outputs.logits).all():

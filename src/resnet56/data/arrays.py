@@ -53,14 +53,14 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
             raise DataError(
                 f"{escape(str(file))} has shape {images.shape} and dtype "
-                f"{one_line(images.dtype)}; expected (N, 32, 32, 3) and uint8"
+                f"{one_line(images.dtype)}; expected shape (N, 32, 32, 3) and dtype uint8"
             )
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise DataError(
                 f"{escape(str(labels_file))} has shape {labels.shape} and dtype "
-                f"{one_line(labels.dtype)}; expected (N,) or (N, 1) and integers"
+                f"{one_line(labels.dtype)}; expected shape (N,) or (N, 1) and integers"
             )
         if len(images) != len(labels):
             raise DataError(
