@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "data.image_directory": {"data.dataset", "data.image_files", "data.images", "errors"},
     "data.readers": {
         "data.archives", "data.cifar", "data.class_names", "data.dataset", "data.download",
-        "data.image_directory", "errors", "files", "progress",
+        "data.image_directory", "data.image_files", "errors", "files", "progress",
     },
     # model
     "model": {"errors", "notebook"},

@@ -767,7 +767,8 @@ def test_a_read_only_directory_is_reported(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert f"{root}: Permission denied" in failure(archive, root)
+    message = failure(archive, root)
+    assert f"{root}: Permission denied; set RESNET56_DATA" in message
 
 
 def test_a_file_in_place_of_the_directory_is_reported(

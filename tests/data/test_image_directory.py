@@ -181,6 +181,15 @@ def test_class_names_with_control_characters_are_rejected(tmp_path: Path, name: 
     assert "is not a valid class name" in error_of(tmp_path)
 
 
+@pytest.mark.parametrize("directory", ["", "cat"])
+def test_images_without_class_directories_are_reported(tmp_path: Path, directory: str) -> None:
+    """The classes are unknown if all images are in one directory."""
+    fill(tmp_path, directory)
+    message = error_of(tmp_path)
+    assert "contains 5 images" in message
+    assert "put the images of each class in their own directory" in message
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems do not allow such names")
 def test_directory_names_in_errors_are_printable(tmp_path: Path) -> None:
     root = tmp_path / "a\x1b[2J\nresnet56: done"

@@ -35,6 +35,7 @@ _HEADER_TIMEOUTS = 4  # the time limit for the response headers is this multiple
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNREACHABLE_ERRNOS = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def fetch(
     except OSError as err:  # a file error, because network errors become _UrlError
         reason = "the disk is full" if err.errno in _DISK_FULL_ERRNOS else _reason(err)
         path = err.filename or root
+        if err.errno in _READ_ONLY_ERRNOS:
+            reason += "; set RESNET56_DATA or resnet56 data fetch --dir to a writable directory"
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
         raise DownloadError(_single_line(message)) from err
     # Other processes may still wait for the lock. They will find the directory, so they do not need

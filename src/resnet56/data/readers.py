@@ -20,6 +20,7 @@ from resnet56.data.cifar import ARCHIVES, LAYOUTS, find_layout, load_cifar
 from resnet56.data.class_names import DIGITS
 from resnet56.data.dataset import Dataset, Split
 from resnet56.data.image_directory import load_image_directory
+from resnet56.data.image_files import find_images
 from resnet56.errors import DataError, UsageError, escape, one_line, option
 from resnet56.files import StrPath
 
@@ -159,6 +160,12 @@ def load_directory(
             raise DataError(
                 f"{name} contains Parquet files, which are not supported; save the images as "
                 "train/<class>/*.png and test/<class>/*.png (with pyarrow or datasets)"
+            )
+        if images := find_images(path).files:
+            count = f"{len(images):,} image{'s' * (len(images) > 1)}"
+            raise DataError(
+                f"{name} contains {count} but fewer than two class directories; put the images of "
+                "each class in their own directory, such as train/<class>/ or <class>/"
             )
     except OSError as error:
         reason = error.strerror or one_line(error)
