@@ -207,10 +207,15 @@ def test_ctrl_c_during_evaluation_prints_how_to_evaluate(
     assert train(small, tiny, out, device="cpu", resume=True)["epoch"] == 3
 
 
-def test_resuming_a_finished_run_only_evaluates_it(uninterrupted: Path, tiny: Dataset) -> None:
+def test_resuming_a_finished_run_only_evaluates_it(
+    uninterrupted: Path, tiny: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     recipe = read(uninterrupted / "recipe.json")
-    metrics = train(recipe, tiny, uninterrupted, device="cpu", resume=True)
+    with TrainingDisplay(stream_output(sys.stdout)) as display:
+        metrics = train(recipe, tiny, uninterrupted, device="cpu", resume=True, progress=display)
+    [message, *_] = capsys.readouterr().out.splitlines()
+    assert message == "all epochs are complete; the model is only evaluated again"
     assert metrics["epoch"] == 3
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
@@ -431,7 +436,8 @@ def test_each_epoch_prints_one_line_without_a_terminal(
 ) -> None:
     with TrainingDisplay(stream_output(sys.stdout)) as display:
         train(small, tiny, tmp_path / "run", device="cpu", progress=display)
-    lines = capsys.readouterr().out.splitlines()
+    hint, *lines = capsys.readouterr().out.splitlines()
+    assert "only 18 steps, which is rarely enough for random weights" in hint
     assert [line.split("  ")[0] for line in lines[:3]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     row = RunDirectory(tmp_path / "run").read_metrics()[2]
     assert f"loss {row['train_loss']:.4f}" in lines[2]

@@ -28,6 +28,10 @@ from resnet56.training.record import Scalars, log_scalars, restore, save_checkpo
 from resnet56.training.setup import set_up, step_costs
 
 EpochCallback = Callable[[EpochMetrics], object]
+# Training from random weights logs a hint below this number of steps. With the momentum of 0.1, the
+# running statistics of batch norm then still contain more than 0.9**50 = 0.5 % of their initial
+# values, so the evaluation can differ greatly from training.
+MIN_STEPS = 50
 STEP_STREAM = 4  # separates the random numbers of a training step from other uses of the seed
 
 
@@ -111,6 +115,15 @@ class TrainingLoop:
             )
         if saved is not None:
             self.log(restore(self.setup, saved, run))
+            if self.progress.epoch == recipe.epochs:
+                self.log("all epochs are complete; the model is only evaluated again")
+        steps = recipe.epochs * self.batches.steps
+        if saved is None and initial is None and custom.model is None and steps < MIN_STEPS:
+            self.log(
+                f"training has only {steps} step{'s' * (steps > 1)}, which is rarely enough for "
+                f"random weights; increase {option('epochs')}, reduce {option('batch_size')}, or "
+                f"start from trained weights with {option('weights')}"
+            )
 
     def run(
         self,
