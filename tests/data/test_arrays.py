@@ -54,7 +54,7 @@ def test_cifar10_c_is_split_by_severity(tmp_path: Path) -> None:
     ("images", "labels", "message"),
     [
         (np.zeros((2, 3, 32, 32), np.uint8), np.zeros(2, np.int64), "shape"),
-        (np.zeros((2, 32, 32, 3), np.float32), np.zeros(2, np.int64), "and uint8"),
+        (np.zeros((2, 32, 32, 3), np.float32), np.zeros(2, np.int64), "and dtype uint8"),
         (
             np.zeros((2, 32, 32, 3), np.uint8),
             np.zeros(3, np.int64),
