@@ -1,7 +1,7 @@
 """Distill a network into a smaller one (Hinton et al. 2015, arXiv:1503.02531).
 
 The student learns from the probabilities of the teacher on the same augmented images, and from the
-labels. For comparison, it is also trained on the labels only.
+labels. For comparison, the student is also trained on the labels only.
 
 Run: python examples/distillation.py --arch resnet8 --teacher resnet56 --epochs 10
 """
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="name or directory of a data set")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--temperature", type=float, default=4.0)
-    parser.add_argument("--weight", type=float, default=0.9, help="weight of the teacher")
+    parser.add_argument("--weight", type=float, default=0.9, help="weight of the teacher in the loss")
     options = parser.parse_args()
 
     data = load_data(options.data)

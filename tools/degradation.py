@@ -35,7 +35,7 @@ def kept_runs() -> list[tuple[Recipe, RunDirectory]]:
 
 
 def table() -> str:
-    """Return the final errors of each network, with a number per seed, as a Markdown table."""
+    """Return the final errors of each network as a Markdown table, with one number per seed."""
     errors_of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for recipe, run in kept_runs():
         evaluation = read_json(run.evaluation_file)

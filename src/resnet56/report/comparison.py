@@ -337,8 +337,8 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
         sentences.append(
             "McNemar\N{RIGHT SINGLE QUOTATION MARK}s exact test compares two trained models on the "
             "same images. It shows whether these models would also differ on other, similar "
-            "images. It does not show that one recipe is better than another, because another seed "
-            "gives another model."
+            "images. It does not show that one recipe is better than another, because a "
+            "different seed produces a different model."
         )
     if "Welch" in tests:
         sentences.append(
@@ -348,9 +348,9 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
     if "Student" in tests:
         sentences.append(
             "The variance of a single run is unknown. Student\N{RIGHT SINGLE QUOTATION MARK}s "
-            "t-test compares the run with a group of several seeds and assumes that both have the "
-            "variance of the group. For a more reliable test, train the recipe of the "
-            "single run with more seeds."
+            "t-test compares this run with a group of several seeds and assumes that both have "
+            "the variance of the group. For a more reliable test, train the recipe of the single "
+            "run with more seeds."
         )
     for pair in pairs:
         if pair.test != "Welch":

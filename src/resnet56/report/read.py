@@ -95,17 +95,17 @@ class RunFacts:
 
     @property
     def test(self) -> Metrics | None:
-        """The metrics on the test images, if they were evaluated."""
+        """The metrics on the test images, if they were measured."""
         return self.evaluation["test"] if self.evaluation else None
 
     @property
     def train(self) -> Metrics | None:
-        """The metrics on the training images without augmentation, if they were evaluated."""
+        """The metrics on the training images without augmentation, if they were measured."""
         return self.evaluation.get("train") if self.evaluation else None
 
     @property
     def validation(self) -> Metrics | None:
-        """The metrics on the validation images, if they were evaluated."""
+        """The metrics on the validation images, if they were measured."""
         return self.evaluation.get("validation") if self.evaluation else None
 
     @property

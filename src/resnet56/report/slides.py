@@ -423,7 +423,7 @@ def originals(facts: RunFacts) -> list[tuple[page.EncodedImage, list[page.Encode
 
 
 def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
-    """Return the metrics of each evaluated split, by name."""
+    """Return the metrics on each evaluated split, by the name of the split."""
     if evaluation is None:
         return {}
     splits = {"training": evaluation.get("train"), "validation": evaluation.get("validation")}

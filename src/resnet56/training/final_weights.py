@@ -89,7 +89,7 @@ def _reestimate(
 def _loaded(setup: TrainingSetup, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """Yield a model with `weights`.
 
-    A custom model may not support copies, so its own weights are replaced until the block ends.
+    A custom model may not support copying, so its own weights are replaced until the block ends.
     """
     if setup.trainer.custom.model is None:
         model = build(setup.config.arch, classes=len(setup.config.classes))
