@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="name or directory of a data set")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--temperature", type=float, default=4.0)
-    parser.add_argument("--weight", type=float, default=0.9, help="weight of the teacher in the loss")
+    parser.add_argument("--weight", type=float, default=0.9, help="weight of the teacher loss")
     options = parser.parse_args()
 
     data = load_data(options.data)

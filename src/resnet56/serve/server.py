@@ -209,8 +209,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _run(server: uvicorn.Server, listener: socket.socket, say: Callable[[str], None]) -> int:
-    """Run until a signal arrives. Uvicorn handles the signal, finishes the requests in flight, and
-    re-raises the signal."""
+    """Run until a signal arrives.
+
+    Uvicorn handles the signal, finishes the requests in flight, and re-raises the signal.
+    """
 
     def stop(*_: object) -> None:
         raise Stopped
