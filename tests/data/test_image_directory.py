@@ -86,7 +86,7 @@ def test_two_directories_of_the_same_role_raise_an_error(tmp_path: Path) -> None
     assert "contains dev/ and val/; rename the one for testing" in error_of(tmp_path)
     fill(tmp_path / "Train", "a")
     if len(list(tmp_path.iterdir())) == 4:  # only on case-sensitive file systems
-        assert "has Train/ and train/; keep one" in error_of(tmp_path)
+        assert "contains Train/ and train/; keep one" in error_of(tmp_path)
 
 
 def test_class_directories_without_a_test_split_are_split(tmp_path: Path) -> None:
