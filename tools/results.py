@@ -138,7 +138,7 @@ class Group:
 
 
 def groups() -> list[Group]:
-    """Group the runs without a validation set. Sort the groups by arch and test accuracy."""
+    """Group the runs without a validation set. The groups are sorted by network and accuracy."""
     runs: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
     for recipe, run in kept_runs():
         if not recipe.val_size:

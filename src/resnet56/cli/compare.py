@@ -20,7 +20,7 @@ class CompareOptions:
     """Test whether the test accuracies of networks differ by more than chance.
 
     Runs that differ only in their seed form a group. Groups are compared by their means over seeds.
-    Two single runs or other networks are compared by their predictions on the same images.
+    Two single runs, or two other networks, are compared by their predictions on the same images.
     """
 
     runs: Annotated[

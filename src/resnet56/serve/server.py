@@ -84,7 +84,7 @@ class Protocol(H11Protocol):
     def _close_if_stalled(self) -> None:
         """Close the connection if it has made no progress since the previous check.
 
-        A new request, a response in preparation and a client that reads all count as progress.
+        Progress is a new request, a response in preparation, or a client that reads its response.
         """
         unread = self.transport.get_write_buffer_size()
         awaiting_request = self.cycle is None or self.cycle.response_complete

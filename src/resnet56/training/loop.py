@@ -39,7 +39,7 @@ class Callback(Protocol):
     """An object whose `on_epoch` method `train` calls after each epoch."""
 
     def on_epoch(self, row: EpochMetrics) -> object:
-        """Receive the metrics of an epoch, as in metrics.jsonl."""
+        """Receive the metrics of an epoch, in the format of metrics.jsonl."""
         ...
 
 
@@ -48,7 +48,7 @@ class CallbackError(TrainingError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when Ctrl-C or SIGTERM has stopped training and a checkpoint is saved."""
+    """Raised when Ctrl-C or SIGTERM has stopped training and a checkpoint has been saved."""
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
         super().__init__(message)
