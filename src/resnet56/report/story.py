@@ -348,7 +348,8 @@ def _baseline(test: Mapping[str, Any], published: float | None) -> str:
 def _weakness(test: Mapping[str, Any]) -> str:
     if not test["most_confused"]:
         return (
-            "The network classifies all test images correctly, so they do not show its weaknesses."
+            "The network classifies all test images correctly, so they do not reveal its "
+            "weaknesses."
         )
     recalls = scores(test["per_class"], "recall")
     low = min(recalls.values())

@@ -138,7 +138,7 @@ def importance_chart(shares: Mapping[str, float]) -> Chart:
         axes.barh(names, [100 * shares[name] for name in names], color=palette.series[0])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("share of the variance of the accuracy, %")
+        axes.set_xlabel("share of the variance in accuracy, %")
 
     alt = ", ".join(f"{name} {100 * shares[name]:.0f} %" for name in reversed(names))
     size = (plots.WIDTH, 0.9 + 0.3 * len(names))
