@@ -159,7 +159,7 @@ def test_help_on_a_terminal_without_unicode_is_ascii(monkeypatch: pytest.MonkeyP
         (["train", "quick", "--epoch", "3"], "unknown option --epoch; did you mean --epochs?"),
         (["train", "quick", "--no-fliip"], "unknown option --no-fliip; did you mean --no-flip?"),
         (["evaluate", "a", "--robustnes=4"], "option --robustnes; did you mean --robustness?"),
-        (["describe", "resnet20"], "unexpected argument 'resnet20'"),
+        (["describe", "resnet20", "resnet32"], "unexpected argument 'resnet32'"),
         (["evaluate"], "missing RUN|NAME"),
         (["export"], "missing RUN|NAME"),
         (["import"], "--out RUN (run directory to create)"),
@@ -169,7 +169,7 @@ def test_help_on_a_terminal_without_unicode_is_ascii(monkeypatch: pytest.MonkeyP
         (["train", "quick", "--data-dir"], "--data: a value is missing"),
         (["train", "quick", "--schedule", "x"], "--schedule: 'x' is not one of 'step', 'cosine'"),
         (["import", "a", "--out", "b", "--mean", "1", "2"], "--mean: expected numbers, not ['1'"),
-        (["describe", "--arch", "resnet٥٦"], "unknown architecture"),  # noqa: RUF001
+        (["describe", "resnet٥٦"], "unknown architecture"),  # noqa: RUF001
         (["describe", "--classes", "1000001"], "2 to 1,000,000 classes"),
         (["bench", "--batch", "32,٣"], "--batch: expected an integer"),
         (["bench", "--batch", "32,9999999"], "--batch must be from 1 to"),

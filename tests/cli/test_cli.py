@@ -101,7 +101,7 @@ def test_the_module_can_be_run_as_a_command() -> None:
 
 
 def test_describe_prints_the_table_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["describe", "--arch", "resnet56-bottleneck"]) == 0
+    assert cli.main(["describe", "resnet56-bottleneck"]) == 0
     text = capsys.readouterr().out
     assert "591,322" in text
     assert re.search(r"stage3 +38-55 +6 +256x8x8", text)
@@ -248,12 +248,12 @@ def test_resume_requires_only_the_run_directory(
         (["train", "quick", "--arch", "vgg16"], "unknown architecture 'vgg16'"),
         (["train", "quick", "--arch", "resnet57"], "nearest are 56 and 62"),
         (["train", "quick", "--arch", "plain57"], "nearest are 56 and 62"),
-        (["describe", "--arch", "plain56-bottleneck"], "choose plain56"),
+        (["describe", "plain56-bottleneck"], "choose plain56"),
         (["train", "quick", "--device", "abacus"], "unknown device 'abacus'"),
         (["train", "quick", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["train", "quick", "--data", "cifar11"], "unknown data set 'cifar11'.*cifar10"),
         (["train", "--resume"], "--resume requires --out"),
-        (["describe", "--arch", "resnet1"], "nearest is 8"),
+        (["describe", "resnet1"], "nearest is 8"),
         (["describe", "--classes", "1"], "2 to 1,000,000 classes"),
         (["data", "nonsense"], "unknown command: resnet56 data nonsense.*fetch"),
         (["evaluate"], "(?i)run.*--help"),
@@ -483,7 +483,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal(
         ["train", evil],
         ["train", "--resume", "--out", evil],
         ["data", "fetch", "--mirror", f"http://{evil}/"],
-        ["describe", "--arch", evil],
+        ["describe", evil],
         [evil],
     ):
         cli.main(arguments)

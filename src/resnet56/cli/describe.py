@@ -1,6 +1,9 @@
 """The `resnet56 describe` command."""
 
 from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
 
 from resnet56.cli.arguments import parse
 
@@ -9,7 +12,7 @@ from resnet56.cli.arguments import parse
 class DescribeOptions:
     """Print the stages, blocks, layers, parameters and multiply-accumulates of a model."""
 
-    arch: str = "resnet56"
+    arch: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ARCH]")] = "resnet56"
     """Architecture: resnet56 (basic blocks, shortcut A), resnet56-b, resnet56-bottleneck, plain56
     (no shortcuts), and other depths."""
 

@@ -30,7 +30,10 @@ def data_for(network: "Network", data: str | None, *, skip_broken: bool = False)
     own = run.data_origin() if run else None
     if data is None and (run is None or (own is None and run.is_imported())):
         reason = "not a run" if run is None else "an imported network without data"
-        raise UsageError(f"{network.path} is {reason}, so --data is required")
+        raise UsageError(
+            f"{network.path} is {reason}, so --data is required; use the name of a data set or a "
+            "directory"
+        )
     dataset = load_data(data, own=own, evaluation=True, skip_broken=skip_broken)
     return for_classes(dataset, network.config.classes)
 
