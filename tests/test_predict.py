@@ -115,7 +115,7 @@ def test_unsuitable_splits_are_not_evaluated(predictor: Predictor, tiny: Dataset
     with pytest.raises(UsageError, match="without images"):
         predictor.evaluate(tiny.test.select(slice(0)))
     for offset, found in ((1, "from 1 to 3"), (-1, "from -1 to 1")):
-        with pytest.raises(UsageError, match=f"the labels are {found}, but the model has 3 cl"):
+        with pytest.raises(UsageError, match=f"the labels range {found}, but the model has 3"):
             predictor.evaluate(Split(tiny.test.images, tiny.test.labels + offset))
     with pytest.raises(UsageError, match="the model has 3 outputs, but 2 class names"):
         resnet56.evaluate(predictor.model, tiny.test, ("a", "b"), predictor.mean, predictor.std)
