@@ -219,7 +219,8 @@ ARROWS: dict[str, set[str]] = {
         "report.read", "runs.pretrained", "runs.sources", "runtime", "training",
     },
     "cli.report": {
-        "cli.arguments", "cli.common", "cli.networks", "errors", "report", "report.sweep",
+        "cli.arguments", "cli.common", "cli.networks", "errors", "files", "report",
+        "report.sweep", "runs.sources",
     },
     "cli.compare": {
         "cli.arguments", "cli.common", "cli.networks", "cli.tables", "errors", "files", "report",

@@ -32,6 +32,22 @@ def check_target(path: Path) -> None:
         raise RunError(f"cannot write {path}: it is a device or a pipe; choose a file")
 
 
+def check_writable(directory: Path) -> None:
+    """Raise RunError if no file can be created in `directory`. Call this before long computations.
+
+    If the directory does not exist, the function checks where it would be created.
+    """
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        file, temporary = create_temporary(existing)
+        file.close()
+        temporary.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to {existing}: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file. It replaces `path` when the block ends without an exception."""

@@ -394,6 +394,20 @@ def test_a_quantized_onnx_file_is_evaluated(
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=0.3)
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_evaluation(
+    forms: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    refused: Says,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("resnet56.evaluation.measure")
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "report.html"
+    message = refused("report", forms["hub"], "--data", data, "--out", out)
+    assert f"cannot write to {tmp_path / 'file'}: Not a directory" in message
+
+
 def test_networks_that_cannot_be_reported_are_one_line_errors(
     forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
 ) -> None:

@@ -47,8 +47,10 @@ def run(arguments: list[str]) -> int:
     if not options.runs:
         raise UsageError("no run given; use resnet56 report RUN [RUN ...]")
     from resnet56.cli.networks import read_networks
+    from resnet56.files import check_writable
     from resnet56.report import require_valid, write_report
     from resnet56.report.sweep import is_sweep
+    from resnet56.runs.sources import find_run
 
     require_valid(len(options.runs), options.out, options.format)
     if len(options.runs) == 1 and is_sweep(Path(options.runs[0])):
@@ -56,6 +58,10 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"{options.runs[0]} is a sweep; omit --data and --skip-broken")
         print(write_report(options.runs, options.out, format=options.format))
         return 0
+    if options.out is not None:
+        check_writable(options.out.parent)
+    elif len(options.runs) > 1 or find_run(options.runs[0]) is None:
+        check_writable(Path())
     skipped = 0
 
     def skip(error: Error) -> None:
