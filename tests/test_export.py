@@ -208,7 +208,7 @@ def test_other_files_are_rejected(exported: Path, tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "bare.onnx")
     with pytest.raises(RunError, match=r"bare\.onnx has no valid model metadata"):
         resnet56.load(tmp_path / "bare.onnx")
-    with pytest.raises(Error, match="runs on the CPU"):
+    with pytest.raises(Error, match="runs only on the CPU"):
         resnet56.load(exported, device="cuda")
     with pytest.raises(Error, match="has no PyTorch module"):
         _ = resnet56.load(exported).model
