@@ -201,7 +201,7 @@ def test_the_command_inspects_runs_and_architectures_and_draws_figures(
         (["plain8", "--images", "1000000"], "--images must be at most"),
         (["plain8", "--out", "layers.gif"], "--out must end in"),
         (["plain8", "--device", "quantum"], "quantum"),
-        (["RUN", "--no-batch-norm"], "at initialization"),
+        (["RUN", "--no-batch-norm"], "requires an untrained network"),
         (["resnet56", "--pretrained"], "--data is required"),
         (["resnet56", "--pretrained", "--data", "digits"], "no classes in common"),
         (["EMPTY"], "holds no|no checkpoint|there is no"),

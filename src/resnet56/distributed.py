@@ -95,7 +95,7 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
             raise _connection_error(error) from None
         raise
     finally:
-        gc.collect()  # releases DDP, which reference cycles contain, before its process group
+        gc.collect()  # DDP is part of reference cycles; release it before its process group
         group.destroy_process_group()
 
 

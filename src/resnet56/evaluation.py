@@ -113,7 +113,7 @@ def evaluate(
         precision: precision of the forward pass.
 
     Raises:
-        UsageError: there are no images, or the logits or labels do not fit the classes.
+        UsageError: there are no images, or the logits or labels do not match the classes.
         NotFiniteError: a logit is not finite.
     """
     training = model.training
@@ -128,7 +128,7 @@ def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Met
     """Return the metrics of (N, C) logits on `split`, in the format of evaluation.json.
 
     Raises:
-        UsageError: there are no images, or the logits or labels do not fit the classes.
+        UsageError: there are no images, or the logits or labels do not match the classes.
     """
     if not len(split):
         raise UsageError("cannot evaluate a split without images")

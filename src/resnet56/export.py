@@ -192,7 +192,7 @@ def write_hub_directory(
         evaluation: the content of evaluation.json, if available.
 
     Raises:
-        RunError: the directory already exists and is not empty, or the weights do not fit the
+        RunError: the directory already exists and is not empty, or the weights do not match the
             architecture.
         NotFiniteError: the outputs of the model are not finite.
     """

@@ -27,7 +27,7 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
     channels-last format.
 
     Raises:
-        RunError: the weights do not fit the architecture.
+        RunError: the weights do not match the architecture.
         NotFiniteError: the outputs are not finite, for example because of a negative variance.
         UsageError: the architecture is unknown.
     """
@@ -35,7 +35,7 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
     require_builtin(checkpoint)
     with torch.device("meta"):  # allocate memory only after checking the weights
         model = build(config.arch, classes=len(config.classes))
-    message = f"the weights do not fit {config.arch} with {len(config.classes)} classes"
+    message = f"the weights do not match {config.arch} with {len(config.classes)} classes"
     require_fit(checkpoint.model, model.state_dict(), message)
     model.to_empty(device=device)
     model.load_state_dict(checkpoint.model)
@@ -58,10 +58,10 @@ def restore_custom(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """Load the weights of a checkpoint into a custom model. Return the model in evaluation mode.
 
     Raises:
-        RunError: the weights do not fit the model.
+        RunError: the weights do not match the model.
         NotFiniteError: the outputs are not finite.
     """
-    message = f"the weights of {checkpoint.config.arch} do not fit the model"
+    message = f"the weights of {checkpoint.config.arch} do not match the model"
     require_fit(checkpoint.model, model.state_dict(), message)
     model.load_state_dict(checkpoint.model)
     model.eval()

@@ -98,7 +98,7 @@ def restore_state(
         values: all other values of the state, or None if the state consists only of tensors.
 
     Raises:
-        TrainingError: the state does not fit the optimizer.
+        TrainingError: the state does not match the optimizer.
     """
     content = optimizer.state_dict()
     names = _names(model, optimizer)
@@ -125,7 +125,7 @@ def restore_state(
         optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
     except (KeyError, TypeError, ValueError) as error:
         raise TrainingError(
-            f"the saved state does not fit the optimizer {type(optimizer).__name__}: "
+            f"the saved state does not match the optimizer {type(optimizer).__name__}: "
             f"{one_line(error)}"
         ) from None
 

@@ -144,7 +144,7 @@ class TorchBackend:
 
 
 class OnnxBackend:
-    """Runs a file from `resnet56 export` in ONNX Runtime, on the CPU."""
+    """Runs a model exported by `resnet56 export` with ONNX Runtime on the CPU."""
 
     runtime = "ONNX Runtime on cpu"
 

@@ -114,7 +114,7 @@ class Recipe:
 
     mix_alpha: float = 1.0
     """Parameter of the beta distribution of the mixing ratio. 1 gives a uniform distribution. Lower
-    values keep mixed images closer to one of the originals (0.3 in the RICAP paper)."""
+    values (0.3 in the RICAP paper) keep mixed images closer to one of the originals."""
 
     mix_probability: float = 1.0
     """Probability that a batch is mixed."""

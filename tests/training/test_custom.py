@@ -387,7 +387,7 @@ def test_a_run_with_a_custom_model_is_loaded_with_that_model(
         predictor.predict(tiny.test.images[0], maps=True)
     with pytest.raises(UsageError, match="without a method explain, so it computes no features"):
         predictor.features(tiny.test.images[0])
-    with pytest.raises(RunError, match=r"do not fit the model: 44 missing tensors"):
+    with pytest.raises(RunError, match=r"do not match the model: 44 missing tensors"):
         load(out, "cpu", model=lambda classes: build("resnet8", classes=classes))
     with pytest.raises(UsageError, match="built-in network resnet56; omit model"):
         load("resnet56", "cpu", model=Small)

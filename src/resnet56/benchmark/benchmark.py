@@ -183,7 +183,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Measure how long start-up, loading data, writing a checkpoint and evaluation take."""
+    """Measure the time for start-up, data loading, checkpoint writing and evaluation."""
 
     def start_time(*arguments: str) -> float:
         times = []

@@ -34,7 +34,7 @@ class InspectOptions:
     models: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|ARCH [...]")
     ]
-    """Runs, or architectures at initialization such as plain56. The plot shows all of them."""
+    """Runs, or architectures such as plain56, which are not trained. The plot shows all of them."""
 
     pretrained: bool = False
     """Use the pretrained weights of an architecture instead of its initial weights."""
@@ -49,7 +49,7 @@ class InspectOptions:
     """Seed for the initial weights and the choice of images."""
 
     batch_norm: bool = True  # The help below describes --no-batch-norm.
-    """Replace each batch norm with the identity. Only for architectures at initialization."""
+    """Replace each batch norm with the identity. Only for untrained networks."""
 
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
@@ -128,7 +128,9 @@ def _source(name: str, options: InspectOptions) -> "Source | None":
     if is_onnx(path):
         raise UsageError(f"{name} is an ONNX file, which has no gradients; inspect its run")
     if not options.batch_norm:
-        raise UsageError(f"--no-batch-norm requires an architecture at initialization, not {name}")
+        raise UsageError(
+            f"--no-batch-norm requires an untrained network; {name} has trained weights"
+        )
     return open_model(path if path.exists() else name)
 
 

@@ -99,7 +99,10 @@ def evaluate_run(
 
 
 def _augmentation(recipe: "Recipe | None", dataset: "Dataset") -> "Augmentation":
-    """Return the augmentation for sample images. Without a recipe, the report does not show it."""
+    """Return the augmentation for sample images.
+
+    Without a recipe, it is a default, and the report does not show it.
+    """
     from resnet56.data.augment import CROP_AND_FLIP
     from resnet56.training import augmentation_of
 

@@ -120,7 +120,7 @@ def fetch(
 ) -> Path:
     """Return `root/archive.directory`. If it is missing, download and unpack the archive.
 
-    The function creates the directory atomically and then deletes the archive. After a failure or
+    The directory is created atomically, and then the archive is deleted. After a failure or
     Ctrl-C, the next call resumes from `root/<filename>.part`.
 
     If several processes call this function, one of them locks the empty file

@@ -371,7 +371,7 @@ def _split_off_test(
                     f"{escape(str(files[name][0].parent))} has {found}, too few for a test split; "
                     "add images, or a test/ directory"
                 )
-    # If no class has two images, the training split would be empty.
+    # If no class had two images, the training split would be empty.
     if not bool((counts > 1).any()):
         return reader.dataset(
             classes, _empty_like(images), images, "not split", predefined_split=predefined_split

@@ -1,4 +1,4 @@
-"""Read pickles without executing code: CIFAR batches and checkpoints of other projects.
+"""Read pickles without executing code: CIFAR batches and checkpoints from other projects.
 
 A pickle is a program. This unpickler supports containers, numbers and strings. It replaces classes
 and functions with stubs that store data and do nothing else. Memory use is proportional

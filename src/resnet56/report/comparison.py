@@ -275,8 +275,8 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
 def differences(grouped: Sequence[Group]) -> list[Difference]:
     """Compare all pairs of groups, or each group with the best if there are many groups.
 
-    The p-values are adjusted for the number of these comparisons. Pairs without a test are omitted:
-    groups on different data sets, and single runs without predictions.npz.
+    The p-values are adjusted for the number of these comparisons. Pairs that cannot be tested are
+    omitted: groups evaluated on different data sets, and single runs without predictions.npz.
 
     Raises:
         RunError: the predictions of a run are damaged.

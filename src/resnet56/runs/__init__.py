@@ -1,1 +1,1 @@
-"""Run directories, checkpoints, and models of other projects."""
+"""Run directories, checkpoints, and models from other projects."""

@@ -1,4 +1,4 @@
-"""Convert checkpoints of other projects without running code in them.
+"""Convert checkpoints from other projects without running code in them.
 
 This module finds a model anywhere in a file by the names and shapes of its tensors. It supports the
 files of this package and the layouts of akamaster/pytorch_resnet_cifar10,

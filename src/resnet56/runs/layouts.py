@@ -1,4 +1,4 @@
-"""Layer names and normalization constants in the checkpoints of other projects."""
+"""Layer names and normalization constants in the checkpoints from other projects."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -30,7 +30,7 @@ def load_weights(
 
     Raises:
         UsageError: the checkpoint has another architecture.
-        RunError: the weights do not fit the model.
+        RunError: the weights do not match the model.
     """
     arch = checkpoint.config.arch
     if arch != config.arch:
@@ -51,7 +51,7 @@ def load_weights(
         for name, tensor in model.state_dict().items()
         if not (new_classifier and name.startswith(f"{CLASSIFIER}."))
     }
-    require_fit(kept, expected, f"the weights of {recipe.weights} do not fit {config.arch}")
+    require_fit(kept, expected, f"the weights of {recipe.weights} do not match {config.arch}")
     model.load_state_dict(kept, strict=False)
     return {
         "weights": recipe.weights,

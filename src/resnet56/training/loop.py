@@ -72,7 +72,7 @@ class TrainingLoop:
         dist: rank and world size.
         stop: stop request of this process.
         threads: thread control of this process.
-        display: display of the progress.
+        display: the progress display.
         custom: parts that replace built-in ones.
     """
 
