@@ -23,9 +23,9 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-# The first tutorial trains three networks with PyTorch alone. The tests train 20 layers in the first
-# run. They shorten the other two runs, and check their stored outputs instead. They also train a
-# smaller network with the package.
+# The first tutorial trains three networks with PyTorch alone. In the tests, the first one has 20
+# layers. The other two runs are shortened, and their stored outputs are checked instead. The tests
+# also train a smaller network with the package.
 SHORTENED = {
     "model = ResNet()\nhistory": "model = ResNet(n=3)\nhistory",
     "repeats = len(x_train) // 64\n": "repeats = 2\n",
