@@ -777,7 +777,7 @@ def test_the_talking_points_state_why_a_result_is_preliminary() -> None:
     assert "check the labels" in meeting(chance, train)[4]
     perfect = split(1.0, (0.996, 1.0), most_confused=[])
     sentences = meeting(perfect, perfect)
-    assert "classifies all test images correctly, so they do not show" in sentences[2]
+    assert "classifies all test images correctly, so they do not reveal" in sentences[2]
     assert "with 0 mistakes, an improvement is hard to measure" in sentences[4]
     assert "with 1 mistake, " in meeting(split(0.999, (0.995, 1.0)), perfect)[4]
     absent = split(0.9, (0.88, 0.92))
