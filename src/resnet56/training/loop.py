@@ -121,8 +121,8 @@ class TrainingLoop:
         if saved is None and initial is None and custom.model is None and steps < MIN_STEPS:
             self.log(
                 f"training has only {steps} step{'s' * (steps > 1)}, which is rarely enough for "
-                f"random weights; increase {option('epochs')}, reduce {option('batch_size')}, or set "
-                f"{option('weights')} to trained weights"
+                f"random weights; increase {option('epochs')}, reduce {option('batch_size')}, or "
+                f"set {option('weights')} to trained weights"
             )
 
     def run(
