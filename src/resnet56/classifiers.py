@@ -5,6 +5,7 @@ ONNX files run in ONNX Runtime. All other networks run in PyTorch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ class Network:
             return self.run.is_imported()
         return self.data == dataset.fingerprint()
 
-    def load_checkpoint(self) -> Checkpoint:
-        """Read the weights as a PyTorch checkpoint, even from an ONNX file.
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The weights as a PyTorch checkpoint, even from an ONNX file.
 
         Raises RunError if the weights cannot be read.
         """

@@ -281,7 +281,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _source(part: Any) -> str:
-    """Return the source code of a function or class, or its bytecode if there is no source.
+    """Return the source code of a function or class, or its bytecode without a source.
 
     The source code of a lambda is that of its line, which can contain other code.
     """

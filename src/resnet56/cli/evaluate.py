@@ -202,14 +202,13 @@ def _compare(network: "Network", split: "Split", options: EvaluateOptions, *, ow
             if isinstance(network.classifier, OnnxModel):
                 classifiers.append(network.classifier)
             else:
-                checkpoint = network.load_checkpoint()
-                classifiers.append(OnnxModel.from_checkpoint(checkpoint, options.threads))
+                classifiers.append(OnnxModel.from_checkpoint(network.checkpoint, options.threads))
             continue
         is_device = side != "torch" and side not in runtime.DTYPES
         device = runtime.resolve_device(side) if is_device else network.classifier.device
         precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", device)
         names.append(f"{device} {precision}")
-        classifiers.append(evaluated_model(network.load_checkpoint(), device, precision))
+        classifiers.append(evaluated_model(network.checkpoint, device, precision))
     first, second = classifiers
     comparison = compare(first, second, (names[0], names[1]), split, show_progress)
     if own and network.run is not None:

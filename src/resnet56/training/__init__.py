@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from resnet56.cadence import stop_requests
@@ -131,6 +130,7 @@ def train(
                 display, custom,
             )  # fmt: skip
             trained = loop.trainer.model if custom.model is not None else None
+            augmentation = loop.setup.batches.augmentation
             try:
                 with tensorboard_writer(
                     tensorboard and dist.is_main_process, run, loop.progress.step
@@ -158,10 +158,7 @@ def train(
                     dataset,
                     device=torch_device,
                     val_size=recipe.val_size,
-                    augmentation=replace(
-                        augmentation_of(recipe, allow_flip=dataset.allow_flip),
-                        function=custom.augmented if custom.augment is not None else None,
-                    ),
+                    augmentation=augmentation,
                     model=trained,
                     progress=display.evaluation_progress,
                 )
