@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -76,8 +77,7 @@ def predict_logits(
     Raises:
         NotFiniteError: a logit is not finite.
     """
-    if isinstance(model, ResNet) and can_fold(model):
-        model, precision = InferenceModel(model, precision), "fp32"
+    model, precision = _folded(model, precision)
     device = next(model.parameters()).device
     mean_std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     outputs = []
@@ -91,6 +91,16 @@ def predict_logits(
     if not bool(logits.isfinite().all()):
         raise NotFiniteError(NONFINITE_MESSAGE)
     return logits
+
+
+def _folded(model: nn.Module, precision: Precision) -> tuple[nn.Module, Precision]:
+    """Convert a model from `build` to an `InferenceModel`, which runs without autocast.
+
+    Other models are returned as they are.
+    """
+    if isinstance(model, ResNet) and can_fold(model):
+        return InferenceModel(model, precision), "fp32"
+    return model, precision
 
 
 def evaluate(
@@ -192,7 +202,13 @@ class EvaluatedModel:
     ) -> Tensor:
         """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
         mean, std = self.config.mean, self.config.std
-        return predict_logits(self.model, images, mean, std, self.precision, batch, advance)
+        model, precision = self._inference
+        return predict_logits(model, images, mean, std, precision, batch, advance)
+
+    @cached_property
+    def _inference(self) -> tuple[nn.Module, Precision]:
+        """The model and the precision for `predict_logits`, converted only once."""
+        return _folded(self.model, self.precision)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
         """Return the metrics on `split`, in the format of evaluation.json."""
@@ -453,10 +469,6 @@ def measure_robustness(
 def inference_speed(classifier: Classifier, images: Tensor) -> Speed:
     """Return the median time from uint8 images to logits, for batch sizes 1 and 256."""
     result: dict[str, BatchSpeed] = {}
-    if isinstance(classifier, EvaluatedModel) and isinstance(classifier.model, ResNet):
-        # Convert the model once, not in every call. The result runs without autocast.
-        model = InferenceModel(classifier.model, classifier.precision)
-        classifier = replace(classifier, model=model, precision="fp32")
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[torch.arange(batch) % len(images)]
         classifier.logits(batch_images, batch)  # warm up
