@@ -8,7 +8,7 @@ import tyro
 
 from resnet56.cli.arguments import parse
 from resnet56.cli.common import Data, Threads, say, show_progress
-from resnet56.cli.networks import ROBUSTNESS, data_for, evaluate_run, require_images
+from resnet56.cli.networks import ROBUSTNESS, data_for, evaluate_and_save, require_images
 from resnet56.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> int:
     split = options.split or "test"
     if own:
         robustness = ROBUSTNESS if options.robustness is None else options.robustness
-        result: Any = evaluate_run(network, dataset, robustness=robustness, split=split)
+        result: Any = evaluate_and_save(network, dataset, robustness=robustness, split=split)
     else:
         result = _evaluate(network, dataset, options, split)
     if options.json:

@@ -9,7 +9,7 @@ import tyro
 
 from resnet56.cli.arguments import parse
 from resnet56.cli.common import Data, for_classes, load_data, say
-from resnet56.cli.networks import ROBUSTNESS, evaluate_run, require_images
+from resnet56.cli.networks import ROBUSTNESS, evaluate_and_save, require_images
 from resnet56.data.class_names import PUBLISHED
 from resnet56.errors import UsageError
 from resnet56.progress import percent
@@ -99,7 +99,7 @@ def run(arguments: list[str]) -> int:
         from resnet56.classifiers import open_network
 
         network = open_network(options.out)
-        test = evaluate_run(network, dataset, robustness=ROBUSTNESS)["test"]
+        test = evaluate_and_save(network, dataset, robustness=ROBUSTNESS)["test"]
         command = f"resnet56 report {shlex.quote(str(options.out))}"
         say(
             f"imported {config.arch}: test accuracy {percent(test['accuracy'])} on {test['n']:,} "

@@ -23,7 +23,7 @@ def data_for(network: "Network", data: str | None, *, skip_broken: bool = False)
     """Load a data set with the classes of a network. By default, load the data set of its run.
 
     Raises:
-        UsageError: there is no data set, or it contains none of the classes.
+        UsageError: no data set is given, or it contains none of the classes.
         DataError: the data set cannot be read.
     """
     run = network.run
@@ -48,7 +48,7 @@ def require_images(split: "Split", name: str) -> "Split":
     return split
 
 
-def evaluate_run(
+def evaluate_and_save(
     network: "Network", dataset: "Dataset", *, robustness: int, split: str = "test"
 ) -> "Evaluation":
     """Evaluate the network of a run on the data set of the run and save the results.
@@ -202,7 +202,7 @@ def _evaluate(name: str, data: str | None, *, skip_broken: bool, all_images: boo
     if network.run is not None:
         if not network.has_own_data(dataset):
             raise UsageError(f"--data is not the data set of {name}; omit --data")
-        evaluate_run(network, dataset, robustness=ROBUSTNESS)
+        evaluate_and_save(network, dataset, robustness=ROBUSTNESS)
         return read_run(network.run.path)
     classifier, test = network.classifier, require_images(dataset.test, "test")
     recipe = _recipe(network)

@@ -85,7 +85,7 @@ def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> P
 def load_digits() -> Dataset:
     """Load scikit-learn's 1,797 handwritten digits, upsampled from 8x8 grayscale to 32x32 RGB.
 
-    scikit-learn includes the images, so there is no download. The test split is a fixed stratified
+    scikit-learn includes the images, so nothing is downloaded. The test split is a fixed stratified
     fifth of the images.
     """
     from sklearn import datasets, model_selection

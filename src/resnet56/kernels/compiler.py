@@ -37,7 +37,7 @@ def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     it, so that the file cannot become outdated or be modified.
 
     Raises:
-        UnavailableError: there is no compiler, the compilation fails, or the library and PyTorch
+        UnavailableError: no compiler is found, the compilation fails, or the library and PyTorch
             use different OpenMP runtimes.
     """
     if sys.platform != "linux":

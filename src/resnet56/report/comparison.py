@@ -126,7 +126,7 @@ class Difference:
 
     @property
     def permutation_p_value(self) -> float | None:
-        """The p-value of the permutation test, or None if there is no such test."""
+        """The p-value of the permutation test, or None if the test was not run."""
         return None if isinstance(self.result, Paired) else self.result.permutation_p_value
 
     @property

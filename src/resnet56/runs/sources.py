@@ -82,7 +82,7 @@ def find_run(name_or_path: StrPath) -> RunDirectory | None:
     Also returns a directory without a network, because reading it reports what is missing.
 
     Raises:
-        RunError: there is no network with this name or path, or the path is a file of the
+        RunError: no network has this name or path, or the path is a file of the
             checkpoint that does not contain the weights.
     """
     name, path = os.fspath(name_or_path), Path(name_or_path)
