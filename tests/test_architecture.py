@@ -118,17 +118,21 @@ ARROWS: dict[str, set[str]] = {
         "data.dataset", "errors", "files", "model", "progress", "recipe", "runs.directory",
         "runs.schema", "training",
     },
+    "backends": {
+        "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
+        "runs.checkpoint", "runs.pretrained", "threads",
+    },
     "predict": {
-        "custom", "data.augment", "data.images", "errors", "evaluation", "files", "inference",
-        "libraries", "metrics", "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources",
-        "runtime", "threads",
+        "backends", "custom", "data.images", "errors", "evaluation", "files", "inference",
+        "metrics", "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime",
+        "threads",
     },
     "export": {
-        "data.augment", "data.dataset", "errors", "evaluation", "files", "inference", "libraries",
-        "model", "predict", "runs.checkpoint", "runs.pretrained", "runs.schema",
+        "backends", "data.augment", "data.dataset", "errors", "evaluation", "files", "inference",
+        "libraries", "model", "runs.checkpoint", "runs.pretrained", "runs.schema",
     },
     "classifiers": {
-        "data.dataset", "errors", "evaluation", "export", "files", "predict", "runs.checkpoint",
+        "backends", "data.dataset", "errors", "evaluation", "export", "files", "runs.checkpoint",
         "runs.directory", "runs.pretrained", "runs.sources", "runtime", "threads",
     },
     # report
@@ -171,9 +175,9 @@ ARROWS: dict[str, set[str]] = {
     "benchmark.baseline": {"data.dataset", "model"},
     "benchmark.roofline": {"benchmark.interleave", "model", "runtime"},
     "benchmark.benchmark": {
-        "benchmark.baseline", "benchmark.interleave", "benchmark.roofline", "cadence",
+        "backends", "benchmark.baseline", "benchmark.interleave", "benchmark.roofline", "cadence",
         "data.batches", "data.dataset", "errors", "evaluation", "export", "inference", "model",
-        "predict", "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
+        "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
     },
     # serve
     "serve": set(),

@@ -15,7 +15,7 @@ from PIL import Image
 from report_fixtures import evaluation
 
 import resnet56
-from resnet56 import cli, export, predict
+from resnet56 import backends, cli, export
 from resnet56.data.dataset import Dataset
 from resnet56.errors import Error, RunError
 from resnet56.model import build
@@ -169,13 +169,13 @@ def test_an_inaccurate_export_is_not_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """An error of 0.001 simulates an inaccurate runtime."""
-    original_run = predict.OnnxBackend.run
+    original_run = backends.OnnxBackend.run
 
-    def inaccurate_run(self: predict.OnnxBackend, images: predict.UInt8Array) -> predict.Outputs:
+    def inaccurate_run(self: backends.OnnxBackend, images: backends.UInt8Array) -> backends.Outputs:
         outputs = original_run(self, images)
         return outputs._replace(logits=outputs.logits + np.float32(0.001))
 
-    monkeypatch.setattr(predict.OnnxBackend, "run", inaccurate_run)
+    monkeypatch.setattr(backends.OnnxBackend, "run", inaccurate_run)
     assert cli.main(["export", str(run), "--out", str(tmp_path / "it.onnx")]) == 1
     assert "predicted classes differ for 0 of 256 images" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

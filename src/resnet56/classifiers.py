@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from resnet56.backends import OnnxBackend
 from resnet56.data.dataset import Dataset
 from resnet56.errors import UsageError, option
 from resnet56.evaluation import Classifier, describe_weights, evaluated_model
 from resnet56.export import OnnxModel
 from resnet56.files import StrPath
-from resnet56.predict import OnnxBackend
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.pretrained import is_onnx

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from resnet56.backends import Backend, OnnxBackend, Outputs, TorchBackend
 from resnet56.data.images import (
     FloatArray,
     UInt8Array,
@@ -23,22 +24,20 @@ from resnet56.data.images import (
     to_model_input,
     to_upright_rgb,
 )
-from resnet56.errors import ImageError, MissingExtraError, RunError, UsageError, escape, one_line
+from resnet56.errors import ImageError, RunError, UsageError, escape
 from resnet56.files import StrPath
-from resnet56.libraries import import_onnxruntime
 from resnet56.metrics import softmax
 from resnet56.notebook import bar, table
 from resnet56.runs.checkpoint import ModelConfig
-from resnet56.runs.pretrained import config_from_metadata, is_onnx
+from resnet56.runs.pretrained import is_onnx
 from resnet56.runs.sources import open_model
-from resnet56.threads import check_threads, set_threads
+from resnet56.threads import set_threads
 
 if TYPE_CHECKING:
     import torch
 
     from resnet56.custom import ModelLike
     from resnet56.data.dataset import Split
-    from resnet56.evaluation import ProgressCallback
     from resnet56.model import ResNet
     from resnet56.runs.schema import Metrics
 
@@ -75,151 +74,6 @@ class Prediction:
     def _repr_html_(self) -> str:
         best = islice(self.probabilities.items(), 5)
         return table([(name, bar(p), f"{100 * p:.1f} %") for name, p in best])
-
-
-class Outputs(NamedTuple):
-    """The outputs of a model for N images, as float32."""
-
-    logits: FloatArray  # (N, classes)
-    # Custom models without a method `explain` have neither maps (H = W = 0) nor features (C = 0).
-    maps: FloatArray  # (N, classes, 8, 8) class activation maps
-    features: FloatArray  # (N, C) after global average pooling
-
-
-class Backend(Protocol):
-    """Runs a model on preprocessed images."""
-
-    runtime: str  # name of the library and the device, for users
-
-    def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on uint8 images (N, 3, 32, 32)."""
-        ...
-
-    def logits(
-        self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
-    ) -> "torch.Tensor":
-        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
-        ...
-
-
-class TorchBackend:
-    """Runs a model in PyTorch, on any device."""
-
-    def __init__(self, model: "ResNet", config: ModelConfig, device: "torch.device") -> None:
-        import torch
-
-        from resnet56.inference import InferenceModel, can_fold
-
-        self.model = model
-        self.config = config
-        self.inference_model = InferenceModel(model) if can_fold(model) else model
-        self.device = device
-        self.runtime = f"PyTorch on {device}"
-        self.mean = torch.tensor(config.mean, device=device)
-        self.std = torch.tensor(config.std, device=device)
-
-    def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on uint8 images (N, 3, 32, 32)."""
-        import torch
-
-        from resnet56.data.augment import normalize
-
-        with torch.inference_mode():
-            x = normalize(torch.from_numpy(images).to(self.device), self.mean, self.std)
-            if hasattr(self.inference_model, "explain"):
-                outputs = self.inference_model.explain(x)
-            else:  # a custom model
-                logits = self.inference_model(x).float()
-                outputs = (logits, x.new_empty(*logits.shape, 0, 0), x.new_empty(len(x), 0))
-            return Outputs(*(output.cpu().numpy() for output in outputs))
-
-    def logits(
-        self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
-    ) -> "torch.Tensor":
-        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
-        from resnet56.evaluation import predict_logits
-
-        mean, std = self.config.mean, self.config.std
-        return predict_logits(self.inference_model, images, mean, std, "fp32", batch, advance)
-
-
-class OnnxBackend:
-    """Runs a model exported by `resnet56 export` with ONNX Runtime on the CPU."""
-
-    runtime = "ONNX Runtime on cpu"
-
-    @classmethod
-    def from_file(cls, path: Path, threads: int | None = None) -> "OnnxBackend":
-        """Load a file.
-
-        Raises:
-            RunError: the file cannot be read, or was not exported by this package.
-            MissingExtraError: ONNX Runtime is not installed.
-        """
-        try:
-            return cls(path.read_bytes(), str(path), threads)
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
-
-    def __init__(self, content: bytes, name: str, threads: int | None = None) -> None:
-        if threads is not None:
-            check_threads(threads)
-        try:
-            onnxruntime = import_onnxruntime()
-        except ImportError:
-            raise MissingExtraError("ONNX Runtime", "onnx") from None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0  # 0 selects one thread per core
-        options.log_severity_level = 3  # hides warnings, which also occur for valid graphs
-        try:
-            self.session = onnxruntime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime raises several unrelated types
-            raise RunError(f"{name} is not a valid ONNX file: {one_line(error)}") from None
-        hint = "create it with resnet56 export"
-        try:
-            self.config = config_from_metadata(self.session.get_modelmeta().custom_metadata_map)
-        except ValueError as error:
-            raise RunError(
-                f"{name} has no valid model metadata: {one_line(error)}; {hint}"
-            ) from None
-        for count in (1, 2):
-            if problem := self._check(count):
-                raise RunError(f"{name} {problem}; {hint}")
-
-    def _check(self, count: int) -> str | None:
-        """Run a random batch of `count` images. Describe a problem with the outputs, if any."""
-        logits, maps = (count, len(self.config.classes)), (count, len(self.config.classes), 8, 8)
-        generator = np.random.default_rng(0)
-        images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-        try:
-            outputs = self.run(images)
-            shapes = tuple(np.shape(output) for output in outputs)
-            finite = all(np.isfinite(output).all() for output in outputs)
-        except Exception:  # ONNX Runtime raises several unrelated types
-            return f"fails on a uint8 batch of shape {images.shape}"
-        if shapes[:2] != (logits, maps):
-            return f"does not return logits and maps for its {len(self.config.classes)} classes"
-        if len(shapes[2]) != 2 or shapes[2][0] != count:
-            return "does not return features"
-        return None if finite else "returns outputs that are not finite"
-
-    def run(self, images: UInt8Array) -> Outputs:
-        """Run the model on uint8 images (N, 3, 32, 32)."""
-        return Outputs(*self.session.run(Outputs._fields, {"images": images}))
-
-    def logits(
-        self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
-    ) -> "torch.Tensor":
-        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
-        import torch
-
-        logits = []
-        for chunk in images.cpu().split(batch):
-            logits.append(torch.from_numpy(self.run(chunk.numpy()).logits))
-            advance(len(chunk))
-        return torch.cat(logits)
 
 
 class Predictor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet56.backends import OnnxBackend
 from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
 from resnet56.benchmark.baseline import norm_relu as baseline_norm_relu
 from resnet56.benchmark.interleave import Candidate, interleave, summarize
@@ -30,7 +31,6 @@ from resnet56.evaluation import predict_logits
 from resnet56.export import to_onnx
 from resnet56.inference import InferenceModel
 from resnet56.model import build
-from resnet56.predict import OnnxBackend
 from resnet56.recipe import Recipe
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
