@@ -15,7 +15,7 @@ from resnet56.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from resnet56.runs.schema import Sweep
-    from resnet56.sweep import Choices, Range
+    from resnet56.sweep.space import Choices, Range
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def run(arguments: list[str]) -> int:
     from resnet56.distributed import Distributed
     from resnet56.progress import Output, stream_output
     from resnet56.runtime import resolve_device
-    from resnet56.sweep import check_space, import_optuna, sweep
+    from resnet56.sweep.search import sweep
+    from resnet56.sweep.space import check_space
+    from resnet56.sweep.storage import import_optuna
     from resnet56.threads import check_threads
 
     if Distributed.from_environment().world_size > 1:
@@ -137,7 +139,7 @@ def _show(content: "Sweep", options: SweepOptions) -> None:
     """Print the result of a sweep."""
     from resnet56.files import to_json
     from resnet56.progress import percent
-    from resnet56.sweep import format_settings
+    from resnet56.sweep.space import format_settings
 
     if options.json:
         print(to_json(content))
@@ -160,7 +162,7 @@ def parse_space(texts: tuple[str, ...]) -> "dict[str, Range | Choices]":
     Raises:
         UsageError: a field is unknown or given twice, or a value has the wrong type.
     """
-    from resnet56.sweep import Choices, Range
+    from resnet56.sweep.space import Choices, Range
 
     types = get_type_hints(recipes.Recipe)
     space: dict[str, Range | Choices] = {}

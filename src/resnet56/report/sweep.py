@@ -10,7 +10,9 @@ from resnet56.report import plots, words
 from resnet56.report.plots import Chart
 from resnet56.runs.schema import Sweep, SweepTrial
 from resnet56.significance import mean_interval
-from resnet56.sweep import FILE, format_setting, importance, read_sweep
+from resnet56.sweep.importance import importance
+from resnet56.sweep.results import FILE, read_sweep
+from resnet56.sweep.space import format_setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
