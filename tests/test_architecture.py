@@ -243,7 +243,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "cli.import_": {
         "classifiers", "cli.arguments", "cli.common", "cli.networks", "data.class_names", "errors",
-        "inference", "progress", "runs.directory", "runs.sources",
+        "progress", "runs.directory", "runs.sources",
     },
     "cli.evaluate": {
         "classifiers", "cli.arguments", "cli.common", "cli.networks", "cli.tables", "data.arrays",

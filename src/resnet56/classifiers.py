@@ -31,20 +31,30 @@ class Network:
         path: name or path of the network.
         classifier: computes the logits.
         run: the run of the network, or None.
-        data: fingerprint of the data set of the run, if recorded.
-        weights: the fields of `Evaluation` that describe the weights.
+        opened: the checkpoint of the classifier, or None for an ONNX file.
     """
 
     path: Path
     classifier: Classifier
-    run: RunDirectory | None
-    data: str | None
-    weights: Mapping[str, Any]
+    run: RunDirectory | None = None
+    opened: Checkpoint | None = None
 
     @property
     def config(self) -> ModelConfig:
         """The configuration: architecture, classes and normalization."""
         return self.classifier.config
+
+    @property
+    def data(self) -> str | None:
+        """The fingerprint of the data set of the run, if recorded."""
+        return self.opened.metadata.get("data") if self.opened else None
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """The fields of `Evaluation` that describe the weights."""
+        if self.opened is None:
+            return {"weights": "exported", "epoch": 0, "step": 0}
+        return describe_weights(self.opened)
 
     def has_own_data(self, dataset: Dataset) -> bool:
         """Return whether `dataset` is the data set of the run, so the evaluation can be saved.
@@ -63,7 +73,7 @@ class Network:
 
         Raises RunError if the weights cannot be read.
         """
-        return open_model(self.path).checkpoint
+        return self.opened or open_model(self.path).checkpoint
 
 
 def open_network(
@@ -94,12 +104,38 @@ def open_network(
                 f"{option('device')} and {option('precision')}"
             )
         model: Classifier = OnnxModel(OnnxBackend.from_file(path, threads))
-        return Network(path, model, None, None, {"weights": "exported", "epoch": 0, "step": 0})
+        return Network(path, model)
+    source = open_model(name_or_path)
+    return network_of(
+        path, source.checkpoint, source.run, device=device, precision=precision, threads=threads
+    )
+
+
+def network_of(
+    path: Path,
+    checkpoint: Checkpoint,
+    run: RunDirectory | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+) -> Network:
+    """Restore the network of a checkpoint.
+
+    Args:
+        path: name or path of the network.
+        checkpoint: its weights.
+        run: the run of the network, or None.
+        device, precision, threads: as in `open_network`.
+
+    Raises:
+        RunError: the weights do not match the architecture.
+        NotFiniteError: the outputs are not finite.
+        UsageError: the device or the precision is not available.
+    """
     torch_device = resolve_device(device)
     if threads is not None or torch_device.type == "cpu":
         set_threads(threads)
     resolved = resolve_precision(precision, torch_device)
-    source = open_model(name_or_path)
-    model = evaluated_model(source.checkpoint, torch_device, resolved)
-    data = source.checkpoint.metadata.get("data")
-    return Network(path, model, source.run, data, describe_weights(source.checkpoint))
+    model = evaluated_model(checkpoint, torch_device, resolved)
+    return Network(path, model, run, checkpoint)

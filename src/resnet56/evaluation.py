@@ -337,6 +337,40 @@ def evaluate_run(
     model: nn.Module | None = None,
     progress: ProgressFactory = no_progress,
 ) -> Evaluation:
+    """Restore the weights of a run, and evaluate them with `evaluate_checkpoint`.
+
+    Args:
+        run: a run directory with a checkpoint.
+        dataset: the data set of the run.
+        device, precision: device and precision of the forward pass.
+        val_size, augmentation, progress: as in `evaluate_checkpoint`.
+        model: module of a run with a custom model. Its weights are replaced.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    checkpoint = run.load()
+    return evaluate_checkpoint(
+        run,
+        checkpoint,
+        evaluated_model(checkpoint, device, precision, model),
+        dataset,
+        val_size=val_size,
+        augmentation=augmentation,
+        progress=progress,
+    )
+
+
+def evaluate_checkpoint(
+    run: RunDirectory,
+    checkpoint: Checkpoint,
+    model: EvaluatedModel,
+    dataset: Dataset,
+    *,
+    val_size: int = 0,
+    augmentation: Augmentation = CROP_AND_FLIP,
+    progress: ProgressFactory = no_progress,
+) -> Evaluation:
     """Evaluate the weights of a run on its data set, and write the results to the run directory.
 
     The function evaluates training, validation and test images without augmentation. It writes
@@ -348,24 +382,23 @@ def evaluate_run(
     the run.
 
     Args:
-        run: a run directory with a checkpoint.
+        run: the run directory.
+        checkpoint: the checkpoint of the run.
+        model: the model of the checkpoint.
         dataset: the data set of the run.
-        device, precision: device and precision of the forward pass.
         val_size: number of validation images, as in the recipe of the run.
         augmentation: augmentation of the run, for the images in samples.npz. If the run has a
             custom augmentation that is not passed, the earlier images are kept.
-        model: module of a run with a custom model. Its weights are replaced.
         progress: displays the progress of the evaluation.
 
     Returns:
         The content of evaluation.json.
     """
-    checkpoint = run.load()
     unknown = "augment" in checkpoint.metadata.get("custom", {}) and augmentation.function is None
     if unknown:
         augmentation = Augmentation(padding=0, flip=False)
     results = measure(
-        evaluated_model(checkpoint, device, precision, model),
+        model,
         dataset,
         describe_weights(checkpoint),
         val_size=val_size,
@@ -381,13 +414,13 @@ def evaluate_run(
     previous = None
     with suppress(RunError):  # replace a damaged file
         previous = run.read_evaluation(checkpoint.progress.step)
-    if previous and (previous["device"], previous["precision"]) == (str(device), precision):
+    if previous and all(previous[key] == evaluation[key] for key in ("device", "precision")):
         if "speed" in previous:
             evaluation["speed"] = previous["speed"]
         if "robustness" in previous:
             evaluation["robustness"] = previous["robustness"]
     if run.is_imported() and checkpoint.metadata.get("data") is None:
-        _record_data(run, dataset, device, precision)
+        _record_data(run, dataset, model.device, model.precision)
     run.write_predictions(results.predictions)
     run.write_samples(samples)
     run.write_evaluation(evaluation)
@@ -406,36 +439,26 @@ def _record_data(
 
 
 def measure_extras(
-    run: RunDirectory,
-    dataset: Dataset,
-    *,
-    device: torch.device,
-    precision: Precision = "fp32",
-    robustness: int = 0,
+    evaluation: Evaluation,
+    classifier: Classifier,
+    test: Split,
+    robustness: int,
     progress: ProgressFactory = no_progress,
-) -> Evaluation:
-    """Measure inference speed and robustness, and add them to evaluation.json.
+) -> None:
+    """Measure inference speed and robustness, and add them to an evaluation.
 
     Args:
-        run, dataset, device, precision, progress: as in `evaluate_run`.
-        robustness: number of test images to corrupt. 0 keeps the earlier result.
-
-    Returns:
-        The content of evaluation.json.
-
-    Raises:
-        RunError: `evaluate_run` has not evaluated the current weights.
+        evaluation: the evaluation of the network, changed in place.
+        classifier: the network.
+        test: the test images.
+        robustness: number of images to corrupt. 0 keeps the earlier result. With fewer images, the
+            function corrupts all of them.
+        progress: displays the progress of the robustness test.
     """
-    checkpoint = run.load()
-    evaluated = evaluated_model(checkpoint, device, precision)
-    result = run.read_evaluation(checkpoint.progress.step)
-    if result is None:
-        raise RunError(f"{run.path} has not been evaluated; evaluate it first")
-    result["speed"] = inference_speed(evaluated, dataset.test.images)
-    if robustness:
-        result["robustness"] = measure_robustness(evaluated, dataset.test, robustness, progress)
-    run.write_evaluation(result)
-    return result
+    evaluation["speed"] = inference_speed(classifier, test.images)
+    count = min(robustness, len(test))
+    if count:
+        evaluation["robustness"] = measure_robustness(classifier, test, count, progress)
 
 
 def measure_robustness(

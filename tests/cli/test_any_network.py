@@ -15,8 +15,10 @@ from onnxruntime.quantization import quantize_dynamic
 from PIL import Image
 from report_fixtures import Page
 
-from resnet56 import RECIPES, cli, export, samples
+from resnet56 import RECIPES, cli, export, inference, samples
+from resnet56.model import ResNet
 from resnet56.runs import pretrained
+from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
 
 Says = Callable[..., str]
@@ -130,6 +132,25 @@ def test_the_first_evaluation_of_an_imported_network_is_saved(
     assert "no train images" in refused("evaluate", run, "--split", "train")
     after = RunDirectory(run).load().model
     assert all(torch.equal(tensor, after[key]) for key, tensor in weights.items())
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_model_is_built_once(
+    forms: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Checkpoint] = []
+
+    def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
+        built.append(checkpoint)
+        return inference.restore(checkpoint, device)
+
+    monkeypatch.setattr("resnet56.evaluation.restore", restore)
+    run = tmp_path / "theirs"
+    command = ["import", str(forms["file"]), "--out", str(run), "--data", str(data), *CONSTANTS]
+    assert cli.main(command) == 0
+    assert len(built) == 1
+    assert cli.main(["evaluate", str(run), "--robustness", "1"]) == 0
+    assert len(built) == 2
 
 
 def test_a_failed_import_leaves_no_files(

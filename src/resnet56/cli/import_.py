@@ -59,9 +59,7 @@ class ImportOptions:
 def run(arguments: list[str]) -> int:
     """Run `resnet56 import`."""
     options = parse(ImportOptions, arguments, "resnet56 import")
-    import torch
-
-    from resnet56.inference import restore
+    from resnet56.classifiers import network_of
     from resnet56.runs.directory import RunDirectory
     from resnet56.runs.sources import import_model
 
@@ -82,7 +80,9 @@ def run(arguments: list[str]) -> int:
         classes=_names(options.classes),
     )
     config = imported.checkpoint.config
-    restore(imported.checkpoint, torch.device("cpu"))  # Raises an error if outputs are not finite.
+    device = "cpu" if options.data is None else "auto"
+    # Raises an error if the outputs are not finite.
+    network = network_of(options.out, imported.checkpoint, directory, device=device)
     dataset = None
     if options.data is not None:  # Load the data before writing, so that an error leaves no files.
         dataset = load_data(options.data, evaluation=True, skip_broken=options.skip_broken)
@@ -96,9 +96,6 @@ def run(arguments: list[str]) -> int:
         command = f"resnet56 evaluate {shlex.quote(str(options.out))} --data DIR"
         say(f"imported {config.arch}; evaluate it with: {command}")
     else:
-        from resnet56.classifiers import open_network
-
-        network = open_network(options.out)
         test = evaluate_and_save(network, dataset, robustness=ROBUSTNESS)["test"]
         command = f"resnet56 report {shlex.quote(str(options.out))}"
         say(

@@ -62,8 +62,7 @@ def evaluate_and_save(
     Raises:
         UsageError: `split` contains no images.
     """
-    from resnet56 import evaluation
-    from resnet56.evaluation import EvaluatedModel
+    from resnet56.evaluation import EvaluatedModel, evaluate_checkpoint, measure_extras
     from resnet56.files import read_json
 
     run, classifier = network.run, network.classifier
@@ -78,24 +77,18 @@ def evaluate_and_save(
     if split == "train":
         require_images(dataset.train, "train")
     require_images(dataset.test, "test")
-    device, precision = classifier.device, classifier.precision
-    evaluation.evaluate_run(
+    evaluation = evaluate_checkpoint(
         run,
+        network.checkpoint,
+        classifier,
         dataset,
-        device=device,
-        precision=precision,
         val_size=val_size,
         augmentation=_augmentation(recipe, dataset),
         progress=show_progress,
     )
-    return evaluation.measure_extras(
-        run,
-        dataset,
-        device=device,
-        precision=precision,
-        robustness=min(robustness, len(dataset.test)),
-        progress=show_progress,
-    )
+    measure_extras(evaluation, classifier, dataset.test, robustness, show_progress)
+    run.write_evaluation(evaluation)
+    return evaluation
 
 
 def _augmentation(recipe: "Recipe | None", dataset: "Dataset") -> "Augmentation":
@@ -193,7 +186,7 @@ def _evaluate(name: str, data: str | None, *, skip_broken: bool, all_images: boo
         all_images: whether to evaluate the training images, and to measure speed and robustness.
     """
     from resnet56.classifiers import open_network
-    from resnet56.evaluation import inference_speed, measure, measure_robustness
+    from resnet56.evaluation import measure, measure_extras
     from resnet56.report.read import facts_from_results, read_run
     from resnet56.runtime import Precision, environment
 
@@ -215,10 +208,7 @@ def _evaluate(name: str, data: str | None, *, skip_broken: bool, all_images: boo
         progress=show_progress,
     )
     if all_images:
-        results.evaluation["speed"] = inference_speed(classifier, test.images)
-        results.evaluation["robustness"] = measure_robustness(
-            classifier, test, min(ROBUSTNESS, len(test)), show_progress
-        )
+        measure_extras(results.evaluation, classifier, test, ROBUSTNESS, show_progress)
     machine = environment(classifier.device, cast(Precision, classifier.precision))
     origin = {"origin": dataset.origin, "source": dataset.source}
     return facts_from_results(
