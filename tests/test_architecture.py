@@ -51,9 +51,11 @@ ARROWS: dict[str, set[str]] = {
     "optimizer": {"errors", "recipe"},
     # kernels
     "kernels.compiler": set(),
+    "kernels.cuda_graph": set(),
     "kernels.fused": {"kernels.compiler", "model"},
     "kernels.plan": {"kernels.compiler", "model"},
     "kernels.native": {"kernels.compiler", "kernels.plan", "model"},
+    "kernels.triton_network": {"kernels.compiler", "model"},
     # runs
     "runs.schema": {"errors", "files"},
     "runs.checkpoint": {"errors", "files", "runs.schema"},
@@ -84,8 +86,9 @@ ARROWS: dict[str, set[str]] = {
     "ema": {"runtime"},
     "distillation": {"data.batches", "errors", "inference", "runs.checkpoint", "runtime"},
     "step": {
-        "custom", "distillation", "ema", "errors", "kernels.compiler", "kernels.fused",
-        "kernels.native", "model", "optimizer", "recipe", "runtime",
+        "custom", "distillation", "ema", "errors", "kernels.compiler", "kernels.cuda_graph",
+        "kernels.fused", "kernels.native", "kernels.triton_network", "model", "optimizer",
+        "recipe", "runtime",
     },
     # training and prediction
     "training.fine_tuning": {

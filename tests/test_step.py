@@ -386,7 +386,7 @@ def test_ema_of_constant_weights_is_constant() -> None:
     model = build("resnet8")
     ema = EMA(model, 0.99)
     for step in range(3):
-        ema.update(model.state_dict(), step)
+        ema.update(model.state_dict(), 1 - ema.decay_at(step))
     assert_equal(ema.tensors, model.state_dict())
 
 

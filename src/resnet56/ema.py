@@ -24,17 +24,31 @@ class EMA:
         self.decay = decay
         self.tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
-    def update(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Update the average with the state of the model after `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        averages, values = [], []
+    def decay_at(self, step: int) -> float:
+        """Return the decay at `step` (from 0)."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    def update(self, tensors: Mapping[str, Tensor], weight: float | Tensor) -> None:
+        """Move the average towards the state of the model.
+
+        Args:
+            tensors: the state of the model.
+            weight: the weight of this state, 1 - `decay_at(step)`. In a CUDA graph, it is a scalar
+                tensor on the device.
+        """
+        averages: dict[bool, list[Tensor]] = {True: [], False: []}
+        values: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                averages.append(self.tensors[name])
-                values.append(tensor)
-            else:
-                self.tensors[name].copy_(tensor)
-        torch._foreach_lerp_(averages, values, 1 - decay)
+            averages[tensor.is_floating_point()].append(self.tensors[name])
+            values[tensor.is_floating_point()].append(tensor)
+        if isinstance(weight, Tensor):
+            differences = torch._foreach_sub(values[True], averages[True])
+            torch._foreach_mul_(differences, weight)
+            torch._foreach_add_(averages[True], differences)
+        else:
+            torch._foreach_lerp_(averages[True], values[True], weight)
+        if averages[False]:  # the numbers of batches of batch norm
+            torch._foreach_copy_(averages[False], values[False])
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the average to the values of `tensors`."""

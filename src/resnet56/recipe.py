@@ -19,7 +19,7 @@ Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["step", "cosine", "one-cycle"]
 Mixing = Literal["none", "cutmix", "mixup", "ricap"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Execution = Literal["eager", "fused", "native", "compiled"]
+Execution = Literal["eager", "fused", "native", "cuda-graph", "compiled"]
 ExecutionChoice = Literal["auto", Execution]
 
 MAX_VALUE = 1_000_000  # upper bound of settings that have no other limit
@@ -148,8 +148,9 @@ class Recipe:
     execution: ExecutionChoice = "auto"
     """Implementation of the training step. All implementations agree to within rounding
     error. eager: PyTorch operations; fused: batch norm and ReLU in one kernel (CPU); native: C
-    kernels in bf16 (CPUs with AMX); compiled: torch.compile, which takes about a minute to compile;
-    auto: the first of native, fused and eager that is available."""
+    kernels in bf16 (CPUs with AMX); cuda-graph: the PyTorch operations of a step as one CUDA graph;
+    compiled: torch.compile, which takes about a minute to compile; auto: the first of cuda-graph,
+    native, fused and eager that is available."""
 
     val_size: int = 0
     """Number of training images to use for validation instead of training. The split is stratified

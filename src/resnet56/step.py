@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from resnet56.distillation import Teachers, distillation_loss
 from resnet56.ema import EMA
 from resnet56.errors import UsageError, option
 from resnet56.kernels.compiler import UnavailableError
+from resnet56.kernels.cuda_graph import CUDAGraphs
 from resnet56.kernels.fused import fused_norm_relu
 from resnet56.kernels.native import native_network
 from resnet56.model import ResNet
@@ -44,43 +44,78 @@ class PreparedModel:
     execution: Execution
     reason: str = ""  # the reason why a faster mode is not available
     remedy: str = ""  # what the user can do to make the faster mode available
+    cuda_graphs: bool = False  # whether to run the training step as a CUDA graph
 
 
 def prepare_model(
-    model: nn.Module, execution: str, precision: Precision, *, builtin: bool = True
+    model: nn.Module,
+    execution: str,
+    precision: Precision,
+    *,
+    builtin: bool = True,
+    builtin_step: bool = True,
 ) -> PreparedModel:
     """Prepare a model for an execution mode. All modes agree to within rounding error.
 
     Args:
         model: the model on its device. Fused execution changes the model in place.
-        execution: the field `execution` of a recipe. `auto` selects native execution only on a CPU
-            with a matrix unit. `auto` never selects `torch.compile`, which takes about a minute to
-            compile and is faster only in long runs.
+        execution: the field `execution` of a recipe. On a CPU, `auto` selects native execution only
+            if there is a matrix unit. `auto` never selects `torch.compile`, which takes about a
+            minute to compile and is faster only in long runs.
         precision: precision of the forward pass.
         builtin: whether the model is a network from `build`. The kernels support no other models.
+        builtin_step: whether the loss and the optimizer are built-in. Others may wait for the
+            device, which a CUDA graph does not support.
 
     Raises:
         UsageError: the execution mode is not available on this machine.
     """
+
+    def require_builtin() -> None:
+        if not builtin:
+            raise UnavailableError("it does not support custom models")
+
+    def native() -> PreparedModel:
+        require_builtin()
+        assert isinstance(model, ResNet)
+        if _device(model).type == "cuda":
+            _require_graph(model, precision, builtin_step)
+            return PreparedModel(_triton(model, precision), "native", cuda_graphs=True)
+        _require_cpu(model)
+        allow_avx512 = execution == "native"
+        return PreparedModel(_native(model, precision, allow_avx512=allow_avx512), "native")
+
+    def fused() -> PreparedModel:
+        require_builtin()
+        assert isinstance(model, ResNet)
+        _require_cpu(model)
+        return PreparedModel(_fused(model, precision), "fused")
+
+    def cuda_graph() -> PreparedModel:
+        require_builtin()
+        _require_graph(model, precision, builtin_step)
+        return PreparedModel(model, "cuda-graph", cuda_graphs=True)
+
     if execution == "compiled":
         _probe_compiler(model)
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-        return PreparedModel(compiled, "compiled")
-    preparers: dict[Execution, Callable[[ResNet, Precision], nn.Module]] = {
-        "native": partial(_native, allow_avx512=execution == "native"),
-        "fused": _fused,
+        try:
+            cuda_graph()
+        except UnavailableError:
+            return PreparedModel(compiled, "compiled")
+        return PreparedModel(compiled, "compiled", cuda_graphs=True)
+    preparers: dict[str, Callable[[], PreparedModel]] = {
+        "native": native,
+        "fused": fused,
+        "cuda-graph": cuda_graph,
     }
+    other = "fused" if _device(model).type == "cuda" else "cuda-graph"  # on the other device
     reasons: list[str] = []
     remedy = ""
     for mode, prepare in preparers.items():
-        if execution in (mode, "auto"):
+        if execution == mode or (execution == "auto" and mode != other):
             try:
-                if not builtin:
-                    raise UnavailableError("it does not support custom models")
-                if next(model.parameters()).device.type != "cpu":
-                    raise UnavailableError("the kernels run only on the CPU")
-                assert isinstance(model, ResNet)
-                return PreparedModel(prepare(model, precision), mode, "; ".join(reasons))
+                return replace(prepare(), reason="; ".join(reasons))
             except UnavailableError as error:
                 reasons.append(f"{mode} execution is not available: {error}")
                 remedy = error.remedy
@@ -89,12 +124,44 @@ def prepare_model(
     return PreparedModel(model, "eager", "; ".join(reasons), remedy)
 
 
-def _native(model: ResNet, precision: Precision, *, allow_avx512: bool) -> nn.Module:
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _require_cpu(model: nn.Module) -> None:
+    if _device(model).type != "cpu":
+        raise UnavailableError("the kernels do not support this device")
+
+
+def _require_graph(model: nn.Module, precision: Precision, builtin_step: bool) -> None:
+    """Raise UnavailableError if a training step cannot run as a CUDA graph."""
+    if _device(model).type != "cuda":
+        raise UnavailableError("it requires a CUDA device")
+    if precision == "fp16":
+        raise UnavailableError("it does not support fp16")
+    if not builtin_step:
+        raise UnavailableError("it does not support a custom loss or optimizer")
+
+
+def _require_bf16_training(model: ResNet, precision: Precision) -> None:
     if precision != "bf16":
         raise UnavailableError(f"it requires bf16, not {precision}")
     if not all(parameter.requires_grad for parameter in model.parameters()):
         raise UnavailableError("it does not support frozen layers")
+
+
+def _native(model: ResNet, precision: Precision, *, allow_avx512: bool) -> nn.Module:
+    _require_bf16_training(model, precision)
     return native_network(model, allow_avx512=allow_avx512)
+
+
+def _triton(model: ResNet, precision: Precision) -> nn.Module:
+    _require_bf16_training(model, precision)
+    try:
+        from resnet56.kernels.triton_network import triton_network
+    except ImportError:
+        raise UnavailableError("Triton is not installed") from None
+    return triton_network(model)
 
 
 def _fused(model: ResNet, precision: Precision) -> nn.Module:
@@ -107,7 +174,7 @@ def _fused(model: ResNet, precision: Precision) -> nn.Module:
 def _probe_compiler(model: nn.Module) -> None:
     """Raise UsageError if `torch.compile` does not work on this machine."""
     try:
-        torch.compile(torch.sin)(torch.ones(2, device=next(model.parameters()).device))
+        torch.compile(torch.sin)(torch.ones(2, device=_device(model)))
     except Exception as error:  # errors of Dynamo and Inductor have no common base class
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
@@ -128,6 +195,7 @@ class Trainer:
         teachers: teachers for distillation, or None.
         frozen: modules that stay in evaluation mode. Their parameters do not require gradients.
         custom: parts that replace built-in ones.
+        cuda_graphs: run steps as CUDA graphs.
 
     Raises:
         UsageError: the custom optimizer is not an optimizer of the parameters.
@@ -144,6 +212,7 @@ class Trainer:
         *,
         frozen: Sequence[nn.Module] = (),
         custom: Custom | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.custom = custom or Custom()
         self.teachers = teachers
@@ -164,9 +233,12 @@ class Trainer:
         ]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.emas = [EMA(model, decay) for decay in recipe.ema_decay]
-        self.reset_sums()
+        # MPS does not support float64.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2, dtype=dtype, device=self.device)
         # Number of the first step whose loss is not finite, or -1 if there is none.
         self.first_nonfinite_step = torch.tensor(-1, device=self.device)
+        self.graphs = CUDAGraphs(self._run_step, self.device) if cuda_graphs else None
 
     def train_mode(self) -> None:
         """Set the model to training mode, except for its frozen modules."""
@@ -176,9 +248,7 @@ class Trainer:
 
     def reset_sums(self, loss_sum: float = 0.0, correct: float = 0.0) -> None:
         """Reset the sums at the start of an epoch, or restore the sums of an interrupted epoch."""
-        # MPS does not support float64.
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self.sums = torch.tensor([loss_sum, correct], dtype=dtype, device=self.device)
+        self.sums.copy_(torch.tensor([loss_sum, correct], dtype=self.sums.dtype))
 
     def step(self, images: Tensor, targets: Tensor, lr: float, step: int) -> None:
         """Perform one training step.
@@ -193,9 +263,38 @@ class Trainer:
             lr: learning rate.
             step: step number (from 0), over all epochs.
         """
-        for group, scale in zip(self.optimizer.param_groups, self.lr_scales, strict=True):
+        member = None
+        if self.teachers is not None and self.recipe.teacher_random:
+            member = self.teachers.random_member(self.recipe.seed, step)
+        values = [0.0 if scale is None else lr * scale for scale in self.lr_scales]
+        values += [1 - ema.decay_at(step) for ema in self.emas]
+        if self.graphs is None:
+            self._run_step(images, targets, values, step, member)
+        else:
+            self.graphs(images, targets, torch.tensor(values), torch.tensor(step), variant=member)
+
+    def _run_step(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        values: Sequence[float] | Tensor,
+        step: int | Tensor,
+        member: int | None,
+    ) -> None:
+        """Perform a training step. All tensors that outlive the step are changed in place.
+
+        Args:
+            images: as for `step`.
+            targets: as for `step`.
+            values: the learning rate of each parameter group, and the weight of the model in each
+                EMA.
+            step: step number.
+            member: index of the teacher, or None for all teachers.
+        """
+        groups = self.optimizer.param_groups
+        for i, scale in enumerate(self.lr_scales):
             if scale is not None:
-                group["lr"] = lr * scale
+                groups[i]["lr"] = values[i]
         with self.custom.reported("model"), autocast(self.device, self.precision):
             logits = self.wrapped(images)
         logits = logits.float()
@@ -205,7 +304,7 @@ class Trainer:
             loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
         if self.teachers is not None:
             weight = self.recipe.teacher_weight
-            distilled = self._distillation_loss(self.teachers, images, logits, step)
+            distilled = self._distillation_loss(self.teachers, images, logits, member)
             loss = distilled if weight == 1 else (1 - weight) * loss + weight * distilled
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -213,8 +312,8 @@ class Trainer:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         tensors = self.model.state_dict() if self.emas else {}
-        for ema in self.emas:
-            ema.update(tensors, step)
+        for i, ema in enumerate(self.emas, start=len(groups)):
+            ema.update(tensors, values[i])
         with torch.no_grad():
             predicted = logits.argmax(dim=1)
             if targets.is_floating_point():
@@ -223,15 +322,14 @@ class Trainer:
                 correct = (predicted == targets).sum()
             self.sums += torch.stack((loss.detach() * len(targets), correct))
             valid = torch.isfinite(loss) | (self.first_nonfinite_step >= 0)
-            self.first_nonfinite_step = torch.where(valid, self.first_nonfinite_step, step)
+            self.first_nonfinite_step.copy_(torch.where(valid, self.first_nonfinite_step, step))
 
     def _distillation_loss(
-        self, teachers: Teachers, images: Tensor, logits: Tensor, step: int
+        self, teachers: Teachers, images: Tensor, logits: Tensor, member: int | None
     ) -> Tensor:
-        recipe = self.recipe
-        member = teachers.random_member(recipe.seed, step) if recipe.teacher_random else None
-        probabilities = teachers.probabilities(images, recipe.teacher_temperature, member)
-        return distillation_loss(logits, probabilities, recipe.teacher_temperature)
+        temperature = self.recipe.teacher_temperature
+        probabilities = teachers.probabilities(images, temperature, member)
+        return distillation_loss(logits, probabilities, temperature)
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return the weights of the first EMA. Without an EMA, return those of the model."""

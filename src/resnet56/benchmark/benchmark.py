@@ -68,7 +68,9 @@ class BenchmarkSetup:
         model = build(arch, classes=self.classes)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         forward = prepare_model(model.train(), execution, self.precision)
-        trainer = Trainer(model, forward.module, recipe, self.precision)
+        trainer = Trainer(
+            model, forward.module, recipe, self.precision, cuda_graphs=forward.cuda_graphs
+        )
         batches = Batches(self.split.to(self.device), self.mean, self.std, batch_size=batch, seed=0)
         steps: Iterator[tuple[int, tuple[Tensor, Tensor]]] = enumerate(
             itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
@@ -86,7 +88,7 @@ class BenchmarkSetup:
 def available_modes(device: torch.device, precision: Precision, compiled: bool) -> list[str]:
     """Return the execution modes that are available on this machine."""
     modes = ["compiled", "eager"] if compiled else ["eager"]
-    for mode in ("fused", "native"):
+    for mode in ("fused", "native", "cuda-graph"):
         with contextlib.suppress(UsageError):
             prepare_model(build("resnet8").to(device), mode, precision)
             modes.append(mode)

@@ -101,7 +101,7 @@ class CheckpointMetadata(TypedDict, total=False):
     custom: dict[str, CustomPart]  # by name: model, optimizer, loss and augment
     optimizer: dict[str, Any]  # non-tensor state of a custom optimizer
     precision: Text  # fp32, bf16 or fp16
-    execution: Text  # eager, fused, native or compiled
+    execution: Text  # eager, fused, native, cuda-graph or compiled
     loss_scale: LossScale | None  # null unless the precision is fp16
     threads: Threads  # number of CPU threads during the training run
     file: Text  # name of the imported file

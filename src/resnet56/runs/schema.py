@@ -102,7 +102,7 @@ class Environment(TypedDict, total=False):
     git: GitState | None  # null outside a git checkout
     processes: PositiveInt  # number of training processes
     data: Origin  # the data set
-    execution: Text  # eager, fused, native or compiled
+    execution: Text  # eager, fused, native, cuda-graph or compiled
     execution_reason: Text  # why a faster execution mode was not used
     teachers: list[Teacher]  # teachers for knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from

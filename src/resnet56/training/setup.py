@@ -177,9 +177,22 @@ def _build_trainer(
     if dist.world_size == 1:
         frozen = freeze(model, recipe.freeze)
         builtin = custom.model is None
-        prepared = prepare_model(model, recipe.execution, precision, builtin=builtin)
+        prepared = prepare_model(
+            model,
+            recipe.execution,
+            precision,
+            builtin=builtin,
+            builtin_step=custom.loss is None and custom.optimizer is None,
+        )
         trainer = Trainer(
-            model, prepared.module, recipe, precision, teachers, frozen=frozen, custom=custom
+            model,
+            prepared.module,
+            recipe,
+            precision,
+            teachers,
+            frozen=frozen,
+            custom=custom,
+            cuda_graphs=prepared.cuda_graphs,
         )
         return trainer, prepared
     if recipe.execution not in ("auto", "eager"):
