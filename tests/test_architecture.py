@@ -164,17 +164,20 @@ ARROWS: dict[str, set[str]] = {
     "report.figures": {
         "errors", "report.plots", "report.read", "report.words", "runs.directory", "runs.schema",
     },
+    "report.statements": {"report.read", "report.story", "report.words"},
+    "report.charts": {"report.plots", "report.read", "report.story", "report.words"},
+    "report.images": {"report.plots", "report.png", "report.read", "report.words"},
     "report.page": {
-        "data.cifar", "report.png", "report.plots", "report.read", "report.recipe_words",
-        "report.story", "report.words", "runs.schema",
+        "data.cifar", "report.charts", "report.images", "report.read", "report.recipe_words",
+        "report.statements", "report.story", "report.words", "runs.schema",
     },
     "report.slides": {
-        "recipe", "report.page", "report.plots", "report.read", "report.recipe_words",
-        "report.story", "report.words", "runs.schema",
+        "recipe", "report.charts", "report.images", "report.plots", "report.read",
+        "report.recipe_words", "report.statements", "report.story", "report.words", "runs.schema",
     },
     "report.comparison": {
-        "report.page", "report.plots", "report.read", "report.recipe_words", "report.words",
-        "significance",
+        "report.charts", "report.plots", "report.read", "report.recipe_words",
+        "report.statements", "report.words", "significance",
     },
     "report.sweep": {
         "errors", "report.plots", "report.words", "runs.schema", "significance", "sweep.importance",

@@ -591,22 +591,25 @@ def only(sentences: list[str]) -> str:
 
 
 def test_the_gap_is_classified() -> None:
-    gap = story.gap
-    sentence = only(gap(0.9998, 0.9303, (0.9251, 0.9351), augmented=True))
+    def gap(*arguments: Any, augmented: bool) -> str:
+        found = story.gap(*arguments, augmented=augmented)
+        return f"{found.verdict}: {found.details}"
+
+    sentence = gap(0.9998, 0.9303, (0.9251, 0.9351), augmented=True)
     assert sentence == (
         "The network overfits: training accuracy is 99.98 % and test accuracy is 93.03 %, a gap of "
         "6.95 points. It fits almost all training images. It was trained with augmentation."
     )
-    sentence = only(gap(0.90, 0.80, (0.79, 0.81), augmented=False))
+    sentence = gap(0.90, 0.80, (0.79, 0.81), augmented=False)
     assert sentence.startswith("The network overfits")
     assert "a gap of 10.00 points. It does not fit all training images." in sentence
     assert sentence.endswith("It was trained without augmentation.")
-    assert "is little overfitting" in only(gap(0.95, 0.935, (0.93, 0.94), augmented=True))
-    assert "is no significant overfitting" in only(gap(0.95, 0.94, (0.93, 0.96), augmented=True))
-    sentence = only(gap(0.93, 0.95, (0.94, 0.96), augmented=True))
+    assert "is little overfitting" in gap(0.95, 0.935, (0.93, 0.94), augmented=True)
+    assert "is no significant overfitting" in gap(0.95, 0.94, (0.93, 0.96), augmented=True)
+    sentence = gap(0.93, 0.95, (0.94, 0.96), augmented=True)
     assert sentence.startswith("There is no sign of overfitting")
     assert sentence.endswith("test accuracy is 95.00 %, which is 2.00 points higher.")
-    assert "is no significant overfitting" in only(gap(1.0, 1.0, (0.99, 1.0), augmented=True))
+    assert "is no significant overfitting" in gap(1.0, 1.0, (0.99, 1.0), augmented=True)
 
 
 def test_a_result_at_chance_level_is_reported() -> None:

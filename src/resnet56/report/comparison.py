@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from resnet56.report import plots, recipe_words, words
-from resnet56.report.page import loss_label, plain, state
+from resnet56.report.charts import loss_label
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts, read_predictions
+from resnet56.report.statements import state
 from resnet56.significance import (
     LEVEL,
     Interval,
@@ -223,7 +224,7 @@ def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
     trained = [(e.facts.recipe, e.facts.custom) for e in entries if e.facts.recipe]
     values = {
         name: [
-            (recipe_words.applies(recipe, name, custom) and plain(recipe.to_json()[name]))
+            (recipe_words.applies(recipe, name, custom) and words.plain(recipe.to_json()[name]))
             or NO_VALUE
             for recipe, custom in trained
         ]

@@ -23,6 +23,7 @@ from resnet56.runs.schema import (
     EpochMetrics,
     Evaluation,
     Metrics,
+    Robustness,
     check_evaluation,
 )
 
@@ -107,6 +108,16 @@ class RunFacts:
     def validation(self) -> Metrics | None:
         """The metrics on the validation images, if they were measured."""
         return self.evaluation.get("validation") if self.evaluation else None
+
+    @property
+    def robustness(self) -> Robustness | None:
+        """The accuracy on corrupted test images, if it was measured."""
+        return self.evaluation.get("robustness") if self.evaluation else None
+
+    @property
+    def validated(self) -> list[EpochMetrics]:
+        """The epochs with validation metrics."""
+        return [row for row in self.rows if "val_accuracy" in row]
 
     @property
     def source(self) -> str | None:

@@ -77,6 +77,7 @@ def augmentation(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> str:
     return " ".join(filter(None, [sentence, *_mixing(recipe), *_sizes(recipe)]))
 
 
+MIX_NAMES = {"cutmix": "CutMix", "mixup": "mixup", "ricap": "RICAP"}
 MIX_EFFECTS = {
     "cutmix": "a random rectangle of each image is replaced with the same rectangle of another "
     "image (CutMix)",
@@ -107,11 +108,10 @@ def _mixing(recipe: Recipe) -> list[str]:
 
 def disabled_in_tail(recipe: Recipe) -> list[str]:
     """Return the augmentations that the recipe disables in the last epochs."""
-    names = {"cutmix": "CutMix", "mixup": "mixup", "ricap": "RICAP"}
     used = (
         ("TrivialAugment", recipe.trivial_augment),
         ("Cutout", recipe.cutout),
-        (names.get(recipe.mix, ""), recipe.mix != "none"),
+        (MIX_NAMES.get(recipe.mix, ""), recipe.mix != "none"),
     )
     return [name for name, on in used if on] if recipe.plain_tail else []
 

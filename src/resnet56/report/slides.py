@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resnet56.recipe import Recipe
-from resnet56.report import page, story
+from resnet56.report import charts, images, statements, story
+from resnet56.report.images import Augmented
 from resnet56.report.plots import Chart, shortened
 from resnet56.report.read import RunFacts
-from resnet56.report.recipe_words import NONE, Custom
+from resnet56.report.recipe_words import MIX_NAMES, NONE, Custom
 from resnet56.report.words import big, count, listed, percent, plural, points, quoted
 from resnet56.runs.schema import ConfusedPair, Evaluation, Metrics
 
@@ -53,20 +54,21 @@ def content(facts: RunFacts) -> dict[str, Any]:
     """Return the content of the ten slides about a run."""
     test = facts.test
     few = len(facts.classes) <= MAX_CELLS
+    originals = images.originals(facts)
     return {
         "facts": facts,
         "slides": slides(facts),
         "name": shortened(facts.name),
         "charts": training_charts(facts),
-        "strip": [image for image, _ in page.originals(facts)],
-        "originals": originals(facts),
+        "strip": [image for image, _ in originals],
+        "originals": few_versions(originals) if facts.augmented else originals,
         "validated": last_validated(facts),
         "class_bars": class_bars(test) if test else [],
         "all_bars": test is None or len(story.scores(test["per_class"], "recall")) <= MAX_BARS,
-        "confusion": page.confusion_table(facts) if few else None,
+        "confusion": charts.confusion_table(facts) if few else None,
         "pair_bars": pair_bars(test) if test else [],
-        "mistakes": page.mistakes(facts)[:MAX_MISTAKES],
-        "wrong": wrong(test) if test else None,
+        "mistakes": images.mistakes(facts)[:MAX_MISTAKES],
+        "wrong": story.mistakes(test) if test else None,
         "split_bars": split_bars(facts),
         "command": command(facts),
     }
@@ -103,18 +105,18 @@ def opening(facts: RunFacts) -> Slide:
 
 def headline(facts: RunFacts) -> str:
     """Return the title of the deck."""
-    arch, validated = page.network_name(facts), last_validated(facts)
+    arch, validated = statements.network_name(facts), last_validated(facts)
     if facts.test is None and validated:
         return (
             f"{arch} reaches {percent(validated['val_accuracy'])} validation accuracy after "
             f"{plural(validated['epoch'], 'epoch')}"
         )
-    return page.title(facts)
+    return statements.title(facts)
 
 
 def idea(facts: RunFacts) -> Slide:
     """Return the slide on residual blocks, or on plain blocks."""
-    network, arch = facts.description, page.network_name(facts)
+    network, arch = facts.description, statements.network_name(facts)
     blocks = plural(sum(part.blocks for part in network.parts), "block")
     size = f"{arch} has {blocks} of {network.layers_per_block} layers."
     if network.shortcut == "none":
@@ -172,9 +174,8 @@ def augmentation(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> str:
         *(["random crops"] if recipe.padding else []),
         *(["horizontal flips"] if flips else []),
         *(["Cutout"] if recipe.cutout else []),
-        *([{"cutmix": "CutMix", "mixup": "mixup", "ricap": "RICAP"}[recipe.mix]]
-          if recipe.mix != "none" else []),
-    ]  # fmt: skip
+        *([MIX_NAMES[recipe.mix]] if recipe.mix != "none" else []),
+    ]
     if not names:
         return "Training images are not augmented."
     return f"Training images are augmented with {listed(names)}; test images are not."
@@ -193,7 +194,7 @@ def training(facts: RunFacts) -> Slide:
         title = "No training curves"
         file = facts.metadata.get("file")
         imported = f"The weights were imported from {shortened(file)}." if file else None
-        sentences = [imported or page.no_curves(facts)]
+        sentences = [imported or statements.no_curves(facts)]
     return Slide("training", "Training", title, sentences)
 
 
@@ -242,10 +243,12 @@ def results(facts: RunFacts) -> Slide:
     """Return the slide on the test accuracy, its interval, and the accuracies of the classes."""
     test = facts.test
     if test is None:
-        sentences = page.state(facts) if facts.recipe else ["The test images have not been used."]
+        sentences = (
+            statements.state(facts) if facts.recipe else ["The test images have not been used."]
+        )
         return Slide("results", "Results", UNTESTED, sentences)
     low, high = test["accuracy_interval"]
-    right = test["n"] - wrong(test)
+    right = test["n"] - story.mistakes(test)
     title = f"{count(right)} of {count(test['n'])} test images are classified correctly"
     sentences = [
         f"The 95 % confidence interval is {percent(low)} to {percent(high)}.",
@@ -281,19 +284,18 @@ def confusion(facts: RunFacts) -> Slide:
     if not errors:
         return Slide("confusion", "Confusion matrix", "No classes are confused")
     first = errors[0]
-    images, part = plural(first["count"], "image"), percent(first["fraction"])
-    sentences = [f"This error affects {images}, {part} of the class."]
-    for pair in errors[1:]:
-        if (pair["true"], pair["predicted"]) == (first["predicted"], first["true"]):
-            sentences.append(f"The reverse error affects {plural(pair['count'], 'image')}.")
+    affected, part = plural(first["count"], "image"), percent(first["fraction"])
+    sentences = [
+        f"This error affects {affected}, {part} of the class.",
+        *story.reverse_error(errors),
+    ]
     return Slide("confusion", "Confusion matrix", most_frequent_error(errors), sentences)
 
 
 def most_frequent_error(errors: Sequence[ConfusedPair]) -> str:
     """Name the classes of the most frequent error, or of one of the most frequent errors."""
     first = errors[0]
-    tied = sum(pair["count"] == first["count"] for pair in errors) > 1
-    subject = "One of the most frequent errors" if tied else "Most frequent error"
+    subject = "One of the most frequent errors" if story.is_tied(errors) else "Most frequent error"
     true, predicted = (quoted(shortened(first[key])) for key in ("true", "predicted"))
     return f"{subject}: {true} classified as {predicted}"
 
@@ -303,13 +305,13 @@ def mistakes(facts: RunFacts) -> Slide:
     test = facts.test
     if test is None:
         return Slide("mistakes", "Mistakes", UNTESTED)
-    number = wrong(test)
+    number = story.mistakes(test)
     if not number:
         title = f"No mistakes on {plural(test['n'], 'test image')}"
         return Slide("mistakes", "Mistakes", title)
     verb = "is" if number == 1 else "are"
     title = f"{count(number)} of {plural(test['n'], 'test image')} {verb} misclassified"
-    shown = min(len(page.mistakes(facts)), MAX_MISTAKES)
+    shown = min(len(facts.samples.mistakes), MAX_MISTAKES) if facts.samples else 0
     sentences = []
     if shown:
         subject = "The mistake" if shown == 1 else f"The {shown} most confident mistakes"
@@ -323,8 +325,8 @@ def overfitting(facts: RunFacts) -> Slide:
     validated = last_validated(facts)
     if facts.test:
         title = "The training accuracy was not measured"
-        if verdict := gap(facts):
-            title, sentences = verdict.title, [verdict.sentence]
+        if gap := statements.gap(facts):
+            title, sentences = gap_in_brief(gap), [capitalized(gap.details)]
     elif validated:
         difference = validated["train_accuracy"] - validated["val_accuracy"]
         title = (
@@ -339,31 +341,14 @@ def overfitting(facts: RunFacts) -> Slide:
     return Slide("overfitting", "Overfitting", title, sentences)
 
 
-@dataclass(frozen=True)
-class Gap:
-    """A statement about the gap between training and test accuracy."""
-
-    title: str
-    sentence: str
-
-
-def gap(facts: RunFacts) -> Gap | None:
-    """Split the sentence about the gap in the report into a title and the rest."""
-    test, train = facts.test, facts.train
-    if not test or not train:
-        return None
-    low, high = test["accuracy_interval"]
-    [sentence] = story.gap(
-        train["accuracy"], test["accuracy"], (low, high), augmented=facts.training_augmented
-    )
-    verdict, _, rest = sentence.removeprefix("There is ").partition(": ")
-    difference = train["accuracy"] - test["accuracy"]
+def gap_in_brief(gap: story.Gap) -> str:
+    """State the verdict on training accuracy and test accuracy, and their difference."""
     numbers = (
-        f"a gap of {points(difference)}"
-        if difference >= 0
-        else f"test accuracy is {points(-difference)} higher"
+        f"a gap of {points(gap.difference)}"
+        if gap.difference >= 0
+        else f"test accuracy is {points(-gap.difference)} higher"
     )
-    return Gap(f"{capitalized(verdict)}: {numbers}", capitalized(rest))
+    return f"{capitalized(gap.verdict.removeprefix('There is '))}: {numbers}"
 
 
 def capitalized(text: str) -> str:
@@ -374,26 +359,25 @@ def capitalized(text: str) -> str:
 def takeaways(facts: RunFacts) -> Slide:
     """Return the slide that states each result in one sentence."""
     test = facts.test
-    sentences = page.state(facts) if facts.recipe else []
+    sentences = statements.state(facts) if facts.recipe else []
     parameters = f"{count(facts.description.parameters)} parameters"
     validated = last_validated(facts)
     if test is None and validated:
         accuracy = percent(validated["val_accuracy"])
         sentences.append(f"Validation accuracy after epoch {validated['epoch']}: {accuracy}.")
     if test is None:
-        title = f"{page.network_name(facts)} with {parameters}"
+        title = f"{statements.network_name(facts)} with {parameters}"
         return Slide("takeaways", "Takeaways", title, sentences or ["The network was not tested."])
     title = f"{percent(test['accuracy'])} test accuracy with {parameters}"
     low, high = test["accuracy_interval"]
     sentences.append(f"The 95 % confidence interval is {percent(low)} to {percent(high)}.")
-    if verdict := gap(facts):
-        sentences.append(f"{verdict.title}.")
+    if gap := statements.gap(facts):
+        sentences.append(f"{gap_in_brief(gap)}.")
     if test["most_confused"]:
         sentences.append(f"{most_frequent_error(test['most_confused'])}.")
     sentences.append(confidence(test))
-    robust = facts.evaluation.get("robustness") if facts.evaluation else None
-    if robust:
-        mean = percent(robust["mean_accuracy"])
+    if facts.robustness:
+        mean = percent(facts.robustness["mean_accuracy"])
         sentences.append(f"Mean accuracy on corrupted images: {mean}.")
     return Slide("takeaways", "Takeaways", title, sentences)
 
@@ -411,15 +395,12 @@ def confidence(test: Metrics) -> str:
 
 def training_charts(facts: RunFacts) -> list[Chart]:
     """Plot loss and accuracy over epochs."""
-    return [replace(chart, size=CHART_SIZE) for chart in page.training_charts(facts)[:2]]
+    return [replace(chart, size=CHART_SIZE) for chart in charts.training_charts(facts)[:2]]
 
 
-def originals(facts: RunFacts) -> list[tuple[page.EncodedImage, list[page.EncodedImage]]]:
-    """Return training images, with augmented versions if the recipe augments images."""
-    shown = page.originals(facts)
-    if facts.augmented:
-        return [(image, versions[:MAX_VERSIONS]) for image, versions in shown[:MAX_ORIGINALS]]
-    return shown
+def few_versions(originals: Sequence[Augmented]) -> list[Augmented]:
+    """Return the first training images, with the first augmented versions of each."""
+    return [(image, versions[:MAX_VERSIONS]) for image, versions in originals[:MAX_ORIGINALS]]
 
 
 def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
@@ -449,7 +430,7 @@ def split_bars(facts: RunFacts) -> list[Bar]:
 
 def last_validated(facts: RunFacts) -> Mapping[str, Any] | None:
     """Return the row of the last epoch with validation metrics, or None."""
-    return next((row for row in reversed(facts.rows) if "val_accuracy" in row), None)
+    return facts.validated[-1] if facts.validated else None
 
 
 def class_bars(test: Metrics) -> list[Bar]:
@@ -481,12 +462,6 @@ def time_taken(seconds: float) -> str:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{count(hours)} h {minutes} min"
-
-
-def wrong(test: Metrics) -> int:
-    """Return the number of misclassified test images."""
-    matrix = test["confusion_matrix"]
-    return test["n"] - sum(row[i] for i, row in enumerate(matrix))
 
 
 def command(facts: RunFacts) -> str | None:

@@ -5,7 +5,7 @@ The sentences state only what the numbers support, and say if the numbers are in
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from resnet56.recipe import Recipe
 from resnet56.report.recipe_words import disabled_in_tail
@@ -26,12 +26,17 @@ Interval = tuple[float, float]
 def result(test: Mapping[str, Any]) -> str:
     """State the test accuracy and its confidence interval."""
     low, high = test["accuracy_interval"]
-    correct = sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
+    correct = test["n"] - mistakes(test)
     return (
         f"The network reaches {percent(test['accuracy'])} test accuracy: it classifies "
         f"{count(correct)} of {plural(test['n'], 'test image')} correctly. The 95 % confidence "
         f"interval is {percent(low)} to {percent(high)}."
     )
+
+
+def mistakes(test: Mapping[str, Any]) -> int:
+    """Return the number of misclassified test images."""
+    return int(test["n"] - sum(row[i] for i, row in enumerate(test["confusion_matrix"])))
 
 
 def most_frequent(test: Mapping[str, Any]) -> float:
@@ -54,7 +59,15 @@ def against_chance(test: Mapping[str, Any]) -> list[str]:
     return [f"The interval lies below {baseline}."]
 
 
-def gap(train: float, test: float, test_interval: Interval, *, augmented: bool | None) -> list[str]:
+class Gap(NamedTuple):
+    """A comparison of training accuracy and test accuracy."""
+
+    difference: float  # training accuracy minus test accuracy
+    verdict: str  # such as "The network overfits"
+    details: str  # the accuracies, and further sentences
+
+
+def gap(train: float, test: float, test_interval: Interval, *, augmented: bool | None) -> Gap:
     """Compare training accuracy (without augmentation) with test accuracy.
 
     Args:
@@ -67,27 +80,30 @@ def gap(train: float, test: float, test_interval: Interval, *, augmented: bool |
     low, high = test_interval
     numbers = f"training accuracy is {percent(train)} and test accuracy is {percent(test)}"
     if difference < 0:
-        return [
-            f"There is no sign of overfitting: {numbers}, which is {points(-difference)} higher."
-        ]
+        return Gap(
+            difference,
+            "There is no sign of overfitting",
+            f"{numbers}, which is {points(-difference)} higher.",
+        )
     if low <= train <= high:
-        return [
-            f"There is no significant overfitting: {numbers}. The training accuracy lies within "
-            "the confidence interval of the test accuracy."
-        ]
+        return Gap(
+            difference,
+            "There is no significant overfitting",
+            f"{numbers}. The training accuracy lies within the confidence interval of the test "
+            "accuracy.",
+        )
+    numbers += f", a gap of {points(difference)}."
     if difference < LARGE_GAP:
-        return [f"There is little overfitting: {numbers}, a gap of {points(difference)}."]
-    overfits = "overfits" if augmented is not None else "probably overfits"
-    overfitting = f"The network {overfits}: {numbers}, a gap of {points(difference)}."
+        return Gap(difference, "There is little overfitting", numbers)
     fit = (
-        "It fits almost all training images"
+        "It fits almost all training images."
         if train >= FITTED
-        else "It does not fit all training images"
+        else "It does not fit all training images."
     )
     if augmented is None:
-        return [f"{overfitting} {fit}."]
+        return Gap(difference, "The network probably overfits", f"{numbers} {fit}")
     used = "with augmentation" if augmented else "without augmentation"
-    return [f"{overfitting} {fit}. It was trained {used}."]
+    return Gap(difference, "The network overfits", f"{numbers} {fit} It was trained {used}.")
 
 
 def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
@@ -193,17 +209,31 @@ def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
     first = most_confused[0]
     sentences = [
         f"{_most_frequent_error(most_confused)}: {plural(first['count'], 'image')}, "
-        f"{percent(first['fraction'])} of the class."
+        f"{percent(first['fraction'])} of the class.",
+        *reverse_error(most_confused),
     ]
-    for pair in most_confused[1:]:
-        if (pair["true"], pair["predicted"]) == (first["predicted"], first["true"]):
-            sentences.append(f"The reverse error affects {plural(pair['count'], 'image')}.")
     return [" ".join(sentences)]
+
+
+def reverse_error(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
+    """State the frequency of the reverse of the most frequent error, if it is listed."""
+    first = most_confused[0]
+    return [
+        f"The reverse error affects {plural(pair['count'], 'image')}."
+        for pair in most_confused[1:]
+        if (pair["true"], pair["predicted"]) == (first["predicted"], first["true"])
+    ]
+
+
+def is_tied(most_confused: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether another error is as frequent as the first."""
+    most = most_confused[0]["count"]
+    return any(pair["count"] == most for pair in most_confused[1:])
 
 
 def _most_frequent_error(most_confused: Sequence[Mapping[str, Any]]) -> str:
     first = most_confused[0]
-    tied = sum(pair["count"] == first["count"] for pair in most_confused) > 1
+    tied = is_tied(most_confused)
     subject = "One of the most frequent errors" if tied else "The most frequent error"
     return f"{subject} is {quoted(first['true'])} classified as {quoted(first['predicted'])}"
 
@@ -397,10 +427,10 @@ def _next_step(
                 "those used in training."
             )
         return "Next, check the labels, the learning rate, and the training loss."
-    mistakes = test["n"] - sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
-    if mistakes < FEW_MISTAKES:
+    wrong = mistakes(test)
+    if wrong < FEW_MISTAKES:
         return (
-            f"Next, test on more images: with {plural(mistakes, 'mistake')}, an improvement is "
+            f"Next, test on more images: with {plural(wrong, 'mistake')}, an improvement is "
             "hard to measure."
         )
     if augmented is None:

@@ -1,6 +1,7 @@
-"""Number formatting. Fractions are in [0, 1], and times are in seconds."""
+"""Formatting of numbers and names. Fractions are in [0, 1], and times are in seconds."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from resnet56.progress import duration, percent
 
@@ -12,6 +13,7 @@ __all__ = [
     "loss",
     "p_value",
     "percent",
+    "plain",
     "plural",
     "points",
     "quoted",
@@ -68,3 +70,14 @@ def listed(items: Sequence[str]) -> str:
 def quoted(name: str) -> str:
     """Quote a class name for use in a sentence."""
     return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
+
+
+def plain(value: Any) -> str:
+    """Format a value of a recipe: True -> 'yes', 0.1 -> '0.1', [2, 3] -> '2, 3'."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value)
+    return str(value)
