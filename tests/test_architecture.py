@@ -76,12 +76,14 @@ ARROWS: dict[str, set[str]] = {
     },
     # step and evaluation
     "custom": {"data.batches", "errors", "runs.schema"},
-    "inference": {"errors", "model", "runs.checkpoint", "runtime"},
-    "metrics": {"notebook", "runs.schema"},
+    "inference": {
+        "data.augment", "errors", "model", "progress", "runs.checkpoint", "runtime",
+    },
+    "metrics": {"errors", "notebook", "progress", "runs.schema"},
     "samples": {"data.augment", "data.batches", "data.dataset", "data.mixing", "metrics"},
     "evaluation": {
         "data.augment", "data.corruptions", "data.dataset", "errors", "inference", "metrics",
-        "model", "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "samples",
+        "progress", "runs.checkpoint", "runs.directory", "runs.schema", "runtime", "samples",
     },
     "ema": {"runtime"},
     "distillation": {"data.batches", "errors", "inference", "runs.checkpoint", "runtime"},
@@ -132,17 +134,16 @@ ARROWS: dict[str, set[str]] = {
         "sweep.space", "sweep.storage", "sweep.trials", "sweep.worker",
     },
     "backends": {
-        "data.augment", "data.images", "errors", "evaluation", "inference", "libraries",
-        "runs.checkpoint", "runs.pretrained", "threads",
+        "data.augment", "data.images", "errors", "inference", "libraries", "runs.checkpoint",
+        "runs.pretrained", "threads",
     },
     "predict": {
-        "backends", "custom", "data.images", "errors", "evaluation", "files", "inference",
-        "metrics", "notebook", "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime",
-        "threads",
+        "backends", "custom", "data.images", "errors", "files", "inference", "metrics", "notebook",
+        "runs.checkpoint", "runs.pretrained", "runs.sources", "runtime", "threads",
     },
     "export": {
-        "backends", "data.augment", "data.dataset", "errors", "evaluation", "files", "inference",
-        "libraries", "model", "runs.checkpoint", "runs.pretrained", "runs.schema",
+        "backends", "data.augment", "data.dataset", "errors", "files", "inference", "libraries",
+        "metrics", "model", "progress", "runs.checkpoint", "runs.pretrained", "runs.schema",
     },
     "classifiers": {
         "backends", "data.dataset", "errors", "evaluation", "export", "files", "runs.checkpoint",
@@ -193,7 +194,7 @@ ARROWS: dict[str, set[str]] = {
     "benchmark.roofline": {"benchmark.interleave", "model", "runtime"},
     "benchmark.benchmark": {
         "backends", "benchmark.baseline", "benchmark.interleave", "benchmark.roofline", "cadence",
-        "data.batches", "data.dataset", "errors", "evaluation", "export", "inference", "model",
+        "data.batches", "data.dataset", "errors", "export", "inference", "model",
         "recipe", "runs.checkpoint", "runs.directory", "runtime", "step",
     },
     # serve

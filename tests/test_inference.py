@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from resnet56.evaluation import predict_logits
-from resnet56.inference import InferenceModel
+from resnet56.inference import InferenceModel, predict_logits
 from resnet56.model import ResNet, build
 
 

@@ -22,8 +22,8 @@ from resnet56 import Recipe, ResNet, build, cli
 from resnet56.data.dataset import Dataset, Split
 from resnet56.data.images import to_model_input, to_upright_rgb
 from resnet56.errors import ImageError, RunError, UsageError
-from resnet56.evaluation import predict_logits
 from resnet56.files import write_json
+from resnet56.inference import predict_logits
 from resnet56.predict import Predictor
 from resnet56.runs import pretrained, sources
 from resnet56.runs.directory import RunDirectory

@@ -15,8 +15,7 @@ from torch import Tensor
 from resnet56.data.augment import Augmentation, crop_and_flip, normalize, sample_params
 from resnet56.data.dataset import Split
 from resnet56.data.readers import load_directory
-from resnet56.evaluation import predict_logits
-from resnet56.inference import restore
+from resnet56.inference import predict_logits, restore
 from resnet56.model import ResNet
 from resnet56.runs.checkpoint import ModelConfig
 from resnet56.runs.sources import open_model

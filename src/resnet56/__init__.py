@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset, Split, channel_statistics
     from resnet56.data.readers import load_data
     from resnet56.errors import Error
-    from resnet56.evaluation import evaluate, predict_logits
+    from resnet56.evaluation import evaluate
+    from resnet56.inference import predict_logits
     from resnet56.model import ResNet, build, describe
     from resnet56.predict import Prediction, Predictor, load
     from resnet56.recipe import RECIPES, Recipe
@@ -52,7 +53,7 @@ _HOME = {
     "plot_confusion_matrix": "report.figures",
     "plot_curves": "report.figures",
     "plot_mistakes": "report.figures",
-    "predict_logits": "evaluation",
+    "predict_logits": "inference",
     "train": "training",
 }
 

@@ -18,8 +18,8 @@ from resnet56.threads import check_threads
 if TYPE_CHECKING:
     import torch
 
-    from resnet56.evaluation import ProgressCallback
     from resnet56.model import ResNet
+    from resnet56.progress import ProgressCallback
 
 
 class Outputs(NamedTuple):
@@ -82,7 +82,7 @@ class TorchBackend:
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
         """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
-        from resnet56.evaluation import predict_logits
+        from resnet56.inference import predict_logits
 
         mean, std = self.config.mean, self.config.std
         return predict_logits(self.inference_model, images, mean, std, "fp32", batch, advance)

@@ -1,9 +1,9 @@
-"""Evaluate a model: logits, metrics, robustness and inference speed."""
+"""Evaluate a model: metrics, robustness and inference speed."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, cast
@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from resnet56.data.augment import CROP_AND_FLIP, Augmentation, normalize
+from resnet56.data.augment import CROP_AND_FLIP, Augmentation
 from resnet56.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evenly_spaced
 from resnet56.data.dataset import Dataset, Split, training_split
-from resnet56.errors import NotFiniteError, RunError, UsageError
-from resnet56.inference import NONFINITE_MESSAGE, InferenceModel, can_fold, restore, restore_custom
-from resnet56.metrics import compute_metrics, metrics_table, percent
-from resnet56.model import ResNet
+from resnet56.errors import RunError
+from resnet56.inference import BATCH, folded, predict_logits, restore, restore_custom
+from resnet56.metrics import metrics_table, split_metrics
+from resnet56.progress import ProgressCallback, ProgressFactory, no_progress, percent
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.runs.schema import (
@@ -32,75 +32,10 @@ from resnet56.runs.schema import (
     Robustness,
     Speed,
 )
-from resnet56.runtime import Precision, autocast, environment, peak_memory_mb
+from resnet56.runtime import Precision, environment, peak_memory_mb
 from resnet56.samples import augmented_samples, select_mistakes
 
-BATCH = 256
 _EMA_FIELDS = ("ema_decay", "ema_candidates")  # metadata of a checkpoint with EMA weights
-
-# A function that is called with the number of images processed since the last call.
-ProgressCallback = Callable[[int], None]
-# A function that creates progress callbacks from a description and the number of images.
-ProgressFactory = Callable[[str, int], AbstractContextManager[ProgressCallback]]
-
-
-def no_progress(description: str, total: int) -> AbstractContextManager[ProgressCallback]:
-    """A `ProgressFactory` that displays nothing."""
-    return nullcontext(lambda count: None)
-
-
-@torch.inference_mode()
-def predict_logits(
-    model: nn.Module,
-    images: Tensor,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    precision: Precision = "fp32",
-    batch: int = BATCH,
-    advance: ProgressCallback = lambda count: None,
-) -> Tensor:
-    """Compute the logits of images, without augmentation.
-
-    Args:
-        model: a model in evaluation mode. The function converts a model from `build` to an
-            `InferenceModel`, unless its layers have changed, for example by `torch.nn.utils.prune`.
-        images: (N, 3, 32, 32) uint8, on any device.
-        mean: channel means of the training images, for pixels in [0, 1].
-        std: channel standard deviations of the training images, for pixels in [0, 1].
-        precision: precision of the forward pass.
-        batch: batch size.
-        advance: function that is called after each batch with its size.
-
-    Returns:
-        (N, C) float32 on the CPU.
-
-    Raises:
-        NotFiniteError: a logit is not finite.
-    """
-    model, precision = _folded(model, precision)
-    device = next(model.parameters()).device
-    mean_std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    outputs = []
-    for chunk in images.split(batch):
-        inputs = normalize(chunk.to(device), *mean_std)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
-            outputs.append(model(inputs).float())
-        advance(len(chunk))
-    logits = torch.cat(outputs).cpu()
-    if not bool(logits.isfinite().all()):
-        raise NotFiniteError(NONFINITE_MESSAGE)
-    return logits
-
-
-def _folded(model: nn.Module, precision: Precision) -> tuple[nn.Module, Precision]:
-    """Convert a model from `build` to an `InferenceModel`, which runs without autocast.
-
-    Other models are returned as they are.
-    """
-    if isinstance(model, ResNet) and can_fold(model):
-        return InferenceModel(model, precision), "fp32"
-    return model, precision
 
 
 def evaluate(
@@ -132,28 +67,6 @@ def evaluate(
     finally:
         model.train(training)
     return split_metrics(logits, split, classes)
-
-
-def split_metrics(logits: Tensor, split: Split, classes: tuple[str, ...]) -> Metrics:
-    """Return the metrics of (N, C) logits on `split`, in the format of evaluation.json.
-
-    Raises:
-        UsageError: there are no images, or the logits or labels do not match the classes.
-    """
-    if not len(split):
-        raise UsageError("cannot evaluate a split without images")
-    if logits.shape[1] != len(classes):
-        raise UsageError(
-            f"the model has {logits.shape[1]} outputs, but {len(classes)} class names; pass one "
-            "name per output"
-        )
-    low, high = int(split.labels.min()), int(split.labels.max())
-    if low < 0 or high >= len(classes):
-        raise UsageError(
-            f"the labels range from {low} to {high}, but the model has {len(classes)} classes; "
-            "convert the data set with Dataset.for_classes"
-        )
-    return compute_metrics(logits.numpy(), split.labels.cpu().numpy(), classes)
 
 
 class Classifier(Protocol):
@@ -208,7 +121,7 @@ class EvaluatedModel:
     @cached_property
     def _inference(self) -> tuple[nn.Module, Precision]:
         """The model and the precision for `predict_logits`, converted only once."""
-        return _folded(self.model, self.precision)
+        return folded(self.model, self.precision)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
         """Return the metrics on `split`, in the format of evaluation.json."""
@@ -531,24 +444,6 @@ def compare(
     distance = (a - b).abs()
     correct = [int((logits.argmax(dim=1) == labels).sum()) for logits in (a, b)]
     changed = int((a.argmax(dim=1) != b.argmax(dim=1)).sum())
-    points = 100 * (correct[1] - correct[0]) / len(labels)
-    no_gap = "so this difference does not explain any accuracy gap."
-    if changed == 0:
-        verdict = (
-            f"{names[0]} and {names[1]} predict the same class for all {len(labels):,} images, "
-            f"{no_gap}"
-        )
-    else:
-        verdict = (
-            f"{changed:,} of {len(labels):,} images ({100 * changed / len(labels):.2f} %) change "
-            f"their predicted class from {names[0]} to {names[1]}. "
-        )
-        verdict += (
-            f"Accuracy changes by {points:+.2f} points, so this difference explains at most "
-            f"{abs(points):.2f} points of an accuracy gap."
-            if points
-            else f"Accuracy does not change, {no_gap}"
-        )
     return {
         "a": names[0],
         "b": names[1],
@@ -558,5 +453,32 @@ def compare(
         "changed": changed,
         "median_difference": float(distance.median()),
         "largest_difference": float(distance.max()),
-        "verdict": verdict,
+        "verdict": _verdict(names, len(labels), changed, correct[1] - correct[0]),
     }
+
+
+def _verdict(names: tuple[str, str], images: int, changed: int, gained: int) -> str:
+    """State how many predictions change, and how much of an accuracy gap this explains.
+
+    Args:
+        names: names of the two models.
+        images: number of images.
+        changed: number of images whose predicted class changes.
+        gained: number of correct predictions of the second model minus that of the first.
+    """
+    no_gap = "so this difference does not explain any accuracy gap."
+    if not changed:
+        return (
+            f"{names[0]} and {names[1]} predict the same class for all {images:,} images, {no_gap}"
+        )
+    points = 100 * gained / images
+    effect = (
+        f"Accuracy changes by {points:+.2f} points, so this difference explains at most "
+        f"{abs(points):.2f} points of an accuracy gap."
+        if gained
+        else f"Accuracy does not change, {no_gap}"
+    )
+    return (
+        f"{changed:,} of {images:,} images ({100 * changed / images:.2f} %) change their predicted "
+        f"class from {names[0]} to {names[1]}. {effect}"
+    )

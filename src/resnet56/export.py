@@ -20,11 +20,12 @@ from resnet56.backends import OnnxBackend, Outputs, TorchBackend
 from resnet56.data.augment import normalize
 from resnet56.data.dataset import Split
 from resnet56.errors import Error, MissingExtraError, RunError, option
-from resnet56.evaluation import BATCH, ProgressCallback, split_metrics
 from resnet56.files import write_bytes
-from resnet56.inference import restore
+from resnet56.inference import BATCH, restore
 from resnet56.libraries import import_onnxruntime
+from resnet56.metrics import split_metrics
 from resnet56.model import Architecture, BasicBlock, PadShortcut, ResNet, conv1x1
+from resnet56.progress import ProgressCallback
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.pretrained import config_to_metadata
 from resnet56.runs.schema import Metrics

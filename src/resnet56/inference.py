@@ -1,4 +1,4 @@
-"""Restore the model of a checkpoint, and optimize it for inference."""
+"""Restore the model of a checkpoint, optimize it for inference, and compute logits."""
 
 import copy
 
@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from resnet56.data.augment import normalize
 from resnet56.errors import NotFiniteError, RunError
 from resnet56.model import BLOCKS, PadShortcut, ResNet, build, norm_relu
+from resnet56.progress import ProgressCallback
 from resnet56.runs.checkpoint import Checkpoint, require_fit
-from resnet56.runtime import DTYPES, Precision
+from resnet56.runtime import DTYPES, Precision, autocast
+
+BATCH = 256  # batch size of an evaluation
 
 # The types of all modules in a model from `build`.
 _LAYERS = {
@@ -142,3 +146,57 @@ def _fold(parent: nn.Module) -> None:
             setattr(parent, previous, fuse_conv_bn_eval(conv, child))
             setattr(parent, name, nn.Identity())
         previous = name
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module,
+    images: Tensor,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    precision: Precision = "fp32",
+    batch: int = BATCH,
+    advance: ProgressCallback = lambda count: None,
+) -> Tensor:
+    """Compute the logits of images, without augmentation.
+
+    Args:
+        model: a model in evaluation mode. The function converts a model from `build` to an
+            `InferenceModel`, unless its layers have changed, for example by `torch.nn.utils.prune`.
+        images: (N, 3, 32, 32) uint8, on any device.
+        mean: channel means of the training images, for pixels in [0, 1].
+        std: channel standard deviations of the training images, for pixels in [0, 1].
+        precision: precision of the forward pass.
+        batch: batch size.
+        advance: function that is called after each batch with its size.
+
+    Returns:
+        (N, C) float32 on the CPU.
+
+    Raises:
+        NotFiniteError: a logit is not finite.
+    """
+    model, precision = folded(model, precision)
+    device = next(model.parameters()).device
+    mean_std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    outputs = []
+    for chunk in images.split(batch):
+        inputs = normalize(chunk.to(device), *mean_std)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            outputs.append(model(inputs).float())
+        advance(len(chunk))
+    logits = torch.cat(outputs).cpu()
+    if not bool(logits.isfinite().all()):
+        raise NotFiniteError(NONFINITE_MESSAGE)
+    return logits
+
+
+def folded(model: nn.Module, precision: Precision) -> tuple[nn.Module, Precision]:
+    """Convert a model from `build` to an `InferenceModel`, which runs without autocast.
+
+    Other models are returned as they are.
+    """
+    if isinstance(model, ResNet) and can_fold(model):
+        return InferenceModel(model, precision), "fp32"
+    return model, precision

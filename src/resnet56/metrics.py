@@ -6,13 +6,20 @@ confusion matrix, top-k accuracy, and calibration. Fractions are in [0, 1]. Loss
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from resnet56.errors import UsageError
 from resnet56.notebook import table
+from resnet56.progress import percent
 from resnet56.runs.schema import Calibration, ConfusedPair, Metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resnet56.data.dataset import Split
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
@@ -48,11 +55,6 @@ def metrics_table(splits: Mapping[str, Metrics], caption: str = "") -> str:
         )
     columns = ("", "images", "accuracy", "95 % interval", "loss", "calibration error")
     return table(rows, columns=columns, caption=caption)
-
-
-def percent(fraction: float) -> str:
-    """Format a fraction: 0.9482 -> '94.82 %'."""
-    return f"{100 * fraction:.2f} %"
 
 
 def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ...]) -> Metrics:
@@ -108,6 +110,28 @@ def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ..
         calibration=calibration(probabilities, labels),
     )
     return cast(Metrics, result)
+
+
+def split_metrics(logits: "Tensor", split: "Split", classes: tuple[str, ...]) -> Metrics:
+    """Return the metrics of (N, C) logits on `split`, in the format of evaluation.json.
+
+    Raises:
+        UsageError: there are no images, or the logits or labels do not match the classes.
+    """
+    if not len(split):
+        raise UsageError("cannot evaluate a split without images")
+    if logits.shape[1] != len(classes):
+        raise UsageError(
+            f"the model has {logits.shape[1]} outputs, but {len(classes)} class names; pass one "
+            "name per output"
+        )
+    low, high = int(split.labels.min()), int(split.labels.max())
+    if low < 0 or high >= len(classes):
+        raise UsageError(
+            f"the labels range from {low} to {high}, but the model has {len(classes)} classes; "
+            "convert the data set with Dataset.for_classes"
+        )
+    return compute_metrics(logits.numpy(), split.labels.cpu().numpy(), classes)
 
 
 def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:

@@ -155,7 +155,8 @@ class Predictor:
             UsageError: there are no images, or a label is not the index of a class.
             NotFiniteError: a logit is not finite.
         """
-        from resnet56.evaluation import BATCH, split_metrics
+        from resnet56.inference import BATCH
+        from resnet56.metrics import split_metrics
 
         logits = self.backend.logits(split.images, BATCH, lambda count: None)
         return split_metrics(logits, split, self.classes)

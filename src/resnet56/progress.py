@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from html import escape
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,7 +17,10 @@ from resnet56.errors import escape_line
 if TYPE_CHECKING:
     from resnet56.runs.schema import EpochMetrics, Evaluation
 
+# A function that is called with the number of images processed since the last call.
 ProgressCallback = Callable[[int], None]
+# A function that creates progress callbacks from a description and the number of images.
+ProgressFactory = Callable[[str, int], AbstractContextManager[ProgressCallback]]
 
 LINE_EVERY = 60.0  # seconds between status lines if the output is not a terminal
 SKIP_WITHIN = 5.0  # minimum seconds between epoch lines of a command in a notebook
@@ -35,6 +38,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def no_progress(description: str, total: int) -> AbstractContextManager[ProgressCallback]:
+    """A `ProgressFactory` that displays nothing."""
+    return nullcontext(lambda count: None)
 
 
 class Output:

@@ -25,8 +25,7 @@ from resnet56 import cadence
 from resnet56.data import augment, batches
 from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, TrainingError, UsageError
-from resnet56.evaluation import predict_logits
-from resnet56.inference import restore
+from resnet56.inference import predict_logits, restore
 from resnet56.progress import TrainingDisplay, stream_output
 from resnet56.recipe import Recipe, read
 from resnet56.report.read import read_run

@@ -27,9 +27,8 @@ from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.batches import Batches
 from resnet56.data.dataset import Dataset, Split, Triple, channel_statistics
 from resnet56.errors import MissingExtraError, UsageError, option
-from resnet56.evaluation import predict_logits
 from resnet56.export import to_onnx
-from resnet56.inference import InferenceModel
+from resnet56.inference import InferenceModel, predict_logits
 from resnet56.model import build
 from resnet56.recipe import Recipe
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress
