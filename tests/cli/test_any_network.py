@@ -149,8 +149,10 @@ def test_the_model_is_built_once(
     command = ["import", str(forms["file"]), "--out", str(run), "--data", str(data), *CONSTANTS]
     assert cli.main(command) == 0
     assert len(built) == 1
-    assert cli.main(["evaluate", str(run), "--robustness", "1"]) == 0
-    assert len(built) == 2
+    for command in (["--robustness", "1"], ["--parity", "fp32,bf16"]):
+        built.clear()
+        assert cli.main(["evaluate", str(run), *command]) == 0
+        assert len(built) == 1
 
 
 def test_a_failed_import_leaves_no_files(

@@ -1,6 +1,6 @@
 """The `resnet56 evaluate` command."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -190,25 +190,29 @@ def _compare(network: "Network", split: "Split", options: EvaluateOptions, *, ow
     """Compare the network in the two configurations of `--parity`. Saves the result if `own`."""
     from resnet56 import runtime
     from resnet56.cli.tables import show_comparison
-    from resnet56.evaluation import compare, evaluated_model
+    from resnet56.evaluation import EvaluatedModel, compare, evaluated_model
     from resnet56.export import OnnxModel
     from resnet56.files import to_json
 
+    opened = network.classifier
     names: list[str] = []
     classifiers: list[Classifier] = []
     for side in (options.parity or "").split(","):
         if side == "onnx":
             names.append("ONNX Runtime")
-            if isinstance(network.classifier, OnnxModel):
-                classifiers.append(network.classifier)
+            if isinstance(opened, OnnxModel):
+                classifiers.append(opened)
             else:
                 classifiers.append(OnnxModel.from_checkpoint(network.checkpoint, options.threads))
             continue
         is_device = side != "torch" and side not in runtime.DTYPES
-        device = runtime.resolve_device(side) if is_device else network.classifier.device
+        device = runtime.resolve_device(side) if is_device else opened.device
         precision = runtime.resolve_precision(side if side in runtime.DTYPES else "fp32", device)
         names.append(f"{device} {precision}")
-        classifiers.append(evaluated_model(network.checkpoint, device, precision))
+        if isinstance(opened, EvaluatedModel) and opened.device == device:
+            classifiers.append(replace(opened, precision=precision))
+        else:
+            classifiers.append(evaluated_model(network.checkpoint, device, precision))
     first, second = classifiers
     comparison = compare(first, second, (names[0], names[1]), split, show_progress)
     if own and network.run is not None:
