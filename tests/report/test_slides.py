@@ -136,6 +136,12 @@ def test_the_verb_agrees_with_the_number_of_mistakes(runs: dict[str, Path]) -> N
         assert slides.mistakes(facts).title.startswith(title)
 
 
+def test_the_processor_is_named_without_trademark_signs(runs: dict[str, Path]) -> None:
+    facts = read_run(runs["full"])
+    facts = replace(facts, environment={"processor": "Intel(R) Xeon(R) Processor"})
+    assert slides.opening(facts).sentences[-1].endswith("on Intel Xeon Processor.")
+
+
 def test_slides_about_a_hundred_classes_show_the_largest_errors(
     runs: dict[str, Path], decks: dict[str, Page]
 ) -> None:

@@ -49,7 +49,7 @@ def content(facts: RunFacts) -> dict[str, Any]:
         "no_curves": statements.no_curves(facts),
         "curves_note": curves_note(facts),
         "normalization": normalization(facts),
-        "machine": machine(facts.environment),
+        "machine": statements.machine(facts.environment),
         "command": command(facts.environment),
     }
 
@@ -188,12 +188,6 @@ def recipe_table(facts: RunFacts) -> dict[str, str]:
         fields = recipe_words.fields(facts.recipe, flips=facts.flips, custom=facts.custom)
         fields |= {kind: part["name"] for kind, part in facts.custom.items()}
     return {name: words.plain(value) for name, value in fields.items()}
-
-
-def machine(environment: Mapping[str, Any]) -> str | None:
-    """Return the name of the GPU, or of the processor without a GPU. Omits trademark signs."""
-    name = environment.get("gpu") or environment.get("processor")
-    return re.sub(r"\((R|TM)\)", "", name) if name else None
 
 
 def command(environment: Mapping[str, Any]) -> str | None:

@@ -95,7 +95,7 @@ def slides(facts: RunFacts) -> list[Slide]:
 def opening(facts: RunFacts) -> Slide:
     """Return the slide on the main result, the data and the training run."""
     sentences = [f"{facts.source}."] if facts.source else []
-    machine = facts.environment.get("gpu") or facts.environment.get("processor")
+    machine = statements.machine(facts.environment)
     if facts.rows:
         on = f" on {machine}" if machine else ""
         epochs = plural(facts.progress.epoch, "epoch")

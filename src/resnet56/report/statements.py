@@ -1,5 +1,9 @@
 """Statements about a run that the report, the slides, and comparisons share."""
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 from resnet56.report import story, words
 from resnet56.report.read import RunFacts
 from resnet56.report.story import Gap
@@ -53,3 +57,9 @@ def no_curves(facts: RunFacts) -> str:
     if not facts.stored:
         return "The package includes the recipe of these weights, but not their training curves."
     return "No epoch is finished yet, so there are no curves."
+
+
+def machine(environment: Mapping[str, Any]) -> str | None:
+    """Return the name of the GPU, or of the processor without a GPU. Omits trademark signs."""
+    name = environment.get("gpu") or environment.get("processor")
+    return re.sub(r"\((R|TM)\)", "", name) if name else None
