@@ -20,7 +20,7 @@ from resnet56.runs.directory import RunDirectory
 from resnet56.runs.pretrained import is_onnx
 from resnet56.runs.sources import open_model
 from resnet56.runtime import resolve_device, resolve_precision
-from resnet56.threads import set_threads
+from resnet56.threads import check_threads, set_threads
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,12 @@ def open_network(
 
     Raises:
         RunError: the network does not exist or is damaged.
-        UsageError: the device or the precision is not available.
+        UsageError: the device or the precision is not available, or the number of threads is
+            invalid.
         MissingExtraError: the network is an ONNX file, and ONNX Runtime is not installed.
     """
+    if threads is not None:
+        check_threads(threads)
     path = Path(name_or_path)
     if is_onnx(path):
         if device not in ("auto", "cpu") or precision not in ("auto", "fp32"):

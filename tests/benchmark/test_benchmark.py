@@ -102,8 +102,8 @@ def test_the_measured_step_is_the_step_of_training(
 ) -> None:
     made: list[Trainer] = []
 
-    def recorded(*arguments: Any) -> Trainer:
-        made.append(Trainer(*arguments))
+    def recorded(*arguments: Any, **options: Any) -> Trainer:
+        made.append(Trainer(*arguments, **options))
         return made[-1]
 
     monkeypatch.setattr(benchmark, "Trainer", recorded)
