@@ -390,6 +390,33 @@ def test_ema_of_constant_weights_is_constant() -> None:
     assert_equal(ema.tensors, model.state_dict())
 
 
+def test_ema_with_a_tensor_as_weight_matches_a_number() -> None:
+    averages = [EMA(build("resnet8", seed=0), 0.9) for _ in range(2)]
+    state = build("resnet8", seed=1).state_dict()
+    state["bn1.num_batches_tracked"] += 7
+    averages[0].update(state, 0.3)
+    averages[1].update(state, torch.tensor(0.3))
+    for name, tensor in averages[0].tensors.items():
+        torch.testing.assert_close(averages[1].tensors[name], tensor, rtol=1e-6, atol=1e-7)
+    assert int(averages[1].tensors["bn1.num_batches_tracked"]) == 7
+
+
+def test_steps_with_tensors_match_steps_with_numbers() -> None:
+    """A CUDA graph reads the learning rate, EMA weights and step number from tensors."""
+    fields = {"ema_decay": (0.9, 0.99), "val_size": 1, "nesterov": True}
+    numbers, tensors = make_trainer(make_recipe(**fields)), make_trainer(make_recipe(**fields))
+    tensors.graphs = lambda *inputs, variant: tensors._run_step(*inputs, variant)  # type: ignore[assignment]
+    for step in range(3):
+        for trainer in (numbers, tensors):
+            trainer.step(*batch(step), LR / (step + 1), step)
+    torch.testing.assert_close(tensors.sums, numbers.sums)
+    expected = {**numbers.weights(), **numbers.state()}
+    for name, tensor in {**tensors.weights(), **tensors.state()}.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+    tensors.step(torch.full_like(batch(0)[0], torch.nan), batch(0)[1], LR, 3)
+    assert tensors.first_nonfinite_step == 3
+
+
 def test_several_emas_match_runs_with_one_ema_each() -> None:
     several = make_trainer(make_recipe(ema_decay=(0.3, 0.9), val_size=1))
     run(several, range(4))
@@ -566,3 +593,9 @@ def test_an_overflow_in_the_first_step_does_not_change_later_steps() -> None:
         run(trainer, range(1, 4))
     assert_equal(dict(overflowed.model.named_parameters()), dict(plain.model.named_parameters()))
     assert_equal(overflowed.state(), plain.state())
+
+
+def test_cuda_graphs_require_a_cuda_device() -> None:
+    with pytest.raises(UsageError, match="cuda-graph execution is not available: it requires a"):
+        prepare_model(build("resnet8"), "cuda-graph", "bf16")
+    assert "cuda-graph" not in prepare_model(build("resnet8"), "auto", "fp32").reason

@@ -32,9 +32,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     # it creates. Buffers of zeros result in the same first step. The state of a checkpoint is also
     # compared with these buffers.
     if recipe.optimizer == "adamw":
-        adamw = torch.optim.AdamW(
-            groups, lr=recipe.lr, fused=True, capturable=parameters[0].is_cuda
-        )
+        adamw = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
         for parameter in parameters:
             adamw.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),

@@ -53,7 +53,7 @@ def prepare_model(
     precision: Precision,
     *,
     builtin: bool = True,
-    builtin_step: bool = True,
+    graph_step: bool = True,
 ) -> PreparedModel:
     """Prepare a model for an execution mode. All modes agree to within rounding error.
 
@@ -64,8 +64,8 @@ def prepare_model(
             minute to compile and is faster only in long runs.
         precision: precision of the forward pass.
         builtin: whether the model is a network from `build`. The kernels support no other models.
-        builtin_step: whether the loss and the optimizer are built-in. Others may wait for the
-            device, which a CUDA graph does not support.
+        graph_step: whether a CUDA graph supports the loss and the optimizer. Custom ones may wait
+            for the device, and AdamW has not been tested.
 
     Raises:
         UsageError: the execution mode is not available on this machine.
@@ -79,7 +79,7 @@ def prepare_model(
         require_builtin()
         assert isinstance(model, ResNet)
         if _device(model).type == "cuda":
-            _require_graph(model, precision, builtin_step)
+            _require_graph(model, precision, graph_step)
             return PreparedModel(_triton(model, precision), "native", cuda_graphs=True)
         _require_cpu(model)
         allow_avx512 = execution == "native"
@@ -93,7 +93,7 @@ def prepare_model(
 
     def cuda_graph() -> PreparedModel:
         require_builtin()
-        _require_graph(model, precision, builtin_step)
+        _require_graph(model, precision, graph_step)
         return PreparedModel(model, "cuda-graph", cuda_graphs=True)
 
     if execution == "compiled":
@@ -133,14 +133,14 @@ def _require_cpu(model: nn.Module) -> None:
         raise UnavailableError("the kernels do not support this device")
 
 
-def _require_graph(model: nn.Module, precision: Precision, builtin_step: bool) -> None:
+def _require_graph(model: nn.Module, precision: Precision, graph_step: bool) -> None:
     """Raise UnavailableError if a training step cannot run as a CUDA graph."""
     if _device(model).type != "cuda":
         raise UnavailableError("it requires a CUDA device")
     if precision == "fp16":
         raise UnavailableError("it does not support fp16")
-    if not builtin_step:
-        raise UnavailableError("it does not support a custom loss or optimizer")
+    if not graph_step:
+        raise UnavailableError("it supports only SGD and the built-in losses")
 
 
 def _require_bf16_training(model: ResNet, precision: Precision) -> None:

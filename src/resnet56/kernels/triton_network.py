@@ -12,6 +12,7 @@ has the same result.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,20 @@ from resnet56.model import BasicBlock, ResNet, build
 
 
 class Tile(NamedTuple):
-    """The part of a feature map that a program processes at once, and how often it does so."""
+    """How a kernel divides a feature map.
+
+    Attributes:
+        rows: positions that a program processes at once.
+        warps: number of warps per program.
+        repeats: number of times that a program processes `rows` positions.
+    """
 
     rows: int
     warps: int
     repeats: int = 1
 
 
-# The fastest tiles on an H100, for each kernel and number of channels of its output.
+# The fastest tiles on an H100 for each kernel, by the number of channels of its output.
 CONVOLVE = {16: Tile(256, 4), 32: Tile(128, 4), 64: Tile(64, 4)}
 CONVOLVE_BACKWARD = {16: Tile(256, 4), 32: Tile(64, 4), 64: Tile(64, 4)}
 WEIGHT_GRADIENT = {16: Tile(128, 2, 8), 32: Tile(64, 2, 8), 64: Tile(64, 4, 4)}
@@ -43,7 +50,7 @@ SUM_GRADIENTS = {16: Tile(256, 8, 4), 32: Tile(256, 4), 64: Tile(128, 4)}
 @triton.jit
 def _convolve(
     x_ptr, weight_ptr, out_ptr, addend_ptr, sums_ptr, positions, h_in, w_in, h_out, w_out,
-    channels_in: tl.constexpr, block_in: tl.constexpr, channels_out: tl.constexpr,
+    channels_in: tl.constexpr, block: tl.constexpr, channels_out: tl.constexpr,
     weight_stride_in: tl.constexpr, weight_stride_out: tl.constexpr,
     weight_stride_tap: tl.constexpr, stride: tl.constexpr, transposed: tl.constexpr,
     add: tl.constexpr, sums: tl.constexpr, rows: tl.constexpr,
@@ -52,41 +59,36 @@ def _convolve(
     program = tl.program_id(0)
     row = program * rows + tl.arange(0, rows)
     valid = row < positions
-    x_out = row % w_out
-    y_out = (row // w_out) % h_out
+    step: tl.constexpr = 1 if transposed else stride
+    x_first = (row % w_out) * step - 1
+    y_first = ((row // w_out) % h_out) * step - 1
     image = row // (w_out * h_out)
-    c_in = tl.arange(0, block_in)
+    c_in = tl.arange(0, block)
+    known = c_in < channels_in
     c_out = tl.arange(0, channels_out)
     total = tl.zeros((rows, channels_out), tl.float32)
     for tap in tl.static_range(9):
-        if transposed:
-            y = y_out + 1 - tap // 3
-            x = x_out + 1 - tap % 3
-            inside = valid & (y >= 0) & (x >= 0)
-            if stride > 1:
-                inside = inside & (y % stride == 0) & (x % stride == 0)
-                y = y // stride
-                x = x // stride
-        else:
-            y = y_out * stride + tap // 3 - 1
-            x = x_out * stride + tap % 3 - 1
-            inside = valid & (y >= 0) & (x >= 0)
+        y = y_first + tap // 3
+        x = x_first + tap % 3
+        inside = valid & (y >= 0) & (x >= 0)
+        if transposed and stride > 1:
+            inside = inside & (y % stride == 0) & (x % stride == 0)
+            y = y // stride
+            x = x // stride
         inside = inside & (y < h_in) & (x < w_in)
-        offset = ((image * h_in + y) * w_in + x) * channels_in
+        place = ((image * h_in + y) * w_in + x) * channels_in
         pixels = tl.load(
-            x_ptr + offset[:, None] + c_in[None, :],
-            mask=inside[:, None] & (c_in[None, :] < channels_in),
-            other=0.0,
-        ).to(tl.bfloat16)
+            x_ptr + place[:, None] + c_in[None, :], mask=inside[:, None] & known[None, :], other=0.0
+        )
         weight = tl.load(
             weight_ptr
+            + (8 - tap if transposed else tap) * weight_stride_tap
             + c_in[:, None] * weight_stride_in
-            + c_out[None, :] * weight_stride_out
-            + tap * weight_stride_tap,
-            mask=(c_in[:, None] < channels_in) & (c_out[None, :] >= 0),
+            + c_out[None, :] * weight_stride_out,
+            mask=known[:, None] & (c_out >= 0)[None, :],
             other=0.0,
-        ).to(tl.bfloat16)
-        total = tl.dot(pixels, weight, total)
+        )
+        total = tl.dot(pixels.to(tl.bfloat16), weight, total)
     place = row[:, None] * channels_out + c_out[None, :]
     if add:
         total += tl.load(addend_ptr + place, mask=valid[:, None], other=0.0).to(tl.float32)
@@ -310,6 +312,11 @@ def _empty(like: Tensor, channels: int, stride: int = 1) -> Tensor:
     )
 
 
+def _block(channels_in: int) -> int:
+    """Return the size of a block of input channels. Images have 3 channels, and Triton needs 16."""
+    return max(16, channels_in)
+
+
 def _positions(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
@@ -328,7 +335,7 @@ def convolve(
     )
     _convolve[(programs,)](
         x, weight, out, x, partial, positions, *x.shape[2:], *out.shape[2:],
-        channels_in, max(channels_in, 16), channels_out,
+        channels_in, _block(channels_in), channels_out,
         1, 9 * channels_in, channels_in, stride, False, False, sums, tile.rows,
         num_warps=tile.warps,
     )  # fmt: skip
@@ -362,19 +369,19 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Ten
     partial = torch.empty((programs, size), dtype=torch.float32, device=x.device)
     _weight_gradient[(programs, 3)](
         x, grad, partial, positions, *x.shape[2:], *grad.shape[2:],
-        channels_in, max(channels_in, 16), channels_out, stride, tile.rows, tile.repeats,
+        channels_in, _block(channels_in), channels_out, stride, tile.rows, tile.repeats,
         num_warps=tile.warps,
     )  # fmt: skip
-    out = torch.empty_like(weight)
+    out = torch.empty_like(weight, dtype=torch.float32)
     _add_partials[(triton.cdiv(size, 128),)](partial, out, programs, size, 32, 128)
     return out
 
 
 def convolve_normalize(
-    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, residual: Tensor | None
+    x: Tensor, weight: Tensor, stride: int, norm: nn.BatchNorm2d, residual: Tensor | None
 ) -> Saved:
-    """Compute relu(norm(conv(x)) + residual), and update the running statistics of `norm`."""
-    y, sums = convolve(x, conv.weight, conv.stride[0], sums=True)
+    """Compute relu(norm(convolution(x)) + residual), and update the running statistics."""
+    y, sums = convolve(x, weight, stride, sums=True)
     channels, positions = y.shape[1], _positions(y)
     statistics = torch.empty((2, channels), dtype=torch.float32, device=x.device)
     _finish_statistics[(channels // 16,)](
@@ -388,7 +395,7 @@ def convolve_normalize(
         positions, channels, residual is not None, tile.rows,
         num_warps=tile.warps,
     )  # fmt: skip
-    return Saved(x, conv.weight, norm.weight, y, statistics, out)
+    return Saved(x, weight, norm.weight, y, statistics, out)
 
 
 def normalize_backward(
@@ -423,9 +430,9 @@ class _Stem(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, model: ResNet, images: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
+        ctx: Any, norm: nn.BatchNorm2d, weight: Tensor, images: Tensor, *parameters: Tensor
     ) -> Tensor:
-        saved = convolve_normalize(images, model.conv1, model.bn1, None)
+        saved = convolve_normalize(images, weight, 1, norm, None)
         ctx.save_for_backward(*saved)
         return saved.out
 
@@ -435,25 +442,32 @@ class _Stem(torch.autograd.Function):
         saved = Saved(*ctx.saved_tensors)
         grad = grad.contiguous(memory_format=torch.channels_last)
         y_grad, _, scale, bias = normalize_backward(grad, saved, residual=False)
-        return None, None, weight_gradient(y_grad, saved.x, saved.weight, 1), scale, bias
+        weight = weight_gradient(y_grad, saved.x, saved.weight, 1)
+        return None, None, None, weight, scale, bias
 
 
 class _Block(torch.autograd.Function):
     """A basic block.
 
-    `residual` is the output of the shortcut if it is not the identity, and None otherwise.
+    `weights` are the weights of both convolutions in bf16. `residual` is the output of the shortcut
+    if it is not the identity, and None otherwise.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, block: BasicBlock, x: Tensor, residual: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        block: BasicBlock,
+        weights: Sequence[Tensor],
+        x: Tensor,
+        residual: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         identity = isinstance(block.shortcut, nn.Identity)
-        first = convolve_normalize(x, block.conv1, block.bn1, None)
-        added = x if identity else residual
-        second = convolve_normalize(first.out, block.conv2, block.bn2, added)
-        ctx.identity, ctx.has_residual = identity, added is not None
         ctx.stride = block.conv1.stride[0]
+        first = convolve_normalize(x, weights[0], ctx.stride, block.bn1, None)
+        added = x if identity else residual
+        second = convolve_normalize(first.out, weights[1], 1, block.bn2, added)
+        ctx.identity, ctx.has_residual = identity, added is not None
         ctx.save_for_backward(*first, *second)
         return second.out
 
@@ -472,7 +486,7 @@ class _Block(torch.autograd.Function):
         x = convolve_backward(y1, first.x, first.weight, ctx.stride, addend)
         if ctx.identity:
             residual = None
-        return None, x, residual, weight1, scale1, bias1, weight2, scale2, bias2
+        return None, None, x, residual, weight1, scale1, bias1, weight2, scale2, bias2
 
 
 def triton_network(model: ResNet) -> "TritonNetwork":
@@ -501,6 +515,15 @@ class TritonNetwork(nn.Module):
     def __init__(self, model: ResNet) -> None:
         super().__init__()
         self.model = model
+        self._weights: list[Tensor] = [
+            m.weight
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Conv2d) and "shortcut" not in name
+        ]
+        self._bf16_weights = [
+            torch.empty_like(weight, dtype=torch.bfloat16, memory_format=torch.channels_last)
+            for weight in self._weights
+        ]
         self._counts = [
             m.num_batches_tracked
             for m in model.modules()
@@ -513,22 +536,27 @@ class TritonNetwork(nn.Module):
         if not (model.training and torch.is_grad_enabled()):
             return model(images)  # type: ignore[no-any-return]
         torch._foreach_add_(self._counts, 1)
-        images = images.contiguous(memory_format=torch.channels_last)
-        x: Tensor = _Stem.apply(model, images, model.conv1.weight, model.bn1.weight, model.bn1.bias)
+        with torch.no_grad():
+            torch._foreach_copy_(self._bf16_weights, self._weights)
+        weights = iter(self._bf16_weights)
+        x: Tensor = _Stem.apply(
+            model.bn1, next(weights), images.contiguous(memory_format=torch.channels_last),
+            model.conv1.weight, model.bn1.weight, model.bn1.bias,
+        )  # fmt: skip
         for stage in (model.stage1, model.stage2, model.stage3):
             for block in stage:
                 assert isinstance(block, BasicBlock)
-                x = _run_block(block, x)
+                x = _run_block(block, (next(weights), next(weights)), x)
         pooled = x.mean(dim=(2, 3), dtype=torch.float32)
         return model.fc(pooled)  # type: ignore[no-any-return]
 
 
-def _run_block(block: BasicBlock, x: Tensor) -> Tensor:
+def _run_block(block: BasicBlock, weights: Sequence[Tensor], x: Tensor) -> Tensor:
     residual = None
     if block.shortcut is not None and not isinstance(block.shortcut, nn.Identity):
         residual = block.shortcut(x).contiguous(memory_format=torch.channels_last)
     out: Tensor = _Block.apply(
-        block, x, residual,
+        block, weights, x, residual,
         block.conv1.weight, block.bn1.weight, block.bn1.bias,
         block.conv2.weight, block.bn2.weight, block.bn2.bias,
     )  # fmt: skip

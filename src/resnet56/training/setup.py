@@ -182,7 +182,9 @@ def _build_trainer(
             recipe.execution,
             precision,
             builtin=builtin,
-            builtin_step=custom.loss is None and custom.optimizer is None,
+            graph_step=custom.loss is None
+            and custom.optimizer is None
+            and recipe.optimizer == "sgd",
         )
         trainer = Trainer(
             model,
