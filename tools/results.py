@@ -47,6 +47,7 @@ CHANGED_HEAD = (
     "machine",
 )
 TRIAL_HEAD = ("command", "seed", "validation, %", "training, %", "corrupted test images, %")
+SEARCH_HEAD = ("augmentation", "weight decay", "EMA decay", "validation, %", "validation loss")
 
 
 def keep(run: RunDirectory, name: str) -> None:
@@ -225,6 +226,24 @@ def trials() -> list[tuple[str, ...]]:
     return [row for _, row in sorted(found)]
 
 
+def candidates() -> list[tuple[str, ...]]:
+    """Return one row per run and EMA of the search in results/search90, the best first."""
+    found = []
+    for directory in (RESULTS / "search90").iterdir():
+        recipe = read_json(directory / "recipe.json")
+        names = {"none": "Cutout", "cutmix": "CutMix, Cutout", "ricap": "RICAP"}
+        for ema in read_json(directory / "ema.json")["ema_candidates"]:
+            row = (
+                names[recipe["mix"]],
+                f"{recipe['weight_decay']:g}",
+                f"{ema['decay']:g}",
+                percent([ema["val_accuracy"]]),
+                f"{ema['val_loss']:.3f}",
+            )
+            found.append((-ema["val_accuracy"], row))
+    return [row for _, row in sorted(found)]
+
+
 def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     """Format a Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
@@ -297,7 +316,7 @@ if __name__ == "__main__":
         case []:
             tables = [table(HEAD, rows())]
             tables += [table(CHANGED_HEAD, lines) for lines in variations().values()]
-            tables.append(table(TRIAL_HEAD, trials()))
+            tables += [table(TRIAL_HEAD, trials()), table(SEARCH_HEAD, candidates())]
             print("\n\n".join(tables))
         case ["keep", run, name]:
             keep(RunDirectory(Path(run)), name)
