@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from resnet56.ema import EMA, reestimate_batch_norm
 from resnet56.errors import UsageError
+from resnet56.execution import prepare_model
 from resnet56.model import build
 from resnet56.optimizer import make_optimizer
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.runs.checkpoint import not_finite
-from resnet56.step import Trainer, learning_rate, prepare_model
+from resnet56.step import Trainer, learning_rate
 
 CPU = torch.device("cpu")
 BATCH = 8

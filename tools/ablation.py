@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from resnet56.benchmark.interleave import Candidate, interleave, summarize
 from resnet56.errors import UsageError
+from resnet56.execution import prepare_model
 from resnet56.model import build
 from resnet56.recipe import Recipe
 from resnet56.runtime import Precision, resolve_precision
-from resnet56.step import Trainer, prepare_model
+from resnet56.step import Trainer
 
 CPU = torch.device("cpu")
 USAGE = "usage: python tools/ablation.py [ARCH] [BATCH] [ROUNDS]"

@@ -1,8 +1,7 @@
 """Training steps: forward and backward pass, optimizer, schedule and EMA."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +10,10 @@ from torch.nn import functional as F
 from resnet56.custom import Custom
 from resnet56.distillation import Teachers, distillation_loss
 from resnet56.ema import EMA
-from resnet56.errors import UsageError, option
-from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.cuda_graph import CUDAGraphs
-from resnet56.kernels.fused import fused_norm_relu
-from resnet56.kernels.native import native_network
-from resnet56.model import ResNet
 from resnet56.optimizer import StateValues, make_optimizer, restore_state, state_of, trainable
-from resnet56.recipe import Execution, Recipe
-from resnet56.runtime import DTYPES, Precision, autocast
+from resnet56.recipe import Recipe
+from resnet56.runtime import Precision, autocast
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -34,153 +28,6 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     if recipe.schedule == "cosine":
         return recipe.lr * 0.5 * (1 + math.cos(math.pi * fraction))
     return recipe.lr * (1 - fraction)
-
-
-@dataclass(frozen=True)
-class PreparedModel:
-    """The module for the forward pass, and its execution mode."""
-
-    module: nn.Module
-    execution: Execution
-    reason: str = ""  # the reason why a faster mode is not available
-    remedy: str = ""  # what the user can do to make the faster mode available
-    cuda_graphs: bool = False  # whether to run the training step as a CUDA graph
-
-
-def prepare_model(
-    model: nn.Module,
-    execution: str,
-    precision: Precision,
-    *,
-    builtin: bool = True,
-    graph_step: bool = True,
-) -> PreparedModel:
-    """Prepare a model for an execution mode. All modes agree to within rounding error.
-
-    Args:
-        model: the model on its device. Fused execution changes the model in place.
-        execution: the field `execution` of a recipe. On a CPU, `auto` selects native execution only
-            if there is a matrix unit. `auto` never selects `torch.compile`, which takes about a
-            minute to compile and is faster only in long runs.
-        precision: precision of the forward pass.
-        builtin: whether the model is a network from `build`. The kernels support no other models.
-        graph_step: whether a CUDA graph supports the loss and the optimizer. Custom ones may wait
-            for the device, and AdamW has not been tested.
-
-    Raises:
-        UsageError: the execution mode is not available on this machine.
-    """
-
-    def require_builtin() -> None:
-        if not builtin:
-            raise UnavailableError("it does not support custom models")
-
-    def native() -> PreparedModel:
-        require_builtin()
-        assert isinstance(model, ResNet)
-        if _device(model).type == "cuda":
-            _require_graph(model, precision, graph_step)
-            return PreparedModel(_triton(model, precision), "native", cuda_graphs=True)
-        _require_cpu(model)
-        allow_avx512 = execution == "native"
-        return PreparedModel(_native(model, precision, allow_avx512=allow_avx512), "native")
-
-    def fused() -> PreparedModel:
-        require_builtin()
-        assert isinstance(model, ResNet)
-        _require_cpu(model)
-        return PreparedModel(_fused(model, precision), "fused")
-
-    def cuda_graph() -> PreparedModel:
-        require_builtin()
-        _require_graph(model, precision, graph_step)
-        return PreparedModel(model, "cuda-graph", cuda_graphs=True)
-
-    if execution == "compiled":
-        _probe_compiler(model)
-        compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-        try:
-            cuda_graph()
-        except UnavailableError:
-            return PreparedModel(compiled, "compiled")
-        return PreparedModel(compiled, "compiled", cuda_graphs=True)
-    preparers: dict[str, Callable[[], PreparedModel]] = {
-        "native": native,
-        "fused": fused,
-        "cuda-graph": cuda_graph,
-    }
-    other = "fused" if _device(model).type == "cuda" else "cuda-graph"  # on the other device
-    reasons: list[str] = []
-    remedy = ""
-    for mode, prepare in preparers.items():
-        if execution == mode or (execution == "auto" and mode != other):
-            try:
-                return replace(prepare(), reason="; ".join(reasons))
-            except UnavailableError as error:
-                reasons.append(f"{mode} execution is not available: {error}")
-                remedy = error.remedy
-    if execution in preparers:
-        raise UsageError(f"{reasons[0]}; use {option('execution', 'auto')}")
-    return PreparedModel(model, "eager", "; ".join(reasons), remedy)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _require_cpu(model: nn.Module) -> None:
-    if _device(model).type != "cpu":
-        raise UnavailableError("the kernels do not support this device")
-
-
-def _require_graph(model: nn.Module, precision: Precision, graph_step: bool) -> None:
-    """Raise UnavailableError if a training step cannot run as a CUDA graph."""
-    if _device(model).type != "cuda":
-        raise UnavailableError("it requires a CUDA device")
-    if precision == "fp16":
-        raise UnavailableError("it does not support fp16")
-    if not graph_step:
-        raise UnavailableError("it supports only SGD and the built-in losses")
-
-
-def _require_bf16_training(model: ResNet, precision: Precision) -> None:
-    if precision != "bf16":
-        raise UnavailableError(f"it requires bf16, not {precision}")
-    if not all(parameter.requires_grad for parameter in model.parameters()):
-        raise UnavailableError("it does not support frozen layers")
-
-
-def _native(model: ResNet, precision: Precision, *, allow_avx512: bool) -> nn.Module:
-    _require_bf16_training(model, precision)
-    return native_network(model, allow_avx512=allow_avx512)
-
-
-def _triton(model: ResNet, precision: Precision) -> nn.Module:
-    _require_bf16_training(model, precision)
-    try:
-        from resnet56.kernels.triton_network import triton_network
-    except ImportError:
-        raise UnavailableError("Triton is not installed") from None
-    return triton_network(model)
-
-
-def _fused(model: ResNet, precision: Precision) -> nn.Module:
-    if precision == "fp16":
-        raise UnavailableError("it does not support fp16")
-    model.set_norm_relu(fused_norm_relu(DTYPES[precision]))
-    return model
-
-
-def _probe_compiler(model: nn.Module) -> None:
-    """Raise UsageError if `torch.compile` does not work on this machine."""
-    try:
-        torch.compile(torch.sin)(torch.ones(2, device=_device(model)))
-    except Exception as error:  # errors of Dynamo and Inductor have no common base class
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"torch.compile does not work on this machine: {message}; use "
-            f"{option('execution', 'eager')}"
-        ) from None
 
 
 class Trainer:

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet56.data.readers import load_data
+from resnet56.execution import prepare_model
 from resnet56.kernels import cuda_graph
 from resnet56.model import build
 from resnet56.recipe import RECIPES, Recipe
 from resnet56.runtime import resolve_device
-from resnet56.step import Trainer, prepare_model
+from resnet56.step import Trainer
 from resnet56.training import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA GPU")

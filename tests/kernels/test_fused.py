@@ -10,12 +10,13 @@ from requires_kernels import skip_without_kernel
 from torch import Tensor, nn
 
 from resnet56.errors import UsageError
+from resnet56.execution import prepare_model
 from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.fused import fused_norm_relu
 from resnet56.model import NormReLU, build, norm_relu
 from resnet56.recipe import Recipe
 from resnet56.runtime import Precision
-from resnet56.step import Trainer, prepare_model
+from resnet56.step import Trainer
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernels require Linux")
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet56.errors import UsageError
+from resnet56.execution import prepare_model
 from resnet56.kernels import plan
 from resnet56.kernels.compiler import UnavailableError
 from resnet56.kernels.native import NativeNetwork, native_network
 from resnet56.model import BasicBlock, BottleneckBlock, PadShortcut, ResNet, build
 from resnet56.recipe import Recipe
-from resnet56.step import Trainer, prepare_model
+from resnet56.step import Trainer
 
 VECTORS = "cc -mno-amx-tile -mno-amx-bf16"  # the same kernel, without the matrix unit
 

@@ -27,6 +27,7 @@ from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.batches import Batches
 from resnet56.data.dataset import Dataset, Split, Triple, channel_statistics
 from resnet56.errors import MissingExtraError, UsageError, option
+from resnet56.execution import prepare_model
 from resnet56.export import to_onnx
 from resnet56.inference import InferenceModel, predict_logits
 from resnet56.model import build
@@ -40,7 +41,7 @@ from resnet56.runtime import (
     resolve_device,
     resolve_precision,
 )
-from resnet56.step import Trainer, learning_rate, prepare_model
+from resnet56.step import Trainer, learning_rate
 
 START_REPEATS = 3  # how many times to start each program
 Log = Callable[[str], None]

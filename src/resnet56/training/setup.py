@@ -13,13 +13,14 @@ from resnet56.data.dataset import Dataset, Split, channel_statistics, training_s
 from resnet56.distillation import Teachers, fingerprint
 from resnet56.distributed import Distributed, synchronize_batch_norm
 from resnet56.errors import UsageError, option
+from resnet56.execution import PreparedModel, prepare_model
 from resnet56.model import build
 from resnet56.recipe import Recipe
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.schema import CustomPart, InitialWeights, Teacher
 from resnet56.runs.sources import open_model
 from resnet56.runtime import Precision, resolve_precision
-from resnet56.step import PreparedModel, Trainer, prepare_model
+from resnet56.step import Trainer
 from resnet56.training.fine_tuning import freeze, load_weights
 
 
