@@ -147,10 +147,10 @@ class Recipe:
 
     execution: ExecutionChoice = "auto"
     """Implementation of the training step. All implementations agree to within rounding
-    error. eager: PyTorch operations; fused: batch norm and ReLU in one kernel (CPU); native: C
-    kernels in bf16 (CPUs with AMX); cuda-graph: the PyTorch operations of a step as one CUDA graph;
-    compiled: torch.compile, which takes about a minute to compile; auto: the first of cuda-graph,
-    native, fused and eager that is available."""
+    error. eager: PyTorch operations; fused: batch norm and ReLU in one kernel (CPU); native:
+    kernels in bf16, in C (CPUs with AMX) or Triton (CUDA); cuda-graph: PyTorch operations in a CUDA
+    graph; compiled: torch.compile, which takes about a minute to compile; auto: the first of
+    native, fused, cuda-graph and eager that is available."""
 
     val_size: int = 0
     """Number of training images to use for validation instead of training. The split is stratified

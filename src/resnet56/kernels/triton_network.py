@@ -3,8 +3,9 @@
 The convolutions of these networks have few channels, so their time is the time to read and write
 feature maps. cuDNN's kernels for them are far from the limit of the memory, and PyTorch adds
 separate kernels for statistics, normalization, shortcut, ReLU and the conversion of weights. The
-kernels here compute batch statistics while a convolution writes its output, add gradients of
-shortcuts while they write gradients of inputs, and read weights in fp32.
+kernels here compute batch statistics while a convolution writes its output, and add gradients of
+shortcuts while they write gradients of inputs. All weights are converted to bf16 in one operation
+per step.
 
 Feature maps are bf16 in channels-last memory format, so that a feature map is a matrix of
 (N * H * W) positions and C channels. All sums are in fp32 and have a fixed order, so a step always
