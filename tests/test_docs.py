@@ -142,7 +142,9 @@ def test_documented_files_exist(page: Path) -> None:
         assert (ROOT / "src" / "resnet56" / path).exists() or (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("name", ["how-to/extend.md", "explanation/native-step.md"])
+@pytest.mark.parametrize(
+    "name", ["how-to/extend.md", "explanation/native-step.md", "explanation/gpu-step.md"]
+)
 def test_documented_names_exist_in_the_code(name: str) -> None:
     """Names in backticks such as `Augmentation.in_epoch` or `RECIPES`."""
     code = "\n".join(
