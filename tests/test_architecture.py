@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels.fused": {"kernels.compiler", "model"},
     "kernels.plan": {"kernels.compiler", "model"},
     "kernels.native": {"kernels.compiler", "kernels.plan", "model"},
-    "kernels.triton_network": {"kernels.compiler", "model"},
+    "kernels.triton_network": {"errors", "kernels.compiler", "model"},
     # runs
     "runs.schema": {"errors", "files"},
     "runs.checkpoint": {"errors", "files", "runs.schema"},

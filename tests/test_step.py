@@ -1,7 +1,9 @@
 """Training steps and schedules, compared with plain PyTorch."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ from requires_kernels import skip_without_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet56 import execution
 from resnet56.ema import EMA, reestimate_batch_norm
 from resnet56.errors import UsageError
 from resnet56.execution import prepare_model
+from resnet56.kernels.compiler import UnavailableError
 from resnet56.model import build
 from resnet56.optimizer import make_optimizer
 from resnet56.recipe import RECIPES, Recipe
@@ -600,3 +604,28 @@ def test_cuda_graphs_require_a_cuda_device() -> None:
     with pytest.raises(UsageError, match="cuda-graph execution is not available: it requires a"):
         prepare_model(build("resnet8"), "cuda-graph", "bf16")
     assert "cuda-graph" not in prepare_model(build("resnet8"), "auto", "fp32").reason
+
+
+def test_a_gpu_without_a_c_compiler_uses_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton needs a C compiler. The device is simulated, and nothing runs on it."""
+
+    def triton_network(model: nn.Module) -> nn.Module:
+        raise UnavailableError("Triton cannot compile the kernels: no compiler", "install gcc")
+
+    module = SimpleNamespace(triton_network=triton_network)
+    monkeypatch.setitem(sys.modules, "resnet56.kernels.triton_network", module)
+    monkeypatch.setattr(execution._Request, "device", torch.device("cuda"))
+    model = build("resnet8")
+    prepared = prepare_model(model, "auto", "bf16")
+    assert (prepared.execution, prepared.cuda_graphs) == ("cuda-graph", True)
+    assert prepared.remedy == "install gcc"
+    assert prepared.reason == (
+        "native execution is not available: Triton cannot compile the kernels: no compiler"
+    )
+    with pytest.raises(UsageError, match="Triton cannot compile the kernels"):
+        prepare_model(model, "native", "bf16")
+    assert prepare_model(model, "auto", "fp16").execution == "eager"
+    custom = prepare_model(model, "auto", "bf16", graph_step=False)
+    assert custom.execution == "eager"
+    assert "it supports only SGD and built-in losses" in custom.reason
+    assert not prepare_model(model, "eager", "bf16").cuda_graphs

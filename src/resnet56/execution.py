@@ -74,7 +74,8 @@ def prepare_model(
     for mode in automatic if execution == "auto" else (execution,):
         if mode in _PREPARERS:
             try:
-                return replace(_PREPARERS[mode](request), reason="; ".join(reasons))
+                prepared = _PREPARERS[mode](request)
+                return replace(prepared, reason="; ".join(reasons), remedy=remedy)
             except UnavailableError as error:
                 reasons.append(f"{mode} execution is not available: {error}")
                 remedy = error.remedy

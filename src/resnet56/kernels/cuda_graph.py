@@ -40,18 +40,20 @@ class CUDAGraphs:
             inputs: tensors of any values. A graph reads copies of them.
             variant: an argument that is not a tensor. Each value has its own graph.
         """
-        key = (variant, *((tensor.shape, tensor.dtype) for tensor in inputs))
-        if key not in self._graphs:
-            inputs = tuple(tensor.to(self.stream.device) for tensor in inputs)
-            self._calls[key] += 1
-            if self._calls[key] <= WARMUP_CALLS:
-                self._warm_up(inputs, variant)
-                return
-            self._graphs[key] = self._capture(inputs, variant)
-        graph, buffers = self._graphs[key]
-        for buffer, tensor in zip(buffers, inputs, strict=True):
-            buffer.copy_(tensor)
-        graph.replay()
+        # Triton and CUDA graphs use the current device, which can be another GPU.
+        with torch.cuda.device(self.stream.device):
+            key = (variant, *((tensor.shape, tensor.dtype) for tensor in inputs))
+            if key not in self._graphs:
+                inputs = tuple(tensor.to(self.stream.device) for tensor in inputs)
+                self._calls[key] += 1
+                if self._calls[key] <= WARMUP_CALLS:
+                    self._warm_up(inputs, variant)
+                    return
+                self._graphs[key] = self._capture(inputs, variant)
+            graph, buffers = self._graphs[key]
+            for buffer, tensor in zip(buffers, inputs, strict=True):
+                buffer.copy_(tensor)
+            graph.replay()
 
     def _warm_up(self, inputs: tuple[Tensor, ...], variant: int | None) -> None:
         """Run the function on the stream of the graphs, as PyTorch requires before a capture."""

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from resnet56.errors import one_line
 from resnet56.kernels.compiler import UnavailableError
 from resnet56.model import BasicBlock, ResNet, build
 
@@ -494,8 +495,8 @@ def triton_network(model: ResNet) -> "TritonNetwork":
     """Wrap `model` in a module that runs its training steps with Triton kernels.
 
     Raises:
-        UnavailableError: the device or the model is not supported, or the results of the kernels
-            differ from PyTorch's.
+        UnavailableError: the device or the model is not supported, the kernels cannot be compiled,
+            or their results differ from PyTorch's.
     """
     device = model.conv1.weight.device
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -503,7 +504,16 @@ def triton_network(model: ResNet) -> "TritonNetwork":
     blocks = [block for stage in (model.stage1, model.stage2, model.stage3) for block in stage]
     if not all(isinstance(block, BasicBlock) for block in blocks):
         raise UnavailableError("on a GPU, it supports only basic blocks")
-    _check(device)
+    try:
+        with torch.cuda.device(device):
+            _check(device)
+    except UnavailableError:
+        raise
+    except Exception as error:  # errors of Triton's compiler have no common base class
+        raise UnavailableError(
+            f"Triton cannot compile the kernels: {one_line(error)}",
+            "install a C compiler such as gcc",
+        ) from None
     return TritonNetwork(model)
 
 
