@@ -1,11 +1,11 @@
 """Training steps of networks with basic blocks on CUDA GPUs, in Triton.
 
-The convolutions of these networks have few channels, so their time is the time to read and write
-feature maps. cuDNN's kernels for them are far from the limit of the memory, and PyTorch adds
-separate kernels for statistics, normalization, shortcut, ReLU and the conversion of weights. The
-kernels here compute batch statistics while a convolution writes its output, and add gradients of
-shortcuts while they write gradients of inputs. All weights are converted to bf16 in one operation
-per step.
+The convolutions of these networks have few channels, so most of their time goes into reading and
+writing feature maps. On an H100, cuDNN's kernels take twice as long as those below
+(docs/explanation/gpu-step.md), and PyTorch adds separate kernels for statistics, normalization,
+shortcut, ReLU and the conversion of each weight. The kernels here compute batch statistics while a
+convolution writes its output, and add gradients of shortcuts while they write gradients of inputs.
+All weights are converted to bf16 in one operation per step.
 
 Feature maps are bf16 in channels-last memory format, so that a feature map is a matrix of
 (N * H * W) positions and C channels. All sums are in fp32 and have a fixed order, so a step always
