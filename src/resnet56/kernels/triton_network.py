@@ -526,18 +526,16 @@ class TritonNetwork(nn.Module):
     def __init__(self, model: ResNet) -> None:
         super().__init__()
         self.model = model
-        self._weights: list[Tensor] = [
-            m.weight
-            for name, m in model.named_modules()
-            if isinstance(m, nn.Conv2d) and "shortcut" not in name
-        ]
+        # PyTorch runs the shortcuts, and their batch norms count their batches themselves.
+        modules = [module for name, module in model.named_modules() if "shortcut" not in name]
+        self._weights: list[Tensor] = [m.weight for m in modules if isinstance(m, nn.Conv2d)]
         self._bf16_weights = [
             torch.empty_like(weight, dtype=torch.bfloat16, memory_format=torch.channels_last)
             for weight in self._weights
         ]
         self._counts = [
             m.num_batches_tracked
-            for m in model.modules()
+            for m in modules
             if isinstance(m, nn.BatchNorm2d) and m.num_batches_tracked is not None
         ]
 
