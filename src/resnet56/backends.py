@@ -34,7 +34,7 @@ class Outputs(NamedTuple):
 class Backend(Protocol):
     """Runs a model on preprocessed images."""
 
-    runtime: str  # name of the library and the device, for users
+    runtime: str  # name of the library and the device, for messages
 
     def run(self, images: UInt8Array) -> Outputs:
         """Run the model on uint8 images (N, 3, 32, 32)."""
@@ -43,7 +43,7 @@ class Backend(Protocol):
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: uint8 (N, 3, 32, 32) -> float32 (N, C)."""
         ...
 
 
@@ -81,7 +81,7 @@ class TorchBackend:
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: uint8 (N, 3, 32, 32) -> float32 (N, C)."""
         from resnet56.inference import predict_logits
 
         mean, std = self.config.mean, self.config.std
@@ -120,7 +120,7 @@ class OnnxBackend:
             self.session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # ONNX Runtime raises several unrelated types
+        except Exception as error:  # ONNX Runtime raises exceptions of unrelated types
             raise RunError(f"{name} is not a valid ONNX file: {one_line(error)}") from None
         hint = "create it with resnet56 export"
         try:
@@ -134,7 +134,7 @@ class OnnxBackend:
                 raise RunError(f"{name} {problem}; {hint}")
 
     def _check(self, count: int) -> str | None:
-        """Run a random batch of `count` images. Describe a problem with the outputs, if any."""
+        """Run `count` random images, and return the problem with the outputs, or None."""
         logits, maps = (count, len(self.config.classes)), (count, len(self.config.classes), 8, 8)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
@@ -142,7 +142,7 @@ class OnnxBackend:
             outputs = self.run(images)
             shapes = tuple(np.shape(output) for output in outputs)
             finite = all(np.isfinite(output).all() for output in outputs)
-        except Exception:  # ONNX Runtime raises several unrelated types
+        except Exception:  # ONNX Runtime raises exceptions of unrelated types
             return f"fails on a uint8 batch of shape {images.shape}"
         if shapes[:2] != (logits, maps):
             return f"does not return logits and maps for its {len(self.config.classes)} classes"
@@ -157,7 +157,7 @@ class OnnxBackend:
     def logits(
         self, images: "torch.Tensor", batch: int, advance: "ProgressCallback"
     ) -> "torch.Tensor":
-        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: uint8 (N, 3, 32, 32) -> float32 (N, C)."""
         import torch
 
         logits = []

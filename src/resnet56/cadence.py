@@ -1,6 +1,6 @@
 """Decide when training reads the loss, saves a checkpoint and stops.
 
-All processes act at the same step.
+All processes take these actions at the same step.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record the first Ctrl-C or SIGTERM. Restore the previous handlers for the second signal."""
+    """Record the first Ctrl-C or SIGTERM, and then restore the previous signal handlers."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set signal handlers
@@ -72,8 +72,8 @@ class Cadence:
     reading the loss waits for the device anyway.
 
     After the last step of an epoch, only reading the loss is due, because the training loop then
-    saves a checkpoint. Saving is also due after the number of threads changes, so that a resumed
-    run produces bitwise identical results.
+    saves a checkpoint. A checkpoint is also due after the number of threads changes, so that a
+    resumed run produces bitwise identical results.
 
     Args:
         steps: number of steps per epoch.

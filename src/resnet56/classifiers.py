@@ -30,8 +30,8 @@ class Network:
     Attributes:
         path: name or path of the network.
         classifier: computes the logits.
-        run: the run of the network, or None.
-        opened: the checkpoint of the classifier, or None for an ONNX file.
+        run: the run directory of the network, or None.
+        opened: the checkpoint from which the classifier was restored, or None for an ONNX file.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Network:
         return describe_weights(self.opened)
 
     def has_own_data(self, dataset: Dataset) -> bool:
-        """Return whether `dataset` is the data set of the run, so the evaluation can be saved.
+        """Return whether `dataset` is the data set of the run, so that results can be saved.
 
         For an imported network, the first evaluation determines the data set of the run.
         """
@@ -69,7 +69,7 @@ class Network:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The weights as a PyTorch checkpoint, even from an ONNX file.
+        """The weights as a PyTorch checkpoint, even if the network is an ONNX file.
 
         Raises RunError if the weights cannot be read.
         """
@@ -123,12 +123,12 @@ def network_of(
     precision: str = "fp32",
     threads: int | None = None,
 ) -> Network:
-    """Restore the network of a checkpoint.
+    """Restore a network from a checkpoint.
 
     Args:
         path: name or path of the network.
-        checkpoint: its weights.
-        run: the run of the network, or None.
+        checkpoint: the checkpoint with the weights of the network.
+        run: the run directory of the network, or None.
         device, precision, threads: as in `open_network`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Parts of training that the user replaces: model, optimizer, loss and augmentation.
+"""Parts of training that the user can replace: model, optimizer, loss and augmentation.
 
-`Custom` contains them, checks what they return, and names them in errors. `identities` describes
-them in the files of a run, because a run can be resumed only with the same parts.
+`Custom` contains these parts, checks what they return, and names them in error messages. The files
+of a run contain their `identities`, because a run can be resumed only with the same parts.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ WORDS = {"augment": "augmentation"}  # for messages
 
 @dataclass(frozen=True)
 class Custom:
-    """The parts that replace built-in ones. None stands for the built-in part."""
+    """The parts that replace built-in ones. None selects the built-in part."""
 
     model: ModelLike | None = None
     optimizer: OptimizerFactory | None = None
@@ -76,8 +76,8 @@ class Custom:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if not all(id(parameter) in known for parameter in trained):
             raise UsageError(
-                f"the optimizer {name_of(self.optimizer)} contains parameters that it was not "
-                "called with"
+                f"the optimizer {name_of(self.optimizer)} contains parameters that were not passed "
+                "to it"
             )
         return optimizer
 
@@ -97,7 +97,7 @@ class Custom:
         return loss
 
     def augmented(self, images: Tensor) -> Tensor:
-        """Call `augment`. Raises TrainingError if it does not return images like its input."""
+        """Call `augment`. Raises TrainingError if it changes the shape or the dtype of images."""
         assert self.augment is not None
         with self.reported("augment"):
             result = self.augment(images)
@@ -183,7 +183,7 @@ def make_model(model: ModelLike, classes: int, device: torch.device, seed: int =
         entries = module.state_dict().items()
         if extra := [key for key, value in entries if not isinstance(value, Tensor)]:
             raise UsageError(
-                f"the state of the model {name} has entries that are not tensors, such as "
+                f"the state dict of the model {name} contains values that are not tensors, such as "
                 f"{extra[0]}"
             )
         module.to(device)
@@ -194,7 +194,7 @@ def make_model(model: ModelLike, classes: int, device: torch.device, seed: int =
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         raise UsageError(
             f"the output of the model {name} for 2 images is {_kind(logits)}, expected logits of "
-            f"shape (2, {classes}), for the {classes} classes"
+            f"shape (2, {classes}) for {classes} classes"
         )
     return module
 
@@ -212,7 +212,7 @@ def name_of(part: object) -> str:
 
 
 def difference(saved: Mapping[str, CustomPart], current: Mapping[str, CustomPart]) -> str | None:
-    """Return how the parts of a run differ from the current ones and what to do, or None."""
+    """State how the parts of a run differ from the current ones and what to do, or return None."""
     for kind in sorted({*saved, *current}):
         word = WORDS.get(kind, kind)
         if kind not in saved:
@@ -281,9 +281,9 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _source(part: Any) -> str:
-    """Return the source code of a function or class, or its bytecode without a source.
+    """Return the source code of a function or class, or its bytecode if there is no source code.
 
-    The source code of a lambda is that of its line, which can contain other code.
+    For a lambda, return the bytecode, because the source line can contain other code.
     """
     if getattr(part, "__name__", "") != "<lambda>":
         with contextlib.suppress(OSError, TypeError):  # defined interactively, or in C

@@ -105,7 +105,7 @@ def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 digest of the weights. It does not depend on the file format."""
+    """Return the SHA-256 digest of the weights, which does not depend on the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint.model.items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())

@@ -40,7 +40,7 @@ class Distributed(NamedTuple):
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0, the only process that writes and prints."""
+        """True for rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
 
@@ -100,7 +100,7 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
 
 
 def _is_connection_error(error: RuntimeError) -> bool:
-    """Return whether a connection has failed. Messages of gloo's RuntimeErrors contain "gloo"."""
+    """Return whether a connection failed. The messages of gloo's RuntimeErrors contain "gloo"."""
     return isinstance(error, group.DistError) or "gloo" in str(error).lower()
 
 
@@ -146,8 +146,8 @@ class _Sum(torch.autograd.Function):
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes.
 
-    PyTorch's SyncBatchNorm supports only GPUs. This class supports all devices. It requires batches
-    of equal size, which `Batches` provides.
+    PyTorch's SyncBatchNorm supports only GPUs. This class supports all devices. It requires the
+    same batch size in all processes, which `Batches` provides.
     """
 
     def forward(self, x: Tensor) -> Tensor:

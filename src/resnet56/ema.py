@@ -29,12 +29,12 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step))
 
     def update(self, tensors: Mapping[str, Tensor], weight: float | Tensor) -> None:
-        """Move the average towards the state of the model.
+        """Move the average toward the state of the model.
 
         Args:
             tensors: the state of the model.
-            weight: the weight of this state, 1 - `decay_at(step)`. In a CUDA graph, it is a scalar
-                tensor on the device.
+            weight: the weight of this state, 1 - `decay_at(step)`. In a CUDA graph, the weight is a
+                scalar tensor on the device.
         """
         averages: dict[bool, list[Tensor]] = {True: [], False: []}
         values: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -47,7 +47,7 @@ class EMA:
             torch._foreach_add_(averages[True], differences)
         else:
             torch._foreach_lerp_(averages[True], values[True], weight)
-        if averages[False]:  # the numbers of batches of batch norm
+        if averages[False]:  # `num_batches_tracked` of each batch norm
             torch._foreach_copy_(averages[False], values[False])
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

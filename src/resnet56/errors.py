@@ -1,4 +1,4 @@
-"""Errors that users can cause. A message states in one line what failed, where, and what to do.
+"""Errors that users can cause. Each message states in one line what failed, where, and what to do.
 
 In messages, `option` formats the options: Python users see `resume=True`, and users of the command
 line see `--resume`.

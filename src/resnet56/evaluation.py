@@ -93,7 +93,7 @@ class Classifier(Protocol):
         ...
 
     def logits(self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = ...) -> Tensor:
-        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: uint8 (N, 3, 32, 32) -> float32 (N, C)."""
         ...
 
     def metrics(self, split: Split, advance: ProgressCallback = ...) -> Metrics:
@@ -113,14 +113,14 @@ class EvaluatedModel:
     def logits(
         self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
     ) -> Tensor:
-        """Return the logits on the CPU: (N, 3, 32, 32) uint8 -> (N, C) float32."""
+        """Return the logits on the CPU: uint8 (N, 3, 32, 32) -> float32 (N, C)."""
         mean, std = self.config.mean, self.config.std
         model, precision = self._inference
         return predict_logits(model, images, mean, std, precision, batch, advance)
 
     @cached_property
     def _inference(self) -> tuple[nn.Module, Precision]:
-        """The model and the precision for `predict_logits`, converted only once."""
+        """The model and the precision to pass to `predict_logits`. The model is converted once."""
         return folded(self.model, self.precision)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
@@ -139,9 +139,9 @@ def evaluated_model(
     precision: Precision = "fp32",
     model: nn.Module | None = None,
 ) -> EvaluatedModel:
-    """Restore the model of a checkpoint on `device` for evaluation.
+    """Restore a model from a checkpoint on `device`, for evaluation.
 
-    If `model` is given, it is a custom model, and its weights are replaced.
+    `model` is the module of a custom model, whose weights are replaced.
     """
     net = restore(checkpoint, device) if model is None else restore_custom(model, checkpoint)
     return EvaluatedModel(net, checkpoint.config, precision)
@@ -162,7 +162,7 @@ class EvaluationDict(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Results:
-    """The results of an evaluation: the content of three files of a run."""
+    """The results of an evaluation: the contents of three files in a run directory."""
 
     evaluation: Evaluation
     predictions: dict[str, npt.NDArray[Any]]  # arrays of predictions.npz
@@ -257,7 +257,7 @@ def evaluate_run(
         dataset: the data set of the run.
         device, precision: device and precision of the forward pass.
         val_size, augmentation, progress: as in `evaluate_checkpoint`.
-        model: module of a run with a custom model. Its weights are replaced.
+        model: the module, if the run has a custom model. Its weights are replaced.
 
     Returns:
         The content of evaluation.json.
@@ -291,17 +291,16 @@ def evaluate_checkpoint(
     (images for the report). It keeps the results of `measure_extras` if the weights, the device and
     the precision are the same.
 
-    An imported network has no data set. The first evaluation records `dataset` as the data set of
-    the run.
+    For an imported network, the first evaluation records `dataset` as the data set of the run.
 
     Args:
         run: the run directory.
         checkpoint: the checkpoint of the run.
-        model: the model of the checkpoint.
+        model: the model from the checkpoint.
         dataset: the data set of the run.
         val_size: number of validation images, as in the recipe of the run.
         augmentation: augmentation of the run, for the images in samples.npz. If the run has a
-            custom augmentation that is not passed, the earlier images are kept.
+            custom augmentation that is not passed, the function keeps the existing images.
         progress: displays the progress of the evaluation.
 
     Returns:
@@ -343,7 +342,7 @@ def evaluate_checkpoint(
 def _record_data(
     run: RunDirectory, dataset: Dataset, device: torch.device, precision: Precision
 ) -> None:
-    """Record the data set of an imported network, and the machine that evaluates it."""
+    """Record the data set of an imported network, and the machine that evaluates the network."""
     data: Origin = {"origin": dataset.origin, "source": dataset.source}
     run.write_environment(cast(Environment, environment(device, precision) | {"data": data}))
     checkpoint = run.load(training=True)
@@ -364,8 +363,8 @@ def measure_extras(
         evaluation: the evaluation of the network, changed in place.
         classifier: the network.
         test: the test images.
-        robustness: number of images to corrupt. 0 keeps the earlier result. With fewer images, the
-            function corrupts all of them.
+        robustness: number of images to corrupt. 0 keeps the earlier result. If `test` contains
+            fewer images, the function corrupts all of them.
         progress: displays the progress of the robustness test.
     """
     evaluation["speed"] = inference_speed(classifier, test.images)
@@ -403,7 +402,10 @@ def measure_robustness(
 
 
 def inference_speed(classifier: Classifier, images: Tensor) -> Speed:
-    """Return the median time from uint8 images to logits, for batch sizes 1 and 256."""
+    """Return the inference speed for batch sizes 1 and 256, and the peak memory.
+
+    The speed is the median over several calls, each from uint8 images to logits.
+    """
     result: dict[str, BatchSpeed] = {}
     for batch, repeats in ((1, 30), (BATCH, 5)):
         batch_images = images[torch.arange(batch) % len(images)]

@@ -30,8 +30,8 @@ from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.pretrained import config_to_metadata
 from resnet56.runs.schema import Metrics
 
-TOLERANCE = 1e-4  # maximum difference between logits; other outputs may differ ten times as much
-CHECK_IMAGES = 256  # number of images for comparing the exported file with PyTorch
+TOLERANCE = 1e-4  # maximum difference between logits; ten times as large for other outputs
+CHECK_IMAGES = 256  # number of images for the comparison of the exported file with PyTorch
 CPU = torch.device("cpu")
 
 
@@ -54,12 +54,12 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
 
     The input `images` contains uint8 RGB images (N, 3, 32, 32). The outputs are `logits`
     (N, classes), `maps` (N, classes, 8, 8) and `features` (N, C). The batch size N is dynamic. The
-    metadata contain `arch`, `classes`, `mean` and `std` as JSON.
+    metadata contains `arch`, `classes`, `mean` and `std` as JSON.
 
     Args:
         checkpoint: the model to export.
-        checked: whether to compare the outputs with PyTorch. Speed measurements do not require the
-            comparison.
+        checked: whether to compare the outputs with those of PyTorch. Speed measurements do not
+            require the comparison.
 
     Raises:
         MissingExtraError: the extra `onnx` is not installed.
@@ -169,7 +169,7 @@ class OnnxModel:
     def logits(
         self, images: Tensor, batch: int = BATCH, advance: ProgressCallback = lambda count: None
     ) -> Tensor:
-        """Compute logits: (N, 3, 32, 32) uint8 images -> (N, classes) float32."""
+        """Return the logits on the CPU: uint8 (N, 3, 32, 32) -> float32 (N, C)."""
         return self.backend.logits(images, batch, advance)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
@@ -199,7 +199,7 @@ def write_hub_directory(
     """
     if directory.exists() and not (directory.is_dir() and next(directory.iterdir(), None) is None):
         raise RunError(f"{directory} already exists; choose another {option('out')}")
-    restore(checkpoint, CPU)  # raises if the weights are unusable
+    restore(checkpoint, CPU)  # raises an error if the weights are unusable
     state_dict = {key: tensor.contiguous() for key, tensor in checkpoint.model.items()}
     # Hub libraries require the metadata field "format", which names the framework of the tensors.
     metadata = config_to_metadata(checkpoint.config) | {"format": "pt"}

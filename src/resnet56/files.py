@@ -50,7 +50,7 @@ def check_writable(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file. It replaces `path` when the block ends without an exception."""
+    """Open a temporary file, which replaces `path` when the block ends without an exception."""
     check_target(path)
     if path.is_symlink():
         path = path.resolve()  # replace the target of the link, not the link

@@ -1,4 +1,4 @@
-"""Restore the model of a checkpoint, optimize it for inference, and compute logits."""
+"""Restore a model from a checkpoint, optimize the model for inference, and compute logits."""
 
 import copy
 
@@ -13,7 +13,7 @@ from resnet56.progress import ProgressCallback
 from resnet56.runs.checkpoint import Checkpoint, require_fit
 from resnet56.runtime import DTYPES, Precision, autocast
 
-BATCH = 256  # batch size of an evaluation
+BATCH = 256  # default batch size
 
 # The types of all modules in a model from `build`.
 _LAYERS = {
@@ -25,7 +25,7 @@ NONFINITE_MESSAGE = "the network returns outputs that are not finite; its weight
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
-    """Return the model of a checkpoint on `device`, in evaluation mode.
+    """Return the model from a checkpoint on `device`, in evaluation mode.
 
     The parameters are contiguous. For faster convolutions, use an `InferenceModel`, which uses the
     channels-last format.
@@ -111,11 +111,11 @@ class InferenceModel(nn.Module):
         self.requires_grad_(False)
 
     def features(self, x: Tensor) -> Tensor:
-        """Compute features: (N, 3, 32, 32) normalized images -> (N, C, 8, 8)."""
+        """Compute features: normalized images (N, 3, 32, 32) -> (N, C, 8, 8)."""
         return self.net.features(x.to(self.dtype, memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute logits: (N, 3, 32, 32) normalized images -> (N, classes) float32."""
+        """Compute logits: normalized images (N, 3, 32, 32) -> float32 (N, classes)."""
         return self.net(x.to(self.dtype, memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
     def explain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,15 +163,15 @@ def predict_logits(
     Args:
         model: a model in evaluation mode. The function converts a model from `build` to an
             `InferenceModel`, unless its layers have changed, for example by `torch.nn.utils.prune`.
-        images: (N, 3, 32, 32) uint8, on any device.
+        images: uint8 images (N, 3, 32, 32), on any device.
         mean: channel means of the training images, for pixels in [0, 1].
         std: channel standard deviations of the training images, for pixels in [0, 1].
         precision: precision of the forward pass.
         batch: batch size.
-        advance: function that is called after each batch with its size.
+        advance: function that is called after each batch with the batch size.
 
     Returns:
-        (N, C) float32 on the CPU.
+        float32 logits (N, C) on the CPU.
 
     Raises:
         NotFiniteError: a logit is not finite.
@@ -195,7 +195,7 @@ def predict_logits(
 def folded(model: nn.Module, precision: Precision) -> tuple[nn.Module, Precision]:
     """Convert a model from `build` to an `InferenceModel`, which runs without autocast.
 
-    Other models are returned as they are.
+    Other models are returned unchanged.
     """
     if isinstance(model, ResNet) and can_fold(model):
         return InferenceModel(model, precision), "fp32"

@@ -1,6 +1,6 @@
 """Measure the responses and gradients of all layers on one batch.
 
-The measurements answer two questions of He et al. 2015: whether gradients vanish in deep networks
+The measurements answer two questions from He et al. 2015: whether gradients vanish in deep networks
 (section 4.1), and how large the responses of the layers are (figure 7).
 """
 
@@ -49,8 +49,8 @@ def inspect_layers(
 
     Args:
         model: model to inspect. The function uses a copy and does not change the model.
-        images: (N, 3, S, S) normalized images on the device of the model.
-        labels: (N,) class indices.
+        images: normalized images (N, 3, S, S) on the device of the model.
+        labels: class indices (N,).
         batch_norm: if False, replace each batch norm with the identity.
     """
     net = copy.deepcopy(model).train()

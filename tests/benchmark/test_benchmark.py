@@ -179,7 +179,7 @@ def test_the_command_prints_tables_and_writes_json(
     ("arguments", "line"),
     [
         (["--batch", "32,x"], "--batch: expected an integer"),
-        (["--batch", "0"], "--batch must be from 1 to 1,000,000"),
+        (["--batch", "0"], "--batch requires batch sizes from 1 to 1,000,000"),
         (["--seconds", "nan"], "--seconds: expected a finite number"),
         (
             ["--json", "no/such/directory/x.json"],

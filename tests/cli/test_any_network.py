@@ -107,7 +107,7 @@ def test_an_import_with_data_is_evaluated(
     capsys.readouterr()
     assert cli.main(["evaluate", str(run), "--data", str(fewer), *flags]) == 0
     shown = capsys.readouterr()
-    assert "not saved; to save them, import it again" in shown.err
+    assert "not saved; to save them, import the network again" in shown.err
     assert json.loads(shown.out)["test"]["n"] == 17
     assert kept == {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
 
@@ -123,7 +123,7 @@ def test_the_first_evaluation_of_an_imported_network_is_saved(
     assert not (run / "parity.json").exists()
     (tmp_path / "only").mkdir()
     shutil.copytree(data / "test", tmp_path / "only" / "test")
-    assert "imported network without data, so --data is required" in refused("evaluate", run)
+    assert "imported network without a data set, so --data is required" in refused("evaluate", run)
     assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "only")]) == 0
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert "train" not in evaluation  # there are no training images

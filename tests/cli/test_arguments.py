@@ -172,7 +172,7 @@ def test_help_on_a_terminal_without_unicode_is_ascii(monkeypatch: pytest.MonkeyP
         (["describe", "resnet٥٦"], "unknown architecture"),  # noqa: RUF001
         (["describe", "--classes", "1000001"], "2 to 1,000,000 classes"),
         (["bench", "--batch", "32,٣"], "--batch: expected an integer"),
-        (["bench", "--batch", "32,9999999"], "--batch must be from 1 to"),
+        (["bench", "--batch", "32,9999999"], "--batch requires batch sizes from 1 to"),
     ],
 )
 def test_usage_errors_state_what_is_expected(

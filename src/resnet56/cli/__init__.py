@@ -58,7 +58,7 @@ To try it without a download: resnet56 train quick --data digits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code. Prints user errors as one line."""
+    """Run the command and return its exit code. Each user error is printed on one line."""
     _open_standard_streams()
     # Without a writable /dev/shm, joblib warns about multiprocessing, which is unused.
     os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")

@@ -158,7 +158,7 @@ def _nested(options_type: type) -> Iterator[tuple[type, dataclasses.Field[Any]]]
 def _annotate(options_type: type) -> None:
     """Annotate the fields to hide "(default: None)" and --no-json in the help.
 
-    Also join the lines of their docstrings. tyro keeps the line breaks before indented lines.
+    Also join the lines of their docstrings, because tyro keeps line breaks before indented lines.
     """
     for owner, field in _nested(options_type):
         text = _help(owner).get(field.name)
@@ -215,7 +215,7 @@ def _unknown(tokens: Sequence[str], options_type: type) -> str:
 
 
 def _error_line(output: str) -> str:
-    """Extract the error from tyro's box, which contains a title, the error, a line and the help."""
+    """Extract the error from tyro's box: a title, the error, a horizontal rule and the help."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", output).partition("\n")[2]
     error = re.split(r"\n\W*───", box)[0]
     rows = [re.sub("[│╭╮╰╯─]", " ", row).rstrip() for row in error.splitlines()]
@@ -240,7 +240,7 @@ ERROR_MESSAGES = {
 
 
 def _missing(rows: Sequence[str]) -> str:
-    """Convert rows with names and indented help to a message about missing arguments."""
+    """Return a message about missing arguments, from rows with their names and indented help."""
     missing: list[tuple[str, str]] = []
     for row in rows:
         text = row.strip()

@@ -51,7 +51,7 @@ class BenchOptions:
     """Duration of one measurement in seconds."""
 
     json: Path | None = None
-    """Also write all results to this file."""
+    """Also write all results to this JSON file."""
 
 
 def run(arguments: list[str]) -> int:
@@ -99,5 +99,7 @@ def _sizes(text: str) -> list[int]:
     except ValueError as error:
         raise UsageError(f"--batch: {error}") from None
     if not all(1 <= size <= recipe.MAX_VALUE for size in sizes):
-        raise UsageError(f"--batch must be from 1 to {recipe.MAX_VALUE:,}, such as 32,128")
+        raise UsageError(
+            f"--batch requires batch sizes from 1 to {recipe.MAX_VALUE:,}, such as 32,128"
+        )
     return sizes

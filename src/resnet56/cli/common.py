@@ -19,9 +19,9 @@ Out = Annotated[Path | None, tyro.conf.arg(aliases=("--output-dir",), metavar="R
 
 
 def say(line: str) -> None:
-    """Print a message to stderr as one line. Escapes control characters.
+    """Print a message to stderr on one line, with control characters escaped.
 
-    Results go to stdout.
+    Commands print results to stdout.
     """
     print(escape_line(line), file=sys.stderr)
 
@@ -63,9 +63,9 @@ def load_data(
 
 
 def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
-    """Select the images of the given classes, and print a remark about other images, if any.
+    """Select the images of the given classes, and print a remark if there are other images.
 
-    A data set with the same classes is not changed. In particular, it keeps its test images.
+    A data set with the same classes is returned unchanged, including its test images.
     """
     if dataset.classes == classes:
         return dataset

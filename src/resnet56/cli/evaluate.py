@@ -32,9 +32,9 @@ class EvaluateOptions:
     CIFAR-10.1. By default, the data set of the run."""
 
     split: Literal["test", "train", "validation"] | None = None
-    """Split to print. By default, test. On the data set of the
-    run, all splits are evaluated. On another data set, only
-    this split is evaluated."""
+    """Split whose results are printed. By default, test. On the
+    data set of the run, all splits are evaluated. On another
+    data set, only this split is evaluated."""
 
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of stopping."""
@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
     dataset = data_for(network, options.data, skip_broken=options.skip_broken)
     own = network.has_own_data(dataset)
     if network.run is not None and not own:
-        remedy = "; to save them, import it again" if network.run.is_imported() else ""
+        remedy = "; to save them, import the network again" if network.run.is_imported() else ""
         say(f"this is not the data set of the run, so the results are not saved{remedy}")
     if options.parity is not None:
         if own and network.data is None:
@@ -113,7 +113,7 @@ def _check_flags(options: EvaluateOptions) -> None:
     if _is_benchmark(options.data):
         arrays = "CIFAR-10-C and CIFAR-10.1"
         if options.parity is not None:
-            raise UsageError(f"--parity does not support {arrays}; choose other data")
+            raise UsageError(f"--parity does not support {arrays}; choose another data set")
         if options.robustness:
             raise UsageError(f"--robustness does not support {arrays}; omit it")
         if not_test:
@@ -174,7 +174,7 @@ def _evaluate(
 
 
 def _evaluate_benchmark(classifier: "Classifier", options: EvaluateOptions) -> None:
-    """Evaluate on the arrays of CIFAR-10-C or CIFAR-10.1."""
+    """Evaluate a network on the arrays of CIFAR-10-C or CIFAR-10.1, and print the results."""
     from resnet56.cli.tables import show_accuracies
     from resnet56.data.arrays import load_benchmark
     from resnet56.files import to_json
@@ -187,7 +187,10 @@ def _evaluate_benchmark(classifier: "Classifier", options: EvaluateOptions) -> N
 
 
 def _compare(network: "Network", split: "Split", options: EvaluateOptions, *, own: bool) -> None:
-    """Compare the network in the two configurations of `--parity`. Saves the result if `own`."""
+    """Compare the predictions of a network in the two configurations that `--parity` specifies.
+
+    The result is saved in the run directory if `own` is True.
+    """
     from resnet56 import runtime
     from resnet56.cli.tables import show_comparison
     from resnet56.evaluation import EvaluatedModel, compare, evaluated_model

@@ -19,7 +19,7 @@ class ExportOptions:
     """Run directory, model hub directory, exported file, or name of a pretrained model."""
 
     format: Literal["onnx", "hub"] = "onnx"
-    """An ONNX file, or a directory with config.json, model.safetensors and README.md."""
+    """Export an ONNX file, or a directory with config.json, model.safetensors and README.md."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=("--output",), metavar="PATH")] = None
     """Output path. By default, NAME.onnx or NAME-hub in the current directory."""
@@ -43,7 +43,10 @@ def run(arguments: list[str]) -> int:
         if out.is_dir():
             raise UsageError(f"--out {out} is a directory; choose a file, such as {name}.onnx")
         write_onnx(checkpoint, out)
-        say(f"matches PyTorch on {CHECK_IMAGES} images: same classes, logits within {TOLERANCE:g}")
+        say(
+            f"matches PyTorch on {CHECK_IMAGES} images: same predicted classes, logits within "
+            f"{TOLERANCE:g}"
+        )
     else:
         out = options.out or Path(f"{name}-hub")
         evaluation = None

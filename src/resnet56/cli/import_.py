@@ -30,7 +30,7 @@ class ImportOptions:
     """Run directory to create."""
 
     data: Data = None
-    """Data set for an evaluation of the network. It becomes the data set of the run."""
+    """Data set on which to evaluate the network. It becomes the data set of the run."""
 
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of stopping."""
@@ -48,7 +48,7 @@ class ImportOptions:
     the values that the authors of the model used."""
 
     std: tuple[float, float, float] | None = None
-    """Channel standard deviations of the training images. The default is chosen as for --mean."""
+    """Channel standard deviations of the training images, with the same defaults as --mean."""
 
     classes: tuple[str, ...] = ()
     """Class names in the order of the outputs, a text file with one name per line, cifar10,
@@ -67,9 +67,9 @@ def run(arguments: list[str]) -> int:
     if options.skip_broken and options.data is None:
         raise UsageError("--skip-broken requires --data")
     if not all(0 <= value <= 1 for value in options.mean or ()):
-        raise UsageError("--mean must be from 0 to 1, the range of the pixel values")
+        raise UsageError("--mean requires values from 0 to 1, the range of the pixel values")
     if not all(0 < value <= 1 for value in options.std or ()):
-        raise UsageError("--std must be positive and at most 1")
+        raise UsageError("--std requires positive values of at most 1")
     directory.require_unused()
     imported = import_model(
         options.file,

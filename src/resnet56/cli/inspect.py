@@ -34,7 +34,8 @@ class InspectOptions:
     models: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|ARCH [...]")
     ]
-    """Runs, or architectures such as plain56, which are not trained. The plot shows all of them."""
+    """Runs, or architectures such as plain56, which are inspected at initialization. The plot shows
+    all of them."""
 
     pretrained: bool = False
     """Use the pretrained weights of an architecture instead of its initial weights."""
@@ -43,7 +44,7 @@ class InspectOptions:
     """Data set: a name or a directory. By default, the data set of the first run, or the digits."""
 
     images: int = 128
-    """Number of training images in the batch. They are not augmented."""
+    """Number of training images in the batch. The images are not augmented."""
 
     seed: int = 0
     """Seed for the initial weights and the choice of images."""
@@ -58,10 +59,10 @@ class InspectOptions:
     """Number of CPU threads. By default, one per idle core."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.svg")] = None
-    """Also write a plot, as .svg or .png."""
+    """Also write a plot to this .svg or .png file."""
 
     json: bool = False
-    """Print JSON."""
+    """Print all results as JSON."""
 
 
 def run(arguments: list[str]) -> int:
@@ -109,7 +110,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _source(name: str, options: InspectOptions) -> "Source | None":
-    """Open a model with weights. Return None for an architecture at initialization."""
+    """Open a run or pretrained weights, or return None for an architecture at initialization."""
     from resnet56.model import Architecture
     from resnet56.runs.directory import RunDirectory
     from resnet56.runs.pretrained import is_onnx
@@ -126,7 +127,9 @@ def _source(name: str, options: InspectOptions) -> "Source | None":
             "resnet56-b, resnet56-bottleneck, plain56, and other depths"
         )
     if is_onnx(path):
-        raise UsageError(f"{name} is an ONNX file, which has no gradients; inspect its run")
+        raise UsageError(
+            f"{name} is an ONNX file, which has no gradients; inspect the run it was exported from"
+        )
     if not options.batch_norm:
         raise UsageError(
             f"--no-batch-norm requires an untrained network; {name} has trained weights"

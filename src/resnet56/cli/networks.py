@@ -1,4 +1,4 @@
-"""Evaluation of a network on a data set, for several commands."""
+"""Data loading and evaluation of networks that several commands share."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
@@ -23,15 +23,15 @@ def data_for(network: "Network", data: str | None, *, skip_broken: bool = False)
     """Load a data set with the classes of a network. By default, load the data set of its run.
 
     Raises:
-        UsageError: no data set is given, or it contains none of the classes.
+        UsageError: no data set is given, or the data set contains none of the classes.
         DataError: the data set cannot be read.
     """
     run = network.run
     own = run.data_origin() if run else None
     if data is None and (run is None or (own is None and run.is_imported())):
-        reason = "not a run" if run is None else "an imported network without data"
+        reason = "not a run" if run is None else "an imported network without a data set"
         raise UsageError(
-            f"{network.path} is {reason}, so --data is required; use the name of a data set or a "
+            f"{network.path} is {reason}, so --data is required: the name of a data set or a "
             "directory"
         )
     dataset = load_data(data, own=own, evaluation=True, skip_broken=skip_broken)
@@ -42,8 +42,8 @@ def require_images(split: "Split", name: str) -> "Split":
     """Return the split, or raise UsageError if it is empty."""
     if not len(split):
         raise UsageError(
-            f"the data set has no {name} images of the model's classes; choose another data set or "
-            "--split"
+            f"the data set has no {name} images of the model's classes; choose another data set "
+            "or another --split"
         )
     return split
 
@@ -51,7 +51,7 @@ def require_images(split: "Split", name: str) -> "Split":
 def evaluate_and_save(
     network: "Network", dataset: "Dataset", *, robustness: int, split: str = "test"
 ) -> "Evaluation":
-    """Evaluate the network of a run on the data set of the run and save the results.
+    """Evaluate the network of a run on the data set of the run, and save and return the results.
 
     Args:
         network: a network that belongs to a run.
@@ -94,7 +94,7 @@ def evaluate_and_save(
 def _augmentation(recipe: "Recipe | None", dataset: "Dataset") -> "Augmentation":
     """Return the augmentation for sample images.
 
-    Without a recipe, it is a default, and the report does not show it.
+    Without a recipe, return a default augmentation, which the report does not show.
     """
     from resnet56.data.augment import CROP_AND_FLIP
     from resnet56.training import augmentation_of
@@ -121,11 +121,12 @@ def read_networks(
         data: the value of --data. By default, networks are evaluated on the data set of the first
             run.
         skip_broken: the value of --skip-broken.
-        on_error: called with the error of each unreadable network, if there are several networks.
+        on_error: called with the error for each unreadable network, if there are several networks.
             By default, the error is raised.
 
     Raises:
-        UsageError: a network requires --data, or no network uses --data or --skip-broken.
+        UsageError: a network requires --data but it is not given, or --data or --skip-broken is
+            given but not used.
         Error: a network cannot be read.
     """
     from resnet56.report.read import read_run

@@ -57,7 +57,7 @@ class PredictOptions:
     features: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
     """File for the features after global average pooling. It
     contains the arrays features (N, channels), images and
-    classes. It can be the same file as for --logits."""
+    classes. --logits can write to the same file."""
 
     max_pixels: int | None = None
     """Maximum number of pixels per image. By default, 89 million, or 358 million for JPEG."""
@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"--max-pixels must be at least 1, not {options.max_pixels}")
         from PIL import Image
 
-        Image.MAX_IMAGE_PIXELS = options.max_pixels  # for the entire process
+        Image.MAX_IMAGE_PIXELS = options.max_pixels  # applies to the entire process
     from resnet56.files import check_target
     from resnet56.predict import load
 
@@ -155,7 +155,7 @@ def _write_outputs(
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
-    """Return the images that the arguments specify, and the number of directories without any."""
+    """Return the images that the arguments specify, and the number of empty directories."""
     from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0
@@ -229,7 +229,7 @@ def _writer(output_format: str, top: int) -> Callable[[str, "Prediction"], None]
 def _write_map(
     source: Source, class_map: "FloatArray", directory: Path, used_names: set[str]
 ) -> None:
-    """Write the image with its class activation map.
+    """Write an image, overlaid with its class activation map, to `directory`.
 
     This function reads the image again because the originals of a batch may not fit in memory.
     """

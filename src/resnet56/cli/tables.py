@@ -57,7 +57,7 @@ def show_metrics(metrics: "Metrics", title: str) -> None:
 
 
 def show_extras(result: "Evaluation") -> None:
-    """Print robustness and speed if the evaluation measured them."""
+    """Print the robustness and the inference speed, if they were measured."""
     console = Console(highlight=False)
     if robustness := result.get("robustness"):
         severities = robustness["severities"]
@@ -76,7 +76,7 @@ def show_extras(result: "Evaluation") -> None:
 
 
 def show_accuracies(metrics: Mapping[str, "Metrics"]) -> None:
-    """Print a table with one line per test set."""
+    """Print a table with one row per test set."""
     table = _table("images", "accuracy", "interval", "loss", "n")
     for name, row in metrics.items():
         low, high = row["accuracy_interval"]
@@ -88,7 +88,7 @@ def show_accuracies(metrics: Mapping[str, "Metrics"]) -> None:
 
 
 def show_comparison(comparison: "Comparison") -> None:
-    """Print a comparison of two devices or precisions."""
+    """Print a comparison of two devices, precisions or runtimes."""
     print(f"{comparison['a']}: accuracy {percent(comparison['accuracy_a'])}")
     print(f"{comparison['b']}: accuracy {percent(comparison['accuracy_b'])}")
     print(
@@ -169,7 +169,7 @@ def show_bench(result: dict[str, Any]) -> None:
 
 
 def _timing_cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells for the name, the time, the throughput, and the ratio with its range."""
+    """Return a table row: the name, the time, the throughput, and the ratio with its range."""
     ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_min", "ratio_max")]
     cells = ["1", "", ""] if row["baseline"] else ratios
     return [row["name"], f"{row['ms']:.1f}", f"{row['images_per_second']:,.0f}", *cells]

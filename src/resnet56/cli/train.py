@@ -56,7 +56,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class _Job:
-    """The options of a training run, with its data and run directory."""
+    """The options of a training run, its run directory, and the data set of a resumed run."""
 
     options: TrainOptions
     own_data: str | None  # data origin of the run to resume
@@ -121,7 +121,7 @@ def _choose(arguments: list[str]) -> _Job:
             f"{', '.join(recipes.RECIPES)} or a file"
         )
     if options.out is None and Distributed.from_environment().world_size > 1:
-        raise UsageError("training in several processes requires the same --out RUN for each")
+        raise UsageError("training in several processes requires the same --out RUN in each one")
     if options.resume and options.out is None:
         raise UsageError("--resume requires --out RUN, the directory of the run to continue")
 
