@@ -6,6 +6,7 @@ python tools/results.py draw             draw docs/results.png from the table of
 """
 
 import dataclasses
+import math
 import re
 import shlex
 import statistics
@@ -48,6 +49,71 @@ CHANGED_HEAD = (
 )
 TRIAL_HEAD = ("command", "seed", "validation, %", "training, %", "corrupted test images, %")
 SEARCH_HEAD = ("augmentation", "weight decay", "EMA decay", "validation, %", "validation loss")
+RECOMMENDATION_HEAD = (
+    "recommendation",
+    "change",
+    "images",
+    "before, %",
+    "after, %",
+    "difference, points",
+)
+# Recommendation of the original report, a change that follows it, and the runs before and after.
+RECOMMENDATIONS = (
+    (
+        "data augmentation",
+        "crops and flips in `report`",
+        "report-no-augmentation-seed0",
+        "report-seed0",
+    ),
+    (
+        "data augmentation",
+        "CutMix in half of the batches of `best`",
+        "search90/cutout-wd0.0005",
+        "search90/cutmix-wd0.0005",
+    ),
+    (
+        "data augmentation",
+        "RICAP instead of Cutout in `best`",
+        "search90/cutout-wd0.0005",
+        "search90/ricap-wd0.0005",
+    ),
+    (
+        "data augmentation",
+        "TrivialAugment in `best`",
+        "best60-validation",
+        "best60-trivial-augment-validation",
+    ),
+    (
+        "regularization",
+        "weight decay 1e-4 instead of 0 in `report`, no crops and flips",
+        "report-no-augmentation-no-decay-seed0",
+        "report-no-augmentation-seed0",
+    ),
+    (
+        "regularization",
+        "weight decay 5e-4 instead of 2e-4 in `best` with CutMix",
+        "search90/cutmix-wd0.0002",
+        "search90/cutmix-wd0.0005",
+    ),
+    (
+        "epoch count",
+        "40 epochs instead of 12 in `report`",
+        "report12-seed0",
+        "report-seed0",
+    ),
+    (
+        "epoch count",
+        "40 epochs instead of 12 in `report`, no crops and flips",
+        "report12-no-augmentation-seed0",
+        "report-no-augmentation-seed0",
+    ),
+    (
+        "all three",
+        "`best` with 120 epochs instead of `report`",
+        "report-seed0",
+        "best120-bottleneck-seed0",
+    ),
+)
 
 
 def keep(run: RunDirectory, name: str) -> None:
@@ -109,9 +175,9 @@ def machine(facts: dict[str, Any]) -> str:
     return f"{facts.get('gpu') or f'{share}, {processor}'}, {facts['precision']}"
 
 
-def kept_runs() -> list[tuple[Recipe, RunDirectory]]:
-    """Return all CIFAR-10 runs in results/ with their recipes."""
-    runs = [RunDirectory(file.parent) for file in sorted(RESULTS.glob("*/recipe.json"))]
+def kept_runs(directory: Path = RESULTS) -> list[tuple[Recipe, RunDirectory]]:
+    """Return the runs in the subdirectories of `directory` with their recipes."""
+    runs = [RunDirectory(file.parent) for file in sorted(directory.glob("*/recipe.json"))]
     return [(from_fields(read_json(run.recipe_file), str(run.recipe_file)), run) for run in runs]
 
 
@@ -244,6 +310,45 @@ def candidates() -> list[tuple[str, ...]]:
     return [row for _, row in sorted(found)]
 
 
+def recommendations() -> list[tuple[str, ...]]:
+    """Return one row per change that the original report recommended."""
+    found: list[tuple[str, ...]] = []
+    for recommendation, change, *names in RECOMMENDATIONS:
+        (split, before, n), (other, after, m) = (accuracy_of(RESULTS / name) for name in names)
+        if (split, n) != (other, m):
+            sys.exit(f"{names[0]} and {names[1]} were evaluated on different images")
+        # The interval treats the accuracies as independent, although the images are the same.
+        margin = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / n)
+        low, middle, high = (
+            f"{100 * (after - before + offset):+.2f}" for offset in (-margin, 0, margin)
+        )
+        row = (
+            recommendation,
+            change,
+            f"{n:,} {split}",
+            percent([before]),
+            percent([after]),
+            f"{middle} ({low} to {high})",
+        )
+        found.append(row)
+    return found
+
+
+def accuracy_of(directory: Path) -> tuple[str, float, int]:
+    """Return the split, the accuracy and the number of images that a run was judged by."""
+    if (ema := directory / "ema.json").exists():
+        content = read_json(ema)
+        [chosen] = [
+            candidate["val_accuracy"]
+            for candidate in content["ema_candidates"]
+            if candidate["decay"] == content["ema_decay"]
+        ]
+        return "validation", chosen, read_json(directory / "recipe.json")["val_size"]
+    evaluation = read_json(directory / "evaluation.json")
+    split = "validation" if "validation" in evaluation else "test"
+    return split, evaluation[split]["accuracy"], evaluation[split]["n"]
+
+
 def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     """Format a Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
@@ -317,6 +422,7 @@ if __name__ == "__main__":
             tables = [table(HEAD, rows())]
             tables += [table(CHANGED_HEAD, lines) for lines in variations().values()]
             tables += [table(TRIAL_HEAD, trials()), table(SEARCH_HEAD, candidates())]
+            tables.append(table(RECOMMENDATION_HEAD, recommendations()))
             print("\n\n".join(tables))
         case ["keep", run, name]:
             keep(RunDirectory(Path(run)), name)
