@@ -6,19 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from resnet56.runs import pretrained
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-WHY = (ROOT / "docs" / "explanation" / "why-residual.md").read_text(encoding="utf-8")
+WHY_DIR = ROOT / "docs" / "explanation"
+WHY = (WHY_DIR / "why-residual.md").read_text(encoding="utf-8")
 RUNS = sorted(file.parent for file in (ROOT / "results").glob("*/recipe.json"))
 DIGITS_RUNS = sorted(file.parent for file in (ROOT / "results" / "digits").glob("*/recipe.json"))
+HALF_RUNS = sorted(file.parent for file in (ROOT / "results" / "he2015-half").glob("*/recipe.json"))
 
 
-def run_tool(name: str) -> str:
-    command = [sys.executable, str(ROOT / "tools" / name)]
+def run_tool(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "tools" / name), *arguments]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 
@@ -35,13 +39,26 @@ def test_the_tables_match_the_files() -> None:
         assert re.search(rf"train {recipe} .*{re.escape(accuracy)}", tables[0] + tables[1])
 
 
-def test_the_table_of_plain_and_residual_networks_matches_the_files() -> None:
-    table = run_tool("degradation.py").strip()
-    assert table.count("\n") == 5
-    assert table in WHY
+def test_the_tables_of_plain_and_residual_networks_match_the_files() -> None:
+    tables = run_tool("degradation.py").strip().split("\n\n")
+    assert [table.count("\n") for table in tables] == [6, 9, 5, 3]
+    for table in tables:
+        assert table in WHY
 
 
-@pytest.mark.parametrize("run", [*RUNS, *DIGITS_RUNS], ids=lambda run: run.name)
+def test_the_figures_of_plain_and_residual_networks_match_the_files(tmp_path: Path) -> None:
+    run_tool("degradation.py", "draw", str(tmp_path))
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == sorted(re.findall(r"\]\(([\w-]+\.png)\)", WHY))
+    for name in names:
+        with Image.open(tmp_path / name) as new, Image.open(WHY_DIR / name) as kept:
+            drawn, expected = (np.asarray(one.convert("L"), dtype=float) for one in (new, kept))
+        assert drawn.shape == expected.shape
+        # Other versions of Matplotlib can change the antialiasing, but not the curves.
+        assert np.mean(abs(drawn - expected) > 100) < 0.001, name
+
+
+@pytest.mark.parametrize("run", [*RUNS, *HALF_RUNS, *DIGITS_RUNS], ids=lambda run: run.name)
 def test_accuracies_match_the_confusion_matrices(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
@@ -63,7 +80,7 @@ def test_the_results_page_names_each_run(run: Path) -> None:
     assert re.search(rf"\b{run.name}\b", DOC)
 
 
-@pytest.mark.parametrize("run", [*RUNS, *DIGITS_RUNS], ids=lambda run: run.name)
+@pytest.mark.parametrize("run", [*RUNS, *HALF_RUNS, *DIGITS_RUNS], ids=lambda run: run.name)
 def test_results_contain_no_local_paths(run: Path) -> None:
     for file in run.iterdir():
         assert not re.search(r'"/|[ "](/tmp|/home|/root|[A-Z]:\\)', file.read_text("utf-8")), file

@@ -268,15 +268,15 @@ class Panel:
     log: bool = False
 
 
-def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
-    """Plot quantities against the layer index, in rows of two panels with a shared legend."""
-    rows = (len(panels) + 1) // 2
+def layers(name: str, title: str, alt: str, panels: Sequence[Panel], *, columns: int = 2) -> Chart:
+    """Plot quantities against the layer index, in a grid of panels with a shared legend."""
+    rows = -(-len(panels) // columns)
     labels = [line.label for line in panels[0].lines]
 
     def draw(figure: "Figure", palette: Palette) -> None:
         from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-        grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
+        grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         handles: list[Any] = []
         for axes, panel in zip(grid.flat, panels, strict=False):
             # A logarithmic axis cannot show zeros, which occur if gradients underflow.
@@ -306,7 +306,8 @@ def layers(name: str, title: str, alt: str, panels: Sequence[Panel]) -> Chart:
             figure.legend(handles, [*map(shortened, labels)], loc="outside lower left", ncols=2)
 
     legend = LEGEND_ROW * legend_rows(len(labels))
-    return Chart(name, title, alt, draw, (1.9 * WIDTH, 0.8 * HEIGHT * rows + legend))
+    size = (0.95 * WIDTH * columns, 0.8 * HEIGHT * rows + legend)
+    return Chart(name, title, alt, draw, size)
 
 
 def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | None]]) -> Chart:
