@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from networks import random_checkpoint
 from PIL import Image
 
 from resnet56 import __version__, cli
+from resnet56.data.class_names import CIFAR10
+from resnet56.runs.directory import RunDirectory
 
 QUICKLY = ["--arch", "resnet8", "--batch-size", "8", "--epochs", "1", "--device", "cpu"]
 
@@ -468,14 +471,15 @@ def test_control_characters_in_names_do_not_reach_the_terminal(
     Image.new("RGB", (8, 8)).save(cat / f"{evil}.png")
     (cat / f"x.{evil}").write_bytes(b"\x89PNG\r\n\x1a\n")
     (cat / f"{evil}.jpg").write_bytes(b"junk")
+    RunDirectory(tmp_path / "run").save(random_checkpoint(classes=CIFAR10))
     arrays = tmp_path / "arrays"
     arrays.mkdir()
     np.save(arrays / f"{evil}.npy", np.zeros((2, 32, 32, 3), np.uint8))
     np.save(arrays / "labels.npy", np.zeros(2, np.uint8))
     for arguments in (
-        ["evaluate", "resnet56", "--data", evil],
-        ["evaluate", "resnet56", "--data", evil, "--skip-broken"],
-        ["evaluate", "resnet56", "--data", "arrays"],
+        ["evaluate", "run", "--data", evil],
+        ["evaluate", "run", "--data", evil, "--skip-broken"],
+        ["evaluate", "run", "--data", "arrays"],
         ["evaluate", evil],
         ["predict", evil],
         ["predict", "--run", evil, "x.png"],
