@@ -22,7 +22,8 @@ class PreparedModel:
     module: nn.Module
     execution: Execution
     reason: str = ""  # the reason why a faster mode is not available
-    remedy: str = ""  # what the user can do to make the faster mode available
+    remedy: str = ""  # how the user can make the faster mode available
+
     cuda_graphs: bool = False  # whether to run the training step as a CUDA graph
 
 
@@ -54,8 +55,8 @@ def prepare_model(
     Args:
         model: the model on its device. Fused execution changes the model in place.
         execution: the field `execution` of a recipe. On a CPU, `auto` selects native execution only
-            if there is a matrix unit. `auto` never selects `torch.compile`, which takes about a
-            minute to compile and is faster only in long runs.
+            if the processor has a matrix unit. `auto` never selects `torch.compile`, which takes
+            about a minute to compile and is faster only in long runs.
         precision: precision of the forward pass.
         builtin: whether the model is a network from `build`. The kernels support no other models.
         graph_step: whether a CUDA graph supports the loss and the optimizer. A custom part may wait

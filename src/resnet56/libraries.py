@@ -8,15 +8,15 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-# ONNX Runtime reads one of these variables on import. Which one depends on the release.
+# ONNX Runtime reads one of these variables on import, depending on the release.
 _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 
 def import_onnxruntime() -> ModuleType:
     """Import ONNX Runtime. Disable telemetry unless a variable in `_NO_TELEMETRY` is already set.
 
-    With telemetry, some releases look up a host and write a device ID to the user's cache directory
-    (microsoft/onnxruntime issues 27379 and 29843).
+    With telemetry enabled, some releases resolve a host name and write a device ID to the user's
+    cache directory (microsoft/onnxruntime issues 27379 and 29843).
 
     Raises:
         ImportError: ONNX Runtime is not installed.

@@ -113,10 +113,10 @@ def compute_metrics(logits: FloatArray, labels: IntArray, classes: tuple[str, ..
 
 
 def split_metrics(logits: "Tensor", split: "Split", classes: tuple[str, ...]) -> Metrics:
-    """Return the metrics of (N, C) logits on `split`, in the format of evaluation.json.
+    """Return the metrics of logits (N, C) on `split`, in the format of evaluation.json.
 
     Raises:
-        UsageError: there are no images, or the logits or labels do not match the classes.
+        UsageError: the split contains no images, or the logits or labels do not match the classes.
     """
     if not len(split):
         raise UsageError("cannot evaluate a split without images")
@@ -162,7 +162,7 @@ def wilson_interval(hits: float, n: int) -> tuple[float, float]:
 
 
 def top_k(logits: FloatArray, labels: IntArray, k: int) -> float:
-    """Return the fraction of images whose class is among the k largest logits."""
+    """Return the fraction of images whose label is among the k classes with the largest logits."""
     k = min(k, logits.shape[1])
     # A stable sort resolves ties in favor of the first class, as argmax does for the accuracy.
     predicted = np.argsort(-logits, axis=1, kind="stable")[:, :k]

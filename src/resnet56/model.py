@@ -1,8 +1,8 @@
 """ResNet for 32x32 images (He et al. 2015, "Deep Residual Learning", section 4.2).
 
 The network consists of a 3x3 convolution, three stages of residual blocks, global average pooling,
-and a linear layer. The stages have 16, 32 and 64 filters, and their feature maps have sizes of
-32x32, 16x16 and 8x8. The plain networks of the paper have the same layers without shortcuts.
+and a linear layer. The stages have 16, 32 and 64 filters, and feature maps of size 32x32, 16x16 and
+8x8. The plain networks of the paper have the same layers without shortcuts.
 """
 
 import functools
@@ -21,7 +21,7 @@ from resnet56.notebook import table
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "none"]
 
-MAX_CLASSES = 1_000_000  # more classes would exhaust the memory
+MAX_CLASSES = 1_000_000  # more classes would exhaust memory
 WIDTHS = (16, 32, 64)  # number of filters in stages 1 to 3
 LAYERS_PER_BLOCK = {"basic": 2, "bottleneck": 3}
 EXPANSION = {"basic": 1, "bottleneck": 4}  # ratio of a block's output channels to its width
@@ -178,7 +178,8 @@ class ResNet(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Initialize convolutions as in He et al. 2015b, and the classifier from N(0, 0.01²)."""
+        """Initialize the convolutions as in He et al. 2015b, and the classifier from
+        N(0, 0.01²)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -192,12 +193,12 @@ class ResNet(nn.Module):
                 module.norm_relu = norm_relu
 
     def features(self, x: Tensor) -> Tensor:
-        """Compute features of the last stage: (N, 3, 32, 32) normalized images -> (N, C, 8, 8)."""
+        """Compute last-stage features from normalized images: (N, 3, 32, 32) -> (N, C, 8, 8)."""
         x = self.norm_relu(self.bn1, self.conv1(x))
         return self.stage3(self.stage2(self.stage1(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute logits: (N, 3, 32, 32) normalized images -> (N, classes)."""
+        """Compute logits from normalized images: (N, 3, 32, 32) -> (N, classes)."""
         pooled = self.features(x).mean(dim=(2, 3), dtype=self.fc.weight.dtype)
         return self.fc(pooled)  # type: ignore[no-any-return]
 
@@ -356,7 +357,7 @@ class Description:
 
 @functools.cache
 def describe(name: str, classes: int = 10) -> Description:
-    """Count the layers, parameters and multiply-accumulates of a network, part by part."""
+    """Count the layers, parameters and multiply-accumulates of a network and its parts."""
     architecture = Architecture.parse(name)
     with torch.device("meta"):  # compute only shapes
         model = ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)

@@ -12,8 +12,8 @@ from resnet56.recipe import Recipe
 
 PREFIX = "optimizer."  # prefix of the names of state tensors, optimizer.KEY.PARAMETER
 
-# The part of the state that does not consist of tensors. "groups" contains the settings of each
-# parameter group. "state" maps the name of each parameter to its values.
+# The values of the state that are not tensors. "groups" contains the settings of each parameter
+# group. "state" maps the name of each parameter to its values.
 StateValues = dict[str, Any]
 
 
@@ -28,8 +28,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": vector_decay},
     ]
-    # If the first fp16 step overflows, the fused kernel of SGD does not initialize the buffers that
-    # it creates. Buffers of zeros result in the same first step. The state of a checkpoint is also
+    # If the first fp16 step overflows, the fused SGD kernel does not initialize the buffers that it
+    # creates. Buffers of zeros result in the same first step. The state in a checkpoint is also
     # compared with these buffers.
     if recipe.optimizer == "adamw":
         adamw = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
@@ -89,7 +89,7 @@ def restore_state(
     tensors: Mapping[str, Tensor],
     values: StateValues | None = None,
 ) -> None:
-    """Restore the state that `state_of` returned. Ignore names without `PREFIX`.
+    """Restore the state that `state_of` returned. Ignore tensors whose names lack `PREFIX`.
 
     Args:
         model: the model that the optimizer trains.
@@ -112,8 +112,8 @@ def restore_state(
             if name.startswith(PREFIX):
                 key, _, owner = name.removeprefix(PREFIX).partition(".")
                 if value.shape == parameters[owner].shape:
-                    # Keep the memory format of the parameter, which affects rounding in the next
-                    # step.
+                    # Keep the memory format of the parameter, because it affects rounding in the
+                    # next step.
                     value = torch.empty_like(parameters[owner], dtype=value.dtype).copy_(value)
                 state.setdefault(indices[owner], {})[key] = value
         for group, saved in zip(

@@ -107,8 +107,8 @@ class Predictor:
     def model(self) -> "ResNet":
         """The PyTorch module, in evaluation mode.
 
-        Predictions use an optimized copy, so changes to this module do not affect them. With
-        `model`, this is the module that was passed to `load`.
+        Predictions use an optimized copy, so changes to this module do not affect them. If `load`
+        received a custom module, this is that module.
 
         Raises:
             UsageError: the model runs in ONNX Runtime.
@@ -152,7 +152,7 @@ class Predictor:
                 `Dataset.for_classes` first.
 
         Raises:
-            UsageError: there are no images, or a label is not the index of a class.
+            UsageError: the split contains no images, or a label is not the index of a class.
             NotFiniteError: a logit is not finite.
         """
         from resnet56.inference import BATCH
@@ -289,14 +289,14 @@ def load(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
         model: the custom model of a run, as it was passed to `train`: a module, whose weights are
             replaced, or a function that takes the number of classes and returns a module. Class
-            activation maps and features need a method `explain` like that of `ResNet`.
-        threads: number of CPU threads of PyTorch or ONNX Runtime. By default, one thread per core.
+        activation maps and features require a method `explain` like that of `ResNet`.
+        threads: number of CPU threads for PyTorch or ONNX Runtime. By default, one thread per core.
 
     Raises:
         RunError: the model does not exist or is damaged, the run needs `model`, or its weights do
             not fit `model`.
         UsageError: the device is not available, the number of threads is out of range, or
-            `model` is given for a built-in network.
+            `model` is passed for a built-in network.
         MissingExtraError: the model is an ONNX file and ONNX Runtime is not installed.
     """
     path = Path(source)

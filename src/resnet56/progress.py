@@ -56,7 +56,7 @@ class Output:
         self.status(label, 0.0, "")
 
     def status(self, label: str, fraction: float, text: str) -> None:
-        """Show the status of the task: its label, the finished fraction and a text."""
+        """Show the status of the task: its label, the completed fraction and details."""
 
     def end(self) -> None:
         """End the task, and remove its status."""
@@ -67,7 +67,7 @@ class LineOutput(Output):
 
     Args:
         stream: text stream.
-        brief: write no status, and omit skippable lines within a few seconds of another line.
+        brief: write no status, and omit skippable lines that follow another line within seconds.
     """
 
     def __init__(self, stream: TextIO, *, brief: bool = False) -> None:
@@ -88,7 +88,7 @@ class LineOutput(Output):
         self.log(label)
 
     def status(self, label: str, fraction: float, text: str) -> None:
-        """Write the status if there has been no line for a minute."""
+        """Write the status if no line was written in the last minute."""
         if not self.brief and time.monotonic() - self.last_line >= LINE_EVERY:
             self.log(f"  {label}  {text}")
 
@@ -216,7 +216,7 @@ def _in_notebook() -> bool:
 
 
 def _started_by_notebook() -> bool:
-    """Return whether a notebook has started this process, according to ipykernel's variables."""
+    """Return whether a notebook started this process. ipykernel sets these variables."""
     names = ("TERM", "PAGER", "GIT_PAGER")
     return [os.environ.get(name) for name in names] == ["xterm-color", "cat", "cat"]
 
@@ -322,7 +322,7 @@ def image_progress(output: Output, label: str, total: int) -> Iterator[ProgressC
     """Show how many of `total` images have been processed.
 
     Yields:
-        A function. Call it with the number of images processed since the last call.
+        A function to call with the number of images processed since the last call.
     """
     started, done = time.monotonic(), 0
 
@@ -340,7 +340,7 @@ def image_progress(output: Output, label: str, total: int) -> Iterator[ProgressC
 
 
 class DownloadProgress:
-    """Displays a download. Call it with the number of bytes downloaded so far and the total."""
+    """Displays a download. Call it with the numbers of bytes downloaded so far and in total."""
 
     def __init__(self, name: str) -> None:
         self.output = default_output(True)

@@ -35,11 +35,11 @@ class Recipe:
 
     weights: str = ""
     """Initial weights: a run, a file or a pretrained model of the same architecture. If the classes
-    differ, the classifier is initialized at random. The images are normalized as in the training of
-    these weights. The weights must not have been trained on the validation images."""
+    differ, the classifier is initialized at random. The images are normalized as when these weights
+    were trained. The weights must not have been trained on the validation images."""
 
     freeze: tuple[str, ...] = ()
-    """Layers of --weights that are not trained: conv1, bn1, stage1, stage2, stage3, a part of a
+    """Layers to keep at the values of --weights: conv1, bn1, stage1, stage2, stage3, a part of a
     stage such as stage3.0, or body (all layers except the classifier). Their batch norm statistics
     do not change either."""
 
@@ -63,7 +63,7 @@ class Recipe:
     """Use Nesterov momentum with SGD."""
 
     weight_decay: float = 1e-4
-    """Weight decay: an L2 penalty with SGD, decoupled from the gradient with AdamW."""
+    """Weight decay. With SGD, an L2 penalty; with AdamW, decoupled from the gradient."""
 
     decay_norm: bool = True
     """Also apply weight decay to batch norm parameters and biases."""
@@ -97,10 +97,11 @@ class Recipe:
     arXiv:2404.00498)."""
 
     sizes: tuple[int, ...] = ()
-    """Image sizes of the first epochs, in pixels. Later epochs use 32."""
+    """Image sizes of the first epochs, in pixels. Later epochs use 32x32 images."""
 
     cutout: int = 0
-    """Cutout: side length, in pixels, of a random square to set to the mean. 0 disables Cutout."""
+    """Cutout: side length, in pixels, of a random square to set to the mean color. 0 disables
+    Cutout."""
 
     trivial_augment: bool = False
     """TrivialAugment: before the crop, apply a random one of 14 geometric and color transforms to
@@ -109,12 +110,12 @@ class Recipe:
     mix: Mixing = "none"
     """Mix the images of a batch and their targets. cutmix: paste a rectangle of another image (Yun
     et al. 2019); mixup: blend two images (Zhang et al. 2018); ricap: combine crops of four images
-    (Takahashi et al. 2018) instead of the padded crop. Mixed batches do not use Cutout. Their
-    training accuracy is the mean target probability of the predicted class."""
+    (Takahashi et al. 2018) instead of the padded crop. Cutout does not apply to mixed batches. For
+    mixed batches, the training accuracy is the mean target probability of the predicted class."""
 
     mix_alpha: float = 1.0
-    """Parameter of the beta distribution of the mixing ratio. 1 gives a uniform distribution. Lower
-    values (0.3 in the RICAP paper) keep mixed images closer to one of the originals."""
+    """Parameter of the beta distribution of the mixing ratio. With 1, the distribution is uniform.
+    Lower values (0.3 in the RICAP paper) keep mixed images closer to one of the originals."""
 
     mix_probability: float = 1.0
     """Probability that a batch is mixed."""
@@ -124,8 +125,8 @@ class Recipe:
     TrivialAugment."""
 
     ema_decay: tuple[float, ...] = ()
-    """Decay per step of an exponential moving average (EMA) of the weights. The run then uses the
-    EMA weights. With several decays, the run uses the EMA with the highest accuracy on the
+    """Decay per step of an exponential moving average (EMA) of the weights. With one decay, the run
+    uses the EMA weights. With several decays, the run uses the EMA with the highest accuracy on the
     validation images (see --val-size)."""
 
     teacher: tuple[str, ...] = ()
@@ -153,11 +154,11 @@ class Recipe:
     native, fused, cuda-graph and eager that is available."""
 
     val_size: int = 0
-    """Number of training images to use for validation instead of training. The split is stratified
-    and always the same."""
+    """Number of training images to use for validation instead of for training. The split is
+    stratified and always the same."""
 
     seed: int = 0
-    """Seed of the initial weights, the order of the images and the augmentation."""
+    """Seed for the initial weights, the order of the images and the augmentation."""
 
     def __post_init__(self) -> None:
         """Check all values and their combinations. Raises UsageError for an invalid value."""
@@ -336,7 +337,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
 REPORT = Recipe(arch="resnet56-bottleneck")
 
 # He et al. 2015, section 4.2: the batch size is 128, and the learning rate of 0.1 is divided by 10
-# after 32k and 48k of 64k iterations. With 390 steps per epoch, these are 82, 123 and 164 epochs.
+# after 32k and 48k of 64k iterations. With 390 steps per epoch, these iterations correspond to 82,
+# 123 and 164 epochs.
 HE2015 = Recipe(
     epochs=164, batch_size=128, lr=0.1, schedule="step", drop_epochs=(82, 123), drop_factor=0.1
 )
@@ -360,8 +362,8 @@ BEST = Recipe(
 # This was the fastest recipe for about 90 % accuracy on two CPU cores. It was selected on 5,000
 # validation images (docs/results.md). The first epochs use small images. Epochs at 16 and 24 pixels
 # take two fifths and two thirds of the time of a full-size epoch. Alternating flips help wherever
-# random flips help (Jordan 2024). The recipe does not use label smoothing, because it makes the
-# calibration worse.
+# random flips help (Jordan 2024). The recipe does not use label smoothing, because it worsens the
+# calibration.
 FAST = Recipe(
     epochs=13,
     batch_size=64,

@@ -25,7 +25,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for `auto` or a PyTorch device name (cpu, cuda:1, mps).
+    """Return the device that `auto` or a PyTorch device name (cpu, cuda:1, mps) specifies.
 
     `auto` selects a GPU if one is available. Each process from torchrun gets its own GPU. On CUDA,
     the function disables TF32, which rounds the inputs of convolutions to ten mantissa bits.
@@ -103,8 +103,8 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 def peak_memory_mb(device: torch.device) -> float:
     """Return the peak memory in MB (10**6 bytes).
 
-    On CUDA, this is the memory that PyTorch has allocated. On other devices, it is the resident
-    memory of the process.
+    On CUDA, this is the peak of the memory that PyTorch allocated. On other devices, it is the peak
+    resident memory of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
@@ -164,7 +164,7 @@ def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit and whether files have changed. Outside a git checkout, return None."""
+    """Return the commit and whether files have uncommitted changes, or None outside git."""
     directory = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,7 +1,7 @@
 """Test whether two accuracies differ by more than chance.
 
 Two sources of chance need different tests. Training with a different seed results in a different
-accuracy, so `compare_means` compares the accuracies of several seeds. Testing on different images
+accuracy, so `compare_means` compares accuracies over several seeds. Testing on different images
 also results in a different accuracy, so `compare_predictions` compares two models image by image.
 """
 
@@ -80,8 +80,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def compare_means(first: Sequence[float], second: Sequence[float]) -> Means:
     """Compare the mean accuracies of two groups of runs with different seeds.
 
-    The p-value is from Welch's t-test. A group with a single run has no variance. In this case, the
-    p-value is from Student's t-test with the variance of the other group.
+    The p-value is from Welch's t-test. If a group has only one run, its variance is undefined, and
+    the p-value is from Student's t-test with the variance of the other group.
 
     Args:
         first, second: accuracies of the two groups, at least three in total.
@@ -92,7 +92,7 @@ def compare_means(first: Sequence[float], second: Sequence[float]) -> Means:
     from scipy import stats
 
     if min(len(first), len(second)) < 1 or len(first) + len(second) < 3:
-        raise ValueError("the comparison of means requires three accuracies in two groups")
+        raise ValueError("the comparison of means requires at least three accuracies in two groups")
     difference = float(np.mean(first) - np.mean(second))
     pooled = min(len(first), len(second)) == 1
     if np.ptp(first) == np.ptp(second) == 0:  # without variance, the t-statistic is undefined
@@ -126,7 +126,7 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
     """Compare two models on the same images.
 
     Args:
-        first, second: (N,) bool, True for images that the model classifies correctly.
+        first, second: bool arrays (N,), True for images that the model classifies correctly.
 
     Raises:
         ValueError: the arrays are empty or have different shapes.
@@ -134,7 +134,7 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
     from scipy import stats
 
     if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise ValueError("the comparison of predictions requires two arrays of the same images")
+        raise ValueError("the comparison of predictions requires two arrays for the same images")
     images = len(first)
     only_first = int((first & ~second).sum())
     only_second = int((~first & second).sum())
@@ -159,9 +159,9 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for the number of comparisons (Holm 1979). Keep their order.
+    """Adjust p-values for the number of comparisons (Holm 1979), and return them in the same order.
 
-    The probability of at least one false significant difference is at most the significance level.
+    The probability of at least one false positive is then at most the significance level.
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

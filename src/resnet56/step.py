@@ -45,7 +45,7 @@ class Trainer:
         cuda_graphs: run steps as CUDA graphs.
 
     Raises:
-        UsageError: the custom optimizer is not an optimizer of the parameters.
+        UsageError: the custom optimizer is not an optimizer, or not one for these parameters.
         TrainingError: the custom optimizer raises an exception.
     """
 
@@ -83,7 +83,7 @@ class Trainer:
         # MPS does not support float64.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(2, dtype=dtype, device=self.device)
-        # Number of the first step whose loss is not finite, or -1 if there is none.
+        # Number of the first step whose loss is not finite, or -1 if all losses are finite.
         self.first_nonfinite_step = torch.tensor(-1, device=self.device)
         self.graphs = CUDAGraphs(self._run_step, self.device) if cuda_graphs else None
 
@@ -108,7 +108,7 @@ class Trainer:
             images: (B, 3, S, S), normalized.
             targets: int64 labels (B,), or float32 probabilities (B, C).
             lr: learning rate.
-            step: step number (from 0), over all epochs.
+            step: step number (from 0), counted over all epochs.
         """
         member = None
         if self.teachers is not None and self.recipe.teacher_random:
@@ -183,10 +183,10 @@ class Trainer:
         return self.emas[0].tensors if self.emas else self.model.state_dict()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that resuming needs in addition to `weights`.
+        """Return the tensors that resuming requires in addition to `weights`.
 
-        The result contains the state of the optimizer. If there is an EMA, it also contains the
-        weights of the model. If there are several EMAs, it also contains all of them.
+        The result contains the state of the optimizer. With an EMA, it also contains the weights of
+        the model. With several EMAs, it also contains the weights of each EMA.
         """
         with self.custom.reported("optimizer"):
             state, _ = state_of(self.model, self.optimizer)
@@ -207,7 +207,7 @@ class Trainer:
         state: Mapping[str, Tensor],
         values: StateValues | None = None,
     ) -> None:
-        """Restore what `weights`, `state` and `optimizer_values` returned.
+        """Restore the state that `weights`, `state` and `optimizer_values` returned.
 
         The built-in optimizers do not need `values`.
         """

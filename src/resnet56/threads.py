@@ -7,8 +7,8 @@ than one. Training on the CPU uses one thread per free core, and adjusts the num
 the load.
 
 The number of threads determines the order of some sums, and therefore the last bits of the weights.
-Runs record every change and the step at which it takes effect. A resumed run uses the recorded
-numbers.
+A run records each change and the step at which it takes effect. A resumed run uses the recorded
+numbers of threads.
 """
 
 import math
@@ -23,8 +23,8 @@ import psutil
 
 from resnet56.errors import UsageError, option
 
-WINDOW = 5.0  # seconds of a measurement window; a decision follows each window
-FIRST_WINDOW = 0.3  # seconds of the first window; CPU times have a resolution of 10 ms
+WINDOW = 5.0  # length of a measurement window in seconds; a decision follows each window
+FIRST_WINDOW = 0.3  # length of the first window in seconds; CPU times have a resolution of 10 ms
 BUSY = 0.4  # a core counts as busy if its load from other programs exceeds this value
 FREE = 0.25  # a busy core counts as free again if its load falls to this value
 BACKOFF_WINDOWS = 12  # if cores become busy again within this number of windows, the wait doubles
@@ -53,7 +53,7 @@ class Meter(Protocol):
 class LoadMeter:
     """Measures how much other programs use the cores that this process may use.
 
-    The time that a hypervisor gives to other virtual machines (steal time) counts as load from
+    The time that a hypervisor allocates to other virtual machines (steal time) counts as load from
     other programs.
     """
 
@@ -67,8 +67,8 @@ class LoadMeter:
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
         """Return the load since the last window.
 
-        If the last window ended less than `seconds` ago, return None. If `wait` is True, wait until
-        `seconds` have passed instead.
+        If the last window ended less than `seconds` ago, return None. If `wait` is True, wait for
+        the rest of this time instead.
         """
         missing = seconds - (time.perf_counter() - self._last[0])
         if missing > 0:
@@ -81,7 +81,7 @@ class LoadMeter:
         return Load(elapsed, max(0.0, busy - own) / elapsed)
 
     def _read(self) -> tuple[float, float, float]:
-        """Return the time, the CPU time of all processes, and that of this process, in seconds."""
+        """Return the time, and the CPU times of all processes and of this process, in seconds."""
         busy = 0.0
         for number, times in enumerate(psutil.cpu_times(percpu=True)):
             if self._allowed is None or number in self._allowed:
@@ -125,7 +125,7 @@ class ThreadControl:
         # Count a core with two hyperthreads once.
         self.cores = min(usable, psutil.cpu_count(logical=False) or usable)
         self._meter = meter or LoadMeter()
-        self._wait_windows = 1  # number of windows during which cores must be free before use
+        self._wait_windows = 1  # number of windows for which cores must be free before use
         self._free_windows = 0
         self._windows_since_up = BACKOFF_WINDOWS
 
@@ -185,8 +185,9 @@ class ThreadControl:
         """Adjust the number of threads for `step` and later steps.
 
         Returns:
-            A message for the user if the number changed, or an empty string. After a change, save a
-            checkpoint, so that a resumed run changes the number at the same step.
+            A message for the user if the number changed, or an empty string. After a change, the
+            caller must save a checkpoint, so that a resumed run changes the number at the same
+            step.
         """
         load = self._meter.window(WINDOW)
         if load is None:
@@ -210,7 +211,7 @@ class ThreadControl:
         return ""
 
     def state(self) -> dict[str, Any]:
-        """Return the state that resuming needs, as JSON values."""
+        """Return the state that resuming requires, as JSON values."""
         return {"fixed": not self.adaptive, "changes": self.changes}
 
     def _free_threads(self, others: float, tolerance: float) -> int:
@@ -250,8 +251,8 @@ class ThroughputMonitor:
 
         Args:
             images: number of images that training has processed in this epoch so far.
-            seconds: training time of these images.
-            cost: cost of an image in this epoch, relative to other epochs.
+            seconds: time spent on training with these images.
+            cost: cost per image in this epoch, relative to other epochs.
         """
         if images < self._last[0]:  # a new epoch has started
             self._last = (0, 0.0)

@@ -57,22 +57,22 @@ def train(
     Args:
         recipe: the training configuration. Its batch size is the total over all processes.
         dataset: training and test images. Without test images, the model is not evaluated.
-        out: run directory. It must be empty or not exist. With `resume`, it must contain a run with
-            the same recipe.
+        out: run directory. It must either be empty or not exist. With `resume`, it must contain a
+            run with the same recipe.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: continue from the checkpoint in `out`.
         tensorboard: also write TensorBoard scalars to `out/tensorboard`.
-        test_every_epoch: also record the test loss and accuracy after each epoch, for plots. They
-            do not influence training.
-        threads: number of CPU threads. By default, the number of cores that other programs leave
-            free, updated during training.
+        test_every_epoch: also record the test loss and accuracy after each epoch, for plots. These
+            metrics do not influence training.
+        threads: number of CPU threads. By default, one thread per core that other programs leave
+            free, adjusted during training.
         progress: whether to show progress. By default, progress appears in notebooks and on
             terminals. If True, lines are also printed to stderr if it is not a terminal. The
             command line passes its own display.
         model: a module that replaces the network of the recipe, or a function that takes the number
             of classes and returns a module. The module maps normalized float32 images
-            (N, 3, 32, 32) to logits (N, classes). Training changes a given module in place. To load
-            the run later, pass the same model to `load`.
+            (N, 3, 32, 32) to logits (N, classes). If `model` is a module, training changes it in
+            place. To load the run later, pass the same model to `load`.
         optimizer: a function that replaces the optimizer of the recipe, such as
             `torch.optim.RMSprop`. It takes a list of the parameters to train, and the learning rate
             of the recipe as `lr`. Before each step, the schedule of the recipe scales the learning
@@ -83,14 +83,15 @@ def train(
         augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps uint8
             images (B, 3, 32, 32) on the training device to images of the same dtype and shape. The
             images are then normalized, and mixed or downscaled as the recipe specifies.
-        callbacks: functions, or objects with a method `on_epoch`. They are called with the metrics
-            of each epoch, in the format of metrics.jsonl, after its checkpoint has been saved.
+        callbacks: functions, or objects with a method `on_epoch`. After the checkpoint of an epoch
+            is saved, they are called with the metrics of the epoch in the format of metrics.jsonl.
 
     The run records the name and a hash of the source code of `model`, `optimizer`, `loss` and
     `augment`. The hash includes numbers and strings in their closures, attributes and partial
-    arguments. A run can be resumed only with the same parts. The recipe's settings for a replaced
-    part have no effect. Training seeds PyTorch's random number generators before each step, so
-    parts that use them resume exactly.
+    arguments. A run can be resumed only with the same custom parts. The recipe's settings for a
+    replaced part have no effect. Training seeds PyTorch's random number generators before each
+    step, so custom parts that use these generators resume exactly.
+
 
     Returns:
         The content of evaluation.json, or an empty dictionary without test images or on ranks
