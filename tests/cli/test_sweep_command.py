@@ -67,7 +67,7 @@ def test_an_invalid_value_causes_a_one_line_error(
             ["--val-size", "200", "--vary", "nesterov=true,false", "--vary", "momentum=0,0.9"],
             "the combination nesterov true, momentum 0 is invalid",
         ),
-        (["--val-size", "200", "--vary", "lr=0.1,0.2", "--seeds", "1", "1"], "must be different"),
+        (["--val-size", "200", "--vary", "lr=0.1,0.2", "--seeds", "1", "1"], "must be distinct"),
         (["--val-size", "200", "--vary", "lr=0.1,0.2", "--trials", "0"], "at least 1"),
         (
             ["--val-size", "200", "--vary", "lr=0.1,0.2", "--storage", "nonsense"],

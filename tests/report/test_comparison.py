@@ -135,7 +135,7 @@ def test_the_command_prints_tables_and_json(
     assert "6 runs compared: the best group reaches" in printed
     assert "Welch" in printed
     assert "The difference is significant (p < 0.05)." in printed
-    assert "The permutation test of 3 and 3 runs cannot give a p-value below 0.1." in printed
+    assert "With 3 and 3 runs, the permutation test cannot yield a p-value below 0.1." in printed
     assert "Welch" in page.read_text(encoding="utf-8")
     assert main(["compare", *map(str, good + poor), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

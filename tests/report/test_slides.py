@@ -240,7 +240,7 @@ def test_optimizers_and_schedules_are_described_in_a_few_words() -> None:
         "Learning rate: warm-up to 0.1 over 1 epoch, then cosine decay to zero."
     )
     often = replace(RECIPES["report"], drop_epochs=tuple(map(float, range(1, 12))))
-    assert slides.schedule(often) == "Learning rate: 0.02, multiplied by 0.5 at 11 epochs."
+    assert slides.schedule(often) == "Learning rate: 0.02, multiplied 11 times by 0.5."
     assert slides.schedule(replace(often, drop_epochs=())) == "Learning rate: 0.02, constant."
     tuned = replace(RECIPES["he2015"], optimizer="adamw", weights="runs/a", freeze=("body",))
     assert slides.optimizer(tuned) == (

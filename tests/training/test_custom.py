@@ -284,14 +284,14 @@ BEFORE_THE_RUN = [
     ({"model": lambda classes: [classes]}, UsageError, "returned an object of type list, expected"),
     ({"model": lambda classes: nn.Identity()}, UsageError, "has no parameters"),
     ({"model": Small(4)}, UsageError, r"Small for 2 images is a float32 tensor of shape \(2, 4\)"),
-    ({"model": Extra(3)}, UsageError, "entries that are not tensors, such as _extra_state"),
+    ({"model": Extra(3)}, UsageError, "values that are not tensors, such as _extra_state"),
     ({"model": nn.Linear(3, 3)}, TrainingError, r"Linear raised RuntimeError: mat1 and mat2"),
     ({"optimizer": lambda p, lr: None}, UsageError, "returned None, expected a torch.optim.Opt"),
     ({"optimizer": broken}, TrainingError, "the optimizer .*broken raised TypeError"),
     (
         {"optimizer": lambda p, lr: torch.optim.SGD(nn.Linear(2, 2).parameters())},
         UsageError,
-        "contains parameters that it was not called with",
+        "contains parameters that were not passed to it",
     ),
     ({"loss": lambda a, b: 0.5}, TrainingError, "returned an object of type float, expected a sc"),
     (

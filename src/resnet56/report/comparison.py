@@ -132,7 +132,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the adjusted p-value is below 0.05."""
+        """True if the adjusted p-value is below 0.05."""
         return self.p_value < LEVEL
 
 
@@ -210,7 +210,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
 
 
 def data_key(entry: Entry) -> tuple[Any, ...]:
-    """Return a key: the images and classes of a run. Only runs with equal keys are comparable."""
+    """Return the images and classes of a run. Two runs are comparable only if these are equal."""
     facts = entry.facts
     return facts.images or facts.source, facts.classes
 
@@ -360,8 +360,8 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
         smallest = min(1.0, 2 / math.comb(sum(counts), counts[0]))
         if smallest > LEVEL:
             sentences.append(
-                f"The permutation test of {counts[0]} and {counts[1]} runs cannot give a p-value "
-                f"below {smallest:.2g}."
+                f"With {counts[0]} and {counts[1]} runs, the permutation test cannot yield a "
+                f"p-value below {smallest:.2g}."
             )
     if len(pairs) > 1:
         sentences.append(f"The adjusted p-values account for {len(pairs)} comparisons (Holm 1979).")

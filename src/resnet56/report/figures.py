@@ -1,8 +1,8 @@
 """Matplotlib figures of run results, for notebooks and scripts.
 
 The report contains the same plots. The figures do not use pyplot, so they need no backend, and
-pyplot keeps no references to them. A notebook displays a figure if it is the last value of a cell.
-`figure.savefig` saves a figure.
+pyplot keeps no references to them. A notebook displays a figure if it is the last expression in a
+cell. `figure.savefig` saves a figure.
 """
 
 import os

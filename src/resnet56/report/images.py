@@ -57,7 +57,7 @@ def originals(facts: RunFacts) -> list[Augmented]:
 
 
 def sample_sheet(facts: RunFacts) -> EncodedImage | None:
-    """Combine the training images, one per row, with their augmented versions to the right."""
+    """Return one image with a row per training image, with its augmented versions to the right."""
     if facts.samples is None or not len(facts.samples.originals):
         return None
     versions = facts.samples.augmented[:MAX_SAMPLES, : MAX_VERSIONS if facts.augmented else 0]

@@ -78,7 +78,7 @@ class Chart:
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.S)
-        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # The comments repeat the text.
+        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # The comments repeat labels.
         text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", text, count=1)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = text.replace("url(#", f"url(#{self.name}-")
@@ -159,7 +159,7 @@ def _style(palette: Palette) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. If it has only one point, it is drawn as a dot."""
+    """A curve. A curve with only one point is drawn as a dot."""
 
     label: str
     x: Sequence[float]
@@ -184,7 +184,7 @@ def shortened(label: str) -> str:
 def curves(
     name: str, title: str, alt: str, lines: Sequence[Line], label: str, *, percent: bool = False
 ) -> Chart:
-    """Plot curves over epochs. `percent` converts fractions to percentages."""
+    """Plot curves over epochs. If `percent` is True, convert fractions to percentages."""
 
     def draw(figure: "Figure", palette: Palette) -> None:
         axes = figure.subplots()

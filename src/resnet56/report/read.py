@@ -133,7 +133,7 @@ class RunFacts:
 
     @property
     def flips(self) -> bool:
-        """Whether training images were flipped horizontally."""
+        """True if training images were flipped horizontally."""
         if "data" in self.environment and "flip" in self.environment["data"]:
             return self.environment["data"]["flip"]
         return self.recipe is not None and self.recipe.flip
@@ -145,7 +145,7 @@ class RunFacts:
 
     @property
     def augmented(self) -> bool | None:
-        """Whether training images were augmented, or None if training is not recorded."""
+        """True if training images were augmented, or None if training is not recorded."""
         if self.recipe is None:
             return None
         builtin = recipe_words.is_augmented(self.recipe, flips=self.flips)
@@ -158,7 +158,7 @@ class RunFacts:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs of the recipe are finished, or True without a recipe."""
+        """True if all epochs of the recipe are finished, or if there is no recipe."""
         return self.recipe is None or self.progress.epoch >= self.recipe.epochs
 
 

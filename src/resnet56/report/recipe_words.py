@@ -249,8 +249,9 @@ def _distillation(recipe: Recipe) -> str:
         f"{1 - recipe.teacher_weight:g}"
     )
     return (
-        f"The network learns the class probabilities of {teachers} for the same augmented images "
-        f"(knowledge distillation at temperature {recipe.teacher_temperature:g}{random}), {labels}."
+        f"The network learns to predict the class probabilities of {teachers} for the same "
+        "augmented images (knowledge distillation at temperature "
+        f"{recipe.teacher_temperature:g}{random}), {labels}."
     )
 
 

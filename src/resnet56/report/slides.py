@@ -232,7 +232,7 @@ def schedule(recipe: Recipe) -> str:
     elif not drops:
         rest = "then constant" if recipe.warmup_epochs else "constant"
     elif len(drops) > MAX_DROPS:
-        rest = f"multiplied by {recipe.drop_factor:g} at {len(drops)} epochs"
+        rest = f"multiplied {len(drops)} times by {recipe.drop_factor:g}"
     else:
         word = "epoch" if len(drops) == 1 else "epochs"
         rest = f"multiplied by {recipe.drop_factor:g} after {word} {listed(drops)}"
@@ -352,7 +352,7 @@ def gap_in_brief(gap: story.Gap) -> str:
 
 
 def capitalized(text: str) -> str:
-    """Make the first letter of a text uppercase."""
+    """Return a text with its first letter in uppercase."""
     return text[:1].upper() + text[1:]
 
 

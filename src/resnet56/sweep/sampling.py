@@ -1,4 +1,4 @@
-"""How a sweep chooses the settings of its trials, and when it stops bad trials."""
+"""The samplers that choose the settings of trials, and the pruner that stops bad trials."""
 
 from typing import Any, cast
 

@@ -23,8 +23,8 @@ from resnet56.sweep.storage import (
 from resnet56.sweep.trials import Trials
 from resnet56.sweep.worker import Worker
 
-# Seconds between heartbeats of a worker. A worker without a heartbeat for twice this time counts as
-# dead.
+# Seconds between heartbeats of a worker. A worker without a heartbeat for twice this time is
+# considered dead.
 HEARTBEAT = 60
 
 
@@ -83,7 +83,7 @@ def sweep(
     if total < 1:
         raise UsageError(f"{option('trials')} must be at least 1, not {trials}")
     if len(set(seeds)) < len(seeds):
-        raise UsageError(f"{option('seeds')} must be different, not {' '.join(map(str, seeds))}")
+        raise UsageError(f"{option('seeds')} must be distinct, not {' '.join(map(str, seeds))}")
     try:
         recipes = [replace(recipe, seed=seed) for seed in seeds or (recipe.seed,)]
     except UsageError as error:

@@ -126,7 +126,7 @@ def to_scalar(value: Any) -> Scalar:
 
 
 def suggest(trial: "optuna.Trial", name: str, values: Range | Choices) -> Any:
-    """Let Optuna choose the value of a field for a trial."""
+    """Return the value that Optuna suggests for a field in a trial."""
     if isinstance(values, Choices):
         return values.find(trial.suggest_categorical(name, values.stored()))
     if get_type_hints(Recipe)[name] is int:
@@ -135,7 +135,7 @@ def suggest(trial: "optuna.Trial", name: str, values: Range | Choices) -> Any:
 
 
 def distribution(name: str, values: Range | Choices) -> Any:
-    """Return the distribution of a field in Optuna."""
+    """Return the Optuna distribution of a field."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(values, Choices):

@@ -52,7 +52,7 @@ def prepare_directory(out: Path, content: Sweep) -> None:
 
 
 def _require_same(content: Sweep, saved: Mapping[str, Any], place: str) -> None:
-    """Raise UsageError if the settings of a sweep differ from saved settings."""
+    """Raise UsageError if the settings of a sweep differ from the saved settings."""
     new: dict[str, Any] = json.loads(json.dumps(content))
     remedy = f"to continue it, repeat its options; otherwise, choose another {option('out')}"
     for key in COMPARED:
@@ -74,7 +74,7 @@ def _require_same(content: Sweep, saved: Mapping[str, Any], place: str) -> None:
 
 
 def open_study(content: Sweep, url: str | None, directory: Path, heartbeat: int) -> "optuna.Study":
-    """Open or create the study. Check its settings."""
+    """Open or create the study, and check its settings."""
     import optuna
 
     storage = _open_storage(url, directory, heartbeat)

@@ -92,7 +92,7 @@ def _state(name: str) -> Any:
 
 
 def this_worker() -> dict[str, Any]:
-    """Identify this process, so that other workers can find out whether it is alive."""
+    """Return the identity of this process, so that other workers can check whether it is alive."""
     return {
         "host": platform.node(),
         "pid": os.getpid(),
