@@ -161,12 +161,12 @@ def width(layer: str) -> int:
 
 
 def spread(values: list[float]) -> str:
-    """Format the median and the range with two significant digits."""
+    """Format the median and the range with two significant digits. Omit a range of zero."""
     chosen = (statistics.median(values), min(values), max(values))
     middle, low, high = (
         f"{float(f'{value:.1e}'):,.0f}" if value >= 10 else f"{value:.2g}" for value in chosen
     )
-    return f"{middle} ({low} to {high})"
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def draw(directory: Path) -> None:
