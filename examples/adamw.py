@@ -1,4 +1,4 @@
-"""Train with your own optimizer: AdamW with other betas, and no weight decay for vectors.
+"""Train with your own optimizer: AdamW with other betas, and without weight decay for vectors.
 
 Run: python examples/adamw.py --epochs 10
 """

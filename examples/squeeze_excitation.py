@@ -33,7 +33,7 @@ class SqueezeExcitation(nn.Module):
 
 
 def se_resnet(classes: int, arch: str) -> ResNet:
-    """Build a network of basic blocks, with squeeze-and-excitation after their last batch norm."""
+    """Build a network of basic blocks with squeeze-and-excitation after the last batch norm."""
     model = build(arch, classes=classes)
     for block in [module for module in model.modules() if isinstance(module, BasicBlock)]:
         excitation = SqueezeExcitation(block.bn2.num_features)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from resnet56.data.dataset import Dataset, Split
     from resnet56.recipe import Recipe
 
-# Use one thread, which is faster for tiny networks on a busy machine. It also makes processes that
-# tests start round in the same way. PyTorch reads this variable on import.
+# Use one thread, which is faster for tiny networks on a busy machine. As a result, the processes
+# that tests start also round in the same way. PyTorch reads this variable on import.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell starts background jobs with SIGINT ignored. The tests of Ctrl-C need Python's own handler.

@@ -42,7 +42,7 @@ def _png_with(chunks: bytes) -> bytes:
 
 
 def _tiff(tags: list[tuple[int, int, int, int]], data: bytes = b"") -> bytes:
-    """Return a TIFF with tags of (tag, type, count, value) and with `data` after the directory."""
+    """Return a TIFF with tags (tag, type, count, value) and with `data` after the directory."""
     entries = b"".join(struct.pack("<HHLL", *tag) for tag in tags)
     return b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4) + data
 

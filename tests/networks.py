@@ -10,7 +10,7 @@ CLASSES = ("blue", "green", "red")
 
 
 def random_checkpoint(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES) -> Checkpoint:
-    """Return weights whose logits depend on the image, with non-default statistics."""
+    """Return a checkpoint whose logits depend on the image, with non-default statistics."""
     model = build(arch, classes=len(classes), seed=3)
     randomize(model, model.fc)
     config = ModelConfig(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -14,7 +14,7 @@ UNSUPPORTED = (
 
 
 def skip_without_kernel(reason: Exception) -> NoReturn:
-    """Skip the test if `reason` is a property of the machine. Otherwise, raise it."""
+    """Skip the test if `reason` is a property of the machine. Otherwise, raise `reason`."""
     if not re.search(UNSUPPORTED, str(reason)):
         raise reason
     pytest.skip(f"the kernel is not available on this machine: {reason}")

@@ -332,7 +332,7 @@ def test_imports_only_go_down() -> None:
 
 
 def test_the_documented_layout_names_every_module() -> None:
-    """The packages report, serve and cli have a single entry each."""
+    """The packages report, serve and cli have one entry each."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     tree = page[page.index("src/resnet56/\n") :]
     directory, named = "", set()

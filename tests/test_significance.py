@@ -1,4 +1,4 @@
-"""Significance tests compared with cases computed by hand and from definitions."""
+"""Significance tests compared with values computed by hand and from definitions."""
 
 import math
 

@@ -231,7 +231,7 @@ def test_a_step_uses_the_given_rate() -> None:
 
 @pytest.mark.parametrize("decay_norm", [True, False])
 def test_adamw_matches_the_plain_implementation(decay_norm: bool) -> None:
-    """Both receive the same gradients in three steps."""
+    """Both optimizers receive the same gradients in three steps."""
     recipe = make_recipe(optimizer="adamw", decay_norm=decay_norm, weight_decay=0.1, lr=0.01)
     model, other = build("resnet8", seed=0), build("resnet8", seed=0)
     optimizer = make_optimizer(model, recipe)

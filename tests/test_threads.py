@@ -200,7 +200,7 @@ class StepMeter:
 def test_a_run_with_a_change_of_threads_resumes_bitwise_identically(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is killed right after the change, which the checkpoint must contain."""
+    """The run is killed right after the change. The checkpoint must contain the change."""
     recipe = Recipe(**{**small.to_json(), "execution": "eager", "batch_size": 25, "epochs": 2})
 
     def same_weights(first: str, second: str) -> bool:

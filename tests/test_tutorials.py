@@ -23,10 +23,10 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-# The first tutorial trains three networks with PyTorch alone. In the tests, the first one has 20
-# layers. The other two have 8 layers and are trained briefly, and their stored outputs are checked
-# instead. The tests also train smaller networks with the package, in the first tutorial on fewer
-# images.
+# The first tutorial trains three networks with PyTorch alone. In the tests, the first of these
+# networks has 20 layers. The other two have 8 layers and are trained briefly, and their stored
+# outputs are checked instead. The tests also train smaller networks with the package, in the first
+# tutorial on fewer images.
 SHORTENED = {
     BUILD: {
         "model = ResNet()\nhistory": "model = ResNet(n=3)\nhistory",
@@ -135,7 +135,7 @@ def test_the_text_of_the_second_tutorial_describes_the_results(executed: dict[st
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_a_stored_tutorial_is_clean(path: Path) -> None:
-    """It has outputs, and no noise, paths, or metadata of the machine that ran it."""
+    """A notebook has outputs, but no noise, paths, or metadata of the machine that ran it."""
     assert path.stat().st_size < 1_000_000
     notebook = read(path)
     nbformat.validate(notebook)

@@ -96,7 +96,7 @@ def section(name: str) -> str:
 
 
 def table_row(label: str, row: dict[str, Any]) -> str:
-    """Format precision, recall and F1 of a class."""
+    """Format the precision, recall and F1 score of a class."""
     numbers = (f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1"))
     return f"| {label} | {' | '.join(numbers)} |"
 

@@ -28,7 +28,7 @@ USAGE = "usage: python tools/mistakes.py DIR [RUN|NAME]"
 
 @torch.inference_mode()
 def predict_with_batch_statistics(model: ResNet, images: Tensor, config: ModelConfig) -> Tensor:
-    """Return the logits of a model that was left in training mode, in batches of 32."""
+    """Return the logits for batches of 32 images, with the model left in training mode."""
     model = copy.deepcopy(model).train()
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     return torch.cat([model(normalize(part, mean, std)) for part in images.split(32)])

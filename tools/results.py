@@ -161,7 +161,7 @@ def command(recipe: Recipe) -> str:
 
 
 def percent(values: list[float]) -> str:
-    """Format one value, or the mean and sample standard deviation of several."""
+    """Format one value, or the mean and sample standard deviation of several values."""
     if len(values) == 1:
         return f"{100 * values[0]:.2f}"
     return f"{100 * statistics.fmean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
@@ -223,7 +223,7 @@ def groups() -> list[Group]:
 
 
 def changed(recipe: Recipe) -> bool:
-    """Return whether a recipe differs from all named ones in more than arch and epochs."""
+    """Return whether a recipe differs from all named recipes in fields besides arch and epochs."""
     return not nearest(recipe)[1].keys() <= {"arch", "epochs"}
 
 
@@ -273,7 +273,7 @@ def variations() -> dict[str, list[tuple[str, ...]]]:
 
 
 def trials() -> list[tuple[str, ...]]:
-    """Return one row per run with a validation set, the best first."""
+    """Return one row per run with a validation set, best first."""
     found = []
     for recipe, run in kept_runs():
         if not recipe.val_size:
@@ -293,7 +293,7 @@ def trials() -> list[tuple[str, ...]]:
 
 
 def candidates() -> list[tuple[str, ...]]:
-    """Return one row per run and EMA of the search in results/search90, the best first."""
+    """Return one row per run and EMA in the search in results/search90, best first."""
     found = []
     for directory in (RESULTS / "search90").iterdir():
         recipe = read_json(directory / "recipe.json")

@@ -23,7 +23,6 @@ class PreparedModel:
     execution: Execution
     reason: str = ""  # the reason why a faster mode is not available
     remedy: str = ""  # how the user can make the faster mode available
-
     cuda_graphs: bool = False  # whether to run the training step as a CUDA graph
 
 

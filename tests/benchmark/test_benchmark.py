@@ -1,4 +1,4 @@
-"""The benchmark interleaves its measurements and compares with a correct baseline."""
+"""The benchmark interleaves its measurements, and its baseline trains correctly."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def test_the_compute_time_is_three_forward_passes() -> None:
 
 
 def test_the_memory_time_counts_each_activation_five_times() -> None:
-    """resnet8 has three convolutions with 16x32x32 outputs, two with 32x16x16, two with 64x8x8."""
+    """resnet8 has 3 convolutions with 16x32x32 outputs, 2 with 32x16x16, and 2 with 64x8x8."""
     limits = {"gflops": 1.0, "gigabytes_per_second": 1.0}
     maps = 3 * 16 * 32 * 32 + 2 * 32 * 16 * 16 + 2 * 64 * 8 * 8
     bytes_moved = 5 * 2 * maps * 4  # outputs of convolutions and norms, in fp32
@@ -119,7 +119,7 @@ def test_the_measured_step_is_the_step_of_training(
 
 
 def test_peak_memory_grows_with_the_batch(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 48 instead of 2 images, memory grows by at least the activations that are saved."""
+    """With 48 instead of 2 images, memory grows by at least the size of the saved activations."""
     monkeypatch.setattr(benchmark, "get_context", lambda _: context())
     setup = BenchmarkSetup(tiny.train, *channel_statistics(tiny.train.images), CPU, "fp32")
     few, many = (benchmark.peak_memory(setup, "resnet8", batch, ["eager"]) for batch in (2, 48))

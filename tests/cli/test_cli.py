@@ -374,7 +374,7 @@ def test_an_existing_file_as_output_is_rejected_before_data_is_read(
 def test_classes_are_matched_by_name(
     run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Images of other classes are skipped. Data without common classes cause an error."""
+    """Images of other classes are skipped. A data set without common classes causes an error."""
     for split in ("train", "test"):
         for name in ("green", "red"):
             target = tmp_path / "other" / split / name
@@ -398,7 +398,7 @@ def test_classes_are_matched_by_name(
 def test_a_run_without_a_predefined_split_is_evaluated_on_its_own_test_images(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The training images are excluded, even after the directory was moved."""
+    """The training images are excluded, even after the directory is moved."""
     plain = Path(shutil.copytree(data_dir / "train", tmp_path / "plain"))
     out = tmp_path / "run"
     assert cli.main(["train", "quick", "--data", str(plain), "--out", str(out), *QUICKLY]) == 0

@@ -210,7 +210,7 @@ def test_the_name_of_pretrained_weights_is_accepted_instead_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`predict` uses resnet56 by default. `evaluate` accepts it and writes no files."""
+    """`predict` uses resnet56 by default. `evaluate` accepts this name and writes no files."""
     monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path / "weights")
     pretrained.save(RunDirectory(run), "resnet56", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)

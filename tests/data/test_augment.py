@@ -46,7 +46,7 @@ def erased(image: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
 
 
 def every_crop(padding: int) -> AugmentationParams:
-    """Return params of all crop offsets, with and without flip."""
+    """Return parameters for all crop offsets, with and without flips."""
     offsets = range(2 * padding + 1)
     grid = torch.tensor([(r, c, f) for r in offsets for c in offsets for f in (0, 1)])
     params = sample_params(len(grid), Augmentation(padding=padding, flip=True), generator())

@@ -112,7 +112,7 @@ def test_augmentation_differs_between_epochs() -> None:
         ((images, numbers),) = batches.epoch(epoch)
         per_epoch.append(images[numbers.argsort()])
     changed = [(a != b).flatten(1).any(dim=1) for a, b in pairwise(per_epoch)]
-    # By chance, some images have the same of the 162 crops and flips in both epochs.
+    # By chance, some images have the same crop and flip (of 162) in both epochs.
     assert torch.stack(changed).float().mean() > 0.9
 
 

@@ -1,4 +1,4 @@
-"""Published, modified and damaged files of CIFAR, in all versions.
+"""Published, modified and damaged CIFAR files, in all versions.
 
 The tests use small data sets and replace the published sizes and checksums with theirs.
 """

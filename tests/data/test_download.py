@@ -106,7 +106,7 @@ class Page(BaseHTTPRequestHandler):
 
 
 def packed(*members: tuple[tarfile.TarInfo | str, bytes]) -> bytes:
-    """Return a gzipped tar. A string stands for a regular file of that name."""
+    """Return a gzipped tar. A string stands for a regular file with that name."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz") as tar:
         for member, content in members:

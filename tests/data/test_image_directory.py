@@ -1,4 +1,4 @@
-"""Image directories in common layouts, and the errors and remarks about them."""
+"""Image directories in common layouts, and the errors and messages about them."""
 
 import os
 import shutil

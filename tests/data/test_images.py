@@ -117,7 +117,7 @@ def test_invalid_images_raise_one_line_errors(content: bytes, message: str, tmp_
 
 @pytest.mark.parametrize("suffix", ["PNG", "GIF", "TIFF", "JPEG", "WEBP", "BMP", "PPM"])
 def test_images_that_pillow_rejects_are_rejected(suffix: str) -> None:
-    """Errors of the decoder about flipped bits or a missing end are not ignored."""
+    """Decoder errors about flipped bits or a missing end are not ignored."""
     rng = random.Random(suffix)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
     options = {"exif": b"Exif\0\0junk"} if suffix in ("PNG", "JPEG", "WEBP") else {}
@@ -139,7 +139,7 @@ def test_images_that_pillow_rejects_are_rejected(suffix: str) -> None:
 
 
 def test_a_damaged_png_is_rejected(tmp_path: Path) -> None:
-    """getexif() decodes a PNG, so its errors can be about the image as well."""
+    """getexif() decodes a PNG, so it can also raise errors about the image."""
     content = bytearray(encoded(Image.effect_noise((60, 60), 50).convert("RGB")))
     content[len(content) // 2] ^= 4
     with pytest.raises(ImageError, match="cannot read the image"):

@@ -1,8 +1,8 @@
 """A naive convolution over rows of positions, the layout that kernels/positions.h describes.
 
-Feature maps are (N, H, W, C) and weights (out, kernel, kernel, in). Sums are in double precision.
-Values are rounded to bf16 where the native kernel rounds them: the weights, the output and the
-gradient of the input. The gradient of the weights is not rounded.
+Feature maps are (N, H, W, C), and weights are (out, kernel, kernel, in). Sums are in double
+precision. Values are rounded to bf16 where the native kernel rounds them: the weights, the output
+and the gradient of the input. The gradient of the weights is not rounded.
 """
 
 from collections.abc import Iterator

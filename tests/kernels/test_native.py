@@ -1,8 +1,8 @@
 """The native training step, compared with a reference in double precision.
 
 The reference rounds to bf16 where the kernel does, forward and backward. The remaining differences
-come from sums in single precision, and from the roundings and ReLUs that these sums switch. Their
-size is estimated by running the reference in single precision.
+come from sums in single precision, and from the rounding steps and ReLUs whose results these sums
+change. Their size is estimated by running the reference in single precision.
 """
 
 import copy
@@ -62,7 +62,7 @@ def batch(count: int, height: int = 32, width: int = 32) -> tuple[Tensor, Tensor
 
 
 def run(config: nn.Module, images: Tensor, weights: Tensor) -> Tensor:
-    """Run a step and return the logits. The loss is linear in them, so it adds no rounding."""
+    """Run a step and return the logits. The loss is linear in the logits and adds no rounding."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = config(images)
     (logits.float() * weights).sum().backward()
@@ -103,7 +103,7 @@ def grad_rounded(x: Tensor) -> Tensor:
 class RoundedBatchNorm(torch.autograd.Function):
     """Batch norm (Ioffe & Szegedy 2015).
 
-    z is rounded after its statistics are computed, and the gradient after its sums are.
+    z is rounded after its statistics are computed, and the gradient is rounded after its sums.
     """
 
     @staticmethod
@@ -126,7 +126,7 @@ class RoundedBatchNorm(torch.autograd.Function):
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, y: Tensor) -> Tensor:
-    """Apply a convolution and its batch norm, without shortcut and ReLU."""
+    """Apply a convolution and its batch norm, without a shortcut or ReLU."""
     z = F.conv2d(y, rounded(conv.weight), stride=conv.stride, padding=conv.padding)
     z = grad_rounded(z)
     with torch.no_grad():

@@ -498,7 +498,7 @@ def test_a_comparison_ranks_runs_and_groups_seeds(
 
 
 def test_errors_over_epochs_are_plotted(tmp_path: Path) -> None:
-    """He et al. 2015, figure 6: a dashed and a solid curve of one color per run."""
+    """As in figure 6 of He et al. 2015, each run has a dashed and a solid curve in one color."""
     runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain20", "resnet20")]
     page = Page(write_report(runs, tmp_path / "before.html").read_text(encoding="utf-8"))
     assert "(dashed)" not in page.text

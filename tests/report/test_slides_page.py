@@ -185,7 +185,7 @@ def test_every_slide_of_every_run_fits(
             assert not found["out"], (name, number, found)
             if fits:
                 assert found["high"] <= 1, (name, number, found)
-            # At 1280 x 720, text has at least 20 pixels, so a slide has at most 36 lines.
+            # At 1280 x 720, text is at least 20 pixels high, so a slide has at most 36 lines.
             scale = min(width / 1280, height / 720)
             assert found["text"] >= (19.9 * scale if fits else 14), (name, number, found)
     page.close()

@@ -89,7 +89,7 @@ def test_a_non_finite_checkpoint_does_not_replace_a_finite_one(
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is replaced twice, each time between reading checkpoint.json and reading its tensors."""
+    """The checkpoint is replaced twice, between reading checkpoint.json and its tensors."""
     run = RunDirectory(tmp_path)
     run.save(checkpoint(step=7))
     steps, read_bytes = [8, 9], Path.read_bytes

@@ -55,7 +55,7 @@ def test_logits_match_pinned_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_accuracy_matches_the_card(name: str, cifar10: Dataset) -> None:
-    """The accuracy on every fifth test image lies within three standard errors of the card."""
+    """On every fifth image, the accuracy is within three standard errors of the card's."""
     subset = slice(0, None, 5)
     images, labels = cifar10.test.images[subset], cifar10.test.labels[subset]
     correct = (evaluated(name).logits(images).argmax(dim=1) == labels).float()

@@ -18,7 +18,7 @@ CLASSES = ("red", "green", "blue")
 
 
 class ColorModel:
-    """Predicts the brightest channel with a map per channel, and records the sizes of batches."""
+    """Predicts the brightest channel, returns a map per channel, and records the batch sizes."""
 
     name = "colors"
     classes = CLASSES

@@ -5,7 +5,7 @@
 
 URL is http://127.0.0.1:8056 by default. HOSTILE is the fraction of requests with a file that could
 take a decoder minutes or gigabytes. The script prints requests per second, latencies, responses by
-status, and the memory of the server over time. It exits with 1 if a response has an unexpected
+status, and the memory of the server over time. The exit code is 1 if a response has an unexpected
 status.
 """
 

@@ -1,4 +1,4 @@
-"""Fixtures of several tests of sweeps."""
+"""Fixtures that several sweep tests share."""
 
 import dataclasses
 from pathlib import Path

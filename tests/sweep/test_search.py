@@ -54,7 +54,8 @@ def test_later_suggestions_are_better_than_random_ones(
     space = {"lr": Range(0.01, 1.0), "momentum": Range(0.0, 0.9)}
     sweep(recipe, space, tiny, tmp_path / "s", trials=30, prune=False)
     distances = [abs(one.lr - 0.2) for one in trained]
-    # The first ten values are random. If all 30 were, half would be farther than their median.
+    # The first ten values are random. If all 30 were random, half of them would be farther from 0.2
+    # than the median.
     middle = sorted(distances[:10])[5]
     assert sum(distance < middle for distance in distances[15:]) >= 12
 

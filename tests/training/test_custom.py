@@ -58,7 +58,7 @@ def noisy(images: Tensor) -> Tensor:
 
 
 class Averaging(torch.optim.SGD):
-    """SGD whose steps shrink. Its state contains numbers, in the group and of a parameter."""
+    """SGD whose steps shrink. Its state contains numbers for the group and for a parameter."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -305,7 +305,7 @@ BEFORE_THE_RUN = [
     ({"augment": lambda x: x / 255}, TrainingError, "returned a float32 tensor .* a uint8 tensor"),
     ({"augment": lambda x: x[:1]}, TrainingError, r"shape \(1, 3, 32, 32\), expected .* \(8, 3"),
     ({"augment": broken}, TrainingError, "the augmentation .*broken raised KeyError"),
-    ({"callbacks": ["print"]}, UsageError, "'print' is not callable and has no method on_epoch"),
+    ({"callbacks": ["print"]}, UsageError, "'print' must be callable or have a method on_epoch"),
 ]
 
 

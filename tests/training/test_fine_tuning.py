@@ -21,7 +21,7 @@ from resnet56.training import train
 
 @pytest.fixture(scope="module")
 def trained(tiny: Dataset, small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a network on `tiny` whose weights other runs start from."""
+    """Train a network on `tiny`. Other runs start from its weights."""
     out = tmp_path_factory.mktemp("trained") / "run"
     train(dataclasses.replace(small, epochs=1), tiny, out, device="cpu")
     return out

@@ -31,7 +31,7 @@ class UnavailableError(Exception):
 
 
 def compile_kernel(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Compile and load a C file of `kernels/`, which must define `int resnet56_threads(void)`.
+    """Compile and load a C file from `kernels/`, which must define `int resnet56_threads(void)`.
 
     Each process compiles a kernel once per compiler. The function deletes the library after loading
     it, so that the file cannot become outdated or be modified.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-WARMUP_CALLS = 3  # libraries allocate workspaces and choose algorithms in the first calls
+WARMUP_CALLS = 3  # libraries allocate workspaces and choose algorithms during the first calls
 
 
 class CUDAGraphs:
@@ -37,7 +37,7 @@ class CUDAGraphs:
         """Call `function(*inputs, variant)`.
 
         Args:
-            inputs: tensors of any values. A graph reads copies of them.
+            inputs: tensors with any values. A graph reads copies of them.
             variant: an argument that is not a tensor. Each value has its own graph.
         """
         # Triton and CUDA graphs use the current device, which can be another GPU.

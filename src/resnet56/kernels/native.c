@@ -97,7 +97,7 @@ static inline void product(long columns, const bf16 *a, long stride, const int32
 }
 
 /* Computes z = conv(input) and the statistics of the batch norm after the convolution. `arena` is
- * scratch memory of `arena_bytes` per thread. */
+ * scratch memory, with `arena_bytes` bytes per thread. */
 void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads) {
     Scratch all[threads];
     Layout l = layout_of(c);

@@ -66,7 +66,7 @@ class NativeNetwork(nn.Module):
         Plan(library, model, 1, 8, 8, 1)  # raises if the model is not supported
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute logits: (N, 3, H, W) normalized images -> (N, classes)."""
+        """Compute logits from normalized images: (N, 3, H, W) -> (N, classes)."""
         if not self._supports(x):
             return self.model(x)  # type: ignore[no-any-return]
         key = (x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads())

@@ -160,7 +160,7 @@ class Plan:
     def _block(
         self, block: nn.Module, previous: _BlockOutput, height: int, width: int
     ) -> tuple[list[_Conv], _BlockOutput, int, int]:
-        """Add a block. Return its convolutions in backward order, its output and output size."""
+        """Add a block. Return its convolutions in backward order, its output, height and width."""
         if not isinstance(block, BasicBlock | BottleneckBlock):
             raise UnavailableError(f"unsupported block: {type(block).__name__}")
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]

@@ -1,11 +1,11 @@
 """Training steps of networks with basic blocks on CUDA GPUs, in Triton.
 
-The convolutions of these networks have few channels, so most of their time goes into reading and
-writing feature maps. On an H100, cuDNN's kernels take twice as long as those below
-(docs/explanation/gpu-step.md), and PyTorch adds separate kernels for statistics, normalization,
-shortcut, ReLU and the conversion of each weight. The kernels here compute batch statistics while a
-convolution writes its output, and add gradients of shortcuts while they write gradients of inputs.
-All weights are converted to bf16 in one operation per step.
+The convolutions of these networks have few channels, so they spend most of their time on reading
+and writing feature maps. On an H100, cuDNN's kernels take twice as long as the kernels in this
+module (docs/explanation/gpu-step.md), and PyTorch adds separate kernels for statistics,
+normalization, shortcut, ReLU and the conversion of each weight. The kernels in this module compute
+batch statistics while a convolution writes its output, and add shortcut gradients while they write
+input gradients. All weights are converted to bf16 in one operation per step.
 
 Feature maps are bf16 in channels-last memory format, so that a feature map is a matrix of
 (N * H * W) positions and C channels. All sums are in fp32 and have a fixed order, so a step always
@@ -540,7 +540,7 @@ class TritonNetwork(nn.Module):
         ]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits: (N, 3, H, W) normalized images -> (N, classes)."""
+        """Compute logits from normalized images: (N, 3, H, W) -> (N, classes)."""
         model = self.model
         if not (model.training and torch.is_grad_enabled()):
             return model(images)  # type: ignore[no-any-return]

@@ -110,7 +110,7 @@ def train(
     for callback in callbacks:
         if not callable(getattr(callback, "on_epoch", callback)):
             raise UsageError(
-                f"the callback {one_line(repr(callback))} is not callable and has no method "
+                f"the callback {one_line(repr(callback))} must be callable or have a method "
                 "on_epoch"
             )
     run, torch_device = RunDirectory(Path(out)), resolve_device(device)

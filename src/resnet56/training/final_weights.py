@@ -21,7 +21,7 @@ from resnet56.training.setup import TrainingSetup
 def measure(
     setup: TrainingSetup, name: str, split: Split, weights: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Return the loss and accuracy of weights, as `NAME_loss` and `NAME_accuracy`.
+    """Return the loss and accuracy of `weights`, as `NAME_loss` and `NAME_accuracy`.
 
     Raises:
         NotFiniteError: an output is not finite.
@@ -72,7 +72,7 @@ def select_ema(
 def _reestimate(
     setup: TrainingSetup, weights: Mapping[str, Tensor], epoch: int
 ) -> Mapping[str, Tensor]:
-    """Return `weights` with batch norm statistics computed on images of an epoch."""
+    """Return `weights` with batch norm statistics computed on images from an epoch."""
     # Only the main process runs this function, so it uses global batches.
     batches = replace(setup.batches, rank=0, world_size=1)
     count = math.ceil(REESTIMATION_IMAGES / batches.global_batch)
@@ -89,7 +89,8 @@ def _reestimate(
 def _loaded(setup: TrainingSetup, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """Yield a model with `weights`.
 
-    A custom model may not support copying, so its own weights are replaced until the block ends.
+    Some custom models do not support copying, so their own weights are replaced until the block
+    ends.
     """
     if setup.trainer.custom.model is None:
         model = build(setup.config.arch, classes=len(setup.config.classes))

@@ -29,7 +29,7 @@ def load_weights(
         The entry for environment.json.
 
     Raises:
-        UsageError: the checkpoint has another architecture.
+        UsageError: the checkpoint has a different architecture.
         RunError: the weights do not match the model.
     """
     arch = checkpoint.config.arch
@@ -72,7 +72,7 @@ def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
         The frozen modules.
 
     Raises:
-        UsageError: a module does not exist, or nothing remains to train.
+        UsageError: a module does not exist, or no layer remains to train.
     """
     children = [name for name, _ in model.named_children()]
     frozen: list[nn.Module] = []
@@ -98,6 +98,6 @@ def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 
 def _example(model: nn.Module) -> str:
-    """Return the name of a nested module."""
+    """Return the name of a nested module as an example for the user."""
     nested = [name for name, _ in model.named_modules() if "." in name]
     return nested[0] if nested else "stage3.0"

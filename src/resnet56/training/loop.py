@@ -36,7 +36,7 @@ STEP_STREAM = 4  # separates the random numbers of a training step from other us
 
 
 class Callback(Protocol):
-    """An object whose `on_epoch` method `train` calls after each epoch."""
+    """An object with a method `on_epoch`, which `train` calls after each epoch."""
 
     def on_epoch(self, row: EpochMetrics) -> object:
         """Receive the metrics of an epoch, in the format of metrics.jsonl."""
@@ -48,7 +48,7 @@ class CallbackError(TrainingError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when Ctrl-C or SIGTERM has stopped training and a checkpoint has been saved."""
+    """Raised when Ctrl-C or SIGTERM stops training, after a checkpoint is saved."""
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
         super().__init__(message)
@@ -111,7 +111,7 @@ class TrainingLoop:
         if initial is not None and saved is None and initial["new_classifier"]:
             self.log(
                 "the classifier starts from random weights because "
-                f"{initial['weights']} has other classes"
+                f"{initial['weights']} has different classes"
             )
         if saved is not None:
             self.log(restore(self.setup, saved, run))
@@ -204,7 +204,7 @@ class TrainingLoop:
             self.trainer.state()  # raises an error if the optimizer cannot be saved
 
     def call(self, callbacks: Sequence[EpochCallback | Callback], row: EpochMetrics) -> None:
-        """Call the callbacks with the row of an epoch. Its checkpoint must have been saved."""
+        """Call the callbacks with the metrics of an epoch, after its checkpoint is saved."""
         for callback in callbacks:
             function: Any = getattr(callback, "on_epoch", callback)
             try:
@@ -254,7 +254,7 @@ class TrainingLoop:
     def with_measurements(
         self, row: EpochMetrics, splits: Mapping[str, Split | None]
     ) -> EpochMetrics:
-        """Return `row` with the loss and accuracy on each split."""
+        """Return a copy of `row` with the loss and accuracy on each split."""
         measured: dict[str, float] = {}
         try:
             for name, split in splits.items():
@@ -279,7 +279,7 @@ class TrainingLoop:
         return self.trainer.weights() if self.selected is None else self.selected
 
     def save(self) -> None:
-        """Write a checkpoint. Raise TrainingError if it contains values that are not finite."""
+        """Write a checkpoint. Raise TrainingError if any value is not finite."""
         self.cadence.record_save()
         if not self.dist.is_main_process:
             return
@@ -300,7 +300,7 @@ class TrainingLoop:
             raise RunError(f"{error}; {remedy}") from error
 
     def diverged(self, error: NotFiniteError | str) -> TrainingError:
-        """Return the error for values that are not finite."""
+        """Return the exception for non-finite values."""
         if isinstance(error, NotFiniteError):
             error = f"training diverged at step {self.progress.step:,}: {error}"
         return TrainingError(
@@ -309,7 +309,7 @@ class TrainingLoop:
         )
 
     def interrupted(self) -> Interrupted:
-        """Return the exception for a stop request. The checkpoint has been saved."""
+        """Return the exception for a stop request. The checkpoint must already be saved."""
         finished, within = self.progress.epoch, self.progress.epoch_step > 0
         epoch = f"in epoch {finished + 1}" if within else f"after epoch {finished}"
         return Interrupted(

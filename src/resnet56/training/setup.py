@@ -71,7 +71,7 @@ def set_up(
         custom: parts that replace built-in ones, or None.
 
     Raises:
-        RunError: the initial weights or a teacher do not exist or are damaged.
+        RunError: the initial weights or the weights of a teacher do not exist or are damaged.
         UsageError: the validation set, the execution mode, the initial weights, the frozen layers,
             a teacher or a custom part cannot be used.
         TrainingError: a custom part raises an exception.
@@ -92,7 +92,7 @@ def set_up(
     start = saved
     if recipe.weights and saved is None:
         start = open_model(recipe.weights).checkpoint
-    # Initial weights require images with the normalization that they were trained with.
+    # Normalize the images as when the initial weights were trained.
     if start is not None:
         mean, std = start.config.mean, start.config.std
     else:
