@@ -61,7 +61,7 @@ def test_cifar10_c_is_split_by_severity(tmp_path: Path) -> None:
             "2 images, but labels.npy has 3 labels",
         ),
         (np.zeros((2, 32, 32, 3), np.uint8), np.array([0, 10]), "0 to 9"),
-        (np.zeros((2, 32, 32, 3), np.uint8), np.array([0.5, 1]), "and integers"),
+        (np.zeros((2, 32, 32, 3), np.uint8), np.array([0.5, 1]), "and an integer dtype"),
     ],
 )
 def test_invalid_test_sets_are_rejected(
@@ -109,7 +109,7 @@ def test_common_names_of_pairs_are_recognized(
 
 def test_an_error_about_missing_labels_lists_the_expected_names(tmp_path: Path) -> None:
     directory = arrays(tmp_path / "k", x_test=noise(4, 32, 32, 3))
-    with pytest.raises(DataError, match=r"looked for x_test_labels.npy, labels.npy, y_test.npy"):
+    with pytest.raises(DataError, match=r"one of x_test_labels.npy, labels.npy, y_test.npy"):
         list(load_benchmark(directory, 10))
     directory = arrays(tmp_path / "l", labels=np.arange(4))
     with pytest.raises(DataError, match="contains no image arrays"):

@@ -128,7 +128,7 @@ def test_a_table_labels_the_images_of_one_directory(tmp_path: Path) -> None:
     [
         ("id,label\n1,a\n", "has no row for 1 of the 2 images"),
         ("id,label\n1,a\n2\n", "line 3 has too few columns"),
-        ("id,label\n1,a\n1,b\n2,a\n", "line 3 gives 1 a different label"),
+        ("id,label\n1,a\n1,b\n2,a\n", "line 3 assigns 1 a different label"),
         ("id,label\n1,a\n2,a\n", "expected at least two classes, found 1"),
         ("id,label\n1,a\n2,\x1b[2J\n", "is not a valid class name"),
         ("name,size\n1,2\n", "images outside class directories"),

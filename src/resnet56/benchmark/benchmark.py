@@ -1,4 +1,4 @@
-"""Benchmarks of this package and a standard PyTorch loop: training, inference, memory, start-up."""
+"""Benchmark training, inference, memory use and start-up against a standard PyTorch loop."""
 
 import contextlib
 import functools
@@ -43,13 +43,13 @@ from resnet56.runtime import (
 )
 from resnet56.step import Trainer, learning_rate
 
-START_REPEATS = 3  # how many times to start each program
+START_REPEATS = 3  # number of times to start each program
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class BenchmarkSetup:
-    """Data, device and precision of a benchmark."""
+    """Data, device and precision for a benchmark."""
 
     split: Split  # training images
     mean: Triple
@@ -98,7 +98,10 @@ def available_modes(device: torch.device, precision: Precision, compiled: bool) 
 def bench_training(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Compare training steps in each execution mode with the baseline loop (0 and 2 workers)."""
+    """Time training steps in each execution mode and in the baseline loop (0 and 2 workers).
+
+    Return one row per candidate, as `summarize` does.
+    """
     loops = {
         f"baseline, {workers} workers": BaselineLoop(
             arch, setup.augmented_images(), batch, setup.device, workers, setup.classes
@@ -120,7 +123,10 @@ def bench_training(
 def bench_inference(
     setup: BenchmarkSetup, arch: str, batch: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Compare the model in evaluation mode with an `InferenceModel` and ONNX Runtime."""
+    """Time the model in evaluation mode, an `InferenceModel`, and ONNX Runtime.
+
+    Return one row per candidate, as `summarize` does.
+    """
     pixels = setup.split.images[torch.arange(batch) % len(setup.split)]
     images = pixels.float().to(setup.device) / 255
     model = build(arch).to(setup.device).eval()
@@ -172,7 +178,10 @@ def _peak_memory(setup: BenchmarkSetup, arch: str, batch: int, mode: str) -> flo
 def peak_memory(
     setup: BenchmarkSetup, arch: str, batch: int, modes: Sequence[str]
 ) -> dict[str, float]:
-    """Measure the peak memory of the baseline loop and of each mode, each in a new process."""
+    """Return the peak memory of the baseline loop and of each execution mode, in MB.
+
+    Every measurement runs in a new process.
+    """
     subset = slice(0, 4 * batch)
     # Clone the images, because pickling a view copies its entire storage.
     split = Split(setup.split.images[subset].clone(), setup.split.labels[subset].clone())
@@ -185,7 +194,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Measure the time for start-up, data loading, checkpoint writing and evaluation."""
+    """Return the seconds for start-up, data loading, checkpoint writing and evaluation."""
 
     def start_time(*arguments: str) -> float:
         times = []
@@ -239,7 +248,7 @@ def bench(
         compiled: whether to include torch.compile, which adds a minute per comparison.
         rounds: number of rounds per comparison.
         seconds: duration of each measurement.
-        log: function that is called with the description of each measurement.
+        log: function that is called with a description of each measurement.
 
     Returns:
         A JSON-serializable dictionary with a description of the machine and all measurements.
@@ -252,7 +261,7 @@ def bench(
     if max(batches) > len(dataset.train):
         raise UsageError(
             f"batch size {max(batches)} exceeds the {len(dataset.train)} training images; choose a "
-            f"smaller {option('batch')} or other {option('data')}"
+            f"smaller {option('batch')} or a larger data set ({option('data')})"
         )
     mean, std = channel_statistics(dataset.train.images)
     setup = BenchmarkSetup(

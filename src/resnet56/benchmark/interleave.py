@@ -2,7 +2,7 @@
 
 The functions take turns of about a second (A B C A B C ...). Other programs on the machine
 therefore slow down all functions equally. Each round yields the ratio of the times of two
-functions, and the results contain the median ratio.
+functions, and `summarize` returns the median of these ratios.
 """
 
 import statistics
@@ -21,7 +21,7 @@ class Candidate:
     name: str
     run_once: Callable[[], object]
     device: torch.device
-    seconds: list[float] = field(default_factory=list)  # mean time per call in each round
+    seconds: list[float] = field(default_factory=list)  # mean time per call, for each round
 
     def time(self, repeats: int) -> float:
         """Return the mean time per call over `repeats` calls, in seconds."""
@@ -52,7 +52,7 @@ def summarize(
     The speed-up (`ratio`) is relative to the fastest baseline. A ratio of 2 means twice the speed.
 
     Args:
-        candidates: candidates that `interleave` has measured.
+        candidates: the candidates that `interleave` measured.
         images: number of images per call.
         baseline: prefix of the names of the baselines.
     """
@@ -77,7 +77,7 @@ def summarize(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished all work."""
+    """Wait until the device finishes all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

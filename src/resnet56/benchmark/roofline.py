@@ -11,11 +11,11 @@ from resnet56.runtime import DTYPES, Precision
 
 
 def machine_limits(device: torch.device, precision: Precision) -> dict[str, float]:
-    """Measure the GFLOP/s of a matrix product and the GB/s of a copy (the best of ten runs)."""
+    """Measure a matrix product in GFLOP/s and a copy in GB/s. Return the best of ten runs."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    # The source does not contain zeros, because pages of zeros share physical memory until they are
-    # written to.
+    # The source tensor does not contain zeros, because pages of zeros share physical memory until
+    # the process writes to them.
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
 
@@ -33,13 +33,13 @@ def machine_limits(device: torch.device, precision: Precision) -> dict[str, floa
 def roofline_times(
     arch: str, batch: int, precision: Precision, limits: dict[str, float]
 ) -> dict[str, float]:
-    """Return the minimum times of a training step for arithmetic and for memory traffic, in ms.
+    """Return lower bounds on the time of a training step, from arithmetic and memory traffic.
 
     The backward pass requires twice as many operations as the forward pass. The estimate of the
     memory traffic assumes that all operations except convolutions and batch norms are fused, and
     that no tensor stays in a cache. Each output of a convolution or batch norm is then written once
     and read twice, and each gradient is written and read once. This amounts to five passes over all
-    stored activations.
+    stored activations. The times are in ms.
     """
     operations = 3 * 2 * describe(arch).macs * batch
     bytes_moved = 5 * batch * _stored_activations(arch) * DTYPES[precision].itemsize
@@ -50,7 +50,7 @@ def roofline_times(
 
 
 def _stored_activations(arch: str) -> int:
-    """Count the output values of all convolutions and batch norms for one image."""
+    """Return the number of output elements of all convolutions and batch norms for one image."""
     total = 0
 
     def count(module: nn.Module, _: object, output: Tensor) -> None:

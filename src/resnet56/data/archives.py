@@ -1,4 +1,4 @@
-"""Extract archives of data sets without trusting their content.
+"""Extract data set archives without trusting their content.
 
 An archive is a gzipped tar file with a single top-level directory.
 """
@@ -24,7 +24,7 @@ def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
     """Unpack an archive to `root/directory` atomically.
 
     Args:
-        archive: the archive file, open for reading. The function ignores its position.
+        archive: the archive file, open for reading at any position.
         root: an existing directory. The function also creates a temporary directory in it.
         directory: name of the top-level directory in the archive.
 
@@ -54,7 +54,7 @@ def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
 
 def _extract(archive: BinaryIO, temporary: str, directory: str) -> None:
     with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-        # This is the same as `filter="data"`, which Python 3.11.0 to 3.11.3 do not support.
+        # This is equivalent to `filter="data"`, which Python 3.11.0 to 3.11.3 do not support.
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         remaining = MAX_BYTES
         for member in tar:
@@ -69,8 +69,8 @@ def _extract(archive: BinaryIO, temporary: str, directory: str) -> None:
 
 def _check_member(member: tarfile.TarInfo, directory: str, max_size: int) -> None:
     """Raise UnpackError unless `member` is a regular file or a directory inside `directory`."""
-    # Use Windows rules on all systems. They are the strictest: both slashes separate directories,
-    # and a drive counts as a root.
+    # Use Windows rules on all systems. They are the strictest: slashes and backslashes separate
+    # directories, and a drive counts as a root.
     parts = PureWindowsPath(member.name).parts
     if parts[:1] != (directory,) or ".." in parts:
         raise UnpackError(f"{member.name!r} is outside the directory {directory!r}")

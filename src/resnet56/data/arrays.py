@@ -36,7 +36,7 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
     CIFAR-10-C consists of `labels.npy` and one uint8 array (50,000, 32, 32, 3) per corruption. The
     array contains the five severities in order. CIFAR-10.1 consists of `NAME_data.npy` and
     `NAME_labels.npy`. The function also accepts other common pairs of names, such as `x_NAME.npy`
-    and `y_NAME.npy`. Labels are integers of shape (N,) or (N, 1).
+    and `y_NAME.npy`. Label arrays have an integer dtype and shape (N,) or (N, 1).
 
     Raises:
         DataError: an array has an unexpected shape or dtype, labels are missing or out of range, or
@@ -60,12 +60,12 @@ def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise DataError(
                 f"{escape(str(labels_file))} has shape {labels.shape} and dtype "
-                f"{one_line(labels.dtype)}; expected shape (N,) or (N, 1) and integers"
+                f"{one_line(labels.dtype)}; expected shape (N,) or (N, 1) and an integer dtype"
             )
         if len(images) != len(labels):
             raise DataError(
                 f"{escape(str(file))} has {len(images):,} images, but {labels_file.name} "
-                f"has {len(labels):,} labels"
+                f"has {len(labels):,} labels; provide one label per image"
             )
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
             raise DataError(f"{escape(str(labels_file))}: expected labels from 0 to {classes - 1}")
@@ -103,7 +103,9 @@ def _pairs(path: Path, stems: dict[str, Path]) -> Iterator[tuple[str, Path, Path
             candidates = f"{name}_labels.npy, labels.npy"
             if stem.lower().startswith("x"):
                 candidates += f", y{stem[1:]}.npy"
-            raise DataError(f"{escape(str(file))} has no labels; looked for {escape(candidates)}")
+            raise DataError(
+                f"{escape(str(file))} has no label file; expected one of {escape(candidates)}"
+            )
         yield name or stem, file, stems[labels_stem]
 
 
@@ -121,5 +123,8 @@ def _read_array(file: Path) -> npt.NDArray[Any]:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {escape(str(file))}: {one_line(reason)}") from error
     if not isinstance(array, np.ndarray):
-        raise DataError(f"cannot read {escape(str(file))}: it is an .npz archive")
+        raise DataError(
+            f"cannot read {escape(str(file))}: it is an .npz archive; "
+            "save each array in an .npy file"
+        )
     return array

@@ -1,6 +1,6 @@
 """Augment batches of images with random parameters that are sampled in advance.
 
-`sample_params` samples the parameters of an epoch on the CPU. `augment` applies them to a batch on
+`sample_params` samples the parameters for an epoch on the CPU. `augment` applies them to a batch on
 any device. Batches are therefore the same on every device, in every process and after resuming.
 """
 
@@ -20,12 +20,12 @@ class Augmentation:
     """Settings for augmenting training images.
 
     Attributes:
-        padding: black pixels added to each side before a random 32x32 crop.
+        padding: number of black pixels to add to each side before a random 32x32 crop.
         flip: flip each image horizontally with probability 1/2.
-        alternate_flip: flip each image in every other epoch, not at random.
+        alternate_flip: flip each image in every other epoch instead of at random.
         cutout: side length, in pixels, of the square that Cutout erases. 0 disables Cutout.
         trivial_augment: apply TrivialAugment.
-        sizes: image sizes of the first epochs, in pixels. Later epochs use 32.
+        sizes: image sizes for the first epochs, in pixels. Later epochs use 32.
         mix: "cutmix", "mixup", "ricap" or "none".
         mix_alpha: parameter of the Beta(alpha, alpha) distribution of the mixing weights.
         mix_probability: probability that a batch is mixed.
@@ -75,7 +75,7 @@ class AugmentationParams(NamedTuple):
     levels: Tensor  # (N,) int64, level of the transform, from -LEVELS to LEVELS
 
     def to(self, device: torch.device) -> "AugmentationParams":
-        """Move the parameters to `device`, except `transforms`, which is read on the CPU."""
+        """Return the parameters on `device`, except `transforms`, which is read on the CPU."""
         return AugmentationParams(*(numbers.to(device) for numbers in self))._replace(
             transforms=self.transforms
         )
@@ -113,7 +113,7 @@ def crop_and_flip(images: Tensor, params: AugmentationParams, padding: int) -> T
         padding: number of black pixels on each side, as for `sample_params`. 0 disables the crop.
 
     Returns:
-        (N, 3, H, W) of the same dtype, in channels-last memory format.
+        Images (N, 3, H, W) of the same dtype, in channels-last memory format.
     """
     count, _, height, width = images.shape
     padded = F.pad(images, (padding, padding, padding, padding))
@@ -137,13 +137,13 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
-    """Set a square of each normalized image to zero, the mean (DeVries & Taylor 2017).
+    """Set a square in each normalized image to zero, which is the mean (DeVries & Taylor 2017).
 
     The square is clipped at the edges of the image.
 
     Args:
         images: (N, 3, H, W), normalized.
-        centers: (N, 2), row and column of the centers.
+        centers: (N, 2), row and column of the center of each square.
         side: side length of the square, in pixels.
     """
     _, _, height, width = images.shape
@@ -177,8 +177,8 @@ def augment(
 ) -> Tensor:
     """Augment and normalize uint8 images (N, 3, 32, 32). Return float32.
 
-    The steps are TrivialAugment, crop and flip, normalization, and Cutout. A function in the
-    settings replaces all of them except normalization.
+    The steps are TrivialAugment, crop and flip, normalization, and Cutout. `augmentation.function`
+    replaces all steps except normalization.
     """
     if augmentation.function is not None:
         images = augmentation.function(images).contiguous(memory_format=torch.channels_last)

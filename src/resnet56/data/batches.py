@@ -1,6 +1,6 @@
 """Training batches as a pure function of the seed, epoch, rank and world size.
 
-Resuming therefore needs no iterator state. The global batches do not depend on the number of
+Resuming therefore requires no iterator state. The global batches do not depend on the number of
 processes.
 """
 
@@ -32,7 +32,7 @@ def derive_seed(*parts: int) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch's random number generators of the CPU and of `device` until the block ends."""
+    """Seed PyTorch's random number generators for the CPU and `device` until the block ends."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
@@ -43,26 +43,27 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batches:
-    """Augmented training batches, as in `train`. Iterate over them with `epoch`.
+    """The augmented training batches that `train` uses. `epoch` iterates over them.
 
-    The batches of an epoch depend only on the arguments and the epoch. Every epoch has its own
-    order of the images and its own random augmentation. The batches do not change the global
-    random state of PyTorch. A custom augmentation function has its own random state in each step.
+    The batches of an epoch depend only on the arguments and the epoch. Each epoch uses a different
+    order of the images and different augmentation parameters. Iterating over the batches does not
+    change PyTorch's global random state. A custom augmentation function runs with a separate random
+    state in each step.
 
-    Images are augmented in batches on the device of `split`, without worker processes. With a GPU,
-    pass `split.to("cuda")`.
+    Images are augmented in batches on the device of `split`, without worker processes. To augment
+    them on a GPU, pass `split.to("cuda")`.
 
     Every global batch contains exactly `batch_size` images, so all batches have the same shape.
-    Each epoch skips the images that do not fill a batch. A data set with fewer than `batch_size`
-    images forms a single batch.
+    Each epoch skips the last images if they do not fill a batch. A data set with fewer than
+    `batch_size` images forms a single batch.
 
     Attributes:
         split: training images and labels.
         mean, std: channel statistics for normalization, for pixels in [0, 1]. See
             `channel_statistics`.
         batch_size: number of images per step, over all processes.
-        seed: seed of the order and the augmentation.
-        augmentation: settings of the augmentation. By default, random crops with padding 4, and
+        seed: seed for the order and the augmentation of the images.
+        augmentation: augmentation settings. The default is random crops with padding 4 and
             horizontal flips.
         classes: number of classes, for the targets of mixed images.
         rank, world_size: index of this process and number of processes, for training on several
@@ -121,7 +122,7 @@ class Batches:
             start: index of the first step, from 0.
 
         Yields:
-            images: (B, 3, S, S) float32, normalized, in channels-last memory format. S is the
+            images: normalized float32 images (B, 3, S, S), in channels-last memory format. S is the
                 entry for the epoch in `sizes`, or 32 if there is none.
             targets: int64 labels (B,), or float32 probabilities (B, C) if the batch is mixed.
         """

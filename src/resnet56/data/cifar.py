@@ -25,7 +25,7 @@ UInt8Array = npt.NDArray[np.uint8]
 OFFICIAL = "official split"  # part of `Dataset.source` for CIFAR
 
 _PIXELS = 3 * 32 * 32
-_BLOCK = 1_000  # images to process at once, which limits memory use
+_BLOCK = 1_000  # number of images to process at once, to limit memory use
 _ADVICE = "unpack the archive again"
 # SHA-1 digests of the files in the binary format. The test file is last. Apache MXNet's
 # gluon.data.vision uses the same values.
@@ -54,9 +54,9 @@ class _Layout:
     """A published format of CIFAR: its files and the locations of the labels and the class names.
 
     A record of the binary format consists of `label_bytes` label bytes and 3,072 pixel bytes. The
-    last label byte is the label. The pixel bytes are 1,024 each of red, green and blue, row by row
-    from the top. A file in the pickle format contains a dictionary. `labels` is the key of its
-    labels, and `names` the key of its class names.
+    last label byte is the label. The pixel bytes are the red, green and blue channels with 1,024
+    bytes each, row by row from the top. A file in the pickle format contains a dictionary. `labels`
+    is the key of the labels in an image file, and `names` is the key of the class names in `meta`.
     """
 
     name: str
@@ -205,7 +205,7 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
 def _read_files(
     layout: _Layout, files: list[Path], total: int, pool: ThreadPoolExecutor
 ) -> tuple[Split, list[str]]:
-    """Read `total` images, equally many from each file. Return them and the SHA-1 digests."""
+    """Read `total` images, an equal number from each file. Return them and the SHA-1 digests."""
     split = empty_split(total)
     rows = total // len(files)
     images = split.images.view(len(files), rows, _PIXELS).numpy()
@@ -273,7 +273,7 @@ def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> 
     data = batch.get("data")
     if not isinstance(data, PickledArray) or (pixels := data.pixels((count, _PIXELS))) is None:
         raise DataError(
-            f"{escape(str(file))}: 'data' is not a uint8 array of {count:,} x 3,072; {_ADVICE}"
+            f"{escape(str(file))}: 'data' is not a uint8 array of shape ({count}, 3072); {_ADVICE}"
         )
     labels = _labels(batch.get(layout.labels), file, layout.labels, count, layout.classes)
     # Only the checksum needs the coarse labels.
@@ -283,7 +283,7 @@ def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> 
 
 
 def _labels(values: object, file: Path, key: str, count: int, classes: int) -> UInt8Array:
-    """Convert a list of labels to uint8. Raises DataError for anything else."""
+    """Convert a list of labels to uint8. Raises DataError for any other object."""
     if not isinstance(values, list) or not all(
         type(value) is int and value.bit_length() < 64 for value in values
     ):
@@ -313,6 +313,6 @@ def _reject_labels(
 
 
 def empty_split(count: int) -> Split:
-    """Return an uninitialized split of `count` images."""
+    """Return a split of `count` images with uninitialized content."""
     images = torch.empty((count, 3, 32, 32), dtype=torch.uint8)
     return Split(images, torch.empty(count, dtype=torch.int64))

@@ -1,7 +1,7 @@
 """Common corruptions of 32x32 images, from Hendrycks & Dietterich 2019 (CIFAR-10-C).
 
 Of the benchmark's nineteen corruptions, this module implements the ten that need only arithmetic
-and Pillow. The severities match those of CIFAR-10-C. The images are not identical to those of
+and Pillow. The severities match those of CIFAR-10-C. The images are not identical to those in
 CIFAR-10-C, but the accuracies are similar. Results are reproducible for a given seed.
 """
 
@@ -28,7 +28,7 @@ def gaussian_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tens
 
 
 def shot_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Add shot noise (Poisson noise of photon counts), as in low light."""
+    """Add shot noise (Poisson noise in photon counts), as in photos taken in low light."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     return torch.poisson(x * photons, generator=generator) / photons
 
@@ -59,7 +59,7 @@ def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def brightness(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Increase the value in HSV, and keep the hue and saturation."""
+    """Increase the value channel in HSV, and keep the hue and saturation."""
     increase = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
     value = x.amax(dim=1, keepdim=True)
     brighter = (value + increase).clamp(max=1)
@@ -67,7 +67,7 @@ def brightness(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def saturate(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Scale and increase the saturation in HSV. Gray pixels have hue 0 and turn red."""
+    """Scale the saturation in HSV and add an offset. Gray pixels have hue 0 and turn red."""
     factor, increase = ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))[severity - 1]
     value, minimum = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     saturation = (value - minimum) / value.clamp(min=1e-9)
@@ -132,10 +132,10 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
     """Return corrupted copies of images. The result depends only on the arguments.
 
     Args:
-        images: (N, 3, H, W) uint8, on the CPU.
+        images: uint8 images (N, 3, H, W), on the CPU.
         name: a key of CORRUPTIONS.
         severity: 1 to 5.
-        seed: seed of the noise.
+        seed: seed for the noise.
 
     Returns:
         (N, 3, H, W) uint8.

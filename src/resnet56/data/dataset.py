@@ -17,7 +17,7 @@ from resnet56.notebook import table
 
 Triple = tuple[float, float, float]
 
-_BLOCK = 1_000  # images to process at once, which limits memory use
+_BLOCK = 1_000  # number of images to process at once, to limit memory use
 _SHOWN_CLASSES = 10  # maximum number of classes in the table for notebooks
 
 
@@ -43,11 +43,11 @@ class Split(torch_data.Dataset[tuple[Tensor, int]]):
         return f"Split({len(self):,} images on {self.images.device})"
 
     def select(self, index: slice | Sequence[int] | Tensor) -> "Split":
-        """Return the images at `index`: a slice, positions, or a Boolean mask (N,)."""
+        """Return the split of the images at `index`: a slice, positions, or a Boolean mask (N,)."""
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device | str) -> "Split":
-        """Return the images and labels on `device`."""
+        """Return the split with its images and labels on `device`."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -60,8 +60,8 @@ class Dataset:
         source: one-line description of the data and the split, for users.
         origin: the directory that the data were loaded from, or "digits".
         remarks: one-line messages about skipped or unusual data.
-        predefined_split: whether the data set defines its test images. If False, this package has
-            selected them.
+        predefined_split: whether the data set defines its test images. If False, this package
+            selects them.
     """
 
     name: str
@@ -226,7 +226,7 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
     for _ in range(count - int(selected.sum())):
         deficit = count * sizes - total * selected  # missing images per class, times `total`
         selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
-    # NumPy guarantees that the numbers of RandomState never change, unlike those of Generator.
+    # NumPy guarantees that the output of RandomState never changes, unlike the output of Generator.
     order = np.random.RandomState(seed).permutation(total)
     mask = np.zeros(total, dtype=bool)
     for index, size in enumerate(selected):
@@ -245,15 +245,16 @@ def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None
 def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
     """Return channel means and standard deviations of uint8 images (N, 3, H, W), scaled to [0, 1].
 
-    The standard deviation of a constant channel is 1.0 to avoid a division by zero. The sums are
-    computed from a histogram, so they are exact and need no copy of the images in a wider dtype.
+    The standard deviation of a constant channel is set to 1.0 to avoid division by zero. The sums
+    are computed from a histogram, so they are exact and require no copy of the images in a wider
+    dtype.
 
     Raises DataError if there are no images.
     """
     if not images.numel():
         raise DataError("cannot compute channel statistics: there are no images")
     histogram = np.zeros((3, 256), dtype=np.int64)
-    for start in range(0, len(images), _BLOCK):  # `bincount` needs 8 bytes per value
+    for start in range(0, len(images), _BLOCK):  # `bincount` requires 8 bytes per value
         block = images[start : start + _BLOCK].cpu()
         for channel in range(3):
             histogram[channel] += np.bincount(block[:, channel].numpy().ravel(), minlength=256)
@@ -262,7 +263,7 @@ def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
 
 
 def _mean_std(counts: list[int]) -> tuple[float, float]:
-    """Return the mean and standard deviation of a histogram of values 0..255, divided by 255."""
+    """Return the mean and standard deviation, scaled to [0, 1], of a histogram of pixel values."""
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))

@@ -1,4 +1,4 @@
-"""Download the official CIFAR archives, with resumption and MD5 verification."""
+"""Download the official CIFAR archives, resume interrupted downloads, and verify MD5 digests."""
 
 import base64
 import errno
@@ -123,11 +123,11 @@ def fetch(
     The directory is created atomically, and then the archive is deleted. After a failure or
     Ctrl-C, the next call resumes from `root/<filename>.part`.
 
-    If several processes call this function, one of them locks the empty file
-    `root/<filename>.lock` and downloads. The other processes wait and report the progress of the
-    download. If the file system does not support locks, the processes can corrupt each other's
-    download. The checksum detects such errors. The function does not follow links to these two
-    files, so `root` can be a shared directory.
+    If several processes call this function, one of them locks the empty file `root/<filename>.lock`
+    and downloads the archive. The other processes wait and report the progress of the download. If
+    the file system does not support locks, the processes can corrupt each other's download. The
+    checksum detects such errors. The function does not follow symbolic links at these two paths, so
+    `root` can be a shared directory.
 
     Args:
         archive: the archive to download, for example `ARCHIVES["cifar10"]`.
@@ -167,8 +167,8 @@ def fetch(
             reason += "; set RESNET56_DATA or resnet56 data fetch --dir to a writable directory"
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
         raise DownloadError(_single_line(message)) from err
-    # Other processes may still wait for the lock. They will find the directory, so they do not need
-    # the lock file.
+    # Other processes may still be waiting for the lock. They will find the directory, so they do
+    # not need the lock file.
     for leftover in (part, lock):
         with suppress(OSError):
             leftover.unlink()
@@ -216,7 +216,7 @@ def _urls(archive: Archive, mirrors: Sequence[str]) -> list[str]:
 
 
 def _redact(url: str) -> str:
-    """Remove the parts of a URL that can contain secrets: credentials, query and fragment."""
+    """Return a URL without the parts that can contain secrets: credentials, query and fragment."""
     address = re.split(r"[?#]", url)[0]
     scheme = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|", address)[0]  # type: ignore[index]
     # Remove everything up to the last @, because an unquoted password can contain slashes.
@@ -283,7 +283,7 @@ def _receive(
             response = _open(request, timeout)
     except _UrlError as err:
         if done and err.status == 416:
-            return True  # there are no more bytes, so `part` is complete or a different file
+            return True  # there are no more bytes: `part` is complete, or it is a different file
         raise
     with response:
         # File URLs, and servers that ignore Range, send the entire file with status 200.

@@ -143,8 +143,8 @@ def load_image_directory(
 
     Args:
         path: an existing directory.
-        evaluation: load for evaluation only. The directory may then contain only a test split, a
-            single class, classes that are not in train/, or empty class directories.
+        evaluation: load the data set for evaluation only. The directory may then contain only a
+            test split, a single class, classes that are not in train/, or empty class directories.
         skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
@@ -346,7 +346,7 @@ def _read_table(table: Path) -> dict[str, str]:
                 name, label = (row[column].strip() for column in columns)
                 if labels.setdefault(name, label) != label:
                     raise DataError(
-                        f"{escape(str(table))}: line {rows.line_num} gives {escape(name)} a "
+                        f"{escape(str(table))}: line {rows.line_num} assigns {escape(name)} a "
                         "different label than an earlier line"
                     )
     except IndexError:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 # JPEG: a scan of a progressive JPEG can be a few bytes long, but the decoder processes the entire
 # image for each scan. Encoders write about ten scans. libtiff also stops at 100 scans.
 _MAX_SCANS = 100
-# An ICC profile has up to 255 segments, and a depth map has several hundred.
+# An ICC profile spans up to 255 segments, and a depth map spans several hundred.
 _MAX_SEGMENTS = 1_000
 # Pillow reads the bytes between segments one at a time.
 _MAX_PADDING = 4_096
@@ -197,7 +197,7 @@ def exif_overlaps(exif: bytes) -> bool:
 
 
 def _entries(stream: BinaryIO) -> Iterator[tuple[int, int, int, int]]:
-    """Yield tag, count, first value and external size of each entry in the first TIFF directory.
+    """Yield the tag, count, first value and external size of entries in the first TIFF directory.
 
     The value is 0 unless the entry itself stores it as an integer. The external size is the number
     of bytes that are stored outside the entry.

@@ -69,7 +69,7 @@ class _IgnoreWarnings:
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        """Ignore warnings, such as those of Pillow about unusual metadata."""
+        """Ignore warnings, such as Pillow's warnings about unusual metadata."""
         with self.lock:
             if self.active == 0:
                 self.stack.enter_context(warnings.catch_warnings())
@@ -128,7 +128,7 @@ def read_pixels(
     max_pixels: int | None = None,
     formats: tuple[str, ...] = FORMATS,
 ) -> UInt8Array:
-    """Read an image file as a model input (3, 32, 32). See `read_image` for the arguments."""
+    """Read an image file as a uint8 model input (3, 32, 32). See `read_image` for the arguments."""
     return to_model_input(read_image(source, name=name, max_pixels=max_pixels, formats=formats))
 
 

@@ -2,10 +2,10 @@
 
 Each image is mixed with other images of its batch. The target becomes a distribution over the
 classes of these images. The weight of a class is its fraction of the mixed image. As in the
-published methods, all images of a batch have the same weights and positions.
+published methods, all images in a batch use the same weights and positions.
 
-`sample_mix_params` samples the parameters of an epoch. `mix_images` and `mix_labels` apply
-them on any device without synchronization.
+`sample_mix_params` samples the parameters for an epoch. `mix_images` and `mix_labels` apply them on
+any device without synchronization.
 """
 
 import math
@@ -43,7 +43,7 @@ class MixParams(NamedTuple):
 def sample_mix_params(
     method: str, alpha: float, probability: float, *, steps: int, batch: int, seed: int
 ) -> list[MixParams | None]:
-    """Sample the mixing parameters of an epoch.
+    """Sample the mixing parameters for an epoch.
 
     Args:
         method: "none" or one of `METHODS`.
@@ -52,7 +52,7 @@ def sample_mix_params(
         probability: probability that a batch is mixed.
         steps: number of batches.
         batch: batch size.
-        seed: seed of the epoch.
+        seed: seed for the epoch.
 
     Returns:
         A `MixParams` for each batch, or None for a batch that is not mixed.
@@ -123,12 +123,12 @@ def mix_images(images: Sequence[Tensor], mix: MixParams) -> Tensor:
     """Mix the images of a batch.
 
     Args:
-        images: the batch and then its partners, in the order of `mix.partners`. Each has shape
-            (B, 3, 32, 32) and dtype float32.
-        mix: parameters of the batch.
+        images: float32 images (B, 3, 32, 32) of the batch, and then of its partners in the order of
+            `mix.partners`.
+        mix: parameters for the batch.
 
     Returns:
-        (B, 3, 32, 32) float32, in the memory format of the batch.
+        Mixed float32 images (B, 3, 32, 32), in the memory format of the batch.
     """
     if not mix.patches:
         return sum(weight * image for weight, image in zip(mix.weights, images, strict=True))  # type: ignore[return-value]
@@ -144,8 +144,8 @@ def mix_labels(labels: Sequence[Tensor], mix: MixParams, classes: int) -> Tensor
     """Return the targets of the mixed images.
 
     Args:
-        labels: labels of the batch, and then labels of its partners, each (B,) int64.
-        mix: parameters of the batch.
+        labels: int64 labels (B,) of the batch, and then of its partners.
+        mix: parameters for the batch.
         classes: number of classes C.
 
     Returns:

@@ -130,8 +130,8 @@ class _Buffer(PickledArray):
         self.__setstate__((1, shape, dtype, order == "F", data))
 
 
-# A pickle can set attributes of everything that it names. The values are therefore classes, because
-# their __setstate__ prevents this. Functions have no such protection.
+# A pickle can set attributes of everything that it names. The values of this dictionary are
+# therefore classes, because their __setstate__ prevents this. Functions have no such protection.
 _NUMPY: dict[str, type] = {
     "numpy.ndarray": PickledArray,
     "numpy.dtype": _Dtype,
@@ -149,7 +149,7 @@ _NUMPY: dict[str, type] = {
 def _encoder() -> type:
     """Create a stub for `_codecs.encode`, which Python 3 uses for bytes in protocols 0 to 2.
 
-    Python uses only Latin-1, so the stub supports no other encoding. Other encodings can need
+    Python uses only Latin-1, so the stub supports no other encoding. Other encodings can require
     quadratic time or produce a large output. The stub caches results, because a file could request
     the encoding of a long string many times.
     """
@@ -243,7 +243,7 @@ def unpickle(
     """Read the next pickle in a stream.
 
     Args:
-        stream: seekable stream. The function leaves its position at the end of the pickle.
+        stream: seekable stream. Afterward, its position is the end of the pickle.
         find: function that returns the stub for the full name of a class or function.
         persistent: function that returns the object for a persistent ID. By default, such IDs raise
             an error.

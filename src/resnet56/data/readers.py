@@ -35,11 +35,11 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
 
     Args:
         data: the name of a data set, or a path as in `load_directory`.
-        evaluation: load for evaluation only. The data then need only test images.
+        evaluation: load the data set for evaluation only, which requires only test images.
         skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
-        UsageError: `data` is empty or is an unknown name.
+        UsageError: `data` is empty or an unknown name.
         DataError: the data set cannot be read.
         DownloadError: the data set cannot be downloaded.
     """
@@ -126,7 +126,7 @@ def load_directory(
 
     Args:
         path: a directory or an archive. A leading ~ is expanded.
-        evaluation: load for evaluation only. The data then need only test images.
+        evaluation: load the data set for evaluation only, which requires only test images.
         skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
@@ -151,7 +151,7 @@ def load_directory(
             if (path / archive).is_file():
                 return _load_archive(path / archive)
         if any(path.rglob("*.mat")) or any(path.glob("*-matlab.tar.gz")):
-            # The MATLAB reader of SciPy crashes the process for some damaged files.
+            # SciPy's MATLAB reader crashes the process for some damaged files.
             raise DataError(
                 f"{name} contains MATLAB files, which are not supported; use the binary format "
                 "(resnet56 data fetch)"

@@ -1,7 +1,8 @@
 """TrivialAugment: apply one random transform of random magnitude to each image.
 
 The method is from Müller & Hutter 2021 (arXiv:2103.10158). This module implements the wide
-augmentation space of 14 transforms, for batches on any device. The results equal those of Pillow.
+augmentation space of 14 transforms, for batches on any device. The results are identical to
+Pillow's results.
 """
 
 import math
@@ -22,9 +23,8 @@ def trivial_augment(images: Tensor, transforms: Tensor, levels: Tensor) -> Tenso
 
     Args:
         images: (N, 3, H, W) uint8.
-        transforms: (N,) int64, indices into TRANSFORMS. They are on the CPU to avoid
-            synchronization.
-        levels: (N,) int64 from -LEVELS to LEVELS, on the device of the images.
+        transforms: int64 indices (N,) into TRANSFORMS, on the CPU to avoid synchronization.
+        levels: int64 levels (N,) from -LEVELS to LEVELS, on the device of the images.
 
     Returns:
         (N, 3, H, W) uint8, a copy.
@@ -73,7 +73,7 @@ Row = tuple[Tensor | float, Tensor | float, Tensor | float]
 
 
 def _affine(images: Tensor, x_row: Row, y_row: Row) -> Tensor:
-    """Sample the pixel at (x, y) from (x_row @ (x, y, 1), y_row @ (x, y, 1)), in pixels."""
+    """Sample output pixel (x, y) at input position (x_row @ (x, y, 1), y_row @ (x, y, 1))."""
     count, _, height, width = images.shape
     # These are the coordinates of the pixel centers.
     x = torch.arange(width, device=images.device) + 0.5
