@@ -1,6 +1,6 @@
 """Run a model on preprocessed images, in PyTorch or ONNX Runtime.
 
-An ONNX file runs without importing PyTorch.
+Running an ONNX file does not import PyTorch.
 """
 
 from pathlib import Path
@@ -89,7 +89,7 @@ class TorchBackend:
 
 
 class OnnxBackend:
-    """Runs a model exported by `resnet56 export` with ONNX Runtime on the CPU."""
+    """Runs a model from `resnet56 export` in ONNX Runtime, on the CPU."""
 
     runtime = "ONNX Runtime on cpu"
 

@@ -57,7 +57,7 @@ class Network:
         return describe_weights(self.opened)
 
     def has_own_data(self, dataset: Dataset) -> bool:
-        """Return whether `dataset` is the data set of the run, so that results can be saved.
+        """Return whether `dataset` is the data set of the run. Only then can results be saved.
 
         For an imported network, the first evaluation determines the data set of the run.
         """

@@ -212,7 +212,7 @@ def name_of(part: object) -> str:
 
 
 def difference(saved: Mapping[str, CustomPart], current: Mapping[str, CustomPart]) -> str | None:
-    """State how the parts of a run differ from the current ones and what to do, or return None."""
+    """Return how a part of a run differs from the current part, and what to do, or None."""
     for kind in sorted({*saved, *current}):
         word = WORDS.get(kind, kind)
         if kind not in saved:
@@ -228,7 +228,7 @@ def difference(saved: Mapping[str, CustomPart], current: Mapping[str, CustomPart
 
 
 def _digest(part: object) -> str:
-    """Return a SHA-256 hash of the source code of a part and of its settings."""
+    """Return a SHA-256 hash of the source code and the settings of a part."""
     text = _describe(part, set())
     if not isinstance(part, nn.Module | type) and hasattr(part, "__dict__"):
         text += _describe(vars(part), set())
@@ -240,7 +240,7 @@ def _describe(value: object, seen: set[int]) -> str:
 
     Settings are numbers, strings, functions and classes in the arguments of a partial function, in
     the closure and the defaults of a function, and in containers. For a module, the text contains
-    its `repr`, without its weights, because they are in the checkpoint.
+    its `repr`, but not its weights, which are in the checkpoint.
     """
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)

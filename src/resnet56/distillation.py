@@ -67,12 +67,12 @@ class Teachers:
         """Return the mean probabilities of the teachers, or the probabilities of one teacher.
 
         Args:
-            images: (B, 3, S, S), the normalized and augmented input of the student.
+            images: the input of the student: normalized and augmented images (B, 3, S, S).
             temperature: divisor of the logits.
             member: index of the teacher. By default, all teachers are used.
 
         Returns:
-            (B, C) float32.
+            float32 probabilities (B, C).
         """
         members = self.members if member is None else [self.members[member]]
         outputs = [
@@ -93,8 +93,8 @@ def distillation_loss(logits: Tensor, probabilities: Tensor, temperature: float)
     same magnitude at every temperature.
 
     Args:
-        logits: (B, C) logits of the student.
-        probabilities: (B, C) probabilities of the teachers at the same temperature.
+        logits: logits (B, C) of the student.
+        probabilities: probabilities (B, C) of the teachers at the same temperature.
         temperature: divisor of the logits.
 
     Returns:

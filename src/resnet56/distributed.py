@@ -45,7 +45,7 @@ class Distributed(NamedTuple):
 
 
 def from_environment(name: str, default: int) -> int:
-    """Return the value of an environment variable that torchrun sets.
+    """Return the integer in an environment variable that torchrun sets, or `default` if unset.
 
     Raises UsageError if the value is not an integer.
     """
@@ -74,7 +74,7 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Import the module that DDP imports before the process group exists. Otherwise, the module
+    # DDP imports this module. Import it before the process group exists. Otherwise, the module
     # keeps the group alive, and the threads of gloo sometimes abort the process when it exits.
     import_module("torch._dynamo")
 

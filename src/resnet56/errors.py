@@ -44,7 +44,7 @@ def either(python: str, command_line: str) -> str:
 
 
 class Error(Exception):
-    """Base class of all errors that users can cause. The command line prints them and exits."""
+    """Base class of all errors that users can cause. The command prints the error and exits."""
 
     exit_code = 1
 

@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         model: a model that maps normalized images (N, 3, 32, 32) to logits (N, C). The function
-            uses evaluation mode, and then restores the mode of the model.
+            puts the model in evaluation mode, and then restores its mode.
         split: images and labels.
         classes: names of the C classes.
         mean: channel means of the training images, for pixels in [0, 1].
@@ -139,7 +139,7 @@ def evaluated_model(
     precision: Precision = "fp32",
     model: nn.Module | None = None,
 ) -> EvaluatedModel:
-    """Restore a model from a checkpoint on `device`, for evaluation.
+    """Restore a model on `device` from a checkpoint, for evaluation.
 
     `model` is the module of a custom model, whose weights are replaced.
     """
@@ -289,7 +289,7 @@ def evaluate_checkpoint(
     The function evaluates training, validation and test images without augmentation. It writes
     evaluation.json, predictions.npz (logits, labels and indices of the test images) and samples.npz
     (images for the report). It keeps the results of `measure_extras` if the weights, the device and
-    the precision are the same.
+    the precision are unchanged.
 
     For an imported network, the first evaluation records `dataset` as the data set of the run.
 

@@ -33,9 +33,10 @@ def check_target(path: Path) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise RunError if no file can be created in `directory`. Call this before long computations.
+    """Raise RunError if no file can be created in `directory`.
 
-    If the directory does not exist, the function checks where it would be created.
+    Call this function before long computations. If the directory does not exist, the function
+    checks its closest existing parent.
     """
     existing = directory.absolute()
     while not existing.exists():
@@ -81,13 +82,13 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically. Raises RunError if this fails."""
+    """Write a text file atomically. Raises RunError if writing fails."""
     # The text can contain file names that are not valid UTF-8.
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically. Raises RunError if this fails."""
+    """Write a file atomically. Raises RunError if writing fails."""
     with _writing(path) as file:
         file.write(content)
 
@@ -95,7 +96,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON atomically, with each list of numbers on one line.
 
-    Raises RunError if this fails.
+    Raises RunError if writing fails.
     """
     try:
         text = _format_json(content)
@@ -105,7 +106,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
-    """Write a compressed .npz file atomically. Raises RunError if this fails."""
+    """Write a compressed .npz file atomically. Raises RunError if writing fails."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     write_bytes(path, content.getvalue())

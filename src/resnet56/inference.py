@@ -25,7 +25,7 @@ NONFINITE_MESSAGE = "the network returns outputs that are not finite; its weight
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> ResNet:
-    """Return the model from a checkpoint on `device`, in evaluation mode.
+    """Return the model from a checkpoint, on `device` and in evaluation mode.
 
     The parameters are contiguous. For faster convolutions, use an `InferenceModel`, which uses the
     channels-last format.

@@ -1,7 +1,8 @@
-"""Parse command-line arguments into a dataclass with tyro. Error messages are one line.
+"""Parse command-line arguments into a dataclass with tyro.
 
-The syntax of numbers is stricter than in Python. Numbers must be finite. Their digits must be
-ASCII, without underscores. Integers have at most 18 digits, so they fit in 64 bits.
+Each error message is one line. The syntax of numbers is stricter than in Python. Numbers must be
+finite. Their digits must be ASCII, without underscores. Integers have at most 18 digits, so they
+fit in 64 bits.
 """
 
 import contextlib
@@ -143,7 +144,7 @@ class _Terminal(io.StringIO):
 
 
 def _nested(options_type: type) -> Iterator[tuple[type, dataclasses.Field[Any]]]:
-    """Yield the fields of a dataclass and of nested dataclasses, each with its owner."""
+    """Yield each field of a dataclass and its nested dataclasses, after the class it belongs to."""
     for field in dataclasses.fields(options_type):
         inner = field.type
         while get_origin(inner) is Annotated:

@@ -48,7 +48,9 @@ def run(arguments: list[str]) -> int:
     """Run `resnet56 compare`."""
     options = parse(CompareOptions, arguments, "resnet56 compare")
     if len(options.runs) < 2:
-        raise UsageError("a comparison needs at least two runs; use resnet56 compare RUN RUN ...")
+        raise UsageError(
+            "a comparison requires at least two runs; use resnet56 compare RUN RUN ..."
+        )
     from resnet56.cli.networks import read_networks
     from resnet56.files import to_json
     from resnet56.report import comparison, require_valid, write_report

@@ -1,4 +1,4 @@
-"""Data loading and evaluation of networks that several commands share."""
+"""Load the data of a network and evaluate the network, for several commands."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
@@ -125,8 +125,8 @@ def read_networks(
             By default, the error is raised.
 
     Raises:
-        UsageError: a network requires --data but it is not given, or --data or --skip-broken is
-            given but not used.
+        UsageError: --data is required but missing, or --data or --skip-broken is given but not
+            used.
         Error: a network cannot be read.
     """
     from resnet56.report.read import read_run

@@ -121,7 +121,9 @@ def _choose(arguments: list[str]) -> _Job:
             f"{', '.join(recipes.RECIPES)} or a file"
         )
     if options.out is None and Distributed.from_environment().world_size > 1:
-        raise UsageError("training in several processes requires the same --out RUN in each one")
+        raise UsageError(
+            "training in several processes requires the same --out RUN in every process"
+        )
     if options.resume and options.out is None:
         raise UsageError("--resume requires --out RUN, the directory of the run to continue")
 

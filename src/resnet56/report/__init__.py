@@ -31,10 +31,10 @@ def write_report(
         runs: one or more directories of training runs or imported networks, facts about other
             networks, or the directory of one sweep.
         out: the file to write. For one run, the default is report.html, report.md or slides.html in
-            the run directory. For a network that is not a run, it is a file such as
-            NAME-report.html in the current directory. For several runs, it is comparison.html or
-            comparison.md in the current directory. The images of a Markdown report are written to a
-            directory next to it, such as report-files.
+            the run directory. For a network that is not a run, the default is a file such as
+            NAME-report.html in the current directory. For several runs, the default is
+            comparison.html or comparison.md in the current directory. The images of a Markdown
+            report are written to a directory next to the report, such as report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, or "slides"
             for an HTML file with ten slides about one run.
 
@@ -75,7 +75,7 @@ def write_report(
 def require_valid(runs: int, out: Path | None, format: Format) -> None:
     """Raise UsageError if `write_report` does not accept these arguments."""
     if not runs:
-        raise UsageError("a report needs at least one run directory")
+        raise UsageError("a report requires at least one run directory")
     if out is not None and out.is_dir():
         raise UsageError(f"{out} is a directory; choose a file such as {out / _FILES[format]}")
     if format == "slides" and runs > 1:

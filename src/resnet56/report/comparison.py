@@ -33,7 +33,8 @@ SECTIONS = [
     ("curves", "Curves"),
 ]
 NO_VALUE = "\N{EN DASH}"
-# Up to this number of groups, compare all pairs. With more groups, compare each with the best.
+# Up to this number of groups, compare all pairs. With more groups, compare each group with the best
+# group.
 MAX_PAIRS = 5
 
 
@@ -47,7 +48,7 @@ class Entry:
 
     @property
     def accuracy(self) -> float:
-        """The test accuracy of the run, which must have been tested."""
+        """The test accuracy. The run must have been tested."""
         assert self.facts.test is not None
         return self.facts.test["accuracy"]
 
@@ -160,7 +161,7 @@ def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
 
 
 def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
-    """Sort runs by test accuracy, the best first. Untested runs come last, in the given order."""
+    """Return the runs in descending order of test accuracy, and then those without a result."""
     order = sorted(runs, key=lambda run: -run.test["accuracy"] if run.test else math.inf)
     names = [run.name for run in runs]
     return [
@@ -219,7 +220,7 @@ def differing_fields(entries: Sequence[Entry]) -> dict[str, list[str]]:
     """Return the fields in which the recipes of trained runs differ, with one value per entry.
 
     The value of a field that does not apply, such as mix_alpha without mixing, is a dash. The value
-    of a custom part is the start of its hash.
+    of a custom part is its name and the start of its hash.
     """
     trained = [(e.facts.recipe, e.facts.custom) for e in entries if e.facts.recipe]
     values = {
@@ -251,7 +252,7 @@ def unrecorded(entries: Sequence[Entry]) -> str | None:
 
 
 def groups(entries: Sequence[Entry]) -> list[Group]:
-    """Group finished, tested runs that differ only in their seed.
+    """Return groups of finished and tested runs that differ only in their seed.
 
     The group with the highest mean comes first. A network without a recipe forms its own group.
     Runs with the same settings and the same seed are not independent samples, so only the first of
@@ -274,7 +275,7 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
 
 
 def differences(grouped: Sequence[Group]) -> list[Difference]:
-    """Compare all pairs of groups, or each group with the best if there are many groups.
+    """Compare all pairs of groups, or each group with the best group if there are many groups.
 
     The p-values are adjusted for the number of these comparisons. Pairs that cannot be tested are
     omitted: groups evaluated on different data sets, and single runs without predictions.npz.

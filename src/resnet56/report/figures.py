@@ -90,7 +90,7 @@ def plot_curves(*runs: RunPath) -> "Figure":
         UsageError: `runs` is empty.
     """
     if not runs:
-        raise UsageError("plot_curves needs at least one run directory")
+        raise UsageError("plot_curves requires at least one run directory")
     losses: list[Line] = []
     accuracies: list[Line] = []
     for number, run in enumerate(map(Path, runs)):
@@ -124,7 +124,7 @@ def plot_mistakes(
     count: int = 16,
     columns: int = 8,
 ) -> "Figure":
-    """Plot misclassified test images, the most confident first.
+    """Plot misclassified test images, in descending order of confidence.
 
     The label of an image shows its true class, its predicted class, and the confidence in percent.
     The images come from samples.npz, which is written when the run is evaluated.

@@ -150,7 +150,7 @@ def published_accuracy(facts: RunFacts) -> float | None:
 
 
 def normalization(facts: RunFacts) -> str:
-    """Name the images whose mean and standard deviation normalize the images of the run."""
+    """State which images determine the mean and standard deviation for the normalization."""
     if facts.recipe is None:
         return "of the imported network"
     if facts.recipe.weights:

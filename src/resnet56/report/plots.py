@@ -78,7 +78,7 @@ class Chart:
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.S)
-        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # The comments repeat labels.
+        text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)  # The comments repeat the labels.
         text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", text, count=1)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = text.replace("url(#", f"url(#{self.name}-")
@@ -462,7 +462,7 @@ class LabeledImage:
 
 
 def gallery(images: Sequence[LabeledImage], columns: int, absent: str) -> Chart:
-    """Plot images with labels in a grid, or the text `absent` if there are none."""
+    """Plot images with labels in a grid, or the text `absent` if there are no images."""
     columns = max(1, min(columns, len(images)))
     rows = max(1, -(-len(images) // columns))
 

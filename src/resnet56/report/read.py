@@ -163,7 +163,7 @@ class RunFacts:
 
 
 def read_run(path: Path) -> RunFacts:
-    """Read a training run or an imported model.
+    """Return the facts about a training run or an imported network.
 
     Raises:
         RunError: the run does not exist, or one of its files is damaged.
@@ -189,7 +189,7 @@ def read_run(path: Path) -> RunFacts:
         description=_describe(config, checkpoint.metadata.get("custom", {}).get("model")),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
-        # The samples include mistakes of the evaluated weights.
+        # The samples include images that the evaluated weights misclassify.
         samples=read_samples(run, len(config.classes)) if evaluation else None,
     )
 

@@ -434,7 +434,7 @@ def last_validated(facts: RunFacts) -> Mapping[str, Any] | None:
 
 
 def class_bars(test: Metrics) -> list[Bar]:
-    """Return class accuracies in descending order. Omits the middle if there are many."""
+    """Return class accuracies in descending order, without the middle if there are many."""
     ranked = sorted(story.scores(test["per_class"], "recall").items(), key=lambda item: -item[1])
     if len(ranked) > MAX_BARS:
         ranked = ranked[: MAX_BARS // 2] + ranked[-MAX_BARS // 2 :]

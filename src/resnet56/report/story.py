@@ -1,6 +1,6 @@
 """Pure functions that interpret the metrics of a run in sentences.
 
-The sentences state only what the numbers support, and say if the numbers are inconclusive.
+The sentences state only what the numbers support, and say when the numbers are inconclusive.
 """
 
 import shlex
@@ -45,7 +45,7 @@ def most_frequent(test: Mapping[str, Any]) -> float:
 
 
 def against_chance(test: Mapping[str, Any]) -> list[str]:
-    """Warn if always predicting the most frequent class could be as accurate."""
+    """Warn if always predicting the most frequent class could be as accurate as the network."""
     low, high = test["accuracy_interval"]
     chance = most_frequent(test)
     if low > chance:
@@ -264,7 +264,7 @@ def confidence(calibration: Mapping[str, Any], accuracy: float, interval: Interv
 
 
 def robustness(metrics: Mapping[str, Any] | None) -> list[str]:
-    """State the accuracy on corrupted images, and its lowest and highest value."""
+    """State the accuracy on corrupted images, and its lowest and highest values."""
     if not metrics or not metrics.get("corruptions"):
         return []
     means = {name: sum(v) / len(v) for name, v in metrics["corruptions"].items() if v}
