@@ -27,7 +27,7 @@ def batch(count: int = 6, side: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def two_layers() -> ResNet:
-    """Return a network of a convolution with batch norm and ReLU, and a classifier."""
+    """Return a network that consists of a convolution, batch norm, ReLU and a classifier."""
     model = build("plain8", classes=3)
     model.stage1, model.stage2, model.stage3 = nn.Sequential(), nn.Sequential(), nn.Sequential()
     model.fc = nn.Linear(16, 3)

@@ -255,7 +255,7 @@ def test_the_error_about_an_invalid_value_contains_its_field(field: str, value: 
 
 def test_the_last_epoch_uses_the_full_size() -> None:
     message = error_message(lambda: dataclasses.replace(RECIPES["fast"], epochs=5))
-    assert "sizes must be shorter than the 5 epochs" in message
+    assert "sizes must be fewer than the 5 epochs" in message
     assert Recipe(epochs=2, sizes=(8, 32)).sizes == (8, 32)
 
 

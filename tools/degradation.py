@@ -83,7 +83,7 @@ def digits_table() -> str:
 
 
 def measure(data: str, runs: Sequence[str]) -> None:
-    """Measure the layers of plain56 and resnet56 with several seeds and keep the statistics.
+    """Measure statistics of the layers of plain56 and resnet56 with several seeds, and save them.
 
     The seed chooses the training images and, for untrained networks, the initial weights.
     """
@@ -123,12 +123,12 @@ def inspect(arguments: list[str]) -> list[dict[str, Any]]:
 
 
 def rounded(value: float) -> float:
-    """Round to four significant digits, which keeps the file small."""
+    """Round to four significant digits, to keep the file small."""
     return float(f"{value:.4g}")
 
 
 def gradient_tables() -> list[str]:
-    """Return the gradients of the last and the first convolution, initially and after training."""
+    """Return the gradients of two convolutions, at initialization and after training."""
     initial: list[tuple[str, ...]] = []
     trained: list[tuple[str, ...]] = []
     for network in read_json(GRADIENTS)["networks"]:
@@ -148,7 +148,7 @@ def gradient_tables() -> list[str]:
 
 
 def dead_channels(network: Network) -> list[float]:
-    """Return for each seed the number of channels that are zero for all images and positions."""
+    """Return the number of channels that are zero for all images and positions, for each seed."""
     return [
         sum(width(name) * layer["dead_relus"][i] for name, layer in network["layers"].items())
         for i in range(len(SEEDS))
@@ -161,7 +161,7 @@ def width(layer: str) -> int:
 
 
 def spread(values: list[float]) -> str:
-    """Format the median and the range with two significant digits. Omit a range of zero."""
+    """Format the median and the range with two significant digits. Omit the range if it is zero."""
     chosen = (statistics.median(values), min(values), max(values))
     middle, low, high = (
         f"{float(f'{value:.1e}'):,.0f}" if value >= 10 else f"{value:.2g}" for value in chosen
@@ -207,7 +207,7 @@ def draw(directory: Path) -> None:
 
 
 def layer_line(network: Network, quantity: str) -> Line:
-    """Return a quantity over the layers, for seed 0."""
+    """Return a line with the values of a quantity for all layers, for seed 0."""
     values = [layer[quantity][0] for layer in network["layers"].values()]
     return Line(network["arch"], list(range(1, len(values) + 1)), values)
 

@@ -1,7 +1,7 @@
 """Write the example report and slides in docs/: python tools/example_report.py DIR RUN
 
 The tool writes example-report.html, example-slides.html, and report.png, a screenshot of the
-report. The example is the pretrained model. Its run directory is not part of the repository.
+report. The example shows the pretrained model. Its run directory is not part of the repository.
 Therefore, the tool creates a run directory at RUN from the files in results/ and the pretrained
 weights. It then evaluates the run on the CIFAR-10 images in DIR. The report states how it was
 created. If RUN is already evaluated, the tool only writes the files. It saves the screenshot only

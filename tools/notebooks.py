@@ -29,7 +29,7 @@ METADATA = {
 
 
 def paths() -> list[Path]:
-    """Return the notebooks of the documentation."""
+    """Return the notebooks in the documentation."""
     return sorted(TUTORIALS.glob("*.ipynb"))
 
 

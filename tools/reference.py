@@ -66,7 +66,7 @@ JSON_TYPES = {  # by their names in the schema
 
 
 def commands() -> list[str]:
-    """Return the subcommands in the order of the help."""
+    """Return the subcommands in the order of the help text."""
     return re.findall(r"^  (\w+)  +\w", help_text(), re.MULTILINE)
 
 

@@ -151,7 +151,7 @@ def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (Wilson 1927).
 
     Unlike the normal approximation, this interval is also accurate near 0 and 1. `hits` may be the
-    average of several models on the same n images.
+    average over several models on the same n images.
     """
     proportion = hits / n
     center = (proportion + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
@@ -172,7 +172,7 @@ def top_k(logits: FloatArray, labels: IntArray, k: int) -> float:
 def most_confused(
     matrix: IntArray, classes: tuple[str, ...], limit: int = 10
 ) -> list[ConfusedPair]:
-    """Return the most frequent errors as (true, predicted) pairs, by descending count."""
+    """Return the most frequent errors as (true, predicted) pairs, sorted by descending count."""
     errors = matrix.copy()
     np.fill_diagonal(errors, 0)
     order = np.argsort(-errors, axis=None, kind="stable")[:limit]

@@ -58,7 +58,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 class PadShortcut(nn.Module):
-    """Option A of the paper, without parameters: subsample the input and add channels of zeros.
+    """Option A of the paper, without parameters: subsample the input and add zero channels.
 
     Half of the zero channels precede the input channels, and half follow them. The most widely used
     PyTorch port does the same, so its published weights produce the same outputs.
@@ -134,7 +134,7 @@ class BottleneckBlock(nn.Module):
 
 
 def _residual(shortcut: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Return the residual that a block adds to the output of its layers, or None."""
+    """Return the residual that a block adds to the output of its layers, if any."""
     return None if shortcut is None else shortcut(x)
 
 
@@ -212,8 +212,8 @@ class ResNet(nn.Module):
             x: (N, 3, 32, 32) normalized images.
 
         Returns:
-            (N, classes) logits, (N, classes, 8, 8) class activation maps, and (N, C) features after
-            global average pooling, the input of the classifier.
+            Logits (N, classes), class activation maps (N, classes, 8, 8), and features (N, C) after
+            global average pooling, which are the input of the classifier.
         """
         features = self.features(x).to(self.fc.weight.dtype)
         maps = F.conv2d(features, self.fc.weight[:, :, None, None])
@@ -265,7 +265,8 @@ class Architecture:
 
     @classmethod
     def parse(cls, name: str) -> "Architecture":
-        """Parse `resnetD` (basic, A), `resnetD-b` (basic, B), `resnetD-bottleneck` or `plainD`.
+        """Parse a name: `resnetD` (basic, A), `resnetD-b` (basic, B), `resnetD-bottleneck` or
+        `plainD`.
 
         Raises:
             UsageError: the name is not of this form, or the depth is not valid for the block.

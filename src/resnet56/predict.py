@@ -24,7 +24,7 @@ from resnet56.data.images import (
     to_model_input,
     to_upright_rgb,
 )
-from resnet56.errors import ImageError, RunError, UsageError, escape
+from resnet56.errors import ImageError, RunError, UsageError, escape, option
 from resnet56.files import StrPath
 from resnet56.metrics import softmax
 from resnet56.notebook import bar, table
@@ -46,7 +46,7 @@ NO_IMAGES: UInt8Array = np.zeros((0, 3, 32, 32), np.uint8)
 
 # A path, the bytes of an image file, an open image file, a Pillow image, an array of shape (H, W),
 # (H, W, 3) or (H, W, 4), or a tensor of shape (1, H, W), (3, H, W) or (4, H, W). Arrays and tensors
-# are uint8, or floating point from 0 to 1.
+# contain uint8 values, or floating-point values from 0 to 1.
 ImageLike: TypeAlias = "StrPath | bytes | BinaryIO | Image.Image | npt.NDArray[Any] | torch.Tensor"
 
 
@@ -108,7 +108,7 @@ class Predictor:
         """The PyTorch module, in evaluation mode.
 
         Predictions use an optimized copy, so changes to this module do not affect them. If `load`
-        received a custom module, this is that module.
+        was called with a custom module, this is that module.
 
         Raises:
             UsageError: the model runs in ONNX Runtime.
@@ -183,8 +183,8 @@ class Predictor:
         rows = [prediction.features for prediction in self.predict(images)]
         if rows and not rows[0].size:
             raise UsageError(
-                f"{self.name} has a custom model without a method explain, so it computes no "
-                "features"
+                "features require a method explain, which the custom model of "
+                f"{self.name} does not have"
             )
         return np.stack(rows) if rows else self.run(NO_IMAGES).features
 
@@ -252,7 +252,8 @@ class Predictor:
         outputs = self.run(images)
         if maps and not outputs.maps.size:
             raise UsageError(
-                f"{self.name} has a custom model without a method explain, so it computes no maps"
+                "class activation maps require a method explain, which the custom model of "
+                f"{self.name} does not have"
             )
         predictions = []
         for probabilities, logits, image_maps, features in zip(
@@ -293,8 +294,8 @@ def load(
         threads: number of CPU threads for PyTorch or ONNX Runtime. By default, one thread per core.
 
     Raises:
-        RunError: the model does not exist or is damaged, the run needs `model`, or its weights do
-            not fit `model`.
+        RunError: the model does not exist or is damaged, the run requires `model`, or its weights
+            do not match `model`.
         UsageError: the device is not available, the number of threads is out of range, or
             `model` is passed for a built-in network.
         MissingExtraError: the model is an ONNX file and ONNX Runtime is not installed.
@@ -302,7 +303,10 @@ def load(
     path = Path(source)
     if is_onnx(path) and model is None:
         if device not in ("auto", "cpu"):
-            raise UsageError(f"an ONNX file runs only on the CPU, not on {device!r}")
+            raise UsageError(
+                f"an ONNX file runs only on the CPU, not on {device!r}; use "
+                f"{option('device', 'cpu')}"
+            )
         onnx = OnnxBackend.from_file(path, threads)
         return Predictor(path.stem, onnx.config, onnx)
     checkpoint = open_model(source).checkpoint
@@ -330,7 +334,7 @@ def load(
 def top_classes(
     probabilities: npt.NDArray[np.float64], top: int | None = None
 ) -> npt.NDArray[np.intp]:
-    """Return the indices of the `top` most probable classes. Ties are sorted by index."""
+    """Return the indices of the `top` most probable classes. Ties are broken by index."""
     order: npt.NDArray[np.intp] = np.argsort(-probabilities, kind="stable")[:top]
     return order
 

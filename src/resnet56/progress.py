@@ -67,7 +67,7 @@ class LineOutput(Output):
 
     Args:
         stream: text stream.
-        brief: write no status, and omit skippable lines that follow another line within seconds.
+        brief: write no status, and omit skippable lines that closely follow another line.
     """
 
     def __init__(self, stream: TextIO, *, brief: bool = False) -> None:

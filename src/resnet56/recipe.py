@@ -194,7 +194,7 @@ class Recipe:
             all(size == 32 for size in self.sizes[self.epochs - 1 :]),
             "sizes",
             self.sizes,
-            f"shorter than the {self.epochs} epochs, because the last epoch uses 32x32",
+            f"fewer than the {self.epochs} epochs, because the last epoch uses 32x32 images",
         )
         _require(0 <= self.cutout <= 32, "cutout", self.cutout, "from 0 to 32")
         bounds = f"above 0 and at most {MAX_VALUE:,}"

@@ -1,4 +1,4 @@
-"""Select the device and the precision, measure memory, and describe the environment."""
+"""Select the device and the precision, measure memory usage, and describe the environment."""
 
 import contextlib
 import os
@@ -164,7 +164,7 @@ def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit and whether files have uncommitted changes, or None outside git."""
+    """Return the commit and whether files are modified, or None outside a git checkout."""
     directory = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,8 +1,9 @@
 """Test whether two accuracies differ by more than chance.
 
-Two sources of chance need different tests. Training with a different seed results in a different
-accuracy, so `compare_means` compares accuracies over several seeds. Testing on different images
-also results in a different accuracy, so `compare_predictions` compares two models image by image.
+Two sources of randomness require different tests. Training with a different seed results in a
+different accuracy, so `compare_means` compares accuracies over several seeds. Testing on different
+images also results in a different accuracy, so `compare_predictions` compares two models image by
+image.
 """
 
 import math
@@ -30,9 +31,9 @@ class Means:
         interval: 95 % confidence interval of the difference.
         p_value: two-sided p-value of the t-test.
         permutation_p_value: two-sided p-value of the permutation test, or None if a group has only
-            one run. The number of runs limits how small this value can be.
-        pooled: whether the t-test assumes that both groups have the same variance. This is
-            necessary if a group has only one run.
+            one run. The smallest possible value depends on the number of runs.
+        pooled: whether the t-test assumes that both groups have the same variance. This assumption
+            is necessary if a group has only one run.
     """
 
     difference: float

@@ -45,7 +45,7 @@ class Trainer:
         cuda_graphs: run steps as CUDA graphs.
 
     Raises:
-        UsageError: the custom optimizer is not an optimizer, or not one for these parameters.
+        UsageError: the custom optimizer is not an optimizer, or contains other parameters.
         TrainingError: the custom optimizer raises an exception.
     """
 
@@ -101,8 +101,8 @@ class Trainer:
         """Perform one training step.
 
         The step adds the loss and the number of correct predictions to `sums`, without waiting for
-        the device. If the targets are probabilities, it adds the target probability of the
-        predicted class.
+        the device. If the targets are probabilities, the step adds the target probabilities of the
+        predicted classes instead of that number.
 
         Args:
             images: (B, 3, S, S), normalized.
@@ -179,7 +179,7 @@ class Trainer:
         return distillation_loss(logits, probabilities, temperature)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Return the weights of the first EMA. Without an EMA, return those of the model."""
+        """Return the weights of the first EMA. Without an EMA, return the model's weights."""
         return self.emas[0].tensors if self.emas else self.model.state_dict()
 
     def state(self) -> dict[str, Tensor]:

@@ -99,8 +99,8 @@ class ThreadControl:
 
     Args:
         requested: a fixed number of threads. By default, the number is chosen automatically.
-        adaptive: whether to adjust the number to the load. Use False on a GPU or if several
-            processes share the cores.
+        adaptive: whether to adjust the number to the load. Use False for training on a GPU, or if
+            several processes share the cores.
         meter: measures the load from other programs.
 
     Raises:
@@ -215,7 +215,7 @@ class ThreadControl:
         return {"fixed": not self.adaptive, "changes": self.changes}
 
     def _free_threads(self, others: float, tolerance: float) -> int:
-        """Return the number of threads that can have a free core while `others` cores are busy."""
+        """Return the number of threads for which cores are free while `others` cores are busy."""
         return max(1, min(math.floor(self.cores - others + tolerance), self._max_threads))
 
     def _set(self, threads: int, step: int) -> None:
@@ -233,8 +233,8 @@ class ThroughputMonitor:
 
     Args:
         control: provides the load from other programs.
-        device: type of the device, such as "cpu" or "cuda". Messages state likely reasons for this
-            device type.
+        device: type of the device, such as "cpu" or "cuda". The likely reasons that messages state
+            depend on this type.
     """
 
     def __init__(self, control: ThreadControl, device: str) -> None:

@@ -272,7 +272,7 @@ def test_resuming_a_missing_run_raises_an_error(
 def test_a_non_finite_running_variance_does_not_replace_the_checkpoint(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_size: int
 ) -> None:
-    """Losses and parameters are finite, as after a learning rate that is far too high."""
+    """Losses and parameters are finite, as with a learning rate that is far too high."""
     original_step = Trainer.step
 
     def failing_step(self: Trainer, images: torch.Tensor, *rest: Any) -> None:

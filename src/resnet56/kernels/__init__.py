@@ -1,1 +1,1 @@
-"""C kernels for training on a CPU, and the modules that compile and call them."""
+"""Kernels for training on CPUs (C) and GPUs (Triton), and the modules that call them."""

@@ -1,8 +1,8 @@
 """Run a training step as a CUDA graph.
 
-A step of ResNet-56 consists of more than a thousand short kernels. Python needs more time to launch
-them than the GPU needs to run them. A CUDA graph records the kernels once and then launches all of
-them with one call.
+A step of ResNet-56 consists of more than a thousand short kernels. Python takes longer to launch
+these kernels than the GPU takes to run them. A CUDA graph records the kernels once and then
+launches all of them with one call.
 """
 
 from collections import Counter

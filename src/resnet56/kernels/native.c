@@ -50,8 +50,8 @@ static void store_results(const Conv *c, const float *tile, long rows, long colu
     }
 }
 
-/* Computes mean, 1 / standard deviation, scale and shift from the sums of all threads, and updates
- * the running statistics. */
+/* Computes the mean, 1 / standard deviation, scale and shift from the sums of all threads, and
+ * updates the running statistics. */
 static void finish_statistics(Norm *norm, const Scratch *all, long channels, double rows) {
 #pragma omp for
     for (long k = 0; k < channels; k++) {

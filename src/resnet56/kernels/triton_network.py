@@ -315,7 +315,7 @@ def _empty(like: Tensor, channels: int, stride: int = 1) -> Tensor:
 
 
 def _block(channels_in: int) -> int:
-    """Return the size of a block of input channels. Images have 3 channels, and Triton needs 16."""
+    """Return the size of a block of input channels. It is at least 16, as Triton requires."""
     return max(16, channels_in)
 
 
@@ -326,7 +326,7 @@ def _positions(x: Tensor) -> int:
 def convolve(
     x: Tensor, weight: Tensor, stride: int = 1, *, sums: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Compute a 3x3 convolution and, with `sums`, the partial sums of its output and its square."""
+    """Compute a 3x3 convolution and, with `sums`, the partial sums of the output and its square."""
     channels_out, channels_in = weight.shape[:2]
     out = _empty(x, channels_out, stride)
     positions = _positions(out)

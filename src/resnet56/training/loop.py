@@ -28,7 +28,7 @@ from resnet56.training.record import Scalars, log_scalars, restore, save_checkpo
 from resnet56.training.setup import set_up, step_costs
 
 EpochCallback = Callable[[EpochMetrics], object]
-# Training from random weights logs a hint below this number of steps. With the momentum of 0.1, the
+# Training from random weights logs a hint below this number of steps. With a momentum of 0.1, the
 # running statistics of batch norm then still contain more than 0.9**50 = 0.5 % of their initial
 # values, so the evaluation can differ greatly from training.
 MIN_STEPS = 50
@@ -44,7 +44,7 @@ class Callback(Protocol):
 
 
 class CallbackError(TrainingError):
-    """A callback raised an exception, which is the cause of this one."""
+    """A callback raised an exception, which is the cause of this exception."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -162,7 +162,7 @@ class TrainingLoop:
                 raise self.interrupted()
 
     def train_epoch(self) -> float:
-        """Run the rest of the current epoch and return its last learning rate."""
+        """Run the rest of the current epoch, and return its last learning rate."""
         start, started, lr = self.progress, time.perf_counter(), 0.0
         # The saved sums cover all processes, so only the main process restores them.
         self.trainer.reset_sums(

@@ -186,7 +186,7 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def tensorboard_writer(enabled: bool, run: RunDirectory, step: int) -> Iterator[Scalars | None]:
-    """Yield a TensorBoard writer that replaces the scalars after `step`, or None if TensorBoard is off."""
+    """Yield a TensorBoard writer that replaces the scalars after `step`, or None if disabled."""
     if not enabled:
         yield None
         return

@@ -173,7 +173,7 @@ def _build_trainer(
     teachers: Teachers | None,
     custom: Custom,
 ) -> tuple[Trainer, PreparedModel]:
-    """Move the model to its device and build its trainer and its forward pass."""
+    """Move the model to its device, and build its trainer and forward pass."""
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dist.world_size == 1:
         frozen = freeze(model, recipe.freeze)
