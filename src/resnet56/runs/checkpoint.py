@@ -59,13 +59,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a training run, with running totals of the unfinished epoch."""
+    """The progress of a training run, with running totals for the unfinished epoch."""
 
     epoch: Count = 0  # number of finished epochs
     step: Count = 0  # number of training steps over all epochs
     epoch_step: Count = 0  # number of completed steps of the unfinished epoch
     loss_sum: Loss = 0.0  # sum over the images processed in the unfinished epoch
-    correct: NonNegative = 0.0  # correct predictions, a fraction if targets are probabilities
+    correct: NonNegative = 0.0  # number of correct predictions, fractional for soft targets
     images: Count = 0  # number of images processed in the unfinished epoch
     seconds: NonNegative = 0.0  # training time of the unfinished epoch
 
@@ -104,7 +104,7 @@ class CheckpointMetadata(TypedDict, total=False):
     execution: Text  # eager, fused, native, cuda-graph or compiled
     loss_scale: LossScale | None  # null unless the precision is fp16
     threads: Threads  # number of CPU threads during the training run
-    file: Text  # name of the imported file
+    file: Text  # name of the file that was imported
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint atomically. If writing fails, the old checkpoint remains intact.
 
     Args:
-        file: path of checkpoint.json. The tensor files go to the same directory.
+        file: path of checkpoint.json. The tensor files are written to the same directory.
         checkpoint: the checkpoint to write.
 
     Raises:
@@ -180,7 +180,10 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
 
 
 def _separate(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Return contiguous tensors. Copy those that share memory, as in a model with tied weights."""
+    """Return contiguous tensors that do not share memory.
+
+    Copy shared tensors, such as tied weights.
+    """
     separate: dict[str, Tensor] = {}
     used: set[int] = set()
     for name, tensor in tensors.items():

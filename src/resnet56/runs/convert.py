@@ -1,4 +1,4 @@
-"""Convert checkpoints from other projects without running code in them.
+"""Convert checkpoints from other projects without running code from their files.
 
 This module finds a model anywhere in a file by the names and shapes of its tensors. It supports the
 files of this package and the layouts of akamaster/pytorch_resnet_cifar10,
@@ -52,7 +52,8 @@ def read(
     """Read the model in a file or a model hub directory.
 
     The metadata of the file or the config.json next to it can declare the architecture, the classes
-    and the normalization constants. Undeclared values get defaults, which the remarks report.
+    and the normalization constants. Undeclared settings have default values, which the remarks
+    report.
 
     Args:
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this
@@ -161,7 +162,7 @@ def _choose(
 
 
 def _default_constants(state_dict: StateDict, outputs: int) -> tuple[Constants | None, str]:
-    """Return the default normalization constants of the layout, and a phrase about their origin."""
+    """Return the layout's default normalization constants and a phrase that states their origin."""
     has_projections = any(".shortcut." in key for key in state_dict.tensors)
     if state_dict.head == "linear.weight" and not has_projections:
         return IMAGENET, "of ImageNet, which akamaster used"
@@ -245,7 +246,7 @@ def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dic
         try:
             values = stored.read()
             dtype = values.dtype
-            # Copy the values because two names can share a tensor in the file.
+            # Copy the values, because two names in the file can refer to one tensor.
             values = values.to(expected.dtype, copy=True, memory_format=torch.contiguous_format)
         except Exception as error:  # Parsers can raise any exception for a damaged file.
             raise RunError(

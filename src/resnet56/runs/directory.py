@@ -9,7 +9,8 @@
     samples.npz        a few images for the report
     parity.json        comparisons of devices or precisions, if requested
 
-Most files are replaced atomically (see `resnet56.files`). metrics.jsonl grows by a line per epoch.
+Most files are replaced atomically (see `resnet56.files`). Each epoch appends a line to
+metrics.jsonl.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ class RunDirectory:
             others = sorted(entry.name for entry in self.path.iterdir())
         except FileNotFoundError:
             return
-        except OSError as error:  # for example, if the path is a file
+        except OSError as error:  # for example, the path is a file
             raise RunError(
                 f"cannot use {self.path} as a run directory: {error.strerror or error}; choose "
                 f"another directory for {option('out')}"
@@ -94,7 +95,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the directory for training until the block ends. Does nothing on Windows.
+        """Lock the directory for training until the block ends. On Windows, this has no effect.
 
         Raises:
             RunError: another process is training in this directory.
@@ -180,7 +181,7 @@ class RunDirectory:
     # metrics.jsonl
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a line and flush it to disk. Raises RunError if writing fails."""
+        """Append a line to metrics.jsonl and flush it to disk. Raises RunError if writing fails."""
         schema.check(row, EpochMetrics, str(self.metrics_file))
         try:
             with self.metrics_file.open("a", encoding="utf-8", newline="\n") as file:
@@ -194,7 +195,7 @@ class RunDirectory:
             ) from None
 
     def read_metrics(self) -> list[EpochMetrics]:
-        """Read all lines. Ignores an incomplete last line, which a crash can leave.
+        """Return all lines. An incomplete last line, which a crash can leave, is ignored.
 
         Raises:
             RunError: a line is damaged.
@@ -220,7 +221,10 @@ class RunDirectory:
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Remove the lines after the first `epochs` epochs. Raises RunError if writing fails."""
+        """Remove the lines of all epochs after the first `epochs`.
+
+        Raises RunError if writing fails.
+        """
         if self.metrics_file.exists():
             rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
             text = "".join(to_json(row) + "\n" for row in rows)
@@ -229,7 +233,7 @@ class RunDirectory:
     # parity.json
 
     def read_comparisons(self, step: int) -> list[Comparison]:
-        """Read the comparisons of the weights after `step` steps.
+        """Return the comparisons that used the weights after `step` steps.
 
         Raises:
             RunError: the file is damaged.
@@ -242,7 +246,8 @@ class RunDirectory:
     def add_comparison(self, comparison: Comparison, step: int) -> None:
         """Add a comparison of two devices or precisions, for the weights after `step` steps.
 
-        Replaces an earlier comparison of the same pair and removes comparisons of other weights.
+        It replaces an earlier comparison of the same pair. Comparisons of other weights are
+        removed.
         """
         pair = [comparison["a"], comparison["b"]]
         others = [e for e in self.read_comparisons(step) if [e["a"], e["b"]] != pair]

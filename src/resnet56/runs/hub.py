@@ -23,7 +23,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def find_weights(directory: Path) -> Path:
-    """Return the weight file in a hub directory.
+    """Return the weight file in a model hub directory.
 
     Raises:
         RunError: the directory cannot be read, contains no weight file, or contains several files
@@ -59,10 +59,10 @@ class DeclaredConfig:
     classes: tuple[str, ...] | None = None
     mean: Triple | None = None
     std: Triple | None = None
-    file: str = ""  # name of the declaring file
+    file: str = ""  # name of the file that declares the configuration
 
     def missing(self) -> list[str]:
-        """Return which of classes, mean and std are undeclared."""
+        """Return the undeclared fields among classes, mean and std."""
         required = {"classes": self.classes, "mean": self.mean, "std": self.std}
         return [name for name, value in required.items() if value is None]
 

@@ -24,7 +24,7 @@ StoredTensors = Mapping[str, StoredTensor]  # tensors by their names in this pac
 
 
 def matching_arch(tensors: StoredTensors, arch: str | None = None) -> str | None:
-    """Return the architecture that the tensors match, or None.
+    """Return the name of the architecture that the tensors match, or None.
 
     Args:
         tensors: the tensors of a state dict.
@@ -36,7 +36,7 @@ def matching_arch(tensors: StoredTensors, arch: str | None = None) -> str | None
 
 
 def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> str:
-    """Explain why the tensors of a file do not match any architecture, or `arch` if it is set."""
+    """Return an error message for tensors that do not match `arch` (or any, if it is None)."""
     if special := [key for key, tensor in tensors.items() if not tensor.plain]:
         names = abbreviate(special)
         return f"{file} contains sparse, quantized, complex or meta tensors: {names}"
@@ -62,13 +62,13 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
 def expected_tensors(arch: str, tensors: StoredTensors) -> dict[str, Tensor]:
     """Return the state dict of an architecture, on the meta device.
 
-    The number of outputs is that of `tensors`.
+    The number of outputs is the same as in `tensors`.
     """
     return _expected(arch, num_outputs(tensors))
 
 
 def num_outputs(tensors: StoredTensors) -> int:
-    """Return the number of outputs, from the classifier's bias, or 10 if the bias is invalid."""
+    """Return the size of the classifier's bias (the number of outputs), or 10 if it is invalid."""
     bias = tensors.get("fc.bias")
     if bias is None or len(bias.shape) != 1 or not 1 < bias.shape[0] <= MAX_CLASSES:
         return 10
@@ -83,7 +83,7 @@ def is_counter(key: str) -> bool:
 def _possible_archs(tensors: StoredTensors) -> Iterator[str]:
     """Yield the architectures with as many blocks per stage as the first stage in `tensors`.
 
-    Omits plain networks because they have the same tensors as networks with shortcut A.
+    Plain networks are omitted because they have the same tensors as networks with shortcut A.
     """
     matches = (re.match(r"stage1\.(\d{1,4})\.", key) for key in tensors)
     numbers = [int(match[1]) for match in matches if match]
@@ -110,7 +110,7 @@ def _expected(arch: str, outputs: int) -> dict[str, Tensor]:
 
 
 def _mismatches(tensors: StoredTensors, arch: str) -> list[str]:
-    """Describe the differences between the tensors and an architecture."""
+    """Return descriptions of the differences between the tensors and an architecture."""
     expected = expected_tensors(arch, tensors)
     missing = [key for key in expected if key not in tensors and not is_counter(key)]
     extra = [

@@ -32,7 +32,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Checkpoint:
-    """Load a pretrained model, with its weights in single precision.
+    """Load a pretrained model and convert its weights to single precision.
 
     Raises:
         RunError: there is no pretrained model with this name, or its file is damaged.
@@ -53,8 +53,8 @@ def load(name: str) -> Checkpoint:
 def save(run: RunDirectory, name: str, directory: Path) -> Path:
     """Write the weights of a run in half precision, with a model card, to `directory` as `name`.
 
-    The card contains the recipe and the evaluation of the run, if they exist. The evaluation is
-    that of the original weights, so evaluate the half-precision weights before a release.
+    The card contains the recipe and the evaluation of the run, if they exist. The evaluation uses
+    the original weights, so evaluate the half-precision weights before a release.
 
     Returns:
         The path of the weight file.
@@ -100,8 +100,11 @@ def config_to_metadata(config: ModelConfig) -> dict[str, str]:
 
 
 def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
-    """Invert `config_to_metadata`. Raises ValueError for invalid metadata."""
-    if metadata.get("format") not in ("1", "pt"):  # Libraries of model hubs require "pt".
+    """Convert metadata back to a configuration, the inverse of `config_to_metadata`.
+
+    Raises ValueError for invalid metadata.
+    """
+    if metadata.get("format") not in ("1", "pt"):  # Model hub libraries require "pt".
         raise ValueError(f"format {metadata.get('format')!r} is not supported by this version")
     try:
         values = {name: json.loads(metadata[name]) for name in ("arch", "classes", "mean", "std")}
@@ -134,7 +137,7 @@ def is_onnx(file: Path) -> bool:
 
 
 def has_onnx_header(head: bytes) -> bool:
-    """Return whether bytes start with the first fields of an ONNX model: version and producer."""
+    """Return whether `head` starts with the first fields of an ONNX model: version and producer."""
     return len(head) > 3 and head[0] == 0x08 and head[1] < 0x40 and head[2] in (0x12, 0x1A, 0x3A)
 
 

@@ -1,8 +1,8 @@
-"""The schema of the files of a run. Files are checked against it on reading and writing.
+"""The schema of the files in a run directory. Reading and writing validate the files.
 
 JSON objects are dictionaries with TypedDict types. `train` and `evaluate` return the same types.
 RunError reports a field that is missing, has the wrong type or is out of range. Its message is one
-line with the file, the field, the value and the expected type. Unknown fields are preserved.
+line that states the file, the field, the value and the expected type. Unknown fields are preserved.
 """
 
 import math
@@ -82,7 +82,7 @@ class CustomPart(TypedDict):
 class Environment(TypedDict, total=False):
     """environment.json: the machine, software and data set of a run.
 
-    For an imported network, those of its first evaluation.
+    For an imported network, the machine, software and data set of its first evaluation.
     """
 
     processor: Text  # the name of the CPU
@@ -153,7 +153,7 @@ class MeanMetrics(TypedDict):
 
 
 class ConfusedPair(TypedDict):
-    """Images of one class that are classified as another."""
+    """A confusion: images of one class that the model classifies as another class."""
 
     true: str  # name of the true class
     predicted: str  # name of the predicted class
@@ -357,7 +357,7 @@ def write(file: Path, content: T, expected: type[T]) -> None:
 
 
 def check(content: object, expected: type[T], file: str) -> T:
-    """Convert parsed JSON to a type.
+    """Validate parsed JSON against a type and return it as this type.
 
     Args:
         content: parsed JSON.
@@ -388,7 +388,7 @@ def check_metrics(metrics: Metrics, source: str, classes: tuple[str, ...] | None
         classes: class names of the model, which `per_class` must match.
 
     Raises:
-        RunError: two values contradict each other.
+        RunError: two metrics contradict each other.
     """
     names, matrix = list(metrics["per_class"]), metrics["confusion_matrix"]
     if classes is not None and set(names) != set(classes):
@@ -421,7 +421,7 @@ def check_metrics(metrics: Metrics, source: str, classes: tuple[str, ...] | None
 def check_evaluation(
     evaluation: Evaluation, file: Path, classes: tuple[str, ...] | None = None
 ) -> None:
-    """Check that the values of evaluation.json are consistent. Raises RunError if they are not."""
+    """Check that the metrics in evaluation.json are consistent. Raises RunError if they are not."""
     for part in ("test", "train", "validation"):
         if part in evaluation:
             check_metrics(evaluation[part], f"{file}, {part},", classes)
@@ -487,7 +487,7 @@ def _check_arrays(
 
 
 def _encodable(content: Any) -> Any:
-    """Return a copy with escapes for characters that UTF-8 cannot encode."""
+    """Return a copy of `content` that escapes characters that UTF-8 cannot encode."""
     if isinstance(content, Mapping):
         return {_encodable(key): _encodable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -563,7 +563,7 @@ def _value_at(content: Any, keys: list[str | int]) -> Any:
 
 
 def _summary(content: Any, keys: list[str | int]) -> str:
-    """Describe the value at `keys` in a few words."""
+    """Return a short description of the value at `keys`."""
     value = _value_at(content, keys)
     if isinstance(value, Mapping):
         return "an object"

@@ -27,8 +27,8 @@ class Source:
     """A model and its origin."""
 
     checkpoint: Checkpoint
-    run: RunDirectory | None = None  # run of the model, if it belongs to a run
-    pretrained: str | None = None  # name of the model, if it is pretrained
+    run: RunDirectory | None = None  # run that the model belongs to, if any
+    pretrained: str | None = None  # name of the model, if the model is pretrained
 
 
 def open_model(name_or_path: StrPath) -> Source:
@@ -58,7 +58,7 @@ def import_model(
     classes: Sequence[str] = (),
     prefix: str | None = None,
 ) -> "ImportedModel":
-    """Open a model as `open_model` does, or convert a file of another project.
+    """Open a model as `open_model` does, or convert a file from another project.
 
     See `convert.read` for the arguments and the errors.
     """
@@ -79,7 +79,7 @@ def import_model(
 def find_run(name_or_path: StrPath) -> RunDirectory | None:
     """Return the run at a path, or None if the name or path belongs to another network.
 
-    Also returns a directory without a network, because reading it reports what is missing.
+    The function also returns a run without a network, because reading it reports what is missing.
 
     Raises:
         RunError: no network has this name or path, or the path is a file of the

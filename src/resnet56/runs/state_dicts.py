@@ -12,7 +12,7 @@ from resnet56.runs.tensor_files import Contents, StoredTensor
 
 MAX_DEPTH = 8  # maximum depth of nested containers
 
-# Components of tensor names that torch.compile, FSDP and activation checkpointing insert.
+# Name components that torch.compile, FSDP and activation checkpointing insert.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Words in the path of a state dict that contains averaged weights.
 _AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged", "averaging", "polyak", "shadow"}
@@ -26,7 +26,7 @@ class StateDict:
     layout: Layout
     tensors: Mapping[str, StoredTensor]  # tensors by their names in this package
     siblings: tuple[str, ...]  # names of other tensors in the same container
-    averaged: bool  # whether it contains averaged weights, such as an EMA
+    averaged: bool  # whether the tensors are averaged weights, such as EMA weights
     head: str  # name of the classifier's weight in the layout
 
 
@@ -109,7 +109,7 @@ def _strip_wrappers(key: str) -> str:
 
 
 def describe_content(contents: Contents) -> str:
-    """Return the predicate of an error message about a file without state dicts of ResNets."""
+    """Return the end of an error message about a file without state dicts of ResNets."""
     containers = [container for _, container in _containers(contents.tree)]
     for container in containers:
         if not isinstance(container, Stub) or not isinstance(container.state, Mapping):

@@ -1,8 +1,8 @@
 """Read tensor files without running code. The content of a file determines its format.
 
-The supported formats are those of `torch.save` since 2017, safetensors, and the ONNX files
-that this package exports. Opening a file reads only names and shapes. Values are read on demand.
-Reading a tensor never allocates more memory than the size of the file.
+The supported formats are those of `torch.save` since 2017, safetensors, and the ONNX files that
+this package exports. Opening a file reads only names and shapes. Values are read on demand. Reading
+a tensor never allocates more memory than the file size.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from resnet56.data.pickles import (
 from resnet56.errors import MissingExtraError, RunError, one_line
 from resnet56.runs.pretrained import HEAD, has_onnx_header
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # first object in the files of PyTorch before version 1.6
+_MAGIC = 0x1950A86A20F9469CFC6C  # first object in files from PyTorch versions before 1.6
 _BN_EPS = 1e-5
 
 # Signatures of other formats, which users may pass by mistake.
@@ -72,8 +72,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     type: str  # name of the dtype, as in PyTorch or in the file
     read: Callable[[], Tensor]  # reads the values. Can raise any exception for a damaged file.
-    plain: bool = True  # whether it is a dense tensor of real numbers
-    memory: object = field(default_factory=object)  # identifier of the memory of the values
+    plain: bool = True  # whether the tensor is dense and contains real numbers
+    memory: object = field(default_factory=object)  # identifies the memory of the values
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def open_tensors(file: Path) -> Iterator[Contents]:
 
 
 def _describe_other(head: bytes) -> str | None:
-    """Describe a file in another format. Return None if it can be a checkpoint."""
+    """Return a description of a file in another format, or None if it can be a checkpoint."""
     if not head:
         return "is empty"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
@@ -178,7 +178,7 @@ class _Storage:
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
+        """Size of the storage in bytes."""
         return self.count * self.dtype.itemsize
 
 
@@ -196,7 +196,7 @@ class _Rebuild:
 
 
 class _RebuildTyped(_Rebuild):
-    """Replaces the functions that build tensors without a storage class, such as float8."""
+    """Replaces functions that build tensors whose dtype has no storage class, such as float8."""
 
     def __new__(
         cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
@@ -281,11 +281,11 @@ class _TorchPickle:
 
     def load(self, stream: BinaryIO) -> Any:
         """Read the next object."""
-        # Decode strings of Python 2 as Latin-1. Keys are ASCII, and other strings are unused.
+        # Decode strings from Python 2 as Latin-1. Keys are ASCII, and other strings are unused.
         return unpickle(stream, self._find, self._storage, encoding="latin-1")
 
     def contents(self, tree: object) -> Contents:
-        """Return the content of the file, with the recorded classes."""
+        """Return the content of the file and the recorded classes."""
         return Contents(tree, ignored=tuple(sorted(self.other_classes)))
 
     def _find(self, name: str) -> type:
@@ -380,7 +380,7 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
 
 
 def _onnx(file: Path, content: bytes) -> Contents:
-    """Read a file from `resnet56 export` and return the weights with their PyTorch names.
+    """Read a file from `resnet56 export` and return the weights under their PyTorch names.
 
     The export folds each batch norm into the preceding convolution. This function converts the
     bias of each convolution to a batch norm that only adds this bias.
@@ -400,7 +400,7 @@ def _onnx(file: Path, content: bytes) -> Contents:
     tree = {
         name: value
         for name, value in values.items()
-        # The export writes a padding shortcut as a convolution with zeros and ones.
+        # The export writes a padding shortcut as a convolution whose weights are zeros and ones.
         if name.rpartition(".")[2] in parts and not name.endswith(".shortcut.weight")
     }
     for node in model.graph.node:

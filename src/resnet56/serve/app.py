@@ -204,5 +204,5 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
 
 
 async def _handle_disconnect(_: Request, error: Exception) -> Response:
-    """Return a response that appears only in the metrics, because the client has disconnected."""
+    """Return a response that only the metrics record, because the client has disconnected."""
     return JSONResponse({"detail": "the client disconnected"}, 400)

@@ -41,12 +41,12 @@ class Batcher:
 
     Args:
         predictor: the model. All calls to its `run` method come from one thread.
-        max_batch: maximum batch size, a power of two. On a CPU, batches of 8 to 16 images took
-            the least time per image. Batches of 64 took twice as long per image because their
-            activations did not fit in the caches.
+        max_batch: maximum batch size, a power of two. On a CPU, batches of 8 to 16 images take the
+            least time per image. Batches of 64 images take twice as long per image because their
+            activations do not fit in the caches.
         max_wait: maximum time to wait for more images, in seconds. Waiting does not block the
             event loop.
-        on_batch: called with the number of images in each batch.
+        on_batch: function that is called with the number of images in each batch.
     """
 
     def __init__(
@@ -80,7 +80,10 @@ class Batcher:
         self.executor.shutdown()
 
     async def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Run the model on images, possibly batched with others. Return their logits and maps."""
+        """Run the model on images, possibly batched with others.
+
+        Return their logits and class activation maps.
+        """
         job = _Job(images, asyncio.get_running_loop().create_future())
         self.pending.add(job.result)
         try:
@@ -124,8 +127,8 @@ class Batcher:
     def _run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
         """Run the model on images in batches, each padded to a power of two.
 
-        PyTorch caches a plan for each batch size. For arbitrary sizes up to 95, this cache would
-        take half a gigabyte.
+        PyTorch caches a plan for each batch size. For all sizes up to 95, this cache would require
+        half a gigabyte.
         """
         logits, maps = [], []
         for start in range(0, len(images), self.max_batch):

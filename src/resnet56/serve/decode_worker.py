@@ -21,7 +21,7 @@ from resnet56.errors import ImageError
 REQUEST = struct.Struct("<II")
 RESPONSE = struct.Struct("<BI")
 DECODED, REJECTED, OUT_OF_MEMORY = range(3)
-READY = b"\n"  # sent once the process is ready for requests
+READY = b"\n"  # status that the process sends once it is ready for requests
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 def _decode(
     content: bytes, name: str, max_pixels: int, formats: tuple[str, ...]
 ) -> tuple[int, bytes]:
-    """Return the status and the body of the response."""
+    """Decode an image. Return the status and the body of the response."""
     try:
         pixels = read_pixels(content, name=name, max_pixels=max_pixels, formats=formats)
         return DECODED, pixels.tobytes()
@@ -74,7 +74,7 @@ def _load_decoders() -> None:
 
 
 def _limit_resources(memory: int) -> None:
-    """Limit additional memory and prevent file writes and core dumps. Does nothing on Windows."""
+    """Limit additional memory, and prevent file writes and core dumps, except on Windows."""
     try:
         import resource
     except ImportError:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class StallDetector:
-    """Detects whether a processing stage has stalled: requests wait, and none completes."""
+    """Detects whether a processing stage has stalled: requests are waiting, and none completes."""
 
     def __init__(self) -> None:
         self.pending = 0
@@ -84,7 +84,7 @@ class Decoders:
 
     @property
     def ready(self) -> bool:
-        """Whether the pool can decode images."""
+        """True if the pool can decode images."""
         alive = any(worker.alive for worker in self.workers)
         return alive and not self.progress.stalled(self.limits.stall_seconds)
 
@@ -93,7 +93,7 @@ class Decoders:
 
         Args:
             content: the image file.
-            name: its name in error messages.
+            name: name of the image in error messages.
 
         Returns:
             (3, 32, 32) uint8.
@@ -105,7 +105,7 @@ class Decoders:
             # All processes may have ended for unrelated reasons before the event loop notices.
             for _ in range(len(self.workers) + 1):
                 worker = await self._acquire()
-                # The shield keeps reading the response even if the client disconnects.
+                # With the shield, the task reads the response even if the client disconnects.
                 result = await asyncio.shield(self._create_task(self._use(worker, content, name)))
                 if isinstance(result, np.ndarray):
                     return result
@@ -114,7 +114,7 @@ class Decoders:
         raise HTTPException(422, f"cannot read {name}: the decoder crashed; re-encode the image")
 
     async def _acquire(self) -> "_Worker":
-        """Wait for an idle worker. Replaces workers that ended while they were idle."""
+        """Return an idle worker as soon as there is one. Replace workers that ended while idle."""
         await self.available.acquire()
         while not (worker := self.idle.pop()).alive:
             self._create_task(self._replace(worker))
@@ -133,7 +133,7 @@ class Decoders:
         return task
 
     async def _use(self, worker: "_Worker", content: bytes, name: str) -> UInt8Array | str | None:
-        """Return the pixels, an error message, or None if the process ended."""
+        """Decode an image. Return the pixels, an error message, or None if the process ended."""
         message = f"cannot read {name}: "
         seconds = self.limits.decode_seconds
         try:
@@ -148,7 +148,7 @@ class Decoders:
             self._release(worker)
             if status == OUT_OF_MEMORY:
                 mebibytes = self.limits.decode_bytes >> 20
-                return message + f"decoding needs more than {mebibytes} MiB; use a smaller image"
+                return message + f"decoding requires more than {mebibytes} MiB; use a smaller image"
             self.progress.advance()
             return result
         worker.kill()
@@ -230,7 +230,7 @@ class _Worker:
                 self.process.kill()
 
     async def stop(self) -> None:
-        """Kill the process and wait until it has ended."""
+        """Kill the process and wait until it ends."""
         self.kill()
         if self.process:
             if self.process.stdin:

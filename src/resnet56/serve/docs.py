@@ -5,7 +5,7 @@ from typing import Any
 
 
 def operations(description: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Convert an OpenAPI description to template variables, one entry per operation."""
+    """Convert an OpenAPI description to template variables, with one dictionary per operation."""
     components = description.get("components", {}).get("schemas", {})
     return [
         {

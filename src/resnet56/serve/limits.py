@@ -11,7 +11,7 @@ from resnet56.data.images import BROWSER_FORMATS
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that protect the server. Normal requests stay well below them."""
+    """Limits that protect the server, well above the requirements of normal requests."""
 
     images: int = 32  # maximum per request
     pixels: int = 25_000_000  # maximum per image. Phone cameras produce fewer pixels by default.
@@ -47,7 +47,7 @@ class RequestLimiter:
         """Count one request in flight until the block ends.
 
         Yields:
-            A function that reserves bytes for the request until the block ends.
+            A function that reserves a number of bytes for the request until the block ends.
 
         Raises:
             HTTPException: 429 if a limit is exceeded on entry or during a call to that function.

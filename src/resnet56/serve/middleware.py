@@ -32,7 +32,7 @@ class ResponseMiddleware:
     Args:
         app: the wrapped application.
         meter: the metrics to update.
-        paths: paths with their own label in the metrics. All other paths share one label, so a
+        paths: paths that have their own label in the metrics. All other paths share one label, so a
             client cannot create an unlimited number of labels.
     """
 

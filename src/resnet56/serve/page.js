@@ -1,4 +1,4 @@
-// The demo page: sends an image, and shows the class probabilities and a class activation map.
+// The demo page, which sends an image and shows the class probabilities and a class activation map.
 const $ = (id) => document.getElementById(id);
 const MAP_SIZE = 8; // the model's activation maps are 8x8
 const OVERLAY_COLOR = [38, 48, 66]; // visible on light and on dark images

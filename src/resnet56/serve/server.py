@@ -82,7 +82,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _close_if_stalled(self) -> None:
-        """Close the connection if it has made no progress since the previous check.
+        """Close the connection if it made no progress since the previous check.
 
         Progress is a new request, a response in preparation, or a client that reads its response.
         """
@@ -108,11 +108,11 @@ def serve(
         predictor: the model.
         host: address or host name to listen on.
         port: port to listen on, 0 for any free port.
-        say: called with each status line.
-        limits: limits on requests, and on the time to finish them.
+        say: function that is called with each status line.
+        limits: limits on requests and on the time to finish them.
 
     Returns:
-        The exit code, which is 0 after a signal.
+        The exit code: 0 after a signal.
 
     Raises:
         UsageError: the server cannot listen on this address, or the limit on open files is
@@ -139,7 +139,7 @@ def serve(
     )
     config.max_connections = connections
     server = _Server(config)
-    # By default, these loggers report every invalid request.
+    # By default, these loggers log every invalid request.
     for name in ("uvicorn.error", "asyncio", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -46,7 +46,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether the server can classify images."""
+        """True if the server can classify images."""
         return self.decoders.ready and not self.inference.stalled(self.limits.stall_seconds)
 
     async def predict(self, request: Request, top: int, maps: bool) -> PredictResponse:
@@ -80,7 +80,7 @@ class Service:
     async def _decode(self, uploads: Sequence[Upload]) -> UInt8Array:
         """Decode the uploads to an array of images (N, 3, 32, 32).
 
-        Decodes only a few images at a time, so that a large request does not delay others.
+        Only a few images are decoded at a time, so that a large request does not delay others.
         """
 
         async def decode(upload: Upload) -> UInt8Array:

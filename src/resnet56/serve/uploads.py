@@ -41,7 +41,7 @@ async def receive(
     Args:
         request: the request.
         limits: limits on the body.
-        reserve: called with the size of each received chunk.
+        reserve: function that is called with the size of each received chunk.
 
     Raises:
         HTTPException: 400, 408, 413, 415 or 422, or an exception raised by `reserve`.
@@ -139,9 +139,10 @@ async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[
 
 
 def _parse(content: bytes, limits: Limits) -> PredictRequest:
-    """Parse a JSON body. Rejects a body with too many values before parsing it.
+    """Parse a JSON body. A body with too many images is rejected before it is parsed.
 
-    Base64 contains no commas, so a valid body contains one comma fewer than images.
+    Base64 contains no commas, so the number of commas in a valid body is one less than the number
+    of images.
     """
     if content.count(b",") > limits.images:
         raise _too_many(limits)
@@ -173,7 +174,7 @@ def _unexpected_field() -> HTTPException:
 
 
 def validation_message(errors: Sequence[object]) -> str:
-    """Describe the first validation error in one line that names the field."""
+    """Return a line that names the field and describes its first validation error."""
     error = errors[0]
     assert isinstance(error, dict)
     field = ".".join(str(part) for part in error["loc"] if part not in ("query", "body"))
@@ -181,5 +182,5 @@ def validation_message(errors: Sequence[object]) -> str:
 
 
 def _quotable(text: str, fallback: str) -> str:
-    """Return client input if it is short and printable, or `fallback` otherwise."""
+    """Return the client input if it is short and printable, or `fallback` otherwise."""
     return text if text and text.isprintable() and len(text) <= MAX_QUOTE else fallback
