@@ -61,7 +61,10 @@ def test_an_invalid_value_causes_a_one_line_error(
     [
         (["--vary", "lr=0.1..0.2"], "set --val-size 5000"),
         (["--val-size", "200"], "use --vary"),
-        (["--val-size", "200", "--vary", "lr=0.1..0.2", "--grid"], "needs a list of values for lr"),
+        (
+            ["--val-size", "200", "--vary", "lr=0.1..0.2", "--grid"],
+            "requires a list of values for lr",
+        ),
         (["--val-size", "200", "--vary", "lr=0.1,0.2", "--grid", "--trials", "3"], "omit --trials"),
         (
             ["--val-size", "200", "--vary", "nesterov=true,false", "--vary", "momentum=0,0.9"],

@@ -119,7 +119,7 @@ def test_a_plain_network_is_not_described_as_residual(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain56", "resnet56")]
     plain, residual = (page_of(run) for run in runs)
     assert plain.text.count("Plain-56") >= 2
-    for phrase in ("residual", "shortcut takes", "ResNet-56"):
+    for phrase in ("residual", "shortcut samples", "ResNet-56"):
         assert phrase not in plain.text
         assert phrase in residual.text
     markdown = write_report([runs[0]], format="md").read_text(encoding="utf-8")
@@ -813,7 +813,7 @@ def test_robustness_hardware_and_unfinished_runs_are_described() -> None:
     }
     sentence = only(story.robustness(metrics))
     assert "the mean accuracy is 70.00 %, 20.00 points lower than" in sentence
-    assert "It is lowest for fog (70.00 %) and highest for motion blur (80.00 %)" in sentence
+    assert "Accuracy is lowest for fog (70.00 %) and highest for motion blur (80.00 %)" in sentence
     equal = {
         "clean_accuracy": 0.7,
         "mean_accuracy": 0.75,

@@ -1,6 +1,6 @@
 """HTML and Markdown reports on runs, and slides.
 
-A report needs only the files of the run. It needs neither the data set nor a GPU.
+A report requires only the files of the run, and neither the data set nor a GPU.
 """
 
 from collections.abc import Sequence

@@ -279,8 +279,8 @@ def robustness(metrics: Mapping[str, Any] | None) -> list[str]:
     if means[worst] == means[mildest]:
         return [sentence]
     return [
-        f"{sentence} It is lowest for {spaced(worst)} ({percent(means[worst])}) and highest for "
-        f"{spaced(mildest)} ({percent(means[mildest])})."
+        f"{sentence} Accuracy is lowest for {spaced(worst)} ({percent(means[worst])}) and highest "
+        f"for {spaced(mildest)} ({percent(means[mildest])})."
     ]
 
 

@@ -120,7 +120,7 @@ def uncertainty(sweep: Sweep, complete: Sequence[SweepTrial]) -> str:
 
 
 def outcome(trial: SweepTrial) -> str:
-    """Return how a trial ended."""
+    """Return the outcome of a trial."""
     if "error" in trial:
         return "diverged"
     if trial["state"] == "pruned":

@@ -1,4 +1,4 @@
-"""Formatting of numbers and names. Fractions are in [0, 1], and times are in seconds."""
+"""Format numbers and names. Fractions are in [0, 1], and times are in seconds."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -39,7 +39,7 @@ def with_trials(
     recipe: Recipe,
     base: tuple[str, Recipe],
 ) -> Sweep:
-    """Return the content of sweep.json with trials, the best trial, and its command.
+    """Return the content of sweep.json with trials, the best trial, and the command to train it.
 
     Args:
         content: the settings of the sweep.

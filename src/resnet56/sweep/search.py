@@ -71,7 +71,7 @@ def sweep(
         heartbeat: number of seconds between heartbeats of a worker.
 
     Raises:
-        UsageError: a setting is invalid, or the study has other settings.
+        UsageError: a setting is invalid, or differs from the settings of the study.
         RunError: the storage does not respond, or a run cannot be written.
         MissingExtraError: Optuna is not installed.
         KeyboardInterrupt: the process received Ctrl-C or SIGTERM. The next call continues the
@@ -89,7 +89,7 @@ def sweep(
     except UsageError as error:
         raise UsageError(f"{option('seeds')}: {error}") from None
     withheld = without_test(dataset)
-    training_split(withheld, recipe.val_size)  # raises if the data set is too small
+    training_split(withheld, recipe.val_size)  # raises an error if the data set is too small
     content: Sweep = {
         "study": Path(out).resolve().name,
         "recipe": recipe.to_json(),

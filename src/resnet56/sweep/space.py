@@ -51,11 +51,11 @@ def check_space(recipe: Recipe, space: Space, *, grid: bool = False) -> None:
     types = get_type_hints(Recipe)
     if recipe.val_size == 0:
         raise UsageError(
-            "a sweep needs validation images to compare trials; for example, set "
+            "a sweep requires validation images to compare trials; for example, set "
             f"{option('val_size', 5000)}"
         )
     if not space:
-        raise UsageError(f"a sweep needs a setting to vary; use {option('vary')}")
+        raise UsageError(f"a sweep requires a setting to vary; use {option('vary')}")
     ends: dict[str, Sequence[Any]] = {}
     for name, values in space.items():
         if name in FIXED:
@@ -72,7 +72,7 @@ def check_space(recipe: Recipe, space: Space, *, grid: bool = False) -> None:
                 raise UsageError(f"{name} is not a number; list its values instead of a range")
             if grid:
                 raise UsageError(
-                    f"{option('grid', True)} needs a list of values for {name}, not a range"
+                    f"{option('grid', True)} requires a list of values for {name}, not a range"
                 )
             if values.low >= values.high:
                 raise UsageError(f"{name}: the range {values.low:g}..{values.high:g} is empty")

@@ -91,7 +91,7 @@ def open_study(content: Sweep, url: str | None, directory: Path, heartbeat: int)
 
 
 def _open_storage(url: str | None, directory: Path, heartbeat: int) -> Any:
-    """Open the database. Raises UsageError or RunError if this fails."""
+    """Open the database. Raises UsageError or RunError if it cannot be opened."""
     import sqlalchemy
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 

@@ -21,7 +21,7 @@ class Trials:
 
     Attributes:
         study: the study.
-        total: number of trials that the study needs.
+        total: number of trials that the study requires.
         unique: whether to try each combination only once.
         heartbeat: number of seconds between heartbeats of a worker.
     """

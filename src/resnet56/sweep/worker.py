@@ -26,7 +26,7 @@ POLL = 1.0  # seconds between queries while other workers run the last trials
 
 
 class _SurplusError(Exception):
-    """The trial is not needed, because other workers started enough trials or the same trial."""
+    """The trial is not needed, because others started enough trials, or one with its settings."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Worker:
     number: int | None = field(default=None, init=False)  # number of the current trial
 
     def work(self) -> Sweep:
-        """Run trials until enough trials are finished. Return the sweep."""
+        """Run trials until enough trials are finished. Return the content of sweep.json."""
         self._save()
         waiting = False
         total = self.trials.total
