@@ -36,7 +36,7 @@ def images(count: int = 6) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_a_teacher_equal_to_the_student_gives_zero_loss(temperature: float) -> None:
+def test_a_teacher_equal_to_the_student_has_zero_loss(temperature: float) -> None:
     model = restore(teacher(0), CPU)
     logits = model(images()).detach().requires_grad_()
     ensemble = Teachers({"it": teacher(0)}, STUDENT, CPU, "fp32")

@@ -158,7 +158,7 @@ def test_extreme_logits_stay_finite(scale: float) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 100])
-def test_metrics_of_any_number_of_classes_are_json(classes: int) -> None:
+def test_metrics_for_any_number_of_classes_are_valid_json(classes: int) -> None:
     logits, labels = noise(400, classes)
     result = json.loads(json.dumps(dict(compute_metrics(logits, labels, names(classes)))))
     matrix = np.zeros((classes, classes), dtype=int)

@@ -138,7 +138,7 @@ def test_a_terminal_shows_a_bar_and_removes_it() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_python_shows_progress_on_a_terminal_only(
+def test_python_shows_progress_only_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())

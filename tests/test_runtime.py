@@ -134,7 +134,7 @@ def test_a_named_precision_is_used(name: str, device: str) -> None:
 
 
 def test_fp16_without_loss_scaling_raises_an_error() -> None:
-    with pytest.raises(UsageError, match="fp16 needs loss scaling"):
+    with pytest.raises(UsageError, match="fp16 requires loss scaling"):
         precision("fp16", torch.device("mps"))
 
 
@@ -213,7 +213,7 @@ def git(directory: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_git_state_has_the_commit_and_whether_files_differ(checkout: Path) -> None:
+def test_git_state_contains_the_commit_and_whether_files_differ(checkout: Path) -> None:
     git(checkout, "init", "--quiet")
     git(checkout, "add", "runtime.py")
     git(checkout, "commit", "--quiet", "--message", "one")

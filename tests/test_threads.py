@@ -90,7 +90,7 @@ def test_an_alternating_load_does_not_change_the_number_repeatedly() -> None:
 
 
 @pytest.mark.usefixtures("cores")
-def test_a_fixed_number_does_not_change() -> None:
+def test_a_fixed_number_of_threads_does_not_change() -> None:
     assert thread_counts(1.0, start=1.0, adaptive=False) == [2, 2]
     with ThreadControl(1, meter=ScriptedMeter(0.0, 0.0, 0.0)) as control:
         control.begin(0)
@@ -107,7 +107,7 @@ def test_the_setting_of_pytorch_is_the_maximum() -> None:
 
 @pytest.mark.parametrize("wrong", [0, -1, 3, 10**9])
 @pytest.mark.usefixtures("cores")
-def test_a_number_out_of_range_raises_an_error(wrong: int) -> None:
+def test_a_number_of_threads_out_of_range_raises_an_error(wrong: int) -> None:
     with pytest.raises(UsageError, match="threads must be from 1 to 2 on this machine"):
         ThreadControl(wrong)
 
@@ -131,7 +131,7 @@ def test_resuming_keeps_the_number_or_reports_the_change() -> None:
     with ThreadControl(2, meter=ScriptedMeter()) as control:
         assert control.begin(9, saved) == (
             "the run has used 1 thread so far and continues with 2 threads; the results are equal "
-            "up to rounding, but not bitwise identical"
+            "to within rounding error, but not bitwise identical"
         )
     elsewhere = {"fixed": True, "changes": [[0, 8]]}  # on a machine with more cores
     with ThreadControl(meter=ScriptedMeter(1.0, 1.0)) as control:

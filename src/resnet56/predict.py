@@ -383,7 +383,10 @@ def to_pil(image: ImageLike) -> Image.Image:
         return to_upright_rgb(
             _array_to_pil(np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels)
         )
-    raise ImageError(f"cannot read an image from an object of type {type(image).__name__}")
+    raise ImageError(
+        f"cannot read an image from an object of type {type(image).__name__}; pass a path, bytes, "
+        "a Pillow image, an array or a tensor"
+    )
 
 
 def _array_to_pil(pixels: npt.NDArray[Any]) -> Image.Image:

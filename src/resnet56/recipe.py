@@ -35,13 +35,13 @@ class Recipe:
 
     weights: str = ""
     """Initial weights: a run, a file or a pretrained model of the same architecture. If the classes
-    differ, the classifier is initialized at random. The images are normalized as when these weights
-    were trained. The weights must not have been trained on the validation images."""
+    differ, the classifier is initialized at random. The images are normalized with the constants
+    stored with these weights. The weights must not have been trained on the validation images."""
 
     freeze: tuple[str, ...] = ()
-    """Layers to keep at the values of --weights: conv1, bn1, stage1, stage2, stage3, a part of a
-    stage such as stage3.0, or body (all layers except the classifier). Their batch norm statistics
-    do not change either."""
+    """Layers of --weights to freeze: conv1, bn1, stage1, stage2, stage3, a part of a stage such as
+    stage3.0, or body (all layers except the classifier). Their batch norm statistics do not change
+    either."""
 
     epochs: int = 40
     """Number of epochs."""
@@ -54,7 +54,7 @@ class Recipe:
 
     optimizer: Optimizer = "sgd"
     """Optimizer. sgd: stochastic gradient descent with momentum; adamw: AdamW (Loshchilov & Hutter
-    2019), which needs a much lower learning rate, such as 0.001."""
+    2019), which requires a much lower learning rate, such as 0.001."""
 
     momentum: float = 0.9
     """Momentum of SGD."""
@@ -104,8 +104,8 @@ class Recipe:
     Cutout."""
 
     trivial_augment: bool = False
-    """TrivialAugment: before the crop, apply a random one of 14 geometric and color transforms to
-    each image (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
+    """TrivialAugment: before the crop, apply one of 14 geometric and color transforms, chosen at
+    random, to each image (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
 
     mix: Mixing = "none"
     """Mix the images of a batch and their targets. cutmix: paste a rectangle of another image (Yun

@@ -77,7 +77,9 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         UsageError: the device does not support the precision.
     """
     if name == "fp16" and device.type == "mps":
-        raise UsageError("fp16 needs loss scaling, which PyTorch does not support on mps; use fp32")
+        raise UsageError(
+            "fp16 requires loss scaling, which PyTorch does not support on mps; use fp32"
+        )
     if name != "auto":
         return name  # type: ignore[return-value]  # the recipe has checked the name
     if device.type == "cuda":

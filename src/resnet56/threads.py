@@ -176,7 +176,8 @@ class ThreadControl:
         if recorded is not None and chosen != self.changes[-1][1]:
             message = (
                 f"the run has used {_count(self.changes[-1][1])} so far and continues with "
-                f"{_count(chosen)}; the results are equal up to rounding, but not bitwise identical"
+                f"{_count(chosen)}; the results are equal to within rounding error, but not "
+                "bitwise identical"
             )
         self._set(chosen, step)
         return message

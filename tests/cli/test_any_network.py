@@ -171,7 +171,7 @@ def test_a_failed_import_leaves_no_files(
 
 
 @pytest.mark.parametrize("form", ["hub", "onnx"])
-def test_robustness_and_speed_of_every_form(
+def test_robustness_and_speed_are_measured_in_every_format(
     form: str, forms: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["evaluate", str(forms[form]), "--data", str(data)]
@@ -431,7 +431,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_evaluation(
     assert f"cannot write to {tmp_path / 'file'}: Not a directory" in message
 
 
-def test_networks_that_cannot_be_reported_are_one_line_errors(
+def test_networks_that_cannot_be_reported_cause_one_line_errors(
     forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
 ) -> None:
     none = tmp_path / "none"

@@ -85,7 +85,7 @@ def test_crops_and_flips_are_uniform() -> None:
     assert stats.chisquare(centers).pvalue > 1e-3
 
 
-def test_disabling_flips_keeps_the_crops() -> None:
+def test_disabling_flips_does_not_change_the_crops() -> None:
     mirrored = sample_params(500, Augmentation(padding=4, flip=True), generator(2))
     plain = sample_params(500, Augmentation(padding=4, flip=False), generator(2))
     assert not plain.flips.any()

@@ -56,7 +56,7 @@ def same(some: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]])
     )
 
 
-def test_an_epoch_has_each_image_at_most_once_with_its_label() -> None:
+def test_an_epoch_contains_each_image_at_most_once_with_its_label() -> None:
     batches = plain(70, 16)
     seen = []
     for images, numbers in batches.epoch(0):
@@ -253,7 +253,7 @@ def test_derived_seeds_have_63_bits_and_are_distinct() -> None:
     assert max(seeds) > 2**62
 
 
-def test_the_first_epochs_can_have_smaller_images() -> None:
+def test_the_first_epochs_can_use_smaller_images() -> None:
     batches = augmented(24, 8, replace(EVERYTHING, sizes=(16, 24)))
     assert [next(batches.epoch(epoch))[0].shape[-1] for epoch in range(3)] == [16, 24, 32]
     full = list(augmented(24, 8).epoch(0))
@@ -262,7 +262,7 @@ def test_the_first_epochs_can_have_smaller_images() -> None:
         assert torch.allclose(small.mean(), images.mean(), atol=0.01)
 
 
-def test_batches_need_images() -> None:
+def test_batches_require_images() -> None:
     for count, batch_size in ((0, 8), (8, 0)):
         with pytest.raises(UsageError, match="both numbers must be at least 1"):
             plain(count, batch_size)

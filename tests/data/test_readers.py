@@ -729,7 +729,7 @@ def test_digits_are_upsampled_from_scikit_learn() -> None:
 # By name
 
 
-def test_a_name_loads_the_data_set_of_the_cache(
+def test_a_name_loads_the_data_set_from_the_cache(
     binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RESNET56_DATA", str(link(binary, tmp_path).parent))

@@ -116,7 +116,7 @@ def test_inputs_that_cannot_be_plotted_cause_one_line_errors(run: Path, tmp_path
         resnet56.plot_mistakes(run, count=0)
 
 
-def test_figures_need_no_pyplot_and_are_displayed_by_notebooks(run: Path) -> None:
+def test_figures_do_not_require_pyplot_and_are_displayed_in_notebooks(run: Path) -> None:
     code = (
         "import sys, resnet56, matplotlib;"
         "before = matplotlib.rcParams['font.size'];"

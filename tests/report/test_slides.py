@@ -142,7 +142,7 @@ def test_the_processor_is_named_without_trademark_signs(runs: dict[str, Path]) -
     assert slides.opening(facts).sentences[-1].endswith("on Intel Xeon Processor.")
 
 
-def test_slides_about_a_hundred_classes_show_the_largest_errors(
+def test_slides_for_a_hundred_classes_show_the_largest_errors(
     runs: dict[str, Path], decks: dict[str, Page]
 ) -> None:
     deck = decks["hundred"]

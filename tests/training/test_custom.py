@@ -102,7 +102,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
 
 
-def test_parts_like_the_built_in_ones_give_the_same_run(
+def test_parts_like_the_built_in_ones_result_in_the_same_run(
     tiny: Dataset, recipe: Recipe, tmp_path: Path
 ) -> None:
     recipe = dataclasses.replace(
@@ -310,7 +310,7 @@ BEFORE_THE_RUN = [
 
 
 @pytest.mark.parametrize(("parts", "error", "message"), BEFORE_THE_RUN)
-def test_an_invalid_part_is_an_error_that_leaves_no_files(
+def test_an_invalid_part_raises_an_error_and_leaves_no_files(
     tiny: Dataset, recipe: Recipe, tmp_path: Path,
     parts: dict[str, Any], error: type[Error], message: str,
 ) -> None:  # fmt: skip
@@ -336,7 +336,7 @@ def test_an_optimizer_that_fails_stops_the_run_at_the_first_step(
     assert RunDirectory(tmp_path / "run").load(training=True).progress.step == 0
 
 
-def test_conflicting_settings_are_errors(tiny: Dataset, recipe: Recipe, tmp_path: Path) -> None:
+def test_conflicting_settings_raise_errors(tiny: Dataset, recipe: Recipe, tmp_path: Path) -> None:
     taught = dataclasses.replace(recipe, teacher=("resnet56",))
     with pytest.raises(UsageError, match="the loss has no effect.*set teacher_weight below 1"):
         train(taught, tiny, tmp_path / "run", device="cpu", loss=F.cross_entropy)

@@ -144,7 +144,7 @@ def test_invalid_initial_weights_raise_an_error_and_leave_no_files(
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_with_more_epochs_suggests_to_start_from_the_weights(
+def test_resuming_with_more_epochs_suggests_starting_from_the_weights(
     tiny: Dataset, small: Recipe, trained: Path
 ) -> None:
     with pytest.raises(RunError, match=r"epochs 1 -> 3.* to train longer, .*weights=\".*run\""):

@@ -92,7 +92,7 @@ def set_up(
     start = saved
     if recipe.weights and saved is None:
         start = open_model(recipe.weights).checkpoint
-    # Normalize the images as when the initial weights were trained.
+    # Use the normalization constants of the initial weights.
     if start is not None:
         mean, std = start.config.mean, start.config.std
     else:
