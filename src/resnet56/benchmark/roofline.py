@@ -11,7 +11,10 @@ from resnet56.runtime import DTYPES, Precision
 
 
 def machine_limits(device: torch.device, precision: Precision) -> dict[str, float]:
-    """Measure a matrix product in GFLOP/s and a copy in GB/s. Return the best of ten runs."""
+    """Return the throughput of a matrix product in GFLOP/s and of a copy in GB/s.
+
+    Each value is the best of ten runs.
+    """
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     # The source tensor does not contain zeros, because pages of zeros share physical memory until

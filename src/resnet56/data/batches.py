@@ -17,8 +17,8 @@ from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, mix_labels, sample_mix_params
 from resnet56.errors import UsageError
 
-AUGMENT_STREAM = 3  # like MIXING_STREAM, for a custom augmentation function
-MIXING_STREAM = 1  # gives mixing its own random numbers in each epoch
+AUGMENT_STREAM = 3  # part of the seeds for a custom augmentation function
+MIXING_STREAM = 1  # part of the seeds for mixing
 
 
 def derive_seed(*parts: int) -> int:
@@ -67,7 +67,7 @@ class Batches:
             horizontal flips.
         classes: number of classes, for the targets of mixed images.
         rank, world_size: index of this process and number of processes, for training on several
-            GPUs. Each process gets its part of every global batch.
+            GPUs. Each process receives its part of every global batch.
 
     Raises:
         UsageError: there are no images, or the global batch size is not divisible by `world_size`.
@@ -84,7 +84,7 @@ class Batches:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        """Check that all processes get batches of equal size, because gradients are averaged."""
+        """Check that all processes receive batches of equal size, because they average gradients."""
         if not len(self.split) or self.batch_size < 1:
             raise UsageError(
                 f"cannot form batches of {self.batch_size:,} from {len(self.split):,} images; "

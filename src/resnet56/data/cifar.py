@@ -123,7 +123,7 @@ def find_layout(path: Path) -> tuple[_Layout, Path] | None:
 def load_cifar(layout: _Layout, directory: Path) -> Dataset:
     """Load the data set in `directory`. Raises DataError if it is not the published data set."""
     needed = [*layout.train, layout.test]
-    if layout.classes != len(CIFAR10):  # class names are built in only for CIFAR-10
+    if layout.classes != len(CIFAR10):  # this package contains the class names of CIFAR-10 only
         needed.append(layout.meta)
     for file in needed:
         if not (directory / file).is_file():
@@ -276,7 +276,7 @@ def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> 
             f"{escape(str(file))}: 'data' is not a uint8 array of shape ({count}, 3072); {_ADVICE}"
         )
     labels = _labels(batch.get(layout.labels), file, layout.labels, count, layout.classes)
-    # Only the checksum needs the coarse labels.
+    # Only the checksum requires the coarse labels.
     stored = batch.get(coarse) if coarse else None
     coarse_labels = labels if stored is None else _labels(stored, file, coarse or "", count, 256)
     return pixels, labels, coarse_labels

@@ -1,6 +1,6 @@
 """Common corruptions of 32x32 images, from Hendrycks & Dietterich 2019 (CIFAR-10-C).
 
-Of the benchmark's nineteen corruptions, this module implements the ten that need only arithmetic
+Of the benchmark's nineteen corruptions, this module implements the ten that require only arithmetic
 and Pillow. The severities match those of CIFAR-10-C. The images are not identical to those in
 CIFAR-10-C, but the accuracies are similar. Results are reproducible for a given seed.
 """

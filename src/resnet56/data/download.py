@@ -25,7 +25,7 @@ from resnet56.errors import DownloadError, either, escape_line, one_line
 from resnet56.locks import open_private, try_lock
 
 Progress = Callable[[int, int | None], None]
-"""A function of the number of bytes downloaded so far and the total (None if unknown)."""
+"""A function that takes the number of downloaded bytes and the total number (None if unknown)."""
 
 _RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt per URL
 _REPORT_INTERVAL = 0.2  # seconds between calls to `progress`, and between attempts to lock

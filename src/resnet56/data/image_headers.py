@@ -125,7 +125,7 @@ def _check_png(stream: BinaryIO) -> str | None:
 def _check_gif(stream: BinaryIO) -> str | None:
     """Check the blocks of a GIF before its first frame.
 
-    Later blocks need no check, because Pillow does not loop over them in Python.
+    Later blocks are not checked, because Pillow does not loop over them in Python.
     """
     stream.seek(10)
     flags = stream.read(3)[0]

@@ -1,7 +1,7 @@
 """Read image files as 32x32 RGB arrays, and overlay class activation maps.
 
 Files are untrusted. Every damaged or malicious file raises an `ImageError` with a one-line message.
-This module needs only NumPy and Pillow, because models exported to ONNX run without PyTorch.
+This module requires only NumPy and Pillow, because models exported to ONNX run without PyTorch.
 """
 
 import contextlib

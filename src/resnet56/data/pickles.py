@@ -90,7 +90,7 @@ class _Dtype:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and alignment, which uint8 arrays do not need."""
+        """Ignore byte order and alignment, which uint8 arrays do not require."""
 
 
 class PickledArray:
@@ -130,7 +130,7 @@ class _Buffer(PickledArray):
         self.__setstate__((1, shape, dtype, order == "F", data))
 
 
-# A pickle can set attributes of everything that it names. The values of this dictionary are
+# A pickle can set attributes of every object that it names. The values of this dictionary are
 # therefore classes, because their __setstate__ prevents this. Functions have no such protection.
 _NUMPY: dict[str, type] = {
     "numpy.ndarray": PickledArray,

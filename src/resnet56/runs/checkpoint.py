@@ -195,7 +195,7 @@ def _separate(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
 
 
 def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
-    """Read a checkpoint. Retries if a training run replaces the checkpoint at the same time.
+    """Read a checkpoint. Try again if a training run replaces it at the same time.
 
     Args:
         file: path of checkpoint.json.

@@ -85,7 +85,7 @@ class RunDirectory:
             )
 
     def is_imported(self) -> bool:
-        """Return whether `resnet56 import` wrote the run, which then has no recipe."""
+        """Return whether `resnet56 import` wrote the run. Imported runs have no recipe."""
         return self.checkpoint_file.exists() and not self.recipe_file.exists()
 
     def data_origin(self) -> str | None:

@@ -36,7 +36,10 @@ def matching_arch(tensors: StoredTensors, arch: str | None = None) -> str | None
 
 
 def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> str:
-    """Return an error message for tensors that do not match `arch` (or any, if it is None)."""
+    """Return an error message for tensors that do not match `arch`.
+
+    If `arch` is None, the tensors match no architecture.
+    """
     if special := [key for key, tensor in tensors.items() if not tensor.plain]:
         names = abbreviate(special)
         return f"{file} contains sparse, quantized, complex or meta tensors: {names}"
@@ -68,7 +71,7 @@ def expected_tensors(arch: str, tensors: StoredTensors) -> dict[str, Tensor]:
 
 
 def num_outputs(tensors: StoredTensors) -> int:
-    """Return the size of the classifier's bias (the number of outputs), or 10 if it is invalid."""
+    """Return the number of outputs: the size of the classifier's bias, or 10 if it is invalid."""
     bias = tensors.get("fc.bias")
     if bias is None or len(bias.shape) != 1 or not 1 < bias.shape[0] <= MAX_CLASSES:
         return 10

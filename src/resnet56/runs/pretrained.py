@@ -146,7 +146,7 @@ def _triple(values: object, name: str) -> tuple[float, float, float]:
         raise ValueError(f"{name} is not a list of three numbers")
     for value in values:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) < 1e6:  # This also rejects NaN.
+        if not number or not abs(value) < 1e6:  # This condition also rejects NaN.
             raise ValueError(f"{name} is not a list of three numbers")
     first, second, third = map(float, values)
     return first, second, third

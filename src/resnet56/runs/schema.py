@@ -72,7 +72,7 @@ class InitialWeights(TypedDict):
 
 
 class CustomPart(TypedDict):
-    """A part of training that was passed to `train` in place of the built-in one."""
+    """A custom part of training that was passed to `train` instead of the built-in part."""
 
     name: Text  # qualified name of the function or class
     sha256: Text  # SHA-256 of its source code and its settings
@@ -224,7 +224,7 @@ class Robustness(TypedDict):
 
 
 class EmaCandidate(TypedDict):
-    """One of the exponential moving averages (EMA) of a run."""
+    """One of the exponential moving averages (EMA) of the weights in a run."""
 
     decay: Fraction  # decay per step
     reestimated: bool  # whether the batch norm statistics were re-estimated
@@ -300,7 +300,7 @@ class Sweep(TypedDict):
     fingerprint: Text  # SHA-256 of the training images
     space: dict[str, dict[str, Any]]  # the values of each field: low, high and log, or choices
     seeds: list[Count]  # seeds of each trial
-    grid: bool  # whether all combinations are tried
+    grid: bool  # whether the sweep tries all combinations
     trials: list[SweepTrial]  # trials in the order of their numbers
     best: NotRequired[Count]  # number of the best complete trial
     command: NotRequired[Text]  # command that trains the best settings on all training images

@@ -167,7 +167,7 @@ def _safetensors(file: Path, stack: contextlib.ExitStack) -> Contents:
 
 
 class _Storage:
-    """A storage in a file. `raw` is a function that reads its bytes."""
+    """A storage in a file. `raw` is a function that reads the bytes of the storage."""
 
     def __init__(self, key: object, dtype: torch.dtype, count: int, raw: Any) -> None:
         self.key, self.dtype, self.count, self._raw = key, dtype, count, raw
@@ -347,7 +347,10 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
         return cache[storage.key]
 
     if f"{prefix}byteorder" in names and read(f"{prefix}byteorder") != b"little":
-        raise RunError(f"{file} is in big-endian byte order, which is not supported")
+        raise RunError(
+            f"{file} is in big-endian byte order, which is not supported; save it on a "
+            "little-endian machine"
+        )
     loader = _TorchPickle(raw)
     return loader.contents(loader.load(io.BytesIO(read(index))))
 

@@ -37,7 +37,7 @@ class _Job:
 
 
 class Batcher:
-    """Collects images for a few milliseconds, or while the model is busy, and runs them in batches.
+    """Runs a model on batches of images that arrive within a few milliseconds or while it is busy.
 
     Args:
         predictor: the model. All calls to its `run` method come from one thread.
@@ -114,7 +114,7 @@ class Batcher:
                     job.result.set_result((logits[rows], maps[rows]))
 
     async def _collect(self) -> list[_Job]:
-        """Wait for a job, then collect more until the batch is full or `max_wait` has passed."""
+        """Wait for a job, then collect jobs until the batch is full or `max_wait` has passed."""
         jobs = [await self.queue.get()]
         size = len(jobs[0].images)
         with suppress(TimeoutError):

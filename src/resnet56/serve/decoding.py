@@ -199,7 +199,8 @@ class _Worker:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,  # Decoders in C can write unlimited output.
             env={**os.environ, **threads, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C must reach only the server, which then drains.
+            # Ctrl-C must reach only the server, which then finishes the requests in flight.
+            start_new_session=True,
         )  # fmt: skip
         self.killed = False
         assert self.process.stdout

@@ -13,7 +13,7 @@ from resnet56.data.images import BROWSER_FORMATS
 class Limits:
     """Limits that protect the server, well above the requirements of normal requests."""
 
-    images: int = 32  # maximum per request
+    images: int = 32  # maximum number per request
     pixels: int = 25_000_000  # maximum per image. Phone cameras produce fewer pixels by default.
     body_bytes: int = 16 * 2**20  # maximum per request
     body_seconds: float = 30.0  # time to receive the body

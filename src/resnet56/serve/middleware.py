@@ -57,7 +57,7 @@ class ResponseMiddleware:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception:  # A bug. The traceback goes to the log, not to the client.
+        except Exception:  # A bug. Only the log contains the traceback.
             log.exception("%s %s failed", scope["method"], escape_line(scope["path"]))
             if not status:
                 detail = "internal server error; see the server log"
@@ -73,8 +73,9 @@ class CrossSiteMiddleware:
     """Rejects requests that browsers send on behalf of pages on other sites.
 
     A form on any page can upload a file to a server on the visitor's machine. Current browsers
-    report the origin of a request in Sec-Fetch-Site, and older ones in Origin. Other clients send
-    neither header. GET requests are allowed because browsers hide the responses from other sites.
+    report the origin of a request in the Sec-Fetch-Site header, and older browsers report it in the
+    Origin header. Other clients send neither header. GET requests are allowed because browsers hide
+    the responses from other sites.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -97,7 +98,7 @@ class CrossSiteMiddleware:
 class HostMiddleware:
     """Rejects requests whose Host header does not contain an allowed name.
 
-    Starlette's TrustedHostMiddleware does the same, but its error responses are not JSON.
+    Starlette's TrustedHostMiddleware performs the same check, but its error responses are not JSON.
 
     Args:
         app: the wrapped application.

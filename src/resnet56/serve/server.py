@@ -84,7 +84,8 @@ class Protocol(H11Protocol):
     def _close_if_stalled(self) -> None:
         """Close the connection if it made no progress since the previous check.
 
-        Progress is a new request, a response in preparation, or a client that reads its response.
+        Progress means a new request, a response in preparation, or a client that reads its
+        response.
         """
         unread = self.transport.get_write_buffer_size()
         awaiting_request = self.cycle is None or self.cycle.response_complete
