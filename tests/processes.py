@@ -1,4 +1,4 @@
-"""Start processes that do not import PyTorch again, which takes longer than their work."""
+"""Start processes that do not import PyTorch again, because that takes longer than their work."""
 
 import multiprocessing
 import os

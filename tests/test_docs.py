@@ -97,7 +97,7 @@ def user_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_python_examples_run(example: str, user_directory: Path) -> None:
-    """An example that needs another package runs only if the package is installed."""
+    """An example that requires another package runs only if this package is installed."""
     for module in THIRD_PARTY:
         if re.search(rf"^(import|from) {module}\b", example, re.MULTILINE):
             pytest.importorskip(module)

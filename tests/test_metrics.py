@@ -150,7 +150,8 @@ def test_extreme_logits_stay_finite(scale: float) -> None:
     logits, labels = scale * deciding(PREDICTED, 3) / 5, np.array(TRUE)
     result = compute_metrics(logits, labels, names(3))
     json.dumps(dict(result), allow_nan=False)
-    # With a positive scale, six of ten are correct. Otherwise, each is off by 1e4 or a tie of two.
+    # With a positive scale, six of ten are correct. Otherwise, each prediction is off by 1e4 or is
+    # a tie of two classes.
     if scale > 0:
         assert result["loss"] == pytest.approx(1e4 * 4 / 10)
     else:

@@ -20,7 +20,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def offline_commands() -> list[list[str]]:
-    """Return the `resnet56 ...` commands that need only the installation."""
+    """Return the `resnet56 ...` commands that require only the installation."""
     lines = [line for block in blocks(GUIDE, "bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("resnet56 ")]
     first = next(index for index, words in enumerate(commands) if "cifar10" in words)

@@ -104,7 +104,7 @@ def test_the_stored_outputs_match_the_code(executed: dict[str, Any], name: str) 
 
 
 def test_the_text_of_the_first_tutorial_describes_the_results(executed: dict[str, Any]) -> None:
-    """The residual network learns, few images overfit, and the plain network fails."""
+    """The residual network learns, few images cause overfitting, and the plain network fails."""
     results, stored = printed(executed[BUILD]), printed(read(TUTORIALS[0]))
     [residual, *_], [_, few, plain] = (epochs(output) for output in (results, stored))
     assert min(residual[-1]) > 0.9
@@ -119,7 +119,7 @@ def test_the_text_of_the_first_tutorial_describes_the_results(executed: dict[str
 
 
 def test_the_text_of_the_second_tutorial_describes_the_results(executed: dict[str, Any]) -> None:
-    """The photo is a cat, and the network of few digits is underconfident."""
+    """The photo is a cat, and the network trained on few digits is underconfident."""
     results, stored = printed(executed[USE]), printed(read(TUTORIALS[1]))
     assert "same class as predict: True" in results
     assert re.search(r"^cat +9[0-9.]+%|^cat +100.0%", results, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""HTML tables and bars to display objects of this package in notebooks."""
+"""HTML tables and bars that display objects of this package in notebooks."""
 
 import html
 from collections.abc import Iterable, Sequence

@@ -79,7 +79,7 @@ class Recipe:
     """Factor by which the step schedule multiplies the learning rate at each drop."""
 
     warmup_epochs: float = 0.0
-    """Number of epochs in which the learning rate increases linearly from zero."""
+    """Number of epochs over which the learning rate increases linearly from zero."""
 
     label_smoothing: float = 0.0
     """Label smoothing: fraction of the target to distribute evenly over all classes."""

@@ -19,7 +19,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def numbered(sizes: list[int], *, seed: int = 0) -> Split:
-    """Return a shuffled split of `sizes` images per class that start with their index."""
+    """Return a shuffled split of `sizes` images per class. Each image starts with its index."""
     labels = np.repeat(np.arange(len(sizes)), sizes)
     np.random.RandomState(seed).shuffle(labels)
     images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)

@@ -23,7 +23,7 @@ def warp(*coefficients: float) -> Callable[[Picture], Picture]:
 
 
 def by_pillow(name: str, level: int) -> Callable[[Picture], Picture]:
-    """Return a transform of the paper's wide space at `level` / 30."""
+    """Return a transform from the paper's wide space at `level` / 30."""
     strength, offset = level / LEVELS, math.trunc(32 * level / LEVELS)
     factor = 1 + 0.99 * strength
     return {

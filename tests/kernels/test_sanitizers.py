@@ -1,4 +1,4 @@
-"""Run both kernels under the address and undefined-behavior sanitizers."""
+"""Run both C kernels under the address and undefined-behavior sanitizers."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The trials that count."""
+"""The trials that count toward the requested number."""
 
 import pytest
 
