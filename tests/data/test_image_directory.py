@@ -72,7 +72,7 @@ def test_an_unused_directory_of_the_same_classes_raises_an_error(
     fill(tmp_path / "train", "a", "b")
     fill(tmp_path / other, "B")
     message = error_of(tmp_path)
-    assert f"{other} has the classes of train/" in message
+    assert f"{other} contains classes of train/" in message
     assert "rename it to test/" in message
     shutil.rmtree(tmp_path / other)
     fill(tmp_path / other, "figures")

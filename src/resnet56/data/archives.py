@@ -25,7 +25,7 @@ def unpack(archive: BinaryIO, root: Path, directory: str) -> Path:
 
     Args:
         archive: the archive file, open for reading at any position.
-        root: an existing directory. The function also creates a temporary directory in it.
+        root: an existing directory. The function creates a temporary directory in `root`.
         directory: name of the top-level directory in the archive.
 
     Raises:

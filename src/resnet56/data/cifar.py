@@ -217,7 +217,7 @@ def _read_files(
         start = 0
         for records in _records(layout, file, rows):
             if pending:
-                pending.result()  # at most one block waits for the pool, which limits memory use
+                pending.result()  # at most one block waits for the pool, to limit memory use
             pending = pool.submit(digest.update, records.data)
             block = slice(start, start + len(records))
             file_images[block] = records[:, layout.label_bytes :]
@@ -258,7 +258,7 @@ def _binary_records(layout: _Layout, file: Path, count: int) -> Iterator[UInt8Ar
         for start in range(0, count, _BLOCK):
             size = min(_BLOCK, count - start) * record
             records = np.fromfile(stream, np.uint8, size)
-            if len(records) != size:  # the file has become shorter since the check
+            if len(records) != size:  # the file was truncated after the check
                 raise DataError(f"{escape(str(file))} is truncated; {_ADVICE}")
             yield records.reshape(-1, record)
 

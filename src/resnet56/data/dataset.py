@@ -203,9 +203,9 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[st
 def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split, Split]:
     """Split off a stratified sample of `count` images. Return the remaining images and the sample.
 
-    Both parts keep the original order. Each part contains at least one image of every class. A
-    class with a single image is an exception: its image stays in the first part. The result depends
-    only on the arguments.
+    Both parts preserve the original order. Each part contains at least one image of every class. A
+    class with a single image is an exception: its image remains in the first part. The result
+    depends only on the arguments.
 
     Raises:
         UsageError: `count` leaves too few images in one part, or `seed` is not in 0..2**32-1.

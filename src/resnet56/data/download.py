@@ -135,8 +135,8 @@ def fetch(
         mirrors: base URLs or full URLs (http, https, file) to try before the official URL, in
             order. By default, the URLs in $RESNET56_MIRROR, separated by commas or whitespace.
             Credentials in a URL are sent only to its host and never shown.
-        timeout: seconds to wait for a connection and for each part of the response. Connections
-            slower than 1,000 bytes per minute are also closed.
+        timeout: seconds to wait for a connection and for each part of the response. A connection
+            that delivers fewer than 1,000 bytes per minute is also closed.
         progress: function that is called a few times per second. See `Progress`.
 
     Raises:
@@ -346,7 +346,7 @@ def _copy(response: Any, block: bytes, file: BinaryIO, report: Callable[[int], N
     """Write `block` and the rest of the response to `file`. Return the number of bytes written."""
     min_bytes, interval = _MIN_RATE
     written, reported_at = 0, time.monotonic()
-    checked, checked_at = 0, reported_at  # bytes and time when the rate was last checked
+    checked, checked_at = 0, reported_at  # number of bytes and time at the last check of the rate
     while block:
         file.write(block)
         written += len(block)

@@ -389,7 +389,7 @@ def _reject_ambiguous(path: Path, train: Path, classes: Sequence[str]) -> None:
         names = [inner.name for inner in visible_directories(directory)]
         if match_classes(names, classes)[0]:
             raise DataError(
-                f"{escape(str(directory))} has the classes of {train.name}/, but its purpose is "
+                f"{escape(str(directory))} contains classes of {train.name}/, but its purpose is "
                 "unclear; rename it to test/ to use it for testing, or move it elsewhere"
             )
 

@@ -83,7 +83,7 @@ def visible_directories(path: Path) -> list[Path]:
 
 
 def describe_skipped(skipped: Counter[str]) -> str | None:
-    """Return a one-line description of the skipped images, or None if there are none."""
+    """Return a one-line description of the skipped images, or None if no image was skipped."""
     count = skipped.total()
     if not count:
         return None
@@ -121,7 +121,10 @@ def _walk(directory: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _detect_suffix(file: Path) -> str | None:
-    """Detect an image format from the first bytes of a file. Return its suffix, or None."""
+    """Detect an image format from the first bytes of a file.
+
+    Return the suffix of the format, or None if it is unknown.
+    """
     try:
         with file.open("rb") as stream:
             head = stream.read(_SIGNATURE_BYTES)

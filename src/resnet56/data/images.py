@@ -138,7 +138,7 @@ def _open(
     """Open an image without decoding it. Raises ImageError if the image is too large."""
     try:
         image = Image.open(stream, formats=formats)
-    except Image.DecompressionBombError:  # the image exceeds twice Pillow's limit
+    except Image.DecompressionBombError:  # more than twice Pillow's limit
         stream.seek(0)
         if max_pixels is not None or stream.read(2) != b"\xff\xd8":
             raise _too_large(name, "too many", max_pixels) from None

@@ -125,7 +125,7 @@ def load_directory(
     The function also supports image directories (see `image_directory.load_image_directory`).
 
     Args:
-        path: a directory or an archive. A leading ~ is expanded.
+        path: a directory or an archive. A leading ~ is expanded to the home directory.
         evaluation: load the data set for evaluation only, which requires only test images.
         skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 

@@ -233,7 +233,7 @@ class EmaCandidate(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """evaluation.json, and the result of `train`: the metrics of the weights of a run."""
+    """evaluation.json, and the result of `train`: the metrics for the weights of a run."""
 
     test: Metrics  # metrics on the test set
     train: NotRequired[Metrics]  # metrics on the training images without augmentation
@@ -347,7 +347,7 @@ PREDICTIONS = {
 
 
 def read(file: Path, expected: type[T]) -> T:
-    """Read a JSON file of a run. Raises RunError if it is damaged."""
+    """Read a JSON file of a run. Raises RunError if the file is damaged."""
     return check(read_json(file), expected, str(file))
 
 
@@ -444,7 +444,7 @@ def save_arrays(
 
 
 def load_arrays(file: Path, types: Mapping[str, ArrayType]) -> dict[str, npt.NDArray[Any]]:
-    """Read the arrays of an .npz file of a run. Raises RunError if it is damaged."""
+    """Read the arrays in an .npz file of a run. Raises RunError if the file is damaged."""
     try:
         with zipfile.ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_ARRAY_BYTES:

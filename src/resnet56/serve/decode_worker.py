@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     while head := source.read(REQUEST.size):
         name_length, length = REQUEST.unpack(head)
         name, content = source.read(name_length).decode(), source.read(length)
-        # The server kills this process at the deadline. If the server itself was killed, the alarm
+        # The server kills this process at the deadline. If the server itself is killed, the alarm
         # ends the process.
         _set_alarm(seconds)
         status, body = _decode(content, name, max_pixels, formats)

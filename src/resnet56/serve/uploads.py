@@ -156,7 +156,8 @@ def _decode(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):  # b64decode raises ValueError for non-ASCII characters.
-        raise HTTPException(422, f"{name} is not valid base64") from None
+        detail = f"{name} is not valid base64; encode the image file in base64"
+        raise HTTPException(422, detail) from None
 
 
 def _upload(file: UploadFile, number: int) -> Upload:
