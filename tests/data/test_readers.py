@@ -782,7 +782,7 @@ def test_cifar10_is_split_evenly(cifar10: Dataset) -> None:
     assert selected.labels.bincount().tolist() == [500] * 10
 
 
-# SHA-1 of the files of the binary version, from gluon.data.vision.CIFAR10 of Apache MXNet.
+# SHA-1 of the files of the binary version, from gluon.data.vision.CIFAR10 in Apache MXNet.
 SHA1 = [
     "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
     "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",

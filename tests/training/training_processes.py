@@ -41,7 +41,7 @@ def train_until_killed(step: int, moment: str, *arguments: Any) -> None:
 def train_as_rank(job: dict[str, Any], environment: dict[str, str]) -> None:
     """Train as one of two ranks, which synchronize at every second step.
 
-    Only the clock of the first rank requires saving. Only the second rank receives a stop request,
+    Only the clock of the first rank triggers saving. Only the second rank receives a stop request,
     in the middle of an epoch. Both must save after the steps `job["saves"]`.
     """
     os.environ.update(environment)

@@ -84,8 +84,8 @@ static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, lo
     _tile_stored(3, c + 768, 64);
 }
 
-/* Computes 32 positions by 32 outputs, c[32][32]. In `b`, the tiles of outputs 16-31 follow those
- * of outputs 0-15. */
+/* Computes the product for 32 positions by 32 outputs, c[32][32]. In `b`, the tiles of outputs
+ * 16-31 follow those of outputs 0-15. */
 static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                           const bf16 *b, float *c) {
     const char *rows = (const char *)a;

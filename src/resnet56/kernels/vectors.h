@@ -45,7 +45,7 @@ static inline __m512i interleave(const bf16 *a, const bf16 *b) {
     return _mm512_permutexvar_epi16(order, both);
 }
 
-/* Transposes 16 x 16 values of 32 bits. */
+/* Transposes a 16 x 16 matrix of 32-bit values. */
 static void transpose(__m512i r[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
