@@ -57,9 +57,10 @@ class Network:
         return describe_weights(self.opened)
 
     def has_own_data(self, dataset: Dataset) -> bool:
-        """Return whether `dataset` is the data set of the run. Only then can results be saved.
+        """Return whether `dataset` is the data set of the run.
 
-        For an imported network, the first evaluation determines the data set of the run.
+        Only results on this data set are saved. For an imported network, the first evaluation
+        determines the data set of the run.
         """
         if self.run is None:
             return False

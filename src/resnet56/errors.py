@@ -64,7 +64,7 @@ class ImageError(DataError):
 
 
 class DownloadError(Error):
-    """An archive cannot be downloaded, or cannot be unpacked safely."""
+    """An archive cannot be downloaded or safely unpacked."""
 
 
 class RunError(Error):

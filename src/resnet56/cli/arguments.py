@@ -144,7 +144,7 @@ class _Terminal(io.StringIO):
 
 
 def _nested(options_type: type) -> Iterator[tuple[type, dataclasses.Field[Any]]]:
-    """Yield each field of a dataclass and its nested dataclasses, after the class it belongs to."""
+    """Yield pairs (class, field) for the fields of a dataclass and of its nested dataclasses."""
     for field in dataclasses.fields(options_type):
         inner = field.type
         while get_origin(inner) is Annotated:

@@ -83,7 +83,10 @@ def run(arguments: list[str]) -> int:
     if options.parity is not None:
         if own and network.data is None:
             own = False
-            say("the network has not been evaluated yet, so the comparison is not saved")
+            say(
+                "the network has not been evaluated yet, so the comparison is not saved; to save "
+                "it, run resnet56 evaluate without --parity first"
+            )
         _compare(network, require_images(dataset.test, "test"), options, own=own)
         return 0
     from resnet56.cli import tables

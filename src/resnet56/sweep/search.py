@@ -51,7 +51,7 @@ def sweep(
     function at the same time, with the same `out` or the same `storage`.
 
     Args:
-        recipe: the settings that do not vary. `val_size` must be above 0.
+        recipe: the settings that do not vary. `val_size` must be positive.
         space: the values of each field that varies.
         dataset: the data set. The sweep does not use its test images.
         out: directory of the sweep. The name of the directory is the name of the study.
