@@ -110,7 +110,7 @@ def _pairs(path: Path, stems: dict[str, Path]) -> Iterator[tuple[str, Path, Path
 
 
 def _read_array(file: Path) -> npt.NDArray[Any]:
-    """Memory-map the array in a .npy file. Raises DataError if NumPy cannot read the file."""
+    """Memory-map the array in an .npy file. Raises DataError if NumPy cannot read the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy warns about some headers

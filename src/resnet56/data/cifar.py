@@ -205,7 +205,10 @@ def _class_names(layout: _Layout, file: Path) -> tuple[str, ...]:
 def _read_files(
     layout: _Layout, files: list[Path], total: int, pool: ThreadPoolExecutor
 ) -> tuple[Split, list[str]]:
-    """Read `total` images, an equal number from each file. Return them and the SHA-1 digests."""
+    """Read `total` images, an equal number from each file.
+
+    Return the split and the SHA-1 digests of the files in binary format.
+    """
     split = empty_split(total)
     rows = total // len(files)
     images = split.images.view(len(files), rows, _PIXELS).numpy()

@@ -138,7 +138,7 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
         seed: seed for the noise.
 
     Returns:
-        (N, 3, H, W) uint8.
+        Corrupted uint8 images (N, 3, H, W).
     """
     generator = torch.Generator().manual_seed(seed)
     out = CORRUPTIONS[name](images.float() / 255, severity, generator)

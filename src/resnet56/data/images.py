@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def _has_avif() -> bool:
-    """Return whether Pillow supports AVIF. Some builds of Pillow 11.3 and later support it."""
+    """Return whether Pillow supports AVIF, as some builds of Pillow 11.3 and later do."""
     try:
         from PIL import AvifImagePlugin
     except ImportError:

@@ -79,7 +79,7 @@ def _mixup(generator: np.random.Generator, alpha: float, batch: int) -> MixParam
 
 
 def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> MixParams:
-    """Yun et al. 2019 (arXiv:1905.04899): paste a rectangle of a partner at the same position.
+    """Yun et al. 2019 (arXiv:1905.04899): paste a rectangle from a partner at the same position.
 
     The center has a uniform distribution. The rectangle is clipped at the edges. Its area after
     clipping determines the weights.

@@ -63,7 +63,9 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
 
 
 def fetch(name: str, root: Path | None = None, mirrors: Sequence[str] = ()) -> Path:
-    """Download CIFAR-10 or CIFAR-100 if necessary, with a progress bar. Return its directory.
+    """Download CIFAR-10 or CIFAR-100 if necessary, with a progress bar.
+
+    Return the directory of the data set.
 
     Args:
         name: "cifar10" or "cifar100".

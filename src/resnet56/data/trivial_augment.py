@@ -22,12 +22,12 @@ def trivial_augment(images: Tensor, transforms: Tensor, levels: Tensor) -> Tenso
     """Apply a transform to each image.
 
     Args:
-        images: (N, 3, H, W) uint8.
+        images: uint8 images (N, 3, H, W).
         transforms: int64 indices (N,) into TRANSFORMS, on the CPU to avoid synchronization.
         levels: int64 levels (N,) from -LEVELS to LEVELS, on the device of the images.
 
     Returns:
-        (N, 3, H, W) uint8, a copy.
+        A copy of the images, with dtype uint8 and shape (N, 3, H, W).
     """
     result = images.clone()
     for number, transform in enumerate(TRANSFORMS.values()):

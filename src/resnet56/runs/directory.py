@@ -246,8 +246,8 @@ class RunDirectory:
     def add_comparison(self, comparison: Comparison, step: int) -> None:
         """Add a comparison of two devices or precisions, for the weights after `step` steps.
 
-        It replaces an earlier comparison of the same pair. Comparisons of other weights are
-        removed.
+        The comparison replaces an earlier comparison of the same pair. Comparisons of other weights
+        are removed.
         """
         pair = [comparison["a"], comparison["b"]]
         others = [e for e in self.read_comparisons(step) if [e["a"], e["b"]] != pair]

@@ -100,7 +100,7 @@ def config_to_metadata(config: ModelConfig) -> dict[str, str]:
 
 
 def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
-    """Convert metadata back to a configuration, the inverse of `config_to_metadata`.
+    """Convert the metadata of a safetensors or ONNX file to a configuration.
 
     Raises ValueError for invalid metadata.
     """

@@ -279,7 +279,7 @@ class Parity(TypedDict):
 
 
 class SweepTrial(TypedDict):
-    """A trial of a sweep: training with one set of values, over all seeds."""
+    """A trial of a sweep: training runs with one set of values, one run per seed."""
 
     number: Count  # number of the trial, as in the names of its run directories
     state: Literal["complete", "pruned", "failed", "unfinished"]  # pruned: stopped early
@@ -318,7 +318,7 @@ class ArrayType:
 
     kinds: str  # NumPy dtype kinds: "u", "iu" or "f"
     shape: tuple[int | str, ...]
-    maximum: float = math.inf  # maximum of the values. The minimum is 0 unless `signed` is True.
+    maximum: float = math.inf  # maximum value. The minimum is 0 unless `signed` is True.
     signed: bool = False
     bytes: bool = False  # whether the dtype must be uint8
 

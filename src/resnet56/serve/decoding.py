@@ -96,7 +96,7 @@ class Decoders:
             name: name of the image in error messages.
 
         Returns:
-            (3, 32, 32) uint8.
+            A uint8 image (3, 32, 32).
 
         Raises:
             HTTPException: 422 if the image cannot be decoded within the limits.
