@@ -84,7 +84,7 @@ class Batches:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        """Check that the batches of all processes have equal size, to average gradients."""
+        """Check that all processes receive equal batch sizes, because gradients are averaged."""
         if not len(self.split) or self.batch_size < 1:
             raise UsageError(
                 f"cannot form batches of {self.batch_size:,} from {len(self.split):,} images; "

@@ -1,4 +1,4 @@
-"""Load data sets of image files: a directory per class, or a directory and a table of labels."""
+"""Load image data sets with a directory per class, or with one directory and a table of labels."""
 
 import csv
 import re

@@ -4,7 +4,7 @@ Pillow iterates over segments, chunks, comments and directories in Python. It al
 of the size that a header specifies. A small file can contain millions of such elements, or request
 a buffer of several gigabytes. The limits are far above what encoders write. A file that exceeds a
 limit is therefore damaged or malicious. This module accepts headers that it cannot parse, because
-the errors of the decoder are more specific.
+the decoder reports more specific errors.
 """
 
 import io

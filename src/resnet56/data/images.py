@@ -199,12 +199,12 @@ def to_upright_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow image to an upright RGB image of the same resolution.
 
     The function uses the first frame of an animation and applies the EXIF orientation. It
-    composites transparent images on white, because the colors of transparent pixels are arbitrary.
-    It scales grayscale images with more than 8 bits (see `_to_8_bit`). It can raise any exception
-    that Pillow raises.
+    composites transparent images onto white, because the colors of transparent pixels are
+    arbitrary. It scales grayscale images with more than 8 bits (see `_to_8_bit`). It can raise any
+    exception that Pillow raises.
     """
     image.seek(0)
-    image.load()  # decode before `getexif`, because the errors of `getexif` are ignored
+    image.load()  # decode before `getexif`, because errors from `getexif` are ignored
     image = _apply_orientation(image)
     if _is_high_bit_depth(image):
         image = _to_8_bit(image)

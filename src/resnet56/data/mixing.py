@@ -47,8 +47,8 @@ def sample_mix_params(
 
     Args:
         method: "none" or one of `METHODS`.
-        alpha: parameter of the Beta(alpha, alpha) distribution of the weights. A low value keeps
-            mixed images close to one of the originals.
+        alpha: parameter of the Beta(alpha, alpha) distribution of the weights. With a low value,
+            each mixed image is close to one of the original images.
         probability: probability that a batch is mixed.
         steps: number of batches.
         batch: batch size.

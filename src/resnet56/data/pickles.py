@@ -35,8 +35,8 @@ class UnsafePickleError(Exception):
 class Stub(dict[Any, Any]):
     """Replaces an instance of a class, or the result of a function, and stores its content.
 
-    A stub is a dictionary, because many configuration classes are dictionaries. `state` stores the
-    attributes of the instance, in the form in which the pickle contains them.
+    A stub is a dictionary, because many configuration classes are dictionaries. `state` contains
+    the attributes of the instance as the pickle stores them.
     """
 
     name = ""  # full name of the class or function
@@ -271,7 +271,10 @@ def with_numpy(find: Callable[[str], type]) -> Callable[[str], type]:
 
 
 def reject_all(name: str) -> type:
-    """Reject every class and function. This is the strictest function for `find`."""
+    """Reject every class and function.
+
+    This function is the strictest value of the `find` argument.
+    """
     raise UnsafePickleError(f"tries to call {name[:80]!a}")
 
 

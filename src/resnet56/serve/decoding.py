@@ -63,8 +63,8 @@ class Decoders:
         self.progress = StallDetector()
         self.workers = [_Worker(limits) for _ in range(limits.decoders)]
         self.idle: list[_Worker] = []
-        # The semaphore counts the idle workers and serves requests in order. In an asyncio queue,
-        # a new request could overtake waiting ones.
+        # The semaphore counts the idle workers and serves requests in order. In an asyncio queue, a
+        # new request could overtake waiting requests.
         self.available = asyncio.Semaphore(0)
         self.tasks: set[asyncio.Task[Any]] = set()
 

@@ -72,7 +72,7 @@ async def receive(
 
 
 def _media_type(request: Request) -> str:
-    """Return the media type of the body. Raises a 415 HTTPException if it is not supported."""
+    """Return the media type of the body. Raises a 415 HTTPException for an unsupported type."""
     header = Message()
     header["content-type"] = request.headers.get("content-type", "")
     media_type = header.get_content_type()  # in lowercase, without parameters
