@@ -1,6 +1,6 @@
 """HTML and Markdown reports on runs, and slides.
 
-A report requires only the files of the run, and neither the data set nor a GPU.
+A report requires only the files of the run. Neither the data set nor a GPU is required.
 """
 
 from collections.abc import Sequence
