@@ -17,10 +17,11 @@ from resnet56.runs.schema import Metrics, check
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted(path.parent for path in (ROOT / "results").rglob("environment.json"))
+TRIALS = [path for path in RESULTS if path.parent.name == "search90"]  # without test images
 DIGITS = tuple("0123456789")
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted({*RESULTS} - {*TRIALS}), ids=lambda path: path.name)
 def test_published_results_match_the_schema(path: Path) -> None:
     run = RunDirectory(path)
     assert run.read_environment()
@@ -29,6 +30,19 @@ def test_published_results_match_the_schema(path: Path) -> None:
     classes = DIGITS if path.parent.name == "digits" else CIFAR
     schema.check_evaluation(evaluation, run.evaluation_file, classes)
     assert bool(run.read_comparisons(evaluation["step"])) == run.parity_file.exists()
+
+
+@pytest.mark.parametrize("path", TRIALS, ids=lambda path: path.name)
+def test_published_trials_select_the_ema_by_validation_accuracy(path: Path) -> None:
+    run = RunDirectory(path)
+    assert run.read_environment()
+    rows = run.read_metrics()
+    assert len(rows) == json.loads(run.recipe_file.read_text("utf-8"))["epochs"]
+    assert not any("test_accuracy" in row for row in rows)
+    emas = json.loads((path / "ema.json").read_text("utf-8"))
+    best = max(emas["ema_candidates"], key=lambda ema: ema["val_accuracy"])
+    assert emas["ema_decay"] == best["decay"]
+    assert rows[-1]["val_accuracy"] == best["val_accuracy"]
 
 
 @pytest.mark.parametrize("name", pretrained.names())
