@@ -74,7 +74,7 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DDP imports this module. Import it before the process group exists. Otherwise, the module
+    # DDP imports torch._dynamo. Import it before the process group exists. Otherwise, that module
     # keeps the group alive, and the threads of gloo sometimes abort the process when it exits.
     import_module("torch._dynamo")
 

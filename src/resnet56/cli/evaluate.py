@@ -50,7 +50,7 @@ class EvaluateOptions:
 
     robustness: int | None = None
     """Number of test images for the robustness test (ten corruptions, five severities). By default,
-    500. 0 skips the test."""
+    500. Use 0 to skip the test."""
 
     parity: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
     """Compare two devices (cpu,cuda), precisions (fp32,bf16) or runtimes (torch,onnx) on the test
@@ -114,13 +114,14 @@ def _check_flags(options: EvaluateOptions) -> None:
         raise UsageError(f"--robustness must be at least 0, not {options.robustness}")
     not_test = options.split not in (None, "test")
     if _is_benchmark(options.data):
-        arrays = "CIFAR-10-C and CIFAR-10.1"
         if options.parity is not None:
-            raise UsageError(f"--parity does not support {arrays}; choose another data set")
+            raise UsageError(
+                "--parity does not support CIFAR-10-C or CIFAR-10.1; choose another data set"
+            )
         if options.robustness:
-            raise UsageError(f"--robustness does not support {arrays}; omit it")
+            raise UsageError("--robustness does not support CIFAR-10-C or CIFAR-10.1; omit it")
         if not_test:
-            raise UsageError(f"{arrays} contain only test images; omit --split")
+            raise UsageError("CIFAR-10-C and CIFAR-10.1 contain only test images; omit --split")
     if options.parity is None:
         return
     sides = options.parity.split(",")

@@ -75,7 +75,7 @@ class Source:
 
     name: str
     image: Path | bytes
-    map_name: str  # relative path in the --cam directory without suffix
+    map_name: str  # path relative to the --cam directory, without a suffix
 
 
 def run(arguments: list[str]) -> int:

@@ -271,7 +271,7 @@ _Batch = tuple[UInt8Array, UInt8Array, UInt8Array]
 
 
 def _read_batch(layout: _Layout, file: Path, count: int, coarse: str | None) -> _Batch:
-    """Read `count` images (N, 3072) and labels (N,) from a pickled dictionary."""
+    """Read pixels (count, 3072), labels (count,) and coarse labels (count,) from a pickle."""
     batch = read_pickle(file)
     data = batch.get("data")
     if not isinstance(data, PickledArray) or (pixels := data.pixels((count, _PIXELS))) is None:

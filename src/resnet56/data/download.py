@@ -164,7 +164,9 @@ def fetch(
         reason = "the disk is full" if err.errno in _DISK_FULL_ERRNOS else _reason(err)
         path = err.filename or root
         if err.errno in _READ_ONLY_ERRNOS:
-            reason += "; set RESNET56_DATA or resnet56 data fetch --dir to a writable directory"
+            reason += (
+                "; set RESNET56_DATA, or --dir of resnet56 data fetch, to a writable directory"
+            )
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
         raise DownloadError(_single_line(message)) from err
     # Other processes may still be waiting for the lock. They will find the directory, so they do

@@ -271,8 +271,8 @@ def _load_table(reader: _Reader, train: Path, table: Path, parts: dict[str, list
         )
     if len(labels) > len(found.files):
         reader.remarks.append(
-            f"{len(labels) - len(found.files):,} rows of {escape(table.name)} do not match an "
-            f"image in {train.name}/"
+            f"{train.name}/ has no image for {len(labels) - len(found.files):,} of the "
+            f"{len(labels):,} rows of {escape(table.name)}"
         )
     reader.remarks += [
         f"{escape(unused.name)}/ is not used, because {escape(table.name)} has labels only for "

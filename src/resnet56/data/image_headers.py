@@ -197,10 +197,11 @@ def exif_overlaps(exif: bytes) -> bool:
 
 
 def _entries(stream: BinaryIO) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the tag, count, first value and external size of entries in the first TIFF directory.
+    """Yield the tag, count, first value and external size of each entry.
 
-    The value is 0 unless the entry itself stores it as an integer. The external size is the number
-    of bytes that are stored outside the entry.
+    The function reads the first directory of a TIFF file. The value is 0 unless the entry itself
+    stores it as an integer. The external size is the number of bytes that are stored outside the
+    entry.
     """
     stream.seek(0)
     start = stream.read(16)

@@ -119,7 +119,7 @@ def confusion_table(facts: RunFacts) -> list[list[Cell]] | None:
 
 
 def confusion_chart(facts: RunFacts) -> Chart | None:
-    """Plot the confusion matrix, for Markdown and for many classes."""
+    """Plot the confusion matrix, for Markdown reports and for data sets with many classes."""
     if not facts.test:
         return None
     return plots.confusion("confusion", facts.test["confusion_matrix"], facts.classes)

@@ -197,7 +197,7 @@ def command(environment: Mapping[str, Any]) -> str | None:
 
 
 def system_table(environment: Mapping[str, Any]) -> dict[str, str]:
-    """Describe the machine and the software of the run. Omits missing values."""
+    """Describe the machine and the software of the run. Omit missing values."""
     gigabytes: Callable[[Any], str] = "{} GB".format
     shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("gpu", "GPU", str),

@@ -102,7 +102,8 @@ def train(
             exception is a `KeyboardInterrupt`.
         TrainingError: the loss is not finite, or a custom part or a callback raises an exception,
             which is the cause of the error.
-        RunError: `out` cannot be used or written.
+        RunError: `out` does not meet the requirements above or cannot be written, another process
+            is training in it, or weights that the recipe specifies are missing or damaged.
         UsageError: the device is not available, the validation set is too large, or a custom part
             returns an unexpected value.
     """
