@@ -290,7 +290,7 @@ def load(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
         model: the custom model of a run, as it was passed to `train`: a module, whose weights are
             replaced, or a function that takes the number of classes and returns a module. Class
-        activation maps and features require a method `explain` like that of `ResNet`.
+            activation maps and features require a method `explain` like that of `ResNet`.
         threads: number of CPU threads for PyTorch or ONNX Runtime. By default, one thread per core.
 
     Raises:

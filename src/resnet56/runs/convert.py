@@ -253,8 +253,15 @@ def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dic
                 f"{file} is damaged: {key} of dtype {one_line(stored.type)} cannot be read: "
                 f"{one_line(error)}"
             ) from None
-        if values.shape != expected.shape or not dtype.is_floating_point:
-            raise RunError(f"{file} is unusable: {key} has dtype {dtype}, not floating point")
+        if values.shape != expected.shape:
+            raise RunError(
+                f"{file} is damaged: {key} has shape {tuple(values.shape)}, expected "
+                f"{tuple(expected.shape)}"
+            )
+        if not dtype.is_floating_point:
+            raise RunError(
+                f"{file} is unusable: {key} has dtype {dtype}, expected a floating-point dtype"
+            )
         if not bool(values.isfinite().all()):
             raise RunError(f"{file} is unusable: {key} has values that are not finite")
         model[key] = values

@@ -92,7 +92,6 @@ def train(
     replaced part have no effect. Training seeds PyTorch's random number generators before each
     step, so custom parts that use these generators resume exactly.
 
-
     Returns:
         The content of evaluation.json, or an empty dictionary without test images or on ranks
         other than 0.
