@@ -165,7 +165,7 @@ def fetch(
         path = err.filename or root
         if err.errno in _READ_ONLY_ERRNOS:
             reason += (
-                "; set RESNET56_DATA, or --dir of resnet56 data fetch, to a writable directory"
+                "; set RESNET56_DATA to a writable directory, or use resnet56 data fetch --dir DIR"
             )
         message = f"{archive.filename}: {path}: {reason}{_resume_note(_size(part))}"
         raise DownloadError(_single_line(message)) from err
