@@ -54,8 +54,11 @@ ARROWS: dict[str, set[str]] = {
     "kernels.cuda_graph": set(),
     "kernels.fused": {"kernels.compiler", "model"},
     "kernels.plan": {"kernels.compiler", "model"},
-    "kernels.native": {"kernels.compiler", "kernels.plan", "model"},
-    "kernels.triton_network": {"errors", "kernels.compiler", "model"},
+    "kernels.agreement": {"kernels.compiler", "model"},
+    "kernels.native": {"kernels.agreement", "kernels.compiler", "kernels.plan", "model"},
+    "kernels.triton_network": {
+        "errors", "kernels.agreement", "kernels.compiler", "model",
+    },
     # runs
     "runs.schema": {"errors", "files"},
     "runs.checkpoint": {"errors", "files", "runs.schema"},

@@ -281,7 +281,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _source(part: Any) -> str:
-    """Return the source code of a function or class, or its bytecode if there is no source code.
+    """Return the source code of a function or class, or its bytecode if no source is available.
 
     For a lambda, return the bytecode, because the source line can contain other code.
     """

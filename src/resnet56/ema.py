@@ -23,6 +23,9 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        self._averaged = [name for name, t in self.tensors.items() if t.is_floating_point()]
+        # Numbers of batches, such as `num_batches_tracked` of batch norm, are not averaged.
+        self._copied = [name for name, t in self.tensors.items() if not t.is_floating_point()]
 
     def decay_at(self, step: int) -> float:
         """Return the decay at `step` (from 0)."""
@@ -36,19 +39,19 @@ class EMA:
             weight: the weight of this state, 1 - `decay_at(step)`. In a CUDA graph, the weight is a
                 scalar tensor on the device.
         """
-        averages: dict[bool, list[Tensor]] = {True: [], False: []}
-        values: dict[bool, list[Tensor]] = {True: [], False: []}
-        for name, tensor in tensors.items():
-            averages[tensor.is_floating_point()].append(self.tensors[name])
-            values[tensor.is_floating_point()].append(tensor)
+        averages = [self.tensors[name] for name in self._averaged]
+        values = [tensors[name] for name in self._averaged]
         if isinstance(weight, Tensor):
-            differences = torch._foreach_sub(values[True], averages[True])
+            differences = torch._foreach_sub(values, averages)
             torch._foreach_mul_(differences, weight)
-            torch._foreach_add_(averages[True], differences)
+            torch._foreach_add_(averages, differences)
         else:
-            torch._foreach_lerp_(averages[True], values[True], weight)
-        if averages[False]:  # `num_batches_tracked` of each batch norm
-            torch._foreach_copy_(averages[False], values[False])
+            torch._foreach_lerp_(averages, values, weight)
+        if self._copied:
+            torch._foreach_copy_(
+                [self.tensors[name] for name in self._copied],
+                [tensors[name] for name in self._copied],
+            )
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the average to the values of `tensors`."""

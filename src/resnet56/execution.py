@@ -141,10 +141,9 @@ def _compiled(request: _Request) -> PreparedModel:
         ) from None
     compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     try:
-        graphs = _cuda_graph(request).cuda_graphs
+        return replace(_cuda_graph(request), module=compiled, execution="compiled")
     except UnavailableError:
-        graphs = False
-    return PreparedModel(compiled, "compiled", cuda_graphs=graphs)
+        return PreparedModel(compiled, "compiled")
 
 
 def _builtin_model(request: _Request) -> ResNet:

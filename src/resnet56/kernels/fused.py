@@ -2,7 +2,7 @@
 
 PyTorch runs separate operations, which read and write the same memory three times. These operations
 account for a third of the time of a ResNet-56 training step. The kernel compiles in half a second.
-Training falls back to PyTorch's operations if there is no C compiler or if the kernel's results
+Training falls back to PyTorch's operations if no C compiler is installed or if the kernel's results
 differ from PyTorch's.
 """
 

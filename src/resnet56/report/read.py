@@ -158,7 +158,7 @@ class RunFacts:
 
     @property
     def finished(self) -> bool:
-        """True if all epochs of the recipe are finished, or if there is no recipe."""
+        """True if all epochs of the recipe are finished, or if the run has no recipe."""
         return self.recipe is None or self.progress.epoch >= self.recipe.epochs
 
 
