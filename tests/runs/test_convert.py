@@ -542,7 +542,9 @@ def test_a_mismatch_describes_the_network(tmp_path: Path) -> None:
         convert_content({**STATE, "stage4.0.conv1.weight": torch.zeros(1)}, tmp_path)
     with pytest.raises(RunError, match="its first convolution has shape 64x3x3x3, not 16x3x3x3"):
         convert_content({**STATE, "conv1.weight": torch.zeros(64, 3, 3, 3)}, tmp_path)
-    with pytest.raises(RunError, match="the closest is resnet8-b, except for 1 missing .bn1.bias"):
+    with pytest.raises(
+        RunError, match="closest is resnet8-b, with these differences: 1 missing .bn1.bias"
+    ):
         convert_content(
             {key: tensor for key, tensor in STATE.items() if key != "bn1.bias"}, tmp_path
         )

@@ -75,7 +75,7 @@ class AugmentationParams(NamedTuple):
     levels: Tensor  # (N,) int64, level of the transform, from -LEVELS to LEVELS
 
     def to(self, device: torch.device) -> "AugmentationParams":
-        """Return the parameters on `device`, except `transforms`, which is read on the CPU."""
+        """Return the parameters on `device`, except `transforms`, which remains on the CPU."""
         return AugmentationParams(*(numbers.to(device) for numbers in self))._replace(
             transforms=self.transforms
         )

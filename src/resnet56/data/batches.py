@@ -109,7 +109,7 @@ class Batches:
     def _first_flips(self) -> Tensor:
         """For alternating flips, return a Boolean mask (N,) of the images to flip in even epochs.
 
-        The order of the images in epoch 0 uses the same seed. This correlation is harmless.
+        This mask and the order of the images in epoch 0 use the same seed, which is harmless.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()
@@ -160,7 +160,8 @@ class Batches:
 
         for step in range(start, self.steps):
             first = step * self.global_batch
-            part = slice(self.rank * local, (self.rank + 1) * local)  # part of the global batch
+            # The images of this process in the global batch.
+            part = slice(self.rank * local, (self.rank + 1) * local)
             rank_slice = slice(first + part.start, first + part.stop)
             mix = mixes[step]
             if mix is None:

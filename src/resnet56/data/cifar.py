@@ -76,7 +76,7 @@ class _Layout:
 
     @property
     def label_bytes(self) -> int:
-        """Number of label bytes. In CIFAR-100, a coarse label precedes the fine label."""
+        """Number of label bytes per record. In CIFAR-100, the coarse label comes first."""
         return 1 if self.name == "cifar10" else 2
 
     def matches(self, directory: Path) -> bool:
@@ -123,7 +123,7 @@ def find_layout(path: Path) -> tuple[_Layout, Path] | None:
 def load_cifar(layout: _Layout, directory: Path) -> Dataset:
     """Load the data set in `directory`. Raises DataError if it is not the published data set."""
     needed = [*layout.train, layout.test]
-    if layout.classes != len(CIFAR10):  # this package contains the class names of CIFAR-10 only
+    if layout.classes != len(CIFAR10):  # only CIFAR-100 requires the file of class names
         needed.append(layout.meta)
     for file in needed:
         if not (directory / file).is_file():

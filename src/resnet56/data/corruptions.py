@@ -48,7 +48,7 @@ def speckle_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tenso
 
 
 def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Blur with a Gaussian kernel, like an out-of-focus camera."""
+    """Blur with a Gaussian kernel, as if the camera were out of focus."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1]
     radius = int(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1)

@@ -224,7 +224,8 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
             "(each part needs an image of every class)"
         )
     for _ in range(count - int(selected.sum())):
-        deficit = count * sizes - total * selected  # missing images per class, times `total`
+        # The number of images that each class lacks for a proportional share, times `total`.
+        deficit = count * sizes - total * selected
         selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
     # NumPy guarantees that the output of RandomState never changes, unlike the output of Generator.
     order = np.random.RandomState(seed).permutation(total)
@@ -263,7 +264,7 @@ def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
 
 
 def _mean_std(counts: list[int]) -> tuple[float, float]:
-    """Return the mean and standard deviation, scaled to [0, 1], of a histogram of pixel values."""
+    """Return the mean and standard deviation of pixels, scaled to [0, 1], from their histogram."""
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))

@@ -131,7 +131,7 @@ def fetch(
 
     Args:
         archive: the archive to download, for example `ARCHIVES["cifar10"]`.
-        root: directory for data sets. The function creates a missing directory. See `default_root`.
+        root: directory for data sets, which is created if it does not exist. See `default_root`.
         mirrors: base URLs or full URLs (http, https, file) to try before the official URL, in
             order. By default, the URLs in $RESNET56_MIRROR, separated by commas or whitespace.
             Credentials in a URL are sent only to its host and never shown.
@@ -320,7 +320,8 @@ def _receive(
 def _open(request: Request, timeout: float) -> Any:
     """Call `urlopen` with a time limit for all headers together.
 
-    Without this limit, a server could send the headers one byte at a time.
+    The timeout of `urlopen` applies to each read, so a server that sends the headers one byte at a
+    time would never exceed it.
     """
     results: list[Any] = []
     abandoned = threading.Event()

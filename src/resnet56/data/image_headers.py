@@ -186,7 +186,11 @@ def _check_tiff(stream: BinaryIO) -> str | None:
 
 
 def exif_overlaps(exif: bytes) -> bool:
-    """Return whether EXIF tags overlap. Pillow copies the bytes of each tag."""
+    """Return whether EXIF tags overlap.
+
+    Pillow copies the bytes of each tag, so overlapping tags could require far more memory than the
+    file size.
+    """
     total = 0
     try:
         for *_, length in _entries(io.BytesIO(exif.removeprefix(_EXIF))):

@@ -81,8 +81,8 @@ def _mixup(generator: np.random.Generator, alpha: float, batch: int) -> MixParam
 def _cutmix(generator: np.random.Generator, alpha: float, batch: int) -> MixParams:
     """Yun et al. 2019 (arXiv:1905.04899): paste a rectangle from a partner at the same position.
 
-    The center has a uniform distribution. The rectangle is clipped at the edges. Its area after
-    clipping determines the weights.
+    The center of the rectangle is uniformly distributed. The rectangle is clipped at the edges. Its
+    area after clipping determines the weights.
     """
     side = int(SIDE * math.sqrt(1 - generator.beta(alpha, alpha)))
     row, column = (int(center) for center in generator.integers(0, SIDE, 2))
@@ -123,8 +123,8 @@ def mix_images(images: Sequence[Tensor], mix: MixParams) -> Tensor:
     """Mix the images of a batch.
 
     Args:
-        images: float32 images (B, 3, 32, 32) of the batch, and then of its partners in the order of
-            `mix.partners`.
+        images: float32 tensors (B, 3, 32, 32): the images of the batch, and then their partners in
+            the order of `mix.partners`.
         mix: parameters for the batch.
 
     Returns:
@@ -144,7 +144,7 @@ def mix_labels(labels: Sequence[Tensor], mix: MixParams, classes: int) -> Tensor
     """Return the targets of the mixed images.
 
     Args:
-        labels: int64 labels (B,) of the batch, and then of its partners.
+        labels: int64 tensors (B,): the labels of the batch, and then those of the partners.
         mix: parameters for the batch.
         classes: number of classes C.
 

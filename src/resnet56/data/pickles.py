@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from resnet56.errors import DataError, one_line
 
-MAX_OPCODES = 2_000_000  # the training file of CIFAR-100 contains 0.4 million
+MAX_OPCODES = 2_000_000  # the training file of CIFAR-100 contains 0.4 million operations
 
 # Files that refer to these modules are rejected, although the unpickler never calls functions.
 _DANGEROUS_MODULES = {
@@ -29,7 +29,7 @@ _DANGEROUS_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "i
 
 
 class UnsafePickleError(Exception):
-    """A pickle refers to dangerous code or external objects, which the message names."""
+    """A pickle refers to dangerous code or external objects, as the message states."""
 
 
 class Stub(dict[Any, Any]):
@@ -130,8 +130,8 @@ class _Buffer(PickledArray):
         self.__setstate__((1, shape, dtype, order == "F", data))
 
 
-# A pickle can set attributes of every object that it names. The values of this dictionary are
-# therefore classes, because their __setstate__ prevents this. Functions have no such protection.
+# A pickle can set attributes of every object that it names, unless the object defines __setstate__.
+# The values of this dictionary are therefore classes with this method, not functions.
 _NUMPY: dict[str, type] = {
     "numpy.ndarray": PickledArray,
     "numpy.dtype": _Dtype,
@@ -250,7 +250,7 @@ def unpickle(
         encoding: encoding of strings from Python 2, or "bytes" to return bytes.
 
     Raises:
-        UnsafePickleError: the pickle requests code or external objects.
+        UnsafePickleError: the pickle refers to dangerous code or external objects.
         Exception: any exception, if the pickle is damaged.
     """
     start = stream.tell()

@@ -131,7 +131,7 @@ def _blend(degenerate: Tensor, images: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
-    """Keep the two to eight most significant bits."""
+    """Keep the two to eight most significant bits, depending on the magnitude."""
     dropped = (6 * magnitudes.abs()).round().byte()
     return (images >> dropped[:, None, None, None]) << dropped[:, None, None, None]
 
@@ -156,7 +156,7 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
     ones = torch.ones_like(values)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(2, values, ones)
-    # As in Pillow, the step does not depend on pixels with the largest value.
+    # As in Pillow, `step` excludes the pixels with the largest value.
     largest = counts.gather(2, values.amax(dim=2, keepdim=True))
     step = (values.shape[2] - largest) // 255
     before = counts.cumsum(dim=2) - counts

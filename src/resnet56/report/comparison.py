@@ -350,9 +350,9 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
     if "Student" in tests:
         sentences.append(
             "The variance of a single run is unknown. Student\N{RIGHT SINGLE QUOTATION MARK}s "
-            "t-test compares this run with a group of several seeds and assumes that both have "
-            "the variance of the group. For a more reliable test, train the recipe of the single "
-            "run with more seeds."
+            "t-test compares this run with a group of several seeds and assumes the same "
+            "variance for both. For a more reliable test, train the recipe of the single run with "
+            "more seeds."
         )
     for pair in pairs:
         if pair.test != "Welch":

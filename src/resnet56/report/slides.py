@@ -342,7 +342,7 @@ def overfitting(facts: RunFacts) -> Slide:
 
 
 def gap_in_brief(gap: story.Gap) -> str:
-    """State the verdict on training accuracy and test accuracy, and their difference."""
+    """State how training accuracy compares with test accuracy, and their difference."""
     numbers = (
         f"a gap of {points(gap.difference)}"
         if gap.difference >= 0

@@ -213,12 +213,13 @@ def parallel(sweep: Sweep) -> Chart:
             axes.text(len(names), height, f" {100 * value:.2f} %", fontsize=7, va="center")
 
     size = (1.3 * (len(names) + 1) + 0.8, plots.HEIGHT)
-    alt = f"{words.plural(len(trials), 'complete trial')}, one line each. The best quarter is dark."
+    complete = words.plural(len(trials), "complete trial")
+    alt = f"{complete}, one line each. The lines of the best quarter are dark."
     return Chart("parallel", "Settings of the complete trials", alt, draw, size)
 
 
 def history(sweep: Sweep) -> Chart:
-    """Plot the accuracy of all trials over epochs. Pruned trials end with a cross."""
+    """Plot the accuracy of all trials over epochs. A cross marks the end of a pruned trial."""
 
     def draw(figure: "Figure", palette: plots.Palette) -> None:
         from matplotlib.ticker import MaxNLocator

@@ -195,7 +195,7 @@ def _separate(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
 
 
 def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
-    """Read a checkpoint. Try again if a training run replaces it at the same time.
+    """Read a checkpoint, and retry if a training run replaces it during reading.
 
     Args:
         file: path of checkpoint.json.

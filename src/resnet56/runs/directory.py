@@ -195,7 +195,7 @@ class RunDirectory:
             ) from None
 
     def read_metrics(self) -> list[EpochMetrics]:
-        """Return all lines. An incomplete last line, which a crash can leave, is ignored.
+        """Return the metrics of all epochs. An incomplete last line, left by a crash, is ignored.
 
         Raises:
             RunError: a line is damaged.
@@ -221,7 +221,7 @@ class RunDirectory:
         return rows
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Remove the lines of all epochs after the first `epochs`.
+        """Keep the metrics of the first `epochs` epochs, and remove all others.
 
         Raises RunError if writing fails.
         """

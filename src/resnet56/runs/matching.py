@@ -38,7 +38,7 @@ def matching_arch(tensors: StoredTensors, arch: str | None = None) -> str | None
 def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> str:
     """Return an error message for tensors that do not match `arch`.
 
-    If `arch` is None, the tensors match no architecture.
+    If `arch` is None, the message states why the tensors match no architecture.
     """
     if special := [key for key, tensor in tensors.items() if not tensor.plain]:
         names = abbreviate(special)
@@ -58,7 +58,8 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
         reason = f"its first convolution has shape {_shape_text(stem)}, not {WIDTHS[0]}x3x3x3"
     else:
         closest = min(_possible_archs(tensors), key=lambda name: _distance(tensors, name))
-        reason = f"the closest is {closest}, except for {'; '.join(_mismatches(tensors, closest))}"
+        differences = "; ".join(_mismatches(tensors, closest))
+        reason = f"the closest is {closest}, with these differences: {differences}"
     return f"{file} matches no supported architecture: {reason}"
 
 
@@ -79,7 +80,7 @@ def num_outputs(tensors: StoredTensors) -> int:
 
 
 def is_counter(key: str) -> bool:
-    """Return whether a key is a batch norm counter. Old checkpoints do not contain counters."""
+    """Return whether `key` names a batch norm counter. Old checkpoints contain no counters."""
     return key.endswith("num_batches_tracked")
 
 

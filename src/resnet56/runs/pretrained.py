@@ -75,7 +75,8 @@ def save(run: RunDirectory, name: str, directory: Path) -> Path:
         )
     path = directory / f"{name}.safetensors"
     write_json(path.with_suffix(".json"), _card(run, checkpoint))
-    write_bytes(path, content)  # Write this file last because `names` lists the weight files.
+    # Write the weight file last, so that `names` lists only complete models.
+    write_bytes(path, content)
     return path
 
 

@@ -1,8 +1,9 @@
 """The schema of the files in a run directory. Reading and writing validate the files.
 
-JSON objects are dictionaries with TypedDict types. `train` and `evaluate` return the same types.
-RunError reports a field that is missing, has the wrong type or is out of range. Its message is one
-line that states the file, the field, the value and the expected type. Unknown fields are preserved.
+JSON objects are dictionaries with TypedDict types. `train` and `evaluate` also return dictionaries
+of these types. RunError reports a field that is missing, has the wrong type or is out of range. Its
+message is one line that states the file, the field, the value and the expected type. Unknown fields
+are preserved.
 """
 
 import math
@@ -68,7 +69,7 @@ class InitialWeights(TypedDict):
     weights: Text  # run, file or pretrained model, as in the recipe
     arch: Text  # name of the architecture
     sha256: Text  # SHA-256 of the weights
-    new_classifier: bool  # whether the classifier was new, because the classes differ
+    new_classifier: bool  # true if the classifier was newly initialized because the classes differ
 
 
 class CustomPart(TypedDict):
@@ -123,7 +124,7 @@ class EpochMetrics(TypedDict):
     train_accuracy: Fraction  # mean accuracy over the epoch's augmented images
     images_per_second: NonNegative  # training throughput
     seconds: NonNegative  # training time of the epoch
-    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (of the GPU, if it is used)
+    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (GPU memory if a GPU is used)
     val_loss: NotRequired[Loss]  # loss on the validation set
     val_accuracy: NotRequired[Fraction]  # accuracy on the validation set
     test_loss: NotRequired[Loss]  # loss on the test set, with --test-every-epoch
@@ -210,7 +211,7 @@ class Speed(TypedDict):
 
     batch_1: BatchSpeed  # with batch size 1
     batch_256: BatchSpeed  # with batch size 256
-    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (of the GPU, if it is used)
+    peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (GPU memory if a GPU is used)
 
 
 class Robustness(TypedDict):

@@ -43,7 +43,7 @@ def open_model(name_or_path: StrPath) -> Source:
     """
     source = _open_own(name_or_path)
     if source is None:
-        from resnet56.runs import convert  # This module imports PyTorch.
+        from resnet56.runs import convert  # imported here because it imports PyTorch
 
         source = Source(convert.read(Path(name_or_path), require_declared=True).checkpoint)
     return source
@@ -79,7 +79,8 @@ def import_model(
 def find_run(name_or_path: StrPath) -> RunDirectory | None:
     """Return the run at a path, or None if the name or path belongs to another network.
 
-    The function also returns a run without a network, because reading it reports what is missing.
+    For a directory without a network, the function returns a run whose files are missing. Reading
+    these files raises an error that states what is missing.
 
     Raises:
         RunError: no network has this name or path, or the path is a file of the
