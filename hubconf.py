@@ -1,8 +1,8 @@
 """Models for torch.hub: torch.hub.load("OWNER/resnet56", "resnet56").
 
-A model takes (N, 3, 32, 32) images that are normalized with its attributes `mean` and `std` (in
-units of [0, 1]). It returns (N, 10) logits in the order of its attribute `classes`. Only pretrained
-models have these attributes.
+A model takes (N, 3, 32, 32) images that are normalized with its attributes `mean` and `std` (for
+pixels in [0, 1]). It returns (N, 10) logits in the order of its attribute `classes`. Only
+pretrained models have these attributes.
 """
 
 import sys

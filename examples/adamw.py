@@ -1,4 +1,5 @@
-"""Train with your own optimizer: AdamW with other betas, and without weight decay for vectors.
+"""Train with your own optimizer: AdamW with other betas, and without weight decay for biases and
+batch norm.
 
 Run: python examples/adamw.py --epochs 10
 """

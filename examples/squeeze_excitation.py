@@ -1,6 +1,7 @@
 """Train your own model: ResNet with squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507).
 
-Each block scales its channels before it adds the shortcut. Any other module works in the same way.
+Each block scales its channels before it adds the shortcut. You can train any other module in the
+same way.
 
 Run: python examples/squeeze_excitation.py --arch resnet56 --data cifar10 --epochs 10
 """

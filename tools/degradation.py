@@ -85,7 +85,7 @@ def digits_table() -> str:
 def measure(data: str, runs: Sequence[str]) -> None:
     """Measure statistics of the layers of plain56 and resnet56 with several seeds, and save them.
 
-    The seed chooses the training images and, for untrained networks, the initial weights.
+    The seed determines the training images and, for untrained networks, the initial weights.
     """
     networks: list[Network] = []
     for weights, batch_norm in (("initial", True), ("initial", False), ("trained", True)):

@@ -51,7 +51,7 @@ def to_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown":
             parts.append(cell.source)
-            if len(parts) == 1:  # below the title
+            if len(parts) == 1:  # insert a link below the title
                 parts.append(f'<a href="{path.name}" download>Download this notebook</a>')
         else:
             parts.append(_fence(cell.source, ".python"))

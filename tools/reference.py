@@ -49,7 +49,7 @@ Accuracies and other fractions are between 0 and 1. Losses are in nats. Times ar
 the name says otherwise. A field marked "optional" can be missing.
 """
 
-JSON_TYPES = {  # by their names in the schema
+JSON_TYPES = {  # the JSON type for each name in the schema
     "Text": "string",
     "str": "string",
     "Count": "integer",
@@ -110,7 +110,7 @@ def typed_dicts(source: str) -> Iterator[tuple[str, str, list[tuple[str, str, st
             if ast.unparse(call.func) == "TypedDict" and isinstance(call.args[1], ast.Dict):
                 fields = []
                 for key, value in zip(call.args[1].keys, call.args[1].values, strict=True):
-                    assert key is not None  # the schema does not unpack dictionaries
+                    assert key is not None  # the schema does not use ** in dictionaries
                     comment = lines[value.lineno - 1].partition("#")[2].strip()
                     fields.append((str(ast.literal_eval(key)), plain_type(value), comment))
                 yield ast.unparse(node.targets[0]), "", fields

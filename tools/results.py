@@ -335,7 +335,7 @@ def recommendations() -> list[tuple[str, ...]]:
 
 
 def accuracy_of(directory: Path) -> tuple[str, float, int]:
-    """Return the split that a run is compared on, its accuracy, and the number of images."""
+    """Return the split for comparing a run, and the accuracy and number of images on this split."""
     if (ema := directory / "ema.json").exists():
         content = read_json(ema)
         [chosen] = [

@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
     """The outputs of a model for N images, as float32."""
 
     logits: FloatArray  # (N, classes)
-    # Custom models without a method `explain` have neither maps (H = W = 0) nor features (C = 0).
+    # Custom models without an `explain` method have neither maps (H = W = 0) nor features (C = 0).
     maps: FloatArray  # (N, classes, 8, 8) class activation maps
     features: FloatArray  # (N, C) after global average pooling
 
@@ -134,7 +134,8 @@ class OnnxBackend:
                 raise RunError(f"{name} {problem}; {hint}")
 
     def _check(self, count: int) -> str | None:
-        """Run `count` random images, and return the problem with the outputs, or None."""
+        """Run the model on `count` random images. Return what is wrong with the outputs, or
+        None."""
         logits, maps = (count, len(self.config.classes)), (count, len(self.config.classes), 8, 8)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)

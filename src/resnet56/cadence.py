@@ -1,6 +1,6 @@
 """Decide when training reads the loss, saves a checkpoint and stops.
 
-All processes take these actions at the same step.
+All processes read the loss, save and stop at the same steps.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ class Network:
 
     Attributes:
         path: name or path of the network.
-        classifier: computes the logits.
+        classifier: the model that computes the logits.
         run: the run directory of the network, or None.
         opened: the checkpoint from which the classifier was restored, or None for an ONNX file.
     """

@@ -63,7 +63,7 @@ class Custom:
         }
 
     def make_optimizer(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """Call `optimizer`. Raises UsageError if it does not return an optimizer."""
+        """Return the custom optimizer. Raises UsageError if `optimizer` returns another object."""
         assert self.optimizer is not None
         with self.reported("optimizer"):
             optimizer = self.optimizer(parameters, lr=lr)
@@ -82,7 +82,7 @@ class Custom:
         return optimizer
 
     def compute_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Call `loss`. Raises TrainingError if it does not return a scalar with a gradient."""
+        """Call `loss`. Raises TrainingError if the result is not a scalar with a gradient."""
         assert self.loss is not None
         with self.reported("loss"):
             loss = self.loss(logits, targets)
@@ -97,7 +97,7 @@ class Custom:
         return loss
 
     def augmented(self, images: Tensor) -> Tensor:
-        """Call `augment`. Raises TrainingError if it changes the shape or the dtype of images."""
+        """Call `augment`. Raises TrainingError if the shape or the dtype of the images changes."""
         assert self.augment is not None
         with self.reported("augment"):
             result = self.augment(images)
@@ -200,19 +200,19 @@ def make_model(model: ModelLike, classes: int, device: torch.device, seed: int =
 
 
 def name_of(part: object) -> str:
-    """Return the qualified name of a function or class, or of the class of another object."""
+    """Return the qualified name of a function or class, or of the class of any other object."""
     while isinstance(part, functools.partial):
         part = part.func
     named: Any = part if hasattr(part, "__qualname__") else type(part)
     module = getattr(named, "__module__", None) or "builtins"
-    if module == "__main__":  # the same name as if the script were imported
+    if module == "__main__":  # use the name that an import of the script would give
         file = getattr(sys.modules["__main__"], "__file__", None)
         module = Path(file).stem if file else module
     return f"{module}.{named.__qualname__}"
 
 
 def difference(saved: Mapping[str, CustomPart], current: Mapping[str, CustomPart]) -> str | None:
-    """Return how a part of a run differs from the current part, and what to do, or None."""
+    """Describe the first difference between the saved and the current parts, or return None."""
     for kind in sorted({*saved, *current}):
         word = WORDS.get(kind, kind)
         if kind not in saved:
@@ -275,7 +275,7 @@ def _describe(value: object, seen: set[int]) -> str:
 def _is_filled(cell: Any) -> bool:
     try:
         _ = cell.cell_contents
-    except ValueError:  # a name that is assigned later
+    except ValueError:  # the variable has not been assigned yet
         return False
     return True
 

@@ -45,7 +45,7 @@ class Distributed(NamedTuple):
 
 
 def from_environment(name: str, default: int) -> int:
-    """Return the integer in an environment variable that torchrun sets, or `default` if unset.
+    """Return the integer in an environment variable that torchrun sets, or `default`.
 
     Raises UsageError if the value is not an integer.
     """
@@ -147,7 +147,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes.
 
     PyTorch's SyncBatchNorm supports only GPUs. This class supports all devices. It requires the
-    same batch size in all processes, which `Batches` provides.
+    same batch size in all processes, which `Batches` guarantees.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ def to_onnx(checkpoint: Checkpoint, *, checked: bool = True) -> bytes:
         Error: the outputs differ from those of PyTorch. See `check_onnx`.
     """
     try:
-        import_onnxruntime()  # `check_onnx` requires it
-        import onnxscript  # noqa: F401  # `torch.onnx.export` requires it
+        import_onnxruntime()  # `check_onnx` requires ONNX Runtime
+        import onnxscript  # noqa: F401  # `torch.onnx.export` requires onnxscript
     except ImportError:
         raise MissingExtraError("the ONNX exporter", "onnx") from None
     model = _replace_padding(restore(checkpoint, CPU))

@@ -126,8 +126,8 @@ class InferenceModel(nn.Module):
 def can_fold(model: nn.Module) -> bool:
     """Return whether `InferenceModel` can copy a model. It can copy unchanged models from `build`.
 
-    Other layers or hooks can compute the weights of a convolution in each forward pass. For
-    example, `torch.nn.utils.prune` and `torch.nn.utils.parametrize` do this.
+    Modified models can recompute the weights of a convolution in each forward pass. For example,
+    `torch.nn.utils.prune` and `torch.nn.utils.parametrize` modify models in this way.
     """
     return type(model) is ResNet and all(
         type(module) in _LAYERS and not module._forward_pre_hooks and not module._forward_hooks
@@ -162,7 +162,8 @@ def predict_logits(
 
     Args:
         model: a model in evaluation mode. The function converts a model from `build` to an
-            `InferenceModel`, unless its layers have changed, for example by `torch.nn.utils.prune`.
+            `InferenceModel`, unless its layers were modified, for example by
+            `torch.nn.utils.prune`.
         images: uint8 images (N, 3, 32, 32), on any device.
         mean: channel means of the training images, for pixels in [0, 1].
         std: channel standard deviations of the training images, for pixels in [0, 1].

@@ -360,7 +360,7 @@ class Description:
 def describe(name: str, classes: int = 10) -> Description:
     """Count the layers, parameters and multiply-accumulates of a network and its parts."""
     architecture = Architecture.parse(name)
-    with torch.device("meta"):  # compute only shapes
+    with torch.device("meta"):  # the meta device computes only shapes
         model = ResNet(architecture.depth, architecture.block, architecture.shortcut, classes)
         image = torch.empty(1, 3, 32, 32)
     macs = dict.fromkeys(model.modules(), 0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from resnet56.errors import TrainingError, one_line
 from resnet56.recipe import Recipe
 
-PREFIX = "optimizer."  # prefix of the names of state tensors, optimizer.KEY.PARAMETER
+PREFIX = "optimizer."  # names of state tensors have the form optimizer.KEY.PARAMETER
 
 # The values of the state that are not tensors. "groups" contains the settings of each parameter
 # group. "state" maps the name of each parameter to its values.
@@ -29,8 +29,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": vector_decay},
     ]
     # If the first fp16 step overflows, the fused SGD kernel does not initialize the buffers that it
-    # creates. Buffers of zeros result in the same first step. The state in a checkpoint is also
-    # compared with these buffers.
+    # creates. Buffers of zeros result in the same first step. Resuming also checks the saved state
+    # against these buffers.
     if recipe.optimizer == "adamw":
         adamw = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
         for parameter in parameters:

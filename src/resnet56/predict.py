@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from resnet56.model import ResNet
     from resnet56.runs.schema import Metrics
 
-BATCH = 64  # small batches limit memory use and the delay of the first result
+BATCH = 64  # small batches limit memory use and the time to the first result
 NO_IMAGES: UInt8Array = np.zeros((0, 3, 32, 32), np.uint8)
 
 # A path, the bytes of an image file, an open image file, a Pillow image, an array of shape (H, W),
@@ -183,7 +183,7 @@ class Predictor:
         rows = [prediction.features for prediction in self.predict(images)]
         if rows and not rows[0].size:
             raise UsageError(
-                "features require a method explain, which the custom model of "
+                "features require an explain method, which the custom model of "
                 f"{self.name} does not have"
             )
         return np.stack(rows) if rows else self.run(NO_IMAGES).features
@@ -252,7 +252,7 @@ class Predictor:
         outputs = self.run(images)
         if maps and not outputs.maps.size:
             raise UsageError(
-                "class activation maps require a method explain, which the custom model of "
+                "class activation maps require an explain method, which the custom model of "
                 f"{self.name} does not have"
             )
         predictions = []
@@ -290,7 +290,7 @@ def load(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
         model: the custom model of a run, as it was passed to `train`: a module, whose weights are
             replaced, or a function that takes the number of classes and returns a module. Class
-            activation maps and features require a method `explain` like that of `ResNet`.
+            activation maps and features require an `explain` method like that of `ResNet`.
         threads: number of CPU threads for PyTorch or ONNX Runtime. By default, one thread per core.
 
     Raises:
@@ -401,7 +401,7 @@ def _array_to_pil(pixels: npt.NDArray[Any]) -> Image.Image:
             "or (3, H, W) for a tensor"
         )
     if pixels.dtype.kind == "f":
-        if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true for NaN
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # this also rejects NaN
             raise ImageError("floating-point pixels must be from 0 to 1")
         pixels = np.rint(pixels * 255).astype(np.uint8)
     if pixels.dtype != np.uint8:

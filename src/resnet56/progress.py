@@ -113,7 +113,7 @@ class TerminalOutput(Output):
                 TextColumn("{task.fields[text]}", markup=False),
                 console=self.console,
                 transient=True,
-                redirect_stdout=sys.stdout.isatty(),  # leave files and pipes unchanged
+                redirect_stdout=sys.stdout.isatty(),  # do not redirect output to a file or a pipe
             )
             self.bar.add_task("", total=1.0)
         task = self.bar.task_ids[0]
@@ -340,7 +340,7 @@ def image_progress(output: Output, label: str, total: int) -> Iterator[ProgressC
 
 
 class DownloadProgress:
-    """Displays a download. Call it with the numbers of bytes downloaded so far and in total."""
+    """Displays a download. Each call passes the numbers of bytes downloaded so far and in total."""
 
     def __init__(self, name: str) -> None:
         self.output = default_output(True)

@@ -40,8 +40,8 @@ class Recipe:
 
     freeze: tuple[str, ...] = ()
     """Layers of --weights to freeze: conv1, bn1, stage1, stage2, stage3, a part of a stage such as
-    stage3.0, or body (all layers except the classifier). Their batch norm statistics do not change
-    either."""
+    stage3.0, or body (all layers except the classifier). The batch norm statistics of frozen layers
+    do not change either."""
 
     epochs: int = 40
     """Number of epochs."""
@@ -105,7 +105,8 @@ class Recipe:
 
     trivial_augment: bool = False
     """TrivialAugment: before the crop, apply one of 14 geometric and color transforms, chosen at
-    random, to each image (Müller & Hutter 2021, arXiv:2103.10158). This improves robustness."""
+    random, to each image (Müller & Hutter 2021, arXiv:2103.10158). TrivialAugment improves
+    robustness."""
 
     mix: Mixing = "none"
     """Mix the images of a batch and their targets. cutmix: paste a rectangle of another image (Yun

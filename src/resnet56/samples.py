@@ -40,7 +40,7 @@ def augmented_samples(
     images = originals.repeat_interleave(VARIANTS, dim=0)
     params = sample_params(len(images), augmentation, torch.Generator().manual_seed(0))
     means, stds = torch.tensor(mean), torch.tensor(std)
-    with seeded(0, images.device):  # for a custom augmentation function
+    with seeded(0, images.device):  # custom augmentations can use random numbers
         augmented = augment(images, params, means, stds, augmentation)
         if augmentation.mix != "none":
             unmixed = augment(images, params, means, stds, augmentation.before_mixing())
@@ -116,7 +116,7 @@ def _select_evenly(cells: IntArray, limit: int) -> IntArray:
     by_cell = np.argsort(cells, kind="stable")
     _, starts, counts = np.unique(cells[by_cell], return_index=True, return_counts=True)
     rank, size = np.empty_like(by_cell), np.empty_like(by_cell)
-    rank[by_cell] = np.arange(len(cells)) - np.repeat(starts, counts)  # rank within the cell
+    rank[by_cell] = np.arange(len(cells)) - np.repeat(starts, counts)  # position within the cell
     size[by_cell] = np.repeat(counts, counts)
     rank[:MOST_CONFIDENT] = -1
     return np.sort(np.lexsort((-size, rank))[:limit])

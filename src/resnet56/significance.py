@@ -81,8 +81,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def compare_means(first: Sequence[float], second: Sequence[float]) -> Means:
     """Compare the mean accuracies of two groups of runs with different seeds.
 
-    The p-value is from Welch's t-test. If a group has only one run, its variance is undefined, and
-    the p-value is from Student's t-test with the variance of the other group.
+    The p-value is that of Welch's t-test. If a group has only one run, its variance is undefined,
+    and the p-value is that of Student's t-test with the variance of the other group.
 
     Args:
         first, second: accuracies of the two groups, at least three in total.

@@ -45,7 +45,8 @@ class Trainer:
         cuda_graphs: run steps as CUDA graphs.
 
     Raises:
-        UsageError: the custom optimizer is not an optimizer, or contains other parameters.
+        UsageError: the custom optimizer is not an optimizer, or contains parameters that were not
+            passed to it.
         TrainingError: the custom optimizer raises an exception.
     """
 
@@ -102,7 +103,7 @@ class Trainer:
 
         The step adds the loss and the number of correct predictions to `sums`, without waiting for
         the device. If the targets are probabilities, the step adds the target probabilities of the
-        predicted classes instead of that number.
+        predicted classes instead of the number of correct predictions.
 
         Args:
             images: (B, 3, S, S), normalized.

@@ -305,7 +305,7 @@ BEFORE_THE_RUN = [
     ({"augment": lambda x: x / 255}, TrainingError, "returned a float32 tensor .* a uint8 tensor"),
     ({"augment": lambda x: x[:1]}, TrainingError, r"shape \(1, 3, 32, 32\), expected .* \(8, 3"),
     ({"augment": broken}, TrainingError, "the augmentation .*broken raised KeyError"),
-    ({"callbacks": ["print"]}, UsageError, "'print' must be callable or have a method on_epoch"),
+    ({"callbacks": ["print"]}, UsageError, "'print' must be callable or have an on_epoch method"),
 ]
 
 
@@ -383,9 +383,9 @@ def test_a_run_with_a_custom_model_is_loaded_with_that_model(
     assert predictor.evaluate(tiny.test)["accuracy"] == metrics["test"]["accuracy"]
     assert isinstance(predictor.model, Small)
     assert set(predictor.predict(tiny.test.images[0])[0].probabilities) == set(tiny.classes)
-    with pytest.raises(UsageError, match="maps require a method explain"):
+    with pytest.raises(UsageError, match="maps require an explain method"):
         predictor.predict(tiny.test.images[0], maps=True)
-    with pytest.raises(UsageError, match="features require a method explain"):
+    with pytest.raises(UsageError, match="features require an explain method"):
         predictor.features(tiny.test.images[0])
     with pytest.raises(RunError, match=r"do not match the model: 44 missing tensors"):
         load(out, "cpu", model=lambda classes: build("resnet8", classes=classes))

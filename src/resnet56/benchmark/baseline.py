@@ -67,7 +67,8 @@ class BaselineLoop:
         dataset: training images.
         batch: batch size.
         device: device to train on.
-        workers: number of `DataLoader` workers. The first step starts them, and `close` stops them.
+        workers: number of `DataLoader` workers. The first step starts the workers, and `close`
+            stops them.
         classes: number of classes.
     """
 

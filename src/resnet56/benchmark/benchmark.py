@@ -194,7 +194,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Return the seconds for start-up, data loading, checkpoint writing and evaluation."""
+    """Return the times for start-up, data loading, checkpoint writing and evaluation in seconds."""
 
     def start_time(*arguments: str) -> float:
         times = []

@@ -17,7 +17,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as in shells
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # substrings of PyTorch's RuntimeErrors
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # parts of PyTorch's error messages
 MEMORY_HINTS = {
     "train": "choose a smaller --batch-size",
     "sweep": "choose a smaller --batch-size",
@@ -53,7 +53,7 @@ Train, evaluate and explain ResNet-56 on CIFAR-10.
 Exit codes: 0 success; 1 failure; 2 usage error; 130 interrupted by Ctrl-C;
 141 output pipe closed, as in `| head`.
 
-To try it without a download: resnet56 train quick --data digits
+To train without a download: resnet56 train quick --data digits
 """
 
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [_expand(argument) for argument in given]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names that cannot be encoded
+        sys.stdout.reconfigure(errors="backslashreplace")  # escape names that stdout cannot encode
     try:
         with spell_flags():
             code = _run(arguments)

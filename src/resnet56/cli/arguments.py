@@ -241,7 +241,7 @@ ERROR_MESSAGES = {
 
 
 def _missing(rows: Sequence[str]) -> str:
-    """Return a message about missing arguments, from rows with their names and indented help."""
+    """Return an error message for tyro's list of missing arguments and their help."""
     missing: list[tuple[str, str]] = []
     for row in rows:
         text = row.strip()

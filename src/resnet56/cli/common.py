@@ -63,9 +63,9 @@ def load_data(
 
 
 def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
-    """Select the images of the given classes, and print a remark if there are other images.
+    """Convert a data set to the classes of a model, and print new remarks.
 
-    A data set with the same classes is returned unchanged, including its test images.
+    See `Dataset.for_classes`. A data set that already has these classes is returned unchanged.
     """
     if dataset.classes == classes:
         return dataset

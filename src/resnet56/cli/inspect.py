@@ -35,7 +35,7 @@ class InspectOptions:
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN|ARCH [...]")
     ]
     """Runs, or architectures such as plain56, which are inspected at initialization. The plot shows
-    all of them."""
+    all given models."""
 
     pretrained: bool = False
     """Use the pretrained weights of an architecture instead of its initial weights."""

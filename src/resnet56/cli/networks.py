@@ -1,4 +1,4 @@
-"""Load the data of a network and evaluate the network, for several commands."""
+"""Functions that several commands share: load the data of a network, and evaluate the network."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast

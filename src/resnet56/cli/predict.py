@@ -27,7 +27,7 @@ PROGRESS_THRESHOLD = 64  # number of images above which a progress bar is shown
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Print the most probable classes of images of any size."""
+    """Classify images of any size, and print the most probable classes."""
 
     images: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE|DIR|- [...]")
@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"--max-pixels must be at least 1, not {options.max_pixels}")
         from PIL import Image
 
-        Image.MAX_IMAGE_PIXELS = options.max_pixels  # applies to the entire process
+        Image.MAX_IMAGE_PIXELS = options.max_pixels  # the limit applies to the entire process
     from resnet56.files import check_target
     from resnet56.predict import load
 

@@ -37,12 +37,13 @@ class SweepOptions:
     (TPE) suggests values based on earlier trials."""
 
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = ()
-    """Seeds of each trial. The value of a trial is the mean validation accuracy over its seeds. By
+    """Seeds for each trial. The value of a trial is the mean validation accuracy over its seeds. By
     default, the seed of the recipe."""
 
     no_prune: bool = False
     """Train all trials to the end. By default, only the better half of the trials continues after a
-    quarter of the epochs, after half of the epochs, and after each seed (successive halving)."""
+    quarter of the epochs, and again each time the number of epochs over all seeds doubles
+    (successive halving)."""
 
     data: Data = None
     """Data set: digits (the default, no download), cifar10, cifar100 or a directory."""

@@ -14,10 +14,10 @@ from resnet56.model import ResNet, build
 def require_agreement(
     wrap: Callable[[ResNet], nn.Module], archs: Sequence[str], images: Tensor
 ) -> None:
-    """Compare a training step in bf16 with a step of PyTorch in fp32.
+    """Compare a bf16 training step in kernels with an fp32 training step in PyTorch.
 
     Args:
-        wrap: returns the module that runs the training steps of a model in kernels.
+        wrap: function that returns the module that runs the training steps of a model in kernels.
         archs: small architectures that use all kernels.
         images: (N, 3, H, W) normalized images on the device of the kernels.
 
@@ -40,7 +40,7 @@ def require_agreement(
             results.append([(0.02, [logits, *statistics]), (0.5, gradients)])
         for (tolerance, expected), (_, actual) in zip(*results, strict=True):
             for a, b in zip(actual, expected, strict=True):
-                if not (a - b).norm() < tolerance * b.norm():  # also True for NaN
+                if not (a - b).norm() < tolerance * b.norm():  # this also rejects NaN
                     raise UnavailableError(
                         "the kernel's results differ from PyTorch's on this machine"
                     )

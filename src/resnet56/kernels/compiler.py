@@ -1,4 +1,4 @@
-"""Compile and load the C kernels at run time. If this fails, callers fall back to PyTorch."""
+"""Compile and load the C kernels at run time. Without a kernel, callers fall back to PyTorch."""
 
 import ctypes
 import functools
@@ -92,7 +92,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _check_threads(library: ctypes.CDLL) -> None:
-    """Check that the kernel uses PyTorch's threads. More threads would compete for the cores."""
+    """Check that the kernel uses PyTorch's threads. Extra threads would compete for the cores."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)

@@ -15,7 +15,7 @@ WARMUP_CALLS = 3  # libraries allocate workspaces and choose algorithms during t
 
 
 class CUDAGraphs:
-    """Runs a function as CUDA graphs, with one graph per combination of input shapes.
+    """Runs a function as CUDA graphs, with one graph per combination of input shapes and `variant`.
 
     The first `WARMUP_CALLS` calls for each combination run the function without a graph.
 
@@ -37,8 +37,8 @@ class CUDAGraphs:
         """Call `function(*inputs, variant)`.
 
         Args:
-            inputs: tensors with any values. A graph reads copies of them.
-            variant: an argument that is not a tensor. Each value has its own graph.
+            inputs: tensors with any values. The graph reads copies of these tensors.
+            variant: an argument that is not a tensor. Each value of `variant` has its own graph.
         """
         # Triton and CUDA graphs use the current device, which can be another GPU.
         with torch.cuda.device(self.stream.device):

@@ -103,7 +103,7 @@ void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, l
         for (long c = 0; c < channels; c++) {
             double offset = sum_over_threads(sums + c, stride) / rows;
             double var = sum_over_threads(sums + channels + c, stride) / rows - offset * offset;
-            if (var < 0) var = 0; /* a rounding error; NaN stays NaN */
+            if (var < 0) var = 0; /* rounding can make the variance negative; NaN stays NaN */
             mean[c] = pivot[c] + offset;
             invstd[c] = 1 / sqrt(var + eps);
             scale[c] = weight[c] * invstd[c];

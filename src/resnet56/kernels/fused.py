@@ -26,7 +26,8 @@ def fused_norm_relu(dtype: torch.dtype) -> NormReLU:
     """Return a replacement for `model.norm_relu`. `dtype` is float32 or bfloat16.
 
     The replacement runs the kernel in training mode. It calls `model.norm_relu` in evaluation mode,
-    and for tensors with another dtype, an unsupported device or an unsupported number of channels.
+    and for tensors with another dtype, on another device, or with an unsupported number of
+    channels.
 
     Raises:
         UnavailableError: the kernel cannot be compiled, or its results differ from PyTorch's.
@@ -174,5 +175,5 @@ def _check(fused: NormReLU, dtype: torch.dtype) -> None:
         assert actual is not None
         assert expected is not None
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
-        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # also True for NaN
+        if not error < (1e-5 if dtype == torch.float32 else 0.05):  # this also rejects NaN
             raise UnavailableError("the kernel's results differ from PyTorch's on this machine")

@@ -1,15 +1,15 @@
-"""Training steps of networks with basic blocks on CUDA GPUs, in Triton.
+"""Run training steps with Triton kernels on CUDA GPUs, for networks with basic blocks.
 
-The convolutions of these networks have few channels, so they spend most of their time on reading
-and writing feature maps. On an H100, cuDNN's kernels take twice as long as the kernels in this
-module (docs/explanation/gpu-step.md), and PyTorch adds separate kernels for statistics,
-normalization, shortcut, ReLU and the conversion of each weight. The kernels in this module compute
-batch statistics while a convolution writes its output, and add shortcut gradients while they write
-input gradients. All weights are converted to bf16 in one operation per step.
+The convolutions of these networks have few channels, so they spend most of their time reading and
+writing feature maps. On an H100, cuDNN's kernels take twice as long as the kernels in this module
+(docs/explanation/gpu-step.md), and PyTorch adds separate kernels for statistics, normalization,
+shortcut, ReLU and the conversion of each weight. The kernels in this module compute batch
+statistics while a convolution writes its output, and add shortcut gradients while they write input
+gradients. All weights are converted to bf16 in one operation per step.
 
-Feature maps are bf16 in channels-last memory format, so that a feature map is a matrix of
-(N * H * W) positions and C channels. All sums are in fp32 and have a fixed order, so a step always
-has the same result.
+Feature maps are stored in bf16 and in the channels-last memory format. A feature map is then a
+matrix with N * H * W rows (positions) and C columns (channels). All sums are in fp32 and have a
+fixed order, so a step always produces the same result.
 """
 
 import functools
@@ -109,7 +109,7 @@ def _convolve(
 def _add_sums(
     sums_ptr, programs, first, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr
 ):  # fmt: skip
-    """Return both sums for `block` channels from the partial sums of all programs."""
+    """Add the partial sums of all programs, and return two sums for each of `block` channels."""
     channel = first + tl.arange(0, block)
     a = tl.zeros((rows, block), tl.float32)
     b = tl.zeros((rows, block), tl.float32)
@@ -283,7 +283,7 @@ def _weight_gradient(
 def _add_partials(
     partial_ptr, out_ptr, programs, size, rows: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
-    """Add the partial sums of all programs."""
+    """Add the partial weight gradients of all programs."""
     column = tl.program_id(0) * block + tl.arange(0, block)
     total = tl.zeros((rows, block), tl.float32)
     for start in range(0, programs, rows):
@@ -420,7 +420,7 @@ def normalize_backward(
 
 
 class _Stem(torch.autograd.Function):
-    """The first layer. Images do not require gradients."""
+    """The first layer. The backward pass computes no gradient for the images."""
 
     @staticmethod
     def forward(
@@ -518,7 +518,7 @@ class TritonNetwork(nn.Module):
     def __init__(self, model: ResNet) -> None:
         super().__init__()
         self.model = model
-        # PyTorch runs the shortcuts, and their batch norms count their batches themselves.
+        # PyTorch runs the shortcuts, including the batch counters of their batch norms.
         modules = [module for name, module in model.named_modules() if "shortcut" not in name]
         self._weights: list[Tensor] = [m.weight for m in modules if isinstance(m, nn.Conv2d)]
         self._bf16_weights = [

@@ -127,7 +127,7 @@ def _add_api(app: FastAPI, service: Service, meter: Meter) -> None:
         request: Request,
         top: Annotated[int, Query(ge=1, le=1000, description="Number of classes to return.")] = 3,
         maps: Annotated[
-            bool, Query(description="Whether to include class activation maps.")
+            bool, Query(description="Include class activation maps in the response.")
         ] = False,
     ) -> PredictResponse:
         """Return the most probable classes of each image with their probabilities.
@@ -204,5 +204,5 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
 
 
 async def _handle_disconnect(_: Request, error: Exception) -> Response:
-    """Return a response that only the metrics record, because the client has disconnected."""
+    """Return a response for the metrics only, because the client has disconnected."""
     return JSONResponse({"detail": "the client disconnected"}, 400)

@@ -37,7 +37,8 @@ class _Job:
 
 
 class Batcher:
-    """Runs a model on batches of images that arrive within a few milliseconds or while it is busy.
+    """Runs a model on batches of images that arrive within a few milliseconds or during the
+    previous batch.
 
     Args:
         predictor: the model. All calls to its `run` method come from one thread.

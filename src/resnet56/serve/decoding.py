@@ -47,7 +47,7 @@ class StallDetector:
         self.last_progress = time.monotonic()
 
     def stalled(self, seconds: float) -> bool:
-        """Return whether requests are waiting and none has completed for this many seconds."""
+        """Return whether requests are waiting and none has completed for `seconds` seconds."""
         return self.pending > 0 and time.monotonic() - self.last_progress > seconds
 
 
@@ -102,10 +102,11 @@ class Decoders:
             HTTPException: 422 if the image cannot be decoded within the limits.
         """
         with self.progress.waiting():
-            # All processes may have ended for unrelated reasons before the event loop notices.
+            # In the worst case, all processes have already ended for reasons unrelated to this
+            # image.
             for _ in range(len(self.workers) + 1):
                 worker = await self._acquire()
-                # With the shield, the task reads the response even if the client disconnects.
+                # With `shield`, the task reads the response even if the client disconnects.
                 result = await asyncio.shield(self._create_task(self._use(worker, content, name)))
                 if isinstance(result, np.ndarray):
                     return result
@@ -114,7 +115,7 @@ class Decoders:
         raise HTTPException(422, f"cannot read {name}: the decoder crashed; re-encode the image")
 
     async def _acquire(self) -> "_Worker":
-        """Return an idle worker as soon as there is one. Replace workers that ended while idle."""
+        """Return a worker as soon as one is idle. Replace workers that ended while idle."""
         await self.available.acquire()
         while not (worker := self.idle.pop()).alive:
             self._create_task(self._replace(worker))

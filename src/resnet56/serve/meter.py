@@ -10,7 +10,7 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 class Meter:
     """Metrics of one server.
 
-    On Linux, they include the memory usage and CPU time of the process.
+    On Linux, the metrics include the memory usage and CPU time of the process.
     """
 
     content_type = CONTENT_TYPE_LATEST

@@ -68,7 +68,7 @@ class Protocol(H11Protocol):
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Watch the new connection, or close it if too many are open."""
+        """Watch the new connection, or close it if too many connections are open."""
         super().connection_made(transport)
         self.last_cycle: Any = None
         self.last_unread = 0
@@ -82,7 +82,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _close_if_stalled(self) -> None:
-        """Close the connection if it made no progress since the previous check.
+        """Close the connection if it has made no progress since the previous check.
 
         Progress means a new request, a response in preparation, or a client that reads its
         response.
@@ -169,7 +169,8 @@ def _connection_limits() -> tuple[int, int]:
     except ImportError:  # Windows
         return MAX_CONNECTIONS, BACKLOG
     used = psutil.Process().num_fds() + RESERVED_FILES
-    # The server accepts connections above the limit, a few backlogs at a time, and closes them.
+    # The server accepts connections above the limit and closes them. Reserve files for a few
+    # backlogs of such connections.
     required = used + MAX_CONNECTIONS + 4 * BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= required:

@@ -43,7 +43,7 @@ def with_trials(
 
     Args:
         content: the settings of the sweep.
-        trials: the trials. Trials without a value for each field are omitted.
+        trials: the trials. Trials without a value for every field are omitted.
         space: the values of each field that varies.
         recipe: the settings that do not vary.
         base: name of the recipe from which the command starts, and the recipe.

@@ -26,10 +26,10 @@ def tpe_sampler(number: int) -> Any:
 
 
 def halving_pruner(epochs: int) -> Any:
-    """Return a pruner that stops half of the trials, and later half of the remaining trials.
+    """Return a pruner that repeatedly stops the worse half of the remaining trials.
 
-    Half of the trials continue after a quarter of the epochs. Half of the remaining trials continue
-    after half of the epochs. Earlier pruning would favor settings that converge fast.
+    The pruner compares trials after a quarter of the epochs, and each time the number of epochs
+    over all seeds doubles. Earlier pruning would favor settings that converge fast.
     """
     import optuna
 

@@ -56,18 +56,19 @@ def sweep(
         dataset: the data set. The sweep does not use its test images.
         out: directory of the sweep. The name of the directory is the name of the study.
         trials: number of trials, over all processes. If `grid` is True, this argument is ignored.
-        seeds: seeds of each trial. The value of a trial is the mean over its seeds. By default, the
-            seed of the recipe.
+        seeds: seeds for each trial. The value of a trial is the mean over its seeds. By default,
+            the seed of the recipe.
         grid: try all combinations of the choices. By default, Optuna's tree-structured Parzen
             estimator (TPE) suggests values.
-        prune: stop a trial early if its validation accuracy is in the lower half after a quarter or
-            half of the epochs (successive halving).
+        prune: stop a trial early if its validation accuracy is in the lower half after a quarter of
+            the epochs, or each time the number of epochs over all seeds doubles (successive
+            halving).
         storage: SQLAlchemy URL of a database. By default, the SQLite file `out/study.db`, which
             supports several processes on one machine.
         device, threads: as in `train`.
         base: a recipe and its name. The command that trains the best recipe starts from this
             recipe.
-        output: shows a line per trial.
+        output: display that shows a line per trial.
         heartbeat: number of seconds between heartbeats of a worker.
 
     Raises:

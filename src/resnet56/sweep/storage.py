@@ -81,7 +81,8 @@ def open_study(content: Sweep, url: str | None, directory: Path, heartbeat: int)
     study = optuna.create_study(
         study_name=content["study"], storage=storage, direction="maximize", load_if_exists=True
     )
-    # Store each setting as an attribute, because some databases limit the length of attributes.
+    # Store each setting in its own attribute, because some databases limit the length of an
+    # attribute.
     saved = study.user_attrs
     for key in COMPARED:
         if key not in saved:
@@ -91,7 +92,7 @@ def open_study(content: Sweep, url: str | None, directory: Path, heartbeat: int)
 
 
 def _open_storage(url: str | None, directory: Path, heartbeat: int) -> Any:
-    """Open the database. Raises UsageError or RunError if it cannot be opened."""
+    """Open the database. Raises UsageError or RunError if that fails."""
     import sqlalchemy
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 

@@ -26,7 +26,7 @@ POLL = 1.0  # seconds between queries while other workers run the last trials
 
 
 class _SurplusError(Exception):
-    """The trial is not needed, because others started enough trials, or one with its settings."""
+    """Other workers have started enough trials, or a trial with the same settings."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Worker:
 
     Attributes:
         trials: the trials of the study.
-        sampler: returns the sampler for the number of a trial.
+        sampler: function that returns the sampler for a trial number.
         space: the values of each field that varies.
         recipes: one recipe per seed, without the settings of a trial.
         dataset: the data set.
@@ -43,7 +43,7 @@ class Worker:
         content: content of sweep.json without trials.
         base: a recipe and its name, from which the command of the best trial starts.
         options: the arguments `device` and `threads` of `train`.
-        output: shows a line per trial.
+        output: display that shows a line per trial.
     """
 
     trials: Trials

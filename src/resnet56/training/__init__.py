@@ -67,8 +67,8 @@ def train(
         threads: number of CPU threads. By default, one thread per core that other programs leave
             free, adjusted during training.
         progress: whether to show progress. By default, progress appears in notebooks and on
-            terminals. If True, lines are also printed to stderr if it is not a terminal. The
-            command line passes its own display.
+            terminals. If True, training also prints lines to stderr when stderr is not a terminal.
+            The command line passes its own display.
         model: a module that replaces the network of the recipe, or a function that takes the number
             of classes and returns a module. The module maps normalized float32 images
             (N, 3, 32, 32) to logits (N, classes). If `model` is a module, training changes it in
@@ -83,7 +83,7 @@ def train(
         augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps uint8
             images (B, 3, 32, 32) on the training device to images of the same dtype and shape. The
             images are then normalized, and mixed or downscaled as the recipe specifies.
-        callbacks: functions, or objects with a method `on_epoch`. After the checkpoint of an epoch
+        callbacks: functions, or objects with an `on_epoch` method. After the checkpoint of an epoch
             is saved, they are called with the metrics of the epoch in the format of metrics.jsonl.
 
     The run records the name and a hash of the source code of `model`, `optimizer`, `loss` and
@@ -110,8 +110,8 @@ def train(
     for callback in callbacks:
         if not callable(getattr(callback, "on_epoch", callback)):
             raise UsageError(
-                f"the callback {one_line(repr(callback))} must be callable or have a method "
-                "on_epoch"
+                f"the callback {one_line(repr(callback))} must be callable or have an "
+                "on_epoch method"
             )
     run, torch_device = RunDirectory(Path(out)), resolve_device(device)
     with _open_display(progress) as display:

@@ -17,11 +17,11 @@ CLASSIFIER = "fc"
 def load_weights(
     model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, config: ModelConfig
 ) -> InitialWeights:
-    """Load the weights of a checkpoint, except for the classifier if the classes differ.
+    """Load the weights of a checkpoint, except those of the classifier if the classes differ.
 
     Args:
         model: the model to train, with random weights.
-        checkpoint: the checkpoint that the field `weights` of the recipe specifies.
+        checkpoint: the checkpoint that the `weights` field of the recipe specifies.
         recipe: the training configuration.
         config: architecture and classes of the model.
 

@@ -36,7 +36,7 @@ STEP_STREAM = 4  # separates the random numbers of a training step from other us
 
 
 class Callback(Protocol):
-    """An object with a method `on_epoch`, which `train` calls after each epoch."""
+    """An object with an `on_epoch` method, which `train` calls after each epoch."""
 
     def on_epoch(self, row: EpochMetrics) -> object:
         """Receive the metrics of an epoch, in the format of metrics.jsonl."""
@@ -136,7 +136,7 @@ class TrainingLoop:
         Args:
             test: images to evaluate after each epoch, or None.
             scalars: TensorBoard writer, or None.
-            callbacks: called with the metrics of each epoch.
+            callbacks: functions or objects to call with the metrics of each epoch.
         """
         self.display.begin(self.costs, self.batches.steps, self.progress.step)
         if self.progress.step == 0:

@@ -80,7 +80,7 @@ def restore(setup: TrainingSetup, saved: Checkpoint, run: RunDirectory) -> str:
     message = f"{run.checkpoint_file} does not match the recipe"
     require_fit(saved.model, trainer.weights(), message)
     saved_state, expected = dict(saved.training), trainer.state()
-    if trainer.custom.optimizer is not None:  # creates its state in its first step
+    if trainer.custom.optimizer is not None:  # the first step creates its state
         saved_state, expected = (
             {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
             for state in (saved_state, expected)
@@ -186,7 +186,8 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def tensorboard_writer(enabled: bool, run: RunDirectory, step: int) -> Iterator[Scalars | None]:
-    """Yield a TensorBoard writer that replaces the scalars after `step`, or None if disabled."""
+    """Yield a TensorBoard writer that replaces the scalars after `step`, or None if not
+    `enabled`."""
     if not enabled:
         yield None
         return

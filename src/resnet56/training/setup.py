@@ -29,7 +29,7 @@ class TrainingSetup:
     """The objects that training creates from a recipe and a data set.
 
     Attributes:
-        config: metadata of the model.
+        config: architecture, classes and normalization of the model.
         precision: precision of the forward and backward passes.
         trainer: performs the training steps.
         prepared: the forward pass of the model, and its execution mode.
@@ -207,8 +207,8 @@ def _build_trainer(
     frozen = freeze(model, recipe.freeze)
     ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids)
-    # The batch norm statistics are already synchronized. Set the attribute because the name of the
-    # argument differs between PyTorch releases.
+    # DDP need not broadcast the batch norm statistics, because they are already synchronized. Set
+    # the attribute, because the name of the constructor argument differs between PyTorch releases.
     wrapped.broadcast_buffers = False
     prepared = PreparedModel(wrapped, "eager", "several processes require synchronized batch norm")
     trainer = Trainer(model, wrapped, recipe, precision, teachers, frozen=frozen, custom=custom)
