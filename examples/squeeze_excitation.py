@@ -54,7 +54,7 @@ def main() -> None:
     model = partial(se_resnet, arch=options.arch)
     train(replace(RECIPES["quick"], epochs=options.epochs), data, options.out, model=model)
 
-    predictor = load(options.out, model=model)  # a checkpoint does not contain the code
+    predictor = load(options.out, model=model)  # a checkpoint does not contain the model's code
     print(f"parameters: {sum(p.numel() for p in predictor.model.parameters()):,}")
     print(f"test accuracy: {predictor.evaluate(data.test)['accuracy']:.4f}")
 

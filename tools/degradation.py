@@ -31,7 +31,7 @@ DIGITS = RESULTS / "digits"
 PAPER = {"resnet20": "8.75", "resnet56": "6.97"}  # test errors in %, He et al. 2015, table 6
 PAIR = ("plain56", "resnet56")
 SEEDS = range(5)
-FIRST, LAST = "conv1", "stage3.8.conv2"  # the first and the last convolution of 56 layers
+FIRST, LAST = "conv1", "stage3.8.conv2"  # first and last convolutions of the 56-layer networks
 QUANTITIES = ("response_std", "response_gradient", "dead_relus")
 
 Runs = list[tuple[Recipe, RunDirectory]]

@@ -3,7 +3,7 @@
 The tool runs training steps of ResNet-56 on random images while zero, one and two other programs
 each keep a core busy. It compares one thread, all threads, and the number of threads that `resnet56
 train` chooses. Ratios are relative to one thread with the same number of other programs. MODE is
-eager, fused or native. By default, the tool measures all three.
+eager, fused or native. By default, the tool measures all three modes.
 """
 
 import subprocess

@@ -42,7 +42,7 @@ A training run writes a directory:
 | `evaluation.json` | all metrics of the final weights |
 | `predictions.npz` | `logits` (N, classes), `labels` (N,) and `indices` (N,) of the test images |
 | `samples.npz` | a few images for the report |
-| `parity.json` | comparisons of two devices or precisions |
+| `parity.json` | comparisons of two devices, precisions or runtimes |
 | `report.html` | one page about the run |
 
 Accuracies and other fractions are between 0 and 1. Losses are in nats. Times are in seconds unless

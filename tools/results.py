@@ -245,7 +245,7 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def variations() -> dict[str, list[tuple[str, ...]]]:
-    """Return the rows of each named recipe that has variations, and of these variations."""
+    """Return rows for each named recipe that has variations, and for these variations."""
     found: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     varied = {nearest(group.recipe)[0] for group in groups() if changed(group.recipe)}
     for group in groups():
@@ -293,7 +293,7 @@ def trials() -> list[tuple[str, ...]]:
 
 
 def candidates() -> list[tuple[str, ...]]:
-    """Return one row per run and EMA in the search in results/search90, best first."""
+    """Return one row per run and EMA of the search in results/search90, best first."""
     found = []
     for directory in (RESULTS / "search90").iterdir():
         recipe = read_json(directory / "recipe.json")
@@ -380,7 +380,7 @@ def published() -> list[Published]:
 
 
 def draw(figure: "Figure", palette: Palette) -> None:
-    """Draw one dot per result, and the confidence intervals for this package.
+    """Draw one dot per result, and confidence intervals for the results of this package.
 
     A dot is hollow if the weights were selected on the test set.
     """

@@ -120,7 +120,7 @@ class EvaluatedModel:
 
     @cached_property
     def _inference(self) -> tuple[nn.Module, Precision]:
-        """The model and the precision to pass to `predict_logits`. The model is converted once."""
+        """The model, converted for inference, and the precision to pass to `predict_logits`."""
         return folded(self.model, self.precision)
 
     def metrics(self, split: Split, advance: ProgressCallback = lambda count: None) -> Metrics:
@@ -257,7 +257,7 @@ def evaluate_run(
         dataset: the data set of the run.
         device, precision: device and precision of the forward pass.
         val_size, augmentation, progress: as in `evaluate_checkpoint`.
-        model: the module, if the run has a custom model. Its weights are replaced.
+        model: the module, whose weights are replaced, if the run has a custom model.
 
     Returns:
         The content of evaluation.json.
@@ -460,7 +460,7 @@ def compare(
 
 
 def _verdict(names: tuple[str, str], images: int, changed: int, gained: int) -> str:
-    """State how many predictions change, and how much of an accuracy gap this explains.
+    """State how many predictions change, and how much of an accuracy gap the changes explain.
 
     Args:
         names: names of the two models.

@@ -60,7 +60,7 @@ def state_of(
     """Return the state of an optimizer: its tensors by name, and all other values as JSON.
 
     Raises:
-        TrainingError: the state contains other objects, or parameters of another model.
+        TrainingError: the state contains unsupported objects, or parameters of another model.
     """
     tensors: dict[str, Tensor] = {}
     values: StateValues = {"groups": [], "state": {}}

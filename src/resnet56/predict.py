@@ -349,7 +349,7 @@ def _as_iterable(images: Any) -> Iterable[ImageLike]:
 
 
 def _preprocess(image: ImageLike) -> UInt8Array | ImageError:
-    """Convert any image to a model input (3, 32, 32). If this fails, return the error."""
+    """Convert any image to a model input (3, 32, 32). If the conversion fails, return the error."""
     name = escape(os.fspath(image)) if isinstance(image, str | os.PathLike) else "the image"
     try:
         with image_errors(name):

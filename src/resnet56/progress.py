@@ -184,8 +184,8 @@ class NotebookOutput(Output):
 def stream_output(stream: TextIO) -> Output:
     """Return the output for a stream: a status line on a terminal, plain lines elsewhere.
 
-    A command in a notebook cell (`!resnet56 train`) has a terminal, but the notebook stores every
-    character. The command therefore writes only a few plain lines.
+    A command in a notebook cell (`!resnet56 train`) writes to a terminal, but the notebook stores
+    every character. The command therefore writes only a few plain lines.
     """
     brief = _started_by_notebook()
     if stream.isatty() and not brief:
@@ -216,7 +216,7 @@ def _in_notebook() -> bool:
 
 
 def _started_by_notebook() -> bool:
-    """Return whether a notebook started this process. ipykernel sets these variables."""
+    """Return whether a notebook started this process. ipykernel sets the variables in `names`."""
     names = ("TERM", "PAGER", "GIT_PAGER")
     return [os.environ.get(name) for name in names] == ["xterm-color", "cat", "cat"]
 

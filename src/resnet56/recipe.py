@@ -236,7 +236,7 @@ class Recipe:
             raise UsageError("alternate_flip requires flip")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values. `from_fields` converts them back."""
+        """Return the fields as JSON values, from which `from_fields` creates an equal recipe."""
         fields = dataclasses.asdict(self)
         fields |= {name: list(v) for name, v in fields.items() if isinstance(v, tuple)}
         return fields
@@ -360,11 +360,11 @@ BEST = Recipe(
     ema_decay=(0.999,),
 )
 
-# This was the fastest recipe for about 90 % accuracy on two CPU cores. It was selected on 5,000
-# validation images (docs/results.md). The first epochs use small images. Epochs at 16 and 24 pixels
-# take two fifths and two thirds of the time of a full-size epoch. Alternating flips help wherever
-# random flips help (Jordan 2024). The recipe does not use label smoothing, because it worsens the
-# calibration.
+# This was the fastest recipe that reached about 90 % accuracy on two CPU cores. It was selected on
+# 5,000 validation images (docs/results.md). The first epochs use small images. Epochs at 16 and 24
+# pixels take two fifths and two thirds of the time of a full-size epoch. Alternating flips help
+# wherever random flips help (Jordan 2024). The recipe does not use label smoothing, because it
+# worsens the calibration.
 FAST = Recipe(
     epochs=13,
     batch_size=64,

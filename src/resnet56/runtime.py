@@ -27,8 +27,8 @@ DTYPES: dict[str, torch.dtype] = {
 def resolve_device(name: str) -> torch.device:
     """Return the device that `auto` or a PyTorch device name (cpu, cuda:1, mps) specifies.
 
-    `auto` selects a GPU if one is available. Each process from torchrun gets its own GPU. On CUDA,
-    the function disables TF32, which rounds the inputs of convolutions to ten mantissa bits.
+    `auto` selects a GPU if one is available. Each process that torchrun starts gets its own GPU. On
+    CUDA, the function disables TF32, which rounds the inputs of convolutions to ten mantissa bits.
 
     Raises:
         UsageError: the device is unknown or not available, or several processes cannot share it.
@@ -125,7 +125,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def processor_name() -> str:
-    """Return the model name of the processor. If it is unknown, return a generic name."""
+    """Return the model name of the processor, or a generic name if the model is unknown."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]

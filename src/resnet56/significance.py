@@ -143,8 +143,8 @@ def compare_predictions(first: BoolArray, second: BoolArray) -> Paired:
     # If the models are equally accurate, a discordant image favors each model with probability 1/2.
     # This is the exact binomial form of McNemar's test (McNemar 1947).
     p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
-    # Resampling images with replacement is equivalent to drawing the three counts from a
-    # multinomial distribution.
+    # Each image has one of three outcomes. Resampling images with replacement is equivalent to
+    # drawing the counts of these outcomes from a multinomial distribution.
     shares = np.array([only_first, only_second, images - discordant]) / images
     drawn = np.random.default_rng(0).multinomial(images, shares, RESAMPLES)
     differences = (drawn[:, 0] - drawn[:, 1]) / images

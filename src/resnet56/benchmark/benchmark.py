@@ -144,7 +144,7 @@ def bench_inference(
         for name, runner in runners.items()
     ]
     if setup.device.type == "cpu":
-        with contextlib.suppress(MissingExtraError):  # skip it if the extra `onnx` is missing
+        with contextlib.suppress(MissingExtraError):  # skip ONNX Runtime if it is missing
             content = _exported(arch, setup.mean, setup.std)
             exported = OnnxBackend(content, arch, torch.get_num_threads())
             array = pixels.numpy()

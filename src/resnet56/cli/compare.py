@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class CompareOptions:
     """Test whether the test accuracies of networks differ by more than chance.
 
-    Runs that differ only in their seed form a group. Groups are compared by their means over seeds.
-    Two single runs, or two other networks, are compared by their predictions on the same images.
+    Runs that differ only in their seed form a group. Groups are compared by their mean accuracies
+    over seeds. Two single runs, or two other networks, are compared by their predictions on the
+    same images.
     """
 
     runs: Annotated[

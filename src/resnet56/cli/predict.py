@@ -155,7 +155,7 @@ def _write_outputs(
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
-    """Return the images that the arguments specify, and how many directories contain none."""
+    """Return the images that the arguments specify, and how many directories contain no images."""
     from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0

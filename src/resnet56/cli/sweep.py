@@ -153,7 +153,7 @@ def _show(content: "Sweep", options: SweepOptions) -> None:
         f"best: trial {best['number']}, {percent(best['value'])} validation accuracy with "
         f"{format_settings(best['settings'])}"
     )
-    print(f"to train it on all training images: {content['command']}")
+    print(f"to train with these settings on all training images: {content['command']}")
     print(f"report: resnet56 report {shlex.quote(str(options.out))}")
 
 

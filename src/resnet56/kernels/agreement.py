@@ -17,7 +17,7 @@ def require_agreement(
     """Compare a bf16 training step in kernels with an fp32 training step in PyTorch.
 
     Args:
-        wrap: function that returns the module that runs the training steps of a model in kernels.
+        wrap: function that wraps a model in a module whose training steps run in kernels.
         archs: small architectures that use all kernels.
         images: (N, 3, H, W) normalized images on the device of the kernels.
 

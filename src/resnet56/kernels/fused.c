@@ -1,8 +1,8 @@
 /* relu(batch_norm(x) + residual), forward and backward, each in two passes over memory.
  *
  * PyTorch runs three memory-bound kernels for this computation in each direction. Tensors are
- * channels_last. They have `rows` = N * H * W pixels of `channels` values. `channels` is a multiple
- * of LANES. Compile with -DREAL=float, or with -DREAL=uint16_t -DBF16 for bfloat16. Arithmetic uses
+ * channels_last, with `rows` = N * H * W pixels of `channels` values. `channels` is a multiple of
+ * LANES. Compile with -DREAL=float, or with -DREAL=uint16_t -DBF16 for bfloat16. Arithmetic uses
  * float, but sums over more than BLOCK rows use double.
  */
 #include <math.h>

@@ -29,7 +29,7 @@ from resnet56.model import BasicBlock, ResNet
 
 
 class Tile(NamedTuple):
-    """How a kernel divides a feature map.
+    """The parts into which a kernel divides a feature map.
 
     Attributes:
         rows: positions that a program processes at once.
@@ -194,7 +194,7 @@ def _finish_gradients(
     sums_ptr, bias_grad_ptr, weight_grad_ptr, programs,
     channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums of `_sum_gradients`."""
+    """Add the partial sums that `_sum_gradients` computes."""
     first = tl.program_id(0) * block
     channel = first + tl.arange(0, block)
     bias_grad, weight_grad = _add_sums(sums_ptr, programs, first, channels, block, rows)
@@ -305,7 +305,7 @@ class Saved(NamedTuple):
 
 
 def _block(channels_in: int) -> int:
-    """Return the size of a block of input channels. It is at least 16, as Triton requires."""
+    """Return the size of a block of input channels: at least 16, as Triton requires."""
     return max(16, channels_in)
 
 
@@ -443,7 +443,7 @@ class _Stem(torch.autograd.Function):
 class _Block(torch.autograd.Function):
     """A basic block.
 
-    `weights` are the weights of both convolutions in bf16. `residual` is the output of the shortcut
+    `weights` are the bf16 weights of both convolutions. `residual` is the output of the shortcut
     if it is not the identity, and None otherwise.
     """
 
@@ -518,7 +518,7 @@ class TritonNetwork(nn.Module):
     def __init__(self, model: ResNet) -> None:
         super().__init__()
         self.model = model
-        # PyTorch runs the shortcuts, including the batch counters of their batch norms.
+        # PyTorch runs the shortcuts and updates the batch counters of their batch norms.
         modules = [module for name, module in model.named_modules() if "shortcut" not in name]
         self._weights: list[Tensor] = [m.weight for m in modules if isinstance(m, nn.Conv2d)]
         self._bf16_weights = [

@@ -7,7 +7,7 @@
     evaluation.json    metrics of the final weights
     predictions.npz    logits, labels and indices of the test images
     samples.npz        a few images for the report
-    parity.json        comparisons of devices or precisions, if requested
+    parity.json        comparisons of devices, precisions or runtimes, if requested
 
 Most files are replaced atomically (see `resnet56.files`). Each epoch appends a line to
 metrics.jsonl.

@@ -271,7 +271,7 @@ class Comparison(TypedDict):
 
 
 class Parity(TypedDict):
-    """parity.json: comparisons of devices or precisions."""
+    """parity.json: comparisons of devices, precisions or runtimes."""
 
     comparisons: list[Comparison]  # one comparison per pair of devices or precisions
 

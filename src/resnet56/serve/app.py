@@ -104,8 +104,8 @@ def build_app(
 def _description(predictor: Predictor, limits: Limits) -> str:
     return (
         f"The model {predictor.name} has {len(predictor.classes)} classes and always predicts one "
-        f"of them: {', '.join(predictor.classes)}. It uses only the center square of an image, "
-        f"resized to 32x32 pixels. A request can contain up to {limits.images} images and "
+        f"of them: {', '.join(predictor.classes)}. The model uses only the center square of an "
+        f"image, resized to 32x32 pixels. A request can contain up to {limits.images} images and "
         f"{limits.body_bytes / 2**20:g} MiB. An image can have up to {limits.pixels / 1e6:g} "
         f"million pixels. The supported formats are {', '.join(limits.formats)}. The time limit "
         f"for decoding an image is {limits.decode_seconds:g} seconds. The server does not store "

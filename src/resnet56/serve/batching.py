@@ -81,9 +81,9 @@ class Batcher:
         self.executor.shutdown()
 
     async def run(self, images: UInt8Array) -> tuple[FloatArray, FloatArray]:
-        """Run the model on images, possibly batched with others.
+        """Return the logits and class activation maps of images.
 
-        Return their logits and class activation maps.
+        A batch can also contain images from other calls.
         """
         job = _Job(images, asyncio.get_running_loop().create_future())
         self.pending.add(job.result)

@@ -158,8 +158,8 @@ def serve(
 def _connection_limits() -> tuple[int, int]:
     """Return the maximum number of open connections and the backlog.
 
-    Both are reduced if the process can open only a few files (`ulimit -n`). Otherwise, asyncio
-    would repeatedly fail to accept a connection and log a traceback each time.
+    Both numbers are reduced if the process can open only a few files (`ulimit -n`). Otherwise,
+    asyncio would repeatedly fail to accept a connection and log a traceback each time.
 
     Raises:
         UsageError: the limit on open files is too low.

@@ -87,7 +87,7 @@ def _media_type(request: Request) -> str:
 async def _body(
     request: Request, limits: Limits, reserve: Callable[[int], None]
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the body in chunks. A Content-Length above the limit is rejected immediately."""
+    """Yield the body in chunks. Reject a Content-Length above the limit immediately."""
     error = HTTPException(
         413, f"the request is larger than {limits.body_bytes / 2**20:g} MiB; send fewer images"
     )
@@ -117,8 +117,8 @@ async def _from_multipart(
         if error.message.startswith("Too many fields"):
             raise _unexpected_field() from None
         raise HTTPException(400, f"the body is not valid {MULTIPART}: {error.message}") from None
-    # Older versions of Starlette do not convert FormParserError. No version converts the
-    # UnicodeError that charset=undefined causes.
+    # Older versions of Starlette do not convert FormParserError to MultiPartException. No version
+    # converts the UnicodeError that charset=undefined causes.
     except (FormParserError, UnicodeError) as error:
         raise HTTPException(400, f"the body is not valid {MULTIPART}: {one_line(error)}") from None
     files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
@@ -175,7 +175,7 @@ def _unexpected_field() -> HTTPException:
 
 
 def validation_message(errors: Sequence[object]) -> str:
-    """Return a line that names the field and describes its first validation error."""
+    """Return a line that describes the first validation error and names its field."""
     error = errors[0]
     assert isinstance(error, dict)
     field = ".".join(str(part) for part in error["loc"] if part not in ("query", "body"))

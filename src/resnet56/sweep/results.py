@@ -39,7 +39,7 @@ def with_trials(
     recipe: Recipe,
     base: tuple[str, Recipe],
 ) -> Sweep:
-    """Return the content of sweep.json with trials, the best trial, and the command to train it.
+    """Return the content of sweep.json: settings, trials, the best trial, and its training command.
 
     Args:
         content: the settings of the sweep.

@@ -1,4 +1,4 @@
-"""The samplers that choose the settings of trials, and the pruner that stops bad trials."""
+"""The samplers that choose the settings of trials, and the pruner that stops unpromising trials."""
 
 from typing import Any, cast
 

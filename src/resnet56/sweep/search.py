@@ -56,8 +56,8 @@ def sweep(
         dataset: the data set. The sweep does not use its test images.
         out: directory of the sweep. The name of the directory is the name of the study.
         trials: number of trials, over all processes. If `grid` is True, this argument is ignored.
-        seeds: seeds for each trial. The value of a trial is the mean over its seeds. By default,
-            the seed of the recipe.
+        seeds: seeds for each trial. The value of a trial is the mean validation accuracy over its
+            seeds. By default, the seed of the recipe.
         grid: try all combinations of the choices. By default, Optuna's tree-structured Parzen
             estimator (TPE) suggests values.
         prune: stop a trial early if its validation accuracy is in the lower half after a quarter of

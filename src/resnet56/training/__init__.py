@@ -83,14 +83,15 @@ def train(
         augment: a function that replaces crops, flips, Cutout and TrivialAugment. It maps uint8
             images (B, 3, 32, 32) on the training device to images of the same dtype and shape. The
             images are then normalized, and mixed or downscaled as the recipe specifies.
-        callbacks: functions, or objects with an `on_epoch` method. After the checkpoint of an epoch
-            is saved, they are called with the metrics of the epoch in the format of metrics.jsonl.
+        callbacks: functions, or objects with an `on_epoch` method. After saving the checkpoint of
+            an epoch, training calls the callbacks with the metrics of the epoch in the format of
+            metrics.jsonl.
 
     The run records the name and a hash of the source code of `model`, `optimizer`, `loss` and
-    `augment`. The hash includes numbers and strings in their closures, attributes and partial
-    arguments. A run can be resumed only with the same custom parts. The recipe's settings for a
-    replaced part have no effect. Training seeds PyTorch's random number generators before each
-    step, so custom parts that use these generators resume exactly.
+    `augment`. The hashes include numbers and strings in closures, attributes and partial arguments.
+    A run can be resumed only with the same custom parts. The recipe's settings for a replaced part
+    have no effect. Training seeds PyTorch's random number generators before each step, so custom
+    parts that use these generators resume exactly.
 
     Returns:
         The content of evaluation.json, or an empty dictionary without test images or on ranks

@@ -31,7 +31,7 @@ class Scalars(Protocol):
 def load_checkpoint(
     run: RunDirectory, recipe: Recipe, dataset: Dataset, fingerprint: str, custom: Custom
 ) -> Checkpoint:
-    """Load the checkpoint to resume. Raise RunError if the recipe or the data set differs."""
+    """Load the checkpoint of a run. Raise RunError if the run has another recipe or data set."""
     checkpoint = run.load(training=True)
     saved_fields = from_fields(read_json(run.recipe_file), str(run.recipe_file)).to_json()
     differing = [
@@ -80,7 +80,7 @@ def restore(setup: TrainingSetup, saved: Checkpoint, run: RunDirectory) -> str:
     message = f"{run.checkpoint_file} does not match the recipe"
     require_fit(saved.model, trainer.weights(), message)
     saved_state, expected = dict(saved.training), trainer.state()
-    if trainer.custom.optimizer is not None:  # the first step creates its state
+    if trainer.custom.optimizer is not None:  # the first step creates the optimizer state
         saved_state, expected = (
             {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
             for state in (saved_state, expected)
