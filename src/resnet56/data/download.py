@@ -397,7 +397,7 @@ def _network_errors() -> Iterator[None]:
 
 
 def _verify(archive: Archive, part: BufferedRandom, resumed: bool) -> None:
-    """Check the MD5 digest of `part`. If it differs, empty the file and raise `_UrlError`."""
+    """Check the MD5 digest of `part`. If it is wrong, empty the file and raise `_UrlError`."""
     part.seek(0)
     found = hashlib.file_digest(part, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != archive.md5:

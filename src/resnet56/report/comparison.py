@@ -211,7 +211,10 @@ def states(entries: Sequence[Entry]) -> list[str]:
 
 
 def data_key(entry: Entry) -> tuple[Any, ...]:
-    """Return the images and classes of a run. Two runs are comparable only if these are equal."""
+    """Return a key that identifies the images and classes of a run.
+
+    Two runs are comparable only if their keys are equal.
+    """
     facts = entry.facts
     return facts.images or facts.source, facts.classes
 

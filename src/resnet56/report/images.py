@@ -8,7 +8,7 @@ import numpy as np
 from resnet56.report import plots, png, words
 from resnet56.report.read import RunFacts
 
-MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 24  # limits for the file size
+MAX_SAMPLES, MAX_VERSIONS, MAX_MISTAKES = 10, 8, 24  # limit the size of the report
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def originals(facts: RunFacts) -> list[Augmented]:
 
 
 def sample_sheet(facts: RunFacts) -> EncodedImage | None:
-    """Return one image: a row per training image, followed by its augmented versions."""
+    """Return one image with a row for each training image and its augmented versions."""
     if facts.samples is None or not len(facts.samples.originals):
         return None
     versions = facts.samples.augmented[:MAX_SAMPLES, : MAX_VERSIONS if facts.augmented else 0]

@@ -169,7 +169,11 @@ class Line:
 
 
 def line_style(index: int, lines: int) -> str:
-    """Return a line style that is unique among a few curves, or among curves of the same color."""
+    """Return a line style.
+
+    Up to FEW curves all have different styles. With more curves, the style of a curve is unique
+    among the curves of its color.
+    """
     return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
 
 
@@ -244,7 +248,7 @@ def draw_curves(
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-    # The axis of losses, learning rates and throughput starts at zero to make heights comparable.
+    # Axes for losses, learning rates and throughput start at zero to make heights comparable.
     if not percent and all(y >= 0 for line in lines for y in line.y):
         axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
@@ -355,7 +359,7 @@ def errors(name: str, title: str, alt: str, runs: Sequence[tuple[Line, Line | No
 
 
 def reliability(name: str, bins: Sequence[Mapping[str, Any]], alt: str) -> Chart:
-    """Plot accuracy against confidence, and below it the number of images per bin."""
+    """Plot accuracy against confidence and, in a second panel, the number of images per bin."""
     filled = [item for item in bins if item["count"]]
 
     def draw(figure: "Figure", palette: Palette) -> None:
@@ -462,7 +466,7 @@ class LabeledImage:
 
 
 def gallery(images: Sequence[LabeledImage], columns: int, absent: str) -> Chart:
-    """Plot images with labels in a grid, or the text `absent` if there are no images."""
+    """Draw images with labels in a grid, or the text `absent` if there are no images."""
     columns = max(1, min(columns, len(images)))
     rows = max(1, -(-len(images) // columns))
 

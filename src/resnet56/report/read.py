@@ -60,7 +60,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The data about a run, or about another network, for a report.
+    """The data for a report on a run or on another network.
 
     A network from another project has no recipe. Only training runs have training curves.
     """
@@ -189,7 +189,7 @@ def read_run(path: Path) -> RunFacts:
         description=_describe(config, checkpoint.metadata.get("custom", {}).get("model")),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
-        # The samples include images that the evaluated weights misclassify.
+        # Without an evaluation, the samples could show mistakes of other weights.
         samples=read_samples(run, len(config.classes)) if evaluation else None,
     )
 

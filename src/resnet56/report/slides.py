@@ -270,7 +270,7 @@ def class_range(test: Metrics) -> list[str]:
 
 
 def classes_with(values: Mapping[str, float], value: float) -> str:
-    """Return the name of the class with this value, or the number of classes with it."""
+    """Return the name of the class with this value, or the number of classes if several have it."""
     names = [name for name, other in values.items() if other == value]
     return quoted(shortened(names[0])) if len(names) == 1 else f"{len(names)} classes"
 

@@ -216,7 +216,7 @@ def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def reverse_error(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
-    """State the frequency of the reverse of the most frequent error, if it is listed."""
+    """State how often the reverse of the most frequent error occurs, if it is listed."""
     first = most_confused[0]
     return [
         f"The reverse error affects {plural(pair['count'], 'image')}."

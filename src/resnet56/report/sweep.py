@@ -178,7 +178,7 @@ def slices(sweep: Sweep) -> Chart:
             axes.set_ylabel("accuracy, %")
 
     size = (2.1 * columns + 0.4, 2.2 * rows)
-    alt = "Validation accuracy against each setting. Pruned trials are faint."
+    alt = "Validation accuracy against each setting. The dots of pruned trials are faint."
     return Chart("slices", "Accuracy by setting", alt, draw, size)
 
 

@@ -64,7 +64,7 @@ class Progress:
     epoch: Count = 0  # number of finished epochs
     step: Count = 0  # number of training steps over all epochs
     epoch_step: Count = 0  # number of completed steps of the unfinished epoch
-    loss_sum: Loss = 0.0  # sum over the images processed in the unfinished epoch
+    loss_sum: Loss = 0.0  # sum of losses over the images processed in the unfinished epoch
     correct: NonNegative = 0.0  # number of correct predictions, fractional for soft targets
     images: Count = 0  # number of images processed in the unfinished epoch
     seconds: NonNegative = 0.0  # training time of the unfinished epoch
@@ -98,10 +98,10 @@ class CheckpointMetadata(TypedDict, total=False):
     ema_candidates: list[EmaCandidate]  # all EMAs of the run
     teachers: list[Teacher]  # teachers for knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from
-    custom: dict[str, CustomPart]  # by name: model, optimizer, loss and augment
+    custom: dict[str, CustomPart]  # custom parts, by name: model, optimizer, loss and augment
     optimizer: dict[str, Any]  # non-tensor state of a custom optimizer
     precision: Text  # fp32, bf16 or fp16
-    execution: Text  # eager, fused, native, cuda-graph or compiled
+    execution: Text  # execution mode: eager, fused, native, cuda-graph or compiled
     loss_scale: LossScale | None  # null unless the precision is fp16
     threads: Threads  # number of CPU threads during the training run
     file: Text  # name of the file that was imported
@@ -175,7 +175,8 @@ def save_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
     named = {entry["name"] for entry in files.values()} | {file.name}
     for path in directory.iterdir():
         if path.name not in named:
-            with contextlib.suppress(OSError):  # On Windows, another process may keep it open.
+            # On Windows, another process may keep the file open.
+            with contextlib.suppress(OSError):
                 path.unlink()
 
 
@@ -225,7 +226,8 @@ def _read_manifest(file: Path) -> _Manifest:
             f"{FORMAT}; update resnet56"
         )
     manifest = check(content, _Manifest, str(file))
-    return replace(manifest, metadata=content["metadata"])  # This preserves unknown fields.
+    # Keep the original metadata, because `check` omits unknown fields.
+    return replace(manifest, metadata=content["metadata"])
 
 
 def _load_parts(file: Path, manifest: _Manifest, training: bool) -> Checkpoint:

@@ -95,7 +95,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the directory for training until the block ends. On Windows, this has no effect.
+        """Lock the directory for training until the block ends. On Windows, do nothing.
 
         Raises:
             RunError: another process is training in this directory.

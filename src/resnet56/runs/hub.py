@@ -98,7 +98,8 @@ def _read_config(file: Path) -> DeclaredConfig:
     arch = merged.get("architecture")
     if not isinstance(arch, str) or not re.fullmatch(ARCH_PATTERN, arch):
         arch = None
-    # A "resnet56" of another project can have other shortcuts, so the shapes determine the name.
+    # In other projects, a "resnet56" can have different shortcuts, so the tensor shapes determine
+    # the architecture.
     if "mean" not in config or "id2label" not in config:
         arch = None
     return DeclaredConfig(
@@ -111,7 +112,7 @@ def _read_config(file: Path) -> DeclaredConfig:
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the declared class names if they are distinct."""
+    """Return the declared class names, or None if they are missing, invalid or not distinct."""
     labels = config.get("label_names")  # key of timm
     by_index = config.get("id2label")  # key of this package and of Transformers
     if not isinstance(labels, list) and isinstance(by_index, dict):

@@ -10,7 +10,7 @@ Rename = str | Callable[[re.Match[str]], str]
 
 IMAGENET: Constants = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# Constants by number of classes, which chenyaofo and many other projects use.
+# Constants that chenyaofo and many other projects use, by number of classes.
 CIFAR: dict[int, Constants] = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),

@@ -73,7 +73,7 @@ class InitialWeights(TypedDict):
 
 
 class CustomPart(TypedDict):
-    """A custom part of training that was passed to `train` instead of the built-in part."""
+    """A custom part of training that replaced the built-in part."""
 
     name: Text  # qualified name of the function or class
     sha256: Text  # SHA-256 of its source code and its settings
@@ -103,11 +103,11 @@ class Environment(TypedDict, total=False):
     git: GitState | None  # null outside a git checkout
     processes: PositiveInt  # number of training processes
     data: Origin  # the data set
-    execution: Text  # eager, fused, native, cuda-graph or compiled
+    execution: Text  # execution mode: eager, fused, native, cuda-graph or compiled
     execution_reason: Text  # why a faster execution mode was not used
     teachers: list[Teacher]  # teachers for knowledge distillation
     initial_weights: InitialWeights  # weights that the run started from
-    custom: dict[str, CustomPart]  # by name: model, optimizer, loss and augment
+    custom: dict[str, CustomPart]  # custom parts, by name: model, optimizer, loss and augment
     resumed: "list[Environment]"  # one environment for each time the run was resumed
 
 
@@ -138,7 +138,7 @@ class EpochMetrics(TypedDict):
 class ClassMetrics(TypedDict):
     """Metrics of one class. They are null if the class has no images."""
 
-    precision: Fraction | None  # 0 if the class is never predicted
+    precision: Fraction | None  # fraction of predictions of this class that are correct; 0 if none
     recall: Fraction | None  # fraction of the class's images that are classified correctly
     f1: Fraction | None  # harmonic mean of precision and recall
     support: Count  # number of images of the class
@@ -209,8 +209,8 @@ class BatchSpeed(TypedDict):
 class Speed(TypedDict):
     """Inference speed, from uint8 images to logits."""
 
-    batch_1: BatchSpeed  # with batch size 1
-    batch_256: BatchSpeed  # with batch size 256
+    batch_1: BatchSpeed  # speed with batch size 1
+    batch_256: BatchSpeed  # speed with batch size 256
     peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (GPU memory if a GPU is used)
 
 
@@ -221,7 +221,7 @@ class Robustness(TypedDict):
     severities: list[PositiveInt]  # severities of the corruptions
     clean_accuracy: Fraction  # accuracy on the same images without corruption
     mean_accuracy: Fraction  # mean over all corruptions and severities
-    corruptions: dict[str, list[Fraction]]  # accuracies of each corruption, one per severity
+    corruptions: dict[str, list[Fraction]]  # accuracies under each corruption, one per severity
 
 
 class EmaCandidate(TypedDict):
@@ -288,7 +288,7 @@ class SweepTrial(TypedDict):
     value: NotRequired[Fraction]  # mean validation accuracy over the seeds, if complete
     accuracies: list[Fraction]  # validation accuracy of each finished seed
     epochs: list[Fraction]  # validation accuracy after each epoch, one seed after the other
-    error: NotRequired[Text]  # reason, if the loss was not finite
+    error: NotRequired[Text]  # why the trial failed, if the loss was not finite
 
 
 class Sweep(TypedDict):

@@ -43,7 +43,7 @@ def open_model(name_or_path: StrPath) -> Source:
     """
     source = _open_own(name_or_path)
     if source is None:
-        from resnet56.runs import convert  # imported here because it imports PyTorch
+        from resnet56.runs import convert  # imported on demand, because it imports PyTorch
 
         source = Source(convert.read(Path(name_or_path), require_declared=True).checkpoint)
     return source

@@ -1,8 +1,8 @@
 """Read tensor files without running code. The content of a file determines its format.
 
 The supported formats are those of `torch.save` since 2017, safetensors, and the ONNX files that
-this package exports. Opening a file reads only names and shapes. Values are read on demand. Reading
-a tensor never allocates more memory than the file size.
+this package exports. Opening a file reads only names, shapes and dtypes. Values are read on
+demand. Reading a tensor never allocates more memory than the file size.
 """
 
 import contextlib
@@ -373,7 +373,7 @@ def _legacy(stream: BinaryIO, size: int) -> Contents:
     loader.load(stream)  # system information
     tree = loader.load(stream)
     for key in loader.load(stream):
-        stream.seek(8, io.SEEK_CUR)  # Skip the count, which the pickle also contains.
+        stream.seek(8, io.SEEK_CUR)  # Skip the element count, which the pickle also contains.
         offsets[key] = stream.tell()
         stream.seek(loader.storages[key].size, io.SEEK_CUR)
     return loader.contents(tree)
@@ -396,7 +396,7 @@ def _onnx(file: Path, content: bytes) -> Contents:
     model = onnx.load_model_from_string(content)
     values = {}
     for entry in model.graph.initializer:
-        if entry.external_data:  # The name could refer to any file on this machine.
+        if entry.external_data:  # The path could refer to any file on this machine.
             raise RunError(f"{file} stores its weights in other files; export it to a single file")
         values[entry.name] = torch.from_numpy(numpy_helper.to_array(entry).copy())
     parts = ("weight", "bias", "running_mean", "running_var")
