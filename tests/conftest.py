@@ -20,7 +20,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A shell starts background jobs with SIGINT ignored. The tests of Ctrl-C need Python's own handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The slowest test files. They start first, so that no worker waits for one of them at the end.
+# The slowest test files. They start first, so that the other workers do not wait for them at the
+# end.
 SLOW = (
     "test_readme.py",
     "test_examples.py",

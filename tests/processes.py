@@ -1,4 +1,4 @@
-"""Start processes that do not import PyTorch again, because that takes longer than their work."""
+"""Start processes that do not import PyTorch again, because the import is slow."""
 
 import multiprocessing
 import os

@@ -313,7 +313,7 @@ def imported_by(file: Path, known: Collection[str]) -> set[str]:
         for name in names:
             package, _, inside = name.partition(".")
             if package == "resnet56":
-                # The name is a module, or something in the module before its last dot.
+                # The name is a module, or a name in the module before its last dot.
                 candidates = (inside, inside.rpartition(".")[0])
                 found.add(next((name for name in candidates if name in known), "__init__"))
     return found

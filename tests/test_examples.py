@@ -18,7 +18,7 @@ OPTIONS = {"distillation": ["--teacher", "resnet8"]}  # smaller, to save time
 
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create noisy images of four colors, which a network learns in fewer steps than the digits."""
+    """Create noisy images of four colors, which take fewer steps to learn than the digits."""
     root = tmp_path_factory.mktemp("data") / "colors"
     generator = np.random.default_rng(0)
     for split, count in (("train", 100), ("test", 20)):

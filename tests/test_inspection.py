@@ -116,7 +116,7 @@ def test_gradients_match_finite_differences(arch: str, batch_norm: bool) -> None
 
 
 def test_response_gradients_match_those_of_an_added_shift() -> None:
-    """A zero shift is added to each response but the last, so their gradients must be equal."""
+    """The gradient of a zero that is added to a response equals the gradient of the response."""
     model = build("resnet8", classes=3, seed=2).double().train()
     images, labels = batch()
     found = {x.name: x for x in inspect_layers(model, images, labels).layers}

@@ -94,7 +94,7 @@ def test_stages_have_the_layers_and_sizes_of_the_paper(
 
 @pytest.mark.parametrize("depth", [8, 20, 56, 110])
 def test_a_plain_network_has_the_weights_of_the_residual_one(depth: int) -> None:
-    """Names, shapes, initial weights, parameters and multiply-accumulates are equal."""
+    """The names, initial weights, parameters and multiply-accumulates are equal."""
     plain, residual = describe(f"plain{depth}"), describe(f"resnet{depth}")
     assert plain.shortcut == "none"
     assert plain.parts == residual.parts

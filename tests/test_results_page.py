@@ -88,7 +88,7 @@ def test_results_contain_no_local_paths(run: Path) -> None:
 
 @pytest.mark.parametrize("name", pretrained.names())
 def test_pretrained_networks_match_a_run(name: str) -> None:
-    """Half precision changes the predictions of at most a few images."""
+    """Half precision changes the predictions for at most a few images."""
     card = pretrained.card(name)
     for run in RUNS:
         if json.loads((run / "recipe.json").read_text("utf-8")) == card["recipe"]:

@@ -97,7 +97,7 @@ def ten_classes(tiny: Dataset) -> Dataset:
     return dataclasses.replace(tiny, classes=tuple("0123456789"))
 
 
-def test_the_measured_step_is_the_step_of_training(
+def test_the_measured_step_is_the_training_step(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Trainer] = []

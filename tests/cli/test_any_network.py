@@ -97,7 +97,7 @@ def test_an_import_with_data_is_evaluated(
     assert cli.main(["evaluate", str(forms["hub"]), "--data", str(data), *flags]) == 0
     theirs = json.loads(capsys.readouterr().out)
     assert theirs["test"]["accuracy"] == evaluation["test"]["accuracy"]
-    # Without --data, the network is evaluated again. Other images do not replace these results.
+    # Without --data, the network is evaluated again. Results on other images do not replace these.
     assert cli.main(["evaluate", str(run), "--robustness", "0"]) == 0
     assert cli.main(["evaluate", str(run), "--parity", "fp32,bf16"]) == 0
     kept = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}

@@ -330,7 +330,7 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no password database")
 def test_commands_work_without_a_home_directory(run: Path, data_dir: Path, tmp_path: Path) -> None:
-    """`docker run --user 54321`, for example, sets no HOME and has no entry for the user."""
+    """For example, `docker run --user 54321` sets no HOME, and its user has no passwd entry."""
     image = next((data_dir / "test" / "red").iterdir())
     commands = [
         ["data", "fetch", "cifar10"],

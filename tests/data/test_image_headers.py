@@ -1,4 +1,4 @@
-"""Small files that would take a decoder minutes or gigabytes are rejected by their headers."""
+"""Small files that would take a decoder minutes or gigabytes are rejected based on the header."""
 
 import io
 from collections.abc import Callable

@@ -186,9 +186,8 @@ def test_large_jpegs_are_decoded_at_one_eighth_scale(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     with pytest.raises(ImageError, match="more than the 50,000 allowed"):  # an explicit limit
         read_image(content, max_pixels=50_000)
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", 30_000
-    )  # the image has more than four times as many
+    # The image has more than four times as many pixels.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
     with pytest.raises(ImageError, match=r"more than the 30,000 allowed, .*MAX_IMAGE_PIXELS$"):
         read_image(content)
 

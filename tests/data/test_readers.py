@@ -720,7 +720,7 @@ def test_digits_are_upsampled_from_scikit_learn() -> None:
         assert split.labels.tolist() == labels.tolist()
         assert split.images.dtype == torch.uint8
         assert (split.images == split.images[:, :1]).all()
-        # Averaged to 8x8, they are slightly blurred originals.
+        # Averaged to 8x8, the loaded images are slightly blurred originals.
         downsampled = split.images[:, 0].reshape(-1, 8, 4, 8, 4).double().mean(dim=(2, 4)).numpy()
         assert np.abs(downsampled / 255 - images / 16).mean() < 0.06
         assert np.corrcoef(downsampled.ravel(), images.ravel())[0, 1] > 0.99

@@ -49,7 +49,7 @@ def results(arch: str, mode: str, images: Tensor, labels: Tensor) -> list[Tensor
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet20-b", "plain20"])
 @pytest.mark.parametrize(("size", "side"), [(BATCH, 32), (5, 16)])
-def test_native_step_is_as_exact_as_pytorch(arch: str, size: int, side: int) -> None:
+def test_native_step_is_as_accurate_as_pytorch(arch: str, size: int, side: int) -> None:
     images, labels = batch(0, size, side)
     expected = results(arch, "fp64", images, labels)
 

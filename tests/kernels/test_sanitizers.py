@@ -13,7 +13,7 @@ from resnet56.kernels.native import native_network
 from resnet56.model import build
 
 SANITIZED = "cc -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
-# Loading a kernel compares its forward and backward pass with PyTorch. For the fused kernel, this
+# Loading a kernel compares its forward and backward passes with PyTorch. For the fused kernel, this
 # check includes short blocks. For the native step, its three networks cover all shortcuts.
 PROGRAM = """
 import os

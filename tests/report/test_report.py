@@ -867,7 +867,7 @@ def test_recipes_are_described_in_sentences() -> None:
     assert "without Cutout" in sentence
     assert "= 0.3, and the targets are mixed" in sentence
     assert sentence.endswith("Cutout and RICAP are disabled in the last 15 epochs.")
-    plain = Recipe(plain_tail=15)  # there is nothing to disable
+    plain = Recipe(plain_tail=15)  # no augmentation besides crops and flips
     assert "disabled" not in recipe_words.augmentation(plain, flips=True)
     assert recipe_words.is_augmented(Recipe(padding=0, mix="mixup"), flips=False)
     assert "no momentum" in recipe_words.optimizer(Recipe(momentum=0.0))

@@ -1,4 +1,4 @@
-"""Every run has ten slides, with few words and the numbers in its files."""
+"""Every run has ten slides, with few words and the numbers from its files."""
 
 import json
 import re

@@ -127,7 +127,7 @@ def test_swipes_change_the_slide(browser: "Browser", decks: dict[str, Path]) -> 
 
     swipe(-120, 10)
     assert shown(page) == 2
-    swipe(-30, 0)  # too short
+    swipe(-30, 0)  # too short for a swipe
     swipe(-120, 200)  # scrolls the page
     assert shown(page) == 2
     swipe(120, -10)

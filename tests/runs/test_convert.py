@@ -1,4 +1,4 @@
-"""Checkpoints of other projects become runs with equal outputs."""
+"""Checkpoints from other projects become runs with equal outputs."""
 
 import argparse
 import io
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class ExternalResNet(nn.Module):
-    """The network of another project, with its own names and forward pass."""
+    """A network from another project, with its own names and forward pass."""
 
     def __init__(self, layout: str, blocks: int = 1, classes: int = 10) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ pytest.importorskip("optuna")
 def test_a_storage_that_does_not_answer_causes_a_one_line_error(
     tiny: Dataset, recipe: Recipe, tmp_path: Path
 ) -> None:
-    with socket.socket() as unused:  # the port is bound, but nobody listens
+    with socket.socket() as unused:  # the port is bound, but no server listens
         unused.bind(("127.0.0.1", 0))
         url = f"postgresql://user:secret@127.0.0.1:{unused.getsockname()[1]}/name"
         with pytest.raises(RunError, match="does not respond") as caught:

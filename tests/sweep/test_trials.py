@@ -8,7 +8,7 @@ optuna = pytest.importorskip("optuna")
 
 
 def test_a_trial_is_not_trained_if_another_worker_makes_it_unnecessary() -> None:
-    """Two workers can start a trial at the same time, when only one is missing."""
+    """Two workers can start a trial at the same time although only one trial is missing."""
     trials = Trials(optuna.create_study(), total=2, unique=False, heartbeat=60)
     started = [trials.study.ask() for _ in range(3)]
     assert [trials.is_surplus(trial) for trial in started] == [False, False, True]

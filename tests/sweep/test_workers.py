@@ -25,7 +25,7 @@ pytest.importorskip("optuna")
 
 
 def work(dataset: Dataset, out: Path, storage: str, machine: str, last_step: int) -> None:
-    """Run a worker that pretends to run on a machine and hangs after a step."""
+    """Run a worker that reports `machine` as its host name and hangs before step `last_step`."""
     original_step = Trainer.step
 
     def step(self: Trainer, *arguments: Any) -> None:

@@ -86,7 +86,7 @@ def test_training_starts_from_the_weights(
 def test_the_classifier_is_new_if_the_classes_differ(
     tiny: Dataset, other_classes: Dataset, small: Recipe, trained: Path, tmp_path: Path
 ) -> None:
-    """All other layers are frozen, and the normalization of images does not change."""
+    """The other layers are frozen, and the normalization of the images does not change."""
     recipe = dataclasses.replace(small, epochs=1, weights=str(trained), freeze=("body",), seed=5)
     train(recipe, other_classes, tmp_path / "run", device="cpu")
     before, after = weights_of(trained), weights_of(tmp_path / "run")
@@ -102,7 +102,7 @@ def test_the_classifier_is_new_if_the_classes_differ(
 def test_frozen_layers_keep_their_batch_norm_statistics(
     tiny: Dataset, small: Recipe, trained: Path, tmp_path: Path
 ) -> None:
-    """This is also true if the statistics of an EMA are re-estimated (decay 0.9999)."""
+    """With an EMA decay of 0.9999, training re-estimates the statistics of the other layers."""
     recipe = dataclasses.replace(
         small, epochs=1, weights=str(trained), freeze=("stage1", "stage2.0"), ema_decay=(0.9999,)
     )

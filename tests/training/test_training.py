@@ -466,7 +466,7 @@ def launch_with_torchrun(job: dict[str, Any], directory: Path) -> None:
 
 
 def launch(job: dict[str, Any], directory: Path) -> None:
-    """Start the ranks without torchrun, where each process would import PyTorch."""
+    """Start the ranks without torchrun, whose processes would each import PyTorch."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
