@@ -18,7 +18,7 @@ def random_checkpoint(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES)
 
 
 def randomize(model: nn.Module, last: nn.Linear) -> None:
-    """Draw the parameters and statistics of batch norm, and the classifier, from a fixed seed."""
+    """Draw the parameters and statistics of batch norm, and the classifier, with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -336,8 +336,8 @@ def test_sums_start_from_zero_or_from_the_given_values() -> None:
     assert fresh.sums.tolist() == pytest.approx([12.5 + BATCH * loss, 40 + correct])
 
 
-# These losses were printed by this code (PyTorch 2.13, CPU). They detect changes of initialization,
-# forward pass, loss and optimizer.
+# The losses that this code printed with PyTorch 2.13 on a CPU. The test detects changes in the
+# initialization, forward pass, loss and optimizer.
 GOLDEN = {"resnet8": [2.3057, 2.2363, 2.2357], "resnet56": [2.2916, 3.4756, 3.9976]}
 
 

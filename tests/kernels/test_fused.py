@@ -265,9 +265,8 @@ def test_a_noexec_temporary_directory_is_reported_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(path: str) -> None:
-        raise OSError(
-            f"{path}: failed to map segment from shared object"
-        )  # the error of a directory that is mounted with noexec
+        # The message for a directory that is mounted with noexec.
+        raise OSError(f"{path}: failed to map segment from shared object")
 
     try:
         fused_norm_relu(torch.float32)

@@ -1,8 +1,9 @@
 """The native training step, compared with a reference in double precision.
 
-The reference rounds to bf16 where the kernel does, forward and backward. The remaining differences
-come from sums in single precision, and from the rounding steps and ReLUs whose results these sums
-change. Their size is estimated by running the reference in single precision.
+The reference rounds to bf16 where the kernel does, in the forward and backward passes. The
+remaining differences come from sums in single precision, and from the rounding steps and ReLUs
+whose results these sums change. Running the reference in single precision estimates the size of the
+differences.
 """
 
 import copy

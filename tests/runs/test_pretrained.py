@@ -39,8 +39,8 @@ def test_weights_are_small_and_match_their_card(name: str) -> None:
     assert pretrained.load(name).config.classes == tuple(card["config"]["classes"])
 
 
-# The first four logits of each model for `color_blocks(1)`. They detect changes in loading, folding
-# and inference.
+# The first four logits of each model for `color_blocks(1)`. The test detects changes in loading,
+# folding and inference.
 LOGITS = {
     "resnet56": [4.0024, -0.1410, -2.1779, 3.7853],
     "resnet56-bottleneck": [5.0284, -0.8478, 1.2547, 3.1830],

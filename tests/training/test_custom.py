@@ -70,7 +70,7 @@ class Averaging(torch.optim.SGD):
 
 
 rmsprop = functools.partial(torch.optim.RMSprop, momentum=0.9)
-# An optimizer whose state contains tensors of other shapes than the parameters.
+# An optimizer whose state contains tensors with shapes other than those of the parameters.
 adafactor = functools.partial(torch.optim.Adafactor, weight_decay=0.1)
 
 

@@ -501,7 +501,7 @@ def test_two_processes_match_one_process_and_resume(
         *,
         resume: bool = False,
     ) -> None:
-        """Train in two processes that must both save after the steps `saves`."""
+        """Train in two processes that must both save after the steps in `saves`."""
         job = {"recipe": recipe, "dataset": tiny, "out": out, "resume": resume}
         launch(job | {"saves": saves, "stop": stop}, tmp_path)
 

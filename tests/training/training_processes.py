@@ -42,7 +42,7 @@ def train_as_rank(job: dict[str, Any], environment: dict[str, str]) -> None:
     """Train as one of two ranks, which synchronize at every second step.
 
     Only the clock of the first rank triggers saving. Only the second rank receives a stop request,
-    in the middle of an epoch. Both must save after the steps `job["saves"]`.
+    in the middle of an epoch. Both ranks must save after the steps in `job["saves"]`.
     """
     os.environ.update(environment)
     first = os.environ["RANK"] == "0"
