@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Use one thread, which is faster for tiny networks on a busy machine. As a result, the processes
 # that tests start also round in the same way. PyTorch reads this variable on import.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A few tests use two threads. Waiting threads sleep, because other tests use the same cores.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 # A shell starts background jobs with SIGINT ignored. The tests of Ctrl-C need Python's own handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)

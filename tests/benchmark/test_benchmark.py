@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import context
 
-from resnet56.benchmark import benchmark
+from resnet56.benchmark import benchmark, roofline
 from resnet56.benchmark.baseline import AugmentedImages, BaselineLoop
 from resnet56.benchmark.benchmark import BenchmarkSetup
 from resnet56.benchmark.interleave import Candidate, interleave, summarize
@@ -160,6 +160,8 @@ def test_the_command_prints_tables_and_writes_json(
         benchmark, "peak_memory", lambda *_: dict.fromkeys(("baseline", "eager", "fused"), 1.0)
     )
     monkeypatch.setattr(benchmark, "START_REPEATS", 1)
+    monkeypatch.setattr(roofline, "CPU_MATRIX_SIZE", 128)
+    monkeypatch.setattr(roofline, "COPIED_ELEMENTS", 2**16)
     file = tmp_path / "bench.json"
     arguments = ["--arch", "resnet8", "--batch", "4", "--rounds", "1", "--seconds", "0.01"]
     assert main(["bench", *arguments, "--json", str(file)]) == 0

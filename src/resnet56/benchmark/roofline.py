@@ -9,17 +9,20 @@ from resnet56.benchmark.interleave import Candidate
 from resnet56.model import ResNet, build, describe
 from resnet56.runtime import DTYPES, Precision
 
+CPU_MATRIX_SIZE, GPU_MATRIX_SIZE = 2048, 8192  # rows and columns of the square matrices
+COPIED_ELEMENTS = 2**26  # 256 MiB, more than the caches hold
+
 
 def machine_limits(device: torch.device, precision: Precision) -> dict[str, float]:
     """Return the throughput of a matrix product in GFLOP/s and of a copy in GB/s.
 
     Each value is the best of ten runs.
     """
-    size = 2048 if device.type == "cpu" else 8192
+    size = CPU_MATRIX_SIZE if device.type == "cpu" else GPU_MATRIX_SIZE
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     # The source tensor does not contain zeros, because pages of zeros share physical memory until
     # the process writes to them.
-    source = torch.ones(2**26, device=device)
+    source = torch.ones(COPIED_ELEMENTS, device=device)
     target = torch.empty_like(source)
 
     def best_time(run_once: Callable[[], object]) -> float:
