@@ -53,9 +53,8 @@ def prepare_model(
 
     Args:
         model: the model on its device. Fused execution changes the model in place.
-        execution: the field `execution` of a recipe. On a CPU, `auto` selects native execution only
-            if the processor has a matrix unit. `auto` never selects `torch.compile`, which takes
-            about a minute to compile and is faster only in long runs.
+        execution: the `execution` field of a recipe. `auto` never selects `torch.compile`, which
+            takes about a minute to compile and is faster only in long runs.
         precision: precision of the forward pass.
         builtin: whether the model is a network from `build`. The kernels support no other models.
         graph_step: whether a CUDA graph supports the loss and the optimizer. A custom part may wait
@@ -97,7 +96,7 @@ def _native(request: _Request) -> PreparedModel:
     if not all(parameter.requires_grad for parameter in model.parameters()):
         raise UnavailableError("it does not support frozen layers")
     if not on_gpu:
-        network = native_network(model, allow_avx512=request.execution == "native")
+        network = native_network(model)
         return PreparedModel(network, "native")
     try:
         from resnet56.kernels.triton_network import triton_network

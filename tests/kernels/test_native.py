@@ -8,7 +8,6 @@ differences.
 
 import copy
 import ctypes
-import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def native(model: ResNet) -> NativeNetwork:
     try:
-        return native_network(model, allow_avx512=True)
+        return native_network(model)
     except UnavailableError as reason:
         skip_without_kernel(reason)
 
@@ -358,12 +357,12 @@ def test_unsupported_layers_are_rejected() -> None:
     native(build("resnet8"))  # skips the test if the kernel is unavailable
     with pytest.raises(UnavailableError, match="unsupported shortcut"):
         # This shortcut pads channels with stride 1.
-        native_network(ResNet(11, "bottleneck", "A"), allow_avx512=True)
+        native_network(ResNet(11, "bottleneck", "A"))
     for change in ({"bias": True}, {"padding": 0}, {"groups": 16}):
         model = build("resnet8")
         model.stage1[0].conv1 = nn.Conv2d(16, 16, 3, **({"padding": 1, "bias": False} | change))
         with pytest.raises(UnavailableError, match="unsupported layer"):
-            native_network(model, allow_avx512=True)
+            native_network(model)
 
 
 def test_the_default_dtype_does_not_matter() -> None:
@@ -412,17 +411,12 @@ def test_losses_of_native_training_match_eager_training(unit: str, arch: str) ->
     assert abs(losses["native"][-8:].mean() - losses["eager"][-8:].mean()) < 0.1
 
 
-def test_auto_selects_native_only_with_a_matrix_unit(unit: str) -> None:
+@pytest.mark.usefixtures("unit")
+def test_auto_selects_native_execution_with_and_without_a_matrix_unit() -> None:
     model = build("resnet8").to(memory_format=torch.channels_last)
     native(model)  # skips the test if the kernel is unavailable
-    forward = prepare_model(model, "auto", "bf16")
-    if unit == "vectors" or "vectors" not in UNITS:
-        assert forward.execution == "fused"
-        assert re.search("no matrix unit|not support the matrix unit", forward.reason)
-    elif forward.execution == "fused":
-        pytest.skip(forward.reason)
-    else:
-        assert (forward.execution, forward.reason) == ("native", "")
+    prepared = prepare_model(model, "auto", "bf16")
+    assert (prepared.execution, prepared.reason) == ("native", "")
 
 
 def test_another_precision_causes_a_one_line_error() -> None:
@@ -436,14 +430,14 @@ def test_a_processor_without_bf16_vectors_is_rejected(monkeypatch: pytest.Monkey
     native(build("resnet8"))  # skips the test if the kernel is unavailable
     monkeypatch.setenv("CC", "cc -mno-amx-tile -mno-amx-bf16 -mno-avx512bf16")
     with pytest.raises(UnavailableError, match="does not support AVX-512 BF16"):
-        native_network(build("resnet8"), allow_avx512=True)
+        native_network(build("resnet8"))
 
 
 def test_a_kernel_with_wrong_results_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     native(build("resnet8"))  # skips the test if the kernel is unavailable
     monkeypatch.setenv("CC", "cc -Dsqrt=fabs")
     with pytest.raises(UnavailableError, match="results differ from PyTorch's"):
-        native_network(build("resnet8"), allow_avx512=True)
+        native_network(build("resnet8"))
 
 
 def _without(structure: type[ctypes.Structure], field: str) -> type[ctypes.Structure]:
@@ -474,7 +468,7 @@ def test_a_mirror_that_differs_from_its_struct_is_rejected_in_one_line(
     native(build("resnet8"))  # skips the test if the kernel is unavailable
     monkeypatch.setattr(plan, mirror, change(getattr(plan, mirror)))
     with pytest.raises(UnavailableError, match=message) as caught:
-        native_network(build("resnet8"), allow_avx512=True)
+        native_network(build("resnet8"))
     assert "\n" not in str(caught.value)
 
 
@@ -489,4 +483,4 @@ def test_a_field_that_exists_only_in_c_is_rejected(
     # With another command, the kernel is compiled again.
     monkeypatch.setenv("CC", f"cc -I{tmp_path}")
     with pytest.raises(UnavailableError, match="struct conv differs between C and plan.py: sizeof"):
-        native_network(build("resnet8"), allow_avx512=True)
+        native_network(build("resnet8"))

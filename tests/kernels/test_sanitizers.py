@@ -30,14 +30,14 @@ compiler.FLAGS.remove("-O3")  # compiling with it takes a minute
 torch.set_num_threads(3)
 for dtype in (torch.float32, torch.bfloat16):
     fused_norm_relu(dtype)
-native_network(build("resnet8"), allow_avx512=True)
+native_network(build("resnet8"))
 print("clean")
 """
 
 
 def test_the_kernels_pass_the_sanitizers() -> None:
     try:
-        native_network(build("resnet8"), allow_avx512=True)
+        native_network(build("resnet8"))
     except UnavailableError as reason:
         skip_without_kernel(reason)
     libraries = []

@@ -19,7 +19,11 @@
  */
 #include <math.h>
 
-#include "positions.h"
+#ifdef __AMX_BF16__
+#include "amx.h"
+#else
+#include "avx512.h"
+#endif
 
 /* Returns the number of OpenMP threads. The loader compares this number with PyTorch's. */
 int resnet56_threads(void) { return omp_get_max_threads(); }
@@ -89,13 +93,6 @@ static Scratch *begin_thread(const Conv *c, char *arena, long arena_bytes, Scrat
     return m;
 }
 
-/* Computes the product for 64 positions by 16 outputs, or 32 positions by 32 outputs. */
-static inline void product(long columns, const bf16 *a, long stride, const int32_t *offsets,
-                           long chunks, const bf16 *b, float *tile) {
-    if (columns == LANES) product_64x16(a, stride, offsets, chunks, b, tile);
-    else product_32x32(a, stride, offsets, chunks, b, tile);
-}
-
 /* Computes z = conv(input) and the statistics of the batch norm after the convolution. `arena` is
  * scratch memory, with `arena_bytes` bytes per thread. */
 void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads) {
@@ -107,21 +104,22 @@ void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads
         Scratch *m = begin_thread(c, arena, arena_bytes, all, &saved);
         pack(c, 0, c->packed);
         int32_t offsets[l.chunks_in];
-        offsets_of(offsets, c->in, c->kernel, &l);
-        long group, end, groups = (c->images + c->group - 1) / c->group, mapped = 0;
+        Terms terms = terms_of(offsets, c->in, c->kernel, &l);
+        long distance = rows_are_pixels(c, c->stride, RUN) ? c->stride : 1;
+        long group, end, groups = (c->images + c->group - 1) / c->group, mapped = 0, total = 0;
         long size = c->height * c->width / (c->stride * c->stride);
         long rows = c->out == LANES ? 64 : 32, columns = c->out == LANES ? LANES : 2 * LANES;
         float tile[64 * LANES] __attribute__((aligned(64)));
         for (thread_range(groups, &group, &end); group < end; group++) {
             long first = group * c->group, count = min_long(c->group, c->images - first);
             float sums[2 * MAX_CHANNELS] = {0};
-            if (count != mapped) map_pixels(m->pixel_of, c, &l, c->stride, mapped = count);
+            if (count != mapped) total = map_rows(m, c, &l, c->stride, mapped = count, RUN);
             fill_input(c, &l, first, count, 0, m->input);
             for (long k = 0; k < c->out; k += columns)
-                for (long p = 0; p < count * l.span - l.pad * l.pitch; p += rows) {
-                    const bf16 *a = m->input + (l.lead + p) * c->in;
+                for (long p = 0; p < total; p += rows) {
                     const bf16 *b = c->packed + k / LANES * l.chunks_in * TILE;
-                    product(columns, a, 2 * c->in, offsets, l.chunks_in, b, tile);
+                    product(columns, m->input + l.lead * c->in, c->in, m->position_of + p, distance,
+                            &terms, b, tile);
                     store_results(c, tile, rows, columns, m->pixel_of + p, first * size, k, sums);
                 }
             add_sums(m->sums, sums, c->out, 2);
@@ -223,34 +221,11 @@ static void finish_gradient(Norm *norm, const Scratch *all, long row, long chann
 
 /* Adds the weight gradient of the images in the row of positions to m->weight_grad. */
 static void accumulate_weight_gradient(const Conv *c, const Layout *l, Scratch *m, long count) {
-    long n = position_count(l), used = (count * l->span + 31) / 32 * 32;
-    long plane_pitch = n + 32; /* an odd number of cache lines avoids cache conflicts */
-    interleave_positions(m->input, c->in, n, 0, m->pairs);
-    if (l->pad) interleave_positions(m->input, c->in, n, 1, m->pairs + n * c->in);
-    transpose_positions(m->gradient + l->lead * c->out, c->out, used, plane_pitch, m->planes);
-    /* A tile contains 16 inputs of one tap. A call computes five tiles for 16 outputs, or two tiles
-     * for 32 outputs. */
-    long tiles = l->taps * c->in / LANES, tiles_per_call = c->out == LANES || tiles % 2 ? 5 : 2;
-    long row_bytes = 4 * l->taps * c->in, rows = tiles_per_call == 2 ? 2 * LANES : LANES;
-    for (long o = 0; o < c->out; o += rows)
-        for (long t = 0; t < tiles; t += tiles_per_call) {
-            const bf16 *b[5];
-            float *to[5];
-            for (long j = 0; j < tiles_per_call; j++) {
-                long tile = min_long(t + j, tiles - 1), tap = tile / (c->in / LANES);
-                long channel = tile % (c->in / LANES) * LANES;
-                long row = tap / c->kernel - l->pad, column = tap % c->kernel - l->pad;
-                long from = l->lead + row * l->pitch + column;
-                b[j] = m->pairs + (from % 2 ? n * c->in : 0) + from / 2 * 2 * c->in + 2 * channel;
-                to[j] = m->weight_grad + (o * l->taps + tap) * c->in + channel;
-            }
-            const bf16 *a = m->planes + o * plane_pitch;
-            if (tiles_per_call == 2)
-                outer_2x2(a, 2 * plane_pitch, b, 4 * c->in, used / 32, to, row_bytes);
-            else
-                outer_1x5(a, 2 * plane_pitch, b, 4 * c->in, min_long(5, tiles - t), used / 32, to,
-                          row_bytes);
-        }
+    long end = (count * l->span + 31) / 32 * 32; /* the end of the last image, rounded up */
+    interleave_positions(m->input, c->in, l->positions, 0, m->pairs);
+    if (l->pad) interleave_positions(m->input, c->in, l->positions, 1, m->pairs + l->positions * c->in);
+    transpose_positions(m->gradient + l->lead * c->out, c->out, end, l->plane_pitch, m->planes);
+    add_weight_products(c, l, m, count);
 }
 
 /* Computes the gradients of the weights, the input, and the batch norms before the convolution. An
@@ -265,8 +240,8 @@ void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long thread
         if (c->input != PIXELS) pack(c, 1, c->packed_back);
         memset(m->weight_grad, 0, c->out * l.taps * c->in * 4);
         int32_t offsets[l.chunks_out];
-        offsets_of(offsets, c->out, c->kernel, &l);
-        long group, end, groups = (c->images + c->group - 1) / c->group, mapped = 0;
+        Terms terms = terms_of(offsets, c->out, c->kernel, &l);
+        long group, end, groups = (c->images + c->group - 1) / c->group, mapped = 0, total = 0;
         long rows = c->in == LANES ? 64 : 32, columns = c->in == LANES ? LANES : 2 * LANES;
         float tile[64 * LANES] __attribute__((aligned(64)));
         for (thread_range(groups, &group, &end); group < end; group++) {
@@ -276,12 +251,12 @@ void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long thread
             accumulate_weight_gradient(c, &l, m, count);
             if (c->input == PIXELS) continue;
             float sums[3 * MAX_CHANNELS] = {0};
-            if (count != mapped) map_pixels(m->pixel_of, c, &l, 1, mapped = count);
+            if (count != mapped) total = map_rows(m, c, &l, 1, mapped = count, RUN);
             for (long k = 0; k < c->in; k += columns)
-                for (long p = 0; p < count * l.span - l.pad * l.pitch; p += rows) {
-                    const bf16 *a = m->gradient + (l.lead + p) * c->out;
+                for (long p = 0; p < total; p += rows) {
                     const bf16 *b = c->packed_back + k / LANES * l.chunks_out * TILE;
-                    product(columns, a, 2 * c->out, offsets, l.chunks_out, b, tile);
+                    product(columns, m->gradient + l.lead * c->out, c->out, m->position_of + p, 1,
+                            &terms, b, tile);
                     store_gradients(c, tile, rows, columns, m->pixel_of + p,
                                     first * c->height * c->width, k, sums);
                 }

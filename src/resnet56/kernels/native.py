@@ -1,4 +1,4 @@
-"""Training steps in C on the matrix unit of a CPU (kernels/native.c).
+"""Training steps in C on a CPU (kernels/native.c), with its matrix unit or AVX-512 BF16.
 
 In PyTorch, a step of ResNet-56 consists of hundreds of operations that each read and write entire
 feature maps. The kernel fuses each convolution with the operations before and after it. A
@@ -22,26 +22,20 @@ from resnet56.kernels.plan import Plan, check_layouts
 from resnet56.model import ResNet
 
 
-def native_network(model: ResNet, *, allow_avx512: bool = False) -> "NativeNetwork":
+def native_network(model: ResNet) -> "NativeNetwork":
     """Wrap `model` in a module that runs its training steps in C.
 
     Args:
         model: model in fp32 on the CPU.
-        allow_avx512: whether to use AVX-512 BF16 on a CPU without a matrix unit.
 
     Raises:
         UnavailableError: the kernel cannot be compiled, the processor or the model is not
             supported, or the kernel's results differ from PyTorch's.
     """
-    if not allow_avx512 and not _has_matrix_unit():  # saves more than a second of compilation
-        raise UnavailableError("the processor has no matrix unit (AMX)")
     library = compile_kernel("native.c")
     check_layouts(library)
-    unit = library.resnet56_matrix_unit()
-    if unit == 0:
+    if library.resnet56_matrix_unit() == 0:
         raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
-    if unit == 1 and not allow_avx512:
-        raise UnavailableError("the compiler does not support the matrix unit (AMX)")
     network = NativeNetwork(model, library)
     _check(library)
     return network
@@ -120,11 +114,6 @@ class _Features(torch.autograd.Function):
             )
         _ = ctx.saved_tensors  # raises if a parameter has changed since the forward pass
         return None, None, *ctx.plan.backward(grad.float().contiguous())
-
-
-def _has_matrix_unit() -> bool:
-    # PyTorch 2.4 added this private function.
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
 
 
 @functools.cache

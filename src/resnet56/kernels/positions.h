@@ -2,8 +2,9 @@
 #include <omp.h>
 #include <stddef.h>
 
-#include "tiles.h"
+#include "vectors.h"
 
+enum { TILE = 512 };         /* bfloat16 values per tile of the weights */
 enum { MAX_CHANNELS = 256 }; /* maximum number of inputs or outputs of a convolution */
 enum input { PIXELS, NORM, BLOCK, PLAIN };
 enum shortcut { NONE, IDENTITY, PADDED, PROJECTED };
@@ -81,7 +82,8 @@ typedef struct {
     bf16 *input, *gradient; /* (positions, channels), padded with zeros */
     bf16 *pairs;            /* input, positions interleaved in pairs: (0, 1)..., then (1, 2)... */
     bf16 *planes;           /* gradient, (channels, positions) */
-    int32_t *pixel_of;      /* pixel of each position in the output map, or -1 */
+    int32_t *position_of;   /* position of each row of a product */
+    int32_t *pixel_of;      /* pixel of each row of a product in the output map, or -1 */
     float *weight_grad;     /* (out, taps, in) */
     double *sums;           /* (3, MAX_CHANNELS) */
 } Scratch;
@@ -101,9 +103,11 @@ typedef struct {
  * `pixel_of` is -1.
  *
  * `pitch` is the number of positions per row of pixels, `span` is the number of positions per
- * image, and `lead` is the number of zeros at the start. */
+ * image, and `lead` is the number of zeros at the start. `positions` also counts the padding that
+ * products read past the end. `plane_pitch` is the number of positions per channel after
+ * transposition; an odd number of cache lines avoids cache conflicts. */
 typedef struct {
-    long pad, pitch, span, lead, count, taps, chunks_in, chunks_out;
+    long pad, pitch, span, lead, taps, chunks_in, chunks_out, positions, plane_pitch;
 } Layout;
 
 /* Returns the number of chunks of 32 inputs in the sum for a result. With 16 channels, a chunk
@@ -119,32 +123,29 @@ static Layout layout_of(const Conv *c) {
     l.pitch = c->width + l.pad;
     l.span = (c->height + l.pad) * l.pitch;
     l.lead = l.pad * (l.pitch + 1);
-    l.count = c->group * l.span;
     l.taps = c->kernel * c->kernel;
     l.chunks_in = chunks_of(c->in, c->kernel);
     l.chunks_out = chunks_of(c->out, c->kernel);
+    l.positions = (c->group * l.span + 2 * l.lead + 64 + 32 + 63) / 64 * 64;
+    l.plane_pitch = l.positions + 32;
     return l;
-}
-
-/* Returns the number of positions, including the padding that tiles read past the end. */
-static long position_count(const Layout *l) {
-    return (l->count + 2 * l->lead + 64 + 32 + 63) / 64 * 64;
 }
 
 static long bytes(long count) { return (count + 63) / 64 * 64; }
 
 static long allocate_scratch(const Conv *c, char *base, Scratch *m) {
     Layout l = layout_of(c);
-    long n = position_count(&l), at = 0;
+    long n = l.positions, at = 0;
     char *start = (char *)(((uintptr_t)base + 63) / 64 * 64);
 #define ALLOCATE(name, size) m->name = (void *)(start + at); at += bytes(size) + 64
     ALLOCATE(sums, 3 * MAX_CHANNELS * 8);
     ALLOCATE(weight_grad, c->out * l.taps * c->in * 4);
+    ALLOCATE(position_of, n * 4);
     ALLOCATE(pixel_of, n * 4);
     ALLOCATE(input, n * c->in * 2);
     ALLOCATE(gradient, n * c->out * 2);
     ALLOCATE(pairs, 2 * n * c->in * 2);
-    ALLOCATE(planes, (n + 32) * c->out * 2);
+    ALLOCATE(planes, l.plane_pitch * c->out * 2);
 #undef ALLOCATE
     return at + 64;
 }
@@ -171,13 +172,25 @@ static Chunk chunk_of(long k, long channels, long kernel) {
     return chunk;
 }
 
-/* Computes the offset of each chunk from the first value of a position, in values. */
-static void offsets_of(int32_t *offsets, long channels, long kernel, const Layout *l) {
-    for (long k = 0; k < chunks_of(channels, kernel); k++) {
+/* Returns the distance from a position to the one that a tap reads. */
+static long shift_of(const Layout *l, long row, long column) {
+    return (row - l->pad) * l->pitch + column - l->pad;
+}
+
+/* The terms of a sum over the taps and inputs. Chunks of the same kernel row are adjacent in memory,
+ * except that with 16 channels, the second half of a row's last chunk may be unused. */
+typedef struct {
+    long rows, chunks_per_row, pairs_per_row;
+    int32_t *offsets; /* offset of each chunk from the first value of a position, in values */
+} Terms;
+
+static Terms terms_of(int32_t *offsets, long channels, long kernel, const Layout *l) {
+    long chunks = chunks_of(channels, kernel);
+    for (long k = 0; k < chunks; k++) {
         Chunk at = chunk_of(k, channels, kernel);
-        long shift = (at.row - l->pad) * l->pitch + at.column - l->pad;
-        offsets[k] = shift * channels + at.channel;
+        offsets[k] = shift_of(l, at.row, at.column) * channels + at.channel;
     }
+    return (Terms){kernel, chunks / kernel, kernel * channels / 2, offsets};
 }
 
 /* Packs the weights into bfloat16 tiles: [16 outputs][chunk][input pair][output][2]. For the
@@ -217,15 +230,32 @@ static void pack(const Conv *c, int back, bf16 *packed) {
     }
 }
 
-/* Maps each position of `count` images to its pixel in a map that is `stride` times smaller. */
-static void map_pixels(int32_t *pixel_of, const Conv *c, const Layout *l, long stride, long count) {
-    long n = position_count(l), height = c->height / stride, width = c->width / stride;
-    for (long p = 0; p < n; p++) pixel_of[p] = -1;
+/* Returns whether the rows of a product are the pixels of an output map that is `stride` times
+ * smaller than the input. This requires rows of pixels that consist of runs of `run` pixels, because
+ * the positions of a run have a constant distance. Otherwise, the rows are all positions. */
+static int rows_are_pixels(const Conv *c, long stride, long run) {
+    return run && c->width / stride % run == 0;
+}
+
+/* Maps each row of a product to its position and its pixel. Returns the number of rows. */
+static long map_rows(Scratch *m, const Conv *c, const Layout *l, long stride, long count,
+                     long run) {
+    long height = c->height / stride, width = c->width / stride;
+    int pixels = rows_are_pixels(c, stride, run);
+    for (long p = 0; p < l->positions; p++) {
+        m->pixel_of[p] = -1;
+        m->position_of[p] = pixels ? 0 : p;
+    }
     for (long i = 0; i < count; i++)
         for (long y = 0; y < height; y++)
-            for (long x = 0; x < width; x++)
-                pixel_of[i * l->span + y * stride * l->pitch + x * stride] =
-                    (i * height + y) * width + x;
+            for (long x = 0; x < width; x++) {
+                long pixel = (i * height + y) * width + x;
+                long position = i * l->span + y * stride * l->pitch + x * stride;
+                long row = pixels ? pixel : position;
+                m->position_of[row] = position;
+                m->pixel_of[row] = pixel;
+            }
+    return pixels ? count * height * width : count * l->span - l->pad * l->pitch;
 }
 
 /* Writes zeros to the lead, the padding, and the positions that tiles read past the end. */
@@ -332,7 +362,7 @@ static void fill_input(const Conv *c, const Layout *l, long first, long count, i
 static void fill_gradient(const Conv *c, const Layout *l, long first, long count, bf16 *positions) {
     const Norm *norm = c->result_norm;
     long s = c->stride, height = c->height / s, width = c->width / s, out = c->out;
-    if (s > 1) memset(positions, 0, position_count(l) * out * 2);
+    if (s > 1) memset(positions, 0, l->positions * out * 2);
     else zero_padding(positions, c, l, out, count);
     for (long i = 0; i < count; i++)
         for (long y = 0; y < height; y++) {
@@ -352,10 +382,10 @@ static void fill_gradient(const Conv *c, const Layout *l, long first, long count
 
 /* Interleaves the channels of each pair of positions. The pairs start at position 0, or at
  * position 1 if `odd` is set. */
-static void interleave_positions(const bf16 *positions, long channels, long n, int odd,
+static void interleave_positions(const bf16 *positions, long channels, long count, int odd,
                                  bf16 *pairs) {
     positions += odd * channels;
-    for (long p = 0; p + odd + 1 < n; p += 2)
+    for (long p = 0; p + odd + 1 < count; p += 2)
         for (long k = 0; k < channels; k += LANES) {
             const bf16 *at = positions + p * channels + k;
             _mm512_storeu_si512(pairs + p * channels + 2 * k, interleave(at, at + channels));
@@ -377,4 +407,10 @@ static void transpose_positions(const bf16 *positions, long channels, long count
             for (int i = 0; i < 16; i++)
                 _mm512_storeu_si512(planes + (k + i) * pitch + p, r[i]);
         }
+}
+
+/* Returns the pairs (position, position + 1) of channels `k` and following. */
+static const bf16 *pairs_at(const Conv *c, const Layout *l, const Scratch *m, long position,
+                            long k) {
+    return m->pairs + (position % 2 * l->positions + position / 2 * 2) * c->in + 2 * k;
 }

@@ -1,6 +1,5 @@
-/* Products of tiles of 16 rows by 32 bfloat16 values. The products use the processor's matrix unit
- * (AMX: Intel Architecture Software Developer's Manual, volume 1, chapter 18) if available, and
- * vectors otherwise. The results differ only in the order of summation.
+/* The products of a convolution on the processor's matrix unit (AMX: Intel Architecture Software
+ * Developer's Manual, volume 1, chapter 18).
  *
  * A tile of the second factor has 16 rows of 16 pairs. Pair j of row i contains values 2i and
  * 2i + 1 of column j.
@@ -8,9 +7,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "vectors.h"
+#include "positions.h"
 
-enum { TILE = 512 }; /* bfloat16 values per tile */
+enum { RUN = 0 }; /* the rows of a product are always positions */
 
 /* Contents of the tile registers t0 to t7. A register has 16 rows of 64 bytes. The factors are
  * bfloat16, and the products are float32: [positions x inputs] times [pairs of inputs x outputs].
@@ -27,8 +26,6 @@ enum { TILE = 512 }; /* bfloat16 values per tile */
  *   t5: 16     t0  t1  t2  t3  t4          t4: outputs 0-15     t0           t1
  *   outputs                                t7:         16-31    t2           t3
  */
-
-#ifdef __AMX_BF16__
 
 /* Returns 2 if products use the matrix unit, 1 if they use vectors, and 0 if the operating system
  * denies access to the matrix unit. */
@@ -168,77 +165,38 @@ static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *p
     _tile_stored(3, c1 + 16 * c_bytes, c_bytes);
 }
 
-#else
+/* Computes the product for 64 positions by 16 outputs, or 32 positions by 32 outputs. */
+static inline void product(long columns, const bf16 *map, long channels, const int32_t *position_of,
+                           long distance, const Terms *terms, const bf16 *b, float *tile) {
+    const bf16 *a = map + position_of[0] * channels;
+    long chunks = terms->rows * terms->chunks_per_row;
+    (void)distance; /* 1, because the rows are positions */
+    if (columns == LANES) product_64x16(a, 2 * channels, terms->offsets, chunks, b, tile);
+    else product_32x32(a, 2 * channels, terms->offsets, chunks, b, tile);
+}
 
-int resnet56_matrix_unit(void) { return 1; }
-
-struct config {
-    char unused;
-};
-static void begin_tiles(struct config *saved) { (void)saved; }
-static void end_tiles(const struct config *saved) { (void)saved; }
-
-/* Computes c[16][16] += a (16 rows of 32 values) times b (16 rows of 16 pairs). Strides are in
- * bytes. */
-static inline void multiply(const void *a, long a_stride, const void *b, long b_stride, __m512 *c) {
-    for (int k = 0; k < 16; k++) {
-        __m512bh row = (__m512bh)_mm512_loadu_si512((const char *)b + k * b_stride);
-#pragma GCC unroll 16
-        for (int m = 0; m < 16; m++) {
-            int32_t pair;
-            memcpy(&pair, (const char *)a + m * a_stride + 4 * k, 4);
-            c[m] = _mm512_dpbf16_ps(c[m], (__m512bh)_mm512_set1_epi32(pair), row);
+/* Adds the products of m->planes and m->pairs to m->weight_grad. The sums are over all positions. */
+static void add_weight_products(const Conv *c, const Layout *l, Scratch *m, long count) {
+    long chunks = (count * l->span + 31) / 32, plane_bytes = 2 * l->plane_pitch;
+    /* A tile contains 16 inputs of one tap. A call computes five tiles for 16 outputs, or two tiles
+     * for 32 outputs. */
+    long tiles = l->taps * c->in / LANES, tiles_per_call = c->out == LANES || tiles % 2 ? 5 : 2;
+    long row_bytes = 4 * l->taps * c->in, rows = tiles_per_call == 2 ? 2 * LANES : LANES;
+    for (long o = 0; o < c->out; o += rows)
+        for (long t = 0; t < tiles; t += tiles_per_call) {
+            const bf16 *b[5];
+            float *to[5];
+            for (long j = 0; j < tiles_per_call; j++) {
+                long tile = min_long(t + j, tiles - 1), tap = tile / (c->in / LANES);
+                long channel = tile % (c->in / LANES) * LANES;
+                b[j] = pairs_at(c, l, m, l->lead + shift_of(l, tap / c->kernel, tap % c->kernel), channel);
+                to[j] = m->weight_grad + (o * l->taps + tap) * c->in + channel;
+            }
+            const bf16 *a = m->planes + o * l->plane_pitch;
+            if (tiles_per_call == 2)
+                outer_2x2(a, plane_bytes, b, 4 * c->in, chunks, to, row_bytes);
+            else
+                outer_1x5(a, plane_bytes, b, 4 * c->in, min_long(5, tiles - t), chunks, to,
+                          row_bytes);
         }
-    }
 }
-
-static inline void load_tile(__m512 *c, const float *from, long bytes) {
-    for (int m = 0; m < 16; m++) c[m] = load_float((const float *)((const char *)from + m * bytes));
-}
-
-static inline void store_tile(const __m512 *c, float *to, long bytes) {
-    for (int m = 0; m < 16; m++) _mm512_storeu_ps((char *)to + m * bytes, c[m]);
-}
-
-/* Computes a tile of 16 positions by 16 outputs. */
-static inline void product_16x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
-                                 const bf16 *b, float *to, long bytes) {
-    __m512 c[16];
-    for (int m = 0; m < 16; m++) c[m] = _mm512_setzero_ps();
-    for (long k = 0; k < chunks; k++) multiply(a + offsets[k], stride, b + k * TILE, 64, c);
-    store_tile(c, to, bytes);
-}
-
-static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
-                          const bf16 *b, float *c) {
-    for (long i = 0; i < 4; i++)
-        product_16x16(a + 8 * i * stride, stride, offsets, chunks, b, c + 256 * i, 64);
-}
-
-static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, long chunks,
-                          const bf16 *b, float *c) {
-    for (long i = 0; i < 2; i++)
-        for (long j = 0; j < 2; j++)
-            product_16x16(a + 8 * i * stride, stride, offsets, chunks, b + j * chunks * TILE,
-                          c + 512 * i + 16 * j, 128);
-}
-
-static void outer_1x5(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
-                      long pair_bytes, long tiles, long chunks, float *const *c, long c_bytes) {
-    for (long i = 0; i < tiles; i++) {
-        __m512 sums[16];
-        load_tile(sums, c[i], c_bytes);
-        for (long k = 0; k < chunks; k++)
-            multiply(planes + 32 * k, plane_bytes, pairs[i] + 8 * k * pair_bytes, pair_bytes, sums);
-        store_tile(sums, c[i], c_bytes);
-    }
-}
-
-static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *pairs,
-                      long pair_bytes, long chunks, float *const *c, long c_bytes) {
-    float *second[2] = {c[0] + 4 * c_bytes, c[1] + 4 * c_bytes};
-    outer_1x5(planes, plane_bytes, pairs, pair_bytes, 2, chunks, c, c_bytes);
-    outer_1x5(planes + 8 * plane_bytes, plane_bytes, pairs, pair_bytes, 2, chunks, second, c_bytes);
-}
-
-#endif
