@@ -151,8 +151,8 @@ class Recipe:
     """Implementation of the training step. All implementations agree to within rounding
     error. eager: PyTorch operations; fused: batch norm and ReLU in one kernel (CPU); native:
     kernels in bf16, in C (CPUs with AMX or AVX-512 BF16) or Triton (CUDA); cuda-graph: PyTorch
-    operations in a CUDA graph; compiled: torch.compile, which takes about a minute to compile; auto: the first of
-    native, fused, cuda-graph and eager that is available."""
+    operations in a CUDA graph; compiled: torch.compile, which takes about a minute to compile;
+    auto: the first of native, fused, cuda-graph and eager that is available."""
 
     val_size: int = 0
     """Number of training images to use for validation instead of for training. The split is

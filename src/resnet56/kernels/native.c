@@ -1,5 +1,5 @@
-/* The convolutions of a residual network on a processor's matrix unit. Each convolution is fused
- * with the operations before and after it.
+/* The convolutions of a residual network. Each convolution is fused with the operations before and
+ * after it.
  *
  * With separate operations, a training step is memory-bound: each convolution, batch norm, ReLU and
  * addition reads and writes entire feature maps. Here, one call computes a convolution, forward or
@@ -12,8 +12,9 @@
  * A thread copies a few images at a time into a row of positions (see the picture in positions.h).
  * A zero pixel follows each row of pixels, and a row of zeros follows each image. These zeros
  * provide the padding on both sides. In this layout, a tap of the kernel is a shift within the row
- * of positions. A convolution is therefore a sum of products of two tiles: 16 positions by 32
- * inputs, and 32 inputs by 16 outputs.
+ * of positions. A convolution is therefore a sum of matrix products, one for each tap: positions by
+ * inputs, times inputs by outputs. amx.h computes these products on the processor's matrix unit, and
+ * avx512.h with vector instructions.
  *
  * tests/kernels/reference.py computes the same convolution with plain loops over this layout.
  */
