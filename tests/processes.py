@@ -7,7 +7,14 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOADED = ["resnet56.benchmark.benchmark", "resnet56.training", "optuna.storages"]
+# PyTorch imports torch._dynamo when it creates an optimizer. The metrics import scikit-learn.
+PRELOADED = [
+    "resnet56.benchmark.benchmark",
+    "resnet56.training",
+    "torch._dynamo",
+    "sklearn.metrics",
+    "optuna.storages",
+]
 
 
 def context() -> BaseContext:
@@ -22,9 +29,14 @@ def context() -> BaseContext:
     return forking
 
 
-def start(target: Callable[..., None], *arguments: object, stderr: Path) -> BaseProcess:
-    """Call `target` in a new process that writes its errors to a file."""
-    process = context().Process(target=_run, args=(target, arguments, stderr), daemon=True)
+def start(
+    target: Callable[..., None], *arguments: object, stderr: Path, daemon: bool = True
+) -> BaseProcess:
+    """Call `target` in a new process that writes its errors to a file.
+
+    A daemon cannot start processes, and is terminated when this process exits.
+    """
+    process = context().Process(target=_run, args=(target, arguments, stderr), daemon=daemon)
     process.start()
     return process
 

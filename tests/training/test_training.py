@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -19,7 +18,7 @@ import training_processes
 from processes import start
 from requires_kernels import skip_without_kernel
 from resuming import assert_same_run, run_until, without_times
-from training_processes import train_as_rank, train_until_killed
+from training_processes import torchrun, train_as_rank, train_until_killed
 
 from resnet56 import cadence
 from resnet56.data import augment, batches
@@ -453,16 +452,16 @@ def test_missing_tensorboard_raises_an_error_before_the_run_is_created(
 
 
 def launch_with_torchrun(job: dict[str, Any], directory: Path) -> None:
+    """Start the ranks as `torchrun` does, but fork them instead of importing PyTorch again."""
     (directory / "job").write_bytes(pickle.dumps(job))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    completed = subprocess.run(
-        [sys.executable, *command, training_processes.__file__, str(directory / "job")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=DEADLOCK,
-    )
-    assert completed.returncode == 0, completed.stderr
+    script = [training_processes.__file__, str(directory / "job")]
+    options = ["--standalone", "--nproc-per-node=2", "--run-path", "--start-method=forkserver"]
+    stderr = directory / "stderr-torchrun"
+    launcher = start(torchrun, [*options, *script], stderr=stderr, daemon=False)
+    launcher.join(DEADLOCK)
+    launcher.kill()
+    launcher.join()
+    assert launcher.exitcode == 0, stderr.read_text()
 
 
 def launch(job: dict[str, Any], directory: Path) -> None:

@@ -77,5 +77,12 @@ def train_as_rank(job: dict[str, Any], environment: dict[str, str]) -> None:
     assert not [name for task in tasks if "gloo" in (name := task.read_text())]
 
 
+def torchrun(arguments: list[str]) -> None:
+    """Run the command `torchrun` in this process."""
+    from torch.distributed.run import main
+
+    main(arguments)
+
+
 if __name__ == "__main__":  # started by torchrun
     train_as_rank(pickle.loads(Path(sys.argv[1]).read_bytes()), {})
