@@ -80,6 +80,18 @@ def small() -> "Recipe":
     )
 
 
+@pytest.fixture
+def blank_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the charts of reports empty, because drawing them takes most of the time of a report.
+
+    For tests that check neither charts nor their files.
+    """
+    from resnet56.report.plots import Chart
+
+    monkeypatch.setattr(Chart, "svg", lambda chart: f'<svg id="{chart.name}"></svg>')
+    monkeypatch.setattr(Chart, "png", lambda chart: b"")
+
+
 @pytest.fixture(scope="session")
 def cifar10() -> "Dataset":
     """Return the published CIFAR-10 in $CIFAR10_DIR. Tests fail if its checksums differ."""

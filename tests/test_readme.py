@@ -29,14 +29,15 @@ def offline_commands() -> list[list[str]]:
 
 # The commands run in one process, because importing PyTorch takes longer than most of them.
 # ResNet-8 replaces the ResNet-56 of the recipe, and networks of eight layers replace those that are
-# inspected. They take a tenth of the time.
+# inspected. They take a tenth of the time. With a higher learning rate, ResNet-8 learns the digits
+# in half of the epochs.
 SMALLER = {"plain56": "plain8", "resnet56": "resnet8"}
 SESSION = """
 import json, sys
 from dataclasses import replace
 from resnet56.cli import main
 from resnet56.recipe import RECIPES
-RECIPES["quick"] = replace(RECIPES["quick"], arch="resnet8")
+RECIPES["quick"] = replace(RECIPES["quick"], arch="resnet8", epochs=3, lr=0.1)
 for words in json.loads(sys.argv[1]):
     code = main(words)
     print("\\0", end="", flush=True)

@@ -115,6 +115,7 @@ def test_reports_are_deterministic(full: Path, tmp_path: Path) -> None:
     assert again.read_bytes() == (full / "report.html").read_bytes()
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_a_plain_network_is_not_described_as_residual(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain56", "resnet56")]
     plain, residual = (page_of(run) for run in runs)
@@ -135,6 +136,7 @@ def test_an_unfinished_run_is_reported_as_unfinished(tmp_path: Path) -> None:
     assert "loss-figure_1" in page.ids
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
     """The run was trained further after its evaluation."""
     run = make_run(tmp_path / "run", extras=True)
@@ -154,6 +156,7 @@ def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
     assert "No difference can be tested." in compared.text
 
 
+@pytest.mark.usefixtures("blank_charts")
 @pytest.mark.parametrize("tested", [True, False])
 def test_an_imported_network_has_no_recipe_and_no_curves(tmp_path: Path, tested: bool) -> None:
     run = make_run(tmp_path / "theirs", done=0, tested=tested, extras=tested)
@@ -194,6 +197,7 @@ def test_a_directory_is_rejected_as_output(full: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_a_repeated_seed_counts_once(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / name, replace(BEST, seed=seed), accuracy=share, seed=number)
@@ -245,6 +249,7 @@ def test_more_than_150_classes_are_shown_in_a_confusion_chart(tmp_path: Path) ->
     assert "confusion-figure_1" in page.ids
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_the_page_of_a_tested_run_suggests_what_to_say_in_a_meeting(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     environment = read_json(run / "environment.json")
@@ -264,6 +269,7 @@ def test_the_page_of_a_tested_run_suggests_what_to_say_in_a_meeting(tmp_path: Pa
     assert "Meeting" not in untested.text
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_only_relevant_fields_are_shown(tmp_path: Path) -> None:
     best = recipe_words.fields(BEST, flips=True)
     assert {"schedule", "cutout", "flip", "ema_decay"} <= best.keys()
@@ -293,6 +299,7 @@ def skeleton(page: str) -> list[str]:
     return [text for _, text in found] + re.findall("<dt>(.*?)</dt>", recipe)
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_the_example_report_is_up_to_date(tmp_path: Path) -> None:
     """If this fails, run `python tools/example_report.py DIR RUN`."""
     docs = Path(__file__).parents[2] / "docs"
@@ -497,6 +504,7 @@ def test_a_comparison_ranks_runs_and_groups_seeds(
     assert "The variance of a single run is unknown." in page.text
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_errors_over_epochs_are_plotted(tmp_path: Path) -> None:
     """As in figure 6 of He et al. 2015, each run has a dashed and a solid curve in one color."""
     runs = [make_run(tmp_path / arch, replace(BEST, arch=arch)) for arch in ("plain20", "resnet20")]
@@ -543,6 +551,7 @@ def test_a_comparison_is_written_as_markdown(several: list[Path], tmp_path: Path
         assert len({line.count("|") for line in lines.splitlines()}) == 1, lines
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_comparisons_of_untested_runs_or_other_images_have_a_warning(tmp_path: Path) -> None:
     a = make_run(tmp_path / "1" / "run", images=100)
     b = make_run(tmp_path / "2" / "run", classes=("a", "b"), images=100)
@@ -566,6 +575,7 @@ def test_comparisons_of_untested_runs_or_other_images_have_a_warning(tmp_path: P
     assert "All recipes are the same." in page.text
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_runs_with_a_validation_set_are_ranked_by_validation_accuracy(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / name, replace(BEST, val_size=500, lr=lr), accuracy=share, seed=seed)
@@ -897,6 +907,7 @@ def test_numbers_are_formatted_for_readers() -> None:
     assert words.listed(["a", "b"]) == "a and b"
 
 
+@pytest.mark.usefixtures("blank_charts")
 @pytest.mark.parametrize("flip", [True, False])
 def test_flips_are_described_if_the_run_recorded_them(tmp_path: Path, flip: bool) -> None:
     run = make_run(tmp_path / "run", done=1, tested=False)
