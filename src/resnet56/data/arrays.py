@@ -33,10 +33,11 @@ def is_benchmark(path: Path) -> bool:
 def load_benchmark(path: Path, classes: int) -> Iterator[tuple[str, Split]]:
     """Yield the name and the split of each test set in a directory of .npy files.
 
-    CIFAR-10-C consists of `labels.npy` and one uint8 array (50,000, 32, 32, 3) per corruption. The
-    array contains the five severities in order. CIFAR-10.1 consists of `NAME_data.npy` and
-    `NAME_labels.npy`. The function also accepts other common pairs of names, such as `x_NAME.npy`
-    and `y_NAME.npy`. Label arrays have an integer dtype and shape (N,) or (N, 1).
+    CIFAR-10-C consists of `labels.npy` and one uint8 array of shape (50,000, 32, 32, 3) per
+    corruption. This array contains the five severities in order. CIFAR-10.1 consists of
+    `NAME_data.npy` and `NAME_labels.npy`. The function also accepts other common pairs of names,
+    such as `x_NAME.npy` and `y_NAME.npy`. Label arrays have an integer dtype and shape (N,) or
+    (N, 1).
 
     Raises:
         DataError: an array has an unexpected shape or dtype, labels are missing or out of range, or

@@ -47,7 +47,7 @@ class Augmentation:
     function: Callable[[Tensor], Tensor] | None = None
 
     def in_epoch(self, epoch: int) -> "Augmentation":
-        """Return the settings for `epoch` (from 0)."""
+        """Return the settings for `epoch`, a zero-based index."""
         if self.plain_tail_from is None or epoch < self.plain_tail_from:
             return self
         return replace(self, cutout=0, trivial_augment=False, mix="none")

@@ -109,7 +109,8 @@ class Batches:
     def _first_flips(self) -> Tensor:
         """For alternating flips, return a Boolean mask (N,) of the images to flip in even epochs.
 
-        This mask and the order of the images in epoch 0 use the same seed, which is harmless.
+        The mask has the same seed as the order of the images in epoch 0. Sharing the seed is
+        harmless.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()

@@ -266,7 +266,7 @@ def _binary_records(layout: _Layout, file: Path, count: int) -> Iterator[UInt8Ar
             yield records.reshape(-1, record)
 
 
-# Pixels, labels and coarse labels of a file.
+# The pixels, labels and coarse labels in a file.
 _Batch = tuple[UInt8Array, UInt8Array, UInt8Array]
 
 

@@ -142,8 +142,8 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
     """
     generator = torch.Generator().manual_seed(seed)
     out = CORRUPTIONS[name](images.float() / 255, severity, generator)
-    # Truncate instead of rounding, as the benchmark's script does. Without the offset, rounding
-    # errors would decrease exact integers by 1.
+    # Like the benchmark's script, truncate instead of rounding. The offset prevents rounding errors
+    # from turning an exact integer into the next smaller integer.
     return (out.clamp(0, 1) * 255 + 1e-3).floor().to(torch.uint8)
 
 

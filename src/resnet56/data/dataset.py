@@ -165,14 +165,14 @@ def normalize_class_name(name: str) -> str:
     categories = {unicodedata.category(character) for character in composed}
     if not composed or categories & {"Cc", "Cs", "Zl", "Zp"}:
         raise DataError(
-            f"{name!a} is not a valid class name: it is empty, not Unicode, or contains control "
-            "characters; rename it"
+            f"{name!a} is not a valid class name: it is empty, is not Unicode, or contains "
+            "control characters; rename it"
         )
     return composed
 
 
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Match names to `classes`. Return a mapping from matched names to classes, and remarks.
+    """Match names to `classes`. Return the class of each matched name, and a list of remarks.
 
     Names are compared in NFC form without surrounding whitespace. If a name has no exact match,
     case is ignored, and the name must match exactly one class.
@@ -224,10 +224,10 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
             "(each part needs an image of every class)"
         )
     for _ in range(count - int(selected.sum())):
-        # The number of images that each class lacks for a proportional share, times `total`.
+        # How many images each class needs to reach its proportional share, multiplied by `total`.
         deficit = count * sizes - total * selected
         selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
-    # NumPy guarantees that the output of RandomState never changes, unlike the output of Generator.
+    # RandomState produces the same output for a seed in all versions of NumPy. Generator may not.
     order = np.random.RandomState(seed).permutation(total)
     mask = np.zeros(total, dtype=bool)
     for index, size in enumerate(selected):
@@ -244,11 +244,11 @@ def training_split(dataset: Dataset, val_size: int) -> tuple[Split, Split | None
 
 
 def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
-    """Return channel means and standard deviations of uint8 images (N, 3, H, W), scaled to [0, 1].
+    """Return the channel means and standard deviations of uint8 images (N, 3, H, W).
 
-    The standard deviation of a constant channel is set to 1.0 to avoid division by zero. The sums
-    are computed from a histogram, so they are exact and require no copy of the images in a wider
-    dtype.
+    Both refer to pixels scaled to [0, 1]. The standard deviation of a constant channel is set to
+    1.0 to avoid division by zero. The sums are computed from a histogram, so they are exact and
+    require no copy of the images in a wider dtype.
 
     Raises DataError if there are no images.
     """
@@ -264,7 +264,10 @@ def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
 
 
 def _mean_std(counts: list[int]) -> tuple[float, float]:
-    """Return the mean and standard deviation of pixels, scaled to [0, 1], from their histogram."""
+    """Compute the mean and standard deviation of pixels, scaled to [0, 1], from a uint8 histogram.
+
+    A standard deviation of zero is replaced by 1.0.
+    """
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))

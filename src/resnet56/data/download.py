@@ -288,7 +288,7 @@ def _receive(
             return True  # there are no more bytes: `part` is complete, or it is a different file
         raise
     with response:
-        # File URLs, and servers that ignore Range, send the entire file with status 200.
+        # The response to a file URL, or from a server that ignores Range, is the entire file.
         resumed = bool(done) and response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
             raise _UrlError("the server returned a range that was not requested")
@@ -302,7 +302,7 @@ def _receive(
             raise _UrlError("the response is empty", retry=True)
         done = done if resumed else 0
         length = response.headers.get("Content-Length", "")
-        is_valid = re.fullmatch(r"[0-9]{1,15}", length)  # `int` raises for thousands of digits
+        is_valid = re.fullmatch(r"[0-9]{1,15}", length)  # `int` rejects thousands of digits
         total = done + int(length) if is_valid else archive.size
         if archive.size not in (None, total):
             raise _UrlError(f"it has {total} bytes, but the official archive has {archive.size}")

@@ -232,7 +232,7 @@ def _load_classes(reader: _Reader) -> Dataset | None:
             f"{escape(str(reader.path / nested[0]))} looks like a separate data set; use that "
             "directory instead"
         )
-    # This layout may contain empty directories, even for training.
+    # In this layout, class directories may be empty, even if the images are for training.
     lenient = _Reader(reader.path, reader.skip_broken, evaluation=True)
     files = lenient.find_files(reader.path)
     reader.skipped = lenient.skipped

@@ -123,7 +123,7 @@ def _check_png(stream: BinaryIO) -> str | None:
 
 
 def _check_gif(stream: BinaryIO) -> str | None:
-    """Check the blocks of a GIF before its first frame.
+    """Check the blocks that precede the first frame of a GIF.
 
     Later blocks are not checked, because Pillow does not loop over them in Python.
     """

@@ -1,7 +1,8 @@
 """Read image files as 32x32 RGB arrays, and overlay class activation maps.
 
-Files are untrusted. Every damaged or malicious file raises an `ImageError` with a one-line message.
-This module requires only NumPy and Pillow, because models exported to ONNX run without PyTorch.
+Files are untrusted. For every damaged or malicious file, the functions raise an `ImageError` with a
+one-line message. This module requires only NumPy and Pillow, because models exported to ONNX run
+without PyTorch.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ def _has_avif() -> bool:
 
 SIZE = 32  # height and width of the model's input
 # Formats that browsers display, and all formats that this package accepts. Pillow detects formats
-# by content, so a ".png" file could start Ghostscript without this restriction.
+# by content, so without this restriction, a ".png" file could start Ghostscript.
 BROWSER_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", *(["AVIF"] if _has_avif() else []))
 FORMATS = (*BROWSER_FORMATS, "TIFF", "PPM")
 # JPEGs up to this multiple of Pillow's pixel limit are decoded at 1/8 scale. For progressive JPEGs,
@@ -60,7 +61,7 @@ class _IgnoreWarnings:
 
     All threads share the warning filters. If each thread saved and restored the filters, a thread
     could restore the filters of another thread. Instead, the first thread to enter sets the
-    filters, and the last thread to leave restores them.
+    filters, and the last thread to leave restores the previous filters.
     """
 
     def __init__(self) -> None:

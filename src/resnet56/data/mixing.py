@@ -61,7 +61,7 @@ def sample_mix_params(
         return [None] * steps
     sample = METHODS[method]
     generator = np.random.default_rng(seed)
-    # Sample for every batch, so that `probability` does not change the parameters.
+    # Sample parameters for every batch, mixed or not, so that they do not depend on `probability`.
     mixes = [
         (generator.random() < probability, sample(generator, alpha, batch)) for _ in range(steps)
     ]

@@ -29,7 +29,7 @@ _DANGEROUS_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "i
 
 
 class UnsafePickleError(Exception):
-    """A pickle refers to dangerous code or external objects, as the message states."""
+    """A pickle refers to dangerous code or external objects. The message states which."""
 
 
 class Stub(dict[Any, Any]):
@@ -90,13 +90,13 @@ class _Dtype:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and alignment, which uint8 arrays do not require."""
+        """Ignore byte order and alignment, which do not matter for uint8 arrays."""
 
 
 class PickledArray:
     """Replaces `numpy.ndarray` and `_reconstruct`, the function that creates an empty array.
 
-    This class stores the content without checks. `pixels` checks the content.
+    This class stores the content without checking it. `pixels` checks the content.
     """
 
     # These are class attributes, because a pickle can create instances without calling __init__.
@@ -254,8 +254,9 @@ def unpickle(
         Exception: any exception, if the pickle is damaged.
     """
     start = stream.tell()
-    # The unpickler allocates memory for lengths and memo indices before it reads the data. For a
-    # damaged file, it could allocate gigabytes. `genops` compares lengths with the available bytes.
+    # Before the unpickler reads the data, it allocates the memory that the lengths and memo indices
+    # in the file require. In a damaged file, these numbers could require gigabytes. `genops`
+    # compares lengths with the available bytes.
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
             raise ValueError("memo index out of range")
@@ -288,7 +289,7 @@ def reject_dangerous(name: str) -> type[Stub]:
 
 
 def read_pickle(file: Path) -> dict[str, object]:
-    """Read a pickled dictionary from Python 2 or 3. Raises DataError for any other content."""
+    """Read a dictionary pickled by Python 2 or 3. Raises DataError for any other content."""
     content = file.read_bytes()
     try:
         unpickled = unpickle(io.BytesIO(content), with_numpy(reject_all), encoding="bytes")

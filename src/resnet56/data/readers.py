@@ -1,7 +1,7 @@
 """Load data sets: CIFAR-10 and CIFAR-100 in all formats, image directories, and the digits.
 
-Each data set becomes a `Dataset` of 32x32 RGB images in memory. Files are untrusted. Every damaged
-or malicious file raises a `DataError` with a one-line message.
+Each data set becomes a `Dataset` of 32x32 RGB images in memory. Files are untrusted. For every
+damaged or malicious file, the functions raise a `DataError` with a one-line message.
 """
 
 import os
