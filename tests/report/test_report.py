@@ -501,7 +501,7 @@ def test_a_comparison_ranks_runs_and_groups_seeds(
     [pair] = page.tables["pairs"][1:]
     assert pair[:2] == ["group\N{NO-BREAK SPACE}1", "he"]
     assert (pair[4], pair[8]) == ("Student", "yes")
-    assert "The variance of a single run is unknown." in page.text
+    assert "The variance between seeds cannot be estimated from a single run." in page.text
 
 
 @pytest.mark.usefixtures("blank_charts")

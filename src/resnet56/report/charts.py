@@ -66,7 +66,7 @@ def _line(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
 
 
 def loss_label(runs: Sequence[RunFacts]) -> str:
-    """Return the label of the loss axis. Only the built-in training loss is cross-entropy."""
+    """Return the label of the loss axis. A custom training loss may not be cross-entropy."""
     return "loss" if any("loss" in facts.custom for facts in runs) else "cross-entropy, nats"
 
 

@@ -188,7 +188,7 @@ def title(entries: Sequence[Entry], grouped: Sequence[Group]) -> str:
 
 
 def states(entries: Sequence[Entry]) -> list[str]:
-    """Return warnings about unfair comparisons, and the validation accuracies."""
+    """Return sentences: warnings about unfair comparisons, and one on the validation accuracies."""
     sentences = []
     for entry in entries:
         sentences += [f"{entry.label}: {sentence}" for sentence in state(entry.facts)]
@@ -316,8 +316,8 @@ def significance(pairs: Sequence[Difference]) -> str:
     """Summarize which differences are significant."""
     if not pairs:
         return (
-            "No difference can be tested. A test requires the same test images and the "
-            "predictions.npz of both runs."
+            "No difference can be tested. A test requires that both runs use the same test "
+            "images and contain a predictions.npz file."
         )
     unclear = [pair for pair in pairs if not pair.significant]
     if len(pairs) == 1:
@@ -352,10 +352,10 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
         )
     if "Student" in tests:
         sentences.append(
-            "The variance of a single run is unknown. Student\N{RIGHT SINGLE QUOTATION MARK}s "
-            "t-test compares this run with a group of several seeds and assumes the same "
-            "variance for both. For a more reliable test, train the recipe of the single run with "
-            "more seeds."
+            "The variance between seeds cannot be estimated from a single run. "
+            "Student\N{RIGHT SINGLE QUOTATION MARK}s t-test compares the single run with a group "
+            "of several seeds and assumes the same variance for both. For a more reliable test, "
+            "train the recipe of the single run with more seeds."
         )
     for pair in pairs:
         if pair.test != "Welch":

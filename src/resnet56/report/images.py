@@ -88,9 +88,9 @@ def kept_mistakes(facts: RunFacts) -> list[tuple[int, int, int, str, str]]:
     """Return the mistakes for the cells of the interactive confusion matrix.
 
     Returns:
-        Each mistake consists of the true class, the predicted class, the index in the test set, the
-        confidence in percent, and the image as PNG in base64. The mistakes are in descending order
-        of confidence.
+        For each mistake, the true class, the predicted class, the index in the test set, the
+        confidence in percent, and the image as a base64-encoded PNG. The mistakes are in descending
+        order of confidence.
     """
     if facts.samples is None:
         return []

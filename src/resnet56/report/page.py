@@ -161,8 +161,8 @@ def normalization(facts: RunFacts) -> str:
 def curves_note(facts: RunFacts) -> str:
     """Explain how the training curves were measured."""
     on = "augmented images" if facts.augmented else "images without augmentation"
-    note = "Training loss and accuracy are averages over each epoch, measured while the weights "
-    note += f"change, on {on}."
+    note = "Training loss and accuracy are averages over each epoch. They are measured while the "
+    note += f"weights change, and on {on}."
     if "loss" in facts.custom:
         note += " The training loss is the custom loss. Other losses are cross-entropy."
     if facts.test:
@@ -171,7 +171,7 @@ def curves_note(facts: RunFacts) -> str:
 
 
 def means(facts: RunFacts) -> list[tuple[str, str]]:
-    """Return the keys and labels of the averages below the table of metrics per class."""
+    """Return the keys and labels of the averages in the last rows of the table of class metrics."""
     if not facts.test:
         return []
     rows = facts.test["per_class"].values()

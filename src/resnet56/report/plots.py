@@ -99,7 +99,7 @@ class Chart:
         """Draw the chart as a Matplotlib figure on a white background, without pyplot."""
         with _style(PAPER):
             figure = self._figure(PAPER)
-            # Matplotlib creates ticks when it draws them, so draw them while the style applies.
+            # Matplotlib creates ticks when it draws a figure, so draw it while the style is active.
             figure.draw_without_rendering()
         return figure
 
@@ -171,8 +171,8 @@ class Line:
 def line_style(index: int, lines: int) -> str:
     """Return a line style.
 
-    Up to FEW curves all have different styles. With more curves, the style of a curve is unique
-    among the curves of its color.
+    If there are at most FEW curves, each has a different style. With more curves, the style of a
+    curve is unique among the curves of its color.
     """
     return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
 

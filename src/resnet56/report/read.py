@@ -189,7 +189,7 @@ def read_run(path: Path) -> RunFacts:
         description=_describe(config, checkpoint.metadata.get("custom", {}).get("model")),
         evaluation=evaluation,
         comparisons=run.read_comparisons(step),
-        # Without an evaluation, the samples could show mistakes of other weights.
+        # Without an evaluation, the samples could show mistakes made with other weights.
         samples=read_samples(run, len(config.classes)) if evaluation else None,
     )
 

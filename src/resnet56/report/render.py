@@ -19,7 +19,7 @@ UNBREAKABLE = re.compile(r"(\d[\d.,]* %|\d+(?: \N{MULTIPLICATION SIGN} \d+)+)")
 
 
 def escape_markdown(text: str) -> str:
-    """Escape plain text as one line of Markdown without markup, HTML or math."""
+    """Convert plain text to one line of Markdown that is rendered literally."""
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = MARKDOWN_SPECIAL.sub(r"\\\1", text)
@@ -49,7 +49,7 @@ def write_html(out: Path, template: str, content: dict[str, Any], style: str = "
 
 
 def write_markdown(out: Path, template: str, content: dict[str, Any]) -> None:
-    """Render a template as Markdown with its images. Raises RunError if writing a file fails."""
+    """Render a template to a Markdown file and image files. Raises RunError if writing fails."""
     directory = out.with_name(f"{out.stem}-files")
     files: dict[str, bytes] = {}
 

@@ -293,7 +293,7 @@ def confusion(facts: RunFacts) -> Slide:
 
 
 def most_frequent_error(errors: Sequence[ConfusedPair]) -> str:
-    """Name the classes of the most frequent error, or of one of the most frequent errors."""
+    """Name the two classes of the most frequent error, or of one of them if several are tied."""
     first = errors[0]
     subject = "One of the most frequent errors" if story.is_tied(errors) else "Most frequent error"
     true, predicted = (quoted(shortened(first[key])) for key in ("true", "predicted"))
@@ -342,7 +342,7 @@ def overfitting(facts: RunFacts) -> Slide:
 
 
 def gap_in_brief(gap: story.Gap) -> str:
-    """State how training accuracy compares with test accuracy, and their difference."""
+    """State how training accuracy compares with test accuracy, and by how much they differ."""
     numbers = (
         f"a gap of {points(gap.difference)}"
         if gap.difference >= 0
@@ -352,7 +352,7 @@ def gap_in_brief(gap: story.Gap) -> str:
 
 
 def capitalized(text: str) -> str:
-    """Return a text with its first letter in uppercase."""
+    """Return `text` with its first letter capitalized."""
     return text[:1].upper() + text[1:]
 
 
@@ -434,7 +434,7 @@ def last_validated(facts: RunFacts) -> Mapping[str, Any] | None:
 
 
 def class_bars(test: Metrics) -> list[Bar]:
-    """Return class accuracies in descending order, without the middle if there are many."""
+    """Return class accuracies in descending order. With many classes, omit those in the middle."""
     ranked = sorted(story.scores(test["per_class"], "recall").items(), key=lambda item: -item[1])
     if len(ranked) > MAX_BARS:
         ranked = ranked[: MAX_BARS // 2] + ranked[-MAX_BARS // 2 :]

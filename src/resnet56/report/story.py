@@ -137,7 +137,7 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
 
 
 def _why_falling(recipe: Recipe, window: int) -> str:
-    """Explain why a loss may still fall in the last `window` epochs."""
+    """Explain why a loss may still be falling in the last `window` epochs."""
     causes = []
     if recipe.schedule != "step" and recipe.warmup_epochs < recipe.epochs:
         causes.append("the learning rate falls to zero")
@@ -186,7 +186,7 @@ def best_and_worst(per_class: Mapping[str, ClassMetrics]) -> list[str]:
 
 
 def scores(per_class: Mapping[str, ClassMetrics], key: str) -> dict[str, float]:
-    """Return one metric of each class that has images."""
+    """Return one metric for each class that has images."""
     rows: Mapping[str, Mapping[str, Any]] = per_class
     return {
         name: row[key] for name, row in rows.items() if row["support"] > 0 and row[key] is not None
@@ -216,7 +216,7 @@ def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def reverse_error(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
-    """State how often the reverse of the most frequent error occurs, if it is listed."""
+    """If the reverse of the most frequent error is listed, state how often it occurs."""
     first = most_confused[0]
     return [
         f"The reverse error affects {plural(pair['count'], 'image')}."

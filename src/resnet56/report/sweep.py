@@ -107,8 +107,8 @@ def uncertainty(sweep: Sweep, complete: Sequence[SweepTrial]) -> str:
     images, best = sweep["recipe"]["val_size"], complete[0]["value"]
     if len(sweep["seeds"]) > 1:
         return (
-            "The intervals are 95 % confidence intervals of the mean over the seeds, from the "
-            "t-distribution. They do not account for selecting the best of many trials."
+            "The intervals are 95 % confidence intervals for the mean over the seeds, based on "
+            "the t-distribution. They do not account for selecting the best of many trials."
         )
     width = 1.96 * math.sqrt(best * (1 - best) / images)
     return (
