@@ -309,7 +309,7 @@ def test_a_pickle_that_could_run_code_is_rejected(form: str | int, tmp_path: Pat
         file.write_bytes(pickle.dumps({"state_dict": Bomb(marker)}, protocol=form))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(RunError, match="could run code, so it was not loaded") as caught:
+    with pytest.raises(RunError, match="could run code, so the file was not loaded") as caught:
         convert.read(file)
     assert "\n" not in str(caught.value)
     # The message does not suggest bypassing the check.

@@ -52,8 +52,8 @@ def read(
     """Read the model in a file or a model hub directory.
 
     The metadata of the file or the config.json next to it can declare the architecture, the classes
-    and the normalization constants. Undeclared settings have default values, which the remarks
-    report.
+    and the normalization constants. Settings that are not declared have default values. The remarks
+    list these values.
 
     Args:
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this
@@ -176,7 +176,7 @@ def _resolve_constants(
     outputs: int,
     defaults: tuple[Constants | None, str] = (None, ""),
 ) -> tuple[Constants, list[str]]:
-    """Return mean and std from the arguments, the file or the defaults, with remarks."""
+    """Choose mean and std from the arguments, the file or the defaults. Return them and remarks."""
     remarks = []
     for name, given, in_file in (("mean", mean, declared.mean), ("std", std, declared.std)):
         if given and in_file and not all(map(math.isclose, given, in_file)):
@@ -197,8 +197,8 @@ def _resolve_constants(
         )
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise UsageError(
-            f"{option('mean')} must be finite, and {option('std')} must be finite and positive, "
-            f"not {mean} and {std}"
+            f"{option('mean')} must be finite, and {option('std')} must be finite and positive; "
+            f"got {mean} and {std}"
         )
     return (mean, std), remarks
 
@@ -206,7 +206,10 @@ def _resolve_constants(
 def _resolve_classes(
     names: Sequence[str], declared: DeclaredConfig, outputs: int
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Return class names from the arguments, the file or a CIFAR data set, with remarks."""
+    """Choose class names from the arguments, the file or a CIFAR data set.
+
+    Return the names and a list of remarks on the choice.
+    """
     if names:
         if len(names) != outputs or len(set(names)) != outputs:
             raise UsageError(
@@ -275,9 +278,9 @@ def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dic
 def _center_padding(model: dict[str, Tensor]) -> None:
     """Permute channels in place, for shortcuts that add zero channels on both sides.
 
-    In the original layout, shortcut A adds all zero channels at the end. The order of channels does
-    not matter if all layers use the same order: `conv2` and `bn2` write the channels of a stage,
-    and `conv1` of the next block or the classifier reads them.
+    In the layout of this package, shortcut A appends all of its zero channels at the end. The order
+    of channels does not matter if all layers use the same order: `conv2` and `bn2` write the
+    channels of a stage, and `conv1` of the next block or the classifier reads them.
     """
     order = torch.arange(WIDTHS[0])  # maps channels of this package to channels of the layout
     for stage, width in enumerate(WIDTHS, start=1):

@@ -103,13 +103,13 @@ class RunDirectory:
         try:
             directory = os.open(self.path, os.O_RDONLY)
         except OSError:
-            # Windows cannot open directories. Other functions report a missing directory.
+            # On Windows, `os.open` rejects directories. Other functions report a missing directory.
             yield
             return
         try:
             if not try_lock(directory):
                 raise RunError(
-                    f"another process is training in {self.path}; wait until it ends or stop it"
+                    f"another process is training in {self.path}; wait until it ends, or stop it"
                 )
             yield
         finally:
@@ -246,8 +246,8 @@ class RunDirectory:
     def add_comparison(self, comparison: Comparison, step: int) -> None:
         """Add a comparison of two devices or precisions, for the weights after `step` steps.
 
-        The comparison replaces an earlier comparison of the same pair. Comparisons of other weights
-        are removed.
+        The comparison replaces an earlier comparison of the same pair. The function removes
+        comparisons that were made with other weights.
         """
         pair = [comparison["a"], comparison["b"]]
         others = [e for e in self.read_comparisons(step) if [e["a"], e["b"]] != pair]
@@ -257,7 +257,7 @@ class RunDirectory:
     # checkpoint/
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint. If this raises RunError, the old checkpoint remains intact."""
+        """Replace the checkpoint. If the function raises RunError, the old one remains intact."""
         save_checkpoint(self.checkpoint_file, checkpoint)
 
     def load(self, *, training: bool = False) -> Checkpoint:

@@ -26,8 +26,8 @@ def find_weights(directory: Path) -> Path:
     """Return the weight file in a model hub directory.
 
     Raises:
-        RunError: the directory cannot be read, contains no weight file, or contains several files
-            without a standard name.
+        RunError: the directory cannot be read, contains no weight file, or contains several weight
+            files, none of which has a standard name.
     """
     files = _weight_files(directory)
     standard = [file for name in WEIGHT_FILES for file in files if file.name == name]
@@ -84,7 +84,7 @@ def declared_config(file: Path, metadata: Mapping[str, str]) -> DeclaredConfig:
 
 
 def _read_config(file: Path) -> DeclaredConfig:
-    """Read a config.json of this package, timm or Transformers."""
+    """Read a config.json file written by this package, timm or Transformers."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -98,8 +98,8 @@ def _read_config(file: Path) -> DeclaredConfig:
     arch = merged.get("architecture")
     if not isinstance(arch, str) or not re.fullmatch(ARCH_PATTERN, arch):
         arch = None
-    # In other projects, a "resnet56" can have different shortcuts, so the tensor shapes determine
-    # the architecture.
+    # In other projects, a "resnet56" can have different shortcuts, so the architecture is inferred
+    # from the tensor shapes, not from the name.
     if "mean" not in config or "id2label" not in config:
         arch = None
     return DeclaredConfig(

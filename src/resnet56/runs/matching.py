@@ -72,7 +72,7 @@ def expected_tensors(arch: str, tensors: StoredTensors) -> dict[str, Tensor]:
 
 
 def num_outputs(tensors: StoredTensors) -> int:
-    """Return the number of outputs: the size of the classifier's bias, or 10 if it is invalid."""
+    """Return the size of the classifier's bias, or 10 if the bias is missing or invalid."""
     bias = tensors.get("fc.bias")
     if bias is None or len(bias.shape) != 1 or not 1 < bias.shape[0] <= MAX_CLASSES:
         return 10

@@ -51,7 +51,7 @@ def load(name: str) -> Checkpoint:
 
 
 def save(run: RunDirectory, name: str, directory: Path) -> Path:
-    """Write the weights of a run in half precision, with a model card, to `directory` as `name`.
+    """Save the half-precision weights and the model card of a run in `directory` under `name`.
 
     The card contains the recipe and the evaluation of the run, if they exist. The evaluation uses
     the original weights, so evaluate the half-precision weights before a release.

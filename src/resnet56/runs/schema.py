@@ -1,4 +1,4 @@
-"""The schema of the files in a run directory. Reading and writing validate the files.
+"""The schema of the files in a run directory. Files are validated when read and when written.
 
 JSON objects are dictionaries with TypedDict types. `train` and `evaluate` also return dictionaries
 of these types. RunError reports a field that is missing, has the wrong type or is out of range. Its
@@ -280,7 +280,7 @@ class Parity(TypedDict):
 
 
 class SweepTrial(TypedDict):
-    """A trial of a sweep: training runs with one set of values, one run per seed."""
+    """A trial of a sweep: one training run per seed, all with the same set of values."""
 
     number: Count  # number of the trial, as in the names of its run directories
     state: Literal["complete", "pruned", "failed", "unfinished"]  # pruned: stopped early
@@ -358,7 +358,7 @@ def write(file: Path, content: T, expected: type[T]) -> None:
 
 
 def check(content: object, expected: type[T], file: str) -> T:
-    """Validate parsed JSON against a type and return it as this type.
+    """Validate parsed JSON against a type and return it as that type.
 
     Args:
         content: parsed JSON.
@@ -488,7 +488,7 @@ def _check_arrays(
 
 
 def _encodable(content: Any) -> Any:
-    """Return a copy of `content` that escapes characters that UTF-8 cannot encode."""
+    """Return a copy of `content` in which characters that UTF-8 cannot encode are escaped."""
     if isinstance(content, Mapping):
         return {_encodable(key): _encodable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""Open a model by name or path, for all commands.
+"""Open a model by name or path. All commands that read models use this module.
 
 A source is a run directory, a file of its checkpoint, the name of a pretrained model, a file from
 `resnet56 export`, or a model hub directory.
@@ -83,8 +83,8 @@ def find_run(name_or_path: StrPath) -> RunDirectory | None:
     these files raises an error that states what is missing.
 
     Raises:
-        RunError: no network has this name or path, or the path is a file of the
-            checkpoint that does not contain the weights.
+        RunError: no network has this name or path, or the path is a checkpoint file that does
+            not contain the weights.
     """
     name, path = os.fspath(name_or_path), Path(name_or_path)
     run = _run_of(path)
@@ -118,7 +118,7 @@ def _run_of(path: Path) -> RunDirectory | None:
     The path can be a run directory, its checkpoint directory, or a file of its checkpoint.
 
     Raises:
-        RunError: the path is a file of the checkpoint that does not contain the weights.
+        RunError: the path is a checkpoint file that does not contain the weights.
     """
     if RunDirectory(path).checkpoint_file.exists():
         return RunDirectory(path)

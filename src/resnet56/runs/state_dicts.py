@@ -109,7 +109,7 @@ def _strip_wrappers(key: str) -> str:
 
 
 def describe_content(contents: Contents) -> str:
-    """Return the end of an error message about a file without state dicts of ResNets."""
+    """Return the end of an error message about a file that contains no ResNet state dicts."""
     containers = [container for _, container in _containers(contents.tree)]
     for container in containers:
         if not isinstance(container, Stub) or not isinstance(container.state, Mapping):
@@ -117,7 +117,7 @@ def describe_content(contents: Contents) -> str:
         if "_parameters" in container.state:
             return (
                 f"contains a pickled module ({escape(container.name)}), which could run code, so "
-                "it was not loaded; save its state dict instead"
+                "the file was not loaded; save the state dict of the module instead"
             )
     tree = contents.tree
     if isinstance(tree, StoredTensor):

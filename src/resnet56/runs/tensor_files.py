@@ -87,7 +87,7 @@ class Contents:
 
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[Contents]:
-    """Open a tensor file for reading tensors until the block ends.
+    """Open a tensor file for reading, and close it at the end of the `with` block.
 
     Raises:
         RunError: the file cannot be read, has another format, is damaged, or could run code.
@@ -113,8 +113,8 @@ def open_tensors(file: Path) -> Iterator[Contents]:
             raise
         except UnsafePickleError as error:
             raise RunError(
-                f"{file} refers to {one_line(error)}, which could run code, so it was not loaded; "
-                "do not trust this file"
+                f"{file} refers to {one_line(error)}, which could run code, so the file was "
+                "not loaded; do not trust this file"
             ) from None
         except OSError as error:
             raise RunError(f"cannot read {file}: {error.strerror or error}") from None
@@ -124,7 +124,7 @@ def open_tensors(file: Path) -> Iterator[Contents]:
 
 
 def _describe_other(head: bytes) -> str | None:
-    """Return a description of a file in another format, or None if it can be a checkpoint."""
+    """Describe a file that is not a checkpoint. Return None if it could be a checkpoint."""
     if not head:
         return "is empty"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
@@ -325,8 +325,8 @@ def _zip(file: Path, archive: zipfile.ZipFile, size: int) -> Contents:
     prefix = index.removesuffix("data.pkl")
     if f"{prefix}constants.pkl" in names:
         raise RunError(
-            f"{file} is a TorchScript program, which could run code, so it was not loaded; save "
-            "the state dict instead"
+            f"{file} is a TorchScript program, which could run code, so the file was not loaded; "
+            "save the state dict instead"
         )
     cache: dict[object, bytearray] = {}
 
