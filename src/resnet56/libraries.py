@@ -1,4 +1,4 @@
-"""Import libraries without telemetry, and without writing to the user's home directory.
+"""Import libraries with telemetry disabled, and without writing to the user's home directory.
 
 All modules import ONNX Runtime and Matplotlib through this module.
 """

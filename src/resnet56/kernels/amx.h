@@ -1,5 +1,5 @@
-/* The products of a convolution on the processor's matrix unit (AMX: Intel Architecture Software
- * Developer's Manual, volume 1, chapter 18).
+/* The products of a convolution, computed by the processor's matrix unit (AMX: Intel Architecture
+ * Software Developer's Manual, volume 1, chapter 18).
  *
  * A tile of the second factor has 16 rows of 16 pairs. Pair j of row i contains values 2i and
  * 2i + 1 of column j.
@@ -81,7 +81,7 @@ static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, lo
     _tile_stored(3, c + 768, 64);
 }
 
-/* Computes the product for 32 positions by 32 outputs, c[32][32]. In `b`, the tiles of outputs
+/* Computes the product c[32][32] for 32 positions and 32 outputs. In `b`, the tiles of outputs
  * 16-31 follow those of outputs 0-15. */
 static void product_32x32(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                           const bf16 *b, float *c) {
@@ -165,7 +165,7 @@ static void outer_2x2(const bf16 *planes, long plane_bytes, const bf16 *const *p
     _tile_stored(3, c1 + 16 * c_bytes, c_bytes);
 }
 
-/* Computes the product for 64 positions by 16 outputs, or 32 positions by 32 outputs. */
+/* Computes the product for 64 positions and 16 outputs, or for 32 positions and 32 outputs. */
 static inline void product(long columns, const bf16 *map, long channels, const int32_t *position_of,
                            long distance, const Terms *terms, const bf16 *b, float *tile) {
     const bf16 *a = map + position_of[0] * channels;

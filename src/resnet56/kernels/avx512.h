@@ -1,7 +1,7 @@
-/* The products of a convolution with vector instructions (AVX-512 BF16). */
+/* The products of a convolution, computed with vector instructions (AVX-512 BF16). */
 #include "positions.h"
 
-/* A product reads the positions of 8 consecutive rows at a constant distance. */
+/* The positions of 8 consecutive rows of a product must be evenly spaced. */
 enum { RUN = 8 };
 
 /* Returns 2 if products use the matrix unit, 1 if they use vectors, and 0 if the operating system
@@ -80,15 +80,15 @@ static inline __attribute__((always_inline)) void product_as(
     }
 }
 
-/* Computes the product for 64 rows by 16 outputs, or 32 rows by 32 outputs. */
+/* Computes the product for 64 rows and 16 outputs, or for 32 rows and 32 outputs. */
 static void product(long columns, const bf16 *map, long channels, const int32_t *position_of,
                     long distance, const Terms *terms, const bf16 *b, float *tile) {
     if (columns == LANES) product_as(0, map, channels, position_of, distance, terms, b, tile);
     else product_as(1, map, channels, position_of, distance, terms, b, tile);
 }
 
-/* The sums are over the rows of pixels, without the zeros between them. Without padding, there are
- * no zeros, and all pixels form one row. */
+/* The sums run over the rows of pixels and exclude the zeros between the rows. Without padding,
+ * there are no zeros, and all pixels form one row. */
 static inline __attribute__((always_inline)) void add_weight_products_as(
     int wide, const Conv *c, const Layout *l, Scratch *m, long count) {
     long outputs = wide ? RUN : 2 * RUN, inputs = wide ? 2 * LANES : LANES;

@@ -21,7 +21,7 @@ class CUDAGraphs:
 
     Args:
         function: a function of tensors on `device` that returns nothing. It must not wait for the
-            device, and it must not keep references to its inputs. A graph repeats its kernels on
+            device, and it must not keep references to its inputs. A graph replays its kernels on
             the same memory, so all other tensors that the function reads or writes must be updated
             in place between calls.
         device: a CUDA device.

@@ -45,7 +45,7 @@ static inline vec where_positive(vec y, vec value) {
 
 static inline long min_long(long a, long b) { return a < b ? a : b; }
 
-/* Computes the range of rows that this thread processes, in whole blocks. */
+/* Computes the range of rows that this thread processes. Each range starts at a block boundary. */
 static void thread_rows(long rows, long *first, long *end) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long blocks = (rows + BLOCK - 1) / BLOCK;

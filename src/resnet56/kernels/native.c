@@ -133,8 +133,8 @@ void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads
 
 /* ---- backward ---- */
 
-/* Returns the gradient that the shortcut adds at a pixel of the block's input. With a stride, the
- * gradient is zero at pixels that the shortcut skips. */
+/* Returns the gradient that the shortcut adds at a pixel of the block's input. With a stride above
+ * 1, the gradient is zero at pixels that the shortcut skips. */
 static inline __m512 shortcut_gradient(const Conv *c, long pixel, long k) {
     long stride = c->skip_stride, width = c->width, x = pixel % width, y = pixel / width;
     /* y counts the rows of all images, which is correct because heights are even. */
@@ -229,8 +229,8 @@ static void accumulate_weight_gradient(const Conv *c, const Layout *l, Scratch *
     add_weight_products(c, l, m, count);
 }
 
-/* Computes the gradients of the weights, the input, and the batch norms before the convolution. An
- * input of PIXELS needs no gradient. */
+/* Computes the gradients of the weights, the input, and the batch norms that precede the
+ * convolution. An input of PIXELS needs no gradient. */
 void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long threads) {
     Scratch all[threads];
     Layout l = layout_of(c);
@@ -283,7 +283,7 @@ void resnet56_backward(const Conv *c, char *arena, long arena_bytes, long thread
 /* ---- output of the last block and global average pooling ---- */
 
 /* Computes the output of the last block and its average over all pixels. `c` describes a BLOCK
- * input without a convolution. `pooled` is (images, in). */
+ * input without a convolution. `pooled` has shape (images, in). */
 void resnet56_pool_forward(const Conv *c, float *pooled, long threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < c->images; i++) {

@@ -139,7 +139,7 @@ class Plan:
         scratch = max(library.resnet56_scratch_bytes(ctypes.byref(conv)) for conv in self._backward)
         arena = self._address(torch.zeros(threads * scratch, dtype=torch.uint8))
         self._threads = _long(threads)
-        # These are the last arguments of all calls.
+        # `_run` passes these as the last arguments of each kernel call.
         self._scratch = _pointer(arena), _long(scratch), self._threads
 
     @property
@@ -160,7 +160,12 @@ class Plan:
     def _block(
         self, block: nn.Module, previous: _BlockOutput, height: int, width: int
     ) -> tuple[list[_Conv], _BlockOutput, int, int]:
-        """Add a block. Return its convolutions in backward order, its output, height and width."""
+        """Add a block.
+
+        Returns:
+            The convolutions in the order of the backward pass, the output, and the height and the
+            width of the output.
+        """
         if not isinstance(block, BasicBlock | BottleneckBlock):
             raise UnavailableError(f"unsupported block: {type(block).__name__}")
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
@@ -257,7 +262,7 @@ class Plan:
         return x
 
     def _assign_gradient_buffers(self, first: _Conv, blocks: list[list[_Conv]]) -> None:
-        """Assign five buffers to the gradients in turn. A block needs at most five at a time."""
+        """Assign the gradients to five buffers in rotation. A block uses at most five at a time."""
         largest = max(layer.z.numel() for layer in self.layers)
         buffers = itertools.cycle(
             [self._address(torch.empty(largest, dtype=torch.bfloat16)) for _ in range(5)]

@@ -98,20 +98,20 @@ typedef struct {
  *     lead = pad * (pitch + 1) = 4 zeros
  *
  * At position p, the tap in row r and column c of the kernel reads position
- * p + (r - pad) * pitch + (c - pad). The dot after a row of pixels is its right padding and the
- * left padding of the next row. Results at the dots are also computed but not stored, because their
- * `pixel_of` is -1.
+ * p + (r - pad) * pitch + (c - pad). The dot after a row of pixels is both the right padding of
+ * this row and the left padding of the next row. Results at the dots are also computed but not
+ * stored, because their `pixel_of` is -1.
  *
  * `pitch` is the number of positions per row of pixels, `span` is the number of positions per
- * image, and `lead` is the number of zeros at the start. `positions` also counts the padding that
- * products read past the end. `plane_pitch` is the number of positions per channel after
+ * image, and `lead` is the number of zeros at the start. `positions` also counts the zeros after
+ * the last image that products read. `plane_pitch` is the number of positions per channel after
  * transposition; an odd number of cache lines avoids cache conflicts. */
 typedef struct {
     long pad, pitch, span, lead, taps, chunks_in, chunks_out, positions, plane_pitch;
 } Layout;
 
-/* Returns the number of chunks of 32 inputs in the sum for a result. With 16 channels, a chunk
- * covers two adjacent taps. */
+/* Returns the number of chunks of 32 inputs that are summed for one result. With 16 channels, a
+ * chunk covers two adjacent taps. */
 static long chunks_of(long channels, long kernel) {
     if (channels == LANES) return kernel * ((kernel + 1) / 2);
     return kernel * kernel * (channels / 32);
@@ -231,8 +231,9 @@ static void pack(const Conv *c, int back, bf16 *packed) {
 }
 
 /* Returns whether the rows of a product are the pixels of an output map that is `stride` times
- * smaller than the input. This requires rows of pixels that consist of runs of `run` pixels, because
- * the positions of a run have a constant distance. Otherwise, the rows are all positions. */
+ * smaller than the input. This requires that the width of the output map is a multiple of `run`,
+ * because the positions of `run` consecutive pixels must be evenly spaced. Otherwise, the rows are
+ * all positions. */
 static int rows_are_pixels(const Conv *c, long stride, long run) {
     return run && c->width / stride % run == 0;
 }
@@ -258,7 +259,7 @@ static long map_rows(Scratch *m, const Conv *c, const Layout *l, long stride, lo
     return pixels ? count * height * width : count * l->span - l->pad * l->pitch;
 }
 
-/* Writes zeros to the lead, the padding, and the positions that tiles read past the end. */
+/* Writes zeros to the lead, the padding, and the positions after the last image that tiles read. */
 static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long channels,
                          long count) {
     memset(positions, 0, l->lead * channels * 2);
@@ -409,7 +410,7 @@ static void transpose_positions(const bf16 *positions, long channels, long count
         }
 }
 
-/* Returns the pairs (position, position + 1) of channels `k` and following. */
+/* Returns the pairs (position, position + 1) of channel `k` and the channels after it. */
 static const bf16 *pairs_at(const Conv *c, const Layout *l, const Scratch *m, long position,
                             long k) {
     return m->pairs + (position % 2 * l->positions + position / 2 * 2) * c->in + 2 * k;

@@ -235,7 +235,7 @@ def _weight_gradient(
     channels_in: tl.constexpr, block_in: tl.constexpr, channels_out: tl.constexpr,
     stride: tl.constexpr, rows: tl.constexpr, repeats: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradient of one row of the 3x3 weights over the positions of a program."""
+    """Sum the gradient of one row of the 3x3 weights over the positions of one Triton program."""
     program = tl.program_id(0)
     tap_row = tl.program_id(1)
     c_in = tl.arange(0, block_in)
