@@ -218,8 +218,9 @@ def test_a_comparison_states_how_much_of_a_gap_it_explains(
     wrong[:6] = correct[:6].roll(1, dims=1)
     a, b = (Fixed(config, outputs) for outputs in (correct, wrong))
     assert compare(a, b, ("a", "b"), tiny.test)["verdict"] == (
-        "6 of 24 images (25.00 %) change their predicted class from a to b. Accuracy changes by "
-        "-25.00 points, so this difference explains at most 25.00 points of an accuracy gap."
+        "a and b predict different classes for 6 of 24 images (25.00 %). Accuracy changes by "
+        "-25.00 points from a to b, so this difference explains at most 25.00 points of an "
+        "accuracy gap."
     )
     # Both predictions are wrong, so they differ but do not change the accuracy.
     first, second = (Fixed(config, correct.roll(shift, dims=1)) for shift in (1, 2))

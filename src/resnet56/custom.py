@@ -1,7 +1,8 @@
 """Parts of training that the user can replace: model, optimizer, loss and augmentation.
 
 `Custom` contains these parts, checks what they return, and names them in error messages. The files
-of a run contain their `identities`, because a run can be resumed only with the same parts.
+of a run contain the `identities` of its custom parts, because a run can be resumed only with the
+same parts.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ class Custom:
         }
 
     def make_optimizer(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """Return the custom optimizer. Raises UsageError if `optimizer` returns another object."""
+        """Return the custom optimizer. Raises UsageError if the optimizer is not valid."""
         assert self.optimizer is not None
         with self.reported("optimizer"):
             optimizer = self.optimizer(parameters, lr=lr)
@@ -205,7 +206,7 @@ def name_of(part: object) -> str:
         part = part.func
     named: Any = part if hasattr(part, "__qualname__") else type(part)
     module = getattr(named, "__module__", None) or "builtins"
-    if module == "__main__":  # use the name that an import of the script would give
+    if module == "__main__":  # use the name that the object would have in the imported script
         file = getattr(sys.modules["__main__"], "__file__", None)
         module = Path(file).stem if file else module
     return f"{module}.{named.__qualname__}"
@@ -238,9 +239,9 @@ def _digest(part: object) -> str:
 def _describe(value: object, seen: set[int]) -> str:
     """Return the source code and the settings of an object as text.
 
-    Settings are numbers, strings, functions and classes in the arguments of a partial function, in
-    the closure and the defaults of a function, and in containers. For a module, the text contains
-    its `repr`, but not its weights, which are in the checkpoint.
+    Settings are the numbers, strings, functions and classes in the arguments of a
+    `functools.partial`, in the closure and the defaults of a function, or in containers of these.
+    For a module, the text contains its `repr`, but not its weights, which are in the checkpoint.
     """
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)

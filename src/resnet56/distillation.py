@@ -13,7 +13,7 @@ from resnet56.inference import InferenceModel, restore
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runtime import Precision
 
-TEACHER_STREAM = 2  # gives the random choice of teachers its own random numbers
+TEACHER_STREAM = 2  # separates the random choice of teachers from other uses of the seed
 
 
 class Teachers:

@@ -24,11 +24,11 @@ class EMA:
         self.decay = decay
         self.tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
         self._averaged = [name for name, t in self.tensors.items() if t.is_floating_point()]
-        # Numbers of batches, such as `num_batches_tracked` of batch norm, are not averaged.
+        # Counters, such as `num_batches_tracked` of batch norm, are not averaged.
         self._copied = [name for name, t in self.tensors.items() if not t.is_floating_point()]
 
     def decay_at(self, step: int) -> float:
-        """Return the decay at `step` (from 0)."""
+        """Return the decay at `step`, which counts from 0."""
         return min(self.decay, (1 + step) / (10 + step))
 
     def update(self, tensors: Mapping[str, Tensor], weight: float | Tensor) -> None:

@@ -111,8 +111,8 @@ def escape(text: str) -> str:
 def escape_line(line: str) -> str:
     """Escape each character of `line` that is not printable.
 
-    Use this function for a complete line just before printing it. Use `escape` for a name within a
-    message.
+    Apply this function to a complete line, just before printing it. Apply `escape` to a name within
+    a message.
     """
     if line.isprintable():
         return line

@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         model: a model that maps normalized images (N, 3, 32, 32) to logits (N, C). The function
-            puts the model in evaluation mode, and then restores its mode.
+            puts the model in evaluation mode, and restores the previous mode afterward.
         split: images and labels.
         classes: names of the C classes.
         mean: channel means of the training images, for pixels in [0, 1].
@@ -404,7 +404,7 @@ def measure_robustness(
 def inference_speed(classifier: Classifier, images: Tensor) -> Speed:
     """Return the inference speed for batch sizes 1 and 256, and the peak memory.
 
-    The speed is the median over several calls, each from uint8 images to logits.
+    The speed is the median over several calls, each of which computes logits from uint8 images.
     """
     result: dict[str, BatchSpeed] = {}
     for batch, repeats in ((1, 30), (BATCH, 5)):
@@ -475,12 +475,12 @@ def _verdict(names: tuple[str, str], images: int, changed: int, gained: int) -> 
         )
     points = 100 * gained / images
     effect = (
-        f"Accuracy changes by {points:+.2f} points, so this difference explains at most "
-        f"{abs(points):.2f} points of an accuracy gap."
+        f"Accuracy changes by {points:+.2f} points from {names[0]} to {names[1]}, so this "
+        f"difference explains at most {abs(points):.2f} points of an accuracy gap."
         if gained
         else f"Accuracy does not change, {no_gap}"
     )
     return (
-        f"{changed:,} of {images:,} images ({100 * changed / images:.2f} %) change their predicted "
-        f"class from {names[0]} to {names[1]}. {effect}"
+        f"{names[0]} and {names[1]} predict different classes for {changed:,} of {images:,} images "
+        f"({100 * changed / images:.2f} %). {effect}"
     )

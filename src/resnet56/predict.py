@@ -1,6 +1,6 @@
 """Predict the classes of images with a run, a pretrained model or an ONNX file.
 
-An ONNX file runs in ONNX Runtime, without importing PyTorch.
+An ONNX file runs in ONNX Runtime. In this case, PyTorch is not imported.
 """
 
 import os

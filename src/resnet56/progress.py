@@ -130,7 +130,7 @@ class TerminalOutput(Output):
 class NotebookOutput(Output):
     """Shows everything in one output of a notebook cell, and updates this output.
 
-    The notebook stores only the last content of the output, with a limited number of lines.
+    The notebook stores only the latest content of the output, which has a limited number of lines.
     """
 
     def __init__(self) -> None:
@@ -340,7 +340,10 @@ def image_progress(output: Output, label: str, total: int) -> Iterator[ProgressC
 
 
 class DownloadProgress:
-    """Displays a download. Each call passes the numbers of bytes downloaded so far and in total."""
+    """Displays a download.
+
+    Each call passes the number of bytes received so far, and the total number of bytes.
+    """
 
     def __init__(self, name: str) -> None:
         self.output = default_output(True)
@@ -354,7 +357,7 @@ class DownloadProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Replace the status with a line."""
+        """Replace the status with a line that states the number of bytes received."""
         self.output.end()
         if self.done:
             self.output.log(f"{self.name}: {self.done / 1e6:.0f} MB received")

@@ -345,7 +345,8 @@ HE2015 = Recipe(
 )
 
 # This recipe combines methods from the literature: a long cosine schedule, Nesterov momentum,
-# Cutout, alternating flips and EMA weights. 120 epochs reached 94.83 % (docs/results.md).
+# Cutout, alternating flips and EMA weights. With 120 epochs and seed 0, it reached 94.83 % test
+# accuracy (docs/results.md).
 BEST = Recipe(
     epochs=200,
     batch_size=128,
@@ -362,9 +363,9 @@ BEST = Recipe(
 
 # This was the fastest recipe that reached about 90 % accuracy on two CPU cores. It was selected on
 # 5,000 validation images (docs/results.md). The first epochs use small images. Epochs at 16 and 24
-# pixels take two fifths and two thirds of the time of a full-size epoch. Alternating flips help
-# wherever random flips help (Jordan 2024). The recipe does not use label smoothing, because it
-# worsens the calibration.
+# pixels take two fifths and two thirds of the time of a full-size epoch, respectively. Alternating
+# flips help wherever random flips help (Jordan 2024). The recipe does not use label smoothing,
+# because label smoothing worsens the calibration.
 FAST = Recipe(
     epochs=13,
     batch_size=64,

@@ -45,7 +45,7 @@ def augmented_samples(
         if augmentation.mix != "none":
             unmixed = augment(images, params, means, stds, augmentation.before_mixing())
             _mix_variants(augmented, unmixed, augmentation)
-    # Undo the normalization. The pixels that Cutout erased become the mean color.
+    # Undo the normalization. Pixels that Cutout has erased then have the mean color.
     pixels = augmented * stds[:, None, None] + means[:, None, None]
     variants = (255 * pixels).round().clamp(0, 255).byte()
     return {
@@ -78,10 +78,10 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
 def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES) -> dict[str, Any]:
     """Return wrong predictions from all cells of the confusion matrix, by descending confidence.
 
-    If there are more than `limit` wrong predictions, the function prefers those with the highest
-    confidence. It first selects `MOST_CONFIDENT` predictions from all cells together. It then
-    selects one prediction from each cell, then a second prediction from each cell, and so on. Cells
-    with more wrong predictions come first.
+    If there are more than `limit` wrong predictions, the function first selects the predictions
+    with the highest confidence across all cells, `MOST_CONFIDENT` in number. It then adds the most
+    confident prediction of each cell, then the second most confident prediction of each cell, and
+    so on. Cells with more wrong predictions come first.
 
     Args:
         logits: (N, C) logits of the images in `split`.

@@ -1,4 +1,4 @@
-"""Test whether two accuracies differ by more than chance.
+"""Test whether two accuracies differ significantly.
 
 Two sources of randomness require different tests. Training with a different seed results in a
 different accuracy, so `compare_means` compares accuracies over several seeds. Testing on different

@@ -6,9 +6,9 @@ wait for it. For example, if another program keeps one of two cores busy, two th
 than one. Training on the CPU uses one thread per free core, and adjusts the number of threads to
 the load.
 
-The number of threads determines the order of some sums, and therefore the last bits of the weights.
-A run records each change and the step at which it takes effect. A resumed run uses the recorded
-numbers of threads.
+The number of threads determines the order of the additions in some sums, and therefore the last
+bits of the weights. A run records each change of the number and the step at which it takes effect.
+A resumed run uses the recorded numbers of threads.
 """
 
 import math
@@ -234,8 +234,8 @@ class ThroughputMonitor:
 
     Args:
         control: provides the load from other programs.
-        device: type of the device, such as "cpu" or "cuda". The likely reasons that messages state
-            depend on this type.
+        device: type of the device, such as "cpu" or "cuda". This type determines which likely
+            causes the messages mention.
     """
 
     def __init__(self, control: ThreadControl, device: str) -> None:

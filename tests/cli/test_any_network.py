@@ -222,7 +222,7 @@ def test_parity_of_an_onnx_file_runs_this_file(
         ("--parity cpu,cuda --device cpu", "omit --device"),
         ("--parity fp32", "--parity requires a pair"),
         ("--robustness -1", "--robustness must be at least 0"),
-        ("--split validation", "only the data set of a run has validation images"),
+        ("--split validation", "validation images exist only for the data set"),
     ],
 )
 @pytest.mark.parametrize("form", ["hub", "onnx"])

@@ -108,7 +108,7 @@ class BaselineLoop:
         """Run one step and update the running loss and accuracy."""
         images, labels = next(self.batches)
         images, labels = images.to(self.device), labels.to(self.device)
-        # PyTorch enables TF32 on CUDA by default, but this package disables it.
+        # By default, PyTorch uses TF32 for convolutions on CUDA, but this package disables it.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             logits = self.model(images)
             loss = self.criterion(logits, labels)

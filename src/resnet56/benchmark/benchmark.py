@@ -194,7 +194,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Return the times for start-up, data loading, checkpoint writing and evaluation in seconds."""
+    """Return the times in seconds of start-up, data loading, checkpoint writing and evaluation."""
 
     def start_time(*arguments: str) -> float:
         times = []

@@ -39,8 +39,9 @@ def machine_limits(device: torch.device, precision: Precision) -> dict[str, floa
 def roofline_times(
     arch: str, batch: int, precision: Precision, limits: dict[str, float]
 ) -> dict[str, float]:
-    """Return lower bounds on the time of a training step, from arithmetic and memory traffic.
+    """Return lower bounds on the time of a training step.
 
+    One bound follows from the number of operations, and the other bound from the memory traffic.
     The backward pass requires twice as many operations as the forward pass. The estimate of the
     memory traffic assumes that all operations except convolutions and batch norms are fused, and
     that no tensor stays in a cache. Each output of a convolution or batch norm is then written once

@@ -33,7 +33,7 @@ COMMANDS = {
     "import": "convert a checkpoint from another project to a run",
     "export": "export a model to ONNX or to a model hub directory",
     "report": "write a report on a network, or a comparison of several",
-    "compare": "test whether the accuracies of networks differ by more than chance",
+    "compare": "test whether the accuracies of networks differ significantly",
     "inspect": "measure the gradients and responses of each layer",
     "describe": "print the layers, parameters and multiply-accumulates of a model",
     "bench": "benchmark training and inference against a standard loop",

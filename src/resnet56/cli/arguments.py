@@ -164,7 +164,8 @@ def _annotate(options_type: type) -> None:
     for owner, field in _nested(options_type):
         text = _help(owner).get(field.name)
         settings: list[object] = [tyro.conf.arg(help=text, help_behavior_hint=_hint)]
-        if field.type is bool and owner is options_type:  # Recipe flags need their --no- form.
+        # A recipe flag keeps its --no- form, which overrides a recipe that sets the field to true.
+        if field.type is bool and owner is options_type:
             settings = [
                 tyro.conf.arg(help=text, help_behavior_hint=""),
                 tyro.conf.FlagCreatePairsOff,
@@ -184,7 +185,7 @@ def _hint(label: str) -> str:
 
 
 def _format_help(text: str) -> str:
-    """Wrap the usage and the description. Use ASCII if stdout cannot encode the boxes."""
+    """Wrap the usage and the description. Use ASCII if stdout cannot encode box characters."""
     width = min(COLUMNS, shutil.get_terminal_size().columns)
     lines = []
     for line in text.splitlines():
@@ -241,7 +242,7 @@ ERROR_MESSAGES = {
 
 
 def _missing(rows: Sequence[str]) -> str:
-    """Return an error message for tyro's list of missing arguments and their help."""
+    """Convert tyro's list of missing arguments and their help texts to an error message."""
     missing: list[tuple[str, str]] = []
     for row in rows:
         text = row.strip()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Test whether the test accuracies of networks differ by more than chance.
+    """Test whether the test accuracies of networks differ significantly.
 
     Runs that differ only in their seed form a group. Groups are compared by their mean accuracies
     over seeds. Two single runs, or two other networks, are compared by their predictions on the

@@ -159,7 +159,10 @@ def _evaluate(
     from resnet56.evaluation import conditions, inference_speed, measure_robustness
 
     if name == "validation":
-        raise UsageError("only the data set of a run has validation images; choose another --split")
+        raise UsageError(
+            "validation images exist only for the data set that a run was trained on; choose "
+            "another --split"
+        )
     split = require_images(dataset.test if name == "test" else dataset.train, name)
     if options.robustness:
         require_images(dataset.test, "test")

@@ -51,7 +51,7 @@ def require_images(split: "Split", name: str) -> "Split":
 def evaluate_and_save(
     network: "Network", dataset: "Dataset", *, robustness: int, split: str = "test"
 ) -> "Evaluation":
-    """Evaluate the network of a run on the data set of the run, and save and return the results.
+    """Evaluate a run's network on the run's data set, save the results, and return them.
 
     Args:
         network: a network that belongs to a run.

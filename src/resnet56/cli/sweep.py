@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Search for the best settings of a recipe on validation images."""
+    """Search for the recipe settings with the highest validation accuracy."""
 
     vary: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUES")
@@ -41,9 +41,9 @@ class SweepOptions:
     default, the seed of the recipe."""
 
     no_prune: bool = False
-    """Train all trials to the end. By default, only the better half of the trials continues after a
-    quarter of the epochs, and again each time the number of epochs over all seeds doubles
-    (successive halving)."""
+    """Train all trials to the end. By default, the worse half of the remaining trials stops after a
+    quarter of the epochs, and again whenever the number of epochs, summed over the seeds, has
+    doubled (successive halving)."""
 
     data: Data = None
     """Data set: digits (the default, no download), cifar10, cifar100 or a directory."""
@@ -224,8 +224,8 @@ def _parse(arguments: list[str], name: str | None, base: recipes.Recipe) -> Swee
         f"resnet56 sweep {name or 'RECIPE'}",
         default=SweepOptions(recipe=base),
         description=(
-            "Search for the best settings of a recipe on validation images. The test images are "
-            "not used.\n\nRECIPE is the name of a recipe or a file, as in resnet56 train. Each "
+            "Search for the recipe settings with the highest validation accuracy. The test images "
+            "are not used.\n\nRECIPE is the name of a recipe or a file, as in resnet56 train. Each "
             "field of a recipe is also a flag. The same command continues an interrupted sweep, "
             "and several processes can run it at the same time."
         ),

@@ -70,7 +70,7 @@ def build_app(
         predictor: the model. All calls to its `run` method come from one thread.
         limits: limits on requests.
         hosts: accepted host names in the Host header. "*" accepts all names. On a loopback
-            address, a list of names protects the server from DNS rebinding.
+            address, a list of allowed names protects the server from DNS rebinding.
     """
     limits = limits or Limits()
     meter = Meter()

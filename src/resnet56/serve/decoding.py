@@ -127,7 +127,7 @@ class Decoders:
         self.available.release()
 
     def _create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Create a task and keep a reference to it, which prevents garbage collection."""
+        """Create a task, and keep a reference to it so that it is not garbage-collected."""
         task = asyncio.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)

@@ -43,7 +43,7 @@ def _parameter(parameter: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contents(holder: Mapping[str, Any], components: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the media types of a request or response body with their fields."""
+    """Return the media types of a request or response body, and the fields of each media type."""
     return [
         {"type": media_type, "fields": list(_fields(content.get("schema", {}), components))}
         for media_type, content in holder.get("content", {}).items()

@@ -44,7 +44,7 @@ class RequestLimiter:
 
     @contextmanager
     def admit(self) -> Iterator[Callable[[int], None]]:
-        """Count one request in flight until the block ends.
+        """Count one request as in flight until the block ends.
 
         Yields:
             A function that reserves a number of bytes for the request until the block ends.

@@ -74,8 +74,8 @@ class CrossSiteMiddleware:
 
     A form on any page can upload a file to a server on the visitor's machine. Current browsers
     report the origin of a request in the Sec-Fetch-Site header, and older browsers report it in the
-    Origin header. Other clients send neither header. GET requests are allowed because browsers hide
-    the responses from other sites.
+    Origin header. Other clients send neither header. GET requests are allowed because browsers do
+    not let other sites read the responses.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -24,7 +24,7 @@ from resnet56.serve.limits import Limits
 
 IDLE_SECONDS = 10.0  # time limit for a connection without a complete request
 MAX_CONNECTIONS = 600  # reduced if the process can open only a few files
-# Files other than connections: the pipes of the decoders, of a new decoder and of the event loop.
+# File descriptors of the pipes of the decoders, of a new decoder and of the event loop.
 RESERVED_FILES = 24
 MIN_CONNECTION_FILES = 16
 BACKLOG = 128  # maximum number of pending connections
@@ -84,8 +84,8 @@ class Protocol(H11Protocol):
     def _close_if_stalled(self) -> None:
         """Close the connection if it has made no progress since the previous check.
 
-        Progress means a new request, a response in preparation, or a client that reads its
-        response.
+        A connection makes progress if a new request arrives, the server is preparing a response, or
+        the client is reading the response.
         """
         unread = self.transport.get_write_buffer_size()
         awaiting_request = self.cycle is None or self.cycle.response_complete
@@ -169,8 +169,8 @@ def _connection_limits() -> tuple[int, int]:
     except ImportError:  # Windows
         return MAX_CONNECTIONS, BACKLOG
     used = psutil.Process().num_fds() + RESERVED_FILES
-    # The server accepts connections above the limit and closes them. Reserve files for a few
-    # backlogs of such connections.
+    # The server accepts connections above the limit and closes them, so it reserves file
+    # descriptors for four times the backlog.
     required = used + MAX_CONNECTIONS + 4 * BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= required:

@@ -46,7 +46,7 @@ def with_trials(
         trials: the trials. Trials without a value for every field are omitted.
         space: the values of each field that varies.
         recipe: the settings that do not vary.
-        base: name of the recipe from which the command starts, and the recipe.
+        base: the recipe from which the command starts, as a pair (name, recipe).
     """
     records = [_record(trial, space) for trial in trials if trial.params.keys() == space.keys()]
     result: Sweep = {**content, "trials": sorted(records, key=lambda record: record["number"])}

@@ -28,8 +28,9 @@ def tpe_sampler(number: int) -> Any:
 def halving_pruner(epochs: int) -> Any:
     """Return a pruner that repeatedly stops the worse half of the remaining trials.
 
-    The pruner compares trials after a quarter of the epochs, and each time the number of epochs
-    over all seeds doubles. Earlier pruning would favor settings that converge fast.
+    The pruner compares trials after a quarter of the epochs, and again whenever the number of
+    epochs, summed over the seeds, has doubled. Earlier pruning would favor settings that converge
+    fast.
     """
     import optuna
 

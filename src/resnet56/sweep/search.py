@@ -60,9 +60,9 @@ def sweep(
             seeds. By default, the seed of the recipe.
         grid: try all combinations of the choices. By default, Optuna's tree-structured Parzen
             estimator (TPE) suggests values.
-        prune: stop a trial early if its validation accuracy is in the lower half after a quarter of
-            the epochs, or each time the number of epochs over all seeds doubles (successive
-            halving).
+        prune: repeatedly stop the half of the remaining trials with the lower validation accuracies
+            (successive halving). The sweep compares trials after a quarter of the epochs, and again
+            whenever the number of epochs, summed over the seeds, has doubled.
         storage: SQLAlchemy URL of a database. By default, the SQLite file `out/study.db`, which
             supports several processes on one machine.
         device, threads: as in `train`.

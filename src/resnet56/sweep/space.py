@@ -39,7 +39,7 @@ class Choices:
         return [*map(to_scalar, self.values)]
 
     def find(self, stored: object) -> Any:
-        """Return the value that Optuna stores as `stored`."""
+        """Return the value whose representation in Optuna is `stored`."""
         return next(value for value in self.values if to_scalar(value) == stored)
 
 

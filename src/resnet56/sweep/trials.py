@@ -39,7 +39,7 @@ class Trials:
         return {n for trial in trials for n in trial.system_attrs.get("retry_history", [])}
 
     def counted(self) -> list["FrozenTrial"]:
-        """Return the trials that count. Surplus and superseded trials do not count."""
+        """Return the trials that count toward `total`: all except surplus and superseded trials."""
         superseded = self.superseded()
         return [
             trial

@@ -87,11 +87,11 @@ def train(
             an epoch, training calls the callbacks with the metrics of the epoch in the format of
             metrics.jsonl.
 
-    The run records the name and a hash of the source code of `model`, `optimizer`, `loss` and
-    `augment`. The hashes include numbers and strings in closures, attributes and partial arguments.
-    A run can be resumed only with the same custom parts. The recipe's settings for a replaced part
-    have no effect. Training seeds PyTorch's random number generators before each step, so custom
-    parts that use these generators resume exactly.
+    For each of `model`, `optimizer`, `loss` and `augment`, the run records the name and a hash of
+    the source code. The hash also covers the numbers and strings in closures, attributes and
+    arguments of `functools.partial`. A run can be resumed only with the same custom parts. The
+    recipe's settings for a replaced part have no effect. Training seeds PyTorch's random number
+    generators before each step, so custom parts that use these generators resume exactly.
 
     Returns:
         The content of evaluation.json, or an empty dictionary without test images or on ranks
@@ -100,8 +100,8 @@ def train(
     Raises:
         Interrupted: Ctrl-C or SIGTERM stopped training, and a checkpoint was written. This
             exception is a `KeyboardInterrupt`.
-        TrainingError: the loss is not finite, or a custom part or a callback raises an exception,
-            which is the cause of the error.
+        TrainingError: the loss is not finite, or a custom part or a callback raises an exception.
+            That exception is then the `__cause__` of the TrainingError.
         RunError: `out` does not meet the requirements above or cannot be written, another process
             is training in it, or weights that the recipe specifies are missing or damaged.
         UsageError: the device is not available, the validation set is too large, or a custom part

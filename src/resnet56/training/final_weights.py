@@ -73,7 +73,7 @@ def _reestimate(
     setup: TrainingSetup, weights: Mapping[str, Tensor], epoch: int
 ) -> Mapping[str, Tensor]:
     """Return `weights` with batch norm statistics computed on images from an epoch."""
-    # Only the main process runs this function, so it uses global batches.
+    # Only the main process runs this function, so the function uses global batches.
     batches = replace(setup.batches, rank=0, world_size=1)
     count = math.ceil(REESTIMATION_IMAGES / batches.global_batch)
     images = (images for images, _ in batches.epoch(epoch))

@@ -62,7 +62,7 @@ def load_weights(
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """Disable the gradients of modules.
+    """Disable the gradients of the parameters of modules.
 
     Args:
         model: the model to train.

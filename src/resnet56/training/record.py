@@ -31,7 +31,11 @@ class Scalars(Protocol):
 def load_checkpoint(
     run: RunDirectory, recipe: Recipe, dataset: Dataset, fingerprint: str, custom: Custom
 ) -> Checkpoint:
-    """Load the checkpoint of a run. Raise RunError if the run has another recipe or data set."""
+    """Load the checkpoint of a run.
+
+    Raises:
+        RunError: the run has a different recipe, data set or custom part.
+    """
     checkpoint = run.load(training=True)
     saved_fields = from_fields(read_json(run.recipe_file), str(run.recipe_file)).to_json()
     differing = [
@@ -186,8 +190,10 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def tensorboard_writer(enabled: bool, run: RunDirectory, step: int) -> Iterator[Scalars | None]:
-    """Yield a TensorBoard writer that replaces the scalars after `step`, or None if not
-    `enabled`."""
+    """Yield a TensorBoard writer that overwrites the scalars recorded after `step`.
+
+    If `enabled` is False, yield None.
+    """
     if not enabled:
         yield None
         return

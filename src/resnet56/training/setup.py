@@ -66,8 +66,8 @@ def set_up(
         dataset: training images.
         device: training device.
         dist: rank and world size.
-        saved: checkpoint to continue from, or None. With a checkpoint, the initial weights of the
-            recipe are not read.
+        saved: checkpoint to continue from, or None. If a checkpoint is given, the function ignores
+            the initial weights of the recipe.
         custom: parts that replace built-in ones, or None.
 
     Raises:
@@ -157,11 +157,11 @@ def augmentation_of(recipe: Recipe, *, allow_flip: bool) -> Augmentation:
 
 
 def step_costs(recipe: Recipe) -> list[float]:
-    """Return the duration of a step in each epoch, relative to a step on 32x32 images."""
+    """Return the duration of a step in each epoch, relative to that of a step on 32x32 images."""
     rest = [32] * (recipe.epochs - len(recipe.sizes))
-    # A fifth of the duration of a step does not depend on the image size. The measured durations
-    # are 0.39 for 16x16 and 0.64 for 24x24 (resnet56, batch size 64, two CPU cores,
-    # results/fast-seed0).
+    # A fifth of the duration of a step does not depend on the image size. The measured durations,
+    # relative to 32x32 images, are 0.39 for 16x16 and 0.64 for 24x24 images (resnet56, batch size
+    # 64, two CPU cores, results/fast-seed0).
     return [0.2 + 0.8 * (side / 32) ** 2 for side in (*recipe.sizes, *rest)][: recipe.epochs]
 
 
