@@ -85,7 +85,7 @@ RECOMMENDATIONS = (
     ),
     (
         "regularization",
-        "weight decay 1e-4 instead of 0 in `report`, no crops and flips",
+        "weight decay 1e-4 instead of 0 in `report`, without crops and flips",
         "report-no-augmentation-no-decay-seed0",
         "report-no-augmentation-seed0",
     ),
@@ -103,7 +103,7 @@ RECOMMENDATIONS = (
     ),
     (
         "epoch count",
-        "40 epochs instead of 12 in `report`, no crops and flips",
+        "40 epochs instead of 12 in `report`, without crops and flips",
         "report12-no-augmentation-seed0",
         "report-no-augmentation-seed0",
     ),
