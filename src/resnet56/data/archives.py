@@ -62,7 +62,7 @@ def _extract(archive: BinaryIO, temporary: str, directory: str) -> None:
             remaining -= member.size
             tar.extract(member, temporary)
         while stream.read(_BLOCK):
-            pass  # gzip verifies its checksum at the end of the stream
+            pass  # gzip verifies the checksum at the end of the stream
     if not Path(temporary, directory).is_dir():
         raise UnpackError(f"it does not contain the directory {directory!r}")
 

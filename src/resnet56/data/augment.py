@@ -29,7 +29,7 @@ class Augmentation:
         mix: "cutmix", "mixup", "ricap" or "none".
         mix_alpha: parameter of the Beta(alpha, alpha) distribution of the mixing weights.
         mix_probability: probability that a batch is mixed.
-        plain_tail_from: first epoch (from 0) that uses only crops and flips.
+        plain_tail_from: zero-based index of the first epoch that uses only crops and flips.
         function: replaces TrivialAugment, the crop, the flip and Cutout. It maps uint8 images
             (B, 3, 32, 32) to images of the same dtype and shape.
     """
@@ -137,7 +137,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, centers: Tensor, side: int) -> Tensor:
-    """Set a square in each normalized image to zero, which is the mean (DeVries & Taylor 2017).
+    """Set a square in each normalized image to zero, the mean color (DeVries & Taylor 2017).
 
     The square is clipped at the edges of the image.
 

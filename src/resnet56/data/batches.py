@@ -119,8 +119,8 @@ class Batches:
         """Iterate over the batches of this process in one epoch.
 
         Args:
-            epoch: index of the epoch, from 0.
-            start: index of the first step, from 0.
+            epoch: zero-based index of the epoch.
+            start: zero-based index of the first step.
 
         Yields:
             images: normalized float32 images (B, 3, S, S), in channels-last memory format. S is the

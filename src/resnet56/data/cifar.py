@@ -1,6 +1,6 @@
 """Read CIFAR-10 and CIFAR-100 in their published formats, and verify their checksums.
 
-https://www.cs.toronto.edu/~kriz/cifar.html describes the formats. The checksums are those of the
+https://www.cs.toronto.edu/~kriz/cifar.html describes the formats. The checksums apply to the
 binary format, so this module converts all formats to binary records.
 """
 

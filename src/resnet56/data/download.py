@@ -30,7 +30,7 @@ Progress = Callable[[int, int | None], None]
 _RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt per URL
 _REPORT_INTERVAL = 0.2  # seconds between calls to `progress`, and between attempts to lock
 _BLOCK = 1 << 18  # bytes to read at once
-_MIN_RATE = (1_000, 60.0)  # close connections that receive fewer bytes in this many seconds
+_MIN_RATE = (1_000, 60.0)  # connections that receive fewer bytes in this many seconds are closed
 _HEADER_TIMEOUTS = 4  # the time limit for the response headers is this multiple of the timeout
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNREACHABLE_ERRNOS = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
@@ -226,7 +226,7 @@ def _redact(url: str) -> str:
 
 
 def _request(url: str) -> Request:
-    """Create a request. Move credentials from the URL to a header that only its host receives."""
+    """Create a request. Move credentials from the URL to a header for its host only."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     request = Request(urlunsplit(parts._replace(netloc=host)), headers={"User-Agent": "resnet56"})
@@ -410,12 +410,12 @@ def _verify(archive: Archive, part: BufferedRandom, resumed: bool) -> None:
 
 
 def _length(file: BufferedRandom) -> int:
-    """Return the length of an open file in bytes."""
+    """Return the length, in bytes, of an open file."""
     return file.seek(0, os.SEEK_END)
 
 
 def _size(path: Path) -> int:
-    """Return the size of a file in bytes, or 0 if it cannot be accessed."""
+    """Return the size, in bytes, of a file, or 0 if the file cannot be accessed."""
     try:
         return path.lstat().st_size
     except OSError:

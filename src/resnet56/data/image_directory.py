@@ -135,7 +135,8 @@ def load_image_directory(
 
     The known layouts are:
 
-    - `train/<class>/*`, with a test split in `test/<class>/*` or else in `val/<class>/*`
+    - `train/<class>/*`, with a test split in `test/<class>/*` or, without test/, in
+      `val/<class>/*`
     - images in `train/`, with a table of their labels (.csv)
     - `<class>/*`
 

@@ -123,7 +123,7 @@ def _walk(directory: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
 def _detect_suffix(file: Path) -> str | None:
     """Detect an image format from the first bytes of a file.
 
-    Return the suffix of the format, or None if it is unknown.
+    Return the suffix of the format, or None if the format is unknown.
     """
     try:
         with file.open("rb") as stream:

@@ -72,9 +72,9 @@ def find_exceeded_limit(stream: BinaryIO) -> str | None:
 
 
 def _check_jpeg(content: bytes) -> str | None:
-    """Check the content of a JPEG after its first two bytes.
+    """Check the part of a JPEG that follows its first two bytes.
 
-    The function follows the markers to the end of the image, as decoders do. It ignores data after
+    Like a decoder, the function follows the markers to the end of the image. It ignores data after
     the image (such as a video from a phone) and inside segments (such as a thumbnail).
     """
     scans = segments = padding = offset = 0

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def _has_avif() -> bool:
-    """Return whether Pillow supports AVIF, as some builds of Pillow 11.3 and later do."""
+    """Return whether Pillow supports AVIF. Some builds of Pillow 11.3 and later support it."""
     try:
         from PIL import AvifImagePlugin
     except ImportError:
@@ -266,8 +266,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def to_model_input(image: Image.Image) -> UInt8Array:
     """Convert an upright RGB image from `read_image` to a uint8 model input (3, 32, 32).
 
-    The function crops the image to the center square and resizes it with antialiasing. A 32x32
-    image does not change.
+    The function crops the image to the center square and resizes this square with antialiasing. A
+    32x32 image does not change.
     """
     resized = ImageOps.fit(image, (SIZE, SIZE), method=Image.Resampling.BICUBIC)
     return np.array(resized, dtype=np.uint8).transpose(2, 0, 1).copy()

@@ -245,8 +245,8 @@ def unpickle(
     Args:
         stream: seekable stream. Afterward, its position is the end of the pickle.
         find: function that returns the stub for the full name of a class or function.
-        persistent: function that returns the object for a persistent ID. By default, such IDs raise
-            an error.
+        persistent: function that returns the object for a persistent ID. By default, the function
+            raises an error for persistent IDs.
         encoding: encoding of strings from Python 2, or "bytes" to return bytes.
 
     Raises:

@@ -122,7 +122,7 @@ def load_directory(
     The function supports CIFAR-10 and CIFAR-100 (fine labels) in the binary and Python formats. The
     files can be in `path` or in a subdirectory with the published name. The function unpacks a
     published archive into the directory that contains it. It compares the data with the published
-    data. A minor difference adds a remark, and a major difference raises an error.
+    data. It adds a remark for a minor difference, and raises an error for a major difference.
 
     The function also supports image directories (see `image_directory.load_image_directory`).
 

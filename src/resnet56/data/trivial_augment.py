@@ -2,7 +2,7 @@
 
 The method is from Müller & Hutter 2021 (arXiv:2103.10158). This module implements the wide
 augmentation space of 14 transforms, for batches on any device. The results are identical to
-those of Pillow.
+Pillow's results.
 """
 
 import math
