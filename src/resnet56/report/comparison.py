@@ -161,7 +161,7 @@ def content(runs: Sequence[RunFacts]) -> dict[str, Any]:
 
 
 def ranked(runs: Sequence[RunFacts]) -> list[Entry]:
-    """Return the runs in descending order of test accuracy, and then those without a result."""
+    """Return the runs in descending order of test accuracy, followed by untested runs."""
     order = sorted(runs, key=lambda run: -run.test["accuracy"] if run.test else math.inf)
     names = [run.name for run in runs]
     return [

@@ -40,7 +40,7 @@ class Mistake:
 
 
 def originals(facts: RunFacts) -> list[Augmented]:
-    """Return training images, with augmented versions if training augments images."""
+    """Return training images and, if training augments images, augmented versions of them."""
     if facts.samples is None:
         return []
     shown = []

@@ -270,7 +270,7 @@ def class_range(test: Metrics) -> list[str]:
 
 
 def classes_with(values: Mapping[str, float], value: float) -> str:
-    """Return the name of the class with this value, or the number of classes if several have it."""
+    """Return the name of the class with this value or, if several classes have it, their number."""
     names = [name for name, other in values.items() if other == value]
     return quoted(shortened(names[0])) if len(names) == 1 else f"{len(names)} classes"
 
@@ -399,7 +399,7 @@ def training_charts(facts: RunFacts) -> list[Chart]:
 
 
 def few_versions(originals: Sequence[Augmented]) -> list[Augmented]:
-    """Return the first training images, with the first augmented versions of each."""
+    """Return the first training images, and the first augmented versions of each."""
     return [(image, versions[:MAX_VERSIONS]) for image, versions in originals[:MAX_ORIGINALS]]
 
 
