@@ -176,7 +176,10 @@ def _resolve_constants(
     outputs: int,
     defaults: tuple[Constants | None, str] = (None, ""),
 ) -> tuple[Constants, list[str]]:
-    """Choose mean and std from the arguments, the file or the defaults. Return them and remarks."""
+    """Choose mean and std from the arguments, the file or the defaults.
+
+    Return these constants and a list of remarks on the choice.
+    """
     remarks = []
     for name, given, in_file in (("mean", mean, declared.mean), ("std", std, declared.std)):
         if given and in_file and not all(map(math.isclose, given, in_file)):
@@ -278,9 +281,9 @@ def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dic
 def _center_padding(model: dict[str, Tensor]) -> None:
     """Permute channels in place, for shortcuts that add zero channels on both sides.
 
-    In the layout of this package, shortcut A appends all of its zero channels at the end. The order
-    of channels does not matter if all layers use the same order: `conv2` and `bn2` write the
-    channels of a stage, and `conv1` of the next block or the classifier reads them.
+    In the layout of the file, shortcut A appends all of its zero channels at the end. The order of
+    channels does not matter if all layers use the same order: `conv2` and `bn2` write the channels
+    of a stage, and `conv1` of the next block or the classifier reads them.
     """
     order = torch.arange(WIDTHS[0])  # maps channels of this package to channels of the layout
     for stage, width in enumerate(WIDTHS, start=1):

@@ -261,7 +261,7 @@ class RunDirectory:
         save_checkpoint(self.checkpoint_file, checkpoint)
 
     def load(self, *, training: bool = False) -> Checkpoint:
-        """Read the checkpoint, with the training state if `training` is True.
+        """Read the checkpoint. If `training` is True, also read the training state.
 
         Raises:
             RunError: the checkpoint does not exist, is damaged, or has a newer format.

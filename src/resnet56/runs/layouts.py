@@ -25,7 +25,7 @@ class Layout:
     heads: tuple[str, ...]  # possible names of the classifier's weight
     rules: tuple[tuple[str, Rename], ...]  # regular expressions and replacements, applied in order
     constants: Mapping[int, Constants]  # default constants, by number of classes
-    pads_after: bool = False  # whether shortcut A adds all zero channels at the end
+    pads_after: bool = False  # whether shortcut A appends its zero channels at the end
 
     def rename(self, key: str) -> str:
         """Convert the name of a tensor in this layout to its name in this package."""

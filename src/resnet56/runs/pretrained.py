@@ -81,7 +81,7 @@ def save(run: RunDirectory, name: str, directory: Path) -> Path:
 
 
 def card(name: str) -> dict[str, Any]:
-    """Return the model card, with the recipe and evaluation. Raises RunError if reading fails."""
+    """Return the model card, including recipe and evaluation. Raises RunError if reading fails."""
     return read_json(DIRECTORY / f"{name}.json")
 
 

@@ -83,7 +83,7 @@ class CustomPart(TypedDict):
 class Environment(TypedDict, total=False):
     """environment.json: the machine, software and data set of a run.
 
-    For an imported network, the machine, software and data set of its first evaluation.
+    For an imported network, the file describes the network's first evaluation.
     """
 
     processor: Text  # the name of the CPU
@@ -127,8 +127,8 @@ class EpochMetrics(TypedDict):
     peak_memory_mb: NotRequired[NonNegative]  # peak memory in MB (GPU memory if a GPU is used)
     val_loss: NotRequired[Loss]  # loss on the validation set
     val_accuracy: NotRequired[Fraction]  # accuracy on the validation set
-    test_loss: NotRequired[Loss]  # loss on the test set, with --test-every-epoch
-    test_accuracy: NotRequired[Fraction]  # accuracy on the test set, with --test-every-epoch
+    test_loss: NotRequired[Loss]  # loss on the test set (requires --test-every-epoch)
+    test_accuracy: NotRequired[Fraction]  # accuracy on the test set (requires --test-every-epoch)
     threads: NotRequired[PositiveInt]  # number of CPU threads at the end of the epoch
 
 

@@ -58,7 +58,7 @@ def import_model(
     classes: Sequence[str] = (),
     prefix: str | None = None,
 ) -> "ImportedModel":
-    """Open a model as `open_model` does, or convert a file from another project.
+    """Open a model like `open_model`, or convert a file from another project.
 
     See `convert.read` for the arguments and the errors.
     """

@@ -1,6 +1,6 @@
 """Read tensor files without running code. The content of a file determines its format.
 
-The supported formats are those of `torch.save` since 2017, safetensors, and the ONNX files that
+This module supports the formats of `torch.save` since 2017, safetensors, and the ONNX files that
 this package exports. Opening a file reads only names, shapes and dtypes. Values are read on
 demand. Reading a tensor never allocates more memory than the file size.
 """
