@@ -1,8 +1,11 @@
 """Untrained networks with outputs similar to those of trained networks."""
 
+import functools
+
 import torch
 from torch import nn
 
+from resnet56 import export
 from resnet56.model import build
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 
@@ -15,6 +18,12 @@ def random_checkpoint(arch: str = "resnet8", classes: tuple[str, ...] = CLASSES)
     randomize(model, model.fc)
     config = ModelConfig(arch, classes, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     return Checkpoint(config, model.state_dict())
+
+
+@functools.cache
+def onnx_file() -> bytes:
+    """Return `random_checkpoint()` as an ONNX file. An export takes seconds, so share one."""
+    return export.to_onnx(random_checkpoint(), checked=False)
 
 
 def randomize(model: nn.Module, last: nn.Linear) -> None:

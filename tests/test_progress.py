@@ -47,7 +47,7 @@ import dataclasses, json, signal, torch
 from resnet56 import Dataset, RECIPES, Split, train
 split = Split(torch.randint(0, 256, (16, 3, 32, 32)).byte(), torch.arange(16) % 2)
 data = Dataset("tiny", ("a", "b"), split, split, True, "random images", "nowhere")
-recipe = dataclasses.replace(RECIPES["quick"], arch="resnet8", epochs=10, batch_size=2)
+recipe = dataclasses.replace(RECIPES["quick"], arch="resnet8", epochs=10, batch_size=3)
 """
 
 

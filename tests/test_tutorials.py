@@ -24,12 +24,12 @@ def load_tool(name: str) -> ModuleType:
 
 
 # The first tutorial trains three networks with PyTorch alone. In the tests, the first of these
-# networks has 20 layers. The other two have 8 layers and are trained briefly, and their stored
+# networks has 14 layers. The other two have 8 layers and are trained briefly, and their stored
 # outputs are checked instead. The tests also train smaller networks with the package, in the first
 # tutorial on fewer images.
 SHORTENED = {
     BUILD: {
-        "model = ResNet()\nhistory": "model = ResNet(n=3)\nhistory",
+        "model = ResNet()\nhistory": "model = ResNet(n=2)\nhistory",
         "repeats = len(x_train) // 64\n": "repeats = 2\n",
         "fit(ResNet(), x_few": "fit(ResNet(n=1), x_few",
         "plain = ResNet(residual=False)": "plain = ResNet(n=1, residual=False)",

@@ -21,10 +21,9 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import random_checkpoint
+from networks import onnx_file, random_checkpoint
 from torch import nn
 
-from resnet56 import export
 from resnet56.data.pickles import make_stub, reject_all, unpickle, with_numpy
 from resnet56.errors import Error, RunError
 from resnet56.runs import convert
@@ -303,15 +302,10 @@ def test_mutated_files_raise_only_package_errors(
 )  # fmt: skip
 @given(changes=st.lists(mutation, min_size=1, max_size=3))
 def test_mutated_onnx_files_raise_only_package_errors(
-    exported: bytes, tmp_path: Path, changes: list[tuple[float, str, bytes]]
+    tmp_path: Path, changes: list[tuple[float, str, bytes]]
 ) -> None:
-    (tmp_path / "model.onnx").write_bytes(mutated(exported, changes))
+    (tmp_path / "model.onnx").write_bytes(mutated(onnx_file(), changes))
     assert "\n" not in error_message(tmp_path / "model.onnx")
-
-
-@pytest.fixture(scope="module")
-def exported() -> bytes:
-    return export.to_onnx(random_checkpoint(), checked=False)
 
 
 def test_placeholders_have_no_behavior() -> None:
