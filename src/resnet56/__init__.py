@@ -1,6 +1,6 @@
 """ResNet-56 on CIFAR-10: build, train and test the network, and explain its results.
 
-The names below are the public API. These names are imported on first use, which keeps
+The names below are the public API. Each name is imported on first use, which keeps
 `import resnet56` and `resnet56 --help` fast.
 """
 

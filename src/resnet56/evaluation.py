@@ -437,8 +437,8 @@ def compare(
     """Compare the predictions of a model on two devices, runtimes or precisions.
 
     Returns:
-        An entry of parity.json: both accuracies, the number of images whose predicted class
-        changes, the median and largest absolute difference between logits, and a verdict.
+        An entry of parity.json: both accuracies, the number of images whose predicted classes
+        differ, the median and largest absolute difference between logits, and a verdict.
     """
     labels = split.labels.cpu()
     with progress(f"{len(labels):,} images, twice", 2 * len(labels)) as advance:
@@ -460,13 +460,13 @@ def compare(
 
 
 def _verdict(names: tuple[str, str], images: int, changed: int, gained: int) -> str:
-    """State how many predictions change, and how much of an accuracy gap the changes explain.
+    """State how many predictions differ, and how much of an accuracy gap they explain.
 
     Args:
         names: names of the two models.
         images: number of images.
-        changed: number of images whose predicted class changes.
-        gained: number of correct predictions of the second model minus that of the first.
+        changed: number of images whose predicted classes differ.
+        gained: correct predictions of the second model minus correct predictions of the first.
     """
     no_gap = "so this difference does not explain any accuracy gap."
     if not changed:

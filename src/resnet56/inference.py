@@ -126,8 +126,8 @@ class InferenceModel(nn.Module):
 def can_fold(model: nn.Module) -> bool:
     """Return whether `InferenceModel` can copy a model.
 
-    The class can copy a model from `build` unless the model has been modified. Modified models can
-    recompute the weights of a convolution in each forward pass. For example,
+    `InferenceModel` can copy a model from `build` unless the model has been modified. Modified
+    models can recompute the weights of a convolution in each forward pass. For example,
     `torch.nn.utils.prune` and `torch.nn.utils.parametrize` modify models in this way.
     """
     return type(model) is ResNet and all(

@@ -33,7 +33,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Statistics of all layers on one batch, in forward order."""
+    """Statistics of all layers on one batch, in the order of the forward pass."""
 
     loss: float  # mean cross-entropy of the batch
     layers: tuple[LayerStatistics, ...]

@@ -1,6 +1,6 @@
 """Predict the classes of images with a run, a pretrained model or an ONNX file.
 
-An ONNX file runs in ONNX Runtime. In this case, PyTorch is not imported.
+ONNX files run in ONNX Runtime, which does not require PyTorch.
 """
 
 import os

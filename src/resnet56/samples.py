@@ -78,8 +78,8 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
 def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES) -> dict[str, Any]:
     """Return wrong predictions from all cells of the confusion matrix, by descending confidence.
 
-    If there are more than `limit` wrong predictions, the function first selects the predictions
-    with the highest confidence across all cells, `MOST_CONFIDENT` in number. It then adds the most
+    If there are more than `limit` wrong predictions, the function first selects the
+    `MOST_CONFIDENT` predictions with the highest confidence across all cells. It then adds the most
     confident prediction of each cell, then the second most confident prediction of each cell, and
     so on. Cells with more wrong predictions come first.
 

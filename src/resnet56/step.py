@@ -17,7 +17,7 @@ from resnet56.runtime import Precision, autocast
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate at `step` (from 0): a linear warm-up, followed by the schedule."""
+    """Return the learning rate at `step`, which counts from 0: a warm-up, then the schedule."""
     warmup = recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
@@ -109,7 +109,7 @@ class Trainer:
             images: (B, 3, S, S), normalized.
             targets: int64 labels (B,), or float32 probabilities (B, C).
             lr: learning rate.
-            step: step number (from 0), counted over all epochs.
+            step: step number, which counts from 0 over all epochs.
         """
         member = None
         if self.teachers is not None and self.recipe.teacher_random:

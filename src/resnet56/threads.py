@@ -125,7 +125,7 @@ class ThreadControl:
         # Count a core with two hyperthreads once.
         self.cores = min(usable, psutil.cpu_count(logical=False) or usable)
         self._meter = meter or LoadMeter()
-        self._wait_windows = 1  # number of windows for which cores must be free before use
+        self._wait_windows = 1  # number of windows for which cores must stay free before use
         self._free_windows = 0
         self._windows_since_up = BACKOFF_WINDOWS
 
@@ -216,7 +216,7 @@ class ThreadControl:
         return {"fixed": not self.adaptive, "changes": self.changes}
 
     def _free_threads(self, others: float, tolerance: float) -> int:
-        """Return the number of threads for which cores are free while `others` cores are busy."""
+        """Return how many threads can run on free cores if other programs use `others` cores."""
         return max(1, min(math.floor(self.cores - others + tolerance), self._max_threads))
 
     def _set(self, threads: int, step: int) -> None:

@@ -37,10 +37,10 @@ def test_a_sweep_with_other_settings_is_rejected(
     smaller = dataclasses.replace(tiny, train=dataclasses.replace(
         tiny.train, images=tiny.train.images[:48], labels=tiny.train.labels[:48]))  # fmt: skip
     calls: dict[str, tuple[Recipe, Any, Dataset, dict[str, Any]]] = {
-        "another recipe (momentum 0.9 -> 0.5)": (other, space, tiny, {}),
-        "other values to vary": (recipe, {"lr": Choices((0.1, 0.3))}, tiny, {}),
-        "other data": (recipe, space, smaller, {}),
-        "other seeds (0)": (recipe, space, tiny, {"seeds": (0, 1)}),
+        "a different recipe (momentum 0.9 -> 0.5)": (other, space, tiny, {}),
+        "different values to vary": (recipe, {"lr": Choices((0.1, 0.3))}, tiny, {}),
+        "a different data set": (recipe, space, smaller, {}),
+        "different seeds (0)": (recipe, space, tiny, {"seeds": (0, 1)}),
     }
     for message, (changed, values, data, options) in calls.items():
         for remove in (False, True):  # the directory, and then the database

@@ -26,13 +26,13 @@ MEMORY_HINTS = {
 
 COMMANDS = {
     "train": "train a model and evaluate it",
-    "sweep": "search for the best settings on validation images",
+    "sweep": "search for the settings with the highest validation accuracy",
     "evaluate": "evaluate a model on this machine",
     "predict": "classify images and explain the predictions",
     "serve": "serve predictions over HTTP, with a demo page",
     "import": "convert a checkpoint from another project to a run",
     "export": "export a model to ONNX or to a model hub directory",
-    "report": "write a report on a network, or a comparison of several",
+    "report": "write a report on one network, or a comparison of several networks",
     "compare": "test whether the accuracies of networks differ significantly",
     "inspect": "measure the gradients and responses of each layer",
     "describe": "print the layers, parameters and multiply-accumulates of a model",

@@ -1,4 +1,4 @@
-"""Compare a network that runs in kernels with the same network in PyTorch."""
+"""Compare a network that uses the kernels of this package with the same network in PyTorch."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +17,7 @@ def require_agreement(
     """Compare a bf16 training step that uses kernels with an fp32 training step in PyTorch.
 
     Args:
-        wrap: function that wraps a model in a module whose training steps run in kernels.
+        wrap: function that wraps a model in a module whose training steps use the kernels.
         archs: small architectures that use all kernels.
         images: (N, 3, H, W) normalized images on the device of the kernels.
 

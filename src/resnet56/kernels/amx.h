@@ -40,7 +40,7 @@ struct config { /* the instruction LDTILECFG requires this layout */
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
-/* GCC does not know that tile loads read memory. The barrier keeps earlier stores before them. */
+/* GCC does not know that tile loads read memory. The barrier keeps earlier stores before the loads. */
 #define COMPILER_BARRIER __asm__ volatile("" ::: "memory")
 
 static void begin_tiles(struct config *saved) {
@@ -56,7 +56,8 @@ static void end_tiles(const struct config *saved) {
     else _tile_release();
 }
 
-/* Computes 64 positions by 16 outputs: c[64][16] = sum over chunks k of a[offsets[k]..] * b[k]. */
+/* Computes the product c[64][16] for 64 positions and 16 outputs, which is the sum over chunks k of
+ * a[offsets[k]..] * b[k]. */
 static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                           const bf16 *b, float *c) {
     const char *rows = (const char *)a;

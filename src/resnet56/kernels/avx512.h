@@ -22,8 +22,9 @@ static inline __m512bh broadcast(const bf16 *pair) {
 
 static inline __m512bh load_pairs(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-/* Adds the products of `pairs` pairs of values to 16 vectors of sums, which hide the latency of the
- * instruction. The vectors hold 8 rows by 32 columns if `wide`, and 16 rows by 16 columns otherwise:
+/* Adds the products of `pairs` pairs of values to 16 vectors of sums. This number of vectors hides
+ * the latency of the instruction. The vectors hold 8 rows and 32 columns if `wide`, and 16 rows and
+ * 16 columns otherwise:
  *
  *              wide                                 not wide
  *          b         b + next                           b

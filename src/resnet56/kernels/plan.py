@@ -126,7 +126,7 @@ class Plan:
         first = self._layer(model.conv1, model.bn1, height, width)
         first.conv.input = PIXELS
         previous = _BlockOutput(first)
-        blocks: list[list[_Conv]] = []  # convolutions of each block in backward order
+        blocks: list[list[_Conv]] = []  # each block in the order of the backward pass
         for stage in (model.stage1, model.stage2, model.stage3):
             for block in stage:
                 convs, previous, height, width = self._block(block, previous, height, width)
@@ -201,7 +201,8 @@ class Plan:
         projection = self._layer(shortcut[0], shortcut[1], height, width, input_stride=input_stride)
         projection.conv.input, projection.conv.x = PLAIN, x.data_ptr()
         head.skip, head.skip_stride = IDENTITY if input_stride == 1 else PROJECTED, input_stride
-        # The last convolution in `order`, the first of the block, adds the projection's gradient.
+        # The first convolution of the block is the last in `order`. It adds the gradient of the
+        # projection.
         order.insert(len(order) - 1, projection.conv)
         return order, _BlockOutput(layers[-1], PROJECTED, None, projection), height, width
 

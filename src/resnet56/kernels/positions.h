@@ -103,8 +103,8 @@ typedef struct {
  * stored, because their `pixel_of` is -1.
  *
  * `pitch` is the number of positions per row of pixels, `span` is the number of positions per
- * image, and `lead` is the number of zeros at the start. `positions` also counts the zeros after
- * the last image that products read. `plane_pitch` is the number of positions per channel after
+ * image, and `lead` is the number of zeros at the start. `positions` also counts the zeros that
+ * products read after the last image. `plane_pitch` is the number of positions per channel after
  * transposition; an odd number of cache lines avoids cache conflicts. */
 typedef struct {
     long pad, pitch, span, lead, taps, chunks_in, chunks_out, positions, plane_pitch;
@@ -172,7 +172,7 @@ static Chunk chunk_of(long k, long channels, long kernel) {
     return chunk;
 }
 
-/* Returns the distance from a position to the one that a tap reads. */
+/* Returns the distance from a position to the position that a tap reads. */
 static long shift_of(const Layout *l, long row, long column) {
     return (row - l->pad) * l->pitch + column - l->pad;
 }
@@ -259,7 +259,7 @@ static long map_rows(Scratch *m, const Conv *c, const Layout *l, long stride, lo
     return pixels ? count * height * width : count * l->span - l->pad * l->pitch;
 }
 
-/* Writes zeros to the lead, the padding, and the positions after the last image that tiles read. */
+/* Writes zeros to the lead, the padding, and the positions that tiles read after the last image. */
 static void zero_padding(bf16 *positions, const Conv *c, const Layout *l, long channels,
                          long count) {
     memset(positions, 0, l->lead * channels * 2);

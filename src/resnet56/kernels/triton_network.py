@@ -167,7 +167,7 @@ def _sum_gradients(
     grad_ptr, out_ptr, y_ptr, statistics_ptr, sums_ptr, positions,
     channels: tl.constexpr, rows: tl.constexpr, repeats: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients of the bias and the weight of batch norm over the rows of a program."""
+    """Sum the gradients of the bias and the weight of batch norm over the rows of one program."""
     program = tl.program_id(0)
     c = tl.arange(0, channels)
     mean = tl.load(statistics_ptr + c)
@@ -235,7 +235,7 @@ def _weight_gradient(
     channels_in: tl.constexpr, block_in: tl.constexpr, channels_out: tl.constexpr,
     stride: tl.constexpr, rows: tl.constexpr, repeats: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradient of one row of the 3x3 weights over the positions of one Triton program."""
+    """Sum the gradient of one row of the 3x3 weights over the positions of one program."""
     program = tl.program_id(0)
     tap_row = tl.program_id(1)
     c_in = tl.arange(0, block_in)

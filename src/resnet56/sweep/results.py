@@ -103,7 +103,7 @@ def train_command(base: tuple[str, Recipe], best: Recipe, data: str) -> str:
     """Return the command that trains the best recipe on all training images.
 
     Args:
-        base: name of a recipe, and the recipe.
+        base: the recipe from which the command starts, as a pair (name, recipe).
         best: recipe of the best trial.
         data: value of --data.
     """

@@ -66,8 +66,8 @@ def sweep(
         storage: SQLAlchemy URL of a database. By default, the SQLite file `out/study.db`, which
             supports several processes on one machine.
         device, threads: as in `train`.
-        base: a recipe and its name. The command that trains the best recipe starts from this
-            recipe.
+        base: the recipe from which the command that trains the best recipe starts, as a pair
+            (name, recipe).
         output: display that shows a line per trial.
         heartbeat: number of seconds between heartbeats of a worker.
 

@@ -59,15 +59,15 @@ def _require_same(content: Sweep, saved: Mapping[str, Any], place: str) -> None:
         if new[key] == saved.get(key):
             continue
         if key == "fingerprint":
-            difference = "other data"
+            difference = "a different data set"
         elif key == "recipe":
             old = saved["recipe"]
             changes = [f"{n} {old.get(n)} -> {v}" for n, v in new["recipe"].items() if v != old[n]]
-            difference = f"another recipe ({', '.join(changes)})"
+            difference = f"a different recipe ({', '.join(changes)})"
         elif key == "space":
-            difference = f"other values to vary ({one_line(json.dumps(saved['space']))})"
+            difference = f"different values to vary ({one_line(json.dumps(saved['space']))})"
         elif key == "seeds":
-            difference = f"other seeds ({' '.join(map(str, saved['seeds']))})"
+            difference = f"different seeds ({' '.join(map(str, saved['seeds']))})"
         else:
             difference = "a grid" if saved["grid"] else f"no {option('grid', True)}"
         raise UsageError(f"{place} contains a sweep with {difference}; {remedy}")

@@ -41,7 +41,7 @@ class Worker:
         dataset: the data set.
         directory: directory of the sweep.
         content: content of sweep.json without trials.
-        base: a recipe and its name, from which the command of the best trial starts.
+        base: the recipe from which the command of the best trial starts, as a pair (name, recipe).
         options: the arguments `device` and `threads` of `train`.
         output: display that shows a line per trial.
     """

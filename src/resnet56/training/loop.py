@@ -44,7 +44,7 @@ class Callback(Protocol):
 
 
 class CallbackError(TrainingError):
-    """A callback raised an exception, which is the cause of this exception."""
+    """A callback raised an exception. That exception is the `__cause__` of this one."""
 
 
 class Interrupted(KeyboardInterrupt):

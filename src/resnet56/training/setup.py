@@ -37,7 +37,7 @@ class TrainingSetup:
         validation: validation images, or None.
         teachers: entries for environment.json.
         initial_weights: entry for environment.json, or None if training starts from random weights.
-        custom: parts that replace built-in ones, entries for environment.json.
+        custom: names and hashes of the custom parts, for environment.json.
     """
 
     config: ModelConfig
@@ -209,7 +209,7 @@ def _build_trainer(
     ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids)
     # DDP need not broadcast the batch norm statistics, because they are already synchronized. Set
-    # the attribute, because the name of the constructor argument differs between PyTorch releases.
+    # the attribute instead of the constructor argument, whose name depends on the PyTorch release.
     wrapped.broadcast_buffers = False
     prepared = PreparedModel(wrapped, "eager", "several processes require synchronized batch norm")
     trainer = Trainer(model, wrapped, recipe, precision, teachers, frozen=frozen, custom=custom)
