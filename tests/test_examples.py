@@ -21,7 +21,7 @@ def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create noisy images of four colors, which take fewer steps to learn than the digits."""
     root = tmp_path_factory.mktemp("data") / "colors"
     generator = np.random.default_rng(0)
-    for split, count in (("train", 100), ("test", 20)):
+    for split, count in (("train", 64), ("test", 20)):
         for name, color in COLORS.items():
             (root / split / name).mkdir(parents=True)
             for index in range(count):

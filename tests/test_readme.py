@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from resnet56.cli import main
+from resnet56.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,26 +29,16 @@ def offline_commands() -> list[list[str]]:
     return commands[:first]
 
 
-# The commands run in one process, because importing PyTorch takes longer than most of them.
 # ResNet-8 replaces the ResNet-56 of the recipe, and networks of eight layers replace those that are
 # inspected. They take a tenth of the time. With a higher learning rate, ResNet-8 learns the digits
 # in half of the epochs.
 SMALLER = {"plain56": "plain8", "resnet56": "resnet8"}
-SESSION = """
-import json, sys
-from dataclasses import replace
-from resnet56.cli import main
-from resnet56.recipe import RECIPES
-RECIPES["quick"] = replace(RECIPES["quick"], arch="resnet8", epochs=3, lr=0.1)
-for words in json.loads(sys.argv[1]):
-    code = main(words)
-    print("\\0", end="", flush=True)
-    if code:
-        sys.exit(" ".join(words))
-"""
+QUICK = replace(RECIPES["quick"], arch="resnet8", epochs=3, lr=0.1)
 
 
-def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> None:
+def test_the_offline_commands_run_and_the_digits_are_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The commands run in order. The run must reach 95 % test accuracy on the digits."""
     commands = offline_commands()
     assert [words[1] for words in commands] == [
@@ -56,16 +48,13 @@ def test_the_offline_commands_run_and_the_digits_are_learned(tmp_path: Path) -> 
     shortened = [[SMALLER.get(word, word) for word in words[1:]] for words in commands]
     assert shortened[1][:3] == ["inspect", "plain8", "resnet8"]
     Image.effect_noise((400, 300), 60).save(tmp_path / "photo.jpg")
-    done = subprocess.run(
-        [sys.executable, "-c", SESSION, json.dumps(shortened)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    *said, rest = done.stdout.split("\0")
-    assert (len(said), rest) == (len(commands), "")
-    assert said[-1] == said[-3]  # ONNX Runtime and PyTorch print the same prediction
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RECIPES, "quick", QUICK)
+    printed = []
+    for words in shortened:
+        assert main(words) == 0, words
+        printed.append(capsys.readouterr().out)
+    assert printed[-1] == printed[-3]  # ONNX Runtime and PyTorch print the same prediction
     assert (tmp_path / "maps" / "photo.cam.png").exists()
     run = tmp_path / "runs" / "digits"
     assert json.loads((run / "evaluation.json").read_text())["test"]["accuracy"] >= 0.95

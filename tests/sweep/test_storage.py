@@ -3,6 +3,7 @@
 import dataclasses
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, UsageError
 from resnet56.recipe import Recipe
+from resnet56.sweep import storage
 from resnet56.sweep.search import sweep
 from resnet56.sweep.space import Choices
 
@@ -17,13 +19,16 @@ pytest.importorskip("optuna")
 
 
 def test_a_storage_that_does_not_answer_causes_a_one_line_error(
-    tiny: Dataset, recipe: Recipe, tmp_path: Path
+    tiny: Dataset, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=pauses.append))
     with socket.socket() as unused:  # the port is bound, but no server listens
         unused.bind(("127.0.0.1", 0))
         url = f"postgresql://user:secret@127.0.0.1:{unused.getsockname()[1]}/name"
         with pytest.raises(RunError, match="does not respond") as caught:
             sweep(recipe, {"lr": Choices((0.1,))}, tiny, tmp_path / "s", storage=url)
+    assert pauses == [1, 1]  # three attempts
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
