@@ -92,6 +92,15 @@ def blank_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Chart, "png", lambda chart: b"")
 
 
+@pytest.fixture
+def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the speed measurement and all corruptions but one, which take most of the time."""
+    batch = {"ms_per_image": 1.0, "images_per_second": 1000.0}
+    speed = {"batch_1": batch, "batch_256": batch}
+    monkeypatch.setattr("resnet56.evaluation.inference_speed", lambda *_: speed)
+    monkeypatch.setattr("resnet56.evaluation.CORRUPTIONS", ("contrast",))
+
+
 @pytest.fixture(scope="session")
 def cifar10() -> "Dataset":
     """Return the published CIFAR-10 in $CIFAR10_DIR. Tests fail if its checksums differ."""

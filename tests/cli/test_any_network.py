@@ -66,19 +66,10 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Says:
     return run
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the speed measurement and all corruptions but one, which take most of the time."""
-    batch = {"ms_per_image": 1.0, "images_per_second": 1000.0}
-    speed = {"batch_1": batch, "batch_256": batch}
-    monkeypatch.setattr("resnet56.evaluation.inference_speed", lambda *_: speed)
-    monkeypatch.setattr("resnet56.evaluation.CORRUPTIONS", ("contrast",))
-
-
 CONSTANTS = ["--mean", ".4", ".5", ".6", "--std", ".2", ".25", ".3", "--classes", *CLASSES]
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 def test_an_import_with_data_is_evaluated(
     forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,7 +103,7 @@ def test_an_import_with_data_is_evaluated(
     assert kept == {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 def test_the_first_evaluation_of_an_imported_network_is_saved(
     forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
 ) -> None:
@@ -134,7 +125,7 @@ def test_the_first_evaluation_of_an_imported_network_is_saved(
     assert all(torch.equal(tensor, after[key]) for key, tensor in weights.items())
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 def test_the_model_is_built_once(
     forms: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +173,7 @@ def test_robustness_and_speed_are_measured_in_every_format(
     assert result.get("runtime") == ("ONNX Runtime" if form == "onnx" else None)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 @pytest.mark.parametrize("form", ["hub", "onnx"])
 def test_the_training_images_are_evaluated_on_request(
     form: str, forms: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
@@ -242,7 +233,7 @@ def test_flags_that_arrays_do_not_support_are_rejected(
         assert re.search(rf"{flags[0]}\b", error)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 def test_an_exported_network_keeps_the_test_images_of_its_run(
     forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,7 +255,7 @@ def ours(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 @pytest.mark.parametrize("format", ["html", "md", "slides"])
 def test_a_network_that_is_not_a_run_is_reported(
     format: str,
@@ -299,7 +290,7 @@ def test_a_network_that_is_not_a_run_is_reported(
     assert {path.name for path in tmp_path.iterdir()} <= {name, "hub-report-files"}
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 def test_pretrained_weights_are_reported_with_their_recipe(
     ours: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +348,7 @@ def test_other_networks_are_compared_with_a_run_by_a_paired_test(
     assert "McNemar" in (tmp_path / "comparison.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 def test_a_report_with_data_evaluates_an_imported_network_once(
     forms: dict[str, Path], data: Path, tmp_path: Path, refused: Says
 ) -> None:
@@ -375,7 +366,7 @@ def test_a_report_with_data_evaluates_an_imported_network_once(
     assert "--data is not used" in refused("compare", run, run, "--data", data)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 def test_unreadable_images_are_skipped_on_request(
     forms: dict[str, Path],
     data: Path,
@@ -400,7 +391,7 @@ def test_unreadable_images_are_skipped_on_request(
     assert "requires --data" in refused(*commands["import"][:2], "--out", "x", "--skip-broken")
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_evaluation")
 def test_a_quantized_onnx_file_is_evaluated(
     forms: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,8 @@ from resnet56 import __version__, cli
 from resnet56.data.class_names import CIFAR10
 from resnet56.runs.directory import RunDirectory
 
+# The fixture `run` and a test in another process draw charts.
+pytestmark = pytest.mark.usefixtures("blank_charts")
 QUICKLY = ["--arch", "resnet8", "--batch-size", "8", "--epochs", "1", "--device", "cpu"]
 
 
@@ -129,6 +131,7 @@ def test_evaluate_reproduces_the_metrics_of_training(
     assert re.search(r"^ *red .* 10 *$", text, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_validation_metrics_come_before_test_metrics(
     run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +151,7 @@ def test_validation_metrics_come_before_test_metrics(
     assert cli.main(["evaluate", "resnet56", "--data", "digits", "--split", "validation"]) == 2
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_evaluating_other_images_writes_no_files(
     run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,6 +375,7 @@ def test_an_existing_file_as_output_is_rejected_before_data_is_read(
     assert file.read_text() == "precious"
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_classes_are_matched_by_name(
     run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +400,7 @@ def test_classes_are_matched_by_name(
     assert "no classes in common (data: green;" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 def test_a_run_without_a_predefined_split_is_evaluated_on_its_own_test_images(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def test_every_format_gives_the_same_outputs(
         assert np.allclose(config.run(noise(4))[0], expected.run(noise(4))[0], atol=1e-4)
 
 
+@pytest.mark.usefixtures("quick_evaluation")
 @pytest.mark.parametrize("form", ["hub directory", "hub weights", "weights of the run", "onnx"])
 def test_every_format_can_be_evaluated(
     form: str, written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
