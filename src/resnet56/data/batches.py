@@ -17,8 +17,8 @@ from resnet56.data.dataset import Split, Triple
 from resnet56.data.mixing import mix_images, mix_labels, sample_mix_params
 from resnet56.errors import UsageError
 
-AUGMENT_STREAM = 3  # part of the seeds for a custom augmentation function
-MIXING_STREAM = 1  # part of the seeds for mixing
+AUGMENT_STREAM = 3  # a number in the seeds for a custom augmentation function
+MIXING_STREAM = 1  # a number in the seeds for mixing
 
 
 def derive_seed(*parts: int) -> int:
@@ -84,7 +84,7 @@ class Batches:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        """Check that all processes receive equal batch sizes, because gradients are averaged."""
+        """Check that all processes receive equal batch sizes, because they average gradients."""
         if not len(self.split) or self.batch_size < 1:
             raise UsageError(
                 f"cannot form batches of {self.batch_size:,} from {len(self.split):,} images; "

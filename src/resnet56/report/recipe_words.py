@@ -198,7 +198,7 @@ def optimizer(recipe: Recipe, custom: Custom = NONE) -> str:
     if "loss" in custom:
         sentences.append(f"The loss is the custom function {custom['loss']['name']}.")
     if recipe.weight_decay and "optimizer" not in custom:
-        exempt = "" if recipe.decay_norm else " and does not apply to batch norm and biases"
+        exempt = "" if recipe.decay_norm else " and does not apply to batch norm or biases"
         sentences.append(f"The weight decay is {recipe.weight_decay:g}{exempt}.")
     if recipe.label_smoothing and "loss" not in custom:
         sentences.append(f"The label smoothing is {recipe.label_smoothing:g}.")

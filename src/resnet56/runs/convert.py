@@ -1,6 +1,6 @@
 """Convert checkpoints from other projects without running code from their files.
 
-This module finds a model anywhere in a file by the names and shapes of its tensors. It supports the
+This module finds a model anywhere in a file by the names and shapes of tensors. It supports the
 files of this package and the layouts of akamaster/pytorch_resnet_cifar10,
 chenyaofo/pytorch-cifar-models, torchvision, osmr/imgclsmob, hysts/pytorch_image_classification and
 D-X-Y/ResNeXt-DenseNet.

@@ -85,7 +85,7 @@ def is_counter(key: str) -> bool:
 
 
 def _possible_archs(tensors: StoredTensors) -> Iterator[str]:
-    """Yield the architectures with as many blocks per stage as the first stage in `tensors`.
+    """Yield the architectures whose stages have as many blocks as the first stage in `tensors`.
 
     Plain networks are omitted because they have the same tensors as networks with shortcut A.
     """

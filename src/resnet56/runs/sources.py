@@ -77,7 +77,7 @@ def import_model(
 
 
 def find_run(name_or_path: StrPath) -> RunDirectory | None:
-    """Return the run at a path, or None if the name or path belongs to another network.
+    """Return the run at a path, or None for the name or path of a network that is not a run.
 
     For a directory without a network, the function returns a run whose files are missing. Reading
     these files raises an error that states what is missing.
