@@ -21,6 +21,7 @@ from resnet56.runs import pretrained
 from resnet56.runs.checkpoint import Checkpoint
 from resnet56.runs.directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("blank_charts")
 Says = Callable[..., str]
 
 

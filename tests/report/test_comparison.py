@@ -44,6 +44,7 @@ def test_the_best_group_is_not_the_group_of_the_best_run(tmp_path: Path) -> None
     assert pair.result == expected
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_single_runs_are_compared_image_by_image(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", accuracy=0.93, seed=1)
     b = make_run(tmp_path / "b", replace(BEST, lr=0.2), accuracy=0.90, seed=2)
@@ -60,6 +61,7 @@ def test_single_runs_are_compared_image_by_image(tmp_path: Path) -> None:
         assert "McNemar" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_imported_networks_are_compared_with_a_run_image_by_image(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -403,6 +403,7 @@ def test_a_run_with_a_custom_model_is_loaded_with_that_model(
         assert error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_the_report_describes_the_parts(
     tiny: Dataset, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
