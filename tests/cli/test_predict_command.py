@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,16 +150,17 @@ def test_an_image_can_be_read_from_a_named_pipe(
     assert read_image(tmp_path / "cat.cam.png").size == (60, 40)
 
 
-def test_an_image_can_be_read_from_stdin(run: Path, album: Path) -> None:
-    completed = subprocess.run(
-        [sys.executable, "-m", "resnet56", "predict", "-", "--run", str(run), "--json"],
-        input=(album / "a.png").read_bytes(),
-        capture_output=True,
-    )
-    row = json.loads(completed.stdout)
+def test_an_image_can_be_read_from_stdin(
+    run: Path, album: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = io.BytesIO((album / "a.png").read_bytes())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
+    assert cli.main(["predict", "-", "--run", str(run), "--json"]) == 0
+    shown = capsys.readouterr()
+    row = json.loads(shown.out)
     assert row["image"] == "-"
     assert row["label"] == resnet56.load(run).predict(album / "a.png")[0].label
-    assert (completed.returncode, completed.stderr) == (0, b"")
+    assert shown.err == ""
 
 
 def test_max_pixels_limits_the_image_size(
