@@ -182,8 +182,8 @@ ARROWS: dict[str, set[str]] = {
         "report.recipe_words", "report.statements", "report.story", "report.words", "runs.schema",
     },
     "report.comparison": {
-        "report.charts", "report.plots", "report.read", "report.recipe_words",
-        "report.statements", "report.words", "significance",
+        "report.plots", "report.read", "report.recipe_words", "report.statements", "report.words",
+        "significance",
     },
     "report.sweep": {
         "errors", "report.plots", "report.words", "runs.schema", "significance", "sweep.importance",

@@ -72,6 +72,11 @@ def test_the_curves_show_the_recorded_metrics(run: Path, tmp_path: Path) -> None
     assert names == ["run, training", "run, validation", "plain, training"]
     first, validation, second = figure.axes[0].get_lines()
     assert first.get_color() == validation.get_color() != second.get_color()
+    assert figure.axes[0].get_ylabel() == "cross-entropy, nats"
+    environment = read_json(plain / "environment.json")
+    environment["custom"] = {"loss": {"name": "focal_loss", "sha256": "0" * 64}}
+    (plain / "environment.json").write_text(json.dumps(environment))
+    assert resnet56.plot_curves(run, plain).axes[0].get_ylabel() == "loss"
 
 
 def test_the_plotted_mistakes_match_the_stored_mistakes(run: Path) -> None:

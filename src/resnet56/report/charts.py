@@ -42,7 +42,7 @@ def training_charts(facts: RunFacts) -> list[Chart]:
     rates = [_line("learning rate", rows, "lr")]
     speeds = [_line("throughput", rows, "images_per_second")]
     return [
-        plots.curves("loss", "Loss", loss_alt, losses, loss_label([facts])),
+        plots.curves("loss", "Loss", loss_alt, losses, plots.loss_label([facts.custom])),
         plots.curves("accuracy", "Accuracy", accuracy_alt, accuracies, "accuracy, %", percent=True),
         plots.curves(
             "learning-rate",
@@ -63,11 +63,6 @@ def training_charts(facts: RunFacts) -> list[Chart]:
 
 def _line(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
     return Line(label, [row["epoch"] for row in rows], [row[key] for row in rows])
-
-
-def loss_label(runs: Sequence[RunFacts]) -> str:
-    """Return the label of the loss axis. A custom training loss may not be cross-entropy."""
-    return "loss" if any("loss" in facts.custom for facts in runs) else "cross-entropy, nats"
 
 
 def reliability(facts: RunFacts) -> Chart | None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from resnet56.report import plots, recipe_words, words
-from resnet56.report.charts import loss_label
 from resnet56.report.plots import Chart, Line
 from resnet56.report.read import RunFacts, read_predictions
 from resnet56.report.statements import state
@@ -404,8 +403,9 @@ def _error(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> Line:
 
 def charts(entries: Sequence[Entry]) -> list[Chart]:
     """Plot the curves of all runs. The numbers in the legend are the ranks in the table."""
+    loss_label = plots.loss_label(entry.facts.custom for entry in entries)
     plotted = (
-        ("train_loss", "Training loss", loss_label([entry.facts for entry in entries]), False),
+        ("train_loss", "Training loss", loss_label, False),
         ("train_accuracy", "Training accuracy", "accuracy, %", True),
         ("val_accuracy", "Validation accuracy", "accuracy, %", True),
         ("lr", "Learning rate", "learning rate", False),

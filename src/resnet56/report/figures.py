@@ -17,7 +17,7 @@ from resnet56.report.plots import LabeledImage, Line
 from resnet56.report.read import read_samples
 from resnet56.report.words import percent
 from resnet56.runs.directory import RunDirectory
-from resnet56.runs.schema import EpochMetrics, Evaluation, Metrics
+from resnet56.runs.schema import CustomPart, EpochMetrics, Evaluation, Metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,17 +93,21 @@ def plot_curves(*runs: RunPath) -> "Figure":
         raise UsageError("plot_curves requires at least one run directory")
     losses: list[Line] = []
     accuracies: list[Line] = []
+    custom: list[dict[str, CustomPart]] = []
     for number, run in enumerate(map(Path, runs)):
-        rows = RunDirectory(run).read_metrics()
+        directory = RunDirectory(run)
+        rows = directory.read_metrics()
         if not rows:
             raise RunError(f"{escape(str(run))} has no finished epoch; train it first")
+        environment = directory.read_environment()
+        custom.append(environment.get("custom", {}) if environment else {})
         for i, (prefix, split, style) in enumerate(_SPLITS):
             label = f"{run.resolve().name}, {split}" if len(runs) > 1 else split
             color = number if len(runs) > 1 else i
             for lines, quantity in ((losses, "loss"), (accuracies, "accuracy")):
                 if line := _line(label, rows, f"{prefix}_{quantity}", color, style):
                     lines.append(line)
-    panels = [("cross-entropy, nats", False, losses), ("accuracy, %", True, accuracies)]
+    panels = [(plots.loss_label(custom), False, losses), ("accuracy, %", True, accuracies)]
     return plots.curve_panels(panels).figure()
 
 

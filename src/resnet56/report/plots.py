@@ -8,7 +8,7 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -201,6 +201,14 @@ def curves(
 
     rows = legend_rows(len(lines)) if len(lines) > FEW else 0
     return Chart(name, title, alt, draw, (WIDTH, HEIGHT + LEGEND_ROW * rows))
+
+
+def loss_label(custom: Iterable[Mapping[str, object]]) -> str:
+    """Return the label of the loss axis, given the custom parts of each run.
+
+    A custom training loss may not be cross-entropy.
+    """
+    return "loss" if any("loss" in parts for parts in custom) else "cross-entropy, nats"
 
 
 def curve_panels(panels: Sequence[tuple[str, bool, Sequence[Line]]]) -> Chart:
