@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixtures import CIFAR, Page, make_metrics, make_run, make_runs
+from report_fixtures import CIFAR, Page, make_metrics, make_run
 
 from resnet56 import cli
 from resnet56.errors import RunError, UsageError
@@ -27,13 +27,8 @@ MAX_WORDS = 44
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def decks(runs: dict[str, Path]) -> dict[str, Page]:
-    return {name: Page(write(run).read_text(encoding="utf-8")) for name, run in runs.items()}
+def decks(slide_files: dict[str, Path]) -> dict[str, Page]:
+    return {name: Page(file.read_text(encoding="utf-8")) for name, file in slide_files.items()}
 
 
 def write(run: Path, out: Path | None = None) -> Path:

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from browsers import chromium
-from report_fixtures import make_runs
-
-from resnet56.report import write_report
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -25,21 +22,15 @@ def browser() -> Iterator["Browser"]:
         yield browser
 
 
-@pytest.fixture(scope="module")
-def decks(tmp_path_factory: pytest.TempPathFactory, browser: "Browser") -> dict[str, Path]:
-    runs = make_runs(tmp_path_factory.mktemp("runs"))
-    return {name: write_report([run], format="slides") for name, run in runs.items()}
-
-
 @pytest.fixture
-def page(browser: "Browser", decks: dict[str, Path]) -> Iterator["Page"]:
+def page(browser: "Browser", slide_files: dict[str, Path]) -> Iterator["Page"]:
     """Open the full deck in a window of 1280 x 720 pixels, without a network connection."""
     page = browser.new_page(viewport=WIDE)
     requested: list[str] = []
     errors: list[str] = []
     page.on("request", lambda request: requested.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(decks["full"].as_uri())
+    page.goto(slide_files["full"].as_uri())
     yield page
     page.close()
     assert not errors
@@ -96,8 +87,8 @@ def test_clicks_change_the_slide(page: "Page") -> None:
     assert shown(page) == 2
 
 
-def test_links_open_a_slide(page: "Page", decks: dict[str, Path]) -> None:
-    address = decks["full"].as_uri()
+def test_links_open_a_slide(page: "Page", slide_files: dict[str, Path]) -> None:
+    address = slide_files["full"].as_uri()
     for link, number in (("#3", 3), ("#10", 10), ("#11", 10), ("#0", 1), ("#x", 1), ("#-4", 1)):
         page.goto("about:blank")
         page.goto(address + link)
@@ -106,10 +97,10 @@ def test_links_open_a_slide(page: "Page", decks: dict[str, Path]) -> None:
     page.wait_for_function("document.querySelector('.current').id === '7'")
 
 
-def test_swipes_change_the_slide(browser: "Browser", decks: dict[str, Path]) -> None:
+def test_swipes_change_the_slide(browser: "Browser", slide_files: dict[str, Path]) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
     page = context.new_page()
-    page.goto(decks["full"].as_uri())
+    page.goto(slide_files["full"].as_uri())
 
     def swipe(right: int, down: int, selector: str = ".current h1, .current h2") -> None:
         page.locator(selector).first.evaluate(
@@ -136,7 +127,7 @@ def test_swipes_change_the_slide(browser: "Browser", decks: dict[str, Path]) -> 
     page.locator("main").tap()
     assert shown(page) == 1
     page.goto("about:blank")
-    page.goto(decks["full"].as_uri() + "#7")
+    page.goto(slide_files["full"].as_uri() + "#7")
     swipe(-120, 0, ".confusion td")  # scrolls the table
     assert shown(page) == 7
     context.close()
@@ -172,11 +163,11 @@ OVERFLOW = """() => Array.from({ length: 10 }, () => {
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_every_slide_of_every_run_fits(
-    browser: "Browser", decks: dict[str, Path], width: int, height: int
+    browser: "Browser", slide_files: dict[str, Path], width: int, height: int
 ) -> None:
     page = browser.new_page(viewport={"width": width, "height": height})
     fits = width >= 900
-    for name, deck in decks.items():
+    for name, deck in slide_files.items():
         page.goto(deck.as_uri())
         slides = page.evaluate(OVERFLOW)
         assert [found["number"] for found in slides] == list(range(1, 11))
@@ -191,12 +182,14 @@ def test_every_slide_of_every_run_fits(
     page.close()
 
 
-def test_all_slides_are_visible_without_scripts(browser: "Browser", decks: dict[str, Path]) -> None:
+def test_all_slides_are_visible_without_scripts(
+    browser: "Browser", slide_files: dict[str, Path]
+) -> None:
     context = browser.new_context(
         java_script_enabled=False, viewport={"width": 1280, "height": 720}
     )
     page = context.new_page()
-    page.goto(decks["full"].as_uri())
+    page.goto(slide_files["full"].as_uri())
     tops = [box["y"] for slide in page.locator(".slide").all() if (box := slide.bounding_box())]
     assert len(tops) == 10
     assert all(after - before >= 719 for before, after in pairwise(tops))
@@ -207,10 +200,10 @@ def test_all_slides_are_visible_without_scripts(browser: "Browser", decks: dict[
 
 
 def test_the_pdf_has_one_landscape_page_per_slide(
-    browser: "Browser", decks: dict[str, Path]
+    browser: "Browser", slide_files: dict[str, Path]
 ) -> None:
     page = browser.new_page(color_scheme="dark")
-    for name, deck in decks.items():
+    for name, deck in slide_files.items():
         page.goto(deck.as_uri() + "#4")
         pdf = page.pdf(prefer_css_page_size=True, print_background=True)
         assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 10, name
@@ -250,9 +243,9 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast(browser: "Browser", decks: dict[str, Path], scheme: str) -> None:
+def test_text_has_contrast(browser: "Browser", slide_files: dict[str, Path], scheme: str) -> None:
     page = browser.new_page(color_scheme=scheme)  # type: ignore[arg-type]
-    page.goto(decks["full"].as_uri())
+    page.goto(slide_files["full"].as_uri())
     background = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
     assert background == {"light": "rgb(253, 253, 252)", "dark": "rgb(20, 22, 26)"}[scheme]
     ratio, node = page.evaluate(CONTRAST)
