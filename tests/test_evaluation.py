@@ -184,7 +184,9 @@ def test_a_model_compared_with_itself_has_no_changes(run: RunDirectory, tiny: Da
     evaluated = evaluated_model(run.load(), CPU)
     result = compare(evaluated, evaluated, ("cpu fp32", "cpu fp32"), tiny.test)
     assert (result["changed"], result["largest_difference"]) == (0, 0.0)
-    assert result["verdict"].endswith("so this difference does not explain any accuracy gap.")
+    assert result["verdict"].endswith(
+        "so the choice between the two does not explain any accuracy gap."
+    )
 
 
 def test_a_comparison_counts_the_changed_predictions(run: RunDirectory, tiny: Dataset) -> None:
@@ -219,13 +221,14 @@ def test_a_comparison_states_how_much_of_a_gap_it_explains(
     a, b = (Fixed(config, outputs) for outputs in (correct, wrong))
     assert compare(a, b, ("a", "b"), tiny.test)["verdict"] == (
         "a and b predict different classes for 6 of 24 images (25.00 %). Accuracy changes by "
-        "-25.00 points from a to b, so this difference explains at most 25.00 points of an "
-        "accuracy gap."
+        "-25.00 points from a to b, so the choice between the two explains at most 25.00 points "
+        "of an accuracy gap."
     )
     # Both predictions are wrong, so they differ but do not change the accuracy.
     first, second = (Fixed(config, correct.roll(shift, dims=1)) for shift in (1, 2))
     assert compare(first, second, ("a", "b"), tiny.test)["verdict"].endswith(
-        "Accuracy does not change, so this difference does not explain any accuracy gap."
+        "Accuracy does not change from a to b, so the choice between the two does not explain any "
+        "accuracy gap."
     )
 
 

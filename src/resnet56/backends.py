@@ -134,8 +134,10 @@ class OnnxBackend:
                 raise RunError(f"{name} {problem}; {hint}")
 
     def _check(self, count: int) -> str | None:
-        """Run the model on `count` random images. Return what is wrong with the outputs, or
-        None."""
+        """Run the model on `count` random images, and check its outputs.
+
+        Returns a description of the problem, or None if there is no problem.
+        """
         logits, maps = (count, len(self.config.classes)), (count, len(self.config.classes), 8, 8)
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)

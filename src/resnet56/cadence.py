@@ -71,9 +71,9 @@ class Cadence:
     receives its own signals. The processes synchronize only when they read the loss, because
     reading the loss waits for the device anyway.
 
-    After the last step of an epoch, the only due action is to read the loss, because the training
-    loop saves a checkpoint at the end of each epoch anyway. A checkpoint is also due after the
-    number of threads changes, so that a resumed run produces bitwise identical results.
+    After the last step of an epoch, only the loss needs to be read, because the training loop saves
+    a checkpoint at the end of each epoch anyway. A checkpoint is also due after the number of
+    threads changes, so that a resumed run produces bitwise identical results.
 
     Args:
         steps: number of steps per epoch.

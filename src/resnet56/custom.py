@@ -70,7 +70,7 @@ class Custom:
             optimizer = self.optimizer(parameters, lr=lr)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(
-                f"the optimizer {name_of(self.optimizer)} returned {_kind(optimizer)}, expected a "
+                f"the optimizer {name_of(self.optimizer)} returned {_kind(optimizer)}; expected a "
                 "torch.optim.Optimizer"
             )
         known = {id(parameter) for parameter in parameters}
@@ -89,9 +89,9 @@ class Custom:
             loss = self.loss(logits, targets)
         name = name_of(self.loss)
         if not isinstance(loss, Tensor) or loss.ndim:
-            hint = "; return its mean" if isinstance(loss, Tensor) else ""
+            hint = ", such as its mean" if isinstance(loss, Tensor) else ""
             raise TrainingError(
-                f"the loss {name} returned {_kind(loss)}, expected a scalar tensor{hint}"
+                f"the loss {name} returned {_kind(loss)}; expected a scalar tensor{hint}"
             )
         if not loss.requires_grad:
             raise TrainingError(f"the loss {name} does not depend on the logits")
@@ -107,7 +107,7 @@ class Custom:
             images.dtype,
         ):
             raise TrainingError(
-                f"the augmentation {name_of(self.augment)} returned {_kind(result)}, expected "
+                f"the augmentation {name_of(self.augment)} returned {_kind(result)}; expected "
                 f"{_kind(images)}"
             )
         return result
@@ -177,7 +177,7 @@ def make_model(model: ModelLike, classes: int, device: torch.device, seed: int =
         module = model if isinstance(model, nn.Module) else model(classes)
         if not isinstance(module, nn.Module):
             raise UsageError(
-                f"the model {name} returned {_kind(module)}, expected a torch.nn.Module"
+                f"the model {name} returned {_kind(module)}; expected a torch.nn.Module"
             )
         if not any(True for _ in module.parameters()):
             raise UsageError(f"the model {name} has no parameters")
@@ -194,7 +194,7 @@ def make_model(model: ModelLike, classes: int, device: torch.device, seed: int =
         module.train(training)
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         raise UsageError(
-            f"the output of the model {name} for 2 images is {_kind(logits)}, expected logits of "
+            f"the output of the model {name} for 2 images is {_kind(logits)}; expected logits of "
             f"shape (2, {classes}) for {classes} classes"
         )
     return module
@@ -240,8 +240,9 @@ def _describe(value: object, seen: set[int]) -> str:
     """Return the source code and the settings of an object as text.
 
     Settings are the numbers, strings, functions and classes in the arguments of a
-    `functools.partial`, in the closure and the defaults of a function, or in containers of these.
-    For a module, the text contains its `repr`, but not its weights, which are in the checkpoint.
+    `functools.partial` or in the closure and the defaults of a function, including those nested in
+    containers. For a module, the text contains its `repr`, but not its weights, which are in the
+    checkpoint.
     """
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)

@@ -45,9 +45,9 @@ class Distributed(NamedTuple):
 
 
 def from_environment(name: str, default: int) -> int:
-    """Return the integer in an environment variable that torchrun sets, or `default`.
+    """Return the integer value of an environment variable that torchrun sets.
 
-    Raises UsageError if the value is not an integer.
+    Returns `default` if the variable is not set. Raises UsageError if its value is not an integer.
     """
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
@@ -74,7 +74,7 @@ def process_group(device: torch.device) -> Iterator[Distributed]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DDP imports torch._dynamo. Import it before the process group exists. Otherwise, that module
+    # DDP imports torch._dynamo. Import it before creating the process group. Otherwise, that module
     # keeps the group alive, and the threads of gloo sometimes abort the process when it exits.
     import_module("torch._dynamo")
 

@@ -468,17 +468,17 @@ def _verdict(names: tuple[str, str], images: int, changed: int, gained: int) -> 
         changed: number of images whose predicted classes differ.
         gained: correct predictions of the second model minus correct predictions of the first.
     """
-    no_gap = "so this difference does not explain any accuracy gap."
+    no_gap = "so the choice between the two does not explain any accuracy gap."
     if not changed:
         return (
             f"{names[0]} and {names[1]} predict the same class for all {images:,} images, {no_gap}"
         )
     points = 100 * gained / images
     effect = (
-        f"Accuracy changes by {points:+.2f} points from {names[0]} to {names[1]}, so this "
-        f"difference explains at most {abs(points):.2f} points of an accuracy gap."
+        f"Accuracy changes by {points:+.2f} points from {names[0]} to {names[1]}, so the choice "
+        f"between the two explains at most {abs(points):.2f} points of an accuracy gap."
         if gained
-        else f"Accuracy does not change, {no_gap}"
+        else f"Accuracy does not change from {names[0]} to {names[1]}, {no_gap}"
     )
     return (
         f"{names[0]} and {names[1]} predict different classes for {changed:,} of {images:,} images "

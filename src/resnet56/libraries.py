@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-# ONNX Runtime reads one of these variables on import, depending on the release.
+# On import, ONNX Runtime reads one of these variables. Which one depends on the release.
 _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 

@@ -41,7 +41,7 @@ class NormReLU(Protocol):
     """An implementation of relu(norm(x) + residual)."""
 
     def __call__(self, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Compute relu(norm(x) + residual). All tensors are (N, C, H, W)."""
+        """Compute relu(norm(x) + residual). All tensors have shape (N, C, H, W)."""
         ...
 
 
@@ -134,7 +134,7 @@ class BottleneckBlock(nn.Module):
 
 
 def _residual(shortcut: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Return the residual that a block adds to the output of its layers, if any."""
+    """Return the output of a block's shortcut, or None if the block has no shortcut."""
     return None if shortcut is None else shortcut(x)
 
 
@@ -213,7 +213,7 @@ class ResNet(nn.Module):
 
         Returns:
             Logits (N, classes), class activation maps (N, classes, 8, 8), and features (N, C) after
-            global average pooling, which are the input of the classifier.
+            global average pooling, which are the input to the classifier.
         """
         features = self.features(x).to(self.fc.weight.dtype)
         maps = F.conv2d(features, self.fc.weight[:, :, None, None])

@@ -29,8 +29,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": vector_decay},
     ]
     # If the first fp16 step overflows, the fused SGD kernel does not initialize the buffers that it
-    # creates. Buffers of zeros result in the same first step. Resuming also checks the saved state
-    # against these buffers.
+    # creates. Buffers filled with zeros give the same first step as missing buffers. Resuming also
+    # checks the saved state against these buffers.
     if recipe.optimizer == "adamw":
         adamw = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
         for parameter in parameters:

@@ -63,7 +63,7 @@ class Prediction:
     logits: FloatArray
     """Logits (classes,) float32, in the order of `Predictor.classes`."""
     features: FloatArray
-    """Features (C,) float32 after global average pooling. They are the input of the classifier."""
+    """Features (C,) float32 after global average pooling. They are the input to the classifier."""
     map: FloatArray | None = None
     """Class activation map (8, 8) of `label` for the center square, if requested."""
 
@@ -108,7 +108,7 @@ class Predictor:
         """The PyTorch module, in evaluation mode.
 
         Predictions use an optimized copy, so changes to this module do not affect them. If `load`
-        was called with a custom module, this is that module.
+        was called with a custom module, the property returns the same module.
 
         Raises:
             UsageError: the model runs in ONNX Runtime.
@@ -169,7 +169,7 @@ class Predictor:
     def features(self, images: "ImageLike | Iterable[ImageLike]") -> FloatArray:
         """Return the features of images after global average pooling.
 
-        The features are the input of the classifier.
+        The features are the input to the classifier.
 
         Args:
             images: one or more images, as in `predict`.
@@ -324,7 +324,9 @@ def load(
         from resnet56.custom import make_model
 
         if "model" not in checkpoint.metadata.get("custom", {}):
-            raise UsageError(f"{path} has the built-in network {config.arch}; omit model")
+            raise UsageError(
+                f"{path} contains the built-in network {config.arch}; omit the argument model"
+            )
         module = make_model(model, len(config.classes), torch_device)
         net = cast("ResNet", restore_custom(module, checkpoint))
     backend = TorchBackend(net, config, torch_device)

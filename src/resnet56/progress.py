@@ -1,4 +1,4 @@
-"""Display progress: a status line on a terminal or in a notebook, plain lines elsewhere."""
+"""Display progress: a status line on a terminal or in a notebook, lines of plain text elsewhere."""
 
 import os
 import sys
@@ -63,7 +63,7 @@ class Output:
 
 
 class LineOutput(Output):
-    """Writes plain lines to a stream, such as a log file.
+    """Writes lines of plain text to a stream, such as a log file.
 
     Args:
         stream: text stream.
@@ -182,10 +182,10 @@ class NotebookOutput(Output):
 
 
 def stream_output(stream: TextIO) -> Output:
-    """Return the output for a stream: a status line on a terminal, plain lines elsewhere.
+    """Return the output for a stream: a status line on a terminal, lines of plain text elsewhere.
 
     A command in a notebook cell (`!resnet56 train`) writes to a terminal, but the notebook stores
-    every character. The command therefore writes only a few plain lines.
+    every character. The command therefore writes only a few lines of plain text.
     """
     brief = _started_by_notebook()
     if stream.isatty() and not brief:

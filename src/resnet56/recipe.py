@@ -47,7 +47,7 @@ class Recipe:
     """Number of epochs."""
 
     batch_size: int = 32
-    """Number of images per step, over all processes."""
+    """Number of images per step across all processes."""
 
     lr: float = 0.02
     """Peak learning rate."""
@@ -63,7 +63,8 @@ class Recipe:
     """Use Nesterov momentum with SGD."""
 
     weight_decay: float = 1e-4
-    """Weight decay. With SGD, an L2 penalty; with AdamW, decoupled from the gradient."""
+    """Weight decay. With SGD, the decay is an L2 penalty; with AdamW, it is decoupled from the
+    gradient."""
 
     decay_norm: bool = True
     """Also apply weight decay to batch norm parameters and biases."""
@@ -362,8 +363,8 @@ BEST = Recipe(
 )
 
 # This was the fastest recipe that reached about 90 % accuracy on two CPU cores. The recipe was
-# selected by its accuracy on 5,000 validation images (docs/results.md). The first epochs use small
-# images. Epochs at 16 and 24 pixels take two fifths and two thirds of the time of a full-size
+# selected based on its accuracy on 5,000 validation images (docs/results.md). The first epochs use
+# small images. Epochs at 16 and 24 pixels take two fifths and two thirds of the time of a full-size
 # epoch, respectively. Alternating flips help wherever random flips help (Jordan 2024). The recipe
 # does not use label smoothing, because label smoothing worsens the calibration.
 FAST = Recipe(

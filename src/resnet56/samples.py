@@ -76,12 +76,12 @@ def _mix_variants(augmented: Tensor, unmixed: Tensor, augmentation: Augmentation
 
 
 def select_mistakes(logits: FloatArray, split: Split, limit: int = MAX_MISTAKES) -> dict[str, Any]:
-    """Return wrong predictions from all cells of the confusion matrix, by descending confidence.
+    """Return wrong predictions, sorted by descending confidence.
 
-    If there are more than `limit` wrong predictions, the function first selects the
-    `MOST_CONFIDENT` predictions with the highest confidence across all cells. It then adds the most
-    confident prediction of each cell, then the second most confident prediction of each cell, and
-    so on. Cells with more wrong predictions come first.
+    If there are more than `limit` wrong predictions, the function selects predictions from all
+    off-diagonal cells of the confusion matrix. It first selects the `MOST_CONFIDENT` predictions
+    with the highest confidence across all cells. It then adds the most confident prediction of each
+    cell, then the second most confident, and so on. Cells with more wrong predictions come first.
 
     Args:
         logits: (N, C) logits of the images in `split`.

@@ -184,7 +184,7 @@ class Trainer:
         return self.emas[0].tensors if self.emas else self.model.state_dict()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that resuming requires in addition to `weights`.
+        """Return the tensors needed to resume training, in addition to `weights`.
 
         The result contains the state of the optimizer. With an EMA, it also contains the weights of
         the model. With several EMAs, it also contains the weights of each EMA.

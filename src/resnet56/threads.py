@@ -7,8 +7,8 @@ than one. Training on the CPU uses one thread per free core, and adjusts the num
 the load.
 
 The number of threads determines the order of the additions in some sums, and therefore the last
-bits of the weights. A run records each change of the number and the step at which it takes effect.
-A resumed run uses the recorded numbers of threads.
+bits of the weights. A run records each change to the number of threads and the step at which the
+change takes effect. A resumed run uses the recorded numbers of threads.
 """
 
 import math
@@ -212,7 +212,7 @@ class ThreadControl:
         return ""
 
     def state(self) -> dict[str, Any]:
-        """Return the state that resuming requires, as JSON values."""
+        """Return the state needed to resume training, as JSON values."""
         return {"fixed": not self.adaptive, "changes": self.changes}
 
     def _free_threads(self, others: float, tolerance: float) -> int:
@@ -234,8 +234,8 @@ class ThroughputMonitor:
 
     Args:
         control: provides the load from other programs.
-        device: type of the device, such as "cpu" or "cuda". This type determines which likely
-            causes the messages mention.
+        device: type of the device, such as "cpu" or "cuda". The messages mention
+            the likely causes for this type.
     """
 
     def __init__(self, control: ThreadControl, device: str) -> None:
@@ -252,7 +252,7 @@ class ThroughputMonitor:
 
         Args:
             images: number of images that training has processed in this epoch so far.
-            seconds: time spent on training with these images.
+            seconds: time spent training on these images.
             cost: cost per image in this epoch, relative to other epochs.
         """
         if images < self._last[0]:  # a new epoch has started

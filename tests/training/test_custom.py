@@ -281,29 +281,29 @@ def broken(*_: Any) -> Any:
 BEFORE_THE_RUN = [
     ({"model": 5}, UsageError, "model must be callable, not 5"),
     ({"model": broken}, TrainingError, r"the model .*broken raised KeyError: 'nothing here'"),
-    ({"model": lambda classes: [classes]}, UsageError, "returned an object of type list, expected"),
+    ({"model": lambda classes: [classes]}, UsageError, "returned an object of type list; expected"),
     ({"model": lambda classes: nn.Identity()}, UsageError, "has no parameters"),
     ({"model": Small(4)}, UsageError, r"Small for 2 images is a float32 tensor of shape \(2, 4\)"),
     ({"model": Extra(3)}, UsageError, "values that are not tensors, such as _extra_state"),
     ({"model": nn.Linear(3, 3)}, TrainingError, r"Linear raised RuntimeError: mat1 and mat2"),
-    ({"optimizer": lambda p, lr: None}, UsageError, "returned None, expected a torch.optim.Opt"),
+    ({"optimizer": lambda p, lr: None}, UsageError, "returned None; expected a torch.optim.Opt"),
     ({"optimizer": broken}, TrainingError, "the optimizer .*broken raised TypeError"),
     (
         {"optimizer": lambda p, lr: torch.optim.SGD(nn.Linear(2, 2).parameters())},
         UsageError,
         "contains parameters that were not passed to it",
     ),
-    ({"loss": lambda a, b: 0.5}, TrainingError, "returned an object of type float, expected a sc"),
+    ({"loss": lambda a, b: 0.5}, TrainingError, "returned an object of type float; expected a sc"),
     (
         {"loss": functools.partial(F.cross_entropy, reduction="none")},
         TrainingError,
-        r"cross_entropy returned a float32 tensor of shape \(8,\), .*; return its mean",
+        r"cross_entropy returned a float32 tensor of shape \(8,\); .*, such as its mean",
     ),
     ({"loss": lambda a, b: torch.tensor(1.0)}, TrainingError, "does not depend on the logits"),
     ({"loss": broken}, TrainingError, "the loss .*broken raised KeyError"),
     ({"loss": nn.Bilinear(2, 2, 2)}, UsageError, "has parameters, which are not trained"),
     ({"augment": lambda x: x / 255}, TrainingError, "returned a float32 tensor .* a uint8 tensor"),
-    ({"augment": lambda x: x[:1]}, TrainingError, r"shape \(1, 3, 32, 32\), expected .* \(8, 3"),
+    ({"augment": lambda x: x[:1]}, TrainingError, r"shape \(1, 3, 32, 32\); expected .* \(8, 3"),
     ({"augment": broken}, TrainingError, "the augmentation .*broken raised KeyError"),
     ({"callbacks": ["print"]}, UsageError, "'print' must be callable or have an on_epoch method"),
 ]
@@ -389,7 +389,9 @@ def test_a_run_with_a_custom_model_is_loaded_with_that_model(
         predictor.features(tiny.test.images[0])
     with pytest.raises(RunError, match=r"do not match the model: 44 missing tensors"):
         load(out, "cpu", model=lambda classes: build("resnet8", classes=classes))
-    with pytest.raises(UsageError, match="built-in network resnet56; omit model"):
+    with pytest.raises(
+        UsageError, match="contains the built-in network resnet56; omit the argument model"
+    ):
         load("resnet56", "cpu", model=Small)
     needed = "resnet56.load(RUN, model="
     with pytest.raises(RunError) as caught:

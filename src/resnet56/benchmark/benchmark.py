@@ -194,7 +194,7 @@ def peak_memory(
 
 
 def bench_other(setup: BenchmarkSetup, dataset: Dataset, load_seconds: float) -> dict[str, float]:
-    """Return the times in seconds of start-up, data loading, checkpoint writing and evaluation."""
+    """Return how many seconds start-up, data loading, checkpoint writing and evaluation take."""
 
     def start_time(*arguments: str) -> float:
         times = []
@@ -245,13 +245,13 @@ def bench(
         batches: batch sizes for training.
         device: "auto", "cpu", "cuda", ...
         precision: "auto", "fp32", "bf16" or "fp16". The baseline loop always uses fp32.
-        compiled: whether to include torch.compile, which adds a minute per comparison.
+        compiled: whether to include torch.compile. This adds a minute per comparison.
         rounds: number of rounds per comparison.
         seconds: duration of each measurement.
         log: function that is called with a description of each measurement.
 
     Returns:
-        A JSON-serializable dictionary with a description of the machine and all measurements.
+        A JSON-serializable dictionary with all measurements and a description of the machine.
     """
     resolved_device = resolve_device(device)
     resolved_precision = resolve_precision(precision, resolved_device)

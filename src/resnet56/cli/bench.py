@@ -42,7 +42,7 @@ class BenchOptions:
     """Precision in which this package runs. The standard loop always uses fp32."""
 
     compiled: bool = False
-    """Also benchmark torch.compile, which adds about a minute per table."""
+    """Also benchmark torch.compile. This adds about a minute per table."""
 
     rounds: int = 7
     """Number of measurements per candidate."""

@@ -63,7 +63,7 @@ def load_data(
 
 
 def for_classes(dataset: "Dataset", classes: tuple[str, ...]) -> "Dataset":
-    """Convert a data set to the classes of a model, and print the remarks that this adds.
+    """Convert a data set to the classes of a model, and print the remarks that the conversion adds.
 
     See `Dataset.for_classes`. A data set that already has these classes is returned unchanged.
     """

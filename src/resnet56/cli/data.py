@@ -18,7 +18,8 @@ class FetchOptions:
     """Data set to download."""
 
     dir: Path | None = None
-    """Directory for data sets. By default, $RESNET56_DATA, or a directory in the user's cache."""
+    """Directory for data sets. By default, $RESNET56_DATA, or resnet56/ in the user's cache
+    directory."""
 
     mirror: tuple[str, ...] = ()
     """URLs to try before the official URL. By default, $RESNET56_MIRROR."""

@@ -33,8 +33,8 @@ class EvaluateOptions:
 
     split: Literal["test", "train", "validation"] | None = None
     """Split whose results are printed. By default, test. On the
-    data set of the run, all splits are evaluated. On another
-    data set, only this split is evaluated."""
+    data set of the run, the command evaluates all splits. On
+    another data set, it evaluates only this split."""
 
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of stopping."""

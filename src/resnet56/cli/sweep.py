@@ -30,7 +30,7 @@ class SweepOptions:
     "drop_epochs=10 20,15 25". Repeat this flag for several fields."""
 
     trials: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Number of trials over all workers (default: 20). A grid runs all combinations."""
+    """Number of trials across all workers (default: 20). A grid runs all combinations."""
 
     grid: bool = False
     """Try all combinations of the listed values. By default, the tree-structured Parzen estimator

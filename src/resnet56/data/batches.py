@@ -32,7 +32,10 @@ def derive_seed(*parts: int) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch's random number generators for the CPU and `device` until the block ends."""
+    """Seed PyTorch's random number generators for the CPU and `device`.
+
+    When the block ends, the previous states of the generators are restored.
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
@@ -109,8 +112,8 @@ class Batches:
     def _first_flips(self) -> Tensor:
         """For alternating flips, return a Boolean mask (N,) of the images to flip in even epochs.
 
-        The mask has the same seed as the order of the images in epoch 0. Sharing the seed is
-        harmless.
+        The mask is generated with the same seed as the order of the images in epoch 0. Sharing the
+        seed is harmless.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed))
         return torch.randint(0, 2, (len(self.split),), generator=generator).bool()

@@ -224,10 +224,11 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
             "(each part needs an image of every class)"
         )
     for _ in range(count - int(selected.sum())):
-        # How many images each class needs to reach its proportional share, multiplied by `total`.
+        # `total` times the number of images that each class lacks to reach its proportional share.
         deficit = count * sizes - total * selected
         selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
-    # RandomState produces the same output for a seed in all versions of NumPy. Generator may not.
+    # RandomState produces the same output for a seed in all versions of NumPy. Generator does not
+    # guarantee this.
     order = np.random.RandomState(seed).permutation(total)
     mask = np.zeros(total, dtype=bool)
     for index, size in enumerate(selected):
@@ -264,9 +265,9 @@ def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
 
 
 def _mean_std(counts: list[int]) -> tuple[float, float]:
-    """Compute the mean and standard deviation of pixels, scaled to [0, 1], from a uint8 histogram.
+    """Compute the mean and standard deviation of pixels from a histogram of their uint8 values.
 
-    A standard deviation of zero is replaced by 1.0.
+    Both refer to pixels scaled to [0, 1]. A standard deviation of zero is replaced by 1.0.
     """
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))

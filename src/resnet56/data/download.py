@@ -89,7 +89,10 @@ class _UrlError(Exception):
 
 
 def default_root() -> Path:
-    """Return the directory for data sets: $RESNET56_DATA, or resnet56/ in the user's cache."""
+    """Return the directory for data sets.
+
+    The directory is $RESNET56_DATA, or resnet56/ in the user's cache directory.
+    """
     if chosen := os.environ.get("RESNET56_DATA"):
         return _expand_user(chosen)
     if sys.platform == "win32":
@@ -226,7 +229,10 @@ def _redact(url: str) -> str:
 
 
 def _request(url: str) -> Request:
-    """Create a request. Move credentials from the URL to a header for its host only."""
+    """Create a request. Move credentials from the URL to a header.
+
+    The header is sent only to the host of the URL, not to the targets of redirects.
+    """
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     request = Request(urlunsplit(parts._replace(netloc=host)), headers={"User-Agent": "resnet56"})
@@ -288,7 +294,7 @@ def _receive(
             return True  # there are no more bytes: `part` is complete, or it is a different file
         raise
     with response:
-        # The response to a file URL, or from a server that ignores Range, is the entire file.
+        # For a file URL, or if the server ignores Range, the response is the entire file.
         resumed = bool(done) and response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
             raise _UrlError("the server returned a range that was not requested")
@@ -302,7 +308,8 @@ def _receive(
             raise _UrlError("the response is empty", retry=True)
         done = done if resumed else 0
         length = response.headers.get("Content-Length", "")
-        is_valid = re.fullmatch(r"[0-9]{1,15}", length)  # `int` rejects thousands of digits
+        # `int` rejects strings with thousands of digits.
+        is_valid = re.fullmatch(r"[0-9]{1,15}", length)
         total = done + int(length) if is_valid else archive.size
         if archive.size not in (None, total):
             raise _UrlError(f"it has {total} bytes, but the official archive has {archive.size}")

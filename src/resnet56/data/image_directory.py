@@ -233,7 +233,7 @@ def _load_classes(reader: _Reader) -> Dataset | None:
             f"{escape(str(reader.path / nested[0]))} looks like a separate data set; use that "
             "directory instead"
         )
-    # In this layout, class directories may be empty, even if the images are for training.
+    # In this layout, class directories may be empty, even if the data set is for training.
     lenient = _Reader(reader.path, reader.skip_broken, evaluation=True)
     files = lenient.find_files(reader.path)
     reader.skipped = lenient.skipped
@@ -246,7 +246,7 @@ def _load_classes(reader: _Reader) -> Dataset | None:
     ]
     if empty:
         reader.remarks.append(f"skipped {_join_directories(empty)}: no images")
-    description = "no train/ directory, so a fixed stratified 80/20 split of the classes"
+    description = "no train/ directory, so a fixed stratified 80/20 split of all images"
     return _split_off_test(reader, files, description, predefined_split=False)
 
 

@@ -241,8 +241,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     - Floats: 0..1 if no value is above 1, and 0..255 otherwise.
     - 16-bit integers: from the TIFF tags MaxSampleValue and BitsPerSample, or 0..65535 without
       them.
-    - 32-bit integers: 0..255 if no value is above 255, and 0..65535 otherwise, because files do not
-      use all 32 bits.
+    - 32-bit integers: 0..255 if no value is above 255, and 0..65535 otherwise, because 32-bit
+      files rarely use all 32 bits.
     """
     values = np.asarray(image)
     if image.mode == "F":

@@ -1,6 +1,6 @@
 """Augmentations that mix the images of a batch: CutMix, mixup and RICAP.
 
-Each image is mixed with other images of its batch. The target becomes a distribution over the
+Each image is mixed with other images in its batch. The target becomes a distribution over the
 classes of these images. The weight of a class is its fraction of the mixed image. As in the
 published methods, all images in a batch use the same weights and positions.
 

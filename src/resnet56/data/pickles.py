@@ -33,10 +33,11 @@ class UnsafePickleError(Exception):
 
 
 class Stub(dict[Any, Any]):
-    """Replaces an instance of a class, or the result of a function, and stores its content.
+    """Placeholder for an instance of a class or for the result of a function.
 
-    A stub is a dictionary, because many configuration classes are dictionaries. `state` contains
-    the attributes of the instance as the pickle stores them.
+    A stub stores the content of the object that it replaces. A stub is a dictionary, because many
+    configuration classes are dictionaries. `state` contains the attributes of the instance as the
+    pickle stores them.
     """
 
     name = ""  # full name of the class or function
@@ -274,7 +275,7 @@ def with_numpy(find: Callable[[str], type]) -> Callable[[str], type]:
 def reject_all(name: str) -> type:
     """Reject every class and function.
 
-    This function is the strictest value of the `find` argument.
+    Of the functions that can be passed as `find`, this one is the strictest.
     """
     raise UnsafePickleError(f"tries to call {name[:80]!a}")
 

@@ -14,7 +14,7 @@ from resnet56.model import ResNet, build
 def require_agreement(
     wrap: Callable[[ResNet], nn.Module], archs: Sequence[str], images: Tensor
 ) -> None:
-    """Compare a bf16 training step that uses kernels with an fp32 training step in PyTorch.
+    """Check a bf16 training step with this package's kernels against an fp32 step in PyTorch.
 
     Args:
         wrap: function that wraps a model in a module whose training steps use the kernels.

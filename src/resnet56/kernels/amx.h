@@ -56,7 +56,7 @@ static void end_tiles(const struct config *saved) {
     else _tile_release();
 }
 
-/* Computes the product c[64][16] for 64 positions and 16 outputs, which is the sum over chunks k of
+/* For 64 positions and 16 outputs, computes the product c[64][16], the sum over chunks k of
  * a[offsets[k]..] * b[k]. */
 static void product_64x16(const bf16 *a, long stride, const int32_t *offsets, long chunks,
                           const bf16 *b, float *c) {

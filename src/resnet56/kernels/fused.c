@@ -126,9 +126,9 @@ void resnet56_forward(const REAL *x, const REAL *residual, REAL *y, long rows, l
     }
 }
 
-/* Computes the gradients of x, the residual, the weight and the bias. `y` and `residual_grad` are
- * null if the forward pass had no residual. The function then recomputes the sign of the output,
- * which is faster than reading the output.
+/* Computes the gradients with respect to x, the residual, the weight and the bias. `y` and
+ * `residual_grad` are null if the forward pass had no residual. The function then recomputes the
+ * sign of the output, which is faster than reading the output.
  */
 void resnet56_backward(const REAL *y_grad, const REAL *x, const REAL *y, REAL *x_grad,
                        REAL *residual_grad, long rows, long channels, const float *saved,

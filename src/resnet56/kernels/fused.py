@@ -156,7 +156,7 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _check(fused: NormReLU, dtype: torch.dtype) -> None:
-    """Compare outputs and gradients of the kernel with those of PyTorch."""
+    """Compare the outputs and gradients of the kernel with those of PyTorch."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(4, 32, 5, 5, generator=generator) for _ in range(3)]
     x, residual, grad = (t.to(dtype, memory_format=torch.channels_last) for t in tensors)

@@ -8,13 +8,13 @@
  * types of feature maps are stored in memory, all in bfloat16: convolution outputs `z`, block
  * outputs `x` and gradients `g`.
  *
- * Feature maps are (images, height, width, channels). The number of channels is a multiple of 16.
- * A thread copies a few images at a time into a row of positions (see the picture in positions.h).
- * A zero pixel follows each row of pixels, and a row of zeros follows each image. These zeros
- * provide the padding on both sides. In this layout, a tap of the kernel is a shift within the row
- * of positions. A convolution is therefore a sum of matrix products, one for each tap: positions by
- * inputs, times inputs by outputs. amx.h computes these products on the processor's matrix unit, and
- * avx512.h with vector instructions.
+ * Feature maps have shape (images, height, width, channels). The number of channels is a multiple
+ * of 16. A thread copies a few images at a time into a row of positions (see the picture in
+ * positions.h). A zero pixel follows each row of pixels, and a row of zeros follows each image.
+ * These zeros provide the padding on both sides. In this layout, a tap of the kernel is a shift
+ * within the row of positions. A convolution is therefore a sum of matrix products, one for each
+ * tap: positions by inputs, times inputs by outputs. amx.h computes these products on the
+ * processor's matrix unit, and avx512.h with vector instructions.
  *
  * tests/kernels/reference.py computes the same convolution with plain loops over this layout.
  */
@@ -137,7 +137,7 @@ void resnet56_forward(const Conv *c, char *arena, long arena_bytes, long threads
  * 1, the gradient is zero at pixels that the shortcut skips. */
 static inline __m512 shortcut_gradient(const Conv *c, long pixel, long k) {
     long stride = c->skip_stride, width = c->width, x = pixel % width, y = pixel / width;
-    /* y counts the rows of all images, which is correct because heights are even. */
+    /* `y` is the row index across all images. This is valid because image heights are even. */
     if (x % stride || y % stride) return _mm512_setzero_ps();
     long at = y / stride * (width / stride) + x / stride;
     if (c->skip == PROJECTED) return load(c->skip_g + at * c->in + k);

@@ -194,8 +194,8 @@ static Terms terms_of(int32_t *offsets, long channels, long kernel, const Layout
 }
 
 /* Packs the weights into bfloat16 tiles: [16 outputs][chunk][input pair][output][2]. For the
- * gradient of the input (`back`), swaps inputs and outputs and rotates the kernel by 180 degrees.
- * The threads of the parallel region share the work and synchronize at the end. */
+ * gradient of the input (`back`), swaps the input and output channels of the kernel and rotates it
+ * by 180 degrees. The threads of the parallel region share the work and synchronize at the end. */
 static void pack(const Conv *c, int back, bf16 *packed) {
     long from = back ? c->out : c->in, to = back ? c->in : c->out, kernel = c->kernel;
     long chunks = chunks_of(from, kernel), taps = kernel * kernel, real = c->real_in;
@@ -231,9 +231,9 @@ static void pack(const Conv *c, int back, bf16 *packed) {
 }
 
 /* Returns whether the rows of a product are the pixels of an output map that is `stride` times
- * smaller than the input. This requires that the width of the output map is a multiple of `run`,
- * because the positions of `run` consecutive pixels must be evenly spaced. Otherwise, the rows are
- * all positions. */
+ * smaller than the input. The rows can be pixels only if the width of the output map is a multiple
+ * of `run`, because the positions of `run` consecutive pixels must be evenly spaced. Otherwise, the
+ * rows are all positions. */
 static int rows_are_pixels(const Conv *c, long stride, long run) {
     return run && c->width / stride % run == 0;
 }

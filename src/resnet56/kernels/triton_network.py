@@ -2,14 +2,14 @@
 
 The convolutions of these networks have few channels, so they spend most of their time reading and
 writing feature maps. On an H100, cuDNN's kernels take twice as long as the kernels in this module
-(docs/explanation/gpu-step.md), and PyTorch adds separate kernels for statistics, normalization,
-shortcut, ReLU and the conversion of each weight. The kernels in this module compute batch
-statistics while a convolution writes its output, and add shortcut gradients while they write input
-gradients. All weights are converted to bf16 in one operation per step.
+(docs/explanation/gpu-step.md), and PyTorch adds separate kernels for the statistics, the
+normalization, the shortcut, the ReLU and the conversion of each weight. The kernels in this module
+compute batch statistics while a convolution writes its output, and add shortcut gradients while
+they write input gradients. All weights are converted to bf16 in one operation per step.
 
 Feature maps are stored in bf16 and in the channels-last memory format. A feature map is then a
-matrix with N * H * W rows (positions) and C columns (channels). All sums are in fp32 and have a
-fixed order, so a step always produces the same result.
+matrix with N * H * W rows (positions) and C columns (channels). All sums are computed in
+fp32 and in a fixed order, so a step always produces the same result.
 """
 
 import functools
@@ -395,7 +395,7 @@ def convolve_normalize(
 def normalize_backward(
     grad: Tensor, saved: Saved, *, residual: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return the gradients of y, the residual, and the weight and bias of batch norm."""
+    """Return gradients with respect to y, the residual, and batch norm's weight and bias."""
     _, _, weight, y, statistics, out = saved
     channels, positions = y.shape[1], _positions(y)
     tile = SUM_GRADIENTS[channels]

@@ -84,7 +84,7 @@ def require_valid(runs: int, out: Path | None, format: Format) -> None:
 
 
 def _default_file(facts: "RunFacts", format: Format) -> Path:
-    """Return the default path of a report on a run or on another network."""
+    """Return the default path of a report on a run, or on a network without a run directory."""
     if facts.stored:
         return facts.path / _FILES[format]
     stem = facts.path.stem if facts.path.is_file() else facts.name

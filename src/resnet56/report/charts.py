@@ -89,7 +89,7 @@ def robustness(facts: RunFacts) -> Chart | None:
 
 
 def shade(share: float, *, diagonal: bool) -> str:
-    """Return the shade of a cell that contains this share of the true class."""
+    """Return the shade of a cell that contains `share` of the images of the true class."""
     steps = (0.5, 0.75, 0.9, 0.95) if diagonal else (0.005, 0.01, 0.02, 0.05)
     return ("d" if diagonal else "e") + str(1 + sum(share >= step for step in steps))
 

@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def accuracy(self) -> float:
-        """The test accuracy. The run must have been tested."""
+        """The test accuracy. The run must have been evaluated on the test images."""
         assert self.facts.test is not None
         return self.facts.test["accuracy"]
 
@@ -187,7 +187,7 @@ def title(entries: Sequence[Entry], grouped: Sequence[Group]) -> str:
 
 
 def states(entries: Sequence[Entry]) -> list[str]:
-    """Return sentences: warnings about unfair comparisons, and one on the validation accuracies."""
+    """Return warnings about unfair comparisons and a sentence about the validation accuracies."""
     sentences = []
     for entry in entries:
         sentences += [f"{entry.label}: {sentence}" for sentence in state(entry.facts)]
@@ -315,8 +315,8 @@ def significance(pairs: Sequence[Difference]) -> str:
     """Summarize which differences are significant."""
     if not pairs:
         return (
-            "No difference can be tested. A test requires that both runs use the same test "
-            "images and contain a predictions.npz file."
+            "None of the differences can be tested for significance. A test requires that both "
+            "runs use the same test images and contain a predictions.npz file."
         )
     unclear = [pair for pair in pairs if not pair.significant]
     if len(pairs) == 1:
@@ -347,7 +347,7 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
     if "Welch" in tests:
         sentences.append(
             "Welch\N{RIGHT SINGLE QUOTATION MARK}s t-test compares means over seeds. It shows "
-            "whether the recipes would also differ with other seeds, on these test images."
+            "whether the recipes would also differ on these test images with other seeds."
         )
     if "Student" in tests:
         sentences.append(

@@ -88,7 +88,7 @@ def evaluated(evaluation: Evaluation) -> str:
 
 
 def conditions(evaluation: Evaluation) -> str:
-    """State how a network was evaluated, such as 'in fp32 on the CPU'."""
+    """State how a network was evaluated, for example 'in fp32 on the CPU'."""
     runtime = evaluation.get("runtime", evaluation["precision"])
     return f"in {runtime} on {device(evaluation['device'])}"
 
@@ -164,7 +164,7 @@ def curves_note(facts: RunFacts) -> str:
     note = "Training loss and accuracy are averages over each epoch. They are measured while the "
     note += f"weights change, and on {on}."
     if "loss" in facts.custom:
-        note += " The training loss is the custom loss. Other losses are cross-entropy."
+        note += " The training loss is the custom loss. All other losses are cross-entropy losses."
     if facts.test:
         note += " The dots show the results of the evaluated weights on the test images."
     return note

@@ -171,8 +171,8 @@ class Line:
 def line_style(index: int, lines: int) -> str:
     """Return a line style.
 
-    If there are at most FEW curves, each has a different style. With more curves, the style of a
-    curve is unique among the curves of its color.
+    If there are at most FEW curves, each has a different style. If there are more, curves of the
+    same color have different styles.
     """
     return DASHES[index if lines <= FEW else index // len(PAPER.series) % len(DASHES)]
 
@@ -206,7 +206,7 @@ def curves(
 def loss_label(custom: Iterable[Mapping[str, object]]) -> str:
     """Return the label of the loss axis, given the custom parts of each run.
 
-    A custom training loss may not be cross-entropy.
+    A custom training loss is not necessarily cross-entropy.
     """
     return "loss" if any("loss" in parts for parts in custom) else "cross-entropy, nats"
 

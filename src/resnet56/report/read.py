@@ -60,13 +60,13 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The data for a report on a run or on another network.
+    """The data for a report on a run, or on a network without a run directory.
 
     A network from another project has no recipe. Only training runs have training curves.
     """
 
-    path: Path  # the run directory, or the name or path of another network
-    stored: bool  # whether the network is a run, whose predictions are in predictions.npz
+    path: Path  # the run directory, or the name or path of a network without one
+    stored: bool  # whether there is a run directory, which contains predictions.npz
     environment: Environment  # environment.json, or an empty dictionary
     rows: list[EpochMetrics]  # metrics.jsonl, with one row per epoch
     recipe: Recipe | None  # None if training is not recorded
@@ -203,7 +203,7 @@ def facts_from_results(
     fingerprint: str,
     recipe: Recipe | None,
 ) -> RunFacts:
-    """Return the facts about a network that is not a run.
+    """Return the facts about a network without a run directory.
 
     Args:
         path: name or path of the network.

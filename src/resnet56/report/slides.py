@@ -1,7 +1,7 @@
 """Content of the slides about one run, for the template.
 
-Slides are read from a distance, so they contain only short sentences with the results of the run
-and at most a dozen bars, images or classes.
+Slides are read from a distance, so their text is limited to short sentences about the results of
+the run, and a slide shows at most a dozen bars, images or classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -293,7 +293,10 @@ def confusion(facts: RunFacts) -> Slide:
 
 
 def most_frequent_error(errors: Sequence[ConfusedPair]) -> str:
-    """Name the two classes of the most frequent error, or of one of them if several are tied."""
+    """Name the two classes of the most frequent error.
+
+    If several errors are equally frequent, the result names the classes of the first of them.
+    """
     first = errors[0]
     subject = "One of the most frequent errors" if story.is_tied(errors) else "Most frequent error"
     true, predicted = (quoted(shortened(first[key])) for key in ("true", "predicted"))
@@ -404,7 +407,7 @@ def few_versions(originals: Sequence[Augmented]) -> list[Augmented]:
 
 
 def evaluated_splits(evaluation: Evaluation | None) -> dict[str, Metrics]:
-    """Return the metrics on each evaluated split, by the name of the split."""
+    """Return the metrics for each evaluated split, keyed by the name of the split."""
     if evaluation is None:
         return {}
     splits = {"training": evaluation.get("train"), "validation": evaluation.get("validation")}

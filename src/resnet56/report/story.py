@@ -121,10 +121,10 @@ def trend(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
     before = [row["train_loss"] for row in rows[-2 * tail : -tail]]
     now, then = sum(late) / len(late), sum(before) / len(before)
     numbers = (
-        f"it was {loss(now)} in the last epoch and {loss(then)} in the epoch before"
+        f"it was {loss(now)} in the last epoch and {loss(then)} in the previous epoch"
         if tail == 1
         else f"its mean was {loss(now)} over the last {tail} epochs and {loss(then)} over the "
-        f"{tail} epochs before"
+        f"previous {tail} epochs"
     )
     if then - now > STILL_FALLING * then:
         sentence = f"The training loss was still falling at the end: {numbers}. "
@@ -408,7 +408,7 @@ def _gap_in_brief(
             f"{numbers}, so the network {overfits}: it fits almost all training images, but it is "
             "less accurate on new images."
         )
-    return f"{numbers}, so the network {overfits}, and it does not fit all training images either."
+    return f"{numbers}, so the network {overfits}, although it does not fit all training images."
 
 
 def _next_step(

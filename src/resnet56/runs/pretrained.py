@@ -81,7 +81,10 @@ def save(run: RunDirectory, name: str, directory: Path) -> Path:
 
 
 def card(name: str) -> dict[str, Any]:
-    """Return the model card, including recipe and evaluation. Raises RunError if reading fails."""
+    """Return the model card, including the recipe and the evaluation.
+
+    Raises RunError if reading fails.
+    """
     return read_json(DIRECTORY / f"{name}.json")
 
 
@@ -115,14 +118,14 @@ def config_from_metadata(metadata: Mapping[str, str]) -> ModelConfig:
         raise ValueError("a value is nested too deeply") from None
     arch, classes = values["arch"], values["classes"]
     if not isinstance(arch, str) or not arch:
-        raise ValueError("arch is not a non-empty string")
+        raise ValueError("arch must be a non-empty string")
     if not isinstance(classes, list) or not all(isinstance(c, str) and c for c in classes):
-        raise ValueError("classes is not a list of names")
+        raise ValueError("classes must be a list of names")
     if len(set(classes)) != len(classes) or len(classes) < 2:
-        raise ValueError("classes is not a list of at least two distinct names")
+        raise ValueError("classes must be a list of at least two distinct names")
     mean, std = (_triple(values[name], name) for name in ("mean", "std"))
     if min(std) <= 0:
-        raise ValueError("std is not positive")
+        raise ValueError("std must be positive")
     return ModelConfig(arch, tuple(classes), mean, std)
 
 
@@ -144,11 +147,11 @@ def has_onnx_header(head: bytes) -> bool:
 
 def _triple(values: object, name: str) -> tuple[float, float, float]:
     if not isinstance(values, list) or len(values) != 3:
-        raise ValueError(f"{name} is not a list of three numbers")
+        raise ValueError(f"{name} must be a list of three numbers")
     for value in values:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not abs(value) < 1e6:  # This condition also rejects NaN.
-            raise ValueError(f"{name} is not a list of three numbers")
+            raise ValueError(f"{name} must be a list of three numbers")
     first, second, third = map(float, values)
     return first, second, third
 

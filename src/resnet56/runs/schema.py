@@ -1,9 +1,9 @@
 """The schema of the files in a run directory. Files are validated when read and when written.
 
-JSON objects are dictionaries with TypedDict types. `train` and `evaluate` also return dictionaries
-of these types. RunError reports a field that is missing, has the wrong type or is out of range. Its
-message is one line that states the file, the field, the value and the expected type. Unknown fields
-are preserved.
+JSON objects are represented as dictionaries with TypedDict types. `train` and `evaluate` also
+return dictionaries of these types. RunError reports a field that is missing, has the wrong type or
+is out of range. Its message is one line that states the file, the field, the value and the expected
+type. Unknown fields are preserved.
 """
 
 import math

@@ -106,10 +106,10 @@ def _description(predictor: Predictor, limits: Limits) -> str:
         f"The model {predictor.name} has {len(predictor.classes)} classes and always predicts one "
         f"of them: {', '.join(predictor.classes)}. The model uses only the center square of an "
         f"image, resized to 32x32 pixels. A request can contain up to {limits.images} images and "
-        f"{limits.body_bytes / 2**20:g} MiB. An image can have up to {limits.pixels / 1e6:g} "
-        f"million pixels. The supported formats are {', '.join(limits.formats)}. The time limit "
-        f"for decoding an image is {limits.decode_seconds:g} seconds. The server does not store "
-        "images."
+        f"can be up to {limits.body_bytes / 2**20:g} MiB in size. An image can have up to "
+        f"{limits.pixels / 1e6:g} million pixels. The supported formats are "
+        f"{', '.join(limits.formats)}. The time limit for decoding an image is "
+        f"{limits.decode_seconds:g} seconds. The server does not store images."
     )
 
 
@@ -204,5 +204,5 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
 
 
 async def _handle_disconnect(_: Request, error: Exception) -> Response:
-    """Return a response for the metrics only, because the client has disconnected."""
+    """Return a response that only the metrics record, because the client has disconnected."""
     return JSONResponse({"detail": "the client disconnected"}, 400)

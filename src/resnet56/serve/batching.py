@@ -37,8 +37,10 @@ class _Job:
 
 
 class Batcher:
-    """Runs a model on batches of images that arrive within a few milliseconds or during the
-    previous batch.
+    """Collects images into batches, and runs a model on each batch.
+
+    A batch contains the images that arrive within a few milliseconds, or while the previous batch
+    is running.
 
     Args:
         predictor: the model. All calls to its `run` method come from one thread.

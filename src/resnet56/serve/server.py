@@ -113,7 +113,7 @@ def serve(
         limits: limits on requests and on the time to finish them.
 
     Returns:
-        The exit code: 0 after a signal.
+        The exit code: 0 if a signal stopped the server, or 1 if the server failed to start.
 
     Raises:
         UsageError: the server cannot listen on this address, or the limit on open files is

@@ -46,7 +46,7 @@ def with_trials(
         trials: the trials. Trials without a value for every field are omitted.
         space: the values of each field that varies.
         recipe: the settings that do not vary.
-        base: the recipe from which the command starts, as a pair (name, recipe).
+        base: a pair (name, recipe). The command is based on this recipe.
     """
     records = [_record(trial, space) for trial in trials if trial.params.keys() == space.keys()]
     result: Sweep = {**content, "trials": sorted(records, key=lambda record: record["number"])}
@@ -103,7 +103,7 @@ def train_command(base: tuple[str, Recipe], best: Recipe, data: str) -> str:
     """Return the command that trains the best recipe on all training images.
 
     Args:
-        base: the recipe from which the command starts, as a pair (name, recipe).
+        base: a pair (name, recipe). The command is based on this recipe.
         best: recipe of the best trial.
         data: value of --data.
     """

@@ -55,7 +55,7 @@ def sweep(
         space: the values of each field that varies.
         dataset: the data set. The sweep does not use its test images.
         out: directory of the sweep. The name of the directory is the name of the study.
-        trials: number of trials, over all processes. If `grid` is True, this argument is ignored.
+        trials: number of trials across all processes. If `grid` is True, this argument is ignored.
         seeds: seeds for each trial. The value of a trial is the mean validation accuracy over its
             seeds. By default, the seed of the recipe.
         grid: try all combinations of the choices. By default, Optuna's tree-structured Parzen
@@ -66,8 +66,8 @@ def sweep(
         storage: SQLAlchemy URL of a database. By default, the SQLite file `out/study.db`, which
             supports several processes on one machine.
         device, threads: as in `train`.
-        base: the recipe from which the command that trains the best recipe starts, as a pair
-            (name, recipe).
+        base: a pair (name, recipe). The command for training the best recipe is based on this
+            recipe.
         output: display that shows a line per trial.
         heartbeat: number of seconds between heartbeats of a worker.
 

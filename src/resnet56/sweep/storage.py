@@ -130,7 +130,7 @@ def _open_storage(url: str | None, directory: Path, heartbeat: int) -> Any:
                 reason = one_line(error.orig)
                 raise RunError(f"the storage {shown} does not respond: {reason}") from None
             time.sleep(1)
-        except RuntimeError as error:  # another version of Optuna has created the tables
+        except RuntimeError as error:  # another version of Optuna created the tables
             raise RunError(f"cannot use the storage {shown}: {one_line(error)}") from None
     raise AssertionError
 

@@ -92,7 +92,7 @@ def _state(name: str) -> Any:
 
 
 def this_worker() -> dict[str, Any]:
-    """Return the identity of this process, with which other workers check that it still exists."""
+    """Return the identity of this process, so that other workers can check that it still exists."""
     return {
         "host": platform.node(),
         "pid": os.getpid(),

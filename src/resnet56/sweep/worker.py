@@ -41,7 +41,7 @@ class Worker:
         dataset: the data set.
         directory: directory of the sweep.
         content: content of sweep.json without trials.
-        base: the recipe from which the command of the best trial starts, as a pair (name, recipe).
+        base: a pair (name, recipe). The command for the best trial is based on this recipe.
         options: the arguments `device` and `threads` of `train`.
         output: display that shows a line per trial.
     """
@@ -59,7 +59,7 @@ class Worker:
     number: int | None = field(default=None, init=False)  # number of the current trial
 
     def work(self) -> Sweep:
-        """Run trials until enough trials are finished. Return the content of sweep.json."""
+        """Run trials until enough of them are finished. Return the content of sweep.json."""
         self._save()
         waiting = False
         total = self.trials.total

@@ -55,7 +55,7 @@ def train(
     """Train a model, save the run in `out`, and evaluate it.
 
     Args:
-        recipe: the training configuration. Its batch size is the total over all processes.
+        recipe: the training configuration. Its batch size is the total across all processes.
         dataset: training and test images. Without test images, the model is not evaluated.
         out: run directory. It must either be empty or not exist. With `resume`, it must contain a
             run with the same recipe.

@@ -62,7 +62,7 @@ def load_weights(
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """Disable the gradients of the parameters of modules.
+    """Disable gradients for the parameters of the given modules.
 
     Args:
         model: the model to train.

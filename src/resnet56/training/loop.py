@@ -28,9 +28,9 @@ from resnet56.training.record import Scalars, log_scalars, restore, save_checkpo
 from resnet56.training.setup import set_up, step_costs
 
 EpochCallback = Callable[[EpochMetrics], object]
-# If training from random weights has fewer steps than this, it logs a hint. With a momentum of 0.1,
-# the running statistics of batch norm then still contain more than 0.9**50 = 0.5 % of their initial
-# values, so the evaluation can differ greatly from training.
+# Training from random weights logs a hint if it takes fewer steps than this limit. With a momentum
+# of 0.1, the running statistics of batch norm then still contain more than 0.9**50 = 0.5 % of their
+# initial values, so the evaluation can differ greatly from training.
 MIN_STEPS = 50
 STEP_STREAM = 4  # separates the random numbers of a training step from other uses of the seed
 

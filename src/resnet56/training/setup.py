@@ -159,9 +159,9 @@ def augmentation_of(recipe: Recipe, *, allow_flip: bool) -> Augmentation:
 def step_costs(recipe: Recipe) -> list[float]:
     """Return the duration of a step in each epoch, relative to that of a step on 32x32 images."""
     rest = [32] * (recipe.epochs - len(recipe.sizes))
-    # A fifth of the duration of a step does not depend on the image size. The measured durations,
-    # relative to 32x32 images, are 0.39 for 16x16 and 0.64 for 24x24 images (resnet56, batch size
-    # 64, two CPU cores, results/fast-seed0).
+    # A fifth of the duration of a step does not depend on the image size. Relative to the
+    # duration for 32x32 images, the measured durations are 0.39 for 16x16 and 0.64 for 24x24 images
+    # (resnet56, batch size 64, two CPU cores, results/fast-seed0).
     return [0.2 + 0.8 * (side / 32) ** 2 for side in (*recipe.sizes, *rest)][: recipe.epochs]
 
 
