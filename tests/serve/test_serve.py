@@ -624,10 +624,9 @@ def test_a_low_file_limit_reduces_the_number_of_connections() -> None:
         for connection in connections:
             connection.setblocking(False)
             connection.connect_ex((url.hostname, url.port))
-        time.sleep(1)
+        time.sleep(0.5)
         for connection in connections:
             connection.close()
-        time.sleep(0.5)
         assert httpx.get(address + "/healthz").status_code == 200
         files = {"image": ("a.png", encode())}
         assert httpx.post(address + "/v1/predict", files=files).status_code == 200

@@ -422,7 +422,7 @@ def test_training_with_mixed_images_resumes_bitwise_identically(
 def test_training_in_half_precision_resumes(
     tiny: Dataset, small: Recipe, tmp_path: Path, precision: Any
 ) -> None:
-    recipe = dataclasses.replace(small, epochs=2, precision=precision)
+    recipe = dataclasses.replace(small, epochs=2, sizes=(16,), precision=precision)
     train(recipe, tiny, tmp_path / "uninterrupted", device="cpu")
     run_until(tmp_path / "run", STEPS + 2, recipe, tiny)
     train(recipe, tiny, tmp_path / "run", device="cpu", resume=True)
