@@ -7,13 +7,16 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# PyTorch imports torch._dynamo when it creates an optimizer. The metrics import scikit-learn.
+# PyTorch imports torch._dynamo when it creates an optimizer. The metrics import scikit-learn, and
+# Optuna imports SQLAlchemy and Alembic when it opens a database.
 PRELOADED = [
     "resnet56.benchmark.benchmark",
     "resnet56.training",
     "torch._dynamo",
     "sklearn.metrics",
     "optuna.storages",
+    "sqlalchemy.orm",
+    "alembic.command",
 ]
 
 
