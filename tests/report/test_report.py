@@ -356,7 +356,7 @@ def test_one_damaged_run_does_not_stop_a_comparison(
     assert cli.main(["report", "a", "b", "c", "d"]) == 1
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
-    assert said[0].startswith("resnet56: b/evaluation.json is damaged: test is 5, expected")
+    assert said[0].startswith("resnet56: b/evaluation.json is damaged: test is 5; expected")
     assert said[1].startswith("resnet56: d has no checkpoint")
     assert said[2] == "resnet56: skipped 2 of 4 runs"
     assert (tmp_path / "comparison.html").exists()

@@ -360,7 +360,7 @@ def test_a_self_referencing_dictionary_is_rejected(tmp_path: Path) -> None:
         (lambda tensor: tensor.to("meta"), "complex or meta tensors: fc.weight"),
         (lambda tensor: tensor.to_sparse(), "complex or meta tensors: fc.weight"),
         (lambda tensor: tensor.to(torch.complex64), "complex or meta tensors: fc.weight"),
-        (lambda tensor: tensor.to(torch.int8), "torch.int8, expected a floating-point dtype"),
+        (lambda tensor: tensor.to(torch.int8), "torch.int8; expected a floating-point dtype"),
     ],
     ids=["meta", "sparse", "complex", "integers"],
 )

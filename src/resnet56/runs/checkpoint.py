@@ -284,7 +284,7 @@ def require_fit(
         is_floating = found.is_floating_point()
         if found.shape != template.shape or is_floating != template.is_floating_point():
             raise RunError(
-                f"{source}: {name} is {_size(found)} {found.dtype}, expected {_size(template)} "
+                f"{source}: {name} is {_size(found)} {found.dtype}; expected {_size(template)} "
                 f"{template.dtype}"
             )
 

@@ -261,12 +261,12 @@ def _load_weights(state_dict: StateDict, config: ModelConfig, file: Path) -> dic
             ) from None
         if values.shape != expected.shape:
             raise RunError(
-                f"{file} is damaged: {key} has shape {tuple(values.shape)}, expected "
+                f"{file} is damaged: {key} has shape {tuple(values.shape)}; expected "
                 f"{tuple(expected.shape)}"
             )
         if not dtype.is_floating_point:
             raise RunError(
-                f"{file} is unusable: {key} has dtype {dtype}, expected a floating-point dtype"
+                f"{file} is unusable: {key} has dtype {dtype}; expected a floating-point dtype"
             )
         if not bool(values.isfinite().all()):
             raise RunError(f"{file} is unusable: {key} has values that are not finite")

@@ -471,13 +471,13 @@ def _check_arrays(
         prefix, shape = f"{file} is damaged: {name}", tuple(array.shape)
         if array.dtype.kind not in expected.kinds or (expected.bytes and array.dtype != np.uint8):
             dtype = "uint8" if expected.bytes else "float" if expected.kinds == "f" else "integer"
-            raise RunError(f"{prefix} has dtype {array.dtype}, expected {dtype}")
+            raise RunError(f"{prefix} has dtype {array.dtype}; expected {dtype}")
         expected_shape = tuple(
             sizes.setdefault(size, shape[i]) if isinstance(size, str) and i < len(shape) else size
             for i, size in enumerate(expected.shape)
         )
         if shape != expected_shape:
-            raise RunError(f"{prefix} has shape {shape}, expected {expected_shape}")
+            raise RunError(f"{prefix} has shape {shape}; expected {expected_shape}")
         if not array.size:
             continue
         low, high = float(array.min()), float(array.max())
@@ -523,7 +523,7 @@ def _explanation(error: Exception, content: object, expected: Any) -> str:
     if match := re.fullmatch(r"Expected `([\w |]+)`(.*?)(?:, got .*)?", text):
         words = " or ".join(_JSON_TYPES.get(word, word) for word in match[1].split(" | "))
         bounds = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):g}", match[2])
-        return f"{field} is {_summary(content, keys)}, expected {words}{bounds}"
+        return f"{field} is {_summary(content, keys)}; expected {words}{bounds}"
     if text == "Number out of range":
         return f"{field} is {_summary(content, keys)}, out of range"
     return f"{field}: {one_line(text)}" if keys else one_line(text)
