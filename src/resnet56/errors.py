@@ -50,7 +50,7 @@ class Error(Exception):
 
 
 class UsageError(Error):
-    """The call is invalid, for example because of an unknown name or a value out of range."""
+    """The call is invalid, for example because of an unknown name or an out-of-range value."""
 
     exit_code = 2
 

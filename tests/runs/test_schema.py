@@ -116,7 +116,7 @@ def test_all_files_of_a_run_round_trip(tmp_path: Path) -> None:
         ("originals", np.zeros((6, 3, 32), np.uint8), "shape .* expected"),
         ("original_labels", np.zeros(5, np.int64), r"shape \(5,\); expected \(6,\)"),
         ("original_labels", np.zeros(6), "has dtype float64; expected integer"),
-        ("original_labels", np.full(6, 10), "labels out of range"),
+        ("original_labels", np.full(6, 10), "out-of-range labels"),
         ("mistake_index", np.full(24, -1), "out of range"),
         ("mistake_confidence", np.full(24, np.nan), "not finite"),
         ("mistake_confidence", np.full(24, 1.5), "out of range"),

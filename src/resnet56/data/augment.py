@@ -23,7 +23,7 @@ class Augmentation:
         padding: number of black pixels to add to each side before a random 32x32 crop.
         flip: flip each image horizontally with probability 1/2.
         alternate_flip: flip each image in every other epoch instead of at random.
-        cutout: side length, in pixels, of the square that Cutout erases. 0 disables Cutout.
+        cutout: side length of the square that Cutout erases, in pixels. 0 disables Cutout.
         trivial_augment: apply TrivialAugment.
         sizes: image sizes for the first epochs, in pixels. Later epochs use 32.
         mix: "cutmix", "mixup", "ricap" or "none".

@@ -80,7 +80,7 @@ class _Layout:
         return 1 if self.name == "cifar10" else 2
 
     def matches(self, directory: Path) -> bool:
-        """Return whether `directory` has this layout, even if files are missing."""
+        """Return whether `directory` has this layout. Files may be missing."""
         if directory.name == self.directory and directory.is_dir():
             return True
         return any((directory / file).is_file() for file in self.train)
@@ -121,7 +121,7 @@ def find_layout(path: Path) -> tuple[_Layout, Path] | None:
 
 
 def load_cifar(layout: _Layout, directory: Path) -> Dataset:
-    """Load the data set in `directory`. Raises DataError if it is not the published data set."""
+    """Load the data set from `directory`. Raises DataError if it is not the published data set."""
     needed = [*layout.train, layout.test]
     if layout.classes != len(CIFAR10):  # only CIFAR-100 requires the file of class names
         needed.append(layout.meta)

@@ -59,7 +59,7 @@ def gaussian_blur(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
 
 
 def brightness(x: Tensor, severity: int, _: torch.Generator) -> Tensor:
-    """Increase the value channel in HSV, and keep the hue and saturation."""
+    """Increase the value channel in HSV without changing the hue and saturation."""
     increase = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
     value = x.amax(dim=1, keepdim=True)
     brighter = (value + increase).clamp(max=1)

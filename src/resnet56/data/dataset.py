@@ -26,8 +26,8 @@ class Split(torch_data.Dataset[tuple[Tensor, int]]):
     """Uint8 images (N, 3, 32, 32) and their int64 class indices (N,), on one device.
 
     A split is a map-style PyTorch data set: `split[i]` is a uint8 image (3, 32, 32) and its label.
-    Splits work with `DataLoader`, `Subset` and `random_split`. `Batches` augments and normalizes
-    the images.
+    You can use a split with `DataLoader`, `Subset` and `random_split`. `Batches` augments and
+    normalizes the images.
     """
 
     images: Tensor
@@ -43,7 +43,11 @@ class Split(torch_data.Dataset[tuple[Tensor, int]]):
         return f"Split({len(self):,} images on {self.images.device})"
 
     def select(self, index: slice | Sequence[int] | Tensor) -> "Split":
-        """Return the split of the images at `index`: a slice, positions, or a Boolean mask (N,)."""
+        """Return a split with the images that `index` selects.
+
+        Args:
+            index: a slice, a sequence or tensor of positions, or a Boolean mask (N,).
+        """
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device | str) -> "Split":
@@ -155,9 +159,9 @@ def _relabel(split: Split, new: Tensor) -> Split:
 
 
 def normalize_class_name(name: str) -> str:
-    """Return a class name in NFC form without leading and trailing whitespace.
+    """Return a class name in NFC form without leading or trailing whitespace.
 
-    Names of directories created on macOS can be in decomposed form.
+    Directory names created on macOS can be in decomposed Unicode form (NFD).
 
     Raises DataError if the name is empty, is not valid Unicode, or contains control characters.
     """
@@ -224,11 +228,12 @@ def stratified_split(split: Split, count: int, *, seed: int = 0) -> tuple[Split,
             "(each part needs an image of every class)"
         )
     for _ in range(count - int(selected.sum())):
-        # `total` times the number of images that each class lacks to reach its proportional share.
+        # The number of images that each class lacks to reach its proportional share, multiplied by
+        # `total`.
         deficit = count * sizes - total * selected
         selected[np.where(selected < maximum, deficit, -(total**2)).argmax()] += 1
-    # RandomState produces the same output for a seed in all versions of NumPy. Generator does not
-    # guarantee this.
+    # For a given seed, RandomState produces the same output in all versions of NumPy. Generator
+    # does not guarantee this.
     order = np.random.RandomState(seed).permutation(total)
     mask = np.zeros(total, dtype=bool)
     for index, size in enumerate(selected):

@@ -189,7 +189,7 @@ def _download_and_unpack(
     report: Progress,
 ) -> None:
     """Create `root/archive.directory`. On failure, keep the downloaded bytes in `part`."""
-    # Keep the file open, so that another user cannot replace it after its verification.
+    # Keep the file open, so that another user cannot replace it after it has been verified.
     with open_private(part) as file:
         try:
             _download(archive, urls, file, timeout, report)
@@ -224,7 +224,8 @@ def _redact(url: str) -> str:
     """Return a URL without the parts that can contain secrets: credentials, query and fragment."""
     address = re.split(r"[?#]", url)[0]
     scheme = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|", address)[0]  # type: ignore[index]
-    # Remove everything up to the last @, because an unquoted password can contain slashes.
+    # Remove everything up to the last @, even if a slash precedes it, because an unquoted password
+    # can contain slashes.
     return one_line(scheme + address.removeprefix(scheme).rpartition("@")[2])
 
 
@@ -417,12 +418,12 @@ def _verify(archive: Archive, part: BufferedRandom, resumed: bool) -> None:
 
 
 def _length(file: BufferedRandom) -> int:
-    """Return the length, in bytes, of an open file."""
+    """Return the length of an open file in bytes."""
     return file.seek(0, os.SEEK_END)
 
 
 def _size(path: Path) -> int:
-    """Return the size, in bytes, of a file, or 0 if the file cannot be accessed."""
+    """Return the size of a file in bytes, or 0 if the file cannot be accessed."""
     try:
         return path.lstat().st_size
     except OSError:

@@ -131,7 +131,7 @@ class _Reader:
 def load_image_directory(
     path: Path, *, evaluation: bool = False, skip_broken: bool = False
 ) -> Dataset | None:
-    """Load the images in `path`. Return None if the layout of the directory is unknown.
+    """Load the images from `path`. Return None if the layout of the directory is unknown.
 
     The known layouts are:
 

@@ -2,9 +2,9 @@
 
 Pillow iterates over segments, chunks, comments and directories in Python. It also allocates buffers
 of the size that a header specifies. A small file can contain millions of such elements, or request
-a buffer of several gigabytes. The limits are far above what encoders write. A file that exceeds a
-limit is therefore damaged or malicious. This module accepts headers that it cannot parse, because
-the decoder reports more specific errors.
+a buffer of several gigabytes. The limits are far above the values that encoders write. A file
+that exceeds a limit is therefore damaged or malicious. This module accepts headers that it cannot
+parse, because the decoder reports more specific errors.
 """
 
 import io
@@ -114,7 +114,8 @@ def _check_png(stream: BinaryIO) -> str | None:
         chunks += 1
         others += kind not in (b"IDAT", b"fcTL", b"fdAT")
         profiles += kind == b"iCCP"
-        if profiles > 1:  # the standard allows one, and each can decompress to a megabyte
+        # The standard allows only one profile. Every additional one can decompress to a megabyte.
+        if profiles > 1:
             return "is a PNG with more than one color profile"
         if others > _MAX_CHUNKS or chunks > _MAX_CHUNKS + size // _MIN_CHUNK:
             return f"is a PNG with more than {max(others, chunks) - 1:,} chunks"

@@ -41,8 +41,9 @@ SIZE = 32  # height and width of the model's input
 # by content, so without this restriction, a ".png" file could start Ghostscript.
 BROWSER_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", *(["AVIF"] if _has_avif() else []))
 FORMATS = (*BROWSER_FORMATS, "TIFF", "PPM")
-# JPEGs up to this multiple of Pillow's pixel limit are decoded at 1/8 scale. For progressive JPEGs,
-# libjpeg still keeps all coefficients in memory, which takes at most 6 bytes per pixel.
+# JPEGs that exceed Pillow's pixel limit by at most this factor are decoded at 1/8 scale. For
+# progressive JPEGs, libjpeg still keeps all coefficients in memory, which takes at most 6 bytes per
+# pixel.
 _REDUCED_LIMIT = 4
 _MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE = 281, 258  # TIFF tags
 _DARK = 15  # a high-bit-depth image causes a warning if all its pixels are at most this value

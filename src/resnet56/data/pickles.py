@@ -150,9 +150,9 @@ _NUMPY: dict[str, type] = {
 def _encoder() -> type:
     """Create a stub for `_codecs.encode`, which Python 3 uses for bytes in protocols 0 to 2.
 
-    Python uses only Latin-1, so the stub supports no other encoding. Other encodings can require
-    quadratic time or produce a large output. The stub caches results, because a file could request
-    the encoding of a long string many times.
+    Python's pickler uses only Latin-1 for bytes, so the stub supports no other encoding. Other
+    encodings can require quadratic time or produce a large output. The stub caches results, because
+    a file could request the encoding of a long string many times.
     """
     cache: dict[str, bytes] = {}
 
@@ -241,7 +241,7 @@ def unpickle(
     persistent: Callable[[Any], object] | None = None,
     encoding: str = "utf-8",
 ) -> Any:
-    """Read the next pickle in a stream.
+    """Read the next pickle from a stream.
 
     Args:
         stream: seekable stream. Afterward, its position is the end of the pickle.
@@ -256,8 +256,8 @@ def unpickle(
     """
     start = stream.tell()
     # Before the unpickler reads the data, it allocates the memory that the lengths and memo indices
-    # in the file require. In a damaged file, these numbers could require gigabytes. `genops`
-    # compares lengths with the available bytes.
+    # in the file require. In a damaged file, these numbers could make the unpickler allocate
+    # gigabytes of memory. `genops` compares lengths with the number of available bytes.
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
             raise ValueError("memo index out of range")

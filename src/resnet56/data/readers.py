@@ -39,7 +39,7 @@ def load_data(data: StrPath, *, evaluation: bool = False, skip_broken: bool = Fa
         skip_broken: skip images that cannot be read and add a remark, instead of raising an error.
 
     Raises:
-        UsageError: `data` is empty or an unknown name.
+        UsageError: `data` is empty or is not a known name.
         DataError: the data set cannot be read.
         DownloadError: the data set cannot be downloaded.
     """
@@ -117,7 +117,7 @@ def load_digits() -> Dataset:
 def load_directory(
     path: StrPath, *, evaluation: bool = False, skip_broken: bool = False
 ) -> Dataset:
-    """Load the data set in a directory or an archive.
+    """Load the data set from a directory or an archive.
 
     The function supports CIFAR-10 and CIFAR-100 (fine labels) in the binary and Python formats. The
     files can be in `path` or in a subdirectory with the published name. The function unpacks a
@@ -153,7 +153,7 @@ def load_directory(
             if (path / archive).is_file():
                 return _load_archive(path / archive)
         if any(path.rglob("*.mat")) or any(path.glob("*-matlab.tar.gz")):
-            # SciPy's MATLAB reader crashes the process for some damaged files.
+            # SciPy's MATLAB reader crashes the process on some damaged files.
             raise DataError(
                 f"{name} contains MATLAB files, which are not supported; use the binary format "
                 "(resnet56 data fetch)"

@@ -31,10 +31,11 @@ def write_report(
         runs: one or more directories of training runs or imported networks, facts about other
             networks, or the directory of one sweep.
         out: the file to write. For one run, the default is report.html, report.md or slides.html in
-            the run directory. For a network that is not a run, the default is a file such as
-            NAME-report.html in the current directory. For several runs, the default is
-            comparison.html or comparison.md in the current directory. The images of a Markdown
-            report are written to a directory next to the report, such as report-files.
+            the run directory. For a network that is not a run, the default is
+            NAME-report.html, NAME-report.md or NAME-slides.html in the current directory. For
+            several runs, the default is comparison.html or comparison.md in the current directory.
+            The images of a Markdown report are written to a directory next to the report, such as
+            report-files.
         format: "html" for one self-contained file, "md" for GitHub-flavored Markdown, or "slides"
             for an HTML file with ten slides about one run.
 
@@ -84,7 +85,7 @@ def require_valid(runs: int, out: Path | None, format: Format) -> None:
 
 
 def _default_file(facts: "RunFacts", format: Format) -> Path:
-    """Return the default path of a report on a run, or on a network without a run directory."""
+    """Return the default path of a report on a run, or on a network that has no run directory."""
     if facts.stored:
         return facts.path / _FILES[format]
     stem = facts.path.stem if facts.path.is_file() else facts.name

@@ -204,7 +204,7 @@ def states(entries: Sequence[Entry]) -> list[str]:
         listed = ", ".join(f"{words.percent(share)} ({label})" for share, label in best_first)
         sentences.append(
             f"To choose between these runs, use their validation accuracy: {listed}. If you choose "
-            "by test accuracy, the test accuracy of the chosen run is an optimistic estimate."
+            "a run by its test accuracy, that accuracy is an optimistic estimate."
         )
     return sentences
 
@@ -315,8 +315,9 @@ def significance(pairs: Sequence[Difference]) -> str:
     """Summarize which differences are significant."""
     if not pairs:
         return (
-            "None of the differences can be tested for significance. A test requires that both "
-            "runs use the same test images and contain a predictions.npz file."
+            "None of the differences can be tested for significance. A significance test requires "
+            "that both runs use the same test images and that each run directory contains a "
+            "predictions.npz file."
         )
     unclear = [pair for pair in pairs if not pair.significant]
     if len(pairs) == 1:
@@ -377,7 +378,10 @@ def conclusions(grouped: Sequence[Group], pairs: Sequence[Difference]) -> list[s
 
 
 def error_charts(entries: Sequence[Entry]) -> list[Chart]:
-    """Plot training error and test or validation error over epochs, if a run recorded both."""
+    """Plot the training error and the test or validation error of each run over epochs.
+
+    Return no chart if no run recorded a test or validation accuracy per epoch.
+    """
     curves, measured = [], set()
     for entry in entries:
         rows = entry.facts.rows

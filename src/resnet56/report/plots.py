@@ -99,7 +99,8 @@ class Chart:
         """Draw the chart as a Matplotlib figure on a white background, without pyplot."""
         with _style(PAPER):
             figure = self._figure(PAPER)
-            # Matplotlib creates ticks when it draws a figure, so draw it while the style is active.
+            # Matplotlib creates ticks when it draws a figure, so draw the figure while the style is
+            # active.
             figure.draw_without_rendering()
         return figure
 

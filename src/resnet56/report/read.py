@@ -60,7 +60,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The data for a report on a run, or on a network without a run directory.
+    """The data for a report on a run, or on a network that has no run directory.
 
     A network from another project has no recipe. Only training runs have training curves.
     """
@@ -163,7 +163,7 @@ class RunFacts:
 
 
 def read_run(path: Path) -> RunFacts:
-    """Return the facts about a training run or an imported network.
+    """Return the data for a report on a training run or an imported network.
 
     Raises:
         RunError: the run does not exist, or one of its files is damaged.
@@ -203,7 +203,7 @@ def facts_from_results(
     fingerprint: str,
     recipe: Recipe | None,
 ) -> RunFacts:
-    """Return the facts about a network without a run directory.
+    """Return the data for a report on a network that has no run directory.
 
     Args:
         path: name or path of the network.
@@ -250,7 +250,7 @@ def read_samples(run: RunDirectory, classes: int) -> Samples | None:
     samples = Samples(**arrays)
     for labels in (samples.original_labels, samples.mistake_true, samples.mistake_predicted):
         if labels.size and labels.max() >= classes:
-            raise RunError(f"{run.samples_file} is damaged: it contains labels out of range")
+            raise RunError(f"{run.samples_file} is damaged: it contains out-of-range labels")
     return samples
 
 

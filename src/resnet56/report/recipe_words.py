@@ -128,7 +128,7 @@ def _sizes(recipe: Recipe) -> list[str]:
 
 
 def fields(recipe: Recipe, *, flips: bool, custom: Custom = NONE) -> dict[str, Any]:
-    """Return the fields that affect the run, without disabled options.
+    """Return the fields that affect the run, excluding those of disabled options.
 
     Args:
         recipe: the recipe.

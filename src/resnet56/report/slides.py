@@ -126,7 +126,7 @@ def idea(facts: RunFacts) -> Slide:
         title = "Each block adds its input to its output"
         sentences = [
             size,
-            "The layers of a block compute a change, and the shortcut adds the input.",
+            "The layers of a block compute a residual, and the shortcut adds the input to it.",
             "Signals and gradients therefore have a short path through all "
             f"{network.depth} layers.",
         ]
@@ -146,7 +146,7 @@ def architecture(facts: RunFacts) -> Slide:
     sentences = [
         f"{count(network.parameters)} parameters, {big(network.macs)} multiply-accumulates per "
         "image.",
-        "Stages 2 and 3 halve the resolution and double the channels.",
+        "Stages 2 and 3 halve the resolution and double the number of channels.",
     ]
     return Slide("architecture", "Architecture", title, sentences)
 
@@ -157,7 +157,7 @@ def data(facts: RunFacts) -> Slide:
     classes = plural(len(facts.classes), "class", "classes")
     numbers = [f"{count(metrics['n'])} {name}" for name, metrics in splits.items()]
     title = f"{listed(numbers)} images in {classes}" if numbers else f"Images in {classes}"
-    sentences = [f"Images are {SIZE} pixels, normalized per channel."]
+    sentences = [f"The images have {SIZE} pixels and are normalized per channel."]
     if facts.recipe:
         sentences.append(augmentation(facts.recipe, flips=facts.flips, custom=facts.custom))
     return Slide("data", "Data", title, sentences)
@@ -270,7 +270,10 @@ def class_range(test: Metrics) -> list[str]:
 
 
 def classes_with(values: Mapping[str, float], value: float) -> str:
-    """Return the name of the class with this value or, if several classes have it, their number."""
+    """Return the name of the class with this value.
+
+    If several classes have this value, return the number of these classes instead.
+    """
     names = [name for name, other in values.items() if other == value]
     return quoted(shortened(names[0])) if len(names) == 1 else f"{len(names)} classes"
 

@@ -1,4 +1,4 @@
-"""Pure functions that interpret the metrics of a run in sentences.
+"""Pure functions that write sentences about the metrics of a run.
 
 The sentences state only what the numbers support, and say when the numbers are inconclusive.
 """
@@ -216,7 +216,7 @@ def confusions(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def reverse_error(most_confused: Sequence[Mapping[str, Any]]) -> list[str]:
-    """If the reverse of the most frequent error is listed, state how often it occurs."""
+    """If the reverse of the most frequent error is listed, state how often the reverse occurs."""
     first = most_confused[0]
     return [
         f"The reverse error affects {plural(pair['count'], 'image')}."

@@ -196,7 +196,7 @@ def _separate(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
 
 
 def load_checkpoint(file: Path, *, training: bool = False) -> Checkpoint:
-    """Read a checkpoint, and retry if a training run replaces it during reading.
+    """Read a checkpoint, and retry if a training run replaces it while it is being read.
 
     Args:
         file: path of checkpoint.json.
@@ -272,7 +272,7 @@ def require_fit(
 ) -> None:
     """Raise RunError unless the tensors match `expected`.
 
-    Names and shapes must be equal. A floating-point tensor matches only a floating-point tensor.
+    The names and shapes must match. A floating-point tensor matches only a floating-point tensor.
     """
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]

@@ -49,11 +49,11 @@ def read(
     prefix: str | None = None,
     require_declared: bool = False,
 ) -> ImportedModel:
-    """Read the model in a file or a model hub directory.
+    """Read the model from a file or a model hub directory.
 
-    The metadata of the file or the config.json next to it can declare the architecture, the classes
-    and the normalization constants. Settings that are not declared have default values. The remarks
-    list these values.
+    The metadata of the file, or the config.json next to it, can declare the architecture, the
+    classes and the normalization constants. Settings that are not declared have default values. The
+    remarks list these values.
 
     Args:
         path: a file written by `torch.save`, a safetensors file, an ONNX file exported by this
@@ -283,7 +283,7 @@ def _center_padding(model: dict[str, Tensor]) -> None:
 
     In the layout of the file, shortcut A appends all of its zero channels at the end. The order of
     channels does not matter if all layers use the same order: `conv2` and `bn2` write the channels
-    of a stage, and `conv1` of the next block or the classifier reads them.
+    of a stage, and the classifier or `conv1` of the next block reads them.
     """
     order = torch.arange(WIDTHS[0])  # maps channels of this package to channels of the layout
     for stage, width in enumerate(WIDTHS, start=1):

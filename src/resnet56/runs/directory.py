@@ -244,7 +244,7 @@ class RunDirectory:
         return [entry for entry in comparisons if entry.get("step", step) == step]
 
     def add_comparison(self, comparison: Comparison, step: int) -> None:
-        """Add a comparison of two devices or precisions, for the weights after `step` steps.
+        """Add a comparison of two devices or precisions that uses the weights after `step` steps.
 
         The comparison replaces an earlier comparison of the same pair. The function removes
         comparisons that were made with other weights.

@@ -68,7 +68,7 @@ class DeclaredConfig:
 
 
 def declared_config(file: Path, metadata: Mapping[str, str]) -> DeclaredConfig:
-    """Read the configuration from the metadata of a weight file or the config.json next to it.
+    """Read the configuration from a weight file's metadata, or from the config.json next to it.
 
     Raises:
         RunError: the metadata or config.json is invalid.

@@ -66,7 +66,7 @@ def describe_mismatch(file: Path, tensors: StoredTensors, arch: str | None) -> s
 def expected_tensors(arch: str, tensors: StoredTensors) -> dict[str, Tensor]:
     """Return the state dict of an architecture, on the meta device.
 
-    The number of outputs is the same as in `tensors`.
+    The classifier has as many outputs as the classifier in `tensors`.
     """
     return _expected(arch, num_outputs(tensors))
 

@@ -445,7 +445,7 @@ def save_arrays(
 
 
 def load_arrays(file: Path, types: Mapping[str, ArrayType]) -> dict[str, npt.NDArray[Any]]:
-    """Read the arrays in an .npz file of a run. Raises RunError if the file is damaged."""
+    """Read the arrays from an .npz file of a run. Raises RunError if the file is damaged."""
     try:
         with zipfile.ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_ARRAY_BYTES:

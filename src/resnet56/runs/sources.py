@@ -58,7 +58,7 @@ def import_model(
     classes: Sequence[str] = (),
     prefix: str | None = None,
 ) -> "ImportedModel":
-    """Open a model like `open_model`, or convert a file from another project.
+    """Open a model as `open_model` does, or convert a file from another project.
 
     See `convert.read` for the arguments and the errors.
     """
@@ -77,7 +77,7 @@ def import_model(
 
 
 def find_run(name_or_path: StrPath) -> RunDirectory | None:
-    """Return the run at a path, or None for the name or path of a network that is not a run.
+    """Return the run at a path, or None if `name_or_path` refers to a network that is not a run.
 
     For a directory without a network, the function returns a run whose files are missing. Reading
     these files raises an error that states what is missing.

@@ -12,7 +12,7 @@ from resnet56.runs.tensor_files import Contents, StoredTensor
 
 MAX_DEPTH = 8  # maximum depth of nested containers
 
-# Name components that torch.compile, FSDP and activation checkpointing insert.
+# Components that torch.compile, FSDP and activation checkpointing insert into parameter names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Words in the path of a state dict that contains averaged weights.
 _AVERAGED_WORDS = {"ema", "swa", "avg", "average", "averaged", "averaging", "polyak", "shadow"}

@@ -1,8 +1,8 @@
 """Read tensor files without running code. The content of a file determines its format.
 
-This module supports the formats of `torch.save` since 2017, safetensors, and the ONNX files that
-this package exports. Opening a file reads only names, shapes and dtypes. Values are read on
-demand. Reading a tensor never allocates more memory than the file size.
+This module supports safetensors, the formats that `torch.save` has written since 2017, and the ONNX
+files that this package exports. Opening a file reads only names, shapes and dtypes. Values are read
+on demand. Reading a tensor never allocates more memory than the file size.
 """
 
 import contextlib
@@ -196,7 +196,7 @@ class _Rebuild:
 
 
 class _RebuildTyped(_Rebuild):
-    """Replaces functions that build tensors whose dtype has no storage class, such as float8."""
+    """Replaces functions that build tensors of float8 and other dtypes without a storage class."""
 
     def __new__(
         cls, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
