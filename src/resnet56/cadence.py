@@ -1,6 +1,6 @@
 """Decide when training reads the loss, saves a checkpoint and stops.
 
-All processes read the loss, save and stop at the same steps.
+All processes read the loss, save checkpoints and stop at the same steps.
 """
 
 import contextlib
@@ -67,13 +67,14 @@ class DueActions(NamedTuple):
 class Cadence:
     """Decides which actions are due after each step.
 
-    All processes must save and stop at the same step, but each process has its own clock and
-    receives its own signals. The processes synchronize only when they read the loss, because
-    reading the loss waits for the device anyway.
+    All processes must save checkpoints and stop at the same step, but each process has its own
+    clock and receives its own signals. The processes synchronize only when they read the loss,
+    because reading the loss waits for the device anyway.
 
-    After the last step of an epoch, only the loss needs to be read, because the training loop saves
-    a checkpoint at the end of each epoch anyway. A checkpoint is also due after the number of
-    threads changes, so that a resumed run produces bitwise identical results.
+    After the last step of an epoch, `after_step` requests only a read of the loss, because the
+    training loop saves a checkpoint and checks for stop requests at the end of each epoch. A
+    checkpoint is also due after the number of threads changes, so that a resumed run produces
+    bitwise identical results.
 
     Args:
         steps: number of steps per epoch.

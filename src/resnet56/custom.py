@@ -77,13 +77,13 @@ class Custom:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if not all(id(parameter) in known for parameter in trained):
             raise UsageError(
-                f"the optimizer {name_of(self.optimizer)} contains parameters that were not passed "
-                "to it"
+                f"the optimizer created by {name_of(self.optimizer)} contains parameters that "
+                "were not passed to this function"
             )
         return optimizer
 
     def compute_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Call `loss`. Raises TrainingError if the result is not a scalar with a gradient."""
+        """Call `loss`. Raises TrainingError if the result is not a scalar that requires grad."""
         assert self.loss is not None
         with self.reported("loss"):
             loss = self.loss(logits, targets)

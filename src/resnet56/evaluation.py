@@ -141,7 +141,8 @@ def evaluated_model(
 ) -> EvaluatedModel:
     """Restore a model on `device` from a checkpoint, for evaluation.
 
-    `model` is the module of a custom model, whose weights are replaced.
+    If the checkpoint is from a custom model, `model` is its module. This function loads the weights
+    of the checkpoint into `model`.
     """
     net = restore(checkpoint, device) if model is None else restore_custom(model, checkpoint)
     return EvaluatedModel(net, checkpoint.config, precision)
@@ -257,7 +258,8 @@ def evaluate_run(
         dataset: the data set of the run.
         device, precision: device and precision of the forward pass.
         val_size, augmentation, progress: as in `evaluate_checkpoint`.
-        model: the module, whose weights are replaced, if the run has a custom model.
+        model: the module of a run with a custom model. This function loads the weights of the run
+            into the module.
 
     Returns:
         The content of evaluation.json.

@@ -57,8 +57,8 @@ def prepare_model(
             takes about a minute to compile and is faster only in long runs.
         precision: precision of the forward pass.
         builtin: whether the model is a network from `build`. The kernels support no other models.
-        graph_step: whether a CUDA graph supports the loss and the optimizer. A custom part may wait
-            for the device, and AdamW has not been tested.
+        graph_step: whether the loss and the optimizer can be captured in a CUDA graph. A custom
+            part may wait for the device, and AdamW has not been tested.
 
     Raises:
         UsageError: the execution mode is not available on this machine.

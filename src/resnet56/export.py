@@ -97,7 +97,7 @@ def _replace_padding(model: ResNet) -> ResNet:
     """Replace padded shortcuts with equivalent 1x1 convolutions, whose weights are zeros and ones.
 
     Inference engines use a blocked channel layout between convolutions. Slice and pad operations
-    interrupt this layout and prevent the fusion of later additions. Without the replacement, ONNX
+    break this layout and prevent the fusion of later additions. Without the replacement, ONNX
     Runtime is 7 to 9 % slower.
     """
     for block in model.modules():

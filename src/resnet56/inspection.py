@@ -21,14 +21,14 @@ class LayerStatistics:
     """Statistics of a convolutional or linear layer on one batch.
 
     The response of a convolution is the output of its batch norm, before the shortcut addition and
-    the ReLU. The response of the classifier is the logits.
+    the ReLU. The response of the classifier is its output, the logits.
     """
 
     name: str  # name in the state dict, such as "stage2.3.conv1"
     response_std: float  # standard deviation over images, channels and positions
     response_gradient: float  # norm of the gradient of the loss with respect to the response
     weight_gradient: float  # norm of the gradient of the loss with respect to the weights
-    dead_relus: float | None  # fraction of channels that are always zero; None without a ReLU
+    dead_relus: float | None  # fraction of channels that are always zero; None if no ReLU follows
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
 
 
 def wilson_interval(hits: float, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion (Wilson 1927).
+    """Return the 95 % Wilson score interval for a proportion (Wilson 1927).
 
     Unlike the normal approximation, this interval is also accurate near 0 and 1. `hits` can be an
     average over several models on the same n images.

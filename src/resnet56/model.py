@@ -2,7 +2,7 @@
 
 The network consists of a 3x3 convolution, three stages of residual blocks, global average pooling,
 and a linear layer. The stages have 16, 32 and 64 filters, and feature maps of size 32x32, 16x16 and
-8x8. The plain networks of the paper have the same layers without shortcuts.
+8x8. The plain networks of the paper have the same layers, but no shortcuts.
 """
 
 import functools
@@ -49,7 +49,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     """Compute relu(norm(x) + residual) with PyTorch operations.
 
     The addition and the ReLU run in place, because the backward pass does not need the output of
-    the norm.
+    `norm`.
     """
     out: Tensor = norm(x)
     if residual is not None:

@@ -288,9 +288,10 @@ def load(
             The output can be an ONNX file, a model hub directory, or the weight file in such a
             directory. ONNX files do not require PyTorch.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". An ONNX file runs on the CPU.
-        model: the custom model of a run, as it was passed to `train`: a module, whose weights are
-            replaced, or a function that takes the number of classes and returns a module. Class
-            activation maps and features require an `explain` method like that of `ResNet`.
+        model: the custom model of a run, as it was passed to `train`: a module, or a function
+            that takes the number of classes and returns a module. The weights of the run replace
+            the weights of the module. Class activation maps and features require an `explain`
+            method like that of `ResNet`.
         threads: number of CPU threads for PyTorch or ONNX Runtime. By default, one thread per core.
 
     Raises:

@@ -46,7 +46,7 @@ def no_progress(description: str, total: int) -> AbstractContextManager[Progress
 
 
 class Output:
-    """Shows lines and the status of a task. This base class shows nothing."""
+    """Displays lines of text and the status of a task. This base class displays nothing."""
 
     def log(self, line: str, *, skippable: bool = False) -> None:
         """Show a line. Outputs with limited space may omit skippable lines."""
@@ -182,7 +182,7 @@ class NotebookOutput(Output):
 
 
 def stream_output(stream: TextIO) -> Output:
-    """Return the output for a stream: a status line on a terminal, lines of plain text elsewhere.
+    """Return the `Output` for a stream: a status line on a terminal, lines of plain text elsewhere.
 
     A command in a notebook cell (`!resnet56 train`) writes to a terminal, but the notebook stores
     every character. The command therefore writes only a few lines of plain text.
@@ -194,7 +194,7 @@ def stream_output(stream: TextIO) -> Output:
 
 
 def default_output(show: bool | None = None) -> Output:
-    """Return the output for a function that the user calls in Python.
+    """Return the `Output` for a function that the user calls from Python.
 
     Args:
         show: whether to show progress. By default, show it only in a notebook or on a terminal.

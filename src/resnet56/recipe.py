@@ -366,7 +366,7 @@ BEST = Recipe(
 # selected based on its accuracy on 5,000 validation images (docs/results.md). The first epochs use
 # small images. Epochs at 16 and 24 pixels take two fifths and two thirds of the time of a full-size
 # epoch, respectively. Alternating flips help wherever random flips help (Jordan 2024). The recipe
-# does not use label smoothing, because label smoothing worsens the calibration.
+# does not use label smoothing, which worsens calibration.
 FAST = Recipe(
     epochs=13,
     batch_size=64,
@@ -379,8 +379,8 @@ FAST = Recipe(
     sizes=(16, 16, 16, 16, 24, 24, 24, 24, 24),
 )
 
-# This recipe trains on the digits in under a minute on two cores. The batches are small, because an
-# epoch has only 1,437 images.
+# Training on the digits with this recipe takes less than a minute on two cores. The batches are
+# small, because an epoch has only 1,437 images.
 QUICK = Recipe(
     epochs=6,
     batch_size=16,

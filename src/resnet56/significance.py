@@ -93,7 +93,9 @@ def compare_means(first: Sequence[float], second: Sequence[float]) -> Means:
     from scipy import stats
 
     if min(len(first), len(second)) < 1 or len(first) + len(second) < 3:
-        raise ValueError("the comparison of means requires at least three accuracies in two groups")
+        raise ValueError(
+            "the comparison of means requires two groups with at least three accuracies in total"
+        )
     difference = float(np.mean(first) - np.mean(second))
     pooled = min(len(first), len(second)) == 1
     if np.ptp(first) == np.ptp(second) == 0:  # without variance, the t-statistic is undefined

@@ -45,8 +45,9 @@ class Trainer:
         cuda_graphs: run steps as CUDA graphs.
 
     Raises:
-        UsageError: the custom optimizer is not an optimizer, or contains parameters that were not
-            passed to it.
+        UsageError: the function for the custom optimizer does not return a
+            `torch.optim.Optimizer`, or the returned optimizer contains parameters that were not
+            passed to the function.
         TrainingError: the custom optimizer raises an exception.
     """
 

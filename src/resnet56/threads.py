@@ -46,7 +46,7 @@ class Meter(Protocol):
     """The interface of `LoadMeter`."""
 
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
-        """Return the load since the last window. See `LoadMeter.window`."""
+        """Return the average load since the last window ended. See `LoadMeter.window`."""
         ...
 
 
@@ -65,7 +65,7 @@ class LoadMeter:
         self._last = self._read()
 
     def window(self, seconds: float, *, wait: bool = False) -> Load | None:
-        """Return the load since the last window.
+        """Return the average load since the last window ended.
 
         If the last window ended less than `seconds` ago, return None. If `wait` is True, wait for
         the rest of this time instead.
@@ -81,7 +81,10 @@ class LoadMeter:
         return Load(elapsed, max(0.0, busy - own) / elapsed)
 
     def _read(self) -> tuple[float, float, float]:
-        """Return the time, and the CPU times of all processes and of this process, in seconds."""
+        """Return the wall-clock time, and the CPU times of all processes and of this process.
+
+        All times are in seconds.
+        """
         busy = 0.0
         for number, times in enumerate(psutil.cpu_times(percpu=True)):
             if self._allowed is None or number in self._allowed:
@@ -234,8 +237,8 @@ class ThroughputMonitor:
 
     Args:
         control: provides the load from other programs.
-        device: type of the device, such as "cpu" or "cuda". The messages mention
-            the likely causes for this type.
+        device: type of the device, such as "cpu" or "cuda". The messages mention the likely causes
+            of low throughput on this type of device.
     """
 
     def __init__(self, control: ThreadControl, device: str) -> None:
@@ -285,13 +288,14 @@ class ThroughputMonitor:
         control = self._control
         if self._device != "cpu":
             return (
-                "another program may be using the device, or heat or power limits may throttle it"
+                "another program may be using the device, or thermal or power limits may be "
+                "throttling it"
             )
         if control.others > BUSY:
             return f"{control.describe_load()}; using {_count(control.threads)} ({_override()})"
         return (
-            "no other program uses these cores; the processor may be throttled by heat, power or a "
-            f"container limit; using {_count(control.threads)} ({_override()})"
+            "no other program uses these cores; thermal, power or container limits may be "
+            f"throttling the processor; using {_count(control.threads)} ({_override()})"
         )
 
 

@@ -291,7 +291,7 @@ BEFORE_THE_RUN = [
     (
         {"optimizer": lambda p, lr: torch.optim.SGD(nn.Linear(2, 2).parameters())},
         UsageError,
-        "contains parameters that were not passed to it",
+        "contains parameters that were not passed to this function",
     ),
     ({"loss": lambda a, b: 0.5}, TrainingError, "returned an object of type float; expected a sc"),
     (

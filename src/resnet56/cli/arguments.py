@@ -1,8 +1,8 @@
 """Parse command-line arguments into a dataclass with tyro.
 
 Each error message is one line. The syntax of numbers is stricter than in Python. Numbers must be
-finite. Their digits must be ASCII, without underscores. Integers have at most 18 digits, so they
-fit in 64 bits.
+finite and must not contain underscores or non-ASCII digits. Integers have at most 18 digits, so
+they fit in 64 bits.
 """
 
 import contextlib

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class CompareOptions:
     """Test whether the test accuracies of networks differ significantly.
 
-    Runs that differ only in their seed form a group. Groups are compared by their mean accuracies
-    over seeds. Two single runs, or two other networks, are compared by their predictions on the
-    same images.
+    Runs that differ only in their seed form a group. This command compares the mean
+    accuracies of groups over seeds. For two single runs, or two other networks, this command
+    compares the predictions on the same images.
     """
 
     runs: Annotated[

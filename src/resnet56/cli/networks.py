@@ -20,7 +20,9 @@ ROBUSTNESS = 500  # default number of test images in the robustness test
 
 
 def data_for(network: "Network", data: str | None, *, skip_broken: bool = False) -> "Dataset":
-    """Load a data set with the classes of a network. By default, load the data set of its run.
+    """Load a data set, and match its labels to the classes of a network.
+
+    By default, load the data set of the network's run.
 
     Raises:
         UsageError: no data set is given, or the data set contains none of the classes.

@@ -155,7 +155,7 @@ def _write_outputs(
 
 
 def _sources(arguments: tuple[str, ...]) -> tuple[list[Source], int]:
-    """Return the images that the arguments specify, and how many directories contain no images."""
+    """Return the images that `arguments` specify, and the number of directories without images."""
     from resnet56.data.image_files import describe_skipped, find_images
 
     sources, failed = [], 0

@@ -15,8 +15,8 @@ from resnet56.errors import Error, UsageError
 class ReportOptions:
     """Write a report on a network or sweep, a comparison of networks, or slides about a network.
 
-    The report on a run shows its saved results. Other networks are evaluated on the data set that
-    --data specifies.
+    The report on a run shows the run's saved results. Other networks are evaluated on the data set
+    that --data specifies.
     """
 
     runs: Annotated[

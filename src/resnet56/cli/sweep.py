@@ -27,7 +27,7 @@ class SweepOptions:
     ] = ()
     """A field of the recipe and its values: lr=0.05..0.4 (a range), lr=0.05..0.4:log (sampled on a
     logarithmic scale), or nesterov=true,false (a list). Separate the items of a value with spaces:
-    "drop_epochs=10 20,15 25". Repeat this flag for several fields."""
+    "drop_epochs=10 20,15 25". To specify several fields, repeat this flag."""
 
     trials: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Number of trials across all workers (default: 20). A grid runs all combinations."""
@@ -53,7 +53,8 @@ class SweepOptions:
 
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """Database that coordinates several machines, such as postgresql://user:password@host/name. Run
-    the same command on each machine. By default, OUT/study.db, for processes on one machine."""
+    the same command on each machine. By default, OUT/study.db, which only processes on
+    the same machine can share."""
 
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of stopping."""

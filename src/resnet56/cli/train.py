@@ -46,7 +46,8 @@ class TrainOptions:
 
     test_every_epoch: bool = False
     """Also record the test loss and accuracy after each epoch, as in Figure 6 of He et al. (2015).
-    These metrics do not affect training. Repeat this flag with --resume."""
+    These metrics do not affect training. To continue to record these metrics when you
+    resume a run, pass this flag again."""
 
     quiet: bool = False
     """Print errors only."""

@@ -40,7 +40,8 @@ struct config { /* the instruction LDTILECFG requires this layout */
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
-/* GCC does not know that tile loads read memory. The barrier keeps earlier stores before the loads. */
+/* GCC does not know that tile loads read memory. The barrier prevents GCC from moving earlier
+ * stores past the loads. */
 #define COMPILER_BARRIER __asm__ volatile("" ::: "memory")
 
 static void begin_tiles(struct config *saved) {

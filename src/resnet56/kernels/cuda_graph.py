@@ -20,10 +20,10 @@ class CUDAGraphs:
     The first `WARMUP_CALLS` calls for each combination run the function without a graph.
 
     Args:
-        function: a function of tensors on `device` that returns nothing. It must not wait for the
-            device, and it must not keep references to its inputs. A graph replays its kernels on
-            the same memory, so all other tensors that the function reads or writes must be updated
-            in place between calls.
+        function: a function that takes tensors on `device` and returns None. It must not wait for
+            the device, and it must not keep references to its inputs. A graph replays its kernels
+            on the same memory, so all other tensors that the function reads or writes must be
+            updated in place between calls.
         device: a CUDA device.
     """
 

@@ -2,11 +2,11 @@
  * after it.
  *
  * With separate operations, a training step is memory-bound: each convolution, batch norm, ReLU and
- * addition reads and writes entire feature maps. Here, one call computes a convolution, forward or
- * backward. The call also computes the operations before the convolution (batch norm, shortcut,
- * ReLU) and the sums for the batch norm after it, while the values are in the L1 cache. Only three
- * types of feature maps are stored in memory, all in bfloat16: convolution outputs `z`, block
- * outputs `x` and gradients `g`.
+ * addition reads and writes entire feature maps. Here, one call computes the forward or
+ * backward pass of a convolution. The call also computes the operations before the convolution
+ * (batch norm, shortcut, ReLU) and the sums for the batch norm after it, while the values are in
+ * the L1 cache. Only three types of feature maps are stored in memory, all in bfloat16: convolution
+ * outputs `z`, block outputs `x` and gradients `g`.
  *
  * Feature maps have shape (images, height, width, channels). The number of channels is a multiple
  * of 16. A thread copies a few images at a time into a row of positions (see the picture in

@@ -23,7 +23,7 @@ from resnet56.model import ResNet
 
 
 def native_network(model: ResNet) -> "NativeNetwork":
-    """Wrap `model` in a module that runs its training steps in C.
+    """Wrap `model` in a module that runs the training steps of `model` in C.
 
     Args:
         model: model in fp32 on the CPU.
@@ -58,7 +58,7 @@ class NativeNetwork(nn.Module):
         self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._library = library
         self._plans: dict[tuple[int, ...], Plan] = {}
-        Plan(library, model, 1, 8, 8, 1)  # raises if the model is not supported
+        Plan(library, model, 1, 8, 8, 1)  # raises UnavailableError if the model is not supported
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits from normalized images: (N, 3, H, W) -> (N, classes)."""
@@ -112,7 +112,7 @@ class _Features(torch.autograd.Function):
                 "a later forward pass has overwritten the activations of this batch; call "
                 "backward() before the next forward pass"
             )
-        _ = ctx.saved_tensors  # raises if a parameter has changed since the forward pass
+        _ = ctx.saved_tensors  # raises an error if a parameter has changed since the forward pass
         return None, None, *ctx.plan.backward(grad.float().contiguous())
 
 

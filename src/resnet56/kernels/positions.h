@@ -10,7 +10,8 @@ enum input { PIXELS, NORM, BLOCK, PLAIN };
 enum shortcut { NONE, IDENTITY, PADDED, PROJECTED };
 
 /* A batch norm, y = z * scale + shift, and the coefficients of its gradient,
- * dz = g * g_scale + z * z_scale + constant. Each pointer refers to one float per channel. */
+ * dz = g * g_scale + z * z_scale + constant. Each pointer points to an array with one float per
+ * channel. */
 typedef struct {
     float *weight, *bias, *running_mean, *running_var;
     float *mean, *invstd, *scale, *shift;
@@ -230,10 +231,10 @@ static void pack(const Conv *c, int back, bf16 *packed) {
     }
 }
 
-/* Returns whether the rows of a product are the pixels of an output map that is `stride` times
- * smaller than the input. The rows can be pixels only if the width of the output map is a multiple
- * of `run`, because the positions of `run` consecutive pixels must be evenly spaced. Otherwise, the
- * rows are all positions. */
+/* Returns whether the rows of a product are the pixels of the output map, whose height and width
+ * are those of the input divided by `stride`. The rows can be pixels only if the width of the
+ * output map is a multiple of `run`, because the positions of `run` consecutive pixels must be
+ * evenly spaced. Otherwise, the rows are all positions. */
 static int rows_are_pixels(const Conv *c, long stride, long run) {
     return run && c->width / stride % run == 0;
 }

@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     repeats: int = 1
 
 
-# The fastest tiles on an H100 for each kernel, by the number of channels of its output.
+# The fastest tile sizes on an H100 for each kernel, by number of channels in the output.
 CONVOLVE = {16: Tile(256, 4), 32: Tile(128, 4), 64: Tile(64, 4)}
 CONVOLVE_BACKWARD = {16: Tile(256, 4), 32: Tile(64, 4), 64: Tile(64, 4)}
 WEIGHT_GRADIENT = {16: Tile(128, 2, 8), 32: Tile(64, 2, 8), 64: Tile(64, 4, 4)}
@@ -109,7 +109,7 @@ def _convolve(
 def _add_sums(
     sums_ptr, programs, first, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr
 ):  # fmt: skip
-    """Add the partial sums of all programs, and return two sums for each of `block` channels."""
+    """Add the partial sums of all programs. Return two sums for each of the `block` channels."""
     channel = first + tl.arange(0, block)
     a = tl.zeros((rows, block), tl.float32)
     b = tl.zeros((rows, block), tl.float32)
@@ -443,8 +443,8 @@ class _Stem(torch.autograd.Function):
 class _Block(torch.autograd.Function):
     """A basic block.
 
-    `weights` are the bf16 weights of both convolutions. `residual` is the output of the shortcut
-    if it is not the identity, and None otherwise.
+    `weights` are the bf16 weights of both convolutions. `residual` is the output of the shortcut,
+    or None if the block has an identity shortcut or no shortcut.
     """
 
     @staticmethod
@@ -484,7 +484,7 @@ class _Block(torch.autograd.Function):
 
 
 def triton_network(model: ResNet) -> "TritonNetwork":
-    """Wrap `model` in a module that runs its training steps with Triton kernels.
+    """Wrap `model` in a module that runs the training steps of `model` with Triton kernels.
 
     Raises:
         UnavailableError: the device or the model is not supported, the kernels cannot be compiled,

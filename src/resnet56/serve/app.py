@@ -204,5 +204,5 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
 
 
 async def _handle_disconnect(_: Request, error: Exception) -> Response:
-    """Return a response that only the metrics record, because the client has disconnected."""
+    """Return a response that is only recorded in the metrics, because the client disconnected."""
     return JSONResponse({"detail": "the client disconnected"}, 400)

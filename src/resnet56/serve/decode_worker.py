@@ -74,7 +74,7 @@ def _load_decoders() -> None:
 
 
 def _limit_resources(memory: int) -> None:
-    """Limit additional memory, and prevent file writes and core dumps, except on Windows."""
+    """Limit additional memory, and prevent file writes and core dumps. Has no effect on Windows."""
     try:
         import resource
     except ImportError:

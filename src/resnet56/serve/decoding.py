@@ -33,7 +33,7 @@ class StallDetector:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count one waiting request until the block ends."""
+        """Count one more request as waiting until the `with` block ends."""
         if self.pending == 0:
             self.last_progress = time.monotonic()
         self.pending += 1
@@ -134,7 +134,7 @@ class Decoders:
         return task
 
     async def _use(self, worker: "_Worker", content: bytes, name: str) -> UInt8Array | str | None:
-        """Decode an image. Return the pixels, an error message, or None if the process ended."""
+        """Decode an image. Return the pixels or an error message, or None if the process ended."""
         message = f"cannot read {name}: "
         seconds = self.limits.decode_seconds
         try:

@@ -156,7 +156,7 @@ def serve(
 
 
 def _connection_limits() -> tuple[int, int]:
-    """Return the maximum number of open connections and the backlog.
+    """Return two limits: the maximum number of open connections, and the size of the backlog.
 
     Both numbers are reduced if the process can open only a few files (`ulimit -n`). Otherwise,
     asyncio would repeatedly fail to accept a connection and log a traceback each time.

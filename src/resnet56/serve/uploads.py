@@ -129,7 +129,10 @@ async def _from_multipart(
 
 
 async def _from_json(body: AsyncGenerator[bytes, None], limits: Limits) -> list[Upload]:
-    """Return the images in a JSON body. The body is parsed in a thread because it can be long."""
+    """Return the images in a JSON body.
+
+    The body is parsed in a thread, because parsing a large body would block the event loop.
+    """
     content = b"".join([chunk async for chunk in body])
     images = (await asyncio.to_thread(_parse, content, limits)).images
     return [

@@ -22,7 +22,11 @@ COMPARED = ("recipe", "fingerprint", "space", "seeds", "grid")  # settings that 
 
 
 def import_optuna() -> ModuleType:
-    """Import Optuna and disable its log. Raises MissingExtraError if Optuna is not installed."""
+    """Import Optuna, and disable its logging.
+
+    Raises:
+        MissingExtraError: Optuna is not installed.
+    """
     try:
         import optuna
     except ImportError:

@@ -34,7 +34,7 @@ class Trials:
     # Count the trials.
 
     def superseded(self) -> set[int]:
-        """Return the numbers of trials that other trials have retried or will retry."""
+        """Return the trial numbers of trials that have been retried or are queued for a retry."""
         trials = self.study.get_trials(deepcopy=False)
         return {n for trial in trials for n in trial.system_attrs.get("retry_history", [])}
 

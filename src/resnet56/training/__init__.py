@@ -52,7 +52,7 @@ def train(
     augment: Augment | None = None,
     callbacks: Sequence[EpochCallback | Callback] = (),
 ) -> Evaluation:
-    """Train a model, save the run in `out`, and evaluate it.
+    """Train a model, save the run in `out`, and evaluate the model.
 
     Args:
         recipe: the training configuration. Its batch size is the total across all processes.
@@ -67,7 +67,8 @@ def train(
         threads: number of CPU threads. By default, one thread per core that other programs leave
             free, adjusted during training.
         progress: whether to show progress. By default, progress appears in notebooks and on
-            terminals. If True, training also prints lines to stderr when stderr is not a terminal.
+            terminals. If True, training also prints progress to stderr when stderr is not a
+            terminal.
             The command line passes its own display.
         model: a module that replaces the network of the recipe, or a function that takes the number
             of classes and returns a module. The module maps normalized float32 images
@@ -94,8 +95,8 @@ def train(
     generators before each step, so custom parts that use these generators resume exactly.
 
     Returns:
-        The content of evaluation.json, or an empty dictionary without test images or on ranks
-        other than 0.
+        The content of evaluation.json, or an empty dictionary if there are no test images or
+        the rank is not 0.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM stopped training, and a checkpoint was written. This
