@@ -19,6 +19,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A few tests use two threads. Waiting threads sleep, because other tests use the same cores.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
+# Return before the disk has written the data, which can take seconds after tests with large files.
+# Like fsync, fstat rejects invalid descriptors.
+os.fsync = os.fstat
+
 # A shell starts background jobs with SIGINT ignored. The tests of Ctrl-C need Python's own handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,6 +1,7 @@
 """Fixtures that several sweep tests share."""
 
 import dataclasses
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,19 @@ import pytest
 from resnet56.data.dataset import Dataset
 from resnet56.recipe import Recipe
 from resnet56.sweep import worker
+
+
+@pytest.fixture(autouse=True)
+def unsynchronized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SQLite return before the disk has written the data, which can take seconds."""
+    connect = sqlite3.connect
+
+    def connect_without_waiting(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)
+        connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    monkeypatch.setattr(sqlite3.dbapi2, "connect", connect_without_waiting)
 
 
 @pytest.fixture
