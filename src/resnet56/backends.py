@@ -136,7 +136,7 @@ class OnnxBackend:
     def _check(self, count: int) -> str | None:
         """Run the model on `count` random images, and check its outputs.
 
-        Returns a description of the problem, or None if there is no problem.
+        Returns a description of the first problem, or None if the outputs are valid.
         """
         logits, maps = (count, len(self.config.classes)), (count, len(self.config.classes), 8, 8)
         generator = np.random.default_rng(0)

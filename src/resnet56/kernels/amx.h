@@ -27,11 +27,11 @@ enum { RUN = 0 }; /* the rows of a product are always positions */
  *   outputs                                t7:         16-31    t2           t3
  */
 
-/* Returns 2 if products use the matrix unit, 1 if they use vectors, and 0 if the operating system
- * denies access to the matrix unit. */
-int resnet56_matrix_unit(void) {
+/* Requests access to the matrix unit. Returns 0 if the operating system denies access, and 1
+ * otherwise. */
+int resnet56_permitted(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 2 : 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
 struct config { /* the instruction LDTILECFG requires this layout */

@@ -34,7 +34,7 @@ def native_network(model: ResNet) -> "NativeNetwork":
     """
     library = compile_kernel("native.c")
     check_layouts(library)
-    if library.resnet56_matrix_unit() == 0:
+    if not library.resnet56_permitted():
         raise UnavailableError("the operating system denies access to the matrix unit (AMX)")
     network = NativeNetwork(model, library)
     _check(library)

@@ -60,6 +60,6 @@ def no_curves(facts: RunFacts) -> str:
 
 
 def machine(environment: Mapping[str, Any]) -> str | None:
-    """Return the name of the GPU (or the processor if there is no GPU) without trademark signs."""
+    """Return the name of the GPU or, without a GPU, of the processor, without trademark signs."""
     name = environment.get("gpu") or environment.get("processor")
     return re.sub(r"\((R|TM)\)", "", name) if name else None

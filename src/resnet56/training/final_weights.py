@@ -42,7 +42,7 @@ def select_ema(
         last_epoch: index of the epoch whose images are used to re-estimate batch norm statistics.
 
     Returns:
-        The EMA weights (None if there is no EMA) and the metadata for the checkpoint.
+        The EMA weights (None without an EMA) and the metadata for the checkpoint.
 
     Raises:
         NotFiniteError: an output is not finite.
