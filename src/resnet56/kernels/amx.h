@@ -177,7 +177,7 @@ static inline void product(long columns, const bf16 *map, long channels, const i
     else product_32x32(a, 2 * channels, terms->offsets, chunks, b, tile);
 }
 
-/* Adds the products of m->planes and m->pairs to m->weight_grad. The sums are over all positions. */
+/* Adds the products of m->planes and m->pairs to m->weight_grad, summed over all positions. */
 static void add_weight_products(const Conv *c, const Layout *l, Scratch *m, long count) {
     long chunks = (count * l->span + 31) / 32, plane_bytes = 2 * l->plane_pitch;
     /* A tile contains 16 inputs of one tap. A call computes five tiles for 16 outputs, or two tiles
@@ -191,7 +191,8 @@ static void add_weight_products(const Conv *c, const Layout *l, Scratch *m, long
             for (long j = 0; j < tiles_per_call; j++) {
                 long tile = min_long(t + j, tiles - 1), tap = tile / (c->in / LANES);
                 long channel = tile % (c->in / LANES) * LANES;
-                b[j] = pairs_at(c, l, m, l->lead + shift_of(l, tap / c->kernel, tap % c->kernel), channel);
+                long shift = shift_of(l, tap / c->kernel, tap % c->kernel);
+                b[j] = pairs_at(c, l, m, l->lead + shift, channel);
                 to[j] = m->weight_grad + (o * l->taps + tap) * c->in + channel;
             }
             const bf16 *a = m->planes + o * l->plane_pitch;

@@ -178,8 +178,8 @@ static long shift_of(const Layout *l, long row, long column) {
     return (row - l->pad) * l->pitch + column - l->pad;
 }
 
-/* The terms of a sum over the taps and inputs. Chunks of the same kernel row are adjacent in memory,
- * except that with 16 channels, the second half of a row's last chunk may be unused. */
+/* The terms of a sum over the taps and inputs. The chunks of a kernel row are adjacent in memory.
+ * With 16 channels, the second half of the last chunk of a row may be unused. */
 typedef struct {
     long rows, chunks_per_row, pairs_per_row;
     int32_t *offsets; /* offset of each chunk from the first value of a position, in values */
