@@ -223,8 +223,9 @@ static void finish_gradient(Norm *norm, const Scratch *all, long row, long chann
 /* Adds the weight gradient of the images in the row of positions to m->weight_grad. */
 static void accumulate_weight_gradient(const Conv *c, const Layout *l, Scratch *m, long count) {
     long end = (count * l->span + 31) / 32 * 32; /* the end of the last image, rounded up */
+    bf16 *odd_pairs = m->pairs + l->positions * c->in;
     interleave_positions(m->input, c->in, l->positions, 0, m->pairs);
-    if (l->pad) interleave_positions(m->input, c->in, l->positions, 1, m->pairs + l->positions * c->in);
+    if (l->pad) interleave_positions(m->input, c->in, l->positions, 1, odd_pairs);
     transpose_positions(m->gradient + l->lead * c->out, c->out, end, l->plane_pitch, m->planes);
     add_weight_products(c, l, m, count);
 }
