@@ -20,6 +20,8 @@ CIFAR = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+# A recipe with a cosine schedule, Cutout and an EMA, but without mixed targets.
+BEST = replace(RECIPES["best"], epochs=200, mix="none", plain_tail=0)
 EVIL = ("<script>alert(1)</script>", "猫 & \"Hund\" $x_1$ | `b` 'c' " + "x" * 300)
 NUMBERS = tuple(f"{i}th class" for i in range(100))
 SIMILAR = {3: 5, 5: 3, 0: 8, 8: 0, 1: 9, 9: 1, 2: 4, 4: 2}  # cat and dog, airplane and ship, ...
@@ -146,7 +148,7 @@ def epochs(recipe: Recipe, done: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def make_run(
     path: Path,
-    recipe: Recipe = RECIPES["best"],
+    recipe: Recipe = BEST,
     classes: tuple[str, ...] = CIFAR,
     *,
     done: int | None = None,
@@ -202,10 +204,10 @@ def make_run(
 
 def make_runs(path: Path) -> dict[str, Path]:
     """Write one run of each type, and return their directories by name."""
-    short = replace(RECIPES["best"], epochs=3)
+    short = replace(BEST, epochs=3)
     plain = replace(RECIPES["report"], epochs=3, arch="plain20", padding=0, flip=False)
     runs = {
-        "full": make_run(path / "full", replace(RECIPES["best"], val_size=500), extras=True),
+        "full": make_run(path / "full", replace(BEST, val_size=500), extras=True),
         "two": make_run(path / "two", short, ("cat", "dog"), images=100, extras=True),
         "hundred": make_run(path / "hundred", short, NUMBERS, extras=True),
         "evil": make_run(path / ("<b>e" + "v" * 100), short, EVIL, images=100, extras=True),

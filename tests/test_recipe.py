@@ -221,7 +221,7 @@ INVALID_VALUES: list[tuple[str, Any]] = [
     ("mix_probability", 0),
     ("mix_probability", 1.1),
     ("plain_tail", -1),
-    ("plain_tail", 41),
+    ("plain_tail", 1_000_001),
     ("optimizer", "adam"),
     ("weights", 1),
     ("freeze", "body"),

@@ -67,19 +67,19 @@ RECOMMENDATIONS = (
     ),
     (
         "data augmentation",
-        "CutMix in half of the batches of `best`",
+        "CutMix in half of the batches of `best`, 90 epochs",
         "search90/cutout-wd0.0005",
         "search90/cutmix-wd0.0005",
     ),
     (
         "data augmentation",
-        "RICAP instead of Cutout in `best`",
+        "RICAP instead of Cutout in `best`, 90 epochs",
         "search90/cutout-wd0.0005",
         "search90/ricap-wd0.0005",
     ),
     (
         "data augmentation",
-        "TrivialAugment in `best`",
+        "TrivialAugment and Cutout instead of Cutout in `best`, 60 epochs",
         "best60-validation",
         "best60-trivial-augment-validation",
     ),
@@ -91,7 +91,7 @@ RECOMMENDATIONS = (
     ),
     (
         "regularization",
-        "weight decay 5e-4 instead of 2e-4 in `best` with CutMix",
+        "weight decay 5e-4 instead of 2e-4 in `best`, 90 epochs",
         "search90/cutmix-wd0.0002",
         "search90/cutmix-wd0.0005",
     ),
@@ -108,8 +108,14 @@ RECOMMENDATIONS = (
         "report-no-augmentation-seed0",
     ),
     (
+        "epoch count",
+        "250 epochs instead of 140 in `best`",
+        "best140-cutmix-seed0",
+        "best250-seed0",
+    ),
+    (
         "all three",
-        "`best` with 120 epochs instead of `report`",
+        "`best` with Cutout only and 120 epochs instead of `report`",
         "report-seed0",
         "best120-bottleneck-seed0",
     ),
@@ -150,6 +156,8 @@ def command(recipe: Recipe) -> str:
     name, differing = nearest(recipe)
     words = ["resnet56", "train", name, "--data", "DIR"]
     for key, value in differing.items():
+        if recipe.mix == "none" and key in ("mix_alpha", "mix_probability"):
+            continue  # has no effect
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -204,10 +212,10 @@ class Group:
         return f"{percent(accuracies)} ({100 * low:.2f} to {100 * high:.2f})"
 
 
-def groups() -> list[Group]:
+def groups(directory: Path = RESULTS) -> list[Group]:
     """Group the runs without a validation set. The groups are sorted by network and accuracy."""
     runs: dict[tuple[Recipe, str], list[tuple[int, RunDirectory]]] = defaultdict(list)
-    for recipe, run in kept_runs():
+    for recipe, run in kept_runs(directory):
         if not recipe.val_size:
             host = machine(read_json(run.environment_file))
             runs[dataclasses.replace(recipe, seed=0), host].append((recipe.seed, run))
@@ -227,8 +235,8 @@ def changed(recipe: Recipe) -> bool:
     return not nearest(recipe)[1].keys() <= {"arch", "epochs"}
 
 
-def rows() -> list[tuple[str, ...]]:
-    """Return one row per named recipe and architecture."""
+def rows(found: list[Group]) -> list[tuple[str, ...]]:
+    """Return one row per group."""
     return [
         (
             f"`{group.recipe.arch}`",
@@ -239,8 +247,7 @@ def rows() -> list[tuple[str, ...]]:
             duration(statistics.fmean(group.times)),
             group.machine,
         )
-        for group in groups()
-        if not changed(group.recipe)
+        for group in found
     ]
 
 
@@ -408,7 +415,7 @@ def draw(figure: "Figure", palette: Palette) -> None:
         axes.plot(
             [], [], color=color, linestyle=line, marker="o", markerfacecolor=face, label=label
         )
-    axes.legend(loc="lower right", frameon=True, framealpha=1, edgecolor="none")
+    axes.legend(loc="upper left", frameon=True, framealpha=1, edgecolor="none")
     axes.set_title("ResNet-56 on CIFAR-10: test accuracy", loc="left", color=other_color)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], parse_math=False)
     axes.set_ylim(-0.5, len(rows) - 0.2)
@@ -419,7 +426,8 @@ def draw(figure: "Figure", palette: Palette) -> None:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
-            tables = [table(HEAD, rows())]
+            tables = [table(HEAD, rows([g for g in groups() if not changed(g.recipe)]))]
+            tables.append(table(HEAD, rows(groups(RESULTS / "cifar100"))))
             tables += [table(CHANGED_HEAD, lines) for lines in variations().values()]
             tables += [table(TRIAL_HEAD, trials()), table(SEARCH_HEAD, candidates())]
             tables.append(table(RECOMMENDATION_HEAD, recommendations()))

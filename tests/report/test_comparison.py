@@ -7,16 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_fixtures import make_run
+from report_fixtures import BEST, make_run
 
 from resnet56.cli import main
 from resnet56.errors import RunError
-from resnet56.recipe import RECIPES
 from resnet56.report import comparison, write_report
 from resnet56.report.read import read_run
 from resnet56.runs.directory import RunDirectory
-
-BEST = RECIPES["best"]
 
 
 def compared(*runs: Path) -> tuple[list[comparison.Group], list[comparison.Difference]]:

@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_fixtures import CIFAR, make_run, samples
+from report_fixtures import BEST, CIFAR, make_run, samples
 
 import resnet56
 from resnet56.errors import RunError, UsageError
 from resnet56.files import read_json
-from resnet56.recipe import RECIPES
-
-BEST = RECIPES["best"]
 
 
 @pytest.fixture(scope="module")

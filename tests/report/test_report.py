@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from report_fixtures import CIFAR, PARITY, Page, make_run, samples
+from report_fixtures import BEST, CIFAR, PARITY, Page, make_run, samples
 
 from resnet56 import cli
 from resnet56.errors import RunError, UsageError
@@ -28,7 +28,6 @@ from resnet56.report.render import escape_markdown, unbroken
 from resnet56.runs.directory import RunDirectory
 from resnet56.samples import MAX_MISTAKES
 
-BEST = RECIPES["best"]
 EVIL = ("<script>alert(1)</script>", "猫 & \"Hund\" $x_1$ | `b` 'c'")
 
 
@@ -285,7 +284,9 @@ def test_only_relevant_fields_are_shown(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run"))
     assert "drop_epochs" not in page.by_id["recipe"]
     assert "cosine" in page.by_id["recipe"]
-    runs = [make_run(tmp_path / name, RECIPES[name]) for name in ("best", "report")]
+    runs = [
+        make_run(tmp_path / name, r) for name, r in (("best", BEST), ("report", RECIPES["report"]))
+    ]
     fields = content([read_run(run) for run in runs])["fields"]
     assert fields["drop_epochs"] == ["\N{EN DASH}", "10, 20, 30"]
     assert fields["cutout"] == ["16", "0"]

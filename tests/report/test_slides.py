@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixtures import CIFAR, Page, make_metrics, make_run
+from report_fixtures import BEST, CIFAR, Page, make_metrics, make_run
 
 from resnet56 import cli
 from resnet56.errors import RunError, UsageError
@@ -18,7 +18,6 @@ from resnet56.report import slides, words, write_report
 from resnet56.report.read import read_run
 from resnet56.runs.directory import RunDirectory
 
-BEST = RECIPES["best"]
 TOPICS = [
     *("Idea", "Architecture", "Data", "Training", "Results"),
     *("Confusion matrix", "Mistakes", "Overfitting", "Takeaways"),

@@ -101,7 +101,7 @@ def _mixing(recipe: Recipe) -> list[str]:
         )
     if disabled := disabled_in_tail(recipe):
         names, verb = listed(disabled), "is" if len(disabled) == 1 else "are"
-        epochs = _epochs(recipe.plain_tail)
+        epochs = _epochs(min(recipe.plain_tail, recipe.epochs))
         sentences.append(f"{names[0].upper()}{names[1:]} {verb} disabled in the last {epochs}.")
     return sentences
 
