@@ -136,7 +136,9 @@ def bench_inference(
         runners[f"folded, {setup.precision}"] = InferenceModel(model, setup.precision)
 
     def run_once(runner: nn.Module) -> None:
-        with torch.inference_mode():
+        # By default, PyTorch uses TF32 for convolutions on CUDA, but this package disables it.
+        tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=runner is model)
+        with torch.inference_mode(), tf32:
             runner(images).argmax(dim=1).tolist()
 
     candidates = [

@@ -37,7 +37,8 @@ def interleave(candidates: Sequence[Candidate], rounds: int, seconds: float) -> 
     """Warm up all candidates, then run each candidate for about `seconds` in every round."""
     repeats = {}
     for candidate in candidates:
-        candidate.time(3)  # warms up allocators, thread pools and compilers
+        # Warm up allocators, thread pools and compilers. The fourth call records a CUDA graph.
+        candidate.time(4)
         repeats[candidate.name] = max(2, round(seconds / candidate.time(2)))
     for _ in range(rounds):
         for candidate in candidates:
