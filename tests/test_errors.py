@@ -21,6 +21,7 @@ PACKAGE = Path(resnet56.__file__).parent
     [
         ("val_size", None, "val_size", "--val-size"),
         ("resume", True, "resume=True", "--resume"),
+        ("alternate_flip", False, "alternate_flip=False", "--no-alternate-flip"),
         ("device", "cpu", 'device="cpu"', "--device cpu"),
         ("threads", 2, "threads=2", "--threads 2"),
     ],

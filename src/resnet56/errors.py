@@ -28,13 +28,17 @@ def option(name: str, value: object = None) -> str:
     |---------------------------|----------------|---------------------|
     | `option("val_size")`      | `val_size`     | `--val-size`        |
     | `option("resume", True)`  | `resume=True`  | `--resume`          |
+    | `option("flip", False)`   | `flip=False`   | `--no-flip`         |
     | `option("device", "cpu")` | `device="cpu"` | `--device cpu`      |
     """
-    flag = f"--{name.replace('_', '-')}"
+    dashed = name.replace("_", "-")
+    flag = f"--{dashed}"
     if value is None:
         return flag if _flags else name
     if _flags:
-        return flag if value is True else f"{flag} {value}"
+        if isinstance(value, bool):
+            return flag if value else f"--no-{dashed}"
+        return f"{flag} {value}"
     return f'{name}="{value}"' if isinstance(value, str) else f"{name}={value!r}"
 
 

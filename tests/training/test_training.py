@@ -24,6 +24,7 @@ from resnet56 import cadence
 from resnet56.data import augment, batches
 from resnet56.data.dataset import Dataset
 from resnet56.errors import RunError, TrainingError, UsageError
+from resnet56.evaluation import evaluate_run
 from resnet56.inference import predict_logits, restore
 from resnet56.progress import TrainingDisplay, stream_output
 from resnet56.recipe import Recipe, read
@@ -334,6 +335,19 @@ def test_validation_images_are_evaluated_each_epoch_and_not_trained_on(
     with pytest.raises(UsageError):
         train(dataclasses.replace(small, val_size=50), tiny, tmp_path / "all", device="cpu")
     assert not (tmp_path / "all").exists()
+
+
+def test_a_run_can_be_evaluated_later(tiny: Dataset, small: Recipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(small, epochs=1, val_size=11)
+    expected = train(recipe, tiny, tmp_path / "evaluated", device="cpu")
+    run = RunDirectory(tmp_path / "run")
+    assert train(recipe, tiny, run.path, device="cpu", evaluate=False) == {}
+    assert not run.evaluation_file.exists()
+    [row] = run.read_metrics()
+    assert row["val_accuracy"] == expected["validation"]["accuracy"]
+    assert evaluate_run(run, tiny, device=torch.device("cpu"), val_size=11) == expected
+    with pytest.raises(UsageError, match="test_every_epoch=True uses the test images"):
+        train(recipe, tiny, run.path, device="cpu", evaluate=False, test_every_epoch=True)
 
 
 def test_recording_the_test_accuracy_of_each_epoch_does_not_change_training(

@@ -49,6 +49,11 @@ class TrainOptions:
     These metrics do not affect training. To continue to record these metrics when you
     resume a run, pass this flag again."""
 
+    evaluate: bool = True
+    """Skip the evaluation after training, which uses the test images. Use this flag to choose
+    settings by their validation accuracy, and evaluate the chosen run later with resnet56 evaluate
+    RUN."""
+
     quiet: bool = False
     """Print errors only."""
 
@@ -71,6 +76,7 @@ class _Job:
         words += [] if self.options.threads is None else ["--threads", str(self.options.threads)]
         words += ["--tensorboard"] if self.options.tensorboard else []
         words += ["--test-every-epoch"] if self.options.test_every_epoch else []
+        words += [] if self.options.evaluate else ["--no-evaluate"]
         return shlex.join([*words, *(["--skip-broken"] if self.options.skip_broken else [])])
 
 
@@ -164,6 +170,7 @@ def _train(job: _Job, display: "TrainingDisplay") -> None:
         resume=options.resume,
         tensorboard=options.tensorboard,
         test_every_epoch=options.test_every_epoch,
+        evaluate=options.evaluate,
         threads=options.threads,
         progress=display,
     )

@@ -44,6 +44,7 @@ def train(
     resume: bool = False,
     tensorboard: bool = False,
     test_every_epoch: bool = False,
+    evaluate: bool = True,
     threads: int | None = None,
     progress: bool | TrainingDisplay | None = None,
     model: ModelLike | None = None,
@@ -64,6 +65,8 @@ def train(
         tensorboard: also write TensorBoard scalars to `out/tensorboard`.
         test_every_epoch: also record the test loss and accuracy after each epoch, for plots. These
             metrics do not influence training.
+        evaluate: evaluate the model after the last epoch, which uses the test images. If False, the
+            run can be evaluated later with `evaluate`.
         threads: number of CPU threads. By default, one thread per core that other programs leave
             free, adjusted during training.
         progress: whether to show progress. By default, progress appears in notebooks and on
@@ -95,8 +98,8 @@ def train(
     generators before each step, so custom parts that use these generators resume exactly.
 
     Returns:
-        The content of evaluation.json, or an empty dictionary if there are no test images or
-        the rank is not 0.
+        The content of evaluation.json, or an empty dictionary if `evaluate` is False, there are no
+        test images or the rank is not 0.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM stopped training, and a checkpoint was written. This
@@ -108,6 +111,11 @@ def train(
         UsageError: the device is not available, the validation set is too large, or a custom part
             returns an unexpected value.
     """
+    if test_every_epoch and not evaluate:
+        raise UsageError(
+            f"{option('test_every_epoch', True)} uses the test images, so it cannot be combined "
+            f"with {option('evaluate', False)}"
+        )
     custom = Custom(model, optimizer, loss, augment)
     for callback in callbacks:
         if not callable(getattr(callback, "on_epoch", callback)):
@@ -152,7 +160,7 @@ def train(
         remedy = f"the model in {run.path} is trained; evaluate it with {option('resume', True)}"
         if stop.signum is not None:  # A signal arrived after the last step.
             raise Interrupted(remedy, stop.signum)
-        if not dist.is_main_process or not len(dataset.test):
+        if not (evaluate and dist.is_main_process and len(dataset.test)):
             return {}  # type: ignore[typeddict-item]
         try:
             with control:
