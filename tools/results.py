@@ -67,7 +67,7 @@ RECOMMENDATIONS = (
     ),
     (
         "data augmentation",
-        "CutMix in half of the batches of `best`, 90 epochs",
+        "CutMix instead of Cutout in half of the batches of `best`, 90 epochs",
         "search90/cutout-wd0.0005",
         "search90/cutmix-wd0.0005",
     ),
