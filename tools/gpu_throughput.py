@@ -1,8 +1,9 @@
 """Measure variants of the training step: python tools/gpu_throughput.py FILE [--device DEVICE]
 
-The tool times training steps of the recipe `best` on random images: with other optimizers and
-augmentations, teachers, smaller images and other depths. The measurements alternate. The teachers
-have random weights. The tool prints a table, and writes the same numbers to FILE as JSON.
+The tool times training steps of the recipe `best` and of its variants, on random images. The
+variants use another execution mode or optimizer, no CutMix, teachers, smaller images or other
+depths. The measurements are interleaved. The teachers have random weights. The tool prints a table,
+and writes the same numbers to FILE as JSON.
 """
 
 import argparse
@@ -37,10 +38,10 @@ IMAGES = 12_800  # number of training images
 def variants(teachers: tuple[str, ...]) -> dict[str, Recipe]:
     """Return the recipes to measure. Ratios are relative to the first recipe."""
     return {
-        "SGD": BEST,
-        "SGD, cuda-graph": replace(BEST, execution="cuda-graph"),
+        "best": BEST,
+        "cuda-graph": replace(BEST, execution="cuda-graph"),
         "AdamW": replace(BEST, optimizer="adamw", lr=0.001, nesterov=False),
-        "CutMix": replace(BEST, mix="cutmix", mix_probability=0.5),
+        "without CutMix": replace(BEST, mix="none"),
         "one teacher": replace(BEST, teacher=teachers[:1]),
         "a random one of four teachers": replace(BEST, teacher=teachers, teacher_random=True),
         "four teachers": replace(BEST, teacher=teachers),
