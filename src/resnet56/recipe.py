@@ -123,8 +123,8 @@ class Recipe:
     """Probability that a batch is mixed."""
 
     plain_tail: int = 0
-    """Number of final epochs with only crops and flips, without mixing, Cutout or TrivialAugment.
-    If this number is not less than the number of epochs, all epochs use only crops and flips."""
+    """Number of final epochs with only crops and flips, without mixing, Cutout or TrivialAugment. A
+    run with fewer epochs uses only crops and flips."""
 
     ema_decay: tuple[float, ...] = ()
     """Decay per step of an exponential moving average (EMA) of the weights. With one decay, the run
