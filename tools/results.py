@@ -115,7 +115,7 @@ RECOMMENDATIONS = (
     ),
     (
         "all three",
-        "`best` with Cutout only and 120 epochs instead of `report`",
+        "`best` with Cutout only and 120 epochs instead of `report`, both with bottleneck blocks",
         "report-seed0",
         "best120-bottleneck-seed0",
     ),
