@@ -1,7 +1,7 @@
 """Models for torch.hub: torch.hub.load("OWNER/resnet56", "resnet56").
 
 A model takes (N, 3, 32, 32) images that are normalized with its attributes `mean` and `std` (for
-pixels in [0, 1]). It returns (N, 10) logits in the order of its attribute `classes`. Only
+pixels in [0, 1]). It returns (N, C) logits for the C classes in its attribute `classes`. Only
 pretrained models have these attributes.
 """
 
@@ -13,6 +13,24 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
 dependencies = ["torch", "numpy", "safetensors", "msgspec"]
+
+
+def resnet20(pretrained: bool = True) -> nn.Module:
+    """ResNet-20 with basic blocks and shortcut A (269,722 parameters).
+
+    Args:
+        pretrained: whether to load the pretrained weights.
+    """
+    return _model("resnet20", pretrained)
+
+
+def resnet32(pretrained: bool = True) -> nn.Module:
+    """ResNet-32 with basic blocks and shortcut A (464,154 parameters).
+
+    Args:
+        pretrained: whether to load the pretrained weights.
+    """
+    return _model("resnet32", pretrained)
 
 
 def resnet56(pretrained: bool = True) -> nn.Module:
@@ -33,11 +51,21 @@ def resnet56_bottleneck(pretrained: bool = True) -> nn.Module:
     return _model("resnet56-bottleneck", pretrained)
 
 
+def resnet56_cifar100(pretrained: bool = True) -> nn.Module:
+    """ResNet-56 for the 100 classes of CIFAR-100 (858,868 parameters).
+
+    Args:
+        pretrained: whether to load the pretrained weights.
+    """
+    return _model("resnet56-cifar100", pretrained)
+
+
 def _model(name: str, pretrained: bool) -> nn.Module:
     from resnet56.model import build
     from resnet56.runs.pretrained import load
 
-    model = build(name)
+    arch = name.removesuffix("-cifar100")
+    model = build(arch, classes=10 if arch == name else 100)
     if pretrained:
         checkpoint = load(name)
         model.load_state_dict(checkpoint.model)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet56.recipe import from_fields
 from resnet56.runs import pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,7 @@ CIFAR100_RUNS = sorted(
     file.parent for file in (ROOT / "results" / "cifar100").glob("*/recipe.json")
 )
 HALF_RUNS = sorted(file.parent for file in (ROOT / "results" / "he2015-half").glob("*/recipe.json"))
+LOCAL_PATH = re.compile(r'"/|[ "](/tmp|/home|/root|[A-Z]:\\)')
 ALL_RUNS = [*RUNS, *CIFAR100_RUNS, *HALF_RUNS, *DIGITS_RUNS]
 
 
@@ -87,17 +89,33 @@ def test_the_results_page_names_each_run(run: Path) -> None:
 @pytest.mark.parametrize("run", ALL_RUNS, ids=lambda run: run.name)
 def test_results_contain_no_local_paths(run: Path) -> None:
     for file in run.iterdir():
-        assert not re.search(r'"/|[ "](/tmp|/home|/root|[A-Z]:\\)', file.read_text("utf-8")), file
+        assert not LOCAL_PATH.search(file.read_text("utf-8")), file
 
 
 @pytest.mark.parametrize("name", pretrained.names())
 def test_pretrained_networks_match_a_run(name: str) -> None:
     """Half precision changes the predictions for at most a few images."""
     card = pretrained.card(name)
-    for run in RUNS:
-        if json.loads((run / "recipe.json").read_text("utf-8")) == card["recipe"]:
-            evaluation = json.loads((run / "evaluation.json").read_text("utf-8"))
-            accuracy = card["evaluation"]["test"]["accuracy"]
-            assert abs(evaluation["test"]["accuracy"] - accuracy) < 0.001
-            return
-    pytest.fail(f"{name}'s recipe is not in results/")
+    recipe, accuracies = from_fields(card["recipe"], name), []
+    for run in [*RUNS, *CIFAR100_RUNS]:
+        if from_fields(json.loads((run / "recipe.json").read_text("utf-8")), run.name) != recipe:
+            continue
+        test = json.loads((run / "evaluation.json").read_text("utf-8"))["test"]
+        if len(test["per_class"]) == len(card["config"]["classes"]):  # the same data set
+            accuracies.append(test["accuracy"])
+    assert len(accuracies) == 1, f"{name}: runs in results/ with its recipe and its classes"
+    assert abs(accuracies[0] - card["evaluation"]["test"]["accuracy"]) < 0.001
+
+
+@pytest.mark.parametrize("file", ["CHANGELOG.md", "docs/getting-started.md"])
+def test_documented_accuracies_match_the_model_cards(file: str) -> None:
+    text = (ROOT / file).read_text("utf-8")
+    for name in pretrained.names():
+        accuracy = pretrained.card(name)["evaluation"]["test"]["accuracy"]
+        assert re.search(rf"`{name}`[ (|]+(CIFAR-\d+ \| )?{100 * accuracy:.2f} ", text), name
+
+
+@pytest.mark.parametrize("name", pretrained.names())
+def test_model_cards_contain_no_local_paths(name: str) -> None:
+    text = (pretrained.DIRECTORY / f"{name}.json").read_text("utf-8")
+    assert not LOCAL_PATH.search(text)
