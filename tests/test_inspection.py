@@ -196,6 +196,7 @@ def test_the_command_inspects_runs_and_architectures_and_draws_figures(
         ([], "no model given"),
         (["plain57"], "nearest are 56 and 62"),
         (["plain56-bottleneck"], "choose plain56"),
+        (["resnet56-cifar100"], "add --pretrained"),
         (["vgg16"], "neither a run nor an architecture"),
         (["plain8", "--images", "0"], "--images must be at least 1"),
         (["plain8", "--images", "1000000"], "--images must be at most"),

@@ -112,21 +112,29 @@ def run(arguments: list[str]) -> int:
 def _source(name: str, options: InspectOptions) -> "Source | None":
     """Open a run or pretrained weights, or return None for an architecture at initialization."""
     from resnet56.model import Architecture
+    from resnet56.runs import pretrained
     from resnet56.runs.directory import RunDirectory
-    from resnet56.runs.pretrained import is_onnx
     from resnet56.runs.sources import open_model
 
     path = Path(name)
     is_name = re.fullmatch(r"(resnet|plain)\d[\w-]*", name) is not None
     if is_name and not options.pretrained and not RunDirectory(path).checkpoint_file.exists():
-        Architecture.parse(name)
+        try:
+            Architecture.parse(name)
+        except UsageError:
+            if name in pretrained.names():
+                raise UsageError(
+                    f"{name} is not an architecture; to inspect the pretrained weights, add "
+                    "--pretrained"
+                ) from None
+            raise
         return None
     if not is_name and not path.exists():
         raise UsageError(
             f"{name!r} is neither a run nor an architecture; architectures are resnet56, "
             "resnet56-b, resnet56-bottleneck, plain56, and other depths"
         )
-    if is_onnx(path):
+    if pretrained.is_onnx(path):
         raise UsageError(
             f"{name} is an ONNX file, which has no gradients; inspect the run it was exported from"
         )
