@@ -45,6 +45,19 @@ def test_the_tables_match_the_files() -> None:
         assert re.search(rf"train {recipe} .*{re.escape(accuracy)}", tables[0] + tables[2])
 
 
+def test_an_ensemble_averages_probabilities(tmp_path: Path) -> None:
+    """One confident network outweighs two that are less confident."""
+    labels = np.array([0, 1])
+    for name, logit in (("a", 3.0), ("b", -0.4), ("c", -0.4)):
+        (tmp_path / name).mkdir()
+        logits = np.array([[logit, 0], [0, logit]], dtype=np.float32)
+        np.savez(tmp_path / name / "predictions.npz", logits=logits, labels=labels)
+    runs = [str(tmp_path / name) for name in "abc"]
+    *single, ensemble = run_tool("ensemble.py", *runs).splitlines()
+    assert [line.rpartition(": ")[2] for line in single] == ["100.00%", "0.00%", "0.00%"]
+    assert ensemble == "ensemble of 3: 100.00%"
+
+
 def test_the_tables_of_plain_and_residual_networks_match_the_files() -> None:
     tables = run_tool("degradation.py").strip().split("\n\n")
     assert [table.count("\n") for table in tables] == [6, 9, 5, 3]
