@@ -30,15 +30,13 @@ from resnet56.training import augmentation_of
 
 USAGE = "usage: python tools/example_report.py DIR RUN"
 ROOT = Path(__file__).parents[1]
-KEPT = RunDirectory(ROOT / "results" / "best120-seed0")
+KEPT = RunDirectory(ROOT / "results" / "best250-seed0")
 NETWORK = "resnet56"  # the half-precision weights of that run
 CPU = torch.device("cpu")
 NOTE = (
     "This example was written by tools/example_report.py. The curves, the recipe, and the system "
-    "are those of the training run results/best120-seed0. The results are those of its "
-    "half-precision weights, which are part of the package, on the original images of CIFAR-10. "
-    "In the copy that the run was trained on, 72 of the 50,000 training images were re-encoded as "
-    "JPEG."
+    "are those of the training run results/best250-seed0. The results are those of its "
+    "half-precision weights, which are part of the package."
 )
 
 
