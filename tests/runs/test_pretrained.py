@@ -67,10 +67,11 @@ def test_accuracy_matches_the_card(name: str, cifar10: Dataset) -> None:
     assert abs(correct.mean().item() - expected) < 3 * error
 
 
-def test_torch_hub_builds_a_network_without_pretrained_weights() -> None:
+@pytest.mark.parametrize(("name", "classes"), [("resnet56", 10), ("resnet56_cifar100", 100)])
+def test_torch_hub_builds_a_network_without_pretrained_weights(name: str, classes: int) -> None:
     repository = str(Path(__file__).parents[2])
-    model = torch.hub.load(repository, "resnet56", source="local", pretrained=False)
-    assert torch.equal(model.conv1.weight, build("resnet56").conv1.weight)
+    model = torch.hub.load(repository, name, source="local", pretrained=False)
+    assert torch.equal(model.fc.weight, build("resnet56", classes=classes).fc.weight)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -36,7 +36,6 @@ from resnet56.data.images import FORMATS
 from resnet56.errors import UsageError
 from resnet56.model import build
 from resnet56.predict import load
-from resnet56.runs import pretrained
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig
 from resnet56.runs.directory import RunDirectory
 from resnet56.serve.app import build_app
@@ -662,9 +661,6 @@ def test_the_command_serves_a_run_and_matches_python(tmp_path: Path) -> None:
     assert np.allclose(classes[0]["map"], expected.map, atol=1e-5)
 
 
-@pytest.mark.skipif(
-    "resnet56" not in pretrained.names(), reason="resnet56 has no pretrained weights yet"
-)
 def test_the_pretrained_model_recognizes_a_cat() -> None:
     cat = io.BytesIO()
     Image.fromarray(skimage.data.chelsea()).save(cat, "JPEG")

@@ -12,7 +12,6 @@ from browsers import chromium
 from PIL import Image
 from serve_fixtures import server
 
-from resnet56.runs import pretrained
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page = sync_api.Page
@@ -208,9 +207,6 @@ def test_scrollable_regions_are_focusable_and_labeled(page: "Page") -> None:
         assert {(tab_index, role) for tab_index, role, _ in regions} == {(0, "region")}
 
 
-@pytest.mark.skipif(
-    "resnet56" not in pretrained.names(), reason="resnet56 has no pretrained weights yet"
-)
 def test_the_pretrained_model_recognizes_a_cat(browser: "sync_api.Browser", tmp_path: Path) -> None:
     data = pytest.importorskip("skimage.data")
     cat = tmp_path / "chelsea.jpg"
