@@ -12,7 +12,6 @@ from browsers import chromium
 from PIL import Image
 from serve_fixtures import server
 
-
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page = sync_api.Page
 expect = sync_api.expect
