@@ -158,6 +158,8 @@ def test_help_on_a_terminal_without_unicode_is_ascii(monkeypatch: pytest.MonkeyP
         (["train", "qick"], "unknown recipe 'qick'; did you mean quick?"),
         (["train", "quick", "--epoch", "3"], "unknown option --epoch; did you mean --epochs?"),
         (["train", "quick", "--no-fliip"], "unknown option --no-fliip; did you mean --no-flip?"),
+        (["train", "quick", "--evaluate"], "--evaluate; did you mean --no-evaluate?"),
+        (["train", "quick", "--no-val-siz"], "--no-val-siz; did you mean --val-size?"),
         (["evaluate", "a", "--robustnes=4"], "option --robustnes; did you mean --robustness?"),
         (["describe", "resnet20", "resnet32"], "unexpected argument 'resnet32'"),
         (["evaluate"], "missing RUN|NAME"),

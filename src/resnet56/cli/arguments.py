@@ -146,13 +146,19 @@ class _Terminal(io.StringIO):
 def _nested(options_type: type) -> Iterator[tuple[type, dataclasses.Field[Any]]]:
     """Yield pairs (class, field) for the fields of a dataclass and of its nested dataclasses."""
     for field in dataclasses.fields(options_type):
-        inner = field.type
-        while get_origin(inner) is Annotated:
-            inner = get_args(inner)[0]
+        inner = _base_type(field)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from _nested(inner)
         else:
             yield options_type, field
+
+
+def _base_type(field: dataclasses.Field[Any]) -> Any:
+    """Return the type of a field without its annotations."""
+    inner = field.type
+    while get_origin(inner) is Annotated:
+        inner = get_args(inner)[0]
+    return inner
 
 
 @functools.cache
@@ -210,8 +216,11 @@ def _unknown(tokens: Sequence[str], options_type: type) -> str:
         return f"unexpected argument {escape(tokens[0][:MAX_VALUE_LENGTH])!r}"
     known = ["--help"]
     for owner, field in _nested(options_type):
-        name = field.name.replace("_", "-")
-        known += [f"--{name}"] if owner is options_type else [f"--{name}", f"--no-{name}"]
+        name, is_bool = field.name.replace("_", "-"), _base_type(field) is bool
+        # A bool that is not in a recipe has only the flag that changes its default.
+        only_off = is_bool and owner is options_type and field.default is True
+        known += [] if only_off else [f"--{name}"]
+        known += [f"--no-{name}"] if only_off or (is_bool and owner is not options_type) else []
     flag = escape(flags[0].partition("=")[0][:MAX_VALUE_LENGTH])
     return f"unknown option {flag}{suggestion(flag, known)}"
 
