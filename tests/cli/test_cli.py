@@ -199,6 +199,16 @@ def test_training_accepts_the_recipe_file_of_a_run(
     assert mine == theirs
 
 
+def test_training_without_evaluation_prints_how_to_evaluate(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run 1"
+    arguments = ["quick", "--data", str(data_dir), "--out", str(out), "--no-evaluate", *QUICKLY]
+    assert cli.main(["train", *arguments]) == 0
+    assert f"to evaluate the run: resnet56 evaluate '{out}'\n" in capsys.readouterr().out
+    assert not (out / "evaluation.json").exists()
+
+
 def test_runs_are_numbered_without_out(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,7 +162,7 @@ def test_runs_that_cannot_be_compared_cause_one_line_errors(
     for arguments, message in (
         ([a], "at least two runs"),
         ([a, other], "were tested on different images; compare runs on the same data set"),
-        ([a, untested], "untested has not been evaluated; run resnet56 evaluate on it"),
+        ([a, untested], "untested has not been evaluated; evaluate it first: resnet56 evaluate .*"),
         ([a, tmp_path / "missing"], "missing"),
     ):
         assert main(["compare", *map(str, arguments)]) != 0

@@ -833,10 +833,13 @@ def test_robustness_hardware_and_unfinished_runs_are_described() -> None:
     assert sentence.endswith("5.00 points higher than on the same images without corruption.")
     assert story.hardware([]) == []
     assert story.hardware(PARITY["comparisons"]) == [PARITY["comparisons"][0]["verdict"]]
-    assert story.unfinished(5, 5, tested=True) == []
-    assert "finished, but it has not been tested" in only(story.unfinished(5, 5, tested=False))
-    assert "has completed 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))
-    assert "It was tested after 1 of 5" in only(story.unfinished(1, 5, tested=True))
+    assert story.unfinished(5, 5, "a", tested=True) == []
+    untested = "This run is finished, but it has not been tested."
+    assert only(story.unfinished(5, 5, None, tested=False)) == untested
+    sentence = only(story.unfinished(5, 5, "a b", tested=False))
+    assert sentence == f"{untested} To test it: resnet56 evaluate 'a b'"
+    assert "has completed 1 of 5 epochs" in only(story.unfinished(1, 5, "a", tested=False))
+    assert "It was tested after 1 of 5" in only(story.unfinished(1, 5, "a", tested=True))
 
 
 def test_recipes_are_described_in_sentences() -> None:

@@ -214,7 +214,7 @@ def test_resuming_a_finished_run_only_evaluates_it(
     with TrainingDisplay(stream_output(sys.stdout)) as display:
         metrics = train(recipe, tiny, uninterrupted, device="cpu", resume=True, progress=display)
     [message, *_] = capsys.readouterr().out.splitlines()
-    assert message == "all epochs are complete; the model is only evaluated again"
+    assert message == "all epochs are complete; the model is not trained further"
     assert metrics["epoch"] == 3
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 

@@ -1,5 +1,6 @@
 """The `resnet56 compare` command."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,8 +64,10 @@ def run(arguments: list[str]) -> int:
     first = entries[0]
     for entry in entries:
         if entry.facts.test is None:
+            path = str(entry.facts.path)
             raise UsageError(
-                f"{entry.facts.path} has not been evaluated; run resnet56 evaluate on it"
+                f"{path} has not been evaluated; evaluate it first: "
+                f"{shlex.join(['resnet56', 'evaluate', path])}"
             )
         if comparison.data_key(entry) != comparison.data_key(first):
             raise UsageError(

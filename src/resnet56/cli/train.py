@@ -174,6 +174,9 @@ def _train(job: _Job, display: "TrainingDisplay") -> None:
         threads=options.threads,
         progress=display,
     )
+    if not options.evaluate:
+        command = shlex.join(["resnet56", "evaluate", str(job.out)])
+        display.log(f"training did not use the test images; to evaluate the run: {command}")
 
 
 def _write_report(out: Path, display: "TrainingDisplay") -> None:

@@ -46,7 +46,9 @@ def state(facts: RunFacts) -> list[str]:
     """State what is missing from the run, if anything."""
     if facts.recipe is not None:
         tested = facts.test is not None
-        return story.unfinished(facts.progress.epoch, facts.recipe.epochs, tested=tested)
+        # `resnet56 evaluate` does not support custom models.
+        path = None if "model" in facts.custom else str(facts.path)
+        return story.unfinished(facts.progress.epoch, facts.recipe.epochs, path, tested=tested)
     return [] if facts.test else [story.unevaluated(str(facts.path))]
 
 

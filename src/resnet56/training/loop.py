@@ -116,7 +116,7 @@ class TrainingLoop:
         if saved is not None:
             self.log(restore(self.setup, saved, run))
             if self.progress.epoch == recipe.epochs:
-                self.log("all epochs are complete; the model is only evaluated again")
+                self.log("all epochs are complete; the model is not trained further")
         steps = recipe.epochs * self.batches.steps
         if saved is None and initial is None and custom.model is None and steps < MIN_STEPS:
             self.log(
