@@ -14,7 +14,8 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from report_fixtures import BEST, CIFAR, PARITY, Page, make_run, samples
+from browsers import chromium
+from report_fixtures import BEST, CIFAR, NUMBERS, PARITY, Page, make_run, samples
 
 from resnet56 import cli
 from resnet56.errors import RunError, UsageError
@@ -1004,6 +1005,31 @@ def test_no_page_scrolls_horizontally_on_a_phone(
     assert click["text"].startswith(f"{CIFAR[row]} classified as {CIFAR[column]}: {count} image")
     assert click["images"] == [32] * shown
     assert click["closed"] == ""
+
+
+def test_headers_of_large_tables_stay_visible(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", replace(BEST, epochs=2), NUMBERS, extras=True)
+    address = write_report([run], tmp_path / "report.html").as_uri()
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto(address)
+        found = {name: page.evaluate(SCROLLED_HEADERS, name) for name in ("confusion", "per-class")}
+    assert found["confusion"] == {"corner": "TD THEAD", "left": "TH TBODY", "top": "TH THEAD"}
+    assert found["per-class"]["corner"] == found["per-class"]["top"] == "TH THEAD"
+
+
+# Scroll a table and return the types of the cells at its edges.
+SCROLLED_HEADERS = """name => {
+  const table = document.getElementById(name), box = table.parentElement;
+  box.scrollIntoView();
+  box.scrollTo(500, 500);
+  const { left, top } = box.getBoundingClientRect();
+  const at = (x, y) => {
+    const cell = document.elementFromPoint(left + x, top + y).closest("th, td, table, div");
+    return `${cell.tagName} ${cell.parentElement.parentElement.tagName}`;
+  };
+  return { corner: at(20, 15), left: at(4, 300), top: at(200, 15) };
+}"""
 
 
 def test_long_run_names_leave_room_for_the_curves(tmp_path: Path) -> None:
