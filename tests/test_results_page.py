@@ -12,6 +12,7 @@ from PIL import Image
 
 from resnet56.recipe import from_fields
 from resnet56.runs import pretrained
+from resnet56.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -30,6 +31,21 @@ ALL_RUNS = [*RUNS, *CIFAR100_RUNS, *HALF_RUNS, *DIGITS_RUNS]
 def run_tool(name: str, *arguments: str) -> str:
     command = [sys.executable, str(ROOT / "tools" / name), *arguments]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
+
+
+def test_the_ensemble_tool_averages_probabilities(tmp_path: Path) -> None:
+    logits = np.array([[[2.0, 0.0], [0.0, 5.0]], [[0.0, 3.0], [3.0, 0.0]]], np.float32)
+    for name, each in zip("ab", logits, strict=True):
+        run = RunDirectory(tmp_path / name)
+        run.path.mkdir()
+        np.savez(run.predictions_file, logits=each, labels=np.array([1, 1]), indices=np.arange(2))
+    runs = [str(tmp_path / name) for name in "ab"]
+    lines = run_tool("ensemble.py", *runs).splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["50.00%", "50.00%", "100.00%"]
+    command = [sys.executable, str(ROOT / "tools" / "ensemble.py"), runs[0], str(tmp_path)]
+    failed = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"{tmp_path} contains no predictions.npz; write it with:")
 
 
 def test_the_tables_match_the_files() -> None:
