@@ -456,6 +456,19 @@ def test_each_epoch_prints_one_line_without_a_terminal(
     assert max(map(len, lines)) <= 80
 
 
+def test_training_reports_that_the_plain_tail_covers_all_epochs(
+    tiny: Dataset, small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tail, epochs, cutout in ((1, 1, 8), (1, 2, 8), (1, 1, 0)):
+        recipe = dataclasses.replace(small, epochs=epochs, plain_tail=tail, cutout=cutout)
+        out = tmp_path / f"{epochs}-{cutout}"
+        with TrainingDisplay(stream_output(sys.stdout)) as display:
+            train(recipe, tiny, out, device="cpu", evaluate=False, progress=display)
+        shown = capsys.readouterr().out
+        reported = "plain_tail=1 disables mixing, Cutout and TrivialAugment in all epochs" in shown
+        assert reported == (epochs == 1 and cutout == 8)
+
+
 def test_missing_tensorboard_raises_an_error_before_the_run_is_created(
     tiny: Dataset, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

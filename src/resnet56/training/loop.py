@@ -117,6 +117,12 @@ class TrainingLoop:
             self.log(restore(self.setup, saved, run))
             if self.progress.epoch == recipe.epochs:
                 self.log("all epochs are complete; the model is not trained further")
+        strong = recipe.cutout or recipe.trivial_augment or recipe.mix != "none"
+        if saved is None and recipe.plain_tail >= recipe.epochs and strong and not custom.augment:
+            self.log(
+                f"{option('plain_tail', recipe.plain_tail)} disables mixing, Cutout and "
+                "TrivialAugment in all epochs; reduce it to use them"
+            )
         steps = recipe.epochs * self.batches.steps
         if saved is None and initial is None and custom.model is None and steps < MIN_STEPS:
             self.log(
