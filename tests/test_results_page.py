@@ -12,7 +12,6 @@ from PIL import Image
 
 from resnet56.recipe import from_fields
 from resnet56.runs import pretrained
-from resnet56.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -33,21 +32,6 @@ def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 
-def test_the_ensemble_tool_averages_probabilities(tmp_path: Path) -> None:
-    logits = np.array([[[2.0, 0.0], [0.0, 5.0]], [[0.0, 3.0], [3.0, 0.0]]], np.float32)
-    for name, each in zip("ab", logits, strict=True):
-        run = RunDirectory(tmp_path / name)
-        run.path.mkdir()
-        np.savez(run.predictions_file, logits=each, labels=np.array([1, 1]), indices=np.arange(2))
-    runs = [str(tmp_path / name) for name in "ab"]
-    lines = run_tool("ensemble.py", *runs).splitlines()
-    assert [line.rpartition(": ")[2] for line in lines] == ["50.00%", "50.00%", "100.00%"]
-    command = [sys.executable, str(ROOT / "tools" / "ensemble.py"), runs[0], str(tmp_path)]
-    failed = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert failed.returncode == 1
-    assert failed.stderr.startswith(f"{tmp_path} contains no predictions.npz; write it with:")
-
-
 def test_the_tables_match_the_files() -> None:
     tables = run_tool("results.py").strip().split("\n\n")
     assert len(tables) == 8
@@ -63,15 +47,23 @@ def test_the_tables_match_the_files() -> None:
 
 def test_an_ensemble_averages_probabilities(tmp_path: Path) -> None:
     """One confident network outweighs two that are less confident."""
-    labels = np.array([0, 1])
+    labels = indices = np.array([0, 1])
     for name, logit in (("a", 3.0), ("b", -0.4), ("c", -0.4)):
         (tmp_path / name).mkdir()
         logits = np.array([[logit, 0], [0, logit]], dtype=np.float32)
-        np.savez(tmp_path / name / "predictions.npz", logits=logits, labels=labels)
+        file = tmp_path / name / "predictions.npz"
+        np.savez(file, logits=logits, labels=labels, indices=indices)
     runs = [str(tmp_path / name) for name in "abc"]
     *single, ensemble = run_tool("ensemble.py", *runs).splitlines()
     assert [line.rpartition(": ")[2] for line in single] == ["100.00%", "0.00%", "0.00%"]
     assert ensemble == "ensemble of 3: 100.00%"
+
+
+def test_an_ensemble_requires_predictions(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "ensemble.py"), str(tmp_path), str(tmp_path)]
+    failed = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"{tmp_path} contains no predictions.npz; write it with:")
 
 
 def test_the_tables_of_plain_and_residual_networks_match_the_files() -> None:
