@@ -306,7 +306,7 @@ def test_the_example_report_is_up_to_date(tmp_path: Path) -> None:
     """If this fails, run `python tools/example_report.py DIR RUN`."""
     docs = Path(__file__).parents[2] / "docs"
     example = (docs / "example-report.html").read_text(encoding="utf-8")
-    run = make_run(tmp_path / "run", replace(BEST, epochs=120), extras=True)
+    run = make_run(tmp_path / "run", RECIPES["best"], extras=True)
     evaluation = read_json(run / "evaluation.json")
     evaluation["device"] = "cpu"
     evaluation["robustness"]["images"] = 500
