@@ -271,8 +271,13 @@ class Architecture:
         Raises:
             UsageError: the name is not of this form, or the depth is not valid for the block.
         """
-        match = re.fullmatch(r"(resnet|plain)([0-9]{1,4})(-b|-bottleneck)?", name)
+        pattern = "(resnet|plain)([0-9]{1,4})(-b|-bottleneck)?"
+        match = re.fullmatch(pattern, name)
         if match is None:
+            # Names of pretrained weights, such as resnet56-cifar100, can include the data set.
+            intended = name.lower().removesuffix("-cifar100")
+            if re.fullmatch(pattern, intended):
+                raise UsageError(f"unknown architecture {name!r}; did you mean {intended}?")
             raise UsageError(
                 f"unknown architecture {name!r}; choose resnet56 (basic blocks, "
                 "shortcut A), resnet56-b (shortcut B), resnet56-bottleneck, plain56 (no "

@@ -171,6 +171,8 @@ def test_help_on_a_terminal_without_unicode_is_ascii(monkeypatch: pytest.MonkeyP
         (["train", "quick", "--data-dir"], "--data: a value is missing"),
         (["train", "quick", "--schedule", "x"], "--schedule: 'x' is not one of 'step', 'cosine'"),
         (["import", "a", "--out", "b", "--mean", "1", "2"], "--mean: expected numbers, not ['1'"),
+        (["describe", "resnet56-cifar100"], "'resnet56-cifar100'; did you mean resnet56?"),
+        (["describe", "ResNet56-B"], "unknown architecture 'ResNet56-B'; did you mean resnet56-b?"),
         (["describe", "resnet٥٦"], "unknown architecture"),  # noqa: RUF001
         (["describe", "--classes", "1000001"], "2 to 1,000,000 classes"),
         (["bench", "--batch", "32,٣"], "--batch: expected an integer"),
