@@ -145,14 +145,30 @@ def test_an_invalid_depth_is_rejected_with_the_nearest_valid_ones(
 @pytest.mark.parametrize(
     "name",
     [
-        *("", "resnet", "ResNet56", "resnet-56", "resnet56-c", "resnet56-B", "vgg16", "resnet56\n"),
-        *("plain", "Plain56", "plain56-c", "plain56\n"),
+        *("", "resnet", "resnet-56", "resnet56-c", "vgg16", "resnet56\n"),
+        *("plain", "plain56-c", "plain56\n"),
     ],
 )
 def test_an_unknown_name_is_rejected_with_the_known_names(name: str) -> None:
     with pytest.raises(UsageError, match="resnet56-bottleneck") as caught:
         build(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "intended"),
+    [
+        ("ResNet56", "resnet56"),
+        ("resnet56-B", "resnet56-b"),
+        ("Plain56", "plain56"),
+        ("resnet56-cifar100", "resnet56"),
+    ],
+)
+def test_a_name_with_other_case_or_a_data_set_is_rejected_with_the_architecture(
+    name: str, intended: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"did you mean {intended}\?$"):
+        build(name)
 
 
 @pytest.mark.parametrize("name", ["plain56-b", "plain56-bottleneck", "plain57-bottleneck"])
