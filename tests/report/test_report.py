@@ -132,6 +132,7 @@ def test_an_unfinished_run_is_reported_as_unfinished(tmp_path: Path) -> None:
     page = page_of(run)
     assert "has completed 3 of 200 epochs" in page.text
     assert "has not been tested" in page.text
+    assert "resnet56 evaluate" not in page.text
     assert "test-accuracy" not in page.by_id
     assert "loss-figure_1" in page.ids
 
@@ -146,6 +147,7 @@ def test_measurements_of_earlier_weights_are_not_shown(tmp_path: Path) -> None:
     write_json(run / "parity.json", {"comparisons": [one | {"step": 390 * 3} for one in parity]})
     page = page_of(run)
     assert "finished, but it has not been tested" in page.text
+    assert f"To test the run: resnet56 evaluate {run}\n" in page.text
     assert "test-accuracy" not in page.by_id
     for comparison in parity:
         assert comparison["verdict"] not in page.text
@@ -834,13 +836,10 @@ def test_robustness_hardware_and_unfinished_runs_are_described() -> None:
     assert sentence.endswith("5.00 points higher than on the same images without corruption.")
     assert story.hardware([]) == []
     assert story.hardware(PARITY["comparisons"]) == [PARITY["comparisons"][0]["verdict"]]
-    assert story.unfinished(5, 5, "a", tested=True) == []
-    untested = "This run is finished, but it has not been tested."
-    assert only(story.unfinished(5, 5, None, tested=False)) == untested
-    sentence = only(story.unfinished(5, 5, "a b", tested=False))
-    assert sentence == f"{untested} To test it: resnet56 evaluate 'a b'"
-    assert "has completed 1 of 5 epochs" in only(story.unfinished(1, 5, "a", tested=False))
-    assert "It was tested after 1 of 5" in only(story.unfinished(1, 5, "a", tested=True))
+    assert story.unfinished(5, 5, tested=True) == []
+    assert "finished, but it has not been tested" in only(story.unfinished(5, 5, tested=False))
+    assert "has completed 1 of 5 epochs" in only(story.unfinished(1, 5, tested=False))
+    assert "It was tested after 1 of 5" in only(story.unfinished(1, 5, tested=True))
 
 
 def test_recipes_are_described_in_sentences() -> None:

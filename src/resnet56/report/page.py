@@ -110,7 +110,8 @@ def stories(facts: RunFacts) -> dict[str, list[str]]:
     test, recipe = facts.test, facts.recipe
     names = (*PARTS, "meeting", "schedule", "optimizer", "augmentation")
     sentences: dict[str, list[str]] = {name: [] for name in names}
-    sentences |= {"state": statements.state(facts), "hardware": story.hardware(facts.comparisons)}
+    state = statements.state(facts) + statements.next_step(facts)
+    sentences |= {"state": state, "hardware": story.hardware(facts.comparisons)}
     if recipe:
         sentences |= {
             "trend": story.trend(facts.rows, recipe),

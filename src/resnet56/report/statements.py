@@ -1,6 +1,7 @@
 """Statements about a run, shared by the report, the slides, and comparisons."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,10 +47,16 @@ def state(facts: RunFacts) -> list[str]:
     """State what is missing from the run, if anything."""
     if facts.recipe is not None:
         tested = facts.test is not None
-        # `resnet56 evaluate` does not support custom models.
-        path = None if "model" in facts.custom else str(facts.path)
-        return story.unfinished(facts.progress.epoch, facts.recipe.epochs, path, tested=tested)
+        return story.unfinished(facts.progress.epoch, facts.recipe.epochs, tested=tested)
     return [] if facts.test else [story.unevaluated(str(facts.path))]
+
+
+def next_step(facts: RunFacts) -> list[str]:
+    """State how to test a finished training run, if it was not tested."""
+    untested = facts.recipe is not None and facts.test is None and facts.finished
+    if not untested or "model" in facts.custom:  # `resnet56 evaluate` rejects custom models.
+        return []
+    return [f"To test the run: {shlex.join(['resnet56', 'evaluate', str(facts.path)])}"]
 
 
 def no_curves(facts: RunFacts) -> str:

@@ -319,24 +319,14 @@ def unevaluated(path: str) -> str:
     )
 
 
-def unfinished(epochs_done: int, epochs: int, path: str | None, *, tested: bool) -> list[str]:
-    """State what is missing from the run, if anything.
-
-    Args:
-        epochs_done: number of finished epochs.
-        epochs: number of epochs of the recipe.
-        path: the run directory, or None if `resnet56 evaluate` does not support the run.
-        tested: whether the current weights were tested.
-    """
+def unfinished(epochs_done: int, epochs: int, *, tested: bool) -> list[str]:
+    """State what is missing from the run, if anything."""
     if epochs_done < epochs:
         done = f"{epochs_done} of {plural(epochs, 'epoch')}"
         if tested:
             return [f"This run is not finished. It was tested after {done}."]
         return [f"This run has completed {done} and has not been tested."]
-    if tested:
-        return []
-    command = f" To test it: {shlex.join(['resnet56', 'evaluate', path])}" if path else ""
-    return [f"This run is finished, but it has not been tested.{command}"]
+    return [] if tested else ["This run is finished, but it has not been tested."]
 
 
 def meeting(
