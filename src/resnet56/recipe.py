@@ -124,7 +124,7 @@ class Recipe:
 
     plain_tail: int = 0
     """Number of final epochs with only crops and flips, without mixing, Cutout or TrivialAugment. A
-    run with fewer epochs uses only crops and flips."""
+    run with no more than this number of epochs uses only crops and flips."""
 
     ema_decay: tuple[float, ...] = ()
     """Decay per step of an exponential moving average (EMA) of the weights. With one decay, the run
