@@ -64,11 +64,10 @@ def _model(name: str, pretrained: bool) -> nn.Module:
     from resnet56.model import build
     from resnet56.runs.pretrained import load
 
-    arch = name.removesuffix("-cifar100")
-    model = build(arch, classes=10 if arch == name else 100)
+    checkpoint = load(name)
+    config = checkpoint.config
+    model = build(config.arch, classes=len(config.classes))
     if pretrained:
-        checkpoint = load(name)
         model.load_state_dict(checkpoint.model)
-        config = checkpoint.config
         model.mean, model.std, model.classes = config.mean, config.std, config.classes
     return model.eval()

@@ -7,17 +7,15 @@ and writes the same numbers to FILE as JSON.
 """
 
 import argparse
-import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from resnet56.benchmark.benchmark import next_step
 from resnet56.benchmark.interleave import Candidate, summarize
-from resnet56.cadence import READ_LOSS_EVERY
 from resnet56.data.class_names import CIFAR10
 from resnet56.data.dataset import Dataset, Split
 from resnet56.distributed import Distributed
@@ -28,7 +26,6 @@ from resnet56.recipe import BEST, Recipe
 from resnet56.runs.checkpoint import Checkpoint, ModelConfig, Progress
 from resnet56.runs.directory import RunDirectory
 from resnet56.runtime import environment, resolve_device, resolve_precision
-from resnet56.step import learning_rate
 from resnet56.training.setup import set_up
 
 WARMUP_STEPS = 40  # enough to record a CUDA graph for each of four random teachers
@@ -76,19 +73,8 @@ def training_step(
 ) -> tuple[Callable[[], None], str]:
     """Return a function that runs one training step, and the execution mode of the step."""
     setup = set_up(recipe, dataset, device, Distributed())
-    trainer, batches = setup.trainer, setup.batches
-    trainer.train_mode()
-    steps: Iterator[tuple[int, tuple[Tensor, Tensor]]] = enumerate(
-        itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
-    )
-
-    def run_once() -> None:
-        step, (images, targets) = next(steps)
-        trainer.step(images, targets, learning_rate(recipe, step, batches.steps), step)
-        if step % READ_LOSS_EVERY == 0:
-            trainer.sums.tolist()
-
-    return run_once, setup.prepared.execution
+    setup.trainer.train_mode()
+    return next_step(recipe, setup.trainer, setup.batches), setup.prepared.execution
 
 
 def main(file: Path, device: torch.device, rounds: int, steps: int) -> None:

@@ -72,17 +72,22 @@ class BenchmarkSetup:
             model, forward.module, recipe, self.precision, cuda_graphs=forward.cuda_graphs
         )
         batches = Batches(self.split.to(self.device), self.mean, self.std, batch_size=batch, seed=0)
-        steps: Iterator[tuple[int, tuple[Tensor, Tensor]]] = enumerate(
-            itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
-        )
+        return next_step(recipe, trainer, batches)
 
-        def run_once() -> None:
-            step, (images, labels) = next(steps)
-            trainer.step(images, labels, learning_rate(recipe, step, batches.steps), step)
-            if step % READ_LOSS_EVERY == 0:
-                trainer.sums.tolist()
 
-        return run_once
+def next_step(recipe: Recipe, trainer: Trainer, batches: Batches) -> Callable[[], None]:
+    """Return a function that runs the next training step each time it is called."""
+    steps: Iterator[tuple[int, tuple[Tensor, Tensor]]] = enumerate(
+        itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
+    )
+
+    def run_once() -> None:
+        step, (images, targets) = next(steps)
+        trainer.step(images, targets, learning_rate(recipe, step, batches.steps), step)
+        if step % READ_LOSS_EVERY == 0:
+            trainer.sums.tolist()
+
+    return run_once
 
 
 def available_modes(device: torch.device, precision: Precision, compiled: bool) -> list[str]:

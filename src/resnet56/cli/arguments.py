@@ -216,11 +216,14 @@ def _unknown(tokens: Sequence[str], options_type: type) -> str:
         return f"unexpected argument {escape(tokens[0][:MAX_VALUE_LENGTH])!r}"
     known = ["--help"]
     for owner, field in _nested(options_type):
-        name, is_bool = field.name.replace("_", "-"), _base_type(field) is bool
-        # A bool that is not in a recipe has only the flag that changes its default.
-        only_off = is_bool and owner is options_type and field.default is True
-        known += [] if only_off else [f"--{name}"]
-        known += [f"--no-{name}"] if only_off or (is_bool and owner is not options_type) else []
+        name = field.name.replace("_", "-")
+        on, off = f"--{name}", f"--no-{name}"
+        if _base_type(field) is not bool:
+            known.append(on)
+        elif owner is not options_type:  # a field of a recipe
+            known += [on, off]
+        else:  # only the flag that changes the default
+            known.append(off if field.default is True else on)
     flag = escape(flags[0].partition("=")[0][:MAX_VALUE_LENGTH])
     return f"unknown option {flag}{suggestion(flag, known)}"
 
